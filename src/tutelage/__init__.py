@@ -1,0 +1,36 @@
+"""Knowledge distillation: a teacher that is too big becomes a student that is small, fast and yours.
+
+``tutelage.distill(teacher, student, train_loader, eval_data=...)`` compares the student with and without
+its teacher; ``tutelage.objectives`` are losses for anybody's own loop. Names load when they are used, so
+that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tutelage import data, methods, models, objectives, teachers
+    from tutelage.api import Run, distill, run
+    from tutelage.errors import TutelageError
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Run": "tutelage.api",
+    "TutelageError": "tutelage.errors",
+    "distill": "tutelage.api",
+    "run": "tutelage.api",
+}
+_ROOMS = ("config", "data", "engine", "methods", "models", "objectives", "reports", "taps", "teachers")
+
+__all__ = ["Run", "TutelageError", "data", "distill", "methods", "models", "objectives", "run", "teachers"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"tutelage.{name}")
+    raise AttributeError(f"module 'tutelage' has no attribute {name!r}")

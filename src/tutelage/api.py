@@ -1,0 +1,56 @@
+"""The Python entry points: a workflow, and then its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from tutelage.config import Recipe, load_recipe
+from tutelage.reports import write_report
+from tutelage.workflows.distill import Run as Run
+from tutelage.workflows.distill import distill as _distill
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import Finished, run_recipe
+
+
+@wraps(_distill)
+def distill(*args: Any, **kwargs: Any) -> Run:
+    """See :func:`tutelage.workflows.distill.distill`; writes ``report.html`` besides."""
+    run = _distill(*args, **kwargs)
+    _report(run.path)
+    return run
+
+
+def run(
+    recipe: Recipe | str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    terminal: Terminal | None = None,
+) -> Finished:
+    """Run a recipe and write its report; what ``tutelage run`` does.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file.
+        overrides: ``key=value``, for a path.
+        out: the run directory. Default: the first free of ``runs/NAME``, ``runs/NAME-2`` ...
+        resume: go on with the run in that directory.
+        terminal: where progress is shown.
+
+    Raises:
+        TutelageError: one of its subclasses, with the remedy.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    finished = run_recipe(loaded, out=out, resume=resume, terminal=terminal)
+    _report(finished.path)
+    return finished
+
+
+def _report(path: Path) -> None:
+    import os
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_report([path], path / "report.html")

@@ -1,0 +1,540 @@
+"""Recipes: YAML in, typed and resolved settings out.
+
+Nothing here imports torch, so that a mistake in a recipe is answered at once. The
+keys of each section are the fields of its class; anything else is an error that names
+the line, what was given, what is allowed and the nearest spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from tutelage.errors import ConfigError, nearest
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adadelta": ("rho", "eps"),
+    "adafactor": ("beta2_decay", "eps", "d"),
+    "adagrad": ("lr_decay", "initial_accumulator_value", "eps"),
+    "adam": ("betas", "eps", "amsgrad", "fused"),
+    "adamax": ("betas", "eps"),
+    "adamw": ("betas", "eps", "amsgrad", "fused"),
+    "asgd": ("lambd", "alpha", "t0"),
+    "nadam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay"),
+    "radam": ("betas", "eps", "decoupled_weight_decay"),
+    "rmsprop": ("alpha", "eps", "momentum", "centered"),
+    "sgd": ("momentum", "dampening", "nesterov", "fused"),
+}
+"""torch's optimizers by name, each with the options it takes beside ``lr`` and ``weight_decay``."""
+
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "cosine": ("final",),
+    "exponential": ("gamma",),
+    "linear": ("final",),
+    "multistep": ("milestones", "gamma"),
+    "onecycle": ("rise",),
+    "polynomial": ("power",),
+    "step": ("every", "gamma"),
+}
+"""Learning-rate schedules by name, each with its options. All are stepped once an optimizer step."""
+
+TRACKERS = (
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+"""Experiment trackers by the names that accelerate gives them."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, and 'yes' is not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """What to train and evaluate on."""
+
+    source: str
+    """``digits``, ``fashion-mnist``, ``imagefolder``, ``torchvision:NAME`` or ``hf:DATASET_ID``."""
+    path: str | None = None
+    """Folder of an ``imagefolder``, or where downloads go."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the data set's own constructor (torchvision) or ``load_dataset`` (hf)."""
+    image_column: str | None = None
+    """Column of the images, of an hf data set. Default: the one of type Image."""
+    label_column: str | None = None
+    """Column of the labels, of an hf data set. Default: the one of type ClassLabel."""
+    size: Annotated[int, Field(ge=4, le=2048)] | None = None
+    """Height and width in pixels that images are brought to. Default: as they are, or 224 for files."""
+    crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the shorter side that the centre crop of an image file keeps; 0.875 for ImageNet models."""
+    classes: list[str] | None = None
+    """Class names in the order of their indices, for an ``imagefolder``. Default: sorted folder names."""
+    augment: list[str | dict[str, Any]] = Field(default_factory=list)
+    """Augmentations of the training images, in order: ``flip``, ``{shift: 2}``, ``resized-crop`` ..."""
+    mean: list[float] | None = None
+    """Per channel, in [0, 1], subtracted from pixels. Default: of the source, else of the training images."""
+    std: list[float] | None = None
+    """Per channel, in [0, 1]. Default: of the source, else of the training images."""
+    labels: Count | None = None
+    """Use the labels of only this many training images, stratified by class. Default: of all."""
+    unlabeled: Literal["keep", "drop"] = "keep"
+    """Images without a label: still taught by the teacher (``keep``), or left out (``drop``)."""
+    limit: Count | None = None
+    """Use only this many training images at all, stratified by class. Default: all."""
+    validation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training images cut off for validation where the source has no such split."""
+    test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share cut off for the test where the source has no such split."""
+    split_seed: int = 0
+    """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that decode image files. 0: the main one."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.source == "imagefolder" and self.path is None:
+            raise ValueError("source 'imagefolder' needs 'path', the folder with one sub-folder for each class")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("'mean' and 'std' go together: give both or neither")
+        if self.std is not None and min(self.std, default=1.0) <= 0:
+            raise ValueError("every 'std' must be above 0")
+        return self
+
+
+class OptimizerConfig(Section):
+    """A torch optimizer."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    kind: str = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimizerConfig:
+        check_options("optimizer", self.kind, self.options, OPTIMIZERS)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What goes to the constructor beside ``lr`` and ``weight_decay``."""
+        return dict(self.model_extra or {})
+
+
+class ScheduleConfig(Section):
+    """A learning-rate schedule, with a linear warm-up before it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    kind: str = "cosine"
+    warmup: Annotated[float, Field(ge=0.0)] = 0.0
+    """Below 1: share of all steps; from 1 on: number of steps."""
+
+    @model_validator(mode="after")
+    def _known(self) -> ScheduleConfig:
+        check_options("schedule", self.kind, self.options, SCHEDULES)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The schedule's own options."""
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(Section):
+    """How a model is trained. The teacher's own training starts from the student's settings."""
+
+    epochs: Count | None = None
+    """Passes over the training images. Give this or ``steps``; default 10 epochs."""
+    steps: Count | None = None
+    """Optimizer steps, in place of ``epochs``."""
+    batch_size: Count = 128
+    """Examples of one optimizer step, over all processes and micro-batches together."""
+    accumulate: Count = 1
+    """Micro-batches that each process cuts its share of a batch into. The gradient stays the same."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    clip: Positive | None = None
+    """Largest norm of the gradient. Default: no clipping."""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Mixed precision. Default: what ``accelerate launch`` says, else none."""
+    compile: bool = False
+    """``torch.compile`` the student."""
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay of an exponential moving average of the weights, which then is evaluated and exported."""
+    evaluate_every: Count | None = None
+    """Steps between evaluations on the validation split. Default: one epoch."""
+    early_stop: Count | None = None
+    """Stop after this many evaluations without a better validation accuracy. Default: never."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints. Default: at each evaluation."""
+    keep: Count = 2
+    """Newest checkpoints kept; the best on validation is kept besides."""
+    log_every: Count = 50
+    """Steps between lines of ``metrics.jsonl``."""
+    trackers: list[Literal[TRACKERS]] = Field(default_factory=list)  # type: ignore[valid-type]
+    """Experiment trackers that the metrics also go to."""
+
+    @model_validator(mode="after")
+    def _budget(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"both 'epochs' ({self.epochs}) and 'steps' ({self.steps}) are given; give one")
+        if self.epochs is None and self.steps is None:
+            self.epochs = 10
+        return self
+
+
+class ModelConfig(Section):
+    """A model by name."""
+
+    model: str
+    """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the model's constructor."""
+    checkpoint: str | None = None
+    """Weights: a safetensors file, a torch file readable with ``weights_only``, or a folder that a run exported."""
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: trained first where no checkpoint is given."""
+
+    train: TrainConfig | None = None
+    """Its own training. What it leaves out is taken from the recipe's ``train``."""
+    augment: list[str | dict[str, Any]] | None = None
+    """Augmentations of its own training. Default: those of ``data``."""
+    mode: Literal["eval", "train_bn"] = "eval"
+    """``train_bn``: normalise by the statistics of the batch, without moving the running ones."""
+
+
+class LogitConfig(Section):
+    """Soft labels of Hinton et al.: alpha * T^2 * KL(p_T || p_S) + (1 - alpha) * CE."""
+
+    kind: Literal["logit"] = "logit"
+    temperature: Positive = 4.0
+    alpha: Fraction = 0.9
+
+
+METHOD_KINDS: dict[str, type[Section]] = {"logit": LogitConfig}
+"""Every method that a recipe can name, with its options."""
+
+
+class Recipe(Section):
+    """One comparison: a teacher, a student without it, the student with it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    data: DataConfig
+    teacher: TeacherConfig
+    student: ModelConfig
+    method: LogitConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    seeds: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
+    baseline: bool = True
+    """Train the student alone too, with the same budget, for the comparison."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} holds a seed twice; a copy adds no evidence")
+        if self.teacher.train is not None and self.teacher.checkpoint is not None:
+            raise ValueError(
+                "teacher has both 'checkpoint' and 'train': a teacher with weights is not trained again. Remove one"
+            )
+        return self
+
+
+def check_options(what: str, kind: str, given: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ``ValueError`` unless ``kind`` is known and takes every option ``given``."""
+    if kind not in known:
+        raise ValueError(f"unknown {what} {kind!r}{_suggest(kind, known)}; allowed: {', '.join(known)}")
+    for key in given:
+        if key not in known[kind]:
+            allowed = ["kind", *(["lr", "weight_decay"] if what == "optimizer" else ["warmup"]), *known[kind]]
+            raise ValueError(
+                f"{what} {kind!r} has no option {key!r}{_suggest(key, allowed)}; allowed: {', '.join(allowed)}"
+            )
+
+
+def _suggest(given: str, allowed: Iterable[str]) -> str:
+    close = nearest(given, list(allowed), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# YAML with line numbers
+
+Key = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: 1e-3 is a number, and 'no', 'on' and 'off' are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in pairs if tag not in (
+        "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp",
+    )]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$", re.I), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+"
+               r"|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)  # fmt: skip
+
+SHORTHANDS = {"data": "source", "teacher": "model", "student": "model", "method": "kind"}
+TRAIN_SHORTHANDS = {"optimizer": "kind", "schedule": "kind"}
+
+
+def _lines(node: yaml.Node | None, at: Key = ()) -> Iterator[tuple[Key, int]]:
+    if node is None:
+        return
+    yield at, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise ConfigError(
+                    f"{name} is given twice, first on line {seen[name]}",
+                    where=f"line {line}",
+                    remedy="keep one of the two",
+                )
+            seen[name] = line
+            yield from _lines(value, (*at, name))
+            yield (*at, name), line  # the key's own line wins over its value's
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield from _lines(item, (*at, i))
+
+
+def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
+    """The mapping in ``text`` and the line of each of its keys.
+
+    Raises:
+        ConfigError: not YAML, not a mapping, or a key twice.
+    """
+    try:
+        raw = yaml.load(text, _Loader)
+        lines = dict(_lines(yaml.compose(text, _Loader)))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(
+            f"not YAML: {problem}", where=where, remedy="check indentation, colons and quotes near that line"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"{name}, {error.where}", remedy=error.remedy) from None
+    if raw is None:
+        raise ConfigError("the recipe is empty", where=name, remedy="`tutelage run recipes/digits.yaml` shows one")
+    if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
+        raise ConfigError(
+            f"a recipe is a mapping of keys to values, not {'a ' + type(raw).__name__}",
+            where=name,
+            remedy="start from recipes/digits.yaml",
+        )
+    return raw, lines
+
+
+def _expand(raw: dict[str, Any]) -> None:
+    """Write shorthands out in place: ``data: digits`` is ``data: {source: digits}``."""
+
+    def expand(section: Any, table: dict[str, str]) -> None:
+        if isinstance(section, dict):
+            for key, field in table.items():
+                if isinstance(section.get(key), str):
+                    section[key] = {field: section[key]}
+
+    expand(raw, SHORTHANDS)
+    expand(raw.get("train"), TRAIN_SHORTHANDS)
+    if isinstance(raw.get("teacher"), dict):
+        expand(raw["teacher"].get("train"), TRAIN_SHORTHANDS)
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    where = f"override {text!r}"
+    if not equals or not key:
+        raise ConfigError("not of the form key=value", where=where, remedy="for example method.temperature=8")
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError("the value is not YAML", where=where, remedy="quote it: name='a: b'") from None
+    if key == "seed":
+        key, parsed = "seeds", [parsed]
+    *path, last = key.split(".")
+    section: Any = raw
+    for i, part in enumerate(path):
+        section = section.setdefault(part, {})
+        if section is None or not isinstance(section, dict):
+            raise ConfigError(
+                f"{'.'.join(path[: i + 1])} is not a section", where=where, remedy="name a key of the recipe"
+            )
+    section[last] = parsed
+    _expand(raw)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        if "kind" in over and over["kind"] != base.get("kind"):
+            keep = {k: v for k, v in base.items() if k in ("lr", "weight_decay", "warmup")}
+            return {**keep, **over}
+        merged = {
+            k: v for k, v in base.items() if not (k in ("epochs", "steps") and {"epochs", "steps"} & over.keys())
+        }
+        return {**merged, **{k: _merge(base.get(k), v) for k, v in over.items()}}
+    return over
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override, check and resolve a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` with dots between sections and a YAML value; ``seed=1`` stands for ``seeds=[1]``.
+
+    Raises:
+        ConfigError: names the file, line, key, what was given and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        close = nearest(str(path), [str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.y*ml")])
+        raise ConfigError(
+            "no such recipe",
+            where=str(path),
+            remedy=f"did you mean {close[0]}?" if close else "give the path of a YAML file",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot be read: {reason}", where=str(path), remedy="give a YAML file") from None
+    raw, lines = parse_yaml(text, str(path))
+    return build_recipe(raw, lines, name=str(path), default_name=path.stem, overrides=overrides)
+
+
+def build_recipe(
+    raw: dict[str, Any],
+    lines: Mapping[Key, int] | None = None,
+    *,
+    name: str = "recipe",
+    default_name: str | None = None,
+    overrides: Iterable[str] = (),
+) -> Recipe:
+    """A checked recipe from a mapping; ``lines`` place its keys for error messages."""
+    lines = lines or {}
+    if "seed" in raw:
+        if "seeds" in raw:
+            raise ConfigError("both 'seed' and 'seeds' are given", where=_where(name, lines, ("seed",)),
+                              remedy="give one; 'seeds' takes a list")  # fmt: skip
+        raw["seeds"] = [raw.pop("seed")]
+    _expand(raw)
+    for text in overrides:
+        _override(raw, text)
+    if default_name is not None:
+        raw.setdefault("name", default_name)
+    method = raw.get("method")
+    if isinstance(method, dict):
+        kind = method.setdefault("kind", "logit")
+        if kind not in METHOD_KINDS:
+            raise ConfigError(
+                f"unknown method {kind!r}{_suggest(str(kind), METHOD_KINDS)}",
+                where=_where(name, lines, ("method", "kind")),
+                remedy=f"allowed: {', '.join(METHOD_KINDS)}",
+            )
+    teacher = raw.get("teacher")
+    if isinstance(teacher, dict) and teacher.get("checkpoint") is None and isinstance(teacher.get("model"), str):
+        teacher["train"] = _merge(raw.get("train", {}), teacher.get("train") or {})
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = []
+        for details in error.errors(include_url=False):
+            if details["loc"][:2] == ("teacher", "train") and _inherited(details, error):
+                continue
+            problems.append(_explain(details, name, lines))
+        raise ConfigError("\n".join(problems)) from None
+
+
+def _inherited(details: ErrorDetails, error: ValidationError) -> bool:
+    """Whether a fault of the teacher's training is one of ``train`` seen a second time."""
+    return any(other["loc"] == details["loc"][1:] for other in error.errors(include_url=False))
+
+
+def _where(name: str, lines: Mapping[Key, int], loc: Key) -> str:
+    for end in range(len(loc), 0, -1):
+        if loc[:end] in lines:
+            return f"{name}:{lines[loc[:end]]}"
+    return name
+
+
+def _section(loc: Key) -> type[BaseModel] | None:
+    """The class whose field the last part of ``loc`` is."""
+    model: Any = Recipe
+    for part in loc[:-1]:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is None:
+            return None
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return None
+    found: type[BaseModel] = model
+    return found
+
+
+def _explain(details: ErrorDetails, name: str, lines: Mapping[Key, int]) -> str:
+    loc = details["loc"]
+    where, key = _where(name, lines, loc), ".".join(str(p) for p in loc)
+    given = details["input"]
+    section = _section(loc)
+    fields = [f for f in section.model_fields if f != "kind"] if section else []
+    match details["type"]:
+        case "extra_forbidden":
+            last = str(loc[-1])
+            return (
+                f"{where}: unknown key {key!r}{_suggest(last, fields)}, given {given!r}\n"
+                f"  -> allowed here: {', '.join(fields)}"
+            )
+        case "missing":
+            return f"{where}: {key!r} is missing\n  -> add it; see recipes/digits.yaml for an example"
+        case "value_error":
+            place = f"{key}: " if key else ""
+            return f"{where}: {place}{details['msg'].removeprefix('Value error, ')}"
+        case "literal_error":
+            allowed = str(details.get("ctx", {}).get("expected", ""))
+            words = re.findall(r"'([^']*)'", allowed)
+            return f"{where}: {key}: given {given!r}{_suggest(str(given), words)}\n  -> allowed: {allowed}"
+        case _:
+            shown = repr(given)
+            shown = shown if len(shown) < 80 else shown[:77] + "..."
+            return f"{where}: {key}: given {shown}\n  -> {details['msg']}"
+
+
+def dump_recipe(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML that :func:`load_recipe` reads back to the same."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested mappings."""
+    found: list[str] = []
+    for key in [*a, *(k for k in b if k not in a)]:
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            found += differing_keys(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found.append(f"{prefix}{key}")
+    return found

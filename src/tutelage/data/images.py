@@ -1,0 +1,368 @@
+"""Labelled images: one split as a set of rows that can be fetched in any order and view."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tutelage.data.batch import IGNORE, Batch
+from tutelage.data.views import CROPS, Augment, build_augments, drawn, parse_augment
+from tutelage.errors import DataError, require
+
+IN_MEMORY_BYTES = 2**30
+"""Decoded images up to this much are kept in memory; more are decoded as they are asked for."""
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+class View(NamedTuple):
+    """How the images of a set are augmented."""
+
+    augments: Sequence[Augment]
+    crop: Callable[[Any], Any] | None
+
+
+@dataclass
+class RawSplit:
+    """A split as its source has it: pixels or a way to open each image, and labels."""
+
+    labels: Tensor
+    pixels: Tensor | None = None
+    """uint8 ``[N, C, H, W]``, or none and ``open`` instead."""
+    open: Callable[[int], Any] | None = None
+    """Row -> PIL image."""
+    ids: Tensor | None = None
+    """Stable sample ids. Default: the row's number."""
+
+    def take(self, rows: Tensor) -> RawSplit:
+        """The given rows, ids kept."""
+        ids = torch.arange(len(self.labels)) if self.ids is None else self.ids
+        opener = self.open
+        return RawSplit(
+            self.labels[rows],
+            None if self.pixels is None else self.pixels[rows],
+            None if opener is None else partial(_open_row, opener, rows),
+            ids[rows],
+        )
+
+
+def _open_row(opener: Callable[[int], Any], rows: Tensor, row: int) -> Any:
+    return opener(int(rows[row]))
+
+
+@dataclass
+class RawImages:
+    """A source: its splits, its class names, and its usual normalisation."""
+
+    classes: list[str]
+    splits: dict[str, RawSplit]
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split. Rows are fetched together, augmented by view seed, and normalised."""
+
+    labels: Tensor
+    ids: Tensor
+    size: int
+    channels: int
+    mean: Tensor
+    std: Tensor
+    pixels: Tensor | None = None
+    open: Callable[[int], Any] | None = None
+    crop: float = 1.0
+    random_crop: Callable[[Any], Any] | None = None
+    augments: Sequence[Augment] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether a view depends on its seed."""
+        return bool(self.augments) or self.random_crop is not None
+
+    def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
+        """The given rows as normalised float images; with ``views``, augmented from these seeds.
+
+        Raises:
+            DataError: an image cannot be decoded.
+        """
+        views = views if self.augmented else None
+        images = self.pixels[rows] if self.pixels is not None else self._decode(rows, views)
+        if views is not None:
+            for augment in self.augments:
+                images = augment(images, views)
+        x = images.float().mul_(1 / 255).sub_(self.mean).div_(self.std)
+        return Batch(x, self.labels[rows], ids=self.ids[rows], views=views)
+
+    def _decode(self, rows: Tensor, views: Tensor | None) -> Tensor:
+        assert self.open is not None
+        out = []
+        for i, row in enumerate(rows.tolist()):
+            image = self.open(row)
+            if views is not None and self.random_crop is not None:
+                image = drawn(self.random_crop, image, int(views[i]))
+            out.append(to_pixels(image, self.channels, self.size, self.crop))
+        return torch.stack(out)
+
+    def select(self, rows: Tensor) -> ImageSet:
+        """The set with only the given rows."""
+        split = RawSplit(self.labels, self.pixels, self.open, self.ids).take(rows)
+        assert split.ids is not None
+        return replace(self, labels=split.labels, pixels=split.pixels, open=split.open, ids=split.ids)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Three splits that share classes, size and normalisation, and never a sample."""
+
+    name: str
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    classes: list[str]
+    for_teacher: ImageSet
+    """The training images with all their labels: what a teacher is trained on."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self.train.channels
+
+    @property
+    def size(self) -> int:
+        """Height and width of an image, in pixels."""
+        return self.train.size
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What a user of the student must do to an image first."""
+        return {
+            "size": self.size,
+            "channels": self.channels,
+            "crop": self.train.crop,
+            "mean": [round(v, 6) for v in self.train.mean.flatten().tolist()],
+            "std": [round(v, 6) for v in self.train.std.flatten().tolist()],
+        }
+
+
+def to_pixels(image: Any, channels: int, size: int, crop: float = 1.0) -> Tensor:
+    """A PIL image as uint8 ``[channels, size, size]``: shorter side resized, centre cut out."""
+    import numpy as np
+
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (size, size):
+        shorter = max(size, round(size / crop))
+        scale = shorter / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), resample=2)  # bilinear
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def path_id(path: str) -> int:
+    """A stable sample id, from a path relative to the data set's folder."""
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def stratified(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
+    """``count`` rows with each class's share kept, and the others; both in ascending order.
+
+    Raises:
+        DataError: there are not so many rows, or a class would go without.
+    """
+    from sklearn.model_selection import train_test_split
+
+    rows = torch.arange(len(labels))
+    if count == len(labels):
+        return rows, rows[:0]
+    try:
+        chosen, rest = train_test_split(rows.numpy(), train_size=count, stratify=labels.numpy(), random_state=seed)
+    except ValueError as error:
+        per_class = torch.bincount(labels)
+        raise DataError(
+            f"{what}: cannot take {count} of {len(labels)} images by class "
+            f"({len(per_class)} classes, the smallest has {int(per_class.min())} images): {error}",
+            remedy="take more images, or add images to the smallest class",
+        ) from None
+    return torch.from_numpy(chosen).sort().values, torch.from_numpy(rest).sort().values
+
+
+def load_images(
+    source: str,
+    *,
+    path: str | None = None,
+    options: dict[str, Any] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    size: int | None = None,
+    crop: float = 1.0,
+    classes: list[str] | None = None,
+    augment: Sequence[str | dict[str, Any]] = (),
+    teacher_augment: Sequence[str | dict[str, Any]] | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    labels: int | None = None,
+    unlabeled: str = "keep",
+    limit: int | None = None,
+    validation: float = 0.1,
+    test: float = 0.2,
+    split_seed: int = 0,
+    progress: Callable[[Sequence[int], str], Any] = lambda rows, _: rows,
+) -> ImageData:
+    """Load a data set of labelled images and keep its splits apart.
+
+    The arguments are those of a recipe's ``data``, which describes them; ``teacher_augment`` is for
+    the images that a teacher is trained on (default: as ``augment``). ``progress`` wraps the
+    iteration over images that are decoded into memory.
+
+    Raises:
+        DataError: missing, broken or empty data; names the file.
+        ConfigError: an unknown source or augmentation.
+        MissingDependencyError: the source or an augmentation needs an extra.
+    """
+    from tutelage.data.sources import open_source
+
+    teacher_augment = augment if teacher_augment is None else teacher_augment
+    raw = open_source(
+        source,
+        path=path,
+        options=options or {},
+        image_column=image_column,
+        label_column=label_column,
+        classes=classes,
+    )
+    for name, split in raw.splits.items():
+        if len(split.labels) == 0:
+            raise DataError(f"the {name} split of {source} has no images", remedy="check its path and its files")
+        if int(split.labels.max()) >= len(raw.classes) or int(split.labels.min()) < 0:
+            raise DataError(
+                f"the {name} split of {source} has labels from {int(split.labels.min())} to "
+                f"{int(split.labels.max())}, but {len(raw.classes)} classes",
+                remedy="labels must be 0 .. classes - 1",
+            )
+    splits = dict(raw.splits)
+    if "test" not in splits:
+        train = splits["train"]
+        held, rest = stratified(train.labels, round(len(train.labels) * test), split_seed, "data.test")
+        splits["test"], splits["train"] = train.take(held), train.take(rest)
+    if "validation" not in splits:
+        train = splits["train"]
+        held, rest = stratified(train.labels, round(len(train.labels) * validation), split_seed, "data.validation")
+        splits["validation"], splits["train"] = train.take(held), train.take(rest)
+    if limit is not None:
+        splits["train"] = splits["train"].take(stratified(splits["train"].labels, limit, split_seed, "data.limit")[0])
+
+    first = splits["train"]
+    if first.pixels is not None:
+        channels, native = first.pixels.shape[1], first.pixels.shape[-1]
+        size = size or native
+        if size != native:
+            splits = {name: _resized(split, size) for name, split in splits.items()}
+    else:
+        channels, size = 3, size or 224
+    student_views = View(build_augments(augment), _random_crop(augment, size, first.pixels is not None))
+    teacher_views = View(
+        build_augments(teacher_augment), _random_crop(teacher_augment, size, first.pixels is not None)
+    )
+    cropping = student_views.crop is not None or teacher_views.crop is not None
+    total = sum(len(s.labels) for s in splits.values())
+    if first.pixels is None and not cropping and total * channels * size * size <= IN_MEMORY_BYTES:
+        splits = {n: _decoded(s, channels, size, crop, progress, f"decoding {n} images") for n, s in splits.items()}
+
+    train = splits["train"]
+    mean, std = mean or raw.mean, std or raw.std
+    if mean is None or std is None:
+        if train.pixels is not None:
+            sample = train.pixels[:: max(1, len(train.pixels) // 10000)].float().div(255)
+            mean = sample.mean(dim=(0, 2, 3)).tolist()
+            std = sample.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
+        else:
+            mean, std = IMAGENET
+    if len(mean) != channels or len(std) != channels:
+        raise DataError(
+            f"data.mean and data.std have {len(mean)} and {len(std)} values, the images {channels} channels",
+            remedy="give one value for each channel",
+        )
+
+    def build(split: RawSplit, view: View = View([], None)) -> ImageSet:  # noqa: B008
+        return ImageSet(
+            labels=split.labels,
+            ids=torch.arange(len(split.labels)) if split.ids is None else split.ids,
+            size=size,
+            channels=channels,
+            mean=torch.tensor(mean).view(1, -1, 1, 1),
+            std=torch.tensor(std).view(1, -1, 1, 1),
+            pixels=split.pixels,
+            open=split.open,
+            crop=crop,
+            random_crop=view.crop,
+            augments=view.augments,
+        )
+
+    train_set = build(train, student_views)
+    if labels is not None:
+        train_set = hide_labels(train_set, labels, split_seed, drop=unlabeled == "drop")
+    return ImageData(
+        source,
+        train_set,
+        build(splits["validation"]),
+        build(splits["test"]),
+        list(raw.classes),
+        build(train, teacher_views),
+    )
+
+
+def hide_labels(images: ImageSet, count: int, seed: int, *, drop: bool) -> ImageSet:
+    """Keep the labels of ``count`` images, stratified; the others lose theirs, or are dropped."""
+    chosen, rest = stratified(images.labels, count, seed, "data.labels")
+    if drop:
+        return images.select(chosen)
+    hidden = images.labels.clone()
+    hidden[rest] = IGNORE
+    return replace(images, labels=hidden)
+
+
+def _resized(split: RawSplit, size: int) -> RawSplit:
+    assert split.pixels is not None
+    x = torch.nn.functional.interpolate(split.pixels.float(), size=(size, size), mode="bilinear", antialias=True)
+    return replace(split, pixels=x.round().clamp(0, 255).to(torch.uint8))
+
+
+def _decoded(
+    split: RawSplit, channels: int, size: int, crop: float, progress: Callable[[Sequence[int], str], Any], what: str
+) -> RawSplit:
+    assert split.open is not None
+    pixels = torch.empty(len(split.labels), channels, size, size, dtype=torch.uint8)
+    for i in progress(range(len(split.labels)), what):
+        pixels[i] = to_pixels(split.open(i), channels, size, crop)
+    return replace(split, pixels=pixels, open=None)
+
+
+def _random_crop(augment: Sequence[str | dict[str, Any]], size: int, in_memory: bool) -> Callable[[Any], Any] | None:
+    for position, entry in enumerate(augment):
+        name, options = parse_augment(entry)
+        if name not in CROPS:
+            continue
+        if position != 0 or in_memory:
+            raise DataError(
+                f"data.augment: {name} crops the image file itself"
+                + (", and this source has no files" if in_memory else ", so it cannot come after another"),
+                remedy="use {shift: pixels} here" if in_memory else "put it first",
+            )
+        require("torchvision", "vision", f"the augmentation {name!r}")
+        from torchvision.transforms import v2
+
+        crop: Callable[[Any], Any] = v2.RandomResizedCrop(size, antialias=True, **options)
+        return crop
+    return None

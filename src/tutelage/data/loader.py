@@ -1,0 +1,212 @@
+"""From a data set, or somebody's loader, to the micro-batches of each optimizer step.
+
+A step's batch is the same whatever the number of processes or micro-batches: it is planned
+as one list of rows and cut into equal shares. That is what makes the gradient, and a resumed
+run, independent of how the work was split.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tutelage.data.batch import Batch, as_batch, spans
+from tutelage.data.views import view_seeds
+from tutelage.errors import DataError, TutelageError
+
+
+class Rows(Protocol):
+    """A split: rows that can be fetched in any order, in a view or as they are."""
+
+    @property
+    def ids(self) -> Tensor:
+        """One stable number for each row."""
+        ...
+
+    def __len__(self) -> int: ...
+    def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
+        """The given rows; with ``views``, augmented from these seeds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch is this process's."""
+
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+    def cut(self, length: int) -> list[tuple[int, int]]:
+        """The spans of this process's micro-batches in a batch of ``length`` rows."""
+        parts = spans(length, self.world * self.accumulate)
+        return parts[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
+
+
+class Batches(Protocol):
+    """The training data of one run, step by step."""
+
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
+        """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
+        ...
+
+
+def order(length: int, seed: int, epoch: int) -> Tensor:
+    """A permutation that is a function of run seed and epoch alone."""
+    generator = torch.Generator().manual_seed(((seed * 1_000_003) ^ (epoch * 7_919)) & (2**63 - 1))
+    return torch.randperm(length, generator=generator)
+
+
+class PlannedBatches:
+    """Batches of a :class:`Rows`, shuffled and augmented as functions of (seed, epoch, sample id).
+
+    Args:
+        data: the training split.
+        batch_size: rows of one optimizer step, over all processes.
+        seed: the run's seed.
+        workers: processes that fetch; 0 is this one.
+
+    Raises:
+        DataError: no rows.
+    """
+
+    def __init__(self, data: Rows, batch_size: int, seed: int, workers: int = 0) -> None:
+        if len(data) == 0:
+            raise DataError(
+                "there is nothing to train on: the data set has no rows", remedy="check data.labels and path"
+            )
+        self.data, self.batch_size, self.seed, self.workers = data, batch_size, seed, workers
+        self.steps_per_epoch = -(-len(data) // batch_size)
+
+    def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
+        """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
+        rows = order(len(self.data), self.seed, epoch).split(self.batch_size)[skip:]
+        keys = [(epoch, step_rows, span) for step_rows in rows for span in share.cut(len(step_rows))]
+        fetched = iter(_fetch_all(_Views(self.data, self.seed), keys, self.workers))
+        for _ in rows:
+            yield [next(fetched) for _ in range(share.accumulate)]
+
+
+_FetchKey = tuple[int, Tensor, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Views:
+    data: Rows
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: _FetchKey) -> Batch | TutelageError:
+        try:
+            return self.fetch(key)
+        except TutelageError as error:  # as a value: a worker process would wrap a raised one in a traceback
+            return error
+
+    def fetch(self, key: _FetchKey) -> Batch:
+        epoch, rows, (start, stop) = key
+        mine = rows[start : max(stop, start + 1)] if start < len(rows) else rows[-1:]
+        batch = self.data.fetch(mine, view_seeds(self.seed, epoch, self.data.ids[mine])).check_finite()
+        return batch if start < stop else batch.rows(0, 0)
+
+
+def _fetch_all(views: _Views, keys: Sequence[_FetchKey], workers: int) -> Iterable[Batch]:
+    if workers == 0:
+        for key in keys:
+            yield views.fetch(key)
+        return
+    loader: Iterable[Batch | TutelageError] = torch.utils.data.DataLoader(
+        views,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for item in loader:
+        if isinstance(item, TutelageError):
+            raise item
+        yield item
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+_END = object()
+
+
+class LoaderBatches:
+    """Batches of a user's own loader: each that it yields is one optimizer step.
+
+    The loader draws from a random stream of its own, seeded by (seed, epoch), so that one that
+    shuffles gives the same order when a run is resumed and on every process. With several
+    processes each one iterates the whole loader and takes its share of every batch.
+
+    Args:
+        loader: yields anything that ``to_batch`` understands; iterated once an epoch.
+        seed: the run's seed.
+        to_batch: makes a :class:`Batch`; :func:`as_batch` or :func:`causal_batch`.
+
+    Raises:
+        DataError: the loader has no length or yields nothing.
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int, to_batch: Callable[[Any], Batch] = as_batch) -> None:
+        try:
+            self.steps_per_epoch = len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            raise DataError(
+                f"the loader, a {type(loader).__name__}, has no length, so no schedule can be planned",
+                remedy="give it __len__: the number of batches of an epoch",
+            ) from None
+        if self.steps_per_epoch == 0:
+            raise DataError("the loader yields no batches", remedy="check its data set and drop_last")
+        self.loader, self.seed, self.to_batch = loader, seed, to_batch
+
+    def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
+        """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
+        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) & (2**63 - 1)).get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(stream)
+            iterator = iter(self.loader)
+            stream = torch.get_rng_state()
+        for step in itertools.count():
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(stream)
+                raw = next(iterator, _END)
+                stream = torch.get_rng_state()
+            if raw is _END:
+                return
+            if step >= skip:
+                batch = self.to_batch(raw).check_finite()
+                yield [batch.rows(start, stop) for start, stop in share.cut(len(batch))]
+
+
+class InOrder:
+    """All rows once, in order, unaugmented: for evaluation.
+
+    Args:
+        data: a split, or a user's loader.
+        batch_size: rows a batch; ignored for a loader.
+        to_batch: for a loader.
+    """
+
+    def __init__(self, data: Any, batch_size: int = 256, to_batch: Callable[[Any], Batch] = as_batch) -> None:
+        self.data, self.batch_size, self.to_batch = data, batch_size, to_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        if hasattr(self.data, "fetch"):
+            for rows in torch.arange(len(self.data)).split(self.batch_size):
+                yield self.data.fetch(rows).check_finite()
+        else:
+            for raw in self.data:
+                yield self.to_batch(raw).check_finite()

@@ -1,0 +1,312 @@
+"""Where labelled images come from: one function for each kind of source."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import struct
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tutelage.data.images import RawImages, RawSplit, path_id
+from tutelage.errors import ConfigError, DataError, nearest, require
+
+EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+FASHION_CLASSES = [
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+]  # fmt: skip
+FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)
+
+
+def open_source(
+    source: str,
+    *,
+    path: str | None,
+    options: dict[str, Any],
+    image_column: str | None,
+    label_column: str | None,
+    classes: list[str] | None,
+) -> RawImages:
+    """The splits of a source, as it has them.
+
+    Raises:
+        ConfigError: unknown source.
+        DataError: missing or broken data.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "torchvision" and name:
+        return torchvision_source(name, path, options)
+    if kind == "hf" and name:
+        return huggingface_source(name, options, image_column, label_column)
+    if source == "imagefolder":
+        assert path is not None
+        return imagefolder(Path(path), classes)
+    simple: dict[str, Callable[[str | None], RawImages]] = {"digits": digits, "fashion-mnist": fashion_mnist}
+    if source in simple:
+        return simple[source](path)
+    names = [*simple, "imagefolder", "torchvision:NAME", "hf:DATASET_ID"]
+    close = nearest(source, names, 1)
+    raise ConfigError(
+        f"data.source: unknown source {source!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+        remedy=f"allowed: {', '.join(names)}",
+    )
+
+
+def digits(path: str | None) -> RawImages:
+    """1,797 images of handwritten digits, 8x8, from scikit-learn; no split of its own."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(np.rint(images * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    return RawImages([str(i) for i in range(10)], {"train": RawSplit(torch.from_numpy(labels).long(), pixels)})
+
+
+def fashion_mnist(path: str | None) -> RawImages:
+    """60,000 and 10,000 images of clothes, 28x28: Debian's files where installed, else torchvision's download."""
+    folders = (Path(path),) if path else FASHION_FOLDERS
+    for folder in folders:
+        if (folder / "train-images-idx3-ubyte.gz").exists():
+            splits = {}
+            for split, stem in (("train", "train"), ("test", "t10k")):
+                pixels = read_idx(folder / f"{stem}-images-idx3-ubyte.gz").unsqueeze(1)
+                labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz").long()
+                if len(pixels) != len(labels):
+                    raise DataError(f"{len(pixels)} images but {len(labels)} labels", where=f"{folder}, {stem}")
+                splits[split] = RawSplit(labels, pixels)
+            return RawImages(FASHION_CLASSES, splits, [0.2860], [0.3530])
+    try:
+        raw = torchvision_source("FashionMNIST", path, {})
+    except DataError as error:
+        raise DataError(
+            f"Fashion-MNIST is neither in {folders[0]} nor can it be downloaded: {error.what}",
+            remedy="on Debian or Ubuntu: apt-get install dataset-fashion-mnist",
+        ) from None
+    return RawImages(FASHION_CLASSES, raw.splits, [0.2860], [0.3530])
+
+
+def read_idx(path: Path) -> Tensor:
+    """A gzipped IDX file of unsigned bytes (the format of MNIST).
+
+    Raises:
+        DataError: missing, truncated or of another format.
+    """
+    try:
+        with gzip.open(path) as file:
+            data = file.read()
+        zeros, dtype, dims = struct.unpack(">HBB", data[:4])
+        shape = struct.unpack(f">{dims}I", data[4 : 4 + 4 * dims])
+        if zeros != 0 or dtype != 8:
+            raise ValueError(f"type code {dtype:#x}, expected 0x8 (unsigned bytes)")
+        return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
+    except FileNotFoundError:
+        raise DataError("no such file", where=str(path), remedy="the data set needs all four of its files") from None
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise DataError(f"not a whole gzipped IDX file: {error}", where=str(path), remedy="fetch it again") from None
+
+
+def open_image(path: Path) -> Any:
+    """A decoded PIL image.
+
+    Raises:
+        DataError: missing, truncated or not an image.
+    """
+    require("PIL", "vision", "reading image files")
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise DataError(
+            f"cannot be decoded: {reason}", where=str(path), remedy="remove the file or replace it"
+        ) from None
+
+
+def _open_file(files: list[Path], row: int) -> Any:
+    return open_image(files[row])
+
+
+def _open_item(items: Any, key: str | int, row: int) -> Any:
+    return items[row][key]
+
+
+def imagefolder(path: Path, classes: list[str] | None) -> RawImages:
+    """Image files in one sub-folder for each class, with or without split folders above them.
+
+    A sample's id is a hash of its path, so it survives the adding of other files.
+
+    Raises:
+        DataError: no such folder, no images, split folders whose classes differ, or unknown ``classes``.
+    """
+    if not path.is_dir():
+        raise DataError(
+            "no such folder" if not path.exists() else "not a folder",
+            where=str(path),
+            remedy="data.path is the folder that has one sub-folder for each class, or train/ with these inside",
+        )
+    roots = {
+        split: folder
+        for split, names in SPLIT_NAMES.items()
+        for folder in (path / name for name in names)
+        if folder.is_dir()
+    }
+    if "train" not in roots:
+        roots = {"train": path}
+    found = sorted(d.name for d in roots["train"].iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not found:
+        raise DataError(
+            "has no sub-folders", where=str(roots["train"]), remedy="put each class's images in one folder"
+        )
+    if classes is not None and sorted(classes) != found:
+        raise DataError(
+            f"data.classes is {classes}, the folders are {found}",
+            where=str(roots["train"]),
+            remedy="name every folder once, in the order of the class indices",
+        )
+    names = classes or found
+    splits = {}
+    for split, root in roots.items():
+        here = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+        if unknown := [c for c in here if c not in names]:
+            raise DataError(
+                f"classes {unknown[:5]} are not among those of the training images",
+                where=str(root),
+                remedy=f"classes of the training images: {', '.join(names[:20])}",
+            )
+        files, labels = [], []
+        for label, name in enumerate(names):
+            mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not mine and split == "train":
+                raise DataError(
+                    "has no images",
+                    where=str(root / name),
+                    remedy=f"add files ending in one of {', '.join(sorted(EXTENSIONS))}, or remove the folder",
+                )
+            files += mine
+            labels += [label] * len(mine)
+        ids = torch.tensor([path_id(p.relative_to(path).as_posix()) for p in files], dtype=torch.int64)
+        splits[split] = RawSplit(torch.tensor(labels, dtype=torch.int64), open=partial(_open_file, files), ids=ids)
+    return RawImages(names, splits)
+
+
+def torchvision_source(name: str, path: str | None, options: dict[str, Any]) -> RawImages:
+    """A classification data set of torchvision, by class name; downloaded where it can be.
+
+    Raises:
+        DataError: no such data set, or it cannot be had.
+    """
+    require("torchvision", "vision", f"the data set torchvision:{name}")
+    from torchvision import datasets
+
+    cls = getattr(datasets, name, None)
+    if not inspect.isclass(cls):
+        known = [n for n in dir(datasets) if inspect.isclass(getattr(datasets, n))]
+        raise DataError(
+            f"torchvision has no data set {name!r}",
+            remedy=f"nearest: {', '.join(nearest(name, known)) or 'none'}; see torchvision.datasets",
+        )
+    parameters = inspect.signature(cls).parameters
+    common = dict(options)
+    if "root" in parameters:
+        common.setdefault("root", path or "data")
+    if "download" in parameters:
+        common.setdefault("download", True)
+
+    def build(**split: Any) -> Any:
+        try:
+            return cls(**common, **split)
+        except TypeError as error:
+            raise DataError(
+                f"torchvision:{name} with options {options}: {error}", remedy="fix data.options"
+            ) from None
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"torchvision:{name} cannot be loaded: {reason}",
+                remedy="check the network, or download it by hand and give its folder as data.path",
+            ) from None
+
+    if "train" in parameters:
+        parts = {"train": build(train=True), "test": build(train=False)}
+    elif "split" in parameters:
+        parts = {"train": build(split="train")}
+        for split, names in {k: v for k, v in SPLIT_NAMES.items() if k != "train"}.items():
+            for candidate in names:
+                try:
+                    parts[split] = build(split=candidate)
+                    break
+                except DataError:
+                    continue
+    else:
+        parts = {"train": build()}
+    splits = {split: _torchvision_split(part) for split, part in parts.items()}
+    highest = max(int(s.labels.max()) for s in splits.values() if len(s.labels))
+    classes = getattr(parts["train"], "classes", None) or range(highest + 1)
+    return RawImages([str(c) for c in classes], splits)
+
+
+def _torchvision_split(part: Any) -> RawSplit:
+    labels = next((getattr(part, n) for n in ("targets", "labels", "_labels") if hasattr(part, n)), None)
+    if labels is None:
+        labels = [int(part[i][1]) for i in range(len(part))]
+    return RawSplit(torch.as_tensor(np.asarray(labels)).long(), open=partial(_open_item, part, 0))
+
+
+def huggingface_source(
+    name: str, options: dict[str, Any], image_column: str | None, label_column: str | None
+) -> RawImages:
+    """An image classification data set of the Hugging Face hub, or any that ``load_dataset`` builds.
+
+    Raises:
+        DataError: it cannot be had, or has no column of images or of class labels.
+    """
+    require("datasets", "vision", f"the data set hf:{name}")
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, **options)
+    except Exception as error:  # noqa: BLE001 - the library raises what its loaders raise
+        raise DataError(
+            f"hf:{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="check the id, data.options and the network; HF_HUB_OFFLINE=1 allows only what is on disk",
+        ) from None
+    if not isinstance(loaded, datasets.DatasetDict):
+        loaded = datasets.DatasetDict({"train": loaded})
+    parts = {
+        split: loaded[candidate] for split, names in SPLIT_NAMES.items() for candidate in names if candidate in loaded
+    }
+    if "train" not in parts:
+        raise DataError(f"hf:{name} has splits {list(loaded)}, none called train", remedy="name one in data.options")
+    features = parts["train"].features
+    image = image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
+    label = label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
+    for what, column in (("image", image), ("label", label)):
+        if column is None or column not in features:
+            raise DataError(
+                f"hf:{name} has no {what} column" + (f" {column!r}" if column else " of that type"),
+                remedy=f"set data.{what}_column to one of {', '.join(features)}",
+            )
+    assert image is not None
+    feature = features[label]
+    splits = {}
+    for split, part in parts.items():
+        splits[split] = RawSplit(
+            torch.tensor(part[label][:], dtype=torch.int64), open=partial(_open_item, part, image)
+        )
+    highest = max(int(s.labels.max()) for s in splits.values() if len(s.labels))
+    classes = feature.names if isinstance(feature, datasets.ClassLabel) else range(highest + 1)
+    return RawImages([str(c) for c in classes], splits)

@@ -1,0 +1,172 @@
+"""Augmentations whose randomness is a number: any view can be drawn again, anywhere.
+
+The seed of a view is a function of (run seed, epoch, sample id). Teacher and student see the
+same view because they see the same tensor; a cache can redraw it later from the seed alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tutelage.errors import ConfigError, nearest, require
+
+UInts = npt.NDArray[np.uint64]
+Augment = Callable[[Tensor, Tensor], Tensor]
+"""``(uint8 images [B, C, H, W], seeds [B]) -> images`` of the same type."""
+
+
+def _mix(x: UInts) -> UInts:
+    """One round of splitmix64 (Steele et al., 2014): every input bit changes every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def view_seeds(run_seed: int, epoch: int, ids: Tensor) -> Tensor:
+    """The seed of each sample's view in one epoch, int64 ``[B]``."""
+    with np.errstate(over="ignore"):
+        base = _mix(_mix(np.array([run_seed & (2**64 - 1)], dtype=np.uint64)) ^ np.uint64(epoch))
+        mixed = _mix(base ^ _mix(ids.numpy().astype(np.uint64)))
+    return torch.from_numpy(mixed.view(np.int64))
+
+
+def uniform(seeds: Tensor, stream: int) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each seed; another ``stream`` gives independent ones."""
+    with np.errstate(over="ignore"):
+        bits = _mix(seeds.numpy().view(np.uint64) ^ _mix(np.array([stream], dtype=np.uint64)))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def flip(p: float = 0.5, *, stream: int) -> Augment:
+    """Mirror left to right with probability ``p``."""
+
+    def apply(images: Tensor, seeds: Tensor) -> Tensor:
+        chosen = torch.from_numpy(uniform(seeds, stream) < p).view(-1, 1, 1, 1)
+        return torch.where(chosen, images.flip(-1), images)
+
+    return apply
+
+
+def shift(pixels: int = 2, *, stream: int) -> Augment:
+    """Move by up to ``pixels`` in each direction, black coming in: a random crop after zero padding."""
+
+    def apply(images: Tensor, seeds: Tensor) -> Tensor:
+        n, channels, height, width = images.shape
+        padded = torch.nn.functional.pad(images, [pixels] * 4)
+        dy, dx = (
+            torch.from_numpy((uniform(seeds, stream + i) * (2 * pixels + 1)).astype(np.int64)).view(n, 1, 1, 1)
+            for i in range(2)
+        )
+        ys = torch.arange(height).view(1, 1, -1, 1) + dy
+        xs = torch.arange(width).view(1, 1, 1, -1) + dx
+        return padded[torch.arange(n).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1), ys, xs]
+
+    return apply
+
+
+def transform(name: str, options: dict[str, Any]) -> Augment:
+    """A random transform of ``torchvision.transforms.v2``, drawn image by image from its view's seed."""
+    require("torchvision", "vision", f"the augmentation {name!r}")
+    from torchvision.transforms import v2
+
+    module = getattr(v2, name)(**options)
+
+    def apply(images: Tensor, seeds: Tensor) -> Tensor:
+        return torch.stack([drawn(module, image, int(seed)) for image, seed in zip(images, seeds, strict=True)])
+
+    return apply
+
+
+def drawn(transform: Callable[[Any], Any], image: Any, seed: int) -> Any:
+    """``transform(image)`` under generators seeded by ``seed``, which leaves no trace of itself."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed & (2**63 - 1))
+        random.seed(seed)
+        try:
+            return transform(image)
+        finally:
+            random.setstate(state)
+
+
+OURS: dict[str, Callable[..., Augment]] = {"flip": flip, "shift": shift}
+THEIRS = {
+    "auto-augment": "AutoAugment",
+    "color-jitter": "ColorJitter",
+    "erase": "RandomErasing",
+    "grayscale": "RandomGrayscale",
+    "rand-augment": "RandAugment",
+    "rotate": "RandomRotation",
+    "trivial-augment": "TrivialAugmentWide",
+}
+CROPS = ("resized-crop",)
+"""Augmentations that replace the resizing of an image file, and so come first."""
+
+
+def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """``shift``, ``{shift: 2}`` or ``{shift: {pixels: 2}}`` as a name and options.
+
+    Raises:
+        ConfigError: unknown name, or not one of these forms.
+    """
+    allowed = [*OURS, *THEIRS, *CROPS]
+    if isinstance(entry, str):
+        name, value = entry, None
+    elif len(entry) == 1:
+        name, value = next(iter(entry.items()))
+    else:
+        raise ConfigError(
+            f"data.augment: {entry!r} names {len(entry)} augmentations", remedy="one entry of the list for each"
+        )
+    if name not in allowed:
+        close = nearest(name, allowed, 1)
+        raise ConfigError(
+            f"data.augment: unknown augmentation {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+            remedy=f"allowed: {', '.join(allowed)}",
+        )
+    if value is None:
+        return name, {}
+    if isinstance(value, dict):
+        return name, value
+    first = {"flip": "p", "shift": "pixels", "rotate": "degrees", "erase": "p", "grayscale": "p"}
+    if name not in first:
+        raise ConfigError(f"data.augment: {name} takes options by name", remedy=f"{{{name}: {{option: value}}}}")
+    return name, {first[name]: value}
+
+
+def build_augments(entries: Sequence[str | dict[str, Any]]) -> list[Augment]:
+    """The augmentations of a recipe, crops left out, each with its own stream of randomness.
+
+    Raises:
+        ConfigError: an unknown name or option.
+        MissingDependencyError: torchvision is needed and not installed.
+    """
+    built: list[Augment] = []
+    for position, entry in enumerate(entries):
+        name, options = parse_augment(entry)
+        if name in CROPS:
+            continue
+        try:
+            if name in OURS:
+                built.append(OURS[name](**options, stream=16 * position))
+            else:
+                built.append(transform(THEIRS[name], options))
+        except (TypeError, ValueError) as error:
+            known = (
+                ", ".join(p for p in inspect.signature(OURS[name]).parameters if p != "stream")
+                if name in OURS
+                else ""
+            )
+            raise ConfigError(
+                f"data.augment: {name} with {options}: {error}", remedy=f"its options: {known}" if known else None
+            ) from None
+    return built

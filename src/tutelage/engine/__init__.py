@@ -1,0 +1,18 @@
+"""The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
+
+from tutelage.engine.evaluate import evaluate
+from tutelage.engine.launch import Accelerator, from_main, make_accelerator
+from tutelage.engine.loop import Outcome, Training, Watcher, fit
+from tutelage.engine.rundir import RunDirectory
+
+__all__ = [
+    "Accelerator",
+    "Outcome",
+    "RunDirectory",
+    "Training",
+    "Watcher",
+    "evaluate",
+    "fit",
+    "from_main",
+    "make_accelerator",
+]

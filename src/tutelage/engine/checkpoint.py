@@ -1,0 +1,162 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+A checkpoint is a folder of one safetensors file for all tensors and one JSON file for all else,
+so reading it never runs code. Tensors are stored whole under the names of the unwrapped module,
+whatever the sharding: a run may be continued with another number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from tutelage.engine.rundir import new_folder
+from tutelage.errors import CheckpointError
+
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+
+
+def full_model_state(module: nn.Module) -> dict[str, Tensor]:
+    """All weights and buffers, unsharded, on the CPU, by the names of the unwrapped module."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {k: v for k, v in get_model_state_dict(module, options=options).items() if isinstance(v, Tensor)}
+
+
+@dataclass
+class Checkpoint:
+    """The parts of a training's state, gathered."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def pack(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON; each tensor in it moves to ``tensors`` and leaves its name behind."""
+    if isinstance(value, Tensor):
+        tensors[prefix] = value.detach().cpu().contiguous().clone()
+        return {"tensor": prefix}
+    if isinstance(value, dict):
+        return {"dict": [[k, pack(v, f"{prefix}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [pack(v, f"{prefix}/{i}", tensors) for i, v in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{prefix} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What :func:`pack` was given."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    match kind:
+        case "tensor":
+            return tensors[inner]
+        case "dict":
+            return {k: unpack(v, tensors) for k, v in inner}
+        case "list":
+            return [unpack(v, tensors) for v in inner]
+        case _:
+            return tuple(unpack(v, tensors) for v in inner)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random generator that training may draw from, in this process."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`rng_state` gave."""
+    torch.set_rng_state(state["torch"].to(torch.uint8))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].to(torch.uint8))
+
+
+def capture_training(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and optimizer state, unsharded; every process must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {
+        "model": full_model_state(module),
+        "optimizer": get_optimizer_state_dict(module, optimizer, options=options),
+    }
+
+
+def restore_training(module: nn.Module, optimizer: torch.optim.Optimizer, captured: dict[str, Any]) -> None:
+    """Put back what :func:`capture_training` gave; every process must call it with the same."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(module, captured["model"], options=options)
+    set_optimizer_state_dict(module, optimizer, captured["optimizer"], options=options)
+
+
+def save_checkpoint(folder: Path, parts: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    state = pack(parts, "", tensors)
+    with new_folder(folder) as draft:
+        save_file(tensors, str(draft / TENSORS))
+        (draft / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: incomplete or damaged.
+    """
+    try:
+        tensors = load_file(str(folder / TENSORS))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        parts: dict[str, Any] = unpack(state, tensors)
+        return parts
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"is damaged: {error}", where=str(folder), remedy="delete this folder; --resume then takes the one before"
+        ) from None
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the latest step in ``folder``."""
+    found = sorted(folder.glob("step-*"))
+    return found[-1] if found else None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest."""
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        trash = old.with_name(f".{old.name}")
+        old.rename(trash)  # one step out of sight: a kill in the middle leaves no half checkpoint
+        shutil.rmtree(trash, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""An exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class EMA:
+    """Averages of all floating parameters of a module: ``a = decay * a + (1 - decay) * w``.
+
+    In the first steps the decay is (1 + step) / (10 + step), so that the average is not the
+    initialisation for long. Buffers are the module's own.
+
+    Args:
+        module: the module, as trained (sharded where it is sharded).
+        decay: in (0, 1).
+
+    Reference: Tarvainen and Valpola, Mean teachers are better role models (2017), section 3.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.parameters = dict(module.named_parameters())
+        self.averages = {k: p.detach().clone() for k, p in self.parameters.items()}
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move every average towards its weight."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(
+            [_local(a) for a in self.averages.values()],
+            [_local(p.detach()) for p in self.parameters.values()],
+            1.0 - decay,
+        )
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module holds the averages during the block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            mine, theirs = _local(self.averages[name]), _local(parameter.data)
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+    def state(self) -> dict[str, object]:
+        """For a checkpoint; unsharded, so every process must call it."""
+        whole = {k: a.full_tensor() if isinstance(a, DTensor) else a for k, a in self.averages.items()}
+        return {"updates": self.updates, "averages": whole}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, object]) -> None:
+        """Restore :meth:`state`."""
+        self.updates = int(state["updates"])  # type: ignore[call-overload]
+        whole: dict[str, Tensor] = state["averages"]  # type: ignore[assignment]
+        for name, average in self.averages.items():
+            value = whole[name]
+            if isinstance(average, DTensor):
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, average.device_mesh, average.placements)
+            average.copy_(value)
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,0 +1,128 @@
+"""How good a model is, and how like its teacher: sums over positions, never means of means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tutelage.data.batch import IGNORE, Batch, spans
+from tutelage.data.loader import Share
+from tutelage.taps import Needs, observe
+
+BINS = 15
+"""Bins of the reliability diagram and of the calibration error (Guo et al., 2017)."""
+
+
+class Scores:
+    """Running sums of every metric of a classifier.
+
+    Args:
+        device: where the sums live.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        names = ("n", "correct", "nll", "seen", "agree", "kl")
+        self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in names}
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)
+        self.per_class: Tensor | None = None
+
+    def add(self, logits: Tensor, labels: Tensor, counted: Tensor, teacher: Tensor | None = None) -> None:
+        """Add positions: logits ``[N, C]``, labels ``[N]``, ``counted`` ``[N]``, teacher logits ``[N, C]``."""
+        has = (labels != IGNORE) & counted
+        scores, targets = logits[has], labels[has]
+        log_p = F.log_softmax(scores, dim=-1)
+        confidence, predicted = log_p.max(dim=-1)
+        right = predicted == targets
+        self.sums["n"] += has.sum()
+        self.sums["correct"] += right.sum()
+        self.sums["nll"] += F.nll_loss(log_p, targets, reduction="sum")
+        confidence = confidence.exp().double()
+        which = (confidence * BINS).ceil().sub(1).clamp(0, BINS - 1).long()
+        ones = torch.stack([torch.ones_like(confidence), confidence, right.double()])
+        self.bins.index_add_(1, which, ones)
+        classes = logits.shape[-1]
+        if classes <= 1000:
+            if self.per_class is None:
+                self.per_class = torch.zeros(2, classes, dtype=torch.float64, device=logits.device)
+            self.per_class.index_add_(1, targets, torch.stack([torch.ones_like(confidence), right.double()]))
+        if teacher is not None:
+            mine, theirs = logits[counted], teacher[counted]
+            log_q, log_t = F.log_softmax(mine, dim=-1), F.log_softmax(theirs, dim=-1)
+            self.sums["seen"] += counted.sum()
+            self.sums["agree"] += (mine.argmax(-1) == theirs.argmax(-1)).sum()
+            self.sums["kl"] += F.kl_div(log_q, log_t, reduction="sum", log_target=True)
+
+    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> Scores:
+        """These sums, added up over processes."""
+        self.sums = {k: over_processes(v) for k, v in self.sums.items()}
+        self.bins = over_processes(self.bins)
+        self.per_class = None if self.per_class is None else over_processes(self.per_class)
+        return self
+
+    def result(self) -> dict[str, Any]:
+        """Accuracy, loss (nats), ECE and the reliability bins; with a teacher, agreement and KL (nats)."""
+        s = {k: float(v) for k, v in self.sums.items()}
+        n = max(s["n"], 1.0)
+        count, confidence, right = self.bins.cpu()
+        out: dict[str, Any] = {
+            "n": int(s["n"]),
+            "accuracy": s["correct"] / n,
+            "loss": s["nll"] / n,
+            "ece": float((confidence - right).abs().sum() / n),
+            "reliability": {
+                "count": count.tolist(),
+                "confidence": (confidence / count.clamp(min=1)).tolist(),
+                "accuracy": (right / count.clamp(min=1)).tolist(),
+            },
+        }
+        if self.per_class is not None and self.per_class.shape[1] <= 100:
+            total, hits = self.per_class.cpu()
+            out["per_class"] = (hits / total.clamp(min=1)).tolist()
+        if s["seen"]:
+            out["agreement"] = s["agree"] / s["seen"]
+            out["kl"] = s["kl"] / s["seen"]
+        return out
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    teacher: Iterable[Tensor] | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen
+    reduce: Callable[[Tensor], Tensor] = lambda x: x,
+) -> dict[str, Any]:
+    """Metrics of ``model`` over ``batches``; the model's mode is left as it was.
+
+    Args:
+        model: any module that gives logits.
+        batches: unaugmented.
+        device: where the model is.
+        teacher: the teacher's logits for each batch, ``[B, ..., C]``, in the same order.
+        share: which rows of every batch this process evaluates.
+        reduce: sums a tensor over processes.
+    """
+    scores = Scores(device)
+    theirs = iter(teacher) if teacher is not None else None
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        for batch in batches:
+            start, stop = spans(len(batch), share.world)[share.rank]
+            mine = batch.rows(start, stop).to(device)
+            with torch.no_grad():
+                logits = observe(model, mine.inputs, Needs()).logits
+            assert logits is not None
+            reference = None
+            if theirs is not None:
+                rows = next(theirs)
+                reference = (rows[start:stop] if start < stop else rows[:1]).to(device).flatten(0, -2)
+            scores.add(logits.flatten(0, -2).float(), mine.labels.flatten(), mine.counted().flatten(), reference)
+    finally:
+        for module in training:
+            module.training = True
+    return scores.reduce(reduce).result()

@@ -1,0 +1,422 @@
+"""The training loop, the same for every model and method."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from tutelage.config import TrainConfig
+from tutelage.data.batch import Batch
+from tutelage.data.loader import Batches, Share
+from tutelage.engine import checkpoint
+from tutelage.engine.ema import EMA
+from tutelage.engine.evaluate import evaluate
+from tutelage.engine.optim import build_optimizer, build_schedule
+from tutelage.engine.rundir import RunDirectory
+from tutelage.errors import CapabilityError, Interrupted, NumericsError
+from tutelage.methods.base import Method, Term, Trainee
+from tutelage.teachers.signal import Signal, Teacher
+
+CHECKPOINT_SECONDS = 20.0
+"""Without ``checkpoint_every``, an evaluation is followed by a checkpoint at most this often."""
+
+
+class Watcher(Protocol):
+    """Somebody who is told how a training goes."""
+
+    def started(self, name: str, step: int, total: int) -> None:
+        """A training begins, or goes on from ``step``."""
+        ...
+
+    def stepped(self, step: int) -> None:
+        """An optimizer step is done."""
+        ...
+
+    def logged(self, line: dict[str, Any]) -> None:
+        """A line went to the metrics."""
+        ...
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def started(self, name: str, step: int, total: int) -> None:
+        """Nothing."""
+
+    def stepped(self, step: int) -> None:
+        """Nothing."""
+
+    def logged(self, line: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Training:
+    """One training: what, on what, taught by whom, and where it leaves its traces.
+
+    Attributes:
+        name: of this training within its run, such as ``distilled-seed0``.
+        student: trained in place.
+        method: gives the terms of a batch.
+        batches: the training data, planned by seed.
+        config: how to train.
+        run: the run directory.
+        teacher: ``None`` for a method without one.
+        validation: batches to select on; ``None`` for none.
+        seed: of everything random but the initialisation, which is the caller's.
+        should_stop: asked after every step; true saves and raises :class:`Interrupted`.
+        watcher: is told how it goes.
+        epoch_steps: what counts as an epoch for the schedule and the evaluations, where that is not a pass
+            over ``batches``: a student alone on fewer images gets the steps of the distilled one.
+    """
+
+    name: str
+    student: nn.Module
+    method: Method
+    batches: Batches
+    config: TrainConfig
+    run: RunDirectory
+    teacher: Teacher | None = None
+    validation: Iterable[Batch] | None = None
+    seed: int = 0
+    should_stop: Callable[[], bool] = lambda: False
+    watcher: Watcher = field(default_factory=Silent)
+    epoch_steps: int | None = None
+
+    @property
+    def epoch_length(self) -> int:
+        """``epoch_steps``, resolved."""
+        return self.epoch_steps or self.batches.steps_per_epoch
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.config.steps or (self.config.epochs or 1) * self.epoch_length
+
+
+@dataclass
+class Progress:
+    """Where a training stands; part of its checkpoints."""
+
+    step: int = 0
+    best: list[float] | None = None
+    """Validation accuracy, minus loss and step of the best evaluation so far."""
+    stale: int = 0
+    """Evaluations since then."""
+    seconds: float = 0.0
+    stopped_early: bool = False
+
+
+@dataclass
+class Outcome:
+    """A finished training.
+
+    Attributes:
+        last: weights after the last step, by name, on the CPU.
+        best: weights at the best validation; ``last`` where there was none.
+        progress: where it ended.
+    """
+
+    last: dict[str, Tensor]
+    best: dict[str, Tensor]
+    progress: Progress
+
+
+def fit(t: Training, accelerator: Accelerator) -> Outcome:
+    """Train ``t.student``, from its newest checkpoint where there is one.
+
+    Raises:
+        Interrupted: ``t.should_stop`` said so; the state is saved.
+        NumericsError: the loss is no longer finite.
+        CheckpointError: the newest checkpoint is damaged.
+    """
+    s = _State(t, accelerator)
+    s.resume()
+    t.watcher.started(t.name, s.at.step, t.steps)
+    per_epoch = t.batches.steps_per_epoch
+    while s.at.step < t.steps and not s.at.stopped_early:
+        epoch, done = divmod(s.at.step, per_epoch)
+        for micros in t.batches.epoch(epoch, s.share, skip=done):
+            micros = [batch.to(accelerator.device) for batch in micros]
+            scale = s.scales(micros)
+            for batch in micros:
+                with accelerator.accumulate(s.trainee):
+                    terms = s.trainee(batch, s.signal(batch))
+                    accelerator.backward(s.loss(terms, scale))
+            if t.config.clip is not None:
+                accelerator.clip_grad_norm_(s.trainee.parameters(), t.config.clip)
+            s.optimizer.step()
+            s.schedule.step()
+            s.optimizer.zero_grad()
+            s.after_step()
+            if s.at.step >= t.steps or s.at.stopped_early:
+                break
+    return s.finish()
+
+
+class _State:
+    """What :func:`fit` keeps between steps, and the bookkeeping around them."""
+
+    def __init__(self, t: Training, accelerator: Accelerator) -> None:
+        self.t, self.accelerator = t, accelerator
+        if accelerator.distributed_type.value == "DEEPSPEED":
+            prepare_deepspeed(accelerator, t.config.batch_size, t.config.accumulate)
+        accelerator.gradient_state.plugin_kwargs.update(num_steps=t.config.accumulate, sync_with_dataloader=False)
+        accelerator.step = 0
+        self.share = Share(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
+        torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
+        if t.config.compile:
+            t.student.compile()
+        trainee = Trainee(t.student, t.method).train()
+        self.trainee, self.optimizer = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
+        self.bare_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.schedule = build_schedule(self.bare_optimizer, t.config.schedule, t.steps, t.epoch_length)
+        self.ema = EMA(self.trainee, t.config.ema) if t.config.ema is not None else None
+        self.evaluate_every = t.config.evaluate_every or t.epoch_length
+        self.at = Progress()
+        self.best: dict[str, Tensor] | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
+        self.clock = self.saved_at = time.monotonic()
+        self.stop = torch.zeros(())
+        self.first = True
+
+    # One step ------------------------------------------------------------------------------------
+
+    def signal(self, batch: Batch) -> Signal | None:
+        if self.t.method.needs is None or self.t.teacher is None:
+            return None
+        with self.accelerator.autocast():
+            return self.t.teacher.signal(batch, self.t.method.needs)
+
+    def scales(self, micros: list[Batch]) -> dict[str, Tensor]:
+        """For each term its weight over its count in the whole step, all micro-batches and processes."""
+        counts: dict[str, Tensor] = {}
+        for batch in micros:
+            for name, count in self.t.method.counts(batch).items():
+                counts[name] = counts[name] + count if name in counts else count
+        if self.share.world > 1:
+            asked = torch.tensor(float(self.t.should_stop()), device=self.accelerator.device)
+            stacked = torch.stack([asked, *(c.float() for c in counts.values())])
+            self.stop, *summed = self.accelerator.reduce(stacked, "sum").unbind()
+            counts = dict(zip(counts, summed, strict=True))
+        # Backward divides by the micro-batches, and the wrapper averages over processes: undo both.
+        parts = self.share.world * self.share.accumulate
+        return {name: self.t.method.weights[name] * parts / count.clamp(min=1) for name, count in counts.items()}
+
+    def loss(self, terms: dict[str, Term], scale: dict[str, Tensor]) -> Tensor:
+        if self.first:
+            self.check_terms(terms, scale)
+        loss: Tensor | None = None
+        for name, (total, count) in terms.items():
+            part = total * scale[name]
+            loss = part if loss is None else loss + part
+            if name in self.sums:
+                self.sums[name] += total.detach()
+                self.totals[name] += count
+            else:
+                self.sums[name], self.totals[name] = total.detach().clone(), count.clone()
+        assert loss is not None
+        return loss
+
+    def check_terms(self, terms: dict[str, Term], scale: dict[str, Tensor]) -> None:
+        self.first = False
+        names = {"terms": set(terms), "counts": set(scale), "weights": set(self.t.method.weights)}
+        if len({frozenset(n) for n in names.values()}) != 1:
+            shown = "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in names.items())
+            raise CapabilityError(
+                f"{type(self.t.method).__name__} names its terms differently in different places: {shown}",
+                remedy="forward(), counts() and weights must name the same terms",
+            )
+
+    # After a step --------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        t, at = self.t, self.at
+        at.step += 1
+        if self.ema is not None:
+            self.ema.update()
+        last = at.step == t.steps
+        evaluating = at.step % self.evaluate_every == 0 or last
+        due = t.config.checkpoint_every is not None and at.step % t.config.checkpoint_every == 0
+        if at.step % t.config.log_every == 0 or evaluating or due:
+            self.log()
+        if evaluating and t.validation is not None:
+            self.validate()
+            last = last or at.stopped_early
+        if t.config.checkpoint_every is None and evaluating:
+            due = self.agreed(time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS)
+        if due or last:
+            self.save()
+        t.watcher.stepped(at.step)
+        if not last and self.asked_to_stop():
+            self.log()
+            self.save()
+            raise Interrupted(f"stopped at step {at.step} of {t.steps} of {t.name}; everything is saved")
+
+    def agreed(self, mine: bool) -> bool:
+        """The main process's answer, on every process."""
+        if self.share.world == 1:
+            return mine
+        answer = torch.tensor(float(mine and self.accelerator.is_main_process), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(answer, "sum").item())
+
+    def asked_to_stop(self) -> bool:
+        if self.share.world == 1:
+            return self.t.should_stop()
+        look = self.accelerator.device.type == "cpu" or self.at.step % self.t.config.log_every == 0
+        return look and bool(self.stop.item())
+
+    def log(self) -> None:
+        t = self.t
+        if not self.sums:
+            return
+        names = list(self.sums)
+        stacked = torch.stack([*(self.sums[n].float() for n in names), *(self.totals[n].float() for n in names)])
+        values = self.accelerator.reduce(stacked, "sum").tolist() if self.share.world > 1 else stacked.tolist()
+        raw = {n: values[i] / max(values[len(names) + i], 1.0) for i, n in enumerate(names)}
+        self.sums, self.totals = {}, {}
+        line: dict[str, Any] = {
+            "training": t.name,
+            "step": self.at.step,
+            "epoch": self.at.step / t.epoch_length,
+            "lr": self.bare_optimizer.param_groups[0]["lr"],
+            "loss": sum(t.method.weights[n] * v for n, v in raw.items()),
+            "terms": {n: {"raw": v, "weighted": t.method.weights[n] * v} for n, v in raw.items()},
+        }
+        if not all(abs(v) < float("inf") for v in raw.values()):
+            raise NumericsError(
+                f"{t.name}: the loss is no longer finite, by step {self.at.step} ({raw})",
+                remedy="lower train.optimizer.lr, set train.clip: 1.0 or use bf16 in place of fp16; "
+                "`tutelage doctor` looks at the data",
+            )
+        self.emit(line, {"loss": line["loss"], "lr": line["lr"], **{f"term/{n}": v for n, v in raw.items()}})
+
+    def emit(self, line: dict[str, Any], tracked: dict[str, float]) -> None:
+        self.t.run.log(line)
+        if self.accelerator.trackers:
+            self.accelerator.log({f"{self.t.name}/{k}": v for k, v in tracked.items()}, step=self.at.step)
+        self.t.watcher.logged(line)
+
+    def validate(self) -> None:
+        t, at = self.t, self.at
+        assert t.validation is not None
+        with self.accelerator.autocast(), self.averaged():
+            model = self.trainee.student if isinstance(self.trainee, Trainee) else _Part(self.trainee)
+            scores = evaluate(
+                model, t.validation, self.accelerator.device, share=self.share, reduce=self.sum_over_processes
+            )
+            score = [scores["accuracy"], -scores["loss"], float(at.step)]
+            if at.best is None or score[:2] > at.best[:2]:
+                at.best, at.stale = score, 0
+                self.best = checkpoint.full_model_state(self.trainee)
+            else:
+                at.stale += 1
+        if t.config.early_stop is not None and at.stale >= t.config.early_stop:
+            at.stopped_early = True
+        line = {
+            "training": t.name,
+            "step": at.step,
+            "epoch": at.step / t.epoch_length,
+            "validation": {k: scores[k] for k in ("accuracy", "loss", "ece")},
+        }
+        self.emit(line, {f"validation/{k}": v for k, v in line["validation"].items()})  # type: ignore[attr-defined]
+
+    def sum_over_processes(self, x: Tensor) -> Tensor:
+        out: Tensor = self.accelerator.reduce(x, "sum")
+        return out
+
+    def averaged(self) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    # Checkpoints ---------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        t, accelerator = self.t, self.accelerator
+        self.at.seconds += time.monotonic() - self.clock
+        self.clock = self.saved_at = time.monotonic()
+        captured = checkpoint.capture_training(self.trainee, self.bare_optimizer)
+        ema = None if self.ema is None else self.ema.state()
+        generators = [checkpoint.rng_state()]
+        if self.share.world > 1:
+            generators = gather_object(generators)
+        if accelerator.is_main_process and t.run.writes:
+            folder = t.run.checkpoints(t.name)
+            parts = {
+                **captured,
+                "schedule": self.schedule.state_dict(),
+                "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+                "ema": ema,
+                "best": self.best,
+                "generators": generators,
+                "progress": vars(self.at),
+            }
+            checkpoint.save_checkpoint(folder / f"step-{self.at.step:09d}", parts)
+            checkpoint.prune(folder, t.config.keep)
+        accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        t = self.t
+        folder = checkpoint.newest(t.run.checkpoints(t.name))
+        if folder is None:
+            t.run.rewind(t.name, 0)
+            return
+        parts = checkpoint.load_checkpoint(folder)
+        checkpoint.restore_training(self.trainee, self.bare_optimizer, parts)
+        self.schedule.load_state_dict(parts["schedule"])
+        if parts["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(parts["scaler"])
+        if self.ema is not None:
+            self.ema.load(parts["ema"])
+        self.best = parts["best"]
+        self.at = Progress(**parts["progress"])
+        if len(parts["generators"]) == self.share.world:
+            checkpoint.set_rng_state(parts["generators"][self.share.rank])
+        t.run.rewind(t.name, self.at.step)
+
+    def finish(self) -> Outcome:
+        with self.averaged():
+            last = checkpoint.full_model_state(self.trainee)
+        self.accelerator.free_memory()
+        return Outcome(_of_student(last), _of_student(self.best if self.best is not None else last), self.at)
+
+
+class _Part(nn.Module):
+    """The student inside a wrapped trainee, called through the wrapper's module for evaluation."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        module = wrapped
+        while not isinstance(module, Trainee):
+            module = module.module  # type: ignore[assignment]
+        self.trainee = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.trainee.student(*args, **kwargs)
+
+
+def _of_student(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+
+
+def prepare_deepspeed(accelerator: Accelerator, batch_size: int, accumulate: int) -> None:
+    """Tell DeepSpeed the sizes that it would otherwise take from a data loader it does not see."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = max(1, batch_size // (accelerator.num_processes * accumulate))
+    config["gradient_accumulation_steps"] = accumulate
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``."""
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,114 @@
+"""Optimizers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as schedulers
+
+from tutelage.config import OptimizerConfig, ScheduleConfig
+from tutelage.errors import ConfigError
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adadelta": torch.optim.Adadelta,
+    "adafactor": torch.optim.Adafactor,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+    "adamw": torch.optim.AdamW,
+    "asgd": torch.optim.ASGD,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of all parameters of ``module`` that want a gradient.
+
+    Weight decay is not applied to vectors and scalars (biases, norms), as is usual.
+
+    Raises:
+        ConfigError: the optimizer refuses an option, or there is nothing to train.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ConfigError("the student has no parameter that requires a gradient", remedy="unfreeze some of it")
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    try:
+        return OPTIMIZERS[config.kind]([g for g in groups if g["params"]], lr=config.lr, **_tuples(config.options))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"train.optimizer: {config.kind} with {config.options}: {error}",
+            remedy="see torch.optim for the values it takes",
+        ) from None
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+
+
+Factor = Callable[[torch.optim.Optimizer, int, int, dict[str, Any]], Any]
+
+
+def _steps(value: Any, steps_per_epoch: int) -> int:
+    return max(1, round(value * steps_per_epoch))
+
+
+SCHEDULES: dict[str, Factor] = {
+    "constant": lambda o, n, e, k: schedulers.ConstantLR(o, factor=1.0),
+    "cosine": lambda o, n, e, k: schedulers.CosineAnnealingLR(
+        o, T_max=n, eta_min=k.get("final", 0.0) * o.param_groups[0]["lr"]
+    ),
+    "exponential": lambda o, n, e, k: schedulers.ExponentialLR(o, gamma=k.get("gamma", 0.95) ** (1 / e)),
+    "linear": lambda o, n, e, k: schedulers.LinearLR(o, 1.0, k.get("final", 0.0), total_iters=n),
+    "multistep": lambda o, n, e, k: schedulers.MultiStepLR(
+        o, [_steps(m, e) for m in k["milestones"]], gamma=k.get("gamma", 0.1)
+    ),
+    "onecycle": lambda o, n, e, k: schedulers.OneCycleLR(
+        o, max_lr=o.param_groups[0]["lr"], total_steps=n + 1, pct_start=k.get("rise", 0.3), cycle_momentum=False
+    ),
+    "polynomial": lambda o, n, e, k: schedulers.PolynomialLR(o, total_iters=n, power=k.get("power", 1.0)),
+    "step": lambda o, n, e, k: schedulers.StepLR(o, _steps(k.get("every", 30), e), gamma=k.get("gamma", 0.1)),
+}
+"""Name -> (optimizer, steps in all, steps an epoch, options) -> schedule. Milestones, ``every`` and the
+exponential's decay are in epochs."""
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int, steps_per_epoch: int
+) -> schedulers.ChainedScheduler:
+    """The schedule, after a linear warm-up; stepped once an optimizer step.
+
+    Raises:
+        ConfigError: an option is missing or refused.
+    """
+    warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+    try:
+        main = SCHEDULES[config.kind](optimizer, max(1, steps), steps_per_epoch, config.options)
+        chain = [main]
+        if warmup:
+            chain.append(schedulers.LinearLR(optimizer, 1 / (warmup + 1), 1.0, total_iters=warmup))
+        return schedulers.ChainedScheduler(chain, optimizer=optimizer)
+    except KeyError as error:
+        raise ConfigError(
+            f"train.schedule: {config.kind} needs the option {error}",
+            remedy="for example milestones: [150, 180, 210]",
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"train.schedule: {config.kind} with {config.options}: {error}", remedy="see docs/recipes.md"
+        ) from None
+
+
+def accepted_options(optimizer: str) -> set[str]:
+    """The options that torch's constructor takes; what ``tutelage.config.OPTIMIZERS`` is checked against."""
+    return set(inspect.signature(OPTIMIZERS[optimizer]).parameters)

@@ -1,0 +1,171 @@
+"""The run directory: everything a person or a report needs, written so that a crash loses nothing.
+
+::
+
+    config.yaml     the resolved recipe
+    metrics.jsonl   one line for each log point and evaluation of every training
+    summary.json    what the run found; written at the end
+    report.html     the same to look at
+    student/        the exported student
+    models/         each finished training's model and its result
+    checkpoints/    each unfinished training's state
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import RunDirectoryError
+
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "free some space, then go on with --resume"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, then go on with --resume"),
+    errno.EACCES: ("permission denied", "choose another --out, or fix the folder's permissions"),
+    errno.EROFS: ("the file system is read-only", "choose another --out"),
+    errno.ENOTDIR: ("a part of the path is a file", "choose another --out"),
+    errno.EEXIST: ("it is a file", "choose another --out"),
+}
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write at ``path`` into a :class:`RunDirectoryError`."""
+    try:
+        yield
+    except RunDirectoryError:
+        raise
+    except OSError as error:
+        reason, remedy = _REASONS.get(error.errno or 0, (str(error), "check the path and the disk"))
+        raise RunDirectoryError(f"cannot be written: {reason}", where=str(path), remedy=remedy) from error
+    except Exception as error:
+        # safetensors reports the system's refusal as an error of its own
+        if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
+            full = "28" in str(error) or "space" in str(error)
+            reason, remedy = _REASONS[errno.ENOSPC] if full else (str(error), "check the path and the disk")
+            raise RunDirectoryError(f"cannot be written: {reason}", where=str(path), remedy=remedy) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary name, synced, then renamed."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears at ``path`` complete, synced, in one rename, or not at all."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield draft
+            for file in draft.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            draft.chmod(0o755)
+            old = None
+            if path.exists():
+                old = path.with_name(f".{path.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            draft.rename(path)
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+class RunDirectory:
+    """Paths and files of one run.
+
+    Args:
+        path: the folder; made if absent.
+        writes: whether this process writes (the main one of several).
+    """
+
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "config.yaml"
+
+    @property
+    def summary(self) -> Path:
+        """What the run found."""
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The log of every training."""
+        return self.path / "metrics.jsonl"
+
+    def checkpoints(self, training: str) -> Path:
+        """Folder of a training's checkpoints."""
+        return self.path / "checkpoints" / training
+
+    def model(self, training: str) -> Path:
+        """Folder of a finished training's model."""
+        return self.path / "models" / training
+
+    def result(self, training: str) -> dict[str, Any] | None:
+        """What a finished training found; ``None`` while it is not finished."""
+        path = self.model(training) / "result.json"
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line to the metrics."""
+        if self.writes:
+            with explained(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def rewind(self, training: str, step: int) -> None:
+        """Forget what was logged of a training after ``step``, before it goes on from there."""
+        if self.writes and self.metrics.exists():
+            kept = [
+                text
+                for text in self.metrics.read_text(encoding="utf-8").splitlines()
+                if (line := _parsed(text)) is not None and not (line["training"] == training and line["step"] > step)
+            ]
+            write_text(self.metrics, "".join(text + "\n" for text in kept))
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half-written."""
+        for folder in (self.path, self.path / "models", *(self.path / "checkpoints").glob("*")):
+            if folder.is_dir():
+                for draft in folder.glob(".*"):
+                    shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line: dict[str, Any] = json.loads(text)
+        return line
+    except ValueError:  # the last line of a killed process may be cut short
+        return None

@@ -1,0 +1,83 @@
+"""Every error that tutelage raises on purpose.
+
+One root, so that a caller can catch all of them; each subclass is also the
+standard-library error that a caller would expect. A message says what is
+wrong, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class TutelageError(Exception):
+    """Root of all errors raised on purpose.
+
+    Args:
+        what: what is wrong, with what was given.
+        where: the place: a file and line, a key, a module path. Optional.
+        remedy: what the reader can do about it. Optional only where nothing can be done.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(what, where, remedy)
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n  -> {self.remedy}" if self.remedy else head
+
+
+class ConfigError(TutelageError, ValueError):
+    """A recipe, or an override of it, cannot be used."""
+
+
+class DataError(TutelageError, ValueError):
+    """The data cannot be read, or is not what the run needs."""
+
+
+class ModelError(TutelageError, ValueError):
+    """A model cannot be built, or has no such module."""
+
+
+class CheckpointError(TutelageError, ValueError):
+    """A checkpoint or weights file is missing, broken, unsafe or of another model."""
+
+
+class CapabilityError(TutelageError, ValueError):
+    """The teacher, student, data and method do not fit each other."""
+
+
+class NumericsError(TutelageError, ArithmeticError):
+    """A loss, an input or a weight is not finite."""
+
+
+class RunDirectoryError(TutelageError, OSError):
+    """A run directory cannot be created, written or continued."""
+
+    def __str__(self) -> str:  # OSError has its own idea of three arguments
+        return TutelageError.__str__(self)
+
+
+class MissingDependencyError(TutelageError, ImportError):
+    """A feature needs a package that is not installed."""
+
+
+class Interrupted(TutelageError):
+    """The run was asked to stop (SIGTERM or Ctrl-C), saved itself and can go on."""
+
+
+def nearest(given: str, allowed: list[str], count: int = 3) -> list[str]:
+    """The ``count`` names in ``allowed`` that are spelled most like ``given``."""
+    import difflib
+
+    return difflib.get_close_matches(given, allowed, n=count, cutoff=0.4)
+
+
+def require(package: str, extra: str, purpose: str) -> None:
+    """Raise :class:`MissingDependencyError` when ``package`` is not importable."""
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f"{purpose} needs the package {package}, which is not installed",
+            remedy=f"pip install 'tutelage[{extra}]'",
+        )

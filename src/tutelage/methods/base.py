@@ -1,0 +1,116 @@
+"""The contract between a method and the engine."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tutelage.data.batch import Batch
+from tutelage.errors import CapabilityError
+from tutelage.taps import Needs, Observation, observe
+from tutelage.teachers.signal import Signal, Teacher
+
+
+class Term(NamedTuple):
+    """One named part of a loss: a sum over what counts, and how many count.
+
+    Kept apart until the sums of all micro-batches and processes are together, because a mean of
+    means is not the mean.
+    """
+
+    sum: Tensor
+    """Scalar; carries the gradient."""
+    count: Tensor  # type: ignore[assignment]  # a tuple, for FSDP2 looks for tensors in those only
+    """Scalar."""
+
+
+class Method(nn.Module):
+    """What is the loss of this batch: wires the student's and the teacher's word to objectives.
+
+    A method is a module so that what it learns besides the student (projectors) is trained,
+    synchronised, clipped and saved with it.
+
+    Attributes:
+        needs: what the teacher's signal must hold; ``None`` for a method without a teacher.
+        student_needs: what must be known of the student's forward pass.
+        weights: the weight of each term, by name. The engine applies it, once.
+    """
+
+    needs: Needs | None = Needs()
+    student_needs: Needs = Needs()
+    weights: dict[str, float]
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """How many positions each term averages over; known before any forward pass.
+
+        Every micro-batch of a step, on every process, is counted first, so that each can be
+        divided by the whole count at once.
+        """
+        raise NotImplementedError
+
+    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+        """The terms of one batch; their counts are those of :meth:`counts`."""
+        raise NotImplementedError
+
+    def formula(self) -> str:
+        """The loss in one line, as printed when a run starts."""
+        return " + ".join(f"{weight:g} * {name}" for name, weight in self.weights.items())
+
+
+class Trainee(nn.Module):
+    """Student and method as one module with one forward.
+
+    Distributed wrappers, mixed precision, clipping and checkpoints see every parameter that is
+    trained, and nothing of the teacher.
+    """
+
+    def __init__(self, student: nn.Module, method: Method) -> None:
+        super().__init__()
+        self.student = student
+        self.method = method
+
+    def forward(self, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+        """The method's terms for one batch."""
+        terms: dict[str, Term] = self.method(
+            observe(self.student, batch.inputs, self.method.student_needs), batch, signal
+        )
+        return terms
+
+    # What accelerate asks of a model in order to shard it well, answered by the student.
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return getattr(self.student, "_no_split_modules", None)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The student's input embeddings, where it has any."""
+        getter = getattr(self.student, "get_input_embeddings", None)
+        return getter() if callable(getter) else None
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The student's output embeddings, where it has any."""
+        getter = getattr(self.student, "get_output_embeddings", None)
+        return getter() if callable(getter) else None
+
+    def tie_weights(self, **options: Any) -> None:
+        """Tie the student's weights again, where it ties any."""
+        tie = getattr(self.student, "tie_weights", None)
+        if callable(tie):
+            tie(**options)
+
+
+def check_capabilities(method: Method, teacher: Teacher | None) -> None:
+    """Raise :class:`CapabilityError` when the teacher cannot give what the method needs."""
+    if method.needs is None:
+        return
+    name = type(method).__name__
+    if teacher is None:
+        raise CapabilityError(f"{name} needs a teacher and there is none", remedy="give a teacher")
+    missing = sorted(method.needs.kinds() - teacher.provides)
+    if missing:
+        raise CapabilityError(
+            f"{name} needs {', '.join(missing)} of the teacher, and {type(teacher).__name__} "
+            f"gives only {', '.join(sorted(teacher.provides))}",
+            remedy="use a live teacher, or a method that needs less",
+        )

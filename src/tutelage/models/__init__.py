@@ -1,0 +1,16 @@
+"""Models by name, and the folders that they are saved to and loaded from."""
+
+from tutelage.models.build import ZOO, ModelSpec, build, label_names
+from tutelage.models.files import MODEL_CARD, WEIGHTS, load_model, load_weights, save_model
+
+__all__ = [
+    "MODEL_CARD",
+    "WEIGHTS",
+    "ZOO",
+    "ModelSpec",
+    "build",
+    "label_names",
+    "load_model",
+    "load_weights",
+    "save_model",
+]

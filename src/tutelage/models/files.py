@@ -1,0 +1,162 @@
+"""Saving and loading models without running anybody's code.
+
+A model's folder holds ``model.safetensors`` and ``model.json``: how to build it again, its class
+names and what to do to an image first. A Hugging Face model is saved by its own
+``save_pretrained`` beside these, so that it loads where tutelage is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save_model as save_shared
+from torch import Tensor, nn
+
+from tutelage.errors import CheckpointError, nearest
+from tutelage.models.build import ModelSpec, build
+
+WEIGHTS = "model.safetensors"
+MODEL_CARD = "model.json"
+
+
+def save_model(model: nn.Module, folder: Path, card: Mapping[str, Any]) -> None:
+    """Write a model's folder; the card last, so that a folder with a card is complete.
+
+    Args:
+        model: any module, on any device.
+        folder: made if absent.
+        card: JSON; ``spec`` tells how to build the model again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_pretrained: Any = getattr(model, "save_pretrained", None)
+    if callable(save_pretrained):
+        save_pretrained(folder)
+    else:
+        save_shared(model, str(folder / WEIGHTS))
+    (folder / MODEL_CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file, by name.
+
+    Raises:
+        CheckpointError: missing, truncated, holding code, or not a mapping of names to tensors.
+    """
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        close = nearest(str(path), siblings, 1)
+        raise CheckpointError(
+            "no such file", where=str(path), remedy=f"did you mean {close[0]}?" if close else "check the path"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"not a whole safetensors file: {error}", where=str(path), remedy="copy or download it again"
+        ) from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            "holds more than tensors; loading it would run code from the file",
+            where=str(path),
+            remedy="save only the state dict: torch.save(model.state_dict(), path), or use safetensors",
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"cannot be read as weights: {reason}", where=str(path), remedy="copy or download it again"
+        ) from None
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise CheckpointError(
+            f"is a {type(loaded).__name__}, not a mapping of names to tensors",
+            where=str(path),
+            remedy="save model.state_dict()",
+        )
+    return {str(k).removeprefix("module."): v for k, v in loaded.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load weights from a file, or from a folder that a run exported, into a built model.
+
+    Raises:
+        CheckpointError: unreadable, or of another model; names the first keys and shapes that differ.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    tensors, own = read_tensors(file), model.state_dict()
+    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if shapes:
+        k = shapes[0]
+        raise CheckpointError(
+            f"{k} is {tuple(tensors[k].shape)} in the file and {tuple(own[k].shape)} in {type(model).__name__}"
+            + (f", and {len(shapes) - 1} more differ" if len(shapes) > 1 else ""),
+            where=str(file),
+            remedy="give the checkpoint of this very model, with the same number of classes and the same options",
+        )
+    result = model.load_state_dict(tensors, strict=False)
+    given = {own[k].data_ptr() for k in own if k in tensors}  # tied weights are stored under one of their names
+    missing = [k for k in result.missing_keys if own[k].numel() and own[k].data_ptr() not in given]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"is of another model than {type(model).__name__}: "
+            f"missing {missing[:3]}, not expected {result.unexpected_keys[:3]} "
+            f"({len(missing)} and {len(result.unexpected_keys)} in all)",
+            where=str(file),
+            remedy="give the checkpoint of this very model, with the same options",
+        )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name} holds NaN or infinity", where=str(file), remedy="use another checkpoint")
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card of a model's folder.
+
+    Raises:
+        CheckpointError: missing or not JSON.
+    """
+    path = folder / MODEL_CARD
+    try:
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return card
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"has no {MODEL_CARD}", where=str(folder), remedy="give a folder that a run exported"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path), remedy="export the model again") from None
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """Build the model in a folder that a run exported and load its weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: incomplete folder, or a model that only its owner's code can build.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    if card.get("spec") is None:
+        if (folder / "config.json").exists():
+            import transformers
+
+            architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+            model: nn.Module = getattr(transformers, architecture).from_pretrained(folder)
+            return model.eval()
+        raise CheckpointError(
+            f"holds the weights of {card.get('class')}, which only your own code can build",
+            where=str(folder),
+            remedy=f"build it, then tutelage.models.load_weights(model, Path({str(folder)!r}))",
+        )
+    model = build(ModelSpec(**card["spec"]), card.get("classes"), where=str(folder / MODEL_CARD))
+    load_weights(model, folder)
+    return model.eval()

@@ -1,0 +1,64 @@
+"""Pure losses: ``objective(student, teacher, ..., *, mask=None, reduction="mean")``.
+
+Each is a function of tensors that drops into any training loop::
+
+    loss = objectives.kd(student_logits, teacher_logits, temperature=4.0)
+
+Most have a value per example, which ``mask`` can leave out and ``reduction="none"`` shows.
+Relations (``dist``, ``mlkd``, ``similarity``, ``correlation``, ``pkt``, ``rkd_distance``,
+``rkd_angle``) compare the examples of a batch with each other: for them ``mask`` deletes rows,
+and ``reduction="none"`` is an error.
+"""
+
+from tutelage.objectives.attention import attention_kl, attention_mse, value_relation
+from tutelage.objectives.contrast import ContrastiveMemory, crd
+from tutelage.objectives.divergences import js, reverse_kl, skew_kl, tvd
+from tutelage.objectives.features import factor_transfer, hint, overhaul, overhaul_margin, simkd, vid
+from tutelage.objectives.logits import (
+    binary_kd,
+    bounded_regression,
+    cross_entropy,
+    distillation,
+    kd,
+    mse,
+    soft_cross_entropy,
+)
+from tutelage.objectives.maps import attention_transfer, nst, review
+from tutelage.objectives.relations import correlation, pkt, rkd_angle, rkd_distance, similarity
+from tutelage.objectives.structured import dist, dkd, mlkd
+
+__all__ = [
+    "ContrastiveMemory",
+    "attention_kl",
+    "attention_mse",
+    "attention_transfer",
+    "binary_kd",
+    "bounded_regression",
+    "correlation",
+    "crd",
+    "cross_entropy",
+    "dist",
+    "distillation",
+    "dkd",
+    "factor_transfer",
+    "hint",
+    "js",
+    "kd",
+    "mlkd",
+    "mse",
+    "nst",
+    "overhaul",
+    "overhaul_margin",
+    "pkt",
+    "reverse_kl",
+    "review",
+    "rkd_angle",
+    "rkd_distance",
+    "similarity",
+    "simkd",
+    "skew_kl",
+    "soft_cross_entropy",
+    "tvd",
+    "value_relation",
+    "vid",
+]

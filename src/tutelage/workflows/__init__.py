@@ -1,0 +1,1 @@
+"""Workflows: anything that trains more than once, or makes data first."""

@@ -1,0 +1,378 @@
+"""The heart of every run: a teacher, the student without it, the student with it, over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.config import TrainConfig
+from tutelage.data import Batch, Batches
+from tutelage.engine import Accelerator, RunDirectory, Training, evaluate, fit
+from tutelage.engine.rundir import explained, new_folder, write_text
+from tutelage.errors import CapabilityError
+from tutelage.methods import Method, SupervisedMethod, check_capabilities
+from tutelage.models import label_names, save_model
+from tutelage.taps import Needs
+from tutelage.teachers import LiveTeacher, MemoryTeacher, Teacher
+from tutelage.workflows.measure import latencies, parameters
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.statistics import paired, spread
+
+MEMORY_BYTES = 2**29
+"""Teacher logits of unaugmented training data up to this size are computed once and kept in memory."""
+
+Arm = Literal["alone", "distilled"]
+
+
+@dataclass
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        name: of the run.
+        teacher: builds the teacher; with weights, unless ``train_teacher``.
+        student: builds a student's initialisation from a seed; the same seed gives the same one.
+        method: builds the method.
+        batches: the training data of an arm under a seed.
+        config: how students are trained.
+        validation: iterated at each evaluation; ``None`` for none.
+        test: iterated once for each finished model.
+        seeds: each trains its own students.
+        baseline: train the student alone too.
+        train_teacher: how to train the teacher first, and on what.
+        teacher_mode: see :class:`LiveTeacher`.
+        remember: the training samples, unaugmented, where the teacher's logits may be computed once.
+        classes: class names, in the order of the labels.
+        student_card: how to build the student again, for its folder.
+        teacher_card: the same of the teacher.
+    """
+
+    name: str
+    teacher: Callable[[], nn.Module]
+    student: Callable[[int], nn.Module]
+    method: Callable[[], Method]
+    batches: Callable[[Arm, int], Batches]
+    config: TrainConfig
+    test: Iterable[Batch]
+    validation: Iterable[Batch] | None = None
+    seeds: Sequence[int] = (0,)
+    baseline: bool = True
+    train_teacher: tuple[TrainConfig, Batches, int] | None = None
+    teacher_mode: Literal["eval", "train_bn"] = "eval"
+    remember: Iterable[Batch] | None = None
+    remember_rows: int = 0
+    classes: list[str] | None = None
+    student_card: dict[str, Any] = field(default_factory=dict)
+    teacher_card: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """Where and how a comparison runs."""
+
+    accelerator: Accelerator
+    run: RunDirectory
+    terminal: Terminal
+    should_stop: Callable[[], bool] = lambda: False
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        device: torch.device = self.accelerator.device
+        return device
+
+
+def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
+    """Run the comparison, or go on with it, and write its summary and student.
+
+    Raises:
+        CapabilityError: teacher, student, data and method do not fit; found before any student is trained.
+        Interrupted: a stop was asked for; the state is saved.
+    """
+    method = c.method()
+    ctx.terminal.say(f"loss = {method.formula()}")
+    student = c.student(c.seeds[0])
+    teacher = live_teacher(c, ctx)
+    check_separate(teacher.model, student)
+    check_labels(c, teacher.model, student)
+    check_capabilities(method, teacher)
+    references = [
+        teacher.signal(b.to(ctx.device), Needs()).dense().float().cpu()
+        for b in ctx.terminal.iterate(c.test, "teacher on test")
+    ]
+    on_validation = evaluate(teacher.model, c.validation if c.validation is not None else c.test, ctx.device)
+    check_taught(on_validation, references[0].shape[-1], ctx)
+    teacher_scores = evaluate(teacher.model, c.test, ctx.device)
+    teacher_scores["validation"] = on_validation
+    check_method_runs(c, ctx, student, method, teacher)
+    taught_by = remembered(c, ctx, teacher, method, references[0].shape[-1])
+
+    arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in c.seeds:
+        for arm in arms:
+            results[arm].append(train_student(c, ctx, arm, seed, taught_by, references))
+    return summarise(c, ctx, teacher, student, teacher_scores, results, method)
+
+
+def train_student(
+    c: Comparison, ctx: Context, arm: Arm, seed: int, teacher: Teacher, references: list[Tensor]
+) -> dict[str, Any]:
+    """Train one student, or find it trained, and return its result."""
+    name = f"{arm}-seed{seed}"
+    found = ctx.run.result(name)
+    if found is not None:
+        return found
+    student = c.student(seed)
+    distilled = c.batches("distilled", seed)
+    mine = distilled if arm == "distilled" else c.batches("alone", seed)
+    training = Training(
+        name=name,
+        student=student,
+        method=c.method() if arm == "distilled" else SupervisedMethod(),
+        batches=mine,
+        config=c.config,
+        run=ctx.run,
+        teacher=teacher if arm == "distilled" else None,
+        validation=c.validation,
+        seed=seed,
+        should_stop=ctx.should_stop,
+        watcher=ctx.terminal,
+        epoch_steps=distilled.steps_per_epoch,
+    )
+    return train_and_keep(training, ctx, lambda: c.student(seed), c.test, references, {**c.student_card, "arm": arm})
+
+
+def train_and_keep(
+    training: Training,
+    ctx: Context,
+    rebuild: Callable[[], nn.Module],
+    test: Iterable[Batch],
+    references: list[Tensor] | None,
+    card: dict[str, Any],
+) -> dict[str, Any]:
+    """Fit, read the test split once for the best and once for the last weights, and write the model's folder."""
+    try:
+        outcome = fit(training, ctx.accelerator)
+    finally:
+        ctx.terminal.finished()
+    model = rebuild().to(ctx.device)
+    model.load_state_dict(outcome.last)
+    last = evaluate(model, test, ctx.device, references)
+    best = last
+    if any(not torch.equal(outcome.best[k], outcome.last[k]) for k in outcome.last):
+        model.load_state_dict(outcome.best)
+        best = evaluate(model, test, ctx.device, references)
+    at = outcome.progress
+    result = {
+        "training": training.name,
+        "seed": training.seed,
+        "steps": at.step,
+        "stopped_early": at.stopped_early,
+        "seconds": round(at.seconds, 2),
+        "validation": None
+        if at.best is None
+        else {"accuracy": at.best[0], "loss": -at.best[1], "step": int(at.best[2])},
+        "best": best,
+        "last": last,
+    }
+    if ctx.run.writes:
+        with new_folder(ctx.run.model(training.name)) as folder:
+            save_model(model, folder, card)
+            (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    ctx.accelerator.wait_for_everyone()
+    ctx.terminal.say(
+        f"{training.name}: test {best['accuracy']:.2%} (last epoch {last['accuracy']:.2%}), {result['seconds']:.0f} s"
+    )
+    return result
+
+
+# Teacher -------------------------------------------------------------------------------------------
+
+
+def live_teacher(c: Comparison, ctx: Context) -> LiveTeacher:
+    """The teacher, trained first where it has no weights, frozen, on this process's device."""
+    model = c.teacher()
+    if c.train_teacher is not None:
+        config, batches, seed = c.train_teacher
+        folder = ctx.run.model("teacher")
+        if ctx.run.result("teacher") is None:
+            training = Training(
+                "teacher", model, SupervisedMethod(), batches, config, ctx.run,
+                validation=c.validation, seed=seed, should_stop=ctx.should_stop, watcher=ctx.terminal,
+            )  # fmt: skip
+            train_and_keep(training, ctx, c.teacher, c.test, None, c.teacher_card)
+            model = c.teacher()
+        from tutelage.models import load_weights
+
+        load_weights(model, folder)
+    return LiveTeacher(model, mode=c.teacher_mode).to(ctx.device)
+
+
+def remembered(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method, classes: int) -> Teacher:
+    """The teacher's logits from memory, where they never change and fit; else the teacher itself."""
+    fits = c.remember_rows * classes * 4 <= MEMORY_BYTES
+    if c.remember is None or not fits or method.needs != Needs() or c.teacher_mode != "eval":
+        return teacher
+    return MemoryTeacher(
+        teacher, c.remember, ctx.device, lambda batches: ctx.terminal.iterate(batches, "teacher on training data")
+    )
+
+
+# Checks that come before step 0 ------------------------------------------------------------------------
+
+
+def check_separate(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise :class:`CapabilityError` when teacher and student share a weight."""
+    theirs = {id(p) for p in teacher.parameters()}
+    shared = [n for n, p in student.named_parameters() if id(p) in theirs]
+    if shared:
+        raise CapabilityError(
+            f"teacher and student share {len(shared)} parameters, {shared[0]} among them; "
+            "training the student would change the teacher",
+            remedy="give the student its own: copy.deepcopy(model)",
+        )
+
+
+def check_labels(c: Comparison, teacher: nn.Module, student: nn.Module) -> None:
+    """Raise :class:`CapabilityError` when class names differ between data, teacher and student."""
+    if c.classes is None:
+        return
+    carried = {
+        "teacher": c.teacher_card.get("loaded_classes") or label_names(teacher),
+        "student": label_names(student),
+    }
+    for who, names in carried.items():
+        if names is None or names == c.classes:
+            continue
+        if len(names) != len(c.classes):
+            what = f"the {who} knows {len(names)} classes, the data {len(c.classes)}"
+        else:
+            i = next(i for i, (a, b) in enumerate(zip(names, c.classes, strict=True)) if a != b)
+            what = f"class {i} is {names[i]!r} to the {who} and {c.classes[i]!r} in the data"
+        same = sorted(names) == sorted(c.classes)
+        raise CapabilityError(
+            what,
+            where="label map",
+            remedy="the classes are the same in another order: set data.classes to the teacher's order"
+            if same
+            else f"use a {who} for these classes",
+        )
+
+
+def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
+    """Raise :class:`CapabilityError` when the teacher does worse than chance; warn when hardly better."""
+    n, accuracy, chance = scores["n"], scores["accuracy"], 1.0 / classes
+    if n == 0:
+        return
+    noise = 3 * math.sqrt(chance * (1 - chance) / n)
+    shown = f"the teacher's accuracy on the evaluation data is {accuracy:.1%}, chance is {chance:.1%}"
+    if accuracy < chance:
+        raise CapabilityError(
+            shown,
+            remedy="a student can only learn its mistakes: check the checkpoint, the label order and the "
+            "preprocessing (data.mean, data.std, data.size)",
+        )
+    if accuracy < chance + noise:
+        ctx.terminal.say(f"warning: {shown} ({n} samples); it has hardly anything to teach")
+
+
+def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: LiveTeacher) -> None:
+    """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
+    from tutelage.taps import observe
+
+    batch = next(iter(c.test)).rows(0, 2).to(ctx.device)
+    student.to(ctx.device).eval()
+    method.to(ctx.device)
+    with torch.no_grad():
+        signal = teacher.signal(batch, method.needs) if method.needs is not None else None
+        method(observe(student, batch.inputs, method.student_needs), batch, signal)
+        logits = observe(student, batch.inputs, Needs()).logits
+    assert logits is not None
+    if c.classes is not None and logits.shape[-1] != len(c.classes):
+        raise CapabilityError(
+            f"the student scores {logits.shape[-1]} classes, the data has {len(c.classes)}",
+            remedy="set its number of classes",
+        )
+    if batch.labels.numel() and int(batch.labels.max()) >= logits.shape[-1]:
+        raise CapabilityError(
+            f"the data has a label {int(batch.labels.max())}, the student scores classes 0 to {logits.shape[-1] - 1}",
+            remedy="set its number of classes",
+        )
+
+
+# Summary -----------------------------------------------------------------------------------------------
+
+
+def summarise(
+    c: Comparison,
+    ctx: Context,
+    teacher: LiveTeacher,
+    student: nn.Module,
+    teacher_scores: dict[str, Any],
+    results: dict[str, list[dict[str, Any]]],
+    method: Method,
+) -> dict[str, Any]:
+    """The figures of the run, written to ``summary.json``, and the exported student."""
+    student.to(ctx.device)
+    speed = latencies({"teacher": teacher.model, "student": student}, next(iter(c.test)), ctx.device)
+    sizes = {"teacher": parameters(teacher.model), "student": parameters(student)}
+
+    def row(found: list[dict[str, Any]]) -> dict[str, Any]:
+        keys = [k for k in ("accuracy", "loss", "agreement", "kl", "ece") if k in found[0]["best"]]
+        return {
+            "best": {k: spread([r["best"][k] for r in found]) for k in keys},
+            "last": {k: spread([r["last"][k] for r in found]) for k in keys},
+            "reliability": found[0]["best"]["reliability"],
+            "per_class": found[0]["best"].get("per_class"),
+            "seconds": spread([r["seconds"] for r in found]),
+        }
+
+    summary: dict[str, Any] = {
+        "name": c.name,
+        "formula": method.formula(),
+        "classes": c.classes,
+        "seeds": list(c.seeds),
+        "parameters": sizes,
+        "capacity_ratio": sizes["student"] / sizes["teacher"],
+        "latency": speed,
+        "teacher": {k: v for k, v in teacher_scores.items() if k != "validation"}
+        | {"validation": {k: teacher_scores["validation"][k] for k in ("accuracy", "loss", "ece")}},
+        "students": {arm: row(found) for arm, found in results.items()},
+        "device": str(ctx.device),
+        "processes": ctx.accelerator.num_processes,
+    }
+    if "alone" in results:
+        summary["gain"] = {
+            which: paired(
+                [r[which]["accuracy"] for r in results["distilled"]], [r[which]["accuracy"] for r in results["alone"]]
+            )
+            for which in ("best", "last")
+        }
+    key = [r["validation"]["accuracy"] if r["validation"] else r["last"]["accuracy"] for r in results["distilled"]]
+    chosen = results["distilled"][key.index(max(key))] if c.validation is not None else results["distilled"][0]
+    summary["exported"] = chosen["training"]
+    if ctx.run.writes:
+        with new_folder(ctx.run.path / "student") as folder, explained(folder):
+            for file in ctx.run.model(chosen["training"]).iterdir():
+                if file.name != "result.json":
+                    (folder / file.name).write_bytes(file.read_bytes())
+        write_text(ctx.run.summary, json.dumps(summary, indent=1) + "\n")
+    ctx.accelerator.wait_for_everyone()
+    return summary
+
+
+def exported_student(c: Comparison, ctx: Context, summary: dict[str, Any]) -> nn.Module:
+    """The exported student as a plain module, in evaluation mode, on the CPU."""
+    from tutelage.models import load_weights
+
+    model = c.student(c.seeds[0]).cpu()
+    load_weights(model, Path(ctx.run.path) / "student")
+    return model.eval()

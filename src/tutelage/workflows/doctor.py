@@ -1,0 +1,222 @@
+"""``tutelage doctor``: what will go wrong, before it does."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tutelage.config import Recipe
+from tutelage.data import Batch, ImageData
+from tutelage.data.batch import IGNORE
+from tutelage.engine import evaluate
+from tutelage.engine.optim import build_optimizer, build_schedule
+from tutelage.errors import TutelageError
+from tutelage.methods import check_capabilities
+from tutelage.methods.base import Trainee
+from tutelage.taps import Needs, find
+from tutelage.teachers import LiveTeacher
+from tutelage.workflows.comparison import Comparison, check_labels, check_separate
+from tutelage.workflows.measure import parameters
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import comparison, load_data
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: ``ok``, worth a ``note``, or ``bad`` (the run would fail or be worthless)."""
+
+    level: Literal["ok", "note", "bad"]
+    topic: str
+    text: str
+    remedy: str | None = None
+
+
+def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
+    """Load everything that the recipe names, run one batch, and say what was found.
+
+    Raises:
+        TutelageError: something cannot even be loaded; the message is the finding.
+    """
+    terminal = terminal or Terminal()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_data(recipe, terminal)
+    c = comparison(recipe, data)
+    found = look_at_data(recipe, data)
+    student, method, teacher = c.student(recipe.seeds[0]).to(device), c.method().to(device), LiveTeacher(
+        c.teacher(), mode=recipe.teacher.mode
+    ).to(device)  # fmt: skip
+    trained = recipe.teacher.checkpoint is not None or not recipe.teacher.train
+
+    def passes(topic: str, text: str, check: object) -> None:
+        try:
+            check()  # type: ignore[operator]
+            found.append(Finding("ok", topic, text))
+        except TutelageError as error:
+            found.append(Finding("bad", topic, error.what, error.remedy))
+
+    passes(
+        "label map",
+        f"{len(data.classes)} classes, the same everywhere",
+        lambda: check_labels(c, teacher.model, student),
+    )
+    passes("separation", "teacher and student share no weight", lambda: check_separate(teacher.model, student))
+    passes(
+        "capabilities",
+        f"the teacher gives what {recipe.method.kind} needs",
+        lambda: check_capabilities(method, teacher),
+    )
+    for path in method.needs.hidden if method.needs else ():
+        passes("teacher tap", path, lambda path=path: find(teacher.model, path))
+    for path in method.student_needs.hidden:
+        passes("student tap", path, lambda path=path: find(student, path))
+    found.append(capacity(parameters(student), parameters(teacher.model)))
+    if trained:
+        found.append(teacher_quality(c, teacher, device, len(data.classes)))
+    else:
+        found.append(
+            Finding("ok", "teacher", "has no checkpoint: the run trains it first, then checks it against chance")
+        )
+    if any(f.level == "bad" for f in found):
+        return found
+    try:
+        found += one_step(recipe, c, data, Trainee(student, method), teacher, device)
+    except TutelageError as error:
+        found.append(Finding("bad", "one batch", error.what, error.remedy))
+    return found
+
+
+def look_at_data(recipe: Recipe, data: ImageData) -> list[Finding]:
+    """Sizes, balance and batch statistics."""
+    labels = data.train.labels[data.train.labels != IGNORE]
+    counts = torch.bincount(labels, minlength=len(data.classes))
+    sizes = (
+        f"{len(data.train)} training images ({len(labels)} labelled), "
+        f"{len(data.validation)} validation, {len(data.test)} test"
+    )
+    found = [Finding("ok", "data", f"{sizes}; {data.channels}x{data.size}x{data.size}, {len(data.classes)} classes")]
+    low, high = int(counts.min()), int(counts.max())
+    uneven = Finding("note", "balance", f"classes have {low} to {high} labelled images", "read per-class accuracy")
+    found.append(
+        uneven if high > 3 * max(low, 1) else Finding("ok", "balance", f"{low} to {high} labelled images a class")
+    )
+    overlap = len(set(data.train.ids.tolist()) & set(data.test.ids.tolist())) if data.train.open is not None else 0
+    if overlap:
+        found.append(Finding("bad", "splits", f"{overlap} images are in training and test", "separate them"))
+    rows = torch.arange(min(len(data.train), 256))
+    try:
+        x = data.train.fetch(rows).check_finite().inputs
+    except TutelageError as error:
+        return [*found, Finding("bad", "batch", str(error), error.remedy)]
+    assert isinstance(x, torch.Tensor)
+    mean, std = float(x.mean()), float(x.std())
+    text = f"mean {mean:.2f}, standard deviation {std:.2f}, range {float(x.min()):.2f} to {float(x.max()):.2f}"
+    odd = abs(mean) > 1 or not 0.3 < std < 3
+    found.append(
+        Finding("note", "batch", f"{text}; expected about 0 and 1", "check data.mean and data.std") if odd
+        else Finding("ok", "batch", text)
+    )  # fmt: skip
+    if recipe.train.batch_size > len(data.train):
+        found.append(
+            Finding("note", "batch size", f"{recipe.train.batch_size} is more than all {len(data.train)} images",
+                    "lower train.batch_size: an epoch is a single step")
+        )  # fmt: skip
+    return found
+
+
+def capacity(student: int, teacher: int) -> Finding:
+    """The capacity ratio, with the advice that goes with it."""
+    r = student / teacher
+    text = f"r = student / teacher parameters = {student:,} / {teacher:,} = {r:.4f}"
+    if r >= 1:
+        return Finding(
+            "note", "capacity", f"{text}: the student is not smaller", "it will cost as much as its teacher"
+        )
+    if r > 0.1:
+        return Finding("ok", "capacity", f"{text}: above 0.1, where distillation is said to work well")
+    if r >= 0.01:
+        return Finding("ok", "capacity", f"{text}: between 0.01 and 0.1, where it depends on the task")
+    return Finding(
+        "note", "capacity", f"{text}: below 0.01, where a capacity gap is said to show",
+        "try a larger student, or an assistant of a size in between as its teacher",
+    )  # fmt: skip
+
+
+def teacher_quality(c: Comparison, teacher: LiveTeacher, device: torch.device, classes: int) -> Finding:
+    """The teacher's accuracy on validation, against chance."""
+    scores = evaluate(teacher.model, c.validation if c.validation is not None else c.test, device)
+    text = f"validation accuracy {scores['accuracy']:.1%}, loss {scores['loss']:.3f}, ECE {scores['ece']:.3f}"
+    if scores["accuracy"] <= 1 / classes:
+        return Finding("bad", "teacher", f"{text}: not better than chance, {1 / classes:.1%}",
+                       "check the checkpoint, the label order and data.mean / data.std")  # fmt: skip
+    return Finding("ok", "teacher", text)
+
+
+def one_step(
+    recipe: Recipe, c: Comparison, data: ImageData, trainee: Trainee, teacher: LiveTeacher, device: torch.device
+) -> list[Finding]:
+    """Three optimizer steps on a throw-away student: finite terms, time and memory."""
+    from tutelage.data import Share
+
+    config = recipe.train
+    batches = c.batches("distilled", recipe.seeds[0])
+    optimizer = build_optimizer(trainee, config.optimizer)
+    total = config.steps or (config.epochs or 1) * batches.steps_per_epoch
+    build_schedule(optimizer, config.schedule, total, batches.steps_per_epoch)
+    trainee.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times: list[float] = []
+    values: dict[str, float] = {}
+    for step, micros in enumerate(batches.epoch(0, Share(accumulate=config.accumulate))):
+        start = time.perf_counter()
+        for micro in micros:
+            values = _step(trainee, teacher, micro.to(device))
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+        if step == 2:
+            break
+    shown = ", ".join(f"{k} {v:.3g}" for k, v in values.items())
+    finite = all(abs(v) < float("inf") for v in values.values())
+    found = [
+        Finding("ok", "one batch", f"terms: {shown}") if finite
+        else Finding("bad", "one batch", f"a term is not finite: {shown}", "check the data")
+    ]  # fmt: skip
+    arms = 2 if recipe.baseline else 1
+    seconds = min(times) * total * len(recipe.seeds) * arms
+    parts = f"{total} steps x {len(recipe.seeds)} seeds x {arms} students at {1000 * min(times):.1f} ms"
+    found.append(
+        Finding(
+            "ok", "time", f"at most about {_duration(seconds)} on this machine for {parts}, teacher's training aside"
+        )
+    )
+    weights = sum(p.numel() * p.element_size() for p in trainee.parameters())
+    state = sum(
+        v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
+    )
+    held = 2 * weights + state + sum(p.numel() * p.element_size() for p in teacher.model.parameters())
+    peak = f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB at the peak" if device.type == "cuda" else ""
+    images = sum(s.pixels.numel() for s in (data.train, data.validation, data.test) if s.pixels is not None)
+    found.append(
+        Finding("ok", "memory", f"{held / 2**20:.1f} MiB of weights, gradients and optimizer state{peak}; "
+                f"{images / 2**20:.1f} MiB of images")
+    )  # fmt: skip
+    return found
+
+
+def _step(trainee: Trainee, teacher: LiveTeacher, batch: Batch) -> dict[str, float]:
+    needs = trainee.method.needs
+    terms = trainee(batch, None if needs is None else teacher.signal(batch, needs or Needs()))
+    means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}
+    sum(trainee.method.weights[name] * mean for name, mean in means.items()).backward()
+    return {name: float(mean.detach()) for name, mean in means.items()}
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

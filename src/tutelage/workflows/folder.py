@@ -1,0 +1,97 @@
+"""Choosing, opening and locking the folder of a run. Nothing that is there is ever overwritten."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tutelage.config import differing_keys
+from tutelage.engine import RunDirectory
+from tutelage.engine.rundir import explained, write_text
+from tutelage.errors import RunDirectoryError
+
+FREE_TO_CHANGE = {"train.trackers", "train.log_every", "train.keep", "data.workers", "teacher.train.trackers"}
+"""Keys that may differ when a run is resumed: they do not change what it computes."""
+
+
+def choose(out: str | Path | None, name: str, resume: bool) -> Path:
+    """The run's folder: ``out``, or the newest (to resume) or first free of runs/NAME, runs/NAME-2 ...
+
+    Raises:
+        RunDirectoryError: it holds a run already and ``resume`` is not set, or it holds something else.
+    """
+    if out is None:
+        taken = sorted(
+            (int(m.group(1) or 1), p)
+            for p in Path("runs").glob(f"{name}*")
+            if (m := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", p.name)) and any(p.iterdir())
+        )
+        if resume and taken:
+            return taken[-1][1]
+        return Path("runs") / (name if not taken else f"{name}-{taken[-1][0] + 1}")
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError("is a file", where=str(path), remedy="choose another --out")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        if (path / "config.yaml").exists():
+            raise RunDirectoryError(
+                "holds a run already",
+                where=str(path),
+                remedy="add --resume to go on with it, or choose another --out",
+            )
+        raise RunDirectoryError("is not empty", where=str(path), remedy="choose an empty or new folder as --out")
+    return path
+
+
+def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
+    """Raise :class:`RunDirectoryError` when the run in ``path`` was started from other settings, or there is none."""
+    stored = path / "config.yaml"
+    if not stored.exists():
+        if resume:
+            raise RunDirectoryError("there is no run to resume", where=str(path), remedy="leave --resume out")
+        return
+    before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
+    changed = [k for k in differing_keys(before, config) if k not in FREE_TO_CHANGE]
+    if changed:
+        raise RunDirectoryError(
+            f"was started with other settings: {', '.join(changed[:5])}",
+            where=str(path),
+            remedy="resume with the same recipe and overrides, or choose another --out",
+        )
+
+
+@contextmanager
+def opened(path: Path, config_yaml: str, *, resume: bool, main: bool) -> Iterator[RunDirectory]:
+    """The run directory, locked against a second writer for as long as the block lasts.
+
+    Raises:
+        RunDirectoryError: it cannot be written, another process writes to it, or it is of other settings.
+    """
+    run = RunDirectory(path, writes=main)
+    check_same(path, yaml.safe_load(config_yaml), resume)
+    if not main:
+        yield run
+        return
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "run.lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunDirectoryError(
+                "another process is writing to it", where=str(path), remedy="wait for it, or choose another --out"
+            ) from None
+        run.sweep()
+        if not run.config.exists():
+            write_text(run.config, config_yaml)
+        yield run
+    finally:
+        os.close(lock)

@@ -1,0 +1,51 @@
+"""Size and speed of models."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage.data.batch import Batch
+from tutelage.taps import Needs, observe
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def latencies(
+    models: Mapping[str, nn.Module], example: Batch, device: torch.device, rounds: int = 30
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a forward pass for one sample, the models taking turns.
+
+    Taking turns, because a machine's speed drifts: compare the figures with each other only.
+
+    Args:
+        models: by name; put into evaluation mode.
+        example: its first row is what is timed.
+        device: where the models are.
+        rounds: timed passes of each, after a tenth as many untimed.
+    """
+    one = example.rows(0, 1).to(device)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.eval()
+    with torch.no_grad():
+        for i in range(rounds + max(1, rounds // 10)):
+            for name, model in models.items():
+                start = time.perf_counter()
+                observe(model, one.inputs, Needs())
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if i >= max(1, rounds // 10):
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return {
+        name: {"p50_ms": statistics.median(t), "p95_ms": sorted(t)[int(0.95 * (len(t) - 1))], "batch": 1}
+        for name, t in times.items()
+    }

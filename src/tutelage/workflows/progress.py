@@ -1,0 +1,106 @@
+"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn, track
+from rich.text import Text
+
+T = TypeVar("T")
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f} steps/s" if task.speed else "", style="progress.data.speed")
+
+
+def show_terms(line: dict[str, Any]) -> str:
+    """``loss 1.23 = kd 0.9 + ce 0.33``: the terms as weighted."""
+    parts = " + ".join(f"{n} {v['weighted']:.3g}" for n, v in line["terms"].items())
+    return f"loss {line['loss']:.3g}" + (f" = {parts}" if len(line["terms"]) > 1 else "")
+
+
+class Terminal:
+    """A watcher that shows rate, time left, the terms of the loss and the validation accuracy.
+
+    Args:
+        console: where to.
+        speaks: false for all processes but the main one.
+    """
+
+    def __init__(self, console: Console | None = None, *, speaks: bool = True) -> None:
+        self.console = console or Console(stderr=True)
+        self.speaks = speaks
+        self.live = speaks and self.console.is_terminal
+        self.progress: Progress | None = None
+        self.name, self.total, self.terms, self.validation = "", 0, "", ""
+        self.shown = self.began = 0.0
+        self.first = 0
+
+    def say(self, text: str) -> None:
+        """Print one line above the live one."""
+        if self.speaks:
+            self.console.print(text, highlight=False, markup=False)
+
+    def started(self, name: str, step: int, total: int) -> None:
+        """A training begins, or goes on from ``step``."""
+        self.name, self.total, self.terms, self.validation = name, total, "", ""
+        self.began, self.first, self.shown = time.monotonic(), step, time.monotonic()
+        if step and step < total:
+            self.say(f"{name}: going on from step {step} of {total}")
+        if self.live and step < total:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed}/{task.total}"),
+                _Rate(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[terms]}"),
+                console=self.console,
+                transient=True,
+                refresh_per_second=5,
+            )
+            self.task = self.progress.add_task(name, total=total, completed=step, terms="")
+            self.progress.start()
+
+    def stepped(self, step: int) -> None:
+        """An optimizer step is done."""
+        if self.progress is not None and (step % 20 == 0 or step == self.total):
+            self.progress.update(self.task, completed=step, terms=f"{self.terms}  {self.validation}")
+
+    def logged(self, line: dict[str, Any]) -> None:
+        """A line went to the metrics."""
+        if "terms" in line:
+            self.terms = show_terms(line)
+        else:
+            self.validation = f"validation {line['validation']['accuracy']:.1%}"
+            now = time.monotonic()
+            if self.speaks and not self.live and now - self.shown > 10:
+                self.shown = now
+                done, left = line["step"] - self.first, self.total - line["step"]
+                rate = done / (now - self.began)
+                self.say(
+                    f"{self.name}: step {line['step']}/{self.total}, {rate:.0f} steps/s, "
+                    f"{left / rate:.0f} s left, {self.terms}, {self.validation}"
+                )
+
+    def finished(self) -> None:
+        """The live line goes."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def iterate(self, items: Iterable[T], what: str) -> Iterator[T]:
+        """The items, with a bar where somebody looks."""
+        if not self.live:
+            yield from items
+            return
+        total = len(items) if isinstance(items, Sized) else None
+        yield from track(items, what, total=total, console=self.console, transient=True)
+
+
+Say = Callable[[str], None]

@@ -1,0 +1,159 @@
+"""``tutelage run``: from a recipe to a comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage.config import ModelConfig, Recipe, TeacherConfig, dump_recipe
+from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
+from tutelage.data.batch import IGNORE
+from tutelage.engine import from_main, make_accelerator
+from tutelage.methods import METHODS, Method
+from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
+from tutelage.models.files import read_card
+from tutelage.workflows.comparison import Arm, Comparison, Context, compare
+from tutelage.workflows.folder import choose, opened
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.stop import stopping
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its folder and its summary."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+def run_recipe(
+    recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
+) -> Finished:
+    """Train the teacher if it has no weights, the student alone and the student distilled, and compare.
+
+    Args:
+        recipe: what to run.
+        out: the run directory. Default: the first free of ``runs/NAME``, ``runs/NAME-2`` ...
+        resume: go on with the run in that directory.
+        terminal: where progress is shown.
+
+    Raises:
+        TutelageError: one of its subclasses, with the remedy.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    path = choose(out, recipe.name, resume)
+    accelerator = make_accelerator(recipe.train.precision, list(recipe.train.trackers), str(path / "trackers"))
+    path = Path(from_main(accelerator, str(path)))
+    terminal = terminal or Terminal()
+    terminal.speaks = terminal.speaks and accelerator.is_main_process
+    terminal.live = terminal.live and accelerator.is_main_process
+    with opened(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
+        if run.summary.exists():
+            terminal.say(f"{path} is finished; showing what it found")
+            return Finished(path, json.loads(run.summary.read_text(encoding="utf-8")))
+        terminal.say(f"run directory: {path}")
+        data = load_data(recipe, terminal)
+        with stopping(terminal.say) as should_stop:
+            if recipe.train.trackers:
+                accelerator.init_trackers("tutelage", config={"recipe": dump_recipe(recipe)})
+            summary = compare(comparison(recipe, data), Context(accelerator, run, terminal, should_stop))
+            if recipe.train.trackers:
+                accelerator.end_training()
+    return Finished(path, summary)
+
+
+def load_data(recipe: Recipe, terminal: Terminal) -> ImageData:
+    """The data of a recipe."""
+    fields = recipe.data.model_dump(exclude={"workers"})
+    return load_images(**fields, teacher_augment=recipe.teacher.augment, progress=terminal.iterate)
+
+
+def comparison(recipe: Recipe, data: ImageData) -> Comparison:
+    """The comparison that a recipe asks for on its data."""
+    labelled = data.train.select((data.train.labels != IGNORE).nonzero().flatten())
+    sets = {"alone": labelled, "distilled": data.train}
+    size, workers = recipe.train.batch_size, recipe.data.workers
+
+    def batches(arm: Arm, seed: int) -> PlannedBatches:
+        return PlannedBatches(sets[arm], size, seed, workers)
+
+    train_teacher = None
+    if recipe.teacher.train is not None:
+        everything = data.for_teacher
+        config = recipe.teacher.train
+        train_teacher = (
+            config,
+            PlannedBatches(everything, config.batch_size, recipe.seeds[0], workers),
+            recipe.seeds[0],
+        )
+    teacher_spec, student_spec = (model_spec(m, data) for m in (recipe.teacher, recipe.student))
+    facts = {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
+    return Comparison(
+        name=recipe.name,
+        teacher=partial(build_teacher, recipe.teacher, teacher_spec, data.classes, recipe.seeds[0]),
+        student=partial(build_student, recipe.student, student_spec, data.classes),
+        method=method_factory(recipe),
+        batches=batches,
+        config=recipe.train,
+        validation=InOrder(data.validation),
+        test=InOrder(data.test),
+        seeds=recipe.seeds,
+        baseline=recipe.baseline,
+        train_teacher=train_teacher,
+        teacher_mode=recipe.teacher.mode,
+        remember=None if data.train.augmented else InOrder(data.train),
+        remember_rows=len(data.train),
+        classes=data.classes,
+        student_card={"spec": student_spec.to_dict(), **facts},
+        teacher_card={"spec": teacher_spec.to_dict(), "loaded_classes": card_classes(recipe.teacher), **facts},
+    )
+
+
+def method_factory(recipe: Recipe) -> Callable[[], Method]:
+    """Builds the recipe's method."""
+    options = recipe.method.model_dump(exclude={"kind"})
+    return lambda: METHODS[recipe.method.kind](**options)
+
+
+def model_spec(config: ModelConfig, data: ImageData) -> ModelSpec:
+    """The recipe's model, for the classes and images of the data."""
+    return ModelSpec(config.model, config.options, len(data.classes), data.channels, data.size)
+
+
+def card_classes(config: TeacherConfig) -> list[str] | None:
+    """The class names in the card beside a checkpoint, where there is one."""
+    if config.checkpoint is None:
+        return None
+    path = Path(config.checkpoint)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / MODEL_CARD).exists():
+        return None
+    names: list[str] | None = read_card(folder).get("classes")
+    return names
+
+
+def build_teacher(config: TeacherConfig, spec: ModelSpec, classes: list[str], seed: int) -> nn.Module:
+    """The teacher, with the weights of its checkpoint where it has one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(spec, classes, where="teacher.model")
+    if config.checkpoint is not None:
+        load_weights(model, Path(config.checkpoint))
+    return model
+
+
+def build_student(config: ModelConfig, spec: ModelSpec, classes: list[str], seed: int) -> nn.Module:
+    """A student's initialisation; the same seed gives the same one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(spec, classes, where="student.model")
+    if config.checkpoint is not None:
+        load_weights(model, Path(config.checkpoint))
+    return model
