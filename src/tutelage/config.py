@@ -13,14 +13,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from tutelage.errors import ConfigError, nearest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
+"""What ``data.source`` can be."""
+
+MODELS = ("convnet", "mlp", "resnet", "timm:NAME", "torchvision:NAME", "hf:ID", "package.module:callable")
+"""What ``model`` can be."""
+
+AUGMENTS = (
+    "flip", "shift", "auto-augment", "color-jitter", "erase", "grayscale", "rand-augment", "rotate",
+    "trivial-augment", "resized-crop",
+)  # fmt: skip
+"""Augmentations by name."""
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adadelta": ("rho", "eps"),
@@ -55,16 +69,54 @@ TRACKERS = (
 """Experiment trackers by the names that accelerate gives them."""
 
 
+class Misfit(ValueError):
+    """A value that does not fit its section, with the key in the section that is to blame."""
+
+    def __init__(self, what: str, key: str) -> None:
+        super().__init__(what)
+        self.key = key
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, and 'yes' is not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
 
 
+def _source(name: str) -> str:
+    kind, _, rest = name.partition(":")
+    if name not in SOURCES[:3] and not (rest and kind in ("torchvision", "hf")):
+        raise ValueError(f"unknown source {name!r}{_suggest(name, SOURCES)}; allowed: {', '.join(SOURCES)}")
+    return name
+
+
+def _model(name: str) -> str:
+    kind, _, rest = name.partition(":")
+    if name not in MODELS[:3] and not (kind and rest):
+        raise ValueError(f"unknown model {name!r}{_suggest(name, MODELS)}; allowed: {', '.join(MODELS)}")
+    return name
+
+
+def _augment(entry: Any) -> Any:
+    """An entry of ``augment``, once its form and its name are known to be right."""
+    form = "an augmentation is a name, or one name with its options, as in {shift: 2}"
+    names = [entry] if isinstance(entry, str) else list(entry) if isinstance(entry, dict) else []
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise ValueError(f"{entry!r} is not an augmentation; {form}")
+    if names[0] not in AUGMENTS:
+        raise ValueError(
+            f"unknown augmentation {names[0]!r}{_suggest(names[0], AUGMENTS)}; allowed: {', '.join(AUGMENTS)}"
+        )
+    return entry
+
+
+Augments = list[Annotated[Any, AfterValidator(_augment)]]
+
+
 class DataConfig(Section):
     """What to train and evaluate on."""
 
-    source: str
+    source: Annotated[str, AfterValidator(_source)]
     """``digits``, ``fashion-mnist``, ``imagefolder``, ``torchvision:NAME`` or ``hf:DATASET_ID``."""
     path: str | None = None
     """Folder of an ``imagefolder``, or where downloads go."""
@@ -79,12 +131,12 @@ class DataConfig(Section):
     crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the shorter side that the centre crop of an image file keeps; 0.875 for ImageNet models."""
     classes: list[str] | None = None
-    """Class names in the order of their indices, for an ``imagefolder``. Default: sorted folder names."""
-    augment: list[str | dict[str, Any]] = Field(default_factory=list)
+    """Class names in the order that the teacher scores them. Default: the source's order; sorted folder names."""
+    augment: Augments = Field(default_factory=list)
     """Augmentations of the training images, in order: ``flip``, ``{shift: 2}``, ``resized-crop`` ..."""
-    mean: list[float] | None = None
+    mean: Annotated[list[Fraction], Field(min_length=1)] | None = None
     """Per channel, in [0, 1], subtracted from pixels. Default: of the source, else of the training images."""
-    std: list[float] | None = None
+    std: Annotated[list[Fraction], Field(min_length=1)] | None = None
     """Per channel, in [0, 1]. Default: of the source, else of the training images."""
     labels: Count | None = None
     """Use the labels of only this many training images, stratified by class. Default: of all."""
@@ -96,19 +148,27 @@ class DataConfig(Section):
     """Share of the training images cut off for validation where the source has no such split."""
     test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share cut off for the test where the source has no such split."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode image files. 0: the main one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
+        kind = self.source.partition(":")[0]
+        if self.options and kind not in ("torchvision", "hf"):
+            raise Misfit(f"source {self.source!r} takes no options, given {self.options}; remove them", "options")
+        for key in ("image_column", "label_column"):
+            if getattr(self, key) is not None and kind != "hf":
+                raise Misfit(f"source {self.source!r} has no columns; remove {key!r}", key)
         if self.source == "imagefolder" and self.path is None:
-            raise ValueError("source 'imagefolder' needs 'path', the folder with one sub-folder for each class")
+            raise ValueError(
+                "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("'mean' and 'std' go together: give both or neither")
         if self.std is not None and min(self.std, default=1.0) <= 0:
-            raise ValueError("every 'std' must be above 0")
+            raise Misfit(f"every 'std' must be above 0, given {self.std}", "std")
         return self
 
 
@@ -118,7 +178,7 @@ class OptimizerConfig(Section):
     model_config = ConfigDict(extra="allow", strict=True)
     kind: str = "adamw"
     lr: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: NotNegative = 0.0
 
     @model_validator(mode="after")
     def _known(self) -> OptimizerConfig:
@@ -136,7 +196,7 @@ class ScheduleConfig(Section):
 
     model_config = ConfigDict(extra="allow", strict=True)
     kind: str = "cosine"
-    warmup: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup: NotNegative = 0.0
     """Below 1: share of all steps; from 1 on: number of steps."""
 
     @model_validator(mode="after")
@@ -187,7 +247,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _budget(self) -> TrainConfig:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError(f"both 'epochs' ({self.epochs}) and 'steps' ({self.steps}) are given; give one")
+            raise Misfit(f"both 'epochs' ({self.epochs}) and 'steps' ({self.steps}) are given; give one", "steps")
         if self.epochs is None and self.steps is None:
             self.epochs = 10
         return self
@@ -196,7 +256,7 @@ class TrainConfig(Section):
 class ModelConfig(Section):
     """A model by name."""
 
-    model: str
+    model: Annotated[str, AfterValidator(_model)]
     """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the model's constructor."""
@@ -209,7 +269,7 @@ class TeacherConfig(ModelConfig):
 
     train: TrainConfig | None = None
     """Its own training. What it leaves out is taken from the recipe's ``train``."""
-    augment: list[str | dict[str, Any]] | None = None
+    augment: Augments | None = None
     """Augmentations of its own training. Default: those of ``data``."""
     mode: Literal["eval", "train_bn"] = "eval"
     """``train_bn``: normalise by the statistics of the batch, without moving the running ones."""
@@ -236,7 +296,7 @@ class Recipe(Section):
     student: ModelConfig
     method: LogitConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
-    seeds: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
     baseline: bool = True
     """Train the student alone too, with the same budget, for the comparison."""
@@ -244,10 +304,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} holds a seed twice; a copy adds no evidence")
+            raise Misfit(f"{self.seeds} holds a seed twice, and a copy adds no evidence; remove it", "seeds")
         if self.teacher.train is not None and self.teacher.checkpoint is not None:
-            raise ValueError(
-                "teacher has both 'checkpoint' and 'train': a teacher with weights is not trained again. Remove one"
+            raise Misfit(
+                "teacher has both 'checkpoint' and 'train', and one with weights is not trained again; remove one",
+                "teacher",
             )
         return self
 
@@ -255,12 +316,12 @@ class Recipe(Section):
 def check_options(what: str, kind: str, given: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> None:
     """Raise ``ValueError`` unless ``kind`` is known and takes every option ``given``."""
     if kind not in known:
-        raise ValueError(f"unknown {what} {kind!r}{_suggest(kind, known)}; allowed: {', '.join(known)}")
+        raise Misfit(f"unknown {what} {kind!r}{_suggest(kind, known)}; allowed: {', '.join(known)}", "kind")
     for key in given:
         if key not in known[kind]:
             allowed = ["kind", *(["lr", "weight_decay"] if what == "optimizer" else ["warmup"]), *known[kind]]
-            raise ValueError(
-                f"{what} {kind!r} has no option {key!r}{_suggest(key, allowed)}; allowed: {', '.join(allowed)}"
+            raise Misfit(
+                f"{what} {kind!r} has no option {key!r}{_suggest(key, allowed)}; allowed: {', '.join(allowed)}", key
             )
 
 
@@ -273,6 +334,8 @@ def _suggest(given: str, allowed: Iterable[str]) -> str:
 # YAML with line numbers
 
 Key = tuple[str | int, ...]
+Place = int | str
+"""Where a value was given: a line of the file, or an override."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -297,26 +360,29 @@ SHORTHANDS = {"data": "source", "teacher": "model", "student": "model", "method"
 TRAIN_SHORTHANDS = {"optimizer": "kind", "schedule": "kind"}
 
 
-def _lines(node: yaml.Node | None, at: Key = ()) -> Iterator[tuple[Key, int]]:
+def _lines(node: yaml.Node | None, seen_nodes: set[int], at: Key = ()) -> Iterator[tuple[Key, int]]:
     if node is None:
         return
     yield at, node.start_mark.line + 1
+    if id(node) in seen_nodes:  # an alias: what is in it has its line already
+        return
+    seen_nodes.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in seen:
                 raise ConfigError(
-                    f"{name} is given twice, first on line {seen[name]}",
-                    where=f"line {line}",
+                    f"{name!r} is given twice, first on line {seen[name]}",
+                    where=str(line),
                     remedy="keep one of the two",
                 )
             seen[name] = line
-            yield from _lines(value, (*at, name))
+            yield from _lines(value, seen_nodes, (*at, name))
             yield (*at, name), line  # the key's own line wins over its value's
     elif isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            yield from _lines(item, (*at, i))
+            yield from _lines(item, seen_nodes, (*at, i))
 
 
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
@@ -327,7 +393,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
     """
     try:
         raw = yaml.load(text, _Loader)
-        lines = dict(_lines(yaml.compose(text, _Loader)))
+        lines = dict(_lines(yaml.compose(text, _Loader), set()))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -336,7 +402,13 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
             f"not YAML: {problem}", where=where, remedy="check indentation, colons and quotes near that line"
         ) from None
     except ConfigError as error:
-        raise ConfigError(error.what, where=f"{name}, {error.where}", remedy=error.remedy) from None
+        raise ConfigError(error.what, where=f"{name}:{error.where}", remedy=error.remedy) from None
+    except RecursionError:
+        raise ConfigError("is nested too deeply", where=name, remedy="a recipe has four levels at most") from None
+    except (ValueError, AttributeError, TypeError, KeyError) as error:  # of an explicit tag, or a number too long
+        raise ConfigError(
+            f"not YAML: {error}", where=name, remedy="write values without tags such as !!int, and shorter numbers"
+        ) from None
     if raw is None:
         raise ConfigError("the recipe is empty", where=name, remedy="`tutelage run recipes/digits.yaml` shows one")
     if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
@@ -363,14 +435,15 @@ def _expand(raw: dict[str, Any]) -> None:
         expand(raw["teacher"].get("train"), TRAIN_SHORTHANDS)
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def _override(raw: dict[str, Any], text: str) -> Key:
+    """Set what ``text`` says and return the key it set."""
     key, equals, value = text.partition("=")
     where = f"override {text!r}"
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError("not of the form key=value", where=where, remedy="for example method.temperature=8")
     try:
         parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError, KeyError):
         raise ConfigError("the value is not YAML", where=where, remedy="quote it: name='a: b'") from None
     if key == "seed":
         key, parsed = "seeds", [parsed]
@@ -380,10 +453,13 @@ def _override(raw: dict[str, Any], text: str) -> None:
         section = section.setdefault(part, {})
         if section is None or not isinstance(section, dict):
             raise ConfigError(
-                f"{'.'.join(path[: i + 1])} is not a section", where=where, remedy="name a key of the recipe"
+                f"{'.'.join(path[: i + 1])!r} is not a section that holds keys",
+                where=where,
+                remedy=f"override the whole of it: {'.'.join(path[: i + 1])}=VALUE",
             )
     section[last] = parsed
     _expand(raw)
+    return (*path, last)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -422,7 +498,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot be read: {reason}", where=str(path), remedy="give a YAML file") from None
     raw, lines = parse_yaml(text, str(path))
-    return build_recipe(raw, lines, name=str(path), default_name=path.stem, overrides=overrides)
+    default_name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "recipe"
+    return build_recipe(raw, lines, name=str(path), default_name=default_name, overrides=overrides)
 
 
 def build_recipe(
@@ -434,24 +511,28 @@ def build_recipe(
     overrides: Iterable[str] = (),
 ) -> Recipe:
     """A checked recipe from a mapping; ``lines`` place its keys for error messages."""
-    lines = lines or {}
+    places: dict[Key, Place] = dict(lines or {})
     if "seed" in raw:
         if "seeds" in raw:
-            raise ConfigError("both 'seed' and 'seeds' are given", where=_where(name, lines, ("seed",)),
+            raise ConfigError("both 'seed' and 'seeds' are given", where=_where(name, places, ("seed",)),
                               remedy="give one; 'seeds' takes a list")  # fmt: skip
         raw["seeds"] = [raw.pop("seed")]
+        if ("seed",) in places:
+            places["seeds",] = places["seed",]
     _expand(raw)
     for text in overrides:
-        _override(raw, text)
+        key = _override(raw, text)
+        places = {k: v for k, v in places.items() if k[: len(key)] != key}
+        places[key] = f"override {text!r}"
     if default_name is not None:
         raw.setdefault("name", default_name)
     method = raw.get("method")
     if isinstance(method, dict):
         kind = method.setdefault("kind", "logit")
-        if kind not in METHOD_KINDS:
+        if not isinstance(kind, str) or kind not in METHOD_KINDS:
             raise ConfigError(
                 f"unknown method {kind!r}{_suggest(str(kind), METHOD_KINDS)}",
-                where=_where(name, lines, ("method", "kind")),
+                where=_where(name, places, ("method", "kind")),
                 remedy=f"allowed: {', '.join(METHOD_KINDS)}",
             )
     teacher = raw.get("teacher")
@@ -464,7 +545,7 @@ def build_recipe(
         for details in error.errors(include_url=False):
             if details["loc"][:2] == ("teacher", "train") and _inherited(details, error):
                 continue
-            problems.append(_explain(details, name, lines))
+            problems.append(_explain(details, name, places))
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -473,10 +554,13 @@ def _inherited(details: ErrorDetails, error: ValidationError) -> bool:
     return any(other["loc"] == details["loc"][1:] for other in error.errors(include_url=False))
 
 
-def _where(name: str, lines: Mapping[Key, int], loc: Key) -> str:
+def _where(name: str, places: Mapping[Key, Place], loc: Key) -> str:
     for end in range(len(loc), 0, -1):
-        if loc[:end] in lines:
-            return f"{name}:{lines[loc[:end]]}"
+        place = places.get(loc[:end])
+        if place is not None:
+            return place if isinstance(place, str) else f"{name}:{place}"
+    if loc[:2] == ("teacher", "train"):  # what the teacher's training takes over from the student's
+        return _where(name, places, loc[1:])
     return name
 
 
@@ -495,9 +579,9 @@ def _section(loc: Key) -> type[BaseModel] | None:
     return found
 
 
-def _explain(details: ErrorDetails, name: str, lines: Mapping[Key, int]) -> str:
+def _explain(details: ErrorDetails, name: str, places: Mapping[Key, Place]) -> str:
     loc = details["loc"]
-    where, key = _where(name, lines, loc), ".".join(str(p) for p in loc)
+    where, key = _where(name, places, loc), ".".join(str(p) for p in loc)
     given = details["input"]
     section = _section(loc)
     fields = [f for f in section.model_fields if f != "kind"] if section else []
@@ -511,16 +595,26 @@ def _explain(details: ErrorDetails, name: str, lines: Mapping[Key, int]) -> str:
         case "missing":
             return f"{where}: {key!r} is missing\n  -> add it; see recipes/digits.yaml for an example"
         case "value_error":
-            place = f"{key}: " if key else ""
-            return f"{where}: {place}{details['msg'].removeprefix('Value error, ')}"
+            error = details.get("ctx", {}).get("error")
+            if isinstance(error, Misfit):
+                where = _where(name, places, (*loc, error.key))
+            what, _, remedy = details["msg"].removeprefix("Value error, ").rpartition("; ")
+            return f"{where}: {key + ': ' if key else ''}{what or remedy}" + (f"\n  -> {remedy}" if what else "")
         case "literal_error":
             allowed = str(details.get("ctx", {}).get("expected", ""))
             words = re.findall(r"'([^']*)'", allowed)
             return f"{where}: {key}: given {given!r}{_suggest(str(given), words)}\n  -> allowed: {allowed}"
+        case "model_type" | "dict_type":
+            inside = _section((*loc, ""))
+            allowed = ", ".join(inside.model_fields) if inside else "any"
+            return f"{where}: {key}: given {_shown(given)}\n  -> it takes keys and values; keys: {allowed}"
         case _:
-            shown = repr(given)
-            shown = shown if len(shown) < 80 else shown[:77] + "..."
-            return f"{where}: {key}: given {shown}\n  -> {details['msg']}"
+            return f"{where}: {key}: given {_shown(given)}\n  -> {details['msg']}"
+
+
+def _shown(given: Any) -> str:
+    shown = repr(given)
+    return "nothing" if given is None else shown if len(shown) < 80 else shown[:77] + "..."
 
 
 def dump_recipe(recipe: BaseModel) -> str:

@@ -91,7 +91,7 @@ class Batch:
         tensors = self.inputs if isinstance(self.inputs, dict) else {"inputs": self.inputs}
         for name, x in tensors.items():
             if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-                bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten()
+                bad = (~torch.isfinite(x)).view(len(x), -1).any(1).nonzero().flatten()
                 which = bad if self.ids is None else self.ids[bad.to(self.ids.device)]
                 kind = "ids" if self.ids is not None else "rows of the batch"
                 raise DataError(
@@ -127,6 +127,7 @@ def as_batch(raw: Any) -> Batch:
                 f"the batch has no key 'labels', only {', '.join(map(str, raw))}",
                 remedy="yield labels (-100 where there is none), or pass to_batch=, a function that makes a Batch",
             )
+        labels = _indices(labels)
         ids = inputs.get("input_ids") if isinstance(inputs, dict) else None
         if ids is not None and labels.shape == ids.shape:
             counted = labels != IGNORE
@@ -142,12 +143,24 @@ def as_batch(raw: Any) -> Batch:
             raise DataError(
                 f"{len(inputs)} inputs but {len(labels)} labels in one batch", remedy="yield one for each"
             )
-        return Batch(inputs, labels)
+        return Batch(inputs, _indices(labels))
     shown = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, (tuple, list)) else "")
     raise DataError(
-        f"a batch is {shown}, not a pair (inputs, labels) or a mapping with 'labels'",
+        f"a batch is {shown}, not a pair of tensors (inputs, labels) or a mapping with 'labels'",
         remedy="pass to_batch=, a function that makes a tutelage.data.Batch of it",
     )
+
+
+def _indices(labels: Any) -> Tensor:
+    """Labels as int64."""
+    if not isinstance(labels, Tensor):
+        raise DataError(f"labels are a {type(labels).__name__}, not a tensor", remedy="yield torch.tensor(labels)")
+    if labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"labels are {labels.dtype}, not class indices",
+            remedy="yield integers, one for each sample; of one-hot rows: labels.argmax(-1)",
+        )
+    return labels.long()
 
 
 def causal_batch(raw: Mapping[str, Tensor]) -> Batch:

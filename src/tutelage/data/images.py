@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tutelage.data.batch import IGNORE, Batch
 from tutelage.data.views import CROPS, Augment, build_augments, drawn, parse_augment
-from tutelage.errors import DataError, require
+from tutelage.errors import DataError, TutelageError, require
 
 IN_MEMORY_BYTES = 2**30
 """Decoded images up to this much are kept in memory; more are decoded as they are asked for."""
@@ -242,6 +242,8 @@ def load_images(
         label_column=label_column,
         classes=classes,
     )
+    if classes is not None and classes != raw.classes:
+        raw = _reordered(raw, classes)
     for name, split in raw.splits.items():
         if len(split.labels) == 0:
             raise DataError(f"the {name} split of {source} has no images", remedy="check its path and its files")
@@ -281,7 +283,7 @@ def load_images(
         splits = {n: _decoded(s, channels, size, crop, progress, f"decoding {n} images") for n, s in splits.items()}
 
     train = splits["train"]
-    mean, std = mean or raw.mean, std or raw.std
+    mean, std = raw.mean if mean is None else mean, raw.std if std is None else std
     if mean is None or std is None:
         if train.pixels is not None:
             sample = train.pixels[:: max(1, len(train.pixels) // 10000)].float().div(255)
@@ -310,7 +312,9 @@ def load_images(
             augments=view.augments,
         )
 
-    train_set = build(train, student_views)
+    train_set, for_teacher = build(train, student_views), build(train, teacher_views)
+    for views in (train_set, for_teacher):
+        _try_augments(views)
     if labels is not None:
         train_set = hide_labels(train_set, labels, split_seed, drop=unlabeled == "drop")
     return ImageData(
@@ -319,8 +323,36 @@ def load_images(
         build(splits["validation"]),
         build(splits["test"]),
         list(raw.classes),
-        build(train, teacher_views),
+        for_teacher,
     )
+
+
+def _reordered(raw: RawImages, classes: list[str]) -> RawImages:
+    """The source with its classes in another order."""
+    if sorted(classes) != sorted(raw.classes):
+        shown = ", ".join(raw.classes[:20]) + (" ..." if len(raw.classes) > 20 else "")
+        raise DataError(
+            f"data.classes names {len(classes)} classes that are not the {len(raw.classes)} of the source: {shown}",
+            remedy="name every class of the source once, in the order that the teacher scores them",
+        )
+    to = torch.tensor([classes.index(name) for name in raw.classes])
+    splits = {name: replace(split, labels=to[split.labels]) for name, split in raw.splits.items()}
+    return replace(raw, classes=list(classes), splits=splits)
+
+
+def _try_augments(images: ImageSet) -> None:
+    """Augment one image, so that an option that no constructor checks fails before anything is trained."""
+    if not images.augmented:
+        return
+    try:
+        images.fetch(torch.arange(1), torch.zeros(1, dtype=torch.int64))
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, TutelageError):
+            raise
+        raise DataError(
+            f"data.augment cannot be applied to these images: {error}",
+            remedy="check the options of each augmentation",
+        ) from error
 
 
 def hide_labels(images: ImageSet, count: int, seed: int, *, drop: bool) -> ImageSet:

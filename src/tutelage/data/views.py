@@ -48,6 +48,8 @@ def uniform(seeds: Tensor, stream: int) -> npt.NDArray[np.float64]:
 
 def flip(p: float = 0.5, *, stream: int) -> Augment:
     """Mirror left to right with probability ``p``."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p!r} is not a probability in [0, 1]")
 
     def apply(images: Tensor, seeds: Tensor) -> Tensor:
         chosen = torch.from_numpy(uniform(seeds, stream) < p).view(-1, 1, 1, 1)
@@ -58,6 +60,8 @@ def flip(p: float = 0.5, *, stream: int) -> Augment:
 
 def shift(pixels: int = 2, *, stream: int) -> Augment:
     """Move by up to ``pixels`` in each direction, black coming in: a random crop after zero padding."""
+    if not isinstance(pixels, int) or isinstance(pixels, bool) or pixels < 0:
+        raise ValueError(f"pixels={pixels!r} is not a whole number from 0 on")
 
     def apply(images: Tensor, seeds: Tensor) -> Tensor:
         n, channels, height, width = images.shape

@@ -1,7 +1,7 @@
 """The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
 
 from tutelage.engine.evaluate import evaluate
-from tutelage.engine.launch import Accelerator, from_main, make_accelerator
+from tutelage.engine.launch import Accelerator, from_main, make_accelerator, tracking
 from tutelage.engine.loop import Outcome, Training, Watcher, fit
 from tutelage.engine.rundir import RunDirectory
 
@@ -15,4 +15,5 @@ __all__ = [
     "fit",
     "from_main",
     "make_accelerator",
+    "tracking",
 ]

@@ -32,12 +32,16 @@ from tutelage.errors import CheckpointError
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def full_model_state(module: nn.Module) -> dict[str, Tensor]:
-    """All weights and buffers, unsharded, on the CPU, by the names of the unwrapped module."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {k: v for k, v in get_model_state_dict(module, options=options).items() if isinstance(v, Tensor)}
+    """A copy of all weights and buffers, unsharded, on the CPU, by the names of the unwrapped module.
+
+    Every process must call it; only the main one gets any.
+    """
+    state = get_model_state_dict(module, options=_WHOLE)
+    return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}  # on a CPU it is no copy yet
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Checkpoint:
 def pack(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON; each tensor in it moves to ``tensors`` and leaves its name behind."""
     if isinstance(value, Tensor):
-        tensors[prefix] = value.detach().cpu().contiguous().clone()
+        tensors[prefix] = value.detach().cpu().contiguous().clone()  # its own storage, as safetensors asks
         return {"tensor": prefix}
     if isinstance(value, dict):
         return {"dict": [[k, pack(v, f"{prefix}/{k}", tensors)] for k, v in value.items()]}
@@ -108,10 +112,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def capture_training(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and optimizer state, unsharded; every process must call it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {
         "model": full_model_state(module),
-        "optimizer": get_optimizer_state_dict(module, optimizer, options=options),
+        "optimizer": get_optimizer_state_dict(module, optimizer, options=_WHOLE),
     }
 
 
@@ -141,8 +144,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         tensors = load_file(str(folder / TENSORS))
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         parts: dict[str, Any] = unpack(state, tensors)
+        if not isinstance(parts, dict):
+            raise ValueError(f"{STATE} holds a {type(parts).__name__}")
         return parts
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"is damaged: {error}", where=str(folder), remedy="delete this folder; --resume then takes the one before"
         ) from None

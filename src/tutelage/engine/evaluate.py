@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tutelage.data.batch import IGNORE, Batch, spans
 from tutelage.data.loader import Share
+from tutelage.errors import CapabilityError
 from tutelage.taps import Needs, observe
 
 BINS = 15
@@ -113,10 +114,17 @@ def evaluate(
     try:
         for batch in batches:
             start, stop = spans(len(batch), share.world)[share.rank]
+            highest = int(batch.labels.max()) if batch.labels.numel() else 0
             mine = batch.rows(start, stop).to(device)
             with torch.no_grad():
                 logits = observe(model, mine.inputs, Needs()).logits
             assert logits is not None
+            if highest >= logits.shape[-1]:
+                raise CapabilityError(
+                    f"the data has a label {highest}, the {type(model).__name__} scores classes 0 to "
+                    f"{logits.shape[-1] - 1}",
+                    remedy="set its number of classes",
+                )
             reference = None
             if theirs is not None:
                 rows = next(theirs)

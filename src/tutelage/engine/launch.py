@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
 from accelerate import Accelerator as Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, LoggerType, broadcast_object_list
 
-from tutelage.errors import CapabilityError
+from tutelage.errors import CapabilityError, MissingDependencyError
+
+T = TypeVar("T")
 
 
-def make_accelerator(
-    precision: str | None = None, trackers: list[str] | None = None, project_dir: str | None = None
-) -> Accelerator:
+def make_accelerator(precision: str | None = None, trackers: list[str] | None = None) -> Accelerator:
     """An accelerator under ``accelerate launch``, ``torchrun`` or neither.
 
     Args:
         precision: ``no``, ``bf16``, ``fp16``; ``None`` for what the launcher says.
         trackers: experiment trackers by accelerate's names.
-        project_dir: where trackers that write files put them.
 
     Raises:
-        CapabilityError: this machine cannot compute in that precision, or a tracker is not installed.
+        CapabilityError: this machine cannot compute in that precision.
+        MissingDependencyError: a tracker is not installed.
     """
     if AcceleratorState._shared_state and precision not in (None, AcceleratorState().mixed_precision):
         AcceleratorState._reset_state()  # a second run in one process may want another precision
+    for tracker in trackers or ():
+        if LoggerType(tracker) not in get_available_trackers():  # accelerate itself would leave it out
+            raise MissingDependencyError(
+                f"train.trackers: {tracker} is not installed",
+                remedy=f"pip install {tracker}, or take it out of train.trackers",
+            )
     if precision == "fp16" and PartialState().device.type == "cpu":
         raise CapabilityError(
             "train.precision fp16 needs a GPU; this run is on the CPU", remedy="use bf16, or no mixed precision"
@@ -33,7 +45,6 @@ def make_accelerator(
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             log_with=trackers or None,
-            project_dir=project_dir,
         )
     except (ImportError, ValueError) as error:
         raise CapabilityError(
@@ -41,6 +52,25 @@ def make_accelerator(
         ) from None
 
 
-def from_main(accelerator: Accelerator, value: str) -> str:
-    """The main process's value, on every process."""
-    return value if accelerator.num_processes == 1 else str(broadcast_object_list([value])[0])
+def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What ``make`` gives on the main process, on every process; only there is it called."""
+    value = [make() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(value)
+    return value[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def tracking(accelerator: Accelerator, folder: Path, config: dict[str, str]) -> Iterator[None]:
+    """Experiment trackers, if any were asked for, open during the block; those of files write to ``folder``."""
+    if not accelerator.log_with:
+        yield
+        return
+    accelerator.project_configuration.set_directories(str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("tutelage", config=config)
+    try:
+        yield
+    finally:
+        accelerator.end_training()
+        accelerator.trackers = []

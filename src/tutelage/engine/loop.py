@@ -121,7 +121,7 @@ class Outcome:
     """A finished training.
 
     Attributes:
-        last: weights after the last step, by name, on the CPU.
+        last: weights after the last step, by name, on the CPU. Only the main process of several has any.
         best: weights at the best validation; ``last`` where there was none.
         progress: where it ended.
     """

@@ -32,6 +32,8 @@ _REASONS = {
     errno.EROFS: ("the file system is read-only", "choose another --out"),
     errno.ENOTDIR: ("a part of the path is a file", "choose another --out"),
     errno.EEXIST: ("it is a file", "choose another --out"),
+    errno.ENOENT: ("there cannot be such a folder", "choose another --out"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose another --out"),
 }
 
 
@@ -136,21 +138,30 @@ class RunDirectory:
         path = self.model(training) / "result.json"
         if not path.exists():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"is damaged: {error}",
+                where=str(path),
+                remedy=f"delete {path.parent}; --resume then trains this model again",
+            ) from None
         return found
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
         if self.writes:
-            with explained(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with explained(self.metrics):
+                self.path.mkdir(parents=True, exist_ok=True)
+                with open(self.metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
 
     def rewind(self, training: str, step: int) -> None:
         """Forget what was logged of a training after ``step``, before it goes on from there."""
         if self.writes and self.metrics.exists():
             kept = [
                 text
-                for text in self.metrics.read_text(encoding="utf-8").splitlines()
+                for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
                 if (line := _parsed(text)) is not None and not (line["training"] == training and line["step"] > step)
             ]
             write_text(self.metrics, "".join(text + "\n" for text in kept))
@@ -166,6 +177,6 @@ class RunDirectory:
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         line: dict[str, Any] = json.loads(text)
-        return line
+        return line if isinstance(line, dict) and {"training", "step"} <= line.keys() else None
     except ValueError:  # the last line of a killed process may be cut short
         return None

@@ -63,12 +63,21 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
             return _callable(kind, name, spec)
     except (ModelError, MissingDependencyError) as error:
         raise type(error)(error.what, where=where, remedy=error.remedy) from None
-    except (TypeError, ValueError, RuntimeError, OSError, AttributeError, KeyError, ImportError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        AttributeError,
+        KeyError,
+        ImportError,
+        SyntaxError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot build {spec.model!r} with options {spec.options}: {reason}",
             where=where,
-            remedy=_signature(spec.model),
+            remedy=_signature(spec.model, spec.options),
         ) from None
     names = [*ZOO, "timm:NAME", "torchvision:NAME", "hf:ID", "package.module:callable"]
     close = nearest(spec.model, names, 1)
@@ -79,12 +88,14 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
     )
 
 
-def _signature(model: str) -> str:
+def _signature(model: str, options: dict[str, Any]) -> str:
+    if model.startswith("hf:") or "pretrained" in options:
+        return "check its name, its options and the network; HF_HUB_OFFLINE=1 allows only what is on disk"
     if model not in ZOO:
         return "check its name and options"
     fixed = {"classes", "channels", "size", "self"}
-    options = [p for p in inspect.signature(ZOO[model]).parameters if p not in fixed]
-    return f"options of {model}: {', '.join(options)}"
+    known = [p for p in inspect.signature(ZOO[model]).parameters if p not in fixed]
+    return f"options of {model}: {', '.join(known)}"
 
 
 def _timm(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Module:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,18 +60,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickle protocols; whether it can be read is all that matters
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(
             f"not a whole safetensors file: {error}", where=str(path), remedy="copy or download it again"
         ) from None
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "global" not in str(error).lower():  # what would run is named so
+            raise CheckpointError(
+                "is damaged, or a pickle that torch.save did not write",
+                where=str(path),
+                remedy="copy or download it again; a safetensors file must end in .safetensors",
+            ) from None
         raise CheckpointError(
             "holds more than tensors; loading it would run code from the file",
             where=str(path),
             remedy="save only the state dict: torch.save(model.state_dict(), path), or use safetensors",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+            struct.error) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"cannot be read as weights: {reason}", where=str(path), remedy="copy or download it again"
@@ -128,6 +139,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / MODEL_CARD
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(card, dict):
+            raise ValueError(f"it holds a {type(card).__name__}, not a mapping")
         return card
     except FileNotFoundError:
         raise CheckpointError(
@@ -157,6 +170,12 @@ def load_model(folder: str | Path) -> nn.Module:
             where=str(folder),
             remedy=f"build it, then tutelage.models.load_weights(model, Path({str(folder)!r}))",
         )
-    model = build(ModelSpec(**card["spec"]), card.get("classes"), where=str(folder / MODEL_CARD))
+    try:
+        spec = ModelSpec(**card["spec"])
+    except TypeError as error:
+        raise CheckpointError(
+            f"spec: {error}", where=str(folder / MODEL_CARD), remedy="export the model again"
+        ) from None
+    model = build(spec, card.get("classes"), where=str(folder / MODEL_CARD))
     load_weights(model, folder)
     return model.eval()

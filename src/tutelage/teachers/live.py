@@ -25,7 +25,7 @@ class LiveTeacher:
     switches it back first, so its batch statistics never move and its dropout is off.
 
     Args:
-        model: any module; its parameters are frozen in place.
+        model: any module; its parameters are frozen in place and their gradients dropped.
         mode: ``eval``, or ``train_bn`` to normalise by the statistics of the batch at hand. The
             running statistics stay as they are in both.
 
@@ -39,6 +39,7 @@ class LiveTeacher:
         if mode not in ("eval", "train_bn"):
             raise CapabilityError(f"unknown teacher mode {mode!r}", remedy="allowed: eval, train_bn")
         self.model = model.requires_grad_(False).eval()
+        self.model.zero_grad(set_to_none=True)  # what its own training left
         self.mode = mode
         self._modules = list(model.modules())
         self._norms = [m for m in self._modules if isinstance(m, _BatchNorm)]

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from tutelage.config import TrainConfig
 from tutelage.data import Batch, Batches
-from tutelage.engine import Accelerator, RunDirectory, Training, evaluate, fit
+from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evaluate, fit
+from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import explained, new_folder, write_text
-from tutelage.errors import CapabilityError
-from tutelage.methods import Method, SupervisedMethod, check_capabilities
+from tutelage.errors import CapabilityError, DataError, NumericsError, TutelageError
+from tutelage.methods import Method, SupervisedMethod, Trainee, check_capabilities
 from tutelage.models import label_names, save_model
-from tutelage.taps import Needs
+from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Teacher
 from tutelage.workflows.measure import latencies, parameters
 from tutelage.workflows.progress import Terminal
@@ -99,6 +100,8 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     method = c.method()
     ctx.terminal.say(f"loss = {method.formula()}")
     student = c.student(c.seeds[0])
+    check_output(c, ctx, student, "student")
+    check_optimizer(c, student, method)
     teacher = live_teacher(c, ctx)
     check_separate(teacher.model, student)
     check_labels(c, teacher.model, student)
@@ -158,11 +161,38 @@ def train_and_keep(
     references: list[Tensor] | None,
     card: dict[str, Any],
 ) -> dict[str, Any]:
-    """Fit, read the test split once for the best and once for the last weights, and write the model's folder."""
+    """Fit, read the test split once for the best and once for the last weights, and write the model's folder.
+
+    The main process measures and writes; it alone has whole weights where they are sharded.
+    """
     try:
         outcome = fit(training, ctx.accelerator)
     finally:
         ctx.terminal.finished()
+    if ctx.accelerator.is_main_process:
+        result = _measured(training, outcome, ctx, rebuild, test, references)
+        with new_folder(ctx.run.model(training.name)) as folder:
+            save_model(result.pop("model"), folder, card)
+            (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        ctx.terminal.say(
+            f"{training.name}: test {result['best']['accuracy']:.2%} "
+            f"(last epoch {result['last']['accuracy']:.2%}), {result['seconds']:.0f} s"
+        )
+    ctx.accelerator.wait_for_everyone()
+    found = ctx.run.result(training.name)
+    assert found is not None
+    return found
+
+
+def _measured(
+    training: Training,
+    outcome: Outcome,
+    ctx: Context,
+    rebuild: Callable[[], nn.Module],
+    test: Iterable[Batch],
+    references: list[Tensor] | None,
+) -> dict[str, Any]:
+    """The result of a training, and under ``model`` the module that holds the best weights."""
     model = rebuild().to(ctx.device)
     model.load_state_dict(outcome.last)
     last = evaluate(model, test, ctx.device, references)
@@ -171,27 +201,18 @@ def train_and_keep(
         model.load_state_dict(outcome.best)
         best = evaluate(model, test, ctx.device, references)
     at = outcome.progress
-    result = {
+    score = at.best
+    return {
         "training": training.name,
         "seed": training.seed,
         "steps": at.step,
         "stopped_early": at.stopped_early,
         "seconds": round(at.seconds, 2),
-        "validation": None
-        if at.best is None
-        else {"accuracy": at.best[0], "loss": -at.best[1], "step": int(at.best[2])},
+        "validation": None if score is None else {"accuracy": score[0], "loss": -score[1], "step": int(score[2])},
         "best": best,
         "last": last,
+        "model": model,
     }
-    if ctx.run.writes:
-        with new_folder(ctx.run.model(training.name)) as folder:
-            save_model(model, folder, card)
-            (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    ctx.accelerator.wait_for_everyone()
-    ctx.terminal.say(
-        f"{training.name}: test {best['accuracy']:.2%} (last epoch {last['accuracy']:.2%}), {result['seconds']:.0f} s"
-    )
-    return result
 
 
 # Teacher -------------------------------------------------------------------------------------------
@@ -200,6 +221,7 @@ def train_and_keep(
 def live_teacher(c: Comparison, ctx: Context) -> LiveTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
     model = c.teacher()
+    check_output(c, ctx, model, "teacher")
     if c.train_teacher is not None:
         config, batches, seed = c.train_teacher
         folder = ctx.run.model("teacher")
@@ -227,6 +249,57 @@ def remembered(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method
 
 
 # Checks that come before step 0 ------------------------------------------------------------------------
+
+
+def check_output(c: Comparison, ctx: Context, model: nn.Module, who: str) -> None:
+    """Run ``model`` on two samples, so that a misfit with the data shows before anything is trained.
+
+    Raises:
+        DataError: there is nothing to evaluate on.
+        CapabilityError: the model cannot take the inputs, or scores another number of classes.
+        NumericsError: its logits are not finite.
+    """
+    whole = next(iter(c.test), None)
+    if whole is None:
+        raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
+    batch = whole.rows(0, 2).to(ctx.device)
+    inputs = batch.inputs if isinstance(batch.inputs, dict) else {"inputs": batch.inputs}
+    model.to(ctx.device).eval()
+    try:
+        with torch.no_grad():
+            logits = observe(model, batch.inputs, Needs()).logits
+    except (TutelageError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+        raise CapabilityError(
+            f"the {who}, a {type(model).__name__}, does not take the data, {shapes}: {error}",
+            remedy="fit the model to the data or the data to the model: size, channels, names of the inputs",
+        ) from error
+    assert logits is not None
+    classes = logits.shape[-1]
+    if batch.labels.shape != logits.shape[:-1]:
+        raise CapabilityError(
+            f"the {who}'s logits are {tuple(logits.shape)} where the labels are {tuple(batch.labels.shape)}",
+            remedy="labels are class indices, one for each row of logits (or each token)",
+        )
+    if c.classes is not None and classes != len(c.classes):
+        raise CapabilityError(
+            f"the {who} scores {classes} classes, the data has {len(c.classes)}", remedy="set its number of classes"
+        )
+    if whole.labels.numel() and int(whole.labels.max()) >= classes:
+        raise CapabilityError(
+            f"the data has a label {int(whole.labels.max())}, the {who} scores classes 0 to {classes - 1}",
+            remedy="set its number of classes",
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericsError(f"the {who}'s logits are NaN or infinite", remedy="check its weights and its inputs")
+
+
+def check_optimizer(c: Comparison, student: nn.Module, method: Method) -> None:
+    """Raise :class:`ConfigError` when the optimizer or the schedule refuses an option."""
+    optimizer = build_optimizer(Trainee(student, method), c.config.optimizer)
+    build_schedule(optimizer, c.config.schedule, 1, 1)
 
 
 def check_separate(teacher: nn.Module, student: nn.Module) -> None:
@@ -286,26 +359,12 @@ def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
 
 def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: LiveTeacher) -> None:
     """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
-    from tutelage.taps import observe
-
     batch = next(iter(c.test)).rows(0, 2).to(ctx.device)
     student.to(ctx.device).eval()
     method.to(ctx.device)
     with torch.no_grad():
         signal = teacher.signal(batch, method.needs) if method.needs is not None else None
         method(observe(student, batch.inputs, method.student_needs), batch, signal)
-        logits = observe(student, batch.inputs, Needs()).logits
-    assert logits is not None
-    if c.classes is not None and logits.shape[-1] != len(c.classes):
-        raise CapabilityError(
-            f"the student scores {logits.shape[-1]} classes, the data has {len(c.classes)}",
-            remedy="set its number of classes",
-        )
-    if batch.labels.numel() and int(batch.labels.max()) >= logits.shape[-1]:
-        raise CapabilityError(
-            f"the data has a label {int(batch.labels.max())}, the student scores classes 0 to {logits.shape[-1] - 1}",
-            remedy="set its number of classes",
-        )
 
 
 # Summary -----------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from torch import nn
 
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, InOrder, LoaderBatches, as_batch
-from tutelage.engine import from_main, make_accelerator
+from tutelage.engine import from_main, make_accelerator, tracking
+from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError
 from tutelage.methods import LogitMethod, Method
 from tutelage.workflows.comparison import Arm, Comparison, Context, compare, exported_student
 from tutelage.workflows.folder import choose, opened
@@ -87,9 +88,10 @@ def distill(
     Raises:
         TutelageError: one of its subclasses, with the remedy; misfits are found before any training.
     """
+    _check_arguments(teacher, student, method, seeds, eval_data, validation, to_batch)
     optimizer = {"kind": optimizer} if isinstance(optimizer, str) else optimizer
     if isinstance(optimizer, dict) and lr is not None:
-        optimizer = {**optimizer, "lr": float(lr)}
+        optimizer = {**optimizer, "lr": lr}
     schedule = {"kind": schedule} if isinstance(schedule, str) else schedule
     budget = {} if train is not None and "steps" in train else {"epochs": epochs}
     config = _checked(TrainConfig, {**budget, "optimizer": optimizer, "schedule": schedule, **(train or {})})
@@ -102,7 +104,13 @@ def distill(
             if template is not None:
                 return copy.deepcopy(template)
             assert not isinstance(student, nn.Module)
-            return student()
+            made = student()
+        if not isinstance(made, nn.Module):
+            raise ModelError(
+                f"the function given as student returned a {type(made).__name__}",
+                remedy="it must return a torch.nn.Module",
+            )
+        return made
 
     def batches(arm: Arm, seed: int) -> LoaderBatches:
         return LoaderBatches(train_loader, seed, to_batch)
@@ -134,18 +142,18 @@ def distill(
             "spec": None, "class": _name(cls) if cls else "the given function's result", "classes": classes,
         },
     )  # fmt: skip
-    path = choose(out, "distill", resume)
-    accelerator = make_accelerator(config.precision, list(config.trackers), str(path / "trackers"))
-    path = Path(from_main(accelerator, str(path)))
+    accelerator = make_accelerator(config.precision, list(config.trackers))
+    path = from_main(accelerator, lambda: choose(out, "distill", resume))
     terminal = Terminal(speaks=verbose and accelerator.is_main_process)
     text = yaml.safe_dump(described, sort_keys=False)
-    with opened(path, text, resume=resume, main=accelerator.is_main_process) as run, stopping(terminal.say) as stop:
+    tracked = tracking(accelerator, path / "trackers", {"distill": text})
+    with (
+        opened(path, text, resume=resume, main=accelerator.is_main_process) as run,
+        stopping(terminal.say) as stop,
+        tracked,
+    ):
         ctx = Context(accelerator, run, terminal, stop)
-        if config.trackers:
-            accelerator.init_trackers("tutelage", config={"distill": text})
         summary = compare(comparison, ctx)
-        if config.trackers:
-            accelerator.end_training()
         return Run(exported_student(comparison, ctx, summary), summary, path)
 
 
@@ -157,10 +165,58 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     return {"class": _name(type(model)), "parameters": sum(p.numel() for p in model.parameters())}
 
 
+def _check_arguments(
+    teacher: Any, student: Any, method: Any, seeds: Any, eval_data: Any, validation: Any, to_batch: Any
+) -> None:
+    """Raise the error that names the argument that is not what :func:`distill` says."""
+    for name, given, right, wanted in (
+        ("teacher", teacher, isinstance(teacher, nn.Module), "a torch.nn.Module"),
+        ("student", student, callable(student), "a torch.nn.Module, or a function that makes one"),
+    ):
+        if not right:
+            raise ModelError(f"distill({name}=...) is a {type(given).__name__}", remedy=f"give {wanted}")
+    if student is teacher:
+        raise CapabilityError(
+            "teacher and student are the same module; the student would start with nothing to learn",
+            remedy="give the student its own module, or copy.deepcopy(teacher) where it shall start from the teacher",
+        )
+    if method is not None and not isinstance(method, Method):
+        raise ConfigError(
+            f"distill(method={method!r})", remedy="give a method, as in tutelage.methods.LogitMethod(temperature=4.0)"
+        )
+    whole = isinstance(seeds, Sequence) and all(isinstance(s, int) and s >= 0 for s in seeds)
+    if not whole or not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"distill(seeds={seeds!r})", remedy="give different whole numbers from 0 on, as in (0, 1, 2)")
+    for name, loader in (("eval_data", eval_data), ("validation", validation)):
+        if loader is None and name == "validation":
+            continue
+        if not isinstance(loader, Iterable) or iter(loader) is loader:
+            raise DataError(
+                f"distill({name}=...), a {type(loader).__name__}, cannot be iterated again and again",
+                remedy="give a list of batches or a DataLoader: it is read once for each model",
+            )
+        check_order(name, InOrder(loader, to_batch=to_batch))
+
+
+def check_order(name: str, batches: Iterable[Batch]) -> None:
+    """Raise :class:`DataError` unless two passes begin with the same batch."""
+    first, again = next(iter(batches), None), next(iter(batches), None)
+    if first is None or again is None:
+        raise DataError(f"{name} yields no batches", remedy="check its data set and drop_last")
+
+    def tensors(batch: Batch) -> list[torch.Tensor]:
+        inputs = batch.inputs.values() if isinstance(batch.inputs, dict) else [batch.inputs]
+        return [*inputs, batch.labels]
+
+    if not all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(again), strict=True)):
+        raise DataError(
+            f"{name} gives other samples, or the same ones in another order, each time it is read",
+            remedy="use shuffle=False and no augmentation: the models are compared sample by sample",
+        )
+
+
 def _checked(section: type[TrainConfig], fields: dict[str, Any]) -> TrainConfig:
     from pydantic import ValidationError
-
-    from tutelage.errors import ConfigError
 
     try:
         return section.model_validate(fields)

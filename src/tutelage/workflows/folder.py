@@ -15,7 +15,7 @@ import yaml
 from tutelage.config import differing_keys
 from tutelage.engine import RunDirectory
 from tutelage.engine.rundir import explained, write_text
-from tutelage.errors import RunDirectoryError
+from tutelage.errors import RunDirectoryError, TutelageError
 
 FREE_TO_CHANGE = {"train.trackers", "train.log_every", "train.keep", "data.workers", "teacher.train.trackers"}
 """Keys that may differ when a run is resumed: they do not change what it computes."""
@@ -31,15 +31,17 @@ def choose(out: str | Path | None, name: str, resume: bool) -> Path:
         taken = sorted(
             (int(m.group(1) or 1), p)
             for p in Path("runs").glob(f"{name}*")
-            if (m := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", p.name)) and any(p.iterdir())
+            if (m := re.fullmatch(re.escape(name) + r"(?:-(\d+))?", p.name)) and (p.is_file() or holds_something(p))
         )
         if resume and taken:
             return taken[-1][1]
         return Path("runs") / (name if not taken else f"{name}-{taken[-1][0] + 1}")
     path = Path(out)
-    if path.exists() and not path.is_dir():
+    with explained(path):
+        is_file = path.exists() and not path.is_dir()
+    if is_file:
         raise RunDirectoryError("is a file", where=str(path), remedy="choose another --out")
-    if path.is_dir() and any(path.iterdir()) and not resume:
+    if holds_something(path) and not resume:
         if (path / "config.yaml").exists():
             raise RunDirectoryError(
                 "holds a run already",
@@ -50,6 +52,12 @@ def choose(out: str | Path | None, name: str, resume: bool) -> Path:
     return path
 
 
+def holds_something(path: Path) -> bool:
+    """Whether ``path`` is a folder that is not empty."""
+    with explained(path):
+        return path.is_dir() and any(path.iterdir())
+
+
 def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
     """Raise :class:`RunDirectoryError` when the run in ``path`` was started from other settings, or there is none."""
     stored = path / "config.yaml"
@@ -57,14 +65,31 @@ def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
         if resume:
             raise RunDirectoryError("there is no run to resume", where=str(path), remedy="leave --resume out")
         return
-    before = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
+    try:
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunDirectoryError(
+            f"cannot be read: {str(error).splitlines()[0]}",
+            where=str(stored),
+            remedy="the run cannot go on without its settings: choose another --out",
+        ) from None
     changed = [k for k in differing_keys(before, config) if k not in FREE_TO_CHANGE]
     if changed:
+        shown = [f"{k} (then {_shown(before, k)}, now {_shown(config, k)})" for k in changed[:5]]
         raise RunDirectoryError(
-            f"was started with other settings: {', '.join(changed[:5])}",
+            f"was started with other settings: {', '.join(shown)}" + (" ..." if len(changed) > 5 else ""),
             where=str(path),
             remedy="resume with the same recipe and overrides, or choose another --out",
         )
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return "not set" if value is None else str(value)
 
 
 @contextmanager
@@ -75,10 +100,10 @@ def opened(path: Path, config_yaml: str, *, resume: bool, main: bool) -> Iterato
         RunDirectoryError: it cannot be written, another process writes to it, or it is of other settings.
     """
     run = RunDirectory(path, writes=main)
-    check_same(path, yaml.safe_load(config_yaml), resume)
     if not main:
         yield run
         return
+    check_same(path, yaml.safe_load(config_yaml), resume)
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / "run.lock", os.O_CREAT | os.O_RDWR)
@@ -90,8 +115,23 @@ def opened(path: Path, config_yaml: str, *, resume: bool, main: bool) -> Iterato
                 "another process is writing to it", where=str(path), remedy="wait for it, or choose another --out"
             ) from None
         run.sweep()
-        if not run.config.exists():
+        fresh = not run.config.exists()
+        if fresh:
             write_text(run.config, config_yaml)
-        yield run
+        try:
+            yield run
+        except TutelageError:
+            if fresh:
+                forget(path)
+            raise
     finally:
         os.close(lock)
+
+
+def forget(path: Path) -> None:
+    """Remove the folder of a run that failed before it computed anything, so that its name is free again."""
+    mine = {"config.yaml", "run.lock"}
+    if {p.name for p in path.iterdir()} <= mine:
+        for name in mine:
+            (path / name).unlink(missing_ok=True)
+        path.rmdir()

@@ -15,7 +15,7 @@ from torch import nn
 from tutelage.config import ModelConfig, Recipe, TeacherConfig, dump_recipe
 from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
 from tutelage.data.batch import IGNORE
-from tutelage.engine import from_main, make_accelerator
+from tutelage.engine import from_main, make_accelerator, tracking
 from tutelage.methods import METHODS, Method
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
@@ -48,25 +48,31 @@ def run_recipe(
         TutelageError: one of its subclasses, with the remedy.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
-    path = choose(out, recipe.name, resume)
-    accelerator = make_accelerator(recipe.train.precision, list(recipe.train.trackers), str(path / "trackers"))
-    path = Path(from_main(accelerator, str(path)))
+    accelerator = make_accelerator(recipe.train.precision, list(recipe.train.trackers))
+    path = from_main(accelerator, lambda: choose(out, recipe.name, resume))
     terminal = terminal or Terminal()
     terminal.speaks = terminal.speaks and accelerator.is_main_process
     terminal.live = terminal.live and accelerator.is_main_process
     with opened(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
         if run.summary.exists():
             terminal.say(f"{path} is finished; showing what it found")
-            return Finished(path, json.loads(run.summary.read_text(encoding="utf-8")))
+            return Finished(path, _summary(run.summary))
         terminal.say(f"run directory: {path}")
         data = load_data(recipe, terminal)
-        with stopping(terminal.say) as should_stop:
-            if recipe.train.trackers:
-                accelerator.init_trackers("tutelage", config={"recipe": dump_recipe(recipe)})
+        tracked = tracking(accelerator, path / "trackers", {"recipe": dump_recipe(recipe)})
+        with stopping(terminal.say) as should_stop, tracked:
             summary = compare(comparison(recipe, data), Context(accelerator, run, terminal, should_stop))
-            if recipe.train.trackers:
-                accelerator.end_training()
     return Finished(path, summary)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunDirectoryError(
+            f"is damaged: {error}", where=str(path), remedy="delete this file; --resume then writes it again"
+        ) from None
+    return summary
 
 
 def load_data(recipe: Recipe, terminal: Terminal) -> ImageData:

@@ -1,0 +1,137 @@
+"""Run by several processes: three steps on an uneven data set, weights after each, to a file.
+
+``python -m torch.distributed.run --nproc_per_node 2 distributed_job.py OUT ACCUMULATE PRECISION KIND``
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from tutelage.data import Batch, PlannedBatches
+from tutelage.engine import Accelerator, RunDirectory, Training, fit, make_accelerator
+from tutelage.engine.checkpoint import full_model_state
+from tutelage.methods import LogitMethod, Method, Term
+from tutelage.objectives import kd
+from tutelage.taps import Needs, Observation
+from tutelage.teachers import LiveTeacher, Signal
+
+ROWS, BATCH, CLASSES = 71, 32, 5
+
+
+class Rows:
+    """71 rows, of which every third has no label: the last batch has 7 rows, and the terms count differently."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(ROWS, 12, generator=generator)
+        self.labels = torch.randint(CLASSES, (ROWS,), generator=generator)
+        self.labels[::3] = -100
+        self.ids = torch.arange(ROWS)
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
+        return Batch(self.x[rows], self.labels[rows], ids=self.ids[rows])
+
+
+def network(width: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, CLASSES))
+
+
+class WithProjector(Method):
+    """Logit distillation plus a projected hidden state: has weights of its own."""
+
+    needs = Needs(hidden=("0",))
+    student_needs = Needs(hidden=("0",))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.project = nn.Linear(8, 16)
+        self.weights = {"kd": 0.5, "ce": 0.5, "hint": 2.0}
+        self.logit = LogitMethod(alpha=0.5)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {**self.logit.counts(batch), "hint": batch.counted().sum()}
+
+    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+        assert signal is not None
+        projected = kd(self.project(student.hidden["0"]), signal.hidden["0"], mask=batch.mask, reduction="sum")
+        return {**self.logit(student, batch, signal), "hint": Term(projected, batch.counted().sum())}
+
+
+class Snapshots:
+    """A watcher that keeps the weights after every step."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.module: nn.Module | None = None
+
+    def started(self, name: str, step: int, total: int) -> None: ...
+
+    def logged(self, line: dict[str, Any]) -> None: ...
+
+    def stepped(self, step: int) -> None:
+        assert self.module is not None
+        self.kept.update({f"{step}/{k}": v for k, v in full_model_state(self.module).items()})
+
+
+def sharded(accelerator: Accelerator) -> Accelerator:
+    """``accelerator``, preparing models as accelerate does for FSDP2 on GPUs; it leaves that off on CPUs itself."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=20, cpu_ram_efficient_loading=False
+    )
+    accelerator.state.fsdp_plugin = plugin
+    type(accelerator).is_fsdp2 = property(lambda self: True)  # type: ignore[method-assign]
+    return accelerator
+
+
+def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
+    accelerator = make_accelerator()
+    if kind == "fsdp":
+        sharded(accelerator)
+    watcher, student = Snapshots(), network(8, seed=1)
+    method = WithProjector()
+    config = TrainConfig(
+        steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0, checkpoint_every=2, log_every=1,
+        optimizer=OptimizerConfig(kind="sgd", lr=0.5, momentum=0.9), schedule=ScheduleConfig(kind="constant"),
+    )  # fmt: skip
+    training = Training(
+        "job", student, method, PlannedBatches(Rows(), BATCH, seed=3), config,
+        RunDirectory(out, writes=accelerator.is_main_process), teacher=LiveTeacher(network(16, seed=2)),
+        validation=[Rows().fetch(torch.arange(37))], watcher=watcher,
+    )  # fmt: skip
+    prepare = accelerator.prepare
+
+    def remember(*objects: Any) -> Any:
+        prepared = prepare(*objects)
+        watcher.module = prepared[0]
+        return prepared
+
+    accelerator.prepare = remember  # type: ignore[method-assign]
+    outcome = fit(training, accelerator)
+    if kind == "fsdp":
+        from torch.distributed.tensor import DTensor
+
+        assert all(isinstance(p, DTensor) for p in watcher.module.parameters())  # type: ignore[union-attr]
+    if accelerator.is_main_process:
+        save_file({k: v.contiguous() for k, v in watcher.kept.items()}, str(out / "steps.safetensors"))
+        save_file(outcome.last, str(out / "student.safetensors"))
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]) if len(sys.argv) > 4 else 3)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

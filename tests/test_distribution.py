@@ -1,0 +1,98 @@
+"""The same gradient for any split of the batch and any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def launch(processes: int, *command: str, cwd: Path = HERE) -> None:
+    prefix = [sys.executable]
+    if processes > 1:
+        prefix += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        prefix += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    done = subprocess.run([*prefix, *command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def steps(out: Path, processes: int, accumulate: int, kind: str = "plain", count: int = 3) -> dict[str, Tensor]:
+    launch(processes, "distributed_job.py", str(out), str(accumulate), kind, str(count))
+    return load_file(str(out / "steps.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return steps(tmp_path_factory.mktemp("one"), 1, 1)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    assert any("project" in k for k in a), "the projector is not among the trained weights"
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(alone: dict[str, Tensor], tmp_path: Path) -> None:
+    assert_same(alone, steps(tmp_path, 1, 4), 1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_two_processes_give_the_gradient_of_one(alone: dict[str, Tensor], tmp_path: Path, accumulate: int) -> None:
+    assert_same(alone, steps(tmp_path, 2, accumulate), 1e-6)
+    one = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in one if "terms" in line] == [1, 2, 3]
+
+
+def test_mean_of_means_would_differ(alone: dict[str, Tensor]) -> None:
+    """The guard of the guard: averaging micro-batch means moves the weights by far more than the tolerance."""
+    from distributed_job import BATCH, Rows
+    from tutelage.data import Share
+    from tutelage.data.loader import PlannedBatches
+
+    last = list(PlannedBatches(Rows(), BATCH, seed=3).epoch(0, Share(accumulate=4)))[-1]
+    counts = [int(b.labelled().sum()) for b in last]
+    assert len(set(counts)) > 1, "the last batch must be uneven for the test above to mean anything"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sharded_student_with_projectors_agrees(alone: dict[str, Tensor], tmp_path: Path, accumulate: int) -> None:
+    assert_same(alone, steps(tmp_path, 2, accumulate, "fsdp"), 1e-5)
+    exported = load_file(str(tmp_path / "student.safetensors"))
+    assert exported.keys() == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
+
+
+def test_a_sharded_checkpoint_goes_on_unsharded_and_the_other_way_round(tmp_path: Path) -> None:
+    whole = steps(tmp_path / "whole", 1, 1, count=5)
+    for first, second in ((("fsdp", 2), ("plain", 1)), (("plain", 1), ("fsdp", 2))):
+        out = tmp_path / f"{first[0]}-{second[0]}"
+        steps(out, first[1], 1, first[0], count=2)
+        resumed = steps(out, second[1], 1, second[0], count=5)
+        assert {k.split("/")[0] for k in resumed} == {"3", "4", "5"}
+        assert_same({k: v for k, v in whole.items() if k.split("/")[0] in "345"}, resumed, 1e-5)
+
+
+def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        "data: digits\nteacher: {model: mlp, options: {hidden: [64]}}\nstudent: {model: mlp, options: {hidden: [8]}}\n"
+        "method: logit\ntrain: {steps: 60, batch_size: 64}\n"
+    )
+    for processes in (1, 2):
+        launch(processes, "-m", "tutelage", "run", str(recipe), "--out", str(tmp_path / str(processes)), cwd=tmp_path)
+    one, two = (load_file(str(tmp_path / p / "student" / "model.safetensors")) for p in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "2" / "report.html").exists()
