@@ -22,7 +22,7 @@ from tutelage.engine.ema import EMA
 from tutelage.engine.evaluate import evaluate
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import RunDirectory
-from tutelage.errors import CapabilityError, Interrupted, NumericsError
+from tutelage.errors import CapabilityError, CheckpointError, Interrupted, NumericsError
 from tutelage.methods.base import Method, Term, Trainee
 from tutelage.teachers.signal import Signal, Teacher
 
@@ -373,7 +373,14 @@ class _State:
             t.run.rewind(t.name, 0)
             return
         parts = checkpoint.load_checkpoint(folder)
-        checkpoint.restore_training(self.trainee, self.bare_optimizer, parts)
+        try:
+            checkpoint.restore_training(self.trainee, self.bare_optimizer, parts)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"does not fit {type(t.student).__name__} and its optimizer: {error}",
+                where=str(folder),
+                remedy="resume with the same model as before, or choose another --out",
+            ) from error
         self.schedule.load_state_dict(parts["schedule"])
         if parts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(parts["scaler"])

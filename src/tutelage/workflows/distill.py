@@ -186,7 +186,9 @@ def _check_arguments(
         )
     whole = isinstance(seeds, Sequence) and all(isinstance(s, int) and s >= 0 for s in seeds)
     if not whole or not seeds or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"distill(seeds={seeds!r})", remedy="give different whole numbers from 0 on, as in (0, 1, 2)")
+        raise ConfigError(
+            f"distill(seeds={seeds!r})", remedy="give different whole numbers from 0 on, as in (0, 1, 2)"
+        )
     for name, loader in (("eval_data", eval_data), ("validation", validation)):
         if loader is None and name == "validation":
             continue

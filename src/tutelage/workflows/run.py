@@ -16,6 +16,7 @@ from tutelage.config import ModelConfig, Recipe, TeacherConfig, dump_recipe
 from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
 from tutelage.data.batch import IGNORE
 from tutelage.engine import from_main, make_accelerator, tracking
+from tutelage.errors import RunDirectoryError
 from tutelage.methods import METHODS, Method
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card

@@ -1,0 +1,250 @@
+"""Figures of what finished models do on the test split, and the list of all figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tutelage.reports.curves import loss_curves, validation_curves
+from tutelage.reports.panel import COLOUR, DASH, ROLES, SYMBOL, Dots, Panel, axes, plot_text, short
+from tutelage.reports.read import Run
+from tutelage.reports.wording import percent
+
+
+def seed_by_seed(runs: Sequence[Run]) -> Panel:
+    """Test accuracy of every single student, with the teacher's; one row a run and arm."""
+    data: list[Dots] = []
+    rows: list[tuple[Run, str]] = [(run, arm) for run in runs for arm in run.arms]
+    for role in ("alone", "distilled"):
+        x, y, texts = [], [], []
+        means: list[tuple[float, int]] = []
+        for at, (run, arm) in enumerate(rows):
+            if arm == role:
+                spread = run.summary["students"][arm]["best"]["accuracy"]
+                x += spread["values"]
+                y += [at] * len(spread["values"])
+                seeds = run.summary["seeds"]
+                texts += [f"{plot_text(run.label)}, seed {s}" for s, _ in zip(seeds, spread["values"], strict=False)]
+                means.append((spread["mean"], at))
+        if not x:
+            continue
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": role,
+                "x": x,
+                "y": y,
+                "customdata": texts,
+                "marker": {
+                    "color": COLOUR[role],
+                    "symbol": SYMBOL[role],
+                    "size": 12,
+                    "opacity": 0.9,
+                    "line": {"color": "--card", "width": 1},
+                },
+                "hovertemplate": "%{customdata}<br>%{x:.2%}<extra>" + role + "</extra>",
+            }
+        )
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"mean {role}",
+                "x": [m for m, _ in means],
+                "y": [at for _, at in means],
+                "marker": {"color": COLOUR[role], "symbol": "line-ns-open", "size": 26, "line": {"width": 3}},
+                "hovertemplate": "mean %{x:.2%}<extra>" + role + "</extra>",
+            }
+        )
+    for run in runs:
+        mine = [at for at, (r, _) in enumerate(rows) if r is run]
+        teacher = run.summary["teacher"]["accuracy"]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "teacher",
+                "legendgroup": "teacher",
+                "x": [teacher, teacher],
+                "y": [mine[0] - 0.4, mine[-1] + 0.4],
+                "line": {"color": COLOUR["teacher"], "dash": DASH["teacher"], "width": 3},
+                "hovertemplate": "%{x:.2%}<extra>teacher</extra>",
+            }
+        )
+    names = [arm if len(runs) == 1 else f"{plot_text(run.label, 18)}, {arm}" for run, arm in rows]
+    values = [v for trace in data for v in trace["x"]]
+    low, high = min(values), max(values)
+    pad = max(0.002, 0.06 * (high - low))
+    layout = axes(
+        "accuracy on the test split",
+        "",
+        height=86 + 42 * len(rows),
+        showlegend=False,
+        margin={"l": 48, "r": 16, "t": 8, "b": 50},
+        xaxis={
+            "tickformat": ".0%" if high - low > 0.08 else ".1%",
+            "nticks": 5,
+            "tickangle": 0,
+            "range": [low - pad, high + pad],
+        },
+        yaxis={
+            "tickvals": list(range(len(rows))),
+            "ticktext": names,
+            "range": [len(rows) - 0.4, -0.6],
+            "showgrid": False,
+            "zeroline": False,
+        },
+    )
+    found = [run.summary["students"][arm]["best"]["accuracy"]["values"] for run, arm in rows]
+    says = "; ".join(
+        f"{run.label}, {arm}: {', '.join(map(percent, values))}"
+        for (run, arm), values in zip(rows, found, strict=True)
+    )
+    note = "A mark for each seed; the upright stroke is their mean."
+    key = [role for role in ROLES if role == "teacher" or any(arm == role for _, arm in rows)]
+    return Panel("", f"Test accuracy, seed by seed. {says}.", data, layout, note=note, key=key)
+
+
+def reliability(run: Run) -> Panel | None:
+    """Accuracy against confidence; a bar from each point to the diagonal is its miscalibration."""
+    data: list[Dots] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [0, 1],
+            "y": [0, 1],
+            "name": "calibrated",
+            "hoverinfo": "skip",
+            "line": {"color": "--quiet", "width": 1},
+            "showlegend": False,
+        }
+    ]
+    said = []
+    for role, name, row in _by_role(run):
+        bins = row.get("reliability")
+        if not bins:
+            continue
+        filled = [b for b in zip(bins["count"], bins["confidence"], bins["accuracy"], strict=False) if b[0] > 0]
+        if not filled:
+            continue
+        most = max(n for n, _, _ in filled)
+        gaps = [confidence - right for _, confidence, right in filled]
+        hover = [[int(n), abs(gap)] for (n, _, _), gap in zip(filled, gaps, strict=True)]
+        sizes = [round(6 + 10 * (n / most) ** 0.5, 1) for n, _, _ in filled]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": name,
+                "x": [short(c) for _, c, _ in filled],
+                "y": [short(a) for _, _, a in filled],
+                "customdata": hover,
+                "line": {"color": COLOUR[role], "width": 1.5, "dash": DASH[role]},
+                "marker": {
+                    "color": COLOUR[role],
+                    "symbol": SYMBOL[role],
+                    "size": sizes,
+                    "opacity": 0.9,
+                    "line": {"color": "--card", "width": 1},
+                },
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [short(max(g, 0)) for g in gaps],
+                    "arrayminus": [short(max(-g, 0)) for g in gaps],
+                    "width": 0,
+                    "thickness": 1.5,
+                    "color": COLOUR[role],
+                },
+                "hovertemplate": "confidence %{x:.1%}, accuracy %{y:.1%}<br>gap %{customdata[1]:.1%}, "
+                "%{customdata[0]:,} samples<extra>" + name + "</extra>",
+            }
+        )
+        said.append(f"{name}: expected calibration error {percent(_ece(row))}")
+    if len(data) == 1:
+        return None
+    layout = axes(
+        "confidence",
+        "accuracy",
+        height=420,
+        xaxis={"range": [-0.02, 1.04], "tickformat": ".0%"},
+        yaxis={"range": [-0.02, 1.04], "tickformat": ".0%"},
+    )
+    note = (
+        "The bar from a point to the diagonal is its miscalibration; a larger point holds more samples. First seed."
+    )
+    return Panel(run.label, f"Reliability diagram. {'; '.join(said)}.", data, layout, note=note, square=True)
+
+
+def _ece(row: Mapping[str, Any]) -> float | None:
+    found = row["ece"] if "ece" in row else (row.get("best") or {}).get("ece")
+    value: float | None = found["mean"] if isinstance(found, Mapping) else found
+    return value
+
+
+def per_class(run: Run) -> Panel | None:
+    """Accuracy of each class; the distilled student's weakest class first."""
+    rows = [(role, name, row["per_class"]) for role, name, row in _by_role(run) if row.get("per_class")]
+    if not rows:
+        return None
+    shortest = min(len(values) for _, _, values in rows)
+    order = sorted(range(shortest), key=lambda i: rows[-1][2][i])
+    given = run.summary.get("classes") or []
+    classes = [given[i] if i < len(given) else f"class {i}" for i in order]
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "x": [short(values[i]) for i in order],
+            "y": list(range(shortest)),
+            "marker": {"color": COLOUR[role]},
+            "text": [f"{100 * values[i]:.1f}" for i in order],
+            "textposition": "outside",
+            "cliponaxis": False,
+            "textfont": {"size": 10},
+            "customdata": [plot_text(c, 80) for c in classes],
+            "hovertemplate": "%{customdata}: %{x:.2%}<extra>" + name + "</extra>",
+        }
+        for role, name, values in rows
+    ]
+    longest = min(16, max(map(len, classes), default=0))
+    height = 70 + shortest * (14 * len(rows) + 8)
+    layout = axes(
+        "accuracy on the test split",
+        "",
+        height=height,
+        barmode="group",
+        bargap=0.22,
+        xaxis={"range": [0, 1.12], "tickvals": [0, 0.5, 1], "tickangle": 0, "tickformat": ".0%", "side": "bottom"},
+        yaxis={
+            "tickvals": list(range(shortest)),
+            "ticktext": [plot_text(c, 16) for c in classes],
+            "automargin": False,
+            "range": [shortest - 0.5, -0.5],
+            "showgrid": False,
+            "zeroline": False,
+        },
+        showlegend=False,
+        margin={"l": 20 + 8 * longest, "r": 16, "t": 8, "b": 50},
+    )
+    weakest = f"{classes[0]}, {percent(rows[-1][2][order[0]])}" if classes else "none"
+    says = f"Accuracy of each class. Weakest of {rows[-1][1]}: {weakest}."
+    note = "Weakest class of the distilled student first. First seed."
+    return Panel(run.label, says, data, layout, tall=True, note=note, key=[role for role, _, _ in rows])
+
+
+def _by_role(run: Run) -> list[tuple[str, str, Mapping[str, Any]]]:
+    students = run.summary["students"]
+    arms = [(arm, arm, students[arm]) for arm in run.arms]
+    return [("teacher", "teacher", run.summary["teacher"]), *arms]
+
+
+FIGURES: dict[str, Callable[[Run], Panel | None]] = {
+    "Validation accuracy": validation_curves,
+    "Loss": loss_curves,
+    "Calibration": reliability,
+    "Accuracy by class": per_class,
+}
+"""Every figure that is drawn once for each run, under its heading."""

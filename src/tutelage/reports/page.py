@@ -1,0 +1,156 @@
+"""One self-contained HTML page of one or several runs.
+
+The page asks nothing of the network, and its content security policy lets no script run but the two that are
+written here: text from the data stays text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import RunDirectoryError
+from tutelage.reports.figures import FIGURES, seed_by_seed
+from tutelage.reports.panel import Panel
+from tutelage.reports.parts import comparison, configs, figure, final, headline
+from tutelage.reports.read import Run, read_runs
+from tutelage.reports.script import SCRIPT
+from tutelage.reports.style import STYLE
+from tutelage.reports.wording import escaped
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write one HTML page about one run, or several side by side.
+
+    Args:
+        runs: run directories of finished runs.
+        out: the page; replaced whole if it is there.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        RunDirectoryError: a run is not there or not finished, or ``out`` cannot be written.
+        DataError: a run's file is broken.
+    """
+    out = Path(out)
+    _write(out, page(read_runs([Path(run) for run in runs])))
+    return out
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page's HTML."""
+    from plotly.offline import get_plotlyjs
+
+    library, script = (_normal(code) for code in (get_plotlyjs(), SCRIPT))
+    drawn: list[Panel] = []
+    body = "\n".join([headline(runs), comparison(runs), final(runs), _figures(runs, drawn), configs(runs)])
+    title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {_digest(library)} {_digest(script)}",
+            "style-src 'unsafe-inline'",
+            "img-src data: blob:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escaped(title)} – distillation report</title>
+<link rel="icon" href="data:,">
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+{body}
+<footer>Written by <code>tutelage report</code>. This page is complete in itself and needs no network.</footer>
+</main>
+<script type="application/json" id="figures">{as_json([p.plotted() for p in drawn])}</script>
+<script>{library}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _figures(runs: Sequence[Run], drawn: list[Panel]) -> str:
+    def placed(panel: Panel, **more: Any) -> str:
+        drawn.append(panel)
+        return figure(panel, len(drawn) - 1, **more)
+
+    parts = [placed(seed_by_seed(runs), heading="Test accuracy, seed by seed")]
+    by_heading = {heading: [p for run in runs if (p := draw(run))] for heading, draw in FIGURES.items()}
+    if len(runs) == 1:
+        figures = "".join(placed(panels[0], heading=heading) for heading, panels in by_heading.items() if panels)
+        return "\n".join([*parts, f"<div class='panels'>{figures}</div>"])
+    for heading, panels in by_heading.items():
+        if panels:
+            _level(panels)
+            grid = "".join(placed(panel, subheading=panel.label) for panel in panels)
+            note = f"<p class='note'>{escaped(panels[0].note)}</p>"
+            parts.append(f"<section><h2>{escaped(heading)}</h2>{note}<div class='panels side'>{grid}</div></section>")
+    return "\n".join(parts)
+
+
+def _level(panels: Sequence[Panel]) -> None:
+    """Give axes with a range the same one, so that figures side by side compare."""
+    ranges = [panel.layout["yaxis"].get("range") for panel in panels]
+    if all(r is not None and r[0] < r[1] for r in ranges):
+        for panel in panels:
+            panel.layout["yaxis"]["range"] = [min(r[0] for r in ranges), max(r[1] for r in ranges)]
+
+
+def as_json(value: Any) -> str:
+    """JSON that can stand inside a script element: no character of it is markup; what is not finite is null."""
+    text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _normal(code: str) -> str:
+    """The code as a browser reads it from the page, so that its digest is the browser's."""
+    return code.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _digest(code: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+
+
+def _write(out: Path, text: str) -> None:
+    draft = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(draft, 0o644)
+        os.replace(draft, out)
+    except OSError as error:
+        if draft is not None:
+            Path(draft).unlink(missing_ok=True)
+        raise RunDirectoryError(
+            f"the report cannot be written: {error.strerror}", where=str(out), remedy="choose another --out"
+        ) from error

@@ -1,0 +1,238 @@
+"""The parts of the page, as HTML. Every string from a run goes through ``escaped``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from tutelage.reports.panel import Panel
+from tutelage.reports.read import Run
+from tutelage.reports.wording import (
+    ABSENT,
+    count,
+    escaped,
+    final_table,
+    interval,
+    milliseconds,
+    percent,
+    percent_spread,
+    points,
+    verdict,
+)
+
+COLUMNS = {
+    "accuracy": "Accuracy, best on validation",
+    "last": "Accuracy, last epoch",
+    "agreement": "Agreement with teacher",
+    "kl": "KL to teacher, nats",
+    "ece": "ECE",
+    "loss": "Loss, nats",
+    "parameters": "Parameters",
+    "latency": "Latency, p50",
+    "seconds": "Training time",
+}
+ROLE = {"teacher": "teacher", "student alone": "alone", "student distilled": "distilled"}
+
+NOTE = (
+    "All figures are of the test split. “Best on validation”: the weights with the best validation accuracy. "
+    "± is the standard deviation over seeds. Agreement: share of samples on which student and teacher predict the "
+    "same class. KL: mean divergence of the student's distribution from the teacher's. ECE: expected calibration "
+    "error, 15 bins. Latency: one sample, models taking turns."
+)
+
+
+def headline(runs: Sequence[Run]) -> str:
+    """What was found, first."""
+    if len(runs) > 1:
+        found = "".join(
+            f"<li><b>{escaped(run.label)}</b> {escaped(verdict(run.summary))}{_formula(run, 'div')}</li>"
+            for run in runs
+        )
+        return f"<header><h1>{len(runs)} distillation runs, compared</h1><ul class='verdicts'>{found}</ul></header>"
+    run = runs[0]
+    name = run.summary["name"]
+    title = name if name == run.label else f"{name} ({run.label})"
+    return (
+        f"<header><h1>{escaped(title)}</h1><p class='verdict'>{escaped(verdict(run.summary))}</p>"
+        f"{_formula(run, 'p')}<p class='note'>{escaped(_facts(run.summary))}</p>{_tiles(run.summary)}</header>"
+    )
+
+
+def _formula(run: Run, tag: str) -> str:
+    formula = run.summary.get("formula")
+    return f"<{tag} class='note'>Loss of the student: <code>{escaped(formula)}</code></{tag}>" if formula else ""
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    seeds = summary["seeds"]
+    facts = [f"{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}"]
+    if summary["teacher"].get("n"):
+        facts.append(f"{count(summary['teacher']['n'])} test samples")
+    if summary.get("device"):
+        processes = summary.get("processes") or 1
+        facts.append(f"trained on {summary['device']}" + (f", {processes} processes" if processes > 1 else ""))
+    if summary.get("exported"):
+        facts.append(f"exported student: {summary['exported']}")
+    return "; ".join(facts) + "."
+
+
+def _tiles(summary: Mapping[str, Any]) -> str:
+    tiles: list[tuple[str, str, str]] = []
+    gain = (summary.get("gain") or {}).get("best")
+    if gain:
+        tiles.append(("Gain over the student alone", f"{points(gain['mean'])} points", interval(gain)))
+    teacher = summary["teacher"]["accuracy"]
+    distilled = summary["students"]["distilled"]["best"]["accuracy"]["mean"]
+    if teacher:
+        ofs = f"{percent(distilled)} of {percent(teacher)}"
+        tiles.append(("Of the teacher's accuracy", percent(distilled / teacher), ofs))
+    sizes = summary["parameters"]
+    ofs = f"{count(sizes['student'])} of {count(sizes['teacher'])}"
+    tiles.append(("Of the teacher's parameters", percent(summary["capacity_ratio"]), ofs))
+    if speed := speed_up(summary):
+        slow, fast = (milliseconds(summary["latency"][who]) for who in ("teacher", "student"))
+        tiles.append(("Latency of one sample, p50", speed, f"{fast} against {slow}"))
+    cells = "".join(
+        f"<div><dt>{escaped(what)}</dt><dd class='big'>{escaped(big)}</dd><dd class='note'>{escaped(how)}</dd></div>"
+        for what, big, how in tiles
+    )
+    return f"<dl class='tiles'>{cells}</dl>"
+
+
+def speed_up(summary: Mapping[str, Any]) -> str:
+    """``3.1 times faster``; empty where latency was not measured."""
+    speed = summary.get("latency") or {}
+    if "teacher" not in speed or "student" not in speed:
+        return ""
+    teacher, student = (speed[who]["p50_ms"] for who in ("teacher", "student"))
+    if min(teacher, student) <= 0:
+        return ""
+    ratio = teacher / student
+    if 0.95 < ratio < 1.05:
+        return "as fast"
+    return f"{ratio:.1f} times faster" if ratio > 1 else f"{1 / ratio:.1f} times slower"
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table in its own scrolling container; cells are HTML, each row's first is its header."""
+    head = "".join(f"<th scope='col'>{escaped(c)}</th>" for c in columns)
+    body = "".join(
+        f"<tr><th scope='row'>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
+    )
+    return (
+        f"<div class='scroll {kind}' tabindex='0' role='region' aria-label='{escaped(caption)}'><table>"
+        f"<caption>{escaped(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def final(runs: Sequence[Run]) -> str:
+    """The final table of each run."""
+    tables = []
+    for run in runs:
+        rows = [[_role(row["name"]), *(escaped(row[key]) for key in COLUMNS)] for row in final_table(run.summary)]
+        caption = "Results" + ("" if len(runs) == 1 else f" of {run.label}")
+        tables.append(table(caption, ["Model", *COLUMNS.values()], rows))
+    return f"<section class='results'>{''.join(tables)}<p class='note'>{escaped(NOTE)}</p></section>"
+
+
+def _role(name: str) -> str:
+    return f"<span class='role'><span class='swatch {ROLE[name]}'></span>{escaped(name)}</span>"
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """Several runs in one table, and the settings in which they differ."""
+    if len(runs) == 1:
+        return ""
+    columns = ["Run", "Teacher", "Alone", "Distilled", "Gain, points", "Interval", "Agreement with teacher"]
+    columns += ["Of the teacher's parameters", "Latency, p50"]
+    rows = []
+    for run in runs:
+        s = run.summary
+        students, gain = s["students"], (s.get("gain") or {}).get("best")
+        cells = [
+            run.label,
+            percent(s["teacher"]["accuracy"]),
+            percent_spread(students["alone"]["best"]["accuracy"]) if "alone" in students else ABSENT,
+            percent_spread(students["distilled"]["best"]["accuracy"]),
+            points(gain["mean"]) if gain else ABSENT,
+            interval(gain) if gain else ABSENT,
+            percent_spread(students["distilled"]["best"].get("agreement")),
+            percent(s["capacity_ratio"]),
+            speed_up(s) or ABSENT,
+        ]
+        rows.append([escaped(c) for c in cells])
+    return table("Runs, test accuracy", columns, rows) + _differences(runs)
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    try:
+        settings = [_flat(yaml.safe_load(run.config)) for run in runs]
+    except yaml.YAMLError:  # shown as it is below; only this table needs it parsed
+        return ""
+    keys = sorted({key for s in settings for key in s})
+    rows = [
+        [escaped(key).replace(".", ".<wbr>"), *(escaped(s.get(key, ABSENT)) for s in settings)]
+        for key in keys
+        if len({s.get(key, ABSENT) for s in settings}) > 1
+    ]
+    if not rows:
+        return "<p class='note'>The runs' settings do not differ.</p>"
+    return table("Settings that differ", ["Setting", *(run.label for run in runs)], rows, "words")
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".strip(".")).items()}
+    return {key: yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()}
+
+
+def configs(runs: Sequence[Run]) -> str:
+    """The resolved config of each run, as it is."""
+    return (
+        "<section><h2>Config</h2>"
+        + "".join(
+            f"<details><summary>{escaped('config.yaml' if len(runs) == 1 else f'{run.label}: config.yaml')}</summary>"
+            f"<pre tabindex='0'><code>{escaped(run.config, breaking=True)}</code></pre></details>"
+            for run in runs
+        )
+        + "</section>"
+    )
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+def figure(panel: Panel, number: int, heading: str = "", subheading: str = "") -> str:
+    """A place for a figure, with its controls; under a heading of its own it says how to read it."""
+    title = f"<h2>{escaped(heading)}</h2>" if heading else f"<h3>{escaped(subheading)}</h3>"
+    note = f"<p class='note'>{escaped(panel.note)}</p>" if panel.note and heading else ""
+    key = "".join(f"<span class='role'><span class='swatch {role}'></span>{role}</span>" for role in panel.key)
+    note += f"<p class='key'>{key}</p>" if key else ""
+    controls = "".join(_control(name, choices) for name, choices in panel.controls.items())
+    form = f"<form class='controls'>{controls}</form>" if controls else ""
+    plot = (
+        f"<div class='plot' data-figure='{number}' role='img' aria-label='{escaped(panel.says)}' "
+        f"style='height:{int(panel.layout['height'])}px'></div>"
+    )
+    if panel.tall:
+        plot = (
+            f"<div class='tall' tabindex='0' role='region' aria-label='{escaped(heading or subheading)}'>{plot}</div>"
+        )
+    return f"<figure class='panel'><figcaption>{title}{note}</figcaption>{form}{plot}</figure>"
+
+
+def _control(name: str, choices: Mapping[str, str]) -> str:
+    if len(choices) > 2:
+        options = "".join(f"<option value='{escaped(v)}'>{escaped(label)}</option>" for label, v in choices.items())
+        return f"<label>{escaped(name.capitalize())} <select name='{escaped(name)}'>{options}</select></label>"
+    radios = "".join(
+        f"<label><input type='radio' name='{escaped(name)}' value='{escaped(v)}'{'' if i else ' checked'}>"
+        f"{escaped(label)}</label>"
+        for i, (label, v) in enumerate(choices.items())
+    )
+    return f"<fieldset><legend>{escaped(name)}</legend>{radios}</fieldset>"

@@ -1,0 +1,252 @@
+"""Reading run directories: every file checked, every fault named with its remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tutelage.errors import DataError, RunDirectoryError
+
+COPY_WHOLE = "a report needs the whole run directory: copy all of it"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left.
+
+    Attributes:
+        label: what the page calls it: the folder's name, or its path where two folders have the same name.
+        path: the run directory.
+        summary: of ``summary.json``.
+        metrics: the lines of ``metrics.jsonl``.
+        config: the text of ``config.yaml``.
+    """
+
+    label: str
+    path: Path
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    config: str
+
+    @property
+    def arms(self) -> list[str]:
+        """``alone`` (where it was trained) and ``distilled``."""
+        return [arm for arm in ("alone", "distilled") if arm in self.summary["students"]]
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in ``paths``, each once.
+
+    Raises:
+        RunDirectoryError: there is none, it is not finished, or a file of it is missing.
+        DataError: no path is given, or a file is not what a run writes.
+    """
+    folders = list({Path(p).resolve(): Path(p) for p in paths}.values())
+    if not folders:
+        raise DataError("no run directory is given", remedy="name one or several, as in runs/digits")
+    names = [p.resolve().name for p in folders]
+    return [_read_run(p, name if names.count(name) == 1 else str(p)) for p, name in zip(folders, names, strict=True)]
+
+
+def _read_run(path: Path, label: str) -> Run:
+    if not path.is_dir():
+        raise RunDirectoryError("there is no such run directory", where=str(path), remedy="check the path")
+    if not (path / "summary.json").exists():
+        if not (path / "config.yaml").exists():
+            raise RunDirectoryError(
+                "is not a run directory: it has no config.yaml and no summary.json",
+                where=str(path),
+                remedy="name the folder that `tutelage run` wrote",
+            )
+        raise RunDirectoryError(
+            "has no summary.json: the run is not finished",
+            where=str(path),
+            remedy=f"go on with --resume (and --out {path}), then report",
+        )
+    return Run(
+        label=label,
+        path=path,
+        summary=_read_summary(path / "summary.json"),
+        metrics=_read_metrics(path / "metrics.jsonl"),
+        config=_read_text(path / "config.yaml"),
+    )
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RunDirectoryError("is missing", where=str(file), remedy=COPY_WHOLE) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 text ({error.reason})", where=str(file), remedy=COPY_WHOLE) from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot be read: {error.strerror}", where=str(file), remedy="check the file and its permissions"
+        ) from error
+
+
+def _read_summary(file: Path) -> dict[str, Any]:
+    again = "remove it and go on with --resume: the run's trainings are kept, and the summary is written again"
+    try:
+        found: dict[str, Any] = json.loads(_read_text(file))
+    except ValueError as error:
+        raise DataError(f"is not JSON ({error})", where=str(file), remedy=again) from None
+    try:
+        Summary.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(k) for k in first["loc"]) or "the file"
+        raise DataError(f"{key}: {first['msg']}", where=str(file), remedy=again) from None
+    return found
+
+
+def _read_metrics(file: Path) -> list[dict[str, Any]]:
+    texts = _read_text(file).split("\n")
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            Line.model_validate(line := json.loads(text))
+        except ValueError as error:
+            if number == len(texts):  # a killed process cuts its last line short, before the line break
+                break
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise DataError(
+                f"is not a line of metrics ({why})",
+                where=f"{file}, line {number}",
+                remedy="remove the line: only its points are lost",
+            ) from None
+        lines.append(line)
+    return lines
+
+
+# What a report relies on ---------------------------------------------------------------------------
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Spread(_Part):
+    """A figure over seeds."""
+
+    mean: float
+    std: float | None = None
+    values: list[float]
+
+
+class Figures(_Part):
+    """What was measured of the students of an arm, at one choice of weights."""
+
+    accuracy: Spread
+    loss: Spread | None = None
+    agreement: Spread | None = None
+    kl: Spread | None = None
+    ece: Spread | None = None
+
+
+class Bins(_Part):
+    """A reliability diagram."""
+
+    count: list[float]
+    confidence: list[float]
+    accuracy: list[float]
+
+
+class Row(_Part):
+    """An arm: the student alone, or distilled."""
+
+    best: Figures
+    last: Figures
+    reliability: Bins | None = None
+    per_class: list[float] | None = None
+    seconds: Spread | None = None
+
+
+class Students(_Part):
+    """The arms of a run."""
+
+    alone: Row | None = None
+    distilled: Row
+
+
+class Scores(_Part):
+    """What was measured of the teacher on a split."""
+
+    accuracy: float
+    loss: float | None = None
+    ece: float | None = None
+
+
+class Teacher(Scores):
+    """The teacher."""
+
+    n: int | None = None
+    reliability: Bins | None = None
+    per_class: list[float] | None = None
+    validation: Scores | None = None
+
+
+class Sizes(_Part):
+    """Numbers of parameters."""
+
+    teacher: int
+    student: int
+
+
+class Speed(_Part):
+    """Milliseconds of a forward pass."""
+
+    p50_ms: float
+
+
+class Pair(_Part):
+    """A paired difference over seeds."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    level: float
+    n: int
+
+
+class Summary(_Part):
+    """``summary.json``: what of it a report reads."""
+
+    name: str
+    formula: str | None = None
+    classes: list[str] | None = None
+    seeds: list[int]
+    parameters: Sizes
+    capacity_ratio: float
+    latency: dict[str, Speed] | None = None
+    teacher: Teacher
+    students: Students
+    gain: dict[str, Pair] | None = None
+    device: str | None = None
+    processes: int | None = None
+    exported: str | None = None
+
+
+class Term(_Part):
+    """A term of the loss."""
+
+    raw: float
+    weighted: float
+
+
+class Line(_Part):
+    """A line of ``metrics.jsonl``."""
+
+    training: str
+    step: int
+    epoch: float
+    loss: float | None = None
+    terms: dict[str, Term] | None = None
+    validation: Scores | None = None

@@ -1,0 +1,127 @@
+"""The page's style: one palette for light (and paper) and one for dark."""
+
+from __future__ import annotations
+
+LIGHT = """
+  color-scheme: light;
+  --page: #f6f7f9; --card: #ffffff; --ink: #1a2027; --quiet: #59636e; --rule: #dde2e8; --focus: #0b5cad;
+  --teacher: #5b6672; --alone: #bd5a00; --distilled: #0a66c2;
+  --term1: #8a3ffc; --term2: #00857c; --term3: #b3246b; --term4: #6b7a00; --term5: #8c4a2f; --term6: #3d4fb8;
+"""
+
+DARK = """
+  color-scheme: dark;
+  --page: #0f1317; --card: #181e24; --ink: #e8ecf0; --quiet: #9eabb8; --rule: #303943; --focus: #8cc2ff;
+  --teacher: #b3bec9; --alone: #f5a04c; --distilled: #62b0ff;
+  --term1: #bf9bff; --term2: #3fcabf; --term3: #ff86bd; --term4: #c3d153; --term5: #e3a386; --term6: #9fadff;
+"""
+
+STYLE = (
+    f":root {{{LIGHT}}}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{{DARK}}} }}\n"
+    f":root.paper {{{LIGHT}}}\n"
+    f"@media print {{ :root, :root.paper {{{LIGHT} --page: #ffffff; }} }}\n"
+    """
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 48px; }
+h1, h2, h3, p { margin: 0; }
+h1 { font-size: 1rem; font-weight: 600; color: var(--quiet); overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 40px 0 4px; }
+h3 { font-size: .95rem; overflow-wrap: anywhere; }
+.verdict { font-size: clamp(1.2rem, 1rem + 1.3vw, 1.6rem); line-height: 1.35; font-weight: 600; margin: 8px 0 12px;
+  text-wrap: balance; overflow-wrap: anywhere; }
+.verdicts { margin: 12px 0; padding: 0; list-style: none; display: grid; gap: 12px; }
+.verdicts li { border-left: 4px solid var(--distilled); padding-left: 12px; overflow-wrap: anywhere; }
+.verdicts b { display: block; }
+.note { color: var(--quiet); font-size: .875rem; max-width: 90ch; overflow-wrap: anywhere; }
+.note + .note { margin-top: 4px; }
+code, pre { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+code { overflow-wrap: anywhere; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 220px), 1fr)); gap: 12px;
+  margin: 24px 0 0; }
+.tiles > div, .panel, .scroll, details { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
+.tiles > div { padding: 12px 16px; min-width: 0; }
+.tiles dt { color: var(--quiet); font-size: .875rem; }
+.tiles dd { margin: 0; }
+.tiles .big { font-size: 1.5rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px;
+  margin-top: 12px; align-items: start; }
+.side { grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
+.side .panel:only-child { max-width: 620px; }
+.panel { margin: 12px 0 0; padding: 12px 12px 8px; min-width: 0; }
+.panels .panel { margin: 0; }
+.panel h2 { margin: 0 4px 2px; font-size: 1.05rem; }
+.panel h3, .panel .note { margin: 0 4px 4px; }
+.plot { width: 100%; min-width: 0; overflow: hidden; }
+.tall { max-height: 720px; overflow-y: auto; }
+.controls { display: flex; flex-wrap: wrap; gap: 8px 16px; margin: 4px; font-size: .875rem; align-items: center; }
+.controls label { display: inline-flex; gap: 6px; align-items: center; max-width: 100%; }
+.controls fieldset { border: 0; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: 12px; }
+.controls legend { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+select { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--quiet); border-radius: 6px;
+  padding: 4px 6px; max-width: 100%; min-width: 0; text-overflow: ellipsis; }
+input { accent-color: var(--distilled); margin: 0; width: 16px; height: 16px; }
+:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; border-radius: 4px; }
+.scroll { overflow-x: auto; margin: 12px 0 8px; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th:first-child { padding-left: 12px; }
+th:last-child, td:last-child { padding-right: 12px; }
+caption { text-align: left; padding: 10px 12px 2px; font-weight: 600; font-size: 1.05rem; overflow-wrap: anywhere; }
+th, td { padding: 9px; text-align: right; white-space: nowrap; vertical-align: bottom;
+  border-bottom: 1px solid var(--rule); }
+thead th { font-weight: 500; color: var(--quiet); font-size: .8125rem; white-space: normal; min-width: 6em; }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); white-space: normal;
+  min-width: 8.5em; max-width: 16em; overflow-wrap: anywhere; }
+tbody tr:last-child > * { border-bottom: 0; }
+.results tbody tr:last-child { font-weight: 650; }
+.results { margin-top: 24px; }
+.role { white-space: nowrap; }
+.key { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 4px; font-size: .8125rem; }
+.words th { text-align: left; }
+.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6em; }
+.swatch { display: inline-block; width: 11px; height: 11px; margin-right: 8px; border-radius: 3px; }
+.swatch.teacher { background: var(--teacher); transform: rotate(45deg) scale(.85); border-radius: 0; }
+.swatch.alone { background: var(--alone); }
+.swatch.distilled { background: var(--distilled); border-radius: 50%; }
+details { margin-top: 12px; padding: 10px 16px; min-width: 0; }
+summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
+details pre { overflow-x: auto; margin: 10px 0 4px; }
+footer { margin-top: 32px; color: var(--quiet); font-size: .875rem; }
+@media (max-width: 640px) {
+  main { padding: 20px 12px 32px; }
+  .panel { padding: 10px 4px 4px; }
+  .tiles { grid-template-columns: 1fr 1fr; gap: 8px; }
+  .tiles > div { padding: 10px 12px; }
+  .tiles .big { font-size: 1.2rem; }
+  th, td { padding: 8px 9px; }
+  th:first-child { min-width: 7em; max-width: 11em; }
+  .results th:first-child { max-width: none; }
+  .words th:first-child { min-width: 8.5em; }
+}
+@media print {
+  @page { size: A4; margin: 14mm; }
+  body { font-size: 11pt; }
+  main { max-width: none; padding: 0; }
+  .panel, .tiles > div, tr, .verdicts li { break-inside: avoid; }
+  h2, h3, caption { break-after: avoid; }
+  .panels { display: block; }
+  .panels .panel { margin-bottom: 12px; }
+  .panel:has(.tall) { break-inside: auto; }
+  .tall { max-height: none; overflow: visible; }
+  .scroll { overflow: visible; }
+  th, td { padding: 4px 5px; font-size: 7.5pt; }
+  thead th, th:first-child { min-width: 0; font-size: 7.5pt; }
+  .verdict { font-size: 15pt; }
+  .tiles { grid-template-columns: repeat(4, 1fr); gap: 8px; margin-top: 12px; }
+  .tiles > div { padding: 6px 8px; }
+  .tiles .big { font-size: 12pt; }
+  .note, .tiles dt { font-size: 8.5pt; }
+  .modebar-container { display: none; }
+}
+"""
+)

@@ -1,0 +1,176 @@
+"""The words and figures of a finished run: a verdict in a sentence and the final table's cells."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+ABSENT = "–"
+"""What a cell shows when the run did not measure it."""
+
+TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """What the run found, in one sentence of plain text.
+
+    A gain counts as shown only when its interval leaves out zero. With one seed there is no interval, and
+    without a student trained alone there is no gain; the sentence says so.
+    """
+    return f"{_against_alone(summary)}{_against_teacher(summary)}."
+
+
+def _against_alone(summary: Mapping[str, Any]) -> str:
+    students = summary["students"]
+    distilled = percent(students["distilled"]["best"]["accuracy"]["mean"])
+    if "alone" not in students or "gain" not in summary:
+        return f"Distilled {distilled}; no student was trained alone, so the gain is unknown"
+    gain = summary["gain"]["best"]
+    head = f"Distilled {distilled} against {percent(students['alone']['best']['accuracy']['mean'])} alone: "
+    mean, low, high = gain["mean"], gain["low"], gain["high"]
+    if low is None or high is None:
+        return f"{head}{points(mean)} points ({interval(gain)})"
+    if low <= 0 <= high:
+        return f"{head}{points(mean)} points, no difference shown ({interval(gain)})"
+    return f"{head}{points(mean)} points{', distillation did worse' if mean < 0 else ''} ({interval(gain)})"
+
+
+def _against_teacher(summary: Mapping[str, Any]) -> str:
+    teacher = summary["teacher"]["accuracy"]
+    if not teacher:
+        return ""
+    share = summary["students"]["distilled"]["best"]["accuracy"]["mean"] / teacher
+    ratio = summary["capacity_ratio"]
+    size = "as many parameters" if ratio == 1 else f"{percent(ratio)} of its parameters"
+    return f"; {'keeps' if share <= 1 else 'reaches'} {percent(share)} of the teacher's accuracy with {size}"
+
+
+def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows for the teacher, the student alone (where it was trained) and the student distilled.
+
+    Returns:
+        Formatted strings under ``name``, ``accuracy``, ``last``, ``agreement``, ``kl``, ``ece``, ``loss``,
+        ``parameters``, ``latency`` and ``seconds``; an en dash where there is no such figure.
+    """
+    teacher, speed, sizes = summary["teacher"], summary.get("latency") or {}, summary["parameters"]
+    rows = [
+        {
+            "name": TEACHER,
+            "accuracy": percent(teacher["accuracy"]),
+            "last": ABSENT,
+            "agreement": ABSENT,
+            "kl": ABSENT,
+            "ece": percent(teacher.get("ece")),
+            "loss": plain(teacher.get("loss")),
+            "parameters": count(sizes["teacher"]),
+            "latency": milliseconds(speed.get("teacher")),
+            "seconds": ABSENT,
+        }
+    ]
+    for arm, name in (("alone", ALONE), ("distilled", DISTILLED)):
+        if arm in summary["students"]:
+            best, last = (summary["students"][arm][which] for which in ("best", "last"))
+            rows.append(
+                {
+                    "name": name,
+                    "accuracy": percent_spread(best.get("accuracy")),
+                    "last": percent_spread(last.get("accuracy")),
+                    "agreement": percent_spread(best.get("agreement")),
+                    "kl": plain_spread(best.get("kl")),
+                    "ece": percent_spread(best.get("ece")),
+                    "loss": plain_spread(best.get("loss")),
+                    "parameters": count(sizes["student"]),
+                    "latency": milliseconds(speed.get("student")),
+                    "seconds": seconds((summary["students"][arm].get("seconds") or {}).get("mean")),
+                }
+            )
+    return rows
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def percent(fraction: float | None) -> str:
+    """``0.9132`` as ``91.3 %``."""
+    return ABSENT if not _finite(fraction) else f"{100 * fraction:.1f} %"
+
+
+def points(fraction: float) -> str:
+    """``0.0142`` as ``+1.4``: a difference of percentages, with one more digit where one would show zero."""
+    if not _finite(fraction):
+        return ABSENT
+    value = 100 * fraction
+    digits = 1 if abs(value) >= 0.05 or value == 0 else 2
+    return f"{value:+.{digits}f}".replace("-", "−").replace("+0.00", "0.0").replace("−0.00", "0.0")
+
+
+def interval(pair: Mapping[str, Any]) -> str:
+    """``95 % interval +0.9 to +1.9, 3 seeds``."""
+    if pair["low"] is None or pair["high"] is None:
+        return "one seed: no interval"
+    return f"{100 * pair['level']:g} % interval {points(pair['low'])} to {points(pair['high'])}, {pair['n']} seeds"
+
+
+def plain(value: float | None) -> str:
+    """Three decimals: ``0.231``; fewer for large values."""
+    return ABSENT if not _finite(value) else f"{value:.{_decimals(value)}f}"
+
+
+def percent_spread(spread: Mapping[str, Any] | None) -> str:
+    """Mean and standard deviation over seeds: ``91.3 ± 0.4 %``."""
+    if spread is None or not _finite(spread["mean"]):
+        return ABSENT
+    if not _finite(spread.get("std")):
+        return percent(spread["mean"])
+    return f"{100 * spread['mean']:.1f} ± {100 * spread['std']:.1f} %"
+
+
+def plain_spread(spread: Mapping[str, Any] | None) -> str:
+    """Mean and standard deviation over seeds: ``0.231 ± 0.012``."""
+    if spread is None or not _finite(spread["mean"]):
+        return ABSENT
+    if not _finite(spread.get("std")):
+        return plain(spread["mean"])
+    decimals = _decimals(spread["mean"])
+    return f"{spread['mean']:.{decimals}f} ± {spread['std']:.{decimals}f}"
+
+
+def count(number: int | None) -> str:
+    """``1234567`` as ``1,234,567``."""
+    return ABSENT if number is None else f"{number:,}"
+
+
+def milliseconds(speed: Mapping[str, Any] | None) -> str:
+    """The median: ``1.32 ms``."""
+    if not speed or not _finite(speed.get("p50_ms")):
+        return ABSENT
+    p50 = speed["p50_ms"]
+    return f"{p50:.{2 if p50 < 10 else 1 if p50 < 100 else 0}f} ms"
+
+
+def seconds(value: float | None) -> str:
+    """``94.6`` as ``1 min 35 s``."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    if value < 60:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def escaped(text: object, *, breaking: bool = False) -> str:
+    """Text as HTML, also inside an attribute; a figure does not part from its sign unless ``breaking``."""
+    safe = html.escape(str(text), quote=True)
+    return safe if breaking else safe.replace(" %", "\u00a0%")
+
+
+def _decimals(value: float) -> int:
+    return 3 if abs(value) < 10 else 1
+
+
+def _finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)

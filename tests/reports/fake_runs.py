@@ -1,0 +1,145 @@
+"""Run directories as a run would leave them, made without training anything."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+CONFIG = """\
+name: digits
+seeds: [0, 1, 2]
+data: {kind: digits, batch_size: 64}
+method: {kind: logit, temperature: 4.0, alpha: 0.9}
+"""
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "values": values}
+
+
+def reliability(rng: random.Random, accuracy: float, over: float) -> dict[str, list[float]]:
+    """Bins whose accuracy lies ``over`` below their confidence."""
+    weights = [math.exp(0.35 * i) * rng.uniform(0.7, 1.3) for i in range(15)]
+    count = [0.0 if i < 3 else float(round(900 * w / sum(weights))) for i, w in enumerate(weights)]
+    confidence = [(i + 0.5) / 15 if n else 0.0 for i, n in enumerate(count)]
+    right = [min(1.0, max(0.0, c - over * (1.2 - c) + rng.uniform(-0.04, 0.04))) if c else 0.0 for c in confidence]
+    return {"count": count, "confidence": confidence, "accuracy": [r * (0.98 + 0.02 * accuracy) for r in right]}
+
+
+def student(rng: random.Random, accuracy: float, seeds: int, classes: int) -> dict[str, Any]:
+    values = [accuracy + 0.003 * (i % 3 - 1) + rng.uniform(-0.001, 0.001) for i in range(seeds)]
+
+    def figures(shift: float) -> dict[str, Any]:
+        return {
+            "accuracy": spread([v - shift for v in values]),
+            "loss": spread([1.3 * (1 - v) + 0.12 for v in values]),
+            "agreement": spread([v + 0.02 for v in values]),
+            "kl": spread([1.1 - v for v in values]),
+            "ece": spread([0.4 * (1 - v) for v in values]),
+        }
+
+    return {
+        "best": figures(0.0),
+        "last": figures(0.002),
+        "reliability": reliability(rng, accuracy, 0.1),
+        "per_class": [min(1.0, accuracy + rng.uniform(-0.07, 0.06)) for _ in range(classes)],
+        "seconds": spread([41.0 + i for i in range(seeds)]),
+    }
+
+
+def make_summary(
+    *,
+    distilled: float = 0.913,
+    alone: float | None = 0.899,
+    seeds: int = 3,
+    low: float = 0.009,
+    high: float = 0.019,
+    classes: list[str] | None = None,
+    name: str = "digits",
+) -> dict[str, Any]:
+    """``summary.json`` of a run with these accuracies and this interval of the gain."""
+    rng = random.Random(7)
+    names = CLASSES if classes is None else classes
+    summary: dict[str, Any] = {
+        "name": name,
+        "formula": "0.9 * kd(T=4) + 0.1 * ce",
+        "classes": names,
+        "seeds": list(range(seeds)),
+        "parameters": {"teacher": 637_450, "student": 52_298},
+        "capacity_ratio": 52_298 / 637_450,
+        "latency": {
+            "teacher": {"p50_ms": 1.39, "p95_ms": 1.71, "batch": 1},
+            "student": {"p50_ms": 0.412, "p95_ms": 0.55, "batch": 1},
+        },
+        "teacher": {
+            "n": 900,
+            "accuracy": 0.932,
+            "loss": 0.241,
+            "ece": 0.021,
+            "reliability": reliability(rng, 0.932, 0.04),
+            "per_class": [min(1.0, 0.932 + rng.uniform(-0.05, 0.05)) for _ in names],
+            "validation": {"accuracy": 0.936, "loss": 0.23, "ece": 0.02},
+        },
+        "students": {"distilled": student(rng, distilled, seeds, len(names))},
+        "device": "cpu",
+        "processes": 1,
+        "exported": "distilled-seed0",
+    }
+    if alone is not None:
+        summary["students"] = {"alone": student(rng, alone, seeds, len(names)), **summary["students"]}
+        several = seeds > 1
+        pair = {
+            "mean": distilled - alone,
+            "low": low if several else None,
+            "high": high if several else None,
+            "level": 0.95,
+            "n": seeds,
+            "values": [distilled - alone] * seeds,
+        }
+        summary["gain"] = {"best": pair, "last": pair}
+    return summary
+
+
+def make_metrics(summary: dict[str, Any], *, epochs: int = 30, logs: int = 4) -> list[dict[str, Any]]:
+    """``metrics.jsonl`` that leads to the summary."""
+    rng = random.Random(3)
+    trainings = [("teacher", summary["teacher"]["accuracy"], 0.25)]
+    for seed in summary["seeds"]:
+        trainings += [
+            (f"{a}-seed{seed}", r["best"]["accuracy"]["values"][seed], 0.16) for a, r in summary["students"].items()
+        ]
+    lines: list[dict[str, Any]] = []
+    for training, end, speed in trainings:
+        for i in range(1, epochs * logs + 1):
+            epoch, step = i / logs, 5 * i
+            fall = math.exp(-speed * epoch)
+            ce = 0.1 + 2.2 * fall + rng.uniform(0, 0.08)
+            kd = 0.4 + 6.0 * fall + rng.uniform(0, 0.3)
+            terms = {"kd": {"raw": kd, "weighted": 0.9 * kd}, "ce": {"raw": ce, "weighted": 0.1 * ce}}
+            if not training.startswith("distilled"):
+                terms = {"ce": {"raw": ce, "weighted": ce}}
+            loss = sum(t["weighted"] for t in terms.values())
+            at = {"training": training, "step": step, "epoch": epoch}
+            lines.append({**at, "lr": 0.001, "loss": loss, "terms": terms})
+            if i % logs == 0:
+                accuracy = end - 0.8 * math.exp(-speed * 1.6 * epoch) + rng.uniform(-0.004, 0.004)
+                lines.append({**at, "validation": {"accuracy": accuracy, "loss": ce, "ece": 0.03}})
+    return lines
+
+
+def make_run(path: Path, summary: dict[str, Any] | None = None, *, config: str = CONFIG, **metrics: int) -> Path:
+    """A finished run directory at ``path``; its last line of metrics is cut short, as a killed process leaves it."""
+    summary = summary or make_summary()
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(config, encoding="utf-8")
+    (path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    lines = "".join(json.dumps(line) + "\n" for line in make_metrics(summary, **metrics))
+    (path / "metrics.jsonl").write_text(lines + '{"training": "distilled-se', encoding="utf-8")
+    return path
