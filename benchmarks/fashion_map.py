@@ -20,8 +20,6 @@ from tutelage import api
 from tutelage.workflows.progress import Terminal
 
 RECIPE = "recipes/fashion-mnist.yaml"
-SIZES = {"736": "[6,10]", "1956": "[10,18]", "5178": "[16,32]"}
-PER_EPOCH_2000 = 32  # steps of 64
 
 REGIMES: list[tuple[str, str, list[str]]] = [
     ("base", "2,000 labels, 60 epochs of them", []),
@@ -33,14 +31,16 @@ REGIMES: list[tuple[str, str, list[str]]] = [
      ["data.unlabeled=keep", "train.steps=5064"]),
     ("unlabeled-200", "200 labels and 53,800 images without, 5,064 steps",
      ["data.labels=200", "data.unlabeled=keep", "train.steps=5064"]),
-    ("size-736", "student of 736 parameters", ["student.options.widths=[6,10]"]),
-    ("size-5178", "student of 5,178 parameters", ["student.options.widths=[16,32]"]),
+    ("smaller", "a smaller student", ["student.options.widths=[4,6,8,8]"]),
+    ("larger", "a larger student", ["student.options.widths=[10,14,18,20]"]),
+    ("shallow", "a student of two stages in place of four", ["student.options.widths=[10,18]"]),
     ("epochs-15", "15 epochs", ["train.epochs=15"]),
     ("epochs-240", "240 epochs", ["train.epochs=240"]),
 ]  # fmt: skip
 
 
 def main() -> None:
+    """Run what is not finished, and write what is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", default="runs/fashion-mnist/models/teacher")
     parser.add_argument("--runs", default="runs/fashion-map")
@@ -78,6 +78,7 @@ def main() -> None:
 
 
 def write(results: dict[str, Any]) -> None:
+    """The figures as JSON, and as a table."""
     folder = Path("results/fashion-mnist")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "map.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -35,6 +35,8 @@ class Rows:
         self.labels[::3] = -100
         self.ids = torch.arange(ROWS)
 
+    augmented = False
+
     def __len__(self) -> int:
         return ROWS
 

@@ -28,6 +28,11 @@ class Rows(Protocol):
         """One stable number for each row."""
         ...
 
+    @property
+    def augmented(self) -> bool:
+        """Whether a row looks different under another view seed."""
+        ...
+
     def __len__(self) -> int: ...
     def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
         """The given rows; with ``views``, augmented from these seeds."""
@@ -114,7 +119,8 @@ class _Views:
     def fetch(self, key: _FetchKey) -> Batch:
         epoch, rows, (start, stop) = key
         mine = rows[start : max(stop, start + 1)] if start < len(rows) else rows[-1:]
-        batch = self.data.fetch(mine, view_seeds(self.seed, epoch, self.data.ids[mine])).check_finite()
+        views = view_seeds(self.seed, epoch, self.data.ids[mine]) if self.data.augmented else None
+        batch = self.data.fetch(mine, views).check_finite()
         return batch if start < stop else batch.rows(0, 0)
 
 

@@ -120,8 +120,12 @@ def capture_training(module: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def restore_training(module: nn.Module, optimizer: torch.optim.Optimizer, captured: dict[str, Any]) -> None:
     """Put back what :func:`capture_training` gave; every process must call it with the same."""
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(module, captured["model"], options=options)
+    set_model_state_dict(module, captured["model"], options=StateDictOptions(full_state_dict=True))
+    # torch cannot spread a full state without any tensor over processes; SGD without momentum has such a one.
+    holds = any(
+        isinstance(v, Tensor) and v.dim() > 0 for s in captured["optimizer"]["state"].values() for v in s.values()
+    )
+    options = StateDictOptions(full_state_dict=holds)
     set_optimizer_state_dict(module, optimizer, captured["optimizer"], options=options)
 
 

@@ -15,14 +15,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from tutelage.config import TrainConfig
-from tutelage.data.batch import Batch
+from tutelage.data.batch import IGNORE, Batch
 from tutelage.data.loader import Batches, Share
 from tutelage.engine import checkpoint
 from tutelage.engine.ema import EMA
 from tutelage.engine.evaluate import evaluate
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import RunDirectory
-from tutelage.errors import CapabilityError, CheckpointError, Interrupted, NumericsError
+from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.methods.base import Method, Term, Trainee
 from tutelage.teachers.signal import Signal, Teacher
 
@@ -77,6 +77,7 @@ class Training:
         watcher: is told how it goes.
         epoch_steps: what counts as an epoch for the schedule and the evaluations, where that is not a pass
             over ``batches``: a student alone on fewer images gets the steps of the distilled one.
+        classes: number of classes, where labels shall be checked against it.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Training:
     should_stop: Callable[[], bool] = lambda: False
     watcher: Watcher = field(default_factory=Silent)
     epoch_steps: int | None = None
+    classes: int | None = None
 
     @property
     def epoch_length(self) -> int:
@@ -146,6 +148,7 @@ def fit(t: Training, accelerator: Accelerator) -> Outcome:
     while s.at.step < t.steps and not s.at.stopped_early:
         epoch, done = divmod(s.at.step, per_epoch)
         for micros in t.batches.epoch(epoch, s.share, skip=done):
+            s.check_labels(micros)
             micros = [batch.to(accelerator.device) for batch in micros]
             scale = s.scales(micros)
             for batch in micros:
@@ -177,8 +180,12 @@ class _State:
         if t.config.compile:
             t.student.compile()
         trainee = Trainee(t.student, t.method).train()
-        self.trainee, self.optimizer = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
-        self.bare_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.trainee, prepared = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
+        self.bare_optimizer = getattr(prepared, "optimizer", prepared)
+        # accelerate's wrapper looks for optional packages on disk at every step, 0.2 ms; where it would only pass
+        # the call on, we make it ourselves.
+        wrapped = accelerator.scaler is not None or accelerator.distributed_type.value in ("DEEPSPEED", "XLA")
+        self.optimizer = prepared if wrapped else self.bare_optimizer
         self.schedule = build_schedule(self.bare_optimizer, t.config.schedule, t.steps, t.epoch_length)
         self.ema = EMA(self.trainee, t.config.ema) if t.config.ema is not None else None
         self.evaluate_every = t.config.evaluate_every or t.epoch_length
@@ -191,6 +198,20 @@ class _State:
         self.first = True
 
     # One step ------------------------------------------------------------------------------------
+
+    def check_labels(self, micros: list[Batch]) -> None:
+        """On the CPU, where it is cheap; a GPU would only say that an assertion failed."""
+        if self.t.classes is None:
+            return
+        for batch in micros:
+            if batch.labels.is_cpu and batch.labels.numel():
+                low, high = (int(v) for v in batch.labels.aminmax())
+                if high >= self.t.classes or (low < 0 and low != IGNORE):
+                    raise DataError(
+                        f"a training batch has labels from {low} to {high}, the models score classes 0 to "
+                        f"{self.t.classes - 1}",
+                        remedy=f"labels are class indices, {IGNORE} where there is none",
+                    )
 
     def signal(self, batch: Batch) -> Signal | None:
         if self.t.method.needs is None or self.t.teacher is None:

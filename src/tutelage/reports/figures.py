@@ -10,6 +10,9 @@ from tutelage.reports.panel import COLOUR, DASH, ROLES, SYMBOL, Dots, Panel, axe
 from tutelage.reports.read import Run
 from tutelage.reports.wording import percent
 
+FEW = 10
+"""A bin of the reliability diagram with fewer samples says little."""
+
 
 def seed_by_seed(runs: Sequence[Run]) -> Panel:
     """Test accuracy of every single student, with the teacher's; one row a run and arm."""
@@ -128,39 +131,9 @@ def reliability(run: Run) -> Panel | None:
         filled = [b for b in zip(bins["count"], bins["confidence"], bins["accuracy"], strict=False) if b[0] > 0]
         if not filled:
             continue
-        most = max(n for n, _, _ in filled)
-        gaps = [confidence - right for _, confidence, right in filled]
-        hover = [[int(n), abs(gap)] for (n, _, _), gap in zip(filled, gaps, strict=True)]
-        sizes = [round(6 + 10 * (n / most) ** 0.5, 1) for n, _, _ in filled]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": name,
-                "x": [short(c) for _, c, _ in filled],
-                "y": [short(a) for _, _, a in filled],
-                "customdata": hover,
-                "line": {"color": COLOUR[role], "width": 1.5, "dash": DASH[role]},
-                "marker": {
-                    "color": COLOUR[role],
-                    "symbol": SYMBOL[role],
-                    "size": sizes,
-                    "opacity": 0.9,
-                    "line": {"color": "--card", "width": 1},
-                },
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [short(max(g, 0)) for g in gaps],
-                    "arrayminus": [short(max(-g, 0)) for g in gaps],
-                    "width": 0,
-                    "thickness": 1.5,
-                    "color": COLOUR[role],
-                },
-                "hovertemplate": "confidence %{x:.1%}, accuracy %{y:.1%}<br>gap %{customdata[1]:.1%}, "
-                "%{customdata[0]:,} samples<extra>" + name + "</extra>",
-            }
-        )
+        full = [b for b in filled if b[0] >= FEW]
+        thin = [b for b in filled if b[0] < FEW]
+        data += [_points(role, name, full, sum(bins["count"])), _points(role, name, thin, 0)]
         said.append(f"{name}: expected calibration error {percent(_ece(row))}")
     if len(data) == 1:
         return None
@@ -170,11 +143,51 @@ def reliability(run: Run) -> Panel | None:
         height=420,
         xaxis={"range": [-0.02, 1.04], "tickformat": ".0%"},
         yaxis={"range": [-0.02, 1.04], "tickformat": ".0%"},
+        legend={"itemsizing": "constant"},
     )
     note = (
-        "The bar from a point to the diagonal is its miscalibration; a larger point holds more samples. First seed."
+        "The bar from a point to the diagonal is its miscalibration; a larger point holds more samples, a hollow one "
+        f"fewer than {FEW}, too few to judge. First seed."
     )
     return Panel(run.label, f"Reliability diagram. {'; '.join(said)}.", data, layout, note=note, square=True)
+
+
+def _points(role: str, name: str, bins: Sequence[tuple[float, float, float]], total: float) -> Dots:
+    """Bins as points with their gaps to the diagonal; hollow and without gaps where ``total`` is zero."""
+    gaps = [confidence - right for _, confidence, right in bins]
+    trace: Dots = {
+        "type": "scatter",
+        "mode": "lines+markers" if total else "markers",
+        "name": name,
+        "legendgroup": role,
+        "showlegend": bool(total),
+        "x": [short(confidence) for _, confidence, _ in bins],
+        "y": [short(right) for _, _, right in bins],
+        "customdata": [[int(n), abs(gap)] for (n, _, _), gap in zip(bins, gaps, strict=True)],
+        "hovertemplate": "confidence %{x:.1%}, accuracy %{y:.1%}<br>gap %{customdata[1]:.1%}, "
+        "%{customdata[0]:,} samples<extra>" + name + "</extra>",
+    }
+    if not total:
+        return trace | {"marker": {"color": COLOUR[role], "symbol": f"{SYMBOL[role]}-open", "size": 6}}
+    return trace | {
+        "line": {"color": COLOUR[role], "width": 1.5, "dash": DASH[role]},
+        "marker": {
+            "color": COLOUR[role],
+            "symbol": SYMBOL[role],
+            "size": [round(6 + 12 * (n / total) ** 0.5, 1) for n, _, _ in bins],
+            "opacity": 0.9,
+            "line": {"color": "--card", "width": 1},
+        },
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [short(max(gap, 0)) for gap in gaps],
+            "arrayminus": [short(max(-gap, 0)) for gap in gaps],
+            "width": 0,
+            "thickness": 1.5,
+            "color": COLOUR[role],
+        },
+    }
 
 
 def _ece(row: Mapping[str, Any]) -> float | None:

@@ -172,7 +172,7 @@ def comparison(runs: Sequence[Run]) -> str:
 def _differences(runs: Sequence[Run]) -> str:
     try:
         settings = [_flat(yaml.safe_load(run.config)) for run in runs]
-    except yaml.YAMLError:  # shown as it is below; only this table needs it parsed
+    except (yaml.YAMLError, ValueError, RecursionError):  # shown as it is below; only this table needs it parsed
         return ""
     keys = sorted({key for s in settings for key in s})
     rows = [
@@ -182,7 +182,10 @@ def _differences(runs: Sequence[Run]) -> str:
     ]
     if not rows:
         return "<p class='note'>The runs' settings do not differ.</p>"
-    return table("Settings that differ", ["Setting", *(run.label for run in runs)], rows, "words")
+    shown = table("Settings that differ", ["Setting", *(run.label for run in runs)], rows, "words")
+    if len(rows) <= 10:
+        return shown
+    return f"<details><summary>{len(rows)} settings differ</summary>{shown}</details>"
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:

@@ -55,7 +55,7 @@ SCRIPT = """
     };
     const config = {
       displaylogo: false,
-      displayModeBar: touch.matches || wide < 480 ? false : "hover",
+      displayModeBar: touch.matches || wide < 480 || figure.layout.showlegend === false ? false : "hover",
       modeBarButtons: [["toImage", "resetScale2d"]],
       responsive: true,
     };

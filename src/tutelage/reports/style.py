@@ -76,7 +76,7 @@ th, td { padding: 9px; text-align: right; white-space: nowrap; vertical-align: b
   border-bottom: 1px solid var(--rule); }
 thead th { font-weight: 500; color: var(--quiet); font-size: .8125rem; white-space: normal; min-width: 6em; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); white-space: normal;
-  min-width: 8.5em; max-width: 16em; overflow-wrap: anywhere; }
+  min-width: 10em; max-width: 16em; overflow-wrap: anywhere; }
 tbody tr:last-child > * { border-bottom: 0; }
 .results tbody tr:last-child { font-weight: 650; }
 .results { margin-top: 24px; }
@@ -101,7 +101,7 @@ footer { margin-top: 32px; color: var(--quiet); font-size: .875rem; }
   th, td { padding: 8px 9px; }
   th:first-child { min-width: 7em; max-width: 11em; }
   .results th:first-child { max-width: none; }
-  .words th:first-child { min-width: 8.5em; }
+  .words th:first-child { min-width: 9.5em; }
 }
 @media print {
   @page { size: A4; margin: 14mm; }

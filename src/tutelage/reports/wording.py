@@ -102,8 +102,9 @@ def points(fraction: float) -> str:
     if not _finite(fraction):
         return ABSENT
     value = 100 * fraction
-    digits = 1 if abs(value) >= 0.05 or value == 0 else 2
-    return f"{value:+.{digits}f}".replace("-", "−").replace("+0.00", "0.0").replace("−0.00", "0.0")
+    if abs(value) < 0.005:
+        return "0.0"
+    return f"{value:+.{1 if abs(value) >= 0.05 else 2}f}".replace("-", "−")
 
 
 def interval(pair: Mapping[str, Any]) -> str:
@@ -147,7 +148,7 @@ def milliseconds(speed: Mapping[str, Any] | None) -> str:
     if not speed or not _finite(speed.get("p50_ms")):
         return ABSENT
     p50 = speed["p50_ms"]
-    return f"{p50:.{2 if p50 < 10 else 1 if p50 < 100 else 0}f} ms"
+    return f"{p50:.{3 if p50 < 0.1 else 2 if p50 < 10 else 1}f} ms"
 
 
 def seconds(value: float | None) -> str:

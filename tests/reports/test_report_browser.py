@@ -1,0 +1,113 @@
+"""The page in a real browser: quiet, self-contained, never wider than the window, in the scheme of the reader."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import re
+import shutil
+import subprocess
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from fake_runs import CLASSES, CONFIG, make_run, make_summary
+
+from tutelage.reports import write_report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WIDTHS = (1280, 390)
+HOSTILE = "</script><script>document.title='taken'</script>"
+
+# Loads each page in frames of both widths, waits until it is drawn, and writes what it measured as its text.
+WRAPPER = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<style>iframe { border: 0; height: 900px; color-scheme: light dark; }</style><body><script>
+const found = [], jobs = JOBS;
+async function measure([page, width]) {
+  const frame = document.createElement("iframe");
+  frame.style.width = width + "px";
+  frame.src = page;
+  document.body.append(frame);
+  await new Promise((done) => frame.addEventListener("load", done));
+  const view = frame.contentWindow, doc = frame.contentDocument, root = doc.documentElement;
+  for (let i = 0; i < 200 && !root.classList.contains("drawn"); i++) await new Promise((r) => setTimeout(r, 50));
+  const raw = doc.querySelector("input[value=raw]"), loss = raw.closest("figure").querySelector(".plot");
+  const before = loss.data.map((trace) => trace.name);
+  raw.click();
+  found.push({
+    page, width, drawn: root.classList.contains("drawn"), title: doc.title, inner: view.innerWidth,
+    scroll: root.scrollWidth, background: view.getComputedStyle(doc.body).backgroundColor,
+    plots: doc.querySelectorAll(".plot").length, svgs: doc.querySelectorAll("[data-figure] svg").length,
+    resources: view.performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:")),
+    wide: [...doc.querySelectorAll(".plot")].filter((p) => p.scrollWidth > p.clientWidth).length,
+    ink: doc.querySelector(".plot text").style.fill, before, after: loss.data.map((trace) => trace.name),
+  });
+  frame.remove();
+}
+(async () => {
+  for (const job of jobs) await measure(job);
+  document.body.textContent = JSON.stringify(found);
+})();
+</script>"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with two pages and the wrapper, served."""
+    folder = tmp_path_factory.mktemp("site")
+    plain = make_run(folder / "digits")
+    names = [HOSTILE, "<img src=x onerror=\"document.title='taken'\">", "a very long name " * 9, *CLASSES[3:]]
+    hostile = make_summary(classes=names, name=HOSTILE, seeds=1, alone=None)
+    hostile["formula"] = "x" * 300 + HOSTILE
+    other = make_run(
+        folder / ("long-name" * 12), hostile, config=f"# {'y' * 400}{HOSTILE}\n{CONFIG}".replace("4.0", "8.0")
+    )
+    write_report([plain], folder / "one.html")
+    write_report([plain, other], folder / "two.html")
+    jobs = json.dumps([[page, width] for page in ("one.html", "two.html") for width in WIDTHS])
+    (folder / "wrapper.html").write_text(WRAPPER.replace("JOBS", jobs), encoding="utf-8")
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_the_page_in_a_browser(site, scheme, tmp_path):
+    number = {"dark": 0, "light": 1}[scheme]
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+            "--no-first-run",
+            f"--user-data-dir={tmp_path}", f"--blink-settings=preferredColorScheme={number}",
+            "--enable-logging=stderr", "--window-size=1400,1000", "--virtual-time-budget=60000", "--dump-dom",
+            f"{site}/wrapper.html",
+        ],
+        capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
+    body = re.search(r"<body>(\[.*\])\s*</body>", done.stdout, flags=re.DOTALL)
+    assert body is not None, done.stdout[-2000:]
+    found = json.loads(html.unescape(body[1]))
+    assert [(f["page"], f["width"]) for f in found] == [(p, w) for p in ("one.html", "two.html") for w in WIDTHS]
+    for f in found:
+        assert f["drawn"]
+        assert f["title"].endswith("distillation report")
+        assert f["inner"] == f["width"]
+        assert f["scroll"] <= f["inner"]
+        assert f["wide"] == 0
+        assert f["svgs"] >= f["plots"] >= 5
+        assert f["resources"] == []
+        assert f["background"] == ("rgb(15, 19, 23)" if scheme == "dark" else "rgb(246, 247, 249)")
+        assert f["ink"] == ("rgb(232, 236, 240)" if scheme == "dark" else "rgb(26, 32, 39)")
+        assert f["before"] == ["kd", "ce", "loss (their sum)"]
+        assert f["after"] == ["kd", "ce"]
