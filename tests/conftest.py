@@ -1,9 +1,10 @@
-"""Shared by all tests: no hub, few threads, one fixed seed."""
+"""Shared by all tests: no hub, one thread, one fixed seed."""
 
 from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -87,7 +87,8 @@ def test_a_sharded_checkpoint_goes_on_unsharded_and_the_other_way_round(tmp_path
 def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
-        "data: digits\nteacher: {model: mlp, options: {hidden: [64]}}\nstudent: {model: mlp, options: {hidden: [8]}}\n"
+        "data: digits\n"
+        "teacher: {model: mlp, options: {hidden: [64]}}\nstudent: {model: mlp, options: {hidden: [8]}}\n"
         "method: logit\ntrain: {steps: 60, batch_size: 64}\n"
     )
     for processes in (1, 2):

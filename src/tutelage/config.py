@@ -166,9 +166,9 @@ class DataConfig(Section):
                 "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
             )
         if (self.mean is None) != (self.std is None):
-            raise ValueError("'mean' and 'std' go together: give both or neither")
+            raise ValueError("'mean' and 'std' go together; give both or neither")
         if self.std is not None and min(self.std, default=1.0) <= 0:
-            raise Misfit(f"every 'std' must be above 0, given {self.std}", "std")
+            raise Misfit(f"std {self.std} has a value of 0; every one must be above 0", "std")
         return self
 
 
@@ -232,7 +232,7 @@ class TrainConfig(Section):
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay of an exponential moving average of the weights, which then is evaluated and exported."""
     evaluate_every: Count | None = None
-    """Steps between evaluations on the validation split. Default: one epoch."""
+    """Steps between evaluations on the validation split. Default: one epoch, or a hundredth of all steps."""
     early_stop: Count | None = None
     """Stop after this many evaluations without a better validation accuracy. Default: never."""
     checkpoint_every: Count | None = None
@@ -405,7 +405,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
         raise ConfigError(error.what, where=f"{name}:{error.where}", remedy=error.remedy) from None
     except RecursionError:
         raise ConfigError("is nested too deeply", where=name, remedy="a recipe has four levels at most") from None
-    except (ValueError, AttributeError, TypeError, KeyError) as error:  # of an explicit tag, or a number too long
+    except (ValueError, AttributeError, TypeError, LookupError) as error:  # of an explicit tag, or a number too long
         raise ConfigError(
             f"not YAML: {error}", where=name, remedy="write values without tags such as !!int, and shorter numbers"
         ) from None
@@ -435,6 +435,10 @@ def _expand(raw: dict[str, Any]) -> None:
         expand(raw["teacher"].get("train"), TRAIN_SHORTHANDS)
 
 
+BUDGETS = {"epochs": "steps", "steps": "epochs"}
+"""Two ways to say how long: an override of one replaces the other."""
+
+
 def _override(raw: dict[str, Any], text: str) -> Key:
     """Set what ``text`` says and return the key it set."""
     key, equals, value = text.partition("=")
@@ -443,7 +447,7 @@ def _override(raw: dict[str, Any], text: str) -> Key:
         raise ConfigError("not of the form key=value", where=where, remedy="for example method.temperature=8")
     try:
         parsed = yaml.load(value, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError, KeyError):
+    except (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError, LookupError):
         raise ConfigError("the value is not YAML", where=where, remedy="quote it: name='a: b'") from None
     if key == "seed":
         key, parsed = "seeds", [parsed]
@@ -457,6 +461,8 @@ def _override(raw: dict[str, Any], text: str) -> Key:
                 where=where,
                 remedy=f"override the whole of it: {'.'.join(path[: i + 1])}=VALUE",
             )
+    if parsed is not None and last in BUDGETS:
+        section.pop(BUDGETS[last], None)
     section[last] = parsed
     _expand(raw)
     return (*path, last)

@@ -186,14 +186,19 @@ def stratified(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor
     rows = torch.arange(len(labels))
     if count == len(labels):
         return rows, rows[:0]
+    if count > len(labels):
+        raise DataError(
+            f"{what}: {count} images are asked for, there are {len(labels)}",
+            remedy=f"set it to at most {len(labels)}, or leave it out for all",
+        )
     try:
         chosen, rest = train_test_split(rows.numpy(), train_size=count, stratify=labels.numpy(), random_state=seed)
-    except ValueError as error:
+    except ValueError:
         per_class = torch.bincount(labels)
         raise DataError(
-            f"{what}: cannot take {count} of {len(labels)} images by class "
-            f"({len(per_class)} classes, the smallest has {int(per_class.min())} images): {error}",
-            remedy="take more images, or add images to the smallest class",
+            f"{what}: cannot take {count} of {len(labels)} images and have each class among those and among the "
+            f"others ({len(per_class)} classes, the smallest has {int(per_class.min())} images)",
+            remedy=f"set {what} so that both parts get images of every class, or add images to the smallest class",
         ) from None
     return torch.from_numpy(chosen).sort().values, torch.from_numpy(rest).sort().values
 
@@ -242,8 +247,6 @@ def load_images(
         label_column=label_column,
         classes=classes,
     )
-    if classes is not None and classes != raw.classes:
-        raw = _reordered(raw, classes)
     for name, split in raw.splits.items():
         if len(split.labels) == 0:
             raise DataError(f"the {name} split of {source} has no images", remedy="check its path and its files")
@@ -253,6 +256,8 @@ def load_images(
                 f"{int(split.labels.max())}, but {len(raw.classes)} classes",
                 remedy="labels must be 0 .. classes - 1",
             )
+    if classes is not None and classes != raw.classes:
+        raw = _reordered(raw, classes)
     splits = dict(raw.splits)
     if "test" not in splits:
         train = splits["train"]
@@ -341,12 +346,12 @@ def _reordered(raw: RawImages, classes: list[str]) -> RawImages:
 
 
 def _try_augments(images: ImageSet) -> None:
-    """Augment one image, so that an option that no constructor checks fails before anything is trained."""
+    """Augment one image in a few ways, so that an option that no constructor checks fails before any training."""
     if not images.augmented:
         return
     try:
-        images.fetch(torch.arange(1), torch.zeros(1, dtype=torch.int64))
-    except (TypeError, ValueError, RuntimeError) as error:
+        images.fetch(torch.zeros(8, dtype=torch.int64), torch.arange(8))
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         if isinstance(error, TutelageError):
             raise
         raise DataError(

@@ -126,8 +126,9 @@ def open_image(path: Path) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(path)
-        image.load()
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
         return image
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)

@@ -165,12 +165,11 @@ def build_augments(entries: Sequence[str | dict[str, Any]]) -> list[Augment]:
             else:
                 built.append(transform(THEIRS[name], options))
         except (TypeError, ValueError) as error:
-            known = (
-                ", ".join(p for p in inspect.signature(OURS[name]).parameters if p != "stream")
-                if name in OURS
-                else ""
-            )
+            known = [p for p in inspect.signature(OURS[name]).parameters if p != "stream"] if name in OURS else []
             raise ConfigError(
-                f"data.augment: {name} with {options}: {error}", remedy=f"its options: {known}" if known else None
+                f"data.augment: {name} with {options}: {error}",
+                remedy=f"its options: {', '.join(known)}"
+                if known
+                else f"see torchvision.transforms.v2.{THEIRS[name]}",
             ) from None
     return built

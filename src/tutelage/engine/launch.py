@@ -45,6 +45,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             log_with=trackers or None,
+            project_dir=".",  # trackers ask for one now; tracking() gives the real one before they write
         )
     except (ImportError, ValueError) as error:
         raise CapabilityError(
@@ -66,7 +67,8 @@ def tracking(accelerator: Accelerator, folder: Path, config: dict[str, str]) -> 
     if not accelerator.log_with:
         yield
         return
-    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.project_configuration.project_dir = str(folder)
+    accelerator.project_configuration.logging_dir = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers("tutelage", config=config)
     try:

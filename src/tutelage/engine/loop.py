@@ -26,6 +26,9 @@ from tutelage.errors import CapabilityError, CheckpointError, DataError, Interru
 from tutelage.methods.base import Method, Term, Trainee
 from tutelage.teachers.signal import Signal, Teacher
 
+EVALUATIONS = 100
+"""Without ``evaluate_every``, an epoch so short that there would be more evaluations than this is not followed by one."""
+
 CHECKPOINT_SECONDS = 20.0
 """Without ``checkpoint_every``, an evaluation is followed by a checkpoint at most this often."""
 
@@ -188,7 +191,7 @@ class _State:
         self.optimizer = prepared if wrapped else self.bare_optimizer
         self.schedule = build_schedule(self.bare_optimizer, t.config.schedule, t.steps, t.epoch_length)
         self.ema = EMA(self.trainee, t.config.ema) if t.config.ema is not None else None
-        self.evaluate_every = t.config.evaluate_every or t.epoch_length
+        self.evaluate_every = t.config.evaluate_every or max(t.epoch_length, -(-t.steps // EVALUATIONS))
         self.at = Progress()
         self.best: dict[str, Tensor] | None = None
         self.sums: dict[str, Tensor] = {}

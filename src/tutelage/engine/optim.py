@@ -103,7 +103,7 @@ def build_schedule(
             f"train.schedule: {config.kind} needs the option {error}",
             remedy="for example milestones: [150, 180, 210]",
         ) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(
             f"train.schedule: {config.kind} with {config.options}: {error}", remedy="see docs/recipes.md"
         ) from None

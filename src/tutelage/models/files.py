@@ -105,6 +105,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     file = path / WEIGHTS if path.is_dir() else path
     tensors, own = read_tensors(file), model.state_dict()
+    given = {own[k].data_ptr() for k in own if k in tensors}  # tied weights are stored under one of their names
+    missing = [k for k in own if k not in tensors and own[k].numel() and own[k].data_ptr() not in given]
+    unexpected = [k for k in tensors if k not in own]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"is of another model than {type(model).__name__}: missing {missing[:3]}, not expected {unexpected[:3]} "
+            f"({len(missing)} and {len(unexpected)} in all)",
+            where=str(file),
+            remedy="give the checkpoint of this very model, with the same options",
+        )
     shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     if shapes:
         k = shapes[0]
@@ -114,17 +124,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             where=str(file),
             remedy="give the checkpoint of this very model, with the same number of classes and the same options",
         )
-    result = model.load_state_dict(tensors, strict=False)
-    given = {own[k].data_ptr() for k in own if k in tensors}  # tied weights are stored under one of their names
-    missing = [k for k in result.missing_keys if own[k].numel() and own[k].data_ptr() not in given]
-    if missing or result.unexpected_keys:
-        raise CheckpointError(
-            f"is of another model than {type(model).__name__}: "
-            f"missing {missing[:3]}, not expected {result.unexpected_keys[:3]} "
-            f"({len(missing)} and {len(result.unexpected_keys)} in all)",
-            where=str(file),
-            remedy="give the checkpoint of this very model, with the same options",
-        )
+    model.load_state_dict(tensors, strict=False)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} holds NaN or infinity", where=str(file), remedy="use another checkpoint")

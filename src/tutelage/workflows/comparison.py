@@ -17,7 +17,7 @@ from tutelage.data import Batch, Batches
 from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evaluate, fit
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import explained, new_folder, write_text
-from tutelage.errors import CapabilityError, DataError, NumericsError, TutelageError
+from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
 from tutelage.methods import Method, SupervisedMethod, Trainee, check_capabilities
 from tutelage.models import label_names, save_model
 from tutelage.taps import Needs, observe
@@ -100,7 +100,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     method = c.method()
     ctx.terminal.say(f"loss = {method.formula()}")
     student = c.student(c.seeds[0])
-    check_output(c, ctx, student, "student")
+    check_output(c, ctx.device, student, "student")
     check_optimizer(c, student, method)
     teacher = live_teacher(c, ctx)
     check_separate(teacher.model, student)
@@ -149,6 +149,7 @@ def train_student(
         should_stop=ctx.should_stop,
         watcher=ctx.terminal,
         epoch_steps=distilled.steps_per_epoch,
+        classes=references[0].shape[-1],
     )
     return train_and_keep(training, ctx, lambda: c.student(seed), c.test, references, {**c.student_card, "arm": arm})
 
@@ -221,7 +222,7 @@ def _measured(
 def live_teacher(c: Comparison, ctx: Context) -> LiveTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
     model = c.teacher()
-    check_output(c, ctx, model, "teacher")
+    check_output(c, ctx.device, model, "teacher")
     if c.train_teacher is not None:
         config, batches, seed = c.train_teacher
         folder = ctx.run.model("teacher")
@@ -251,7 +252,7 @@ def remembered(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method
 # Checks that come before step 0 ------------------------------------------------------------------------
 
 
-def check_output(c: Comparison, ctx: Context, model: nn.Module, who: str) -> None:
+def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str) -> None:
     """Run ``model`` on two samples, so that a misfit with the data shows before anything is trained.
 
     Raises:
@@ -262,9 +263,9 @@ def check_output(c: Comparison, ctx: Context, model: nn.Module, who: str) -> Non
     whole = next(iter(c.test), None)
     if whole is None:
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
-    batch = whole.rows(0, 2).to(ctx.device)
+    batch = whole.rows(0, 2).to(device)
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {"inputs": batch.inputs}
-    model.to(ctx.device).eval()
+    model.to(device).eval()
     try:
         with torch.no_grad():
             logits = observe(model, batch.inputs, Needs()).logits
@@ -299,7 +300,15 @@ def check_output(c: Comparison, ctx: Context, model: nn.Module, who: str) -> Non
 def check_optimizer(c: Comparison, student: nn.Module, method: Method) -> None:
     """Raise :class:`ConfigError` when the optimizer or the schedule refuses an option."""
     optimizer = build_optimizer(Trainee(student, method), c.config.optimizer)
-    build_schedule(optimizer, c.config.schedule, 1, 1)
+    schedule = build_schedule(optimizer, c.config.schedule, 1, 1)
+    try:
+        optimizer.step()  # nothing has a gradient, so nothing moves
+        schedule.step()
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"train.schedule: {c.config.schedule.kind} with {c.config.schedule.options}: {error}",
+            remedy="see docs/recipes.md for the values it takes",
+        ) from None
 
 
 def check_separate(teacher: nn.Module, student: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +192,7 @@ def _check_arguments(
     for name, loader in (("eval_data", eval_data), ("validation", validation)):
         if loader is None and name == "validation":
             continue
-        if not isinstance(loader, Iterable) or iter(loader) is loader:
+        if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
             raise DataError(
                 f"distill({name}=...), a {type(loader).__name__}, cannot be iterated again and again",
                 remedy="give a list of batches or a DataLoader: it is read once for each model",

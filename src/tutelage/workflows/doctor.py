@@ -18,7 +18,7 @@ from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.taps import Needs, find
 from tutelage.teachers import LiveTeacher
-from tutelage.workflows.comparison import Comparison, check_labels, check_separate
+from tutelage.workflows.comparison import Comparison, check_labels, check_output, check_separate
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
@@ -62,6 +62,14 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
         f"{len(data.classes)} classes, the same everywhere",
         lambda: check_labels(c, teacher.model, student),
     )
+    for who, model in (("teacher", teacher.model), ("student", student)):
+        passes(
+            who,
+            f"takes the images and scores {len(data.classes)} classes",
+            lambda who=who, model=model: check_output(c, device, model, who),
+        )
+    if any(f.level == "bad" for f in found):
+        return found
     passes("separation", "teacher and student share no weight", lambda: check_separate(teacher.model, student))
     passes(
         "capabilities",

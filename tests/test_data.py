@@ -1,0 +1,227 @@
+"""Samples keep their ids, splits stay apart, and a view can be drawn again from its seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tutelage.data import Batch, InOrder, LoaderBatches, PlannedBatches, Share, as_batch, causal_batch, load_images
+from tutelage.data.batch import IGNORE, spans
+from tutelage.data.views import drawn, flip, shift, uniform, view_seeds
+from tutelage.errors import DataError
+
+
+def test_digits_splits_are_disjoint_stratified_and_fixed() -> None:
+    a, b = load_images("digits"), load_images("digits")
+    ids = [set(s.ids.tolist()) for s in (a.train, a.validation, a.test)]
+    assert sum(len(i) for i in ids) == len(set.union(*ids)) == 1797
+    assert a.train.ids.equal(b.train.ids)
+    share = torch.bincount(a.test.labels).float() / len(a.test)
+    assert share.min() > 0.08
+    assert not torch.equal(a.test.ids, load_images("digits", split_seed=1).test.ids)
+
+
+def test_labels_are_hidden_by_class_and_images_kept_or_dropped() -> None:
+    kept, dropped = (load_images("digits", labels=50, unlabeled=u) for u in ("keep", "drop"))
+    assert torch.bincount(kept.train.labels[kept.train.labels != IGNORE]).tolist() == [5] * 10
+    assert len(dropped.train) == 50
+    assert len(kept.train) == len(kept.for_teacher)
+    assert (kept.for_teacher.labels != IGNORE).all()
+    has = kept.train.labels != IGNORE
+    assert torch.equal(kept.train.ids[has], dropped.train.ids)
+
+
+def test_view_seeds_are_a_function_of_seed_epoch_and_sample() -> None:
+    ids = torch.arange(100)
+    seeds = view_seeds(3, 5, ids)
+    assert torch.equal(seeds, view_seeds(3, 5, ids))
+    assert torch.equal(seeds[7:9], view_seeds(3, 5, ids[7:9]))
+    assert len(set(seeds.tolist()) | set(view_seeds(3, 6, ids).tolist()) | set(view_seeds(4, 5, ids).tolist())) == 300
+    draws = uniform(view_seeds(0, 0, torch.arange(20000)), 1)
+    assert abs(draws.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(draws, uniform(view_seeds(0, 0, torch.arange(20000)), 2))[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("augment", [["flip", {"shift": 2}], ["rand-augment", "erase"]])
+def test_a_view_is_redrawn_from_its_seed_whatever_is_fetched_with_it(augment: list[str]) -> None:
+    data = load_images("digits", augment=augment).train
+    rows = torch.tensor([3, 50, 7, 100])
+    views = view_seeds(1, 2, data.ids[rows])
+    together = data.fetch(rows, views)
+    before = torch.get_rng_state()
+    alone = torch.cat([data.fetch(rows[i : i + 1], views[i : i + 1]).inputs for i in range(4)])
+    assert torch.equal(before, torch.get_rng_state()), "drawing a view must not move the global generator"
+    assert torch.equal(together.inputs, alone)
+    assert not torch.equal(together.inputs, data.fetch(rows).inputs)
+    assert data.fetch(rows).views is None
+
+
+def test_flip_and_shift_do_what_they_say() -> None:
+    images = torch.arange(2 * 5 * 5, dtype=torch.uint8).view(2, 1, 5, 5) + 1
+    seeds = view_seeds(0, 0, torch.arange(2))
+    assert torch.equal(flip(1.0, stream=0)(images, seeds), images.flip(-1))
+    assert torch.equal(flip(0.0, stream=0)(images, seeds), images)
+    moved = shift(1, stream=0)(images.repeat(50, 1, 1, 1), view_seeds(0, 0, torch.arange(100)))
+    padded = torch.nn.functional.pad(images[0, 0], [1] * 4)
+    crops = {tuple(padded[y : y + 5, x : x + 5].flatten().tolist()) for y in range(3) for x in range(3)}
+    assert {tuple(m.flatten().tolist()) for m in moved[::2, 0]} == crops
+
+
+def test_drawn_restores_the_generators() -> None:
+    before = torch.get_rng_state()
+    assert drawn(lambda _: torch.rand(1), None, 5).equal(drawn(lambda _: torch.rand(1), None, 5))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 4), (3, 2)])
+def test_shares_of_all_processes_make_the_batch_and_nothing_twice(world: int, accumulate: int) -> None:
+    data = load_images("digits", limit=75).train
+    plan = PlannedBatches(data, 32, seed=1)
+    whole = [m[0].ids for m in plan.epoch(2, Share())]
+    shares = [list(plan.epoch(2, Share(rank, world, accumulate))) for rank in range(world)]
+    for step, ids in enumerate(whole):
+        counted = [m.ids[m.counted()] for share in shares for m in share[step]]
+        assert torch.equal(torch.cat(counted), ids)
+        assert all(len(share[step]) == accumulate for share in shares)
+    assert sorted(torch.cat(whole).tolist()) == sorted(data.ids.tolist())
+
+
+def test_a_process_without_a_row_gets_a_stand_in_that_does_not_count() -> None:
+    batch = Batch(torch.randn(1, 3), torch.tensor([2]))
+    first, second = batch.split(2)
+    shares = [first, second] if first.labelled().any() else [second, first]
+    assert shares[0].labelled().sum() == 1
+    assert shares[1].labelled().sum() == shares[1].counted().sum() == 0
+    assert len(shares[1]) == 1
+    assert spans(7, 3) == [(0, 2), (2, 4), (4, 7)]
+
+
+def test_skipping_steps_gives_the_same_batches_as_going_through_them() -> None:
+    plan = PlannedBatches(load_images("digits", limit=100, augment=["flip"]).train, 16, seed=0)
+    whole, later = list(plan.epoch(1, Share())), list(plan.epoch(1, Share(), skip=3))
+    for (a,), (b,) in zip(whole[3:], later, strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+
+
+def test_worker_processes_give_the_same_batches() -> None:
+    data = load_images("digits", limit=64, augment=["flip"]).train
+    here = list(PlannedBatches(data, 16, seed=0).epoch(0, Share()))
+    there = list(PlannedBatches(data, 16, seed=0, workers=2).epoch(0, Share()))
+    assert all(torch.equal(a[0].inputs, b[0].inputs) for a, b in zip(here, there, strict=True))
+
+
+def test_a_shuffling_loader_repeats_its_order_and_leaves_the_global_generator_alone() -> None:
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.arange(20.0).view(20, 1), torch.zeros(20).long()), 4, shuffle=True
+    )
+    batches = LoaderBatches(loader, seed=5)
+    torch.manual_seed(1)
+    first = [m[0].inputs for m in batches.epoch(0, Share())]
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    again = [m[0].inputs for m in batches.epoch(0, Share(), skip=2)]
+    assert all(torch.equal(a, b) for a, b in zip(first[2:], again, strict=True))
+    assert not torch.equal(torch.cat(first), torch.cat([m[0].inputs for m in batches.epoch(1, Share())]))
+
+
+def test_in_order_gives_every_row_once() -> None:
+    data = load_images("digits").test
+    assert torch.equal(torch.cat([b.ids for b in InOrder(data, 50)]), data.ids)
+
+
+# Causal language models: the shift happens here, once -------------------------------------------------
+
+
+def test_position_t_is_asked_for_token_t_plus_one() -> None:
+    batch = causal_batch({"input_ids": torch.tensor([[5, 6, 7, 8]])})
+    assert batch.labels.tolist() == [[6, 7, 8, -100]]
+    assert batch.mask.tolist() == [[True, True, True, False]]
+
+
+def test_padding_is_known_by_the_mask_and_not_by_the_token() -> None:
+    ids = torch.tensor([[5, 6, 2, 2, 2]])  # the first 2 is the end of the sequence, the others are padding
+    batch = causal_batch({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])})
+    assert batch.labels.tolist() == [[6, 2, -100, -100, -100]]
+
+
+def test_left_padding_is_not_asked_for_the_first_token() -> None:
+    batch = causal_batch({"input_ids": torch.tensor([[2, 2, 5, 6]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])})
+    assert batch.labels.tolist() == [[-100, -100, 6, -100]]
+
+
+def test_ragged_prompts_are_masked_row_by_row_and_a_fully_masked_row_counts_nothing() -> None:
+    ids = torch.arange(15).view(3, 5)
+    labels = ids.masked_fill(torch.arange(5) < torch.tensor([[1], [3], [5]]), -100)
+    batch = causal_batch({"input_ids": ids, "labels": labels})
+    assert batch.counted().sum(1).tolist() == [4, 2, 0]
+    assert batch.labels[1].tolist() == [-100, -100, 8, 9, -100]
+
+
+def test_unshifted_labels_are_refused() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(DataError, match="asked for its own token"):
+        as_batch({"input_ids": ids, "labels": ids.clone()})
+
+
+# Image files ------------------------------------------------------------------------------------------
+
+
+def folder(path: Path, names: tuple[str, ...] = ("a", "b"), count: int = 12) -> Path:
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for k, name in enumerate(names):
+        (path / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = draw.integers(0, 60, (20 + i, 30, 3)) + 90 * k
+            Image.fromarray(pixels.astype(np.uint8)).save(path / name / f"{i}.png")
+    return path
+
+
+def test_ids_of_files_survive_the_adding_of_others(tmp_path: Path) -> None:
+    root = folder(tmp_path / "x")
+    before = load_images("imagefolder", path=str(root), size=16)
+    kept = {int(i) for s in (before.train, before.validation, before.test) for i in s.ids}
+    folder(root, count=13)
+    after = load_images("imagefolder", path=str(root), size=16)
+    assert kept < {int(i) for s in (after.train, after.validation, after.test) for i in s.ids}
+
+
+def test_decoding_ahead_and_on_demand_give_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path / "x")
+    ahead = load_images("imagefolder", path=str(root), size=16).train
+    monkeypatch.setattr("tutelage.data.images.IN_MEMORY_BYTES", 0)
+    lazy = load_images(
+        "imagefolder", path=str(root), size=16, mean=ahead.mean.flatten().tolist(), std=ahead.std.flatten().tolist()
+    ).train
+    assert lazy.pixels is None
+    assert ahead.pixels is not None
+    rows = torch.arange(len(ahead))
+    torch.testing.assert_close(ahead.fetch(rows).inputs, lazy.fetch(rows).inputs)
+
+
+def test_split_folders_are_taken_as_they_are_and_crops_drawn_from_the_seed(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        folder(tmp_path / "x" / split)
+    data = load_images("imagefolder", path=str(tmp_path / "x"), size=16, augment=["resized-crop", "flip"])
+    assert len(data.train) == len(data.validation) == len(data.test) == 24
+    rows = torch.arange(4)
+    views = view_seeds(0, 0, data.train.ids[rows])
+    a, b = data.train.fetch(rows, views).inputs, data.train.fetch(rows, views).inputs
+    assert torch.equal(a, b)
+    assert a.shape == (4, 3, 16, 16)
+
+
+def test_a_hugging_face_data_set_and_a_torchvision_one(tmp_path: Path) -> None:
+    root = folder(tmp_path / "x")
+    hf = load_images("hf:imagefolder", options={"data_dir": str(root), "cache_dir": str(tmp_path / "c")}, size=16)
+    assert hf.classes == ["a", "b"]
+    assert sum(len(s) for s in (hf.train, hf.validation, hf.test)) == 24
+    fake = load_images(
+        "torchvision:FakeData", options={"size": 60, "image_size": [3, 20, 20], "num_classes": 2}, size=8
+    )
+    assert fake.train.fetch(torch.arange(2)).inputs.shape == (2, 3, 8, 8)

@@ -1,0 +1,70 @@
+"""What the README, the examples and the recipes promise, run as a reader would run it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tutelage.config import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in ``language``."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def run_python(script: Path, folder: Path) -> str:
+    """Run a script in a folder of its own, warnings as errors."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_readme_has_the_blocks_that_are_tested_here() -> None:
+    assert (len(blocks("python")), len(blocks("yaml"))) == (1, 1)
+
+
+def test_python_of_the_readme_is_ten_lines_that_run(tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    statements = [line for line in code.splitlines() if line.strip() and not re.match(r"(import|from) ", line)]
+    assert len(statements) <= 10
+    script = tmp_path / "readme.py"
+    script.write_text(code, encoding="utf-8")
+    assert "'mean'" in run_python(script, tmp_path)
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "student"):
+        assert (tmp_path / "runs" / "mine" / name).exists()
+
+
+def test_recipe_of_the_readme_is_short_and_valid(tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    assert len(text.splitlines()) <= 15
+    path = tmp_path / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert load_recipe(path).method.temperature == 4
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+def test_files_that_the_readme_links_to_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_own_loop_is_under_30_lines_and_the_student_learns(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "your_own_loop.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 30
+    said = dict(line.split(": ") for line in run_python(script, tmp_path).splitlines())
+    assert set(said) == {"teacher", "student"}
+    assert float(said["student"].rstrip("%")) > 80
