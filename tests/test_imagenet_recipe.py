@@ -15,7 +15,7 @@ from tutelage.workflows.run import load_data
 RECIPE = Path(__file__).parents[1] / "recipes" / "imagenet-resnet34-resnet18.yaml"
 SMALL = [
     "data.size=64", "data.workers=0", "data.validation=0.2",
-    "train.epochs=null", "train.steps=2", "train.batch_size=8", "train.schedule=constant",
+    "train.steps=2", "train.batch_size=8", "train.schedule=constant",
     "teacher.checkpoint=null", "teacher.train.steps=30", "teacher.train.optimizer={kind: adam, lr: 0.001}",
 ]  # fmt: skip
 

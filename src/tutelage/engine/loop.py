@@ -27,7 +27,7 @@ from tutelage.methods.base import Method, Term, Trainee
 from tutelage.teachers.signal import Signal, Teacher
 
 EVALUATIONS = 100
-"""Without ``evaluate_every``, an epoch so short that there would be more evaluations than this is not followed by one."""
+"""Without ``evaluate_every`` there are at most so many, however short an epoch is."""
 
 CHECKPOINT_SECONDS = 20.0
 """Without ``checkpoint_every``, an evaluation is followed by a checkpoint at most this often."""

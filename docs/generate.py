@@ -1,0 +1,279 @@
+"""Write docs/recipes.md from the classes that check recipes: `python docs/generate.py`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tutelage import config
+from tutelage.data import views
+from tutelage.engine import optim
+from tutelage.errors import ConfigError
+from tutelage.models import ZOO
+
+PAGE = Path(__file__).with_name("recipes.md")
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "data": config.DataConfig,
+    "teacher": config.TeacherConfig,
+    "student": config.ModelConfig,
+    "method": config.LogitConfig,
+    "train": config.TrainConfig,
+    "train.optimizer": config.OptimizerConfig,
+    "train.schedule": config.ScheduleConfig,
+}
+
+UNDOCUMENTED = {
+    "LogitConfig.alpha": "Weight of the soft labels; the hard ones have 1 - alpha.",
+    "LogitConfig.kind": "The only method a recipe can name today.",
+    "LogitConfig.temperature": "T, of teacher and student alike.",
+    "OptimizerConfig.kind": "Name of the optimizer; see the table below.",
+    "OptimizerConfig.lr": "Learning rate; the highest of the schedule.",
+    "OptimizerConfig.weight_decay": "Applied to weights, not to biases and norms.",
+    "Recipe.data": "See below.",
+    "Recipe.method": "See below.",
+    "Recipe.name": "Names the run directory. Default: the file's name.",
+    "Recipe.student": "See below.",
+    "Recipe.teacher": "See below.",
+    "Recipe.train": "Training of the students, and what the teacher's starts from. See below.",
+    "ScheduleConfig.kind": "Name of the schedule; see the table below.",
+    "TrainConfig.optimizer": "See below.",
+    "TrainConfig.schedule": "See below.",
+}
+"""Meaning of fields that have no docstring of their own in config.py."""
+
+SCHEDULES = {
+    "constant": "The rate stays.",
+    "cosine": "Half a cosine from the rate down to `final` (0) times it.",
+    "exponential": "Times `gamma` (0.95) an epoch.",
+    "linear": "A line from the rate down to `final` (0) times it.",
+    "multistep": "Times `gamma` (0.1) at each of `milestones`, in epochs; these must be given.",
+    "onecycle": "Up from a 25th of the rate during the share `rise` (0.3) of the steps, then down to almost 0.",
+    "polynomial": "Down to 0 with `power` (1).",
+    "step": "Times `gamma` (0.1) after every `every` (30) epochs.",
+}
+
+INTRO = """\
+# Recipes
+
+<!-- Written by `python docs/generate.py` from src/tutelage/config.py. Edit that, not this. -->
+
+A recipe is a YAML file that names data, teacher, student, method and training; `tutelage run` carries it out.
+
+```yaml
+{example}```
+
+- An unknown key, a wrong type or a value out of range is an error that names the line and what is allowed; nothing
+  is ignored, and nothing has been trained by then.
+- `key=value` on the command line overrides: `tutelage run recipes/digits.yaml method.temperature=8 seed=1`. Dots
+  separate sections, the value is YAML, and `null` unsets a key. `seed: 1` is short for `seeds: [1]`;
+  `train.steps=100` takes the place of `epochs`.
+- `data: digits` is short for `data: {{source: digits}}`; `teacher: mlp` and `student: mlp` for `{{model: mlp}}`;
+  `method: logit`, `optimizer: sgd` and `schedule: cosine` for `{{kind: ...}}`.
+- Numbers and words are those of YAML 1.2: `1e-3` is a number; `no`, `on` and `off` are words.
+- What `teacher.train` leaves out comes from `train`; of an optimizer or schedule of another kind, only `lr`,
+  `weight_decay` and `warmup`.
+- What was used, defaults included, is saved as `config.yaml` in the run directory.
+"""
+
+ABOUT_AUGMENTATIONS = """\
+A list, applied in order: `[flip, {shift: 2}, {erase: {p: 0.5, value: 0}}]`. Each is drawn from a seed that is a
+function of run seed, epoch and sample, so teacher and student see the same view. Those of `torchvision.transforms.v2`
+need the extra `vision`.
+"""
+
+ABOUT_MODELS = """\
+Other names: `timm:NAME` and `torchvision:NAME` (options go to the constructor), `hf:ID` (options go to
+`from_pretrained`), `package.module:callable` (called with `options` and with those of `classes`, `num_classes`,
+`channels` and `size` that it takes).
+
+A teacher without `checkpoint` is trained, whatever weights its library gave it. To use published weights as they are,
+give their file as `checkpoint`; see [imagenet-resnet34-resnet18.yaml](../recipes/imagenet-resnet34-resnet18.yaml).
+"""
+
+
+def field_docs(cls: type[BaseModel]) -> dict[str, str]:
+    """The docstring under each field of ``cls`` and its bases, which Python itself throws away."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__ != config.__name__:
+            continue
+        (tree,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, after in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                name = field.target.id
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                    found[name] = inspect.cleandoc(str(after.value.value))
+    return found
+
+
+def meaning(cls: type[BaseModel], name: str) -> str:
+    """What a field means, in one line."""
+    for base in cls.__mro__:
+        if f"{base.__name__}.{name}" in UNDOCUMENTED and name not in field_docs(cls):
+            return UNDOCUMENTED[f"{base.__name__}.{name}"]
+    return " ".join(field_docs(cls)[name].replace("``", "`").split())
+
+
+def type_words(schema: dict[str, Any]) -> str:
+    """A JSON schema in a few words: ``number > 0``."""
+    if "$ref" in schema:
+        return "section"
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        parts = [type_words(s) for s in schema["anyOf"] if s.get("type") != "null"]
+        return " or ".join(parts)
+    match schema.get("type"):
+        case "array":
+            least = ", at least one" if schema.get("minItems") else ""
+            item = type_words(schema["items"]).replace("number", "numbers") if schema["items"] else ""
+            return f"list{f' of {item}' if item else ''}{least}"
+        case "object":
+            return "mapping"
+        case "boolean":
+            return "true or false"
+        case "string":
+            return "text"
+        case kind:
+            word = {"integer": "whole number", "number": "number"}[str(kind)]
+            signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+            limits = [f"{sign} {schema[key]:,.10g}" for key, sign in signs.items() if key in schema]
+            return " ".join([word, ", ".join(limits)]).strip()
+
+
+def default_words(cls: type[BaseModel], name: str) -> str:
+    """A field's default as YAML; a dash where the key is simply absent."""
+    field = cls.model_fields[name]
+    if field.is_required():
+        return "by file name" if (cls, name) == (config.Recipe, "name") else "**must be given**"
+    value = field.get_default(call_default_factory=True)
+    if value is None or isinstance(value, BaseModel):
+        return "–"
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    """A Markdown table."""
+    header = list(header)
+    for row in (header, ["---"] * len(header), *rows):
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+    yield ""
+
+
+def keys(cls: type[BaseModel]) -> Iterator[str]:
+    """The table of a section's keys."""
+    schema = cls.model_json_schema()
+    yield from table(
+        ("key", "value", "default", "meaning"),
+        (
+            (f"`{name}`", type_words(part), default_words(cls, name), meaning(cls, name))
+            for name, part in schema["properties"].items()
+        ),
+    )
+
+
+def augmentations() -> Iterator[str]:
+    """Every augmentation with its options and short form."""
+    yield "### Augmentations: `data.augment`, `teacher.augment`"
+    yield ""
+    yield ABOUT_AUGMENTATIONS
+    rows = []
+    for name in (*views.OURS, *views.THEIRS, *views.CROPS):
+        if name in views.OURS:
+            options = inspect.signature(views.OURS[name]).parameters.values()
+            takes = ", ".join(f"`{o.name}` ({o.default})" for o in options if o.name != "stream")
+            what = inspect.getdoc(views.OURS[name]) or ""
+        else:
+            takes = "its own"
+            what = f"`transforms.v2.{views.THEIRS.get(name, 'RandomResizedCrop')}`"
+            if name in views.CROPS:
+                what += " on the image file, in place of resizing; must come first"
+        try:
+            (first,) = views.parse_augment({name: 1})[1]
+            short = f"`{{{name}: {first.upper()}}}`"
+        except ConfigError:
+            short = "–"
+        rows.append((f"`{name}`", " ".join(what.replace("``", "`").rstrip(".").split()), takes, short))
+    yield from table(("name", "what it does", "options (default)", "short form"), rows)
+
+
+def models() -> Iterator[str]:
+    """The small networks and their options."""
+    yield "### Models of our own"
+    yield ""
+    fixed = {"classes", "channels", "size"}
+    yield from table(
+        ("name", "what it is", "options (default)"),
+        (
+            (
+                f"`{name}`",
+                (inspect.getdoc(cls) or "").splitlines()[0].rstrip("."),
+                ", ".join(
+                    f"`{o.name}` ({json.dumps(o.default)})"
+                    for o in inspect.signature(cls).parameters.values()
+                    if o.name not in fixed
+                ),
+            )
+            for name, cls in ZOO.items()
+        ),
+    )
+    yield ABOUT_MODELS
+
+
+def optimizers() -> Iterator[str]:
+    """The optimizers and their options."""
+    yield "Beside `lr` and `weight_decay`, with torch's own defaults:"
+    yield ""
+    yield from table(
+        ("kind", "class", "options"),
+        (
+            (f"`{kind}`", f"`torch.optim.{optim.OPTIMIZERS[kind].__name__}`", ", ".join(f"`{o}`" for o in options))
+            for kind, options in config.OPTIMIZERS.items()
+        ),
+    )
+
+
+def schedules() -> Iterator[str]:
+    """The schedules and their options."""
+    yield "Stepped once an optimizer step; in brackets, defaults:"
+    yield ""
+    yield from table(
+        ("kind", "what it does", "options"),
+        (
+            (f"`{kind}`", SCHEDULES[kind], ", ".join(f"`{o}`" for o in options) or "–")
+            for kind, options in config.SCHEDULES.items()
+        ),
+    )
+
+
+AFTER = {
+    "data": augmentations,
+    "student": models,
+    "train.optimizer": optimizers,
+    "train.schedule": schedules,
+}
+
+
+def page() -> str:
+    """The whole page."""
+    example = (PAGE.parents[1] / "recipes" / "digits.yaml").read_text(encoding="utf-8")
+    lines = [INTRO.format(example=example), "## The recipe", "", *keys(config.Recipe)]
+    for name, cls in SECTIONS.items():
+        lines += [f"## `{name}`", "", *(inspect.getdoc(cls) or "").replace("``", "`").splitlines(), ""]
+        lines += keys(cls)
+        lines += AFTER[name]() if name in AFTER else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
