@@ -32,7 +32,7 @@ from tutelage.methods import LogitMethod
 from tutelage.models.small import ConvNet
 from tutelage.teachers import LiveTeacher
 
-SETTINGS = {"20 ms": ((10, 20), (20, 40), 64, 16, 400), "400 ms": ((24, 48, 96), (32, 64, 128), 160, 28, 40)}
+SETTINGS = {"20 ms": ((10, 20), (20, 40), 112, 16, 500), "400 ms": ((24, 48, 96), (32, 64, 128), 288, 28, 80)}
 """Widths of student and teacher, batch size, image size, pairs of steps."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,21 @@ def test_a_shuffling_loader_repeats_its_order_and_leaves_the_global_generator_al
 
 def test_in_order_gives_every_row_once() -> None:
     data = load_images("digits").test
-    assert torch.equal(torch.cat([b.ids for b in InOrder(data, 50)]), data.ids)
+    for workers in (0, 2):
+        assert torch.equal(torch.cat([b.ids for b in InOrder(data, 50, workers=workers)]), data.ids)
+
+
+@pytest.mark.parametrize("given", [4, 6])
+def test_a_loader_whose_length_lies_is_an_error_and_not_an_endless_epoch(given: int) -> None:
+    class Loader:
+        def __len__(self) -> int:
+            return 5
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            return iter([(torch.zeros(2, 3), torch.zeros(2).long())] * given)
+
+    with pytest.raises(DataError, match="length is 5"):
+        list(LoaderBatches(Loader(), seed=0).epoch(0, Share()))
 
 
 # Causal language models: the shift happens here, once -------------------------------------------------

@@ -84,6 +84,14 @@ def test_every_optimizer_trains_and_resumes_to_the_same_bits(name: str, tmp_path
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_weight_decay_spares_vectors_unless_asked(everything: bool) -> None:
+    chosen = OptimizerConfig(kind="sgd", weight_decay=0.1, decay_vectors=everything)
+    groups = optim.build_optimizer(network(), chosen).param_groups
+    assert {p.ndim for g in groups for p in g["params"] if g["weight_decay"] == 0} == (set() if everything else {1})
+    assert sum(len(g["params"]) for g in groups) == 4
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [

@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "imagenet-resnet34-resnet18.yam
 SMALL = [
     "data.size=64", "data.workers=0", "data.validation=0.2",
     "train.steps=2", "train.batch_size=8", "train.schedule=constant",
-    "teacher.checkpoint=null", "teacher.train.steps=30", "teacher.train.optimizer={kind: adam, lr: 0.001}",
+    "teacher.options.weights=null", "teacher.train.steps=30", "teacher.train.optimizer={kind: adam, lr: 0.001}",
 ]  # fmt: skip
 
 

@@ -178,6 +178,26 @@ def test_teacher_and_student_must_not_share_weights(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("teacher", "trains"),
+    [
+        ({"model": "mlp"}, True),
+        ({"model": "mlp", "trained": True}, False),
+        ({"model": "hf:some/model"}, False),
+        ({"model": "hf:some/model", "train": {"steps": 5}}, True),
+        ({"model": "timm:resnet10t", "options": {"pretrained": True}}, False),
+        ({"model": "torchvision:resnet18", "options": {"weights": "DEFAULT"}}, False),
+        ({"model": "torchvision:resnet18", "options": {"weights": None}}, True),
+    ],
+)
+def test_a_teacher_that_comes_with_weights_is_not_trained_again(teacher: dict[str, Any], trains: bool) -> None:
+    loaded = recipe(teacher=teacher)
+    assert (loaded.teacher.train is not None) == trains
+    import yaml
+
+    assert build_recipe(yaml.safe_load(dump_recipe(loaded))) == loaded
+
+
 def test_the_interval_is_student_s() -> None:
     found = paired([0.9, 0.8, 0.85], [0.7, 0.75, 0.8])
     assert found["mean"] == pytest.approx(0.1)

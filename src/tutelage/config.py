@@ -179,6 +179,8 @@ class OptimizerConfig(Section):
     kind: str = "adamw"
     lr: Positive = 1e-3
     weight_decay: NotNegative = 0.0
+    decay_vectors: bool = False
+    """Decay biases and norms too, as torch does and most CIFAR and ImageNet recipes."""
 
     @model_validator(mode="after")
     def _known(self) -> OptimizerConfig:
@@ -236,9 +238,9 @@ class TrainConfig(Section):
     early_stop: Count | None = None
     """Stop after this many evaluations without a better validation accuracy. Default: never."""
     checkpoint_every: Count | None = None
-    """Steps between checkpoints. Default: at each evaluation."""
+    """Steps between checkpoints. Default: at evaluations, at most every 20 seconds."""
     keep: Count = 2
-    """Newest checkpoints kept; the best on validation is kept besides."""
+    """Newest checkpoints kept. Each holds the weights of the best validation so far besides."""
     log_every: Count = 50
     """Steps between lines of ``metrics.jsonl``."""
     trackers: list[Literal[TRACKERS]] = Field(default_factory=list)  # type: ignore[valid-type]
@@ -265,10 +267,14 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(ModelConfig):
-    """The teacher: trained first where no checkpoint is given."""
+    """The teacher: trained first where it has no weights of its own."""
 
+    trained: bool | None = None
+    """Whether the model comes with its weights. Default: with a ``checkpoint``, an ``hf:`` id, timm's
+    ``pretrained`` or torchvision's ``weights`` it does."""
     train: TrainConfig | None = None
-    """Its own training. What it leaves out is taken from the recipe's ``train``."""
+    """Its own training, or fine-tuning where it has weights. What it leaves out is taken from the recipe's ``train``.
+    Default: none with weights, the recipe's ``train`` without."""
     augment: Augments | None = None
     """Augmentations of its own training. Default: those of ``data``."""
     mode: Literal["eval", "train_bn"] = "eval"
@@ -319,7 +325,11 @@ def check_options(what: str, kind: str, given: Mapping[str, Any], known: Mapping
         raise Misfit(f"unknown {what} {kind!r}{_suggest(kind, known)}; allowed: {', '.join(known)}", "kind")
     for key in given:
         if key not in known[kind]:
-            allowed = ["kind", *(["lr", "weight_decay"] if what == "optimizer" else ["warmup"]), *known[kind]]
+            allowed = [
+                "kind",
+                *(["lr", "weight_decay", "decay_vectors"] if what == "optimizer" else ["warmup"]),
+                *known[kind],
+            ]
             raise Misfit(
                 f"{what} {kind!r} has no option {key!r}{_suggest(key, allowed)}; allowed: {', '.join(allowed)}", key
             )
@@ -468,10 +478,19 @@ def _override(raw: dict[str, Any], text: str) -> Key:
     return (*path, last)
 
 
+def _has_weights(teacher: dict[str, Any]) -> bool:
+    """Whether a teacher without a checkpoint is trained all the same."""
+    if isinstance(teacher.get("trained"), bool):
+        return bool(teacher["trained"])
+    options = teacher.get("options")
+    options = options if isinstance(options, dict) else {}
+    return teacher["model"].startswith("hf:") or bool(options.get("pretrained") or options.get("weights"))
+
+
 def _merge(base: Any, over: Any) -> Any:
     if isinstance(base, dict) and isinstance(over, dict):
         if "kind" in over and over["kind"] != base.get("kind"):
-            keep = {k: v for k, v in base.items() if k in ("lr", "weight_decay", "warmup")}
+            keep = {k: v for k, v in base.items() if k in ("lr", "weight_decay", "decay_vectors", "warmup")}
             return {**keep, **over}
         merged = {
             k: v for k, v in base.items() if not (k in ("epochs", "steps") and {"epochs", "steps"} & over.keys())
@@ -543,7 +562,9 @@ def build_recipe(
             )
     teacher = raw.get("teacher")
     if isinstance(teacher, dict) and teacher.get("checkpoint") is None and isinstance(teacher.get("model"), str):
-        teacher["train"] = _merge(raw.get("train", {}), teacher.get("train") or {})
+        asked = teacher.get("train")
+        if asked is not None or not _has_weights(teacher):
+            teacher["train"] = _merge(raw.get("train", {}), asked or {})
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

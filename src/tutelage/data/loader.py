@@ -105,7 +105,8 @@ _FetchKey = tuple[int, Tensor, tuple[int, int]]
 @dataclass(frozen=True)
 class _Views:
     data: Rows
-    seed: int
+    seed: int | None
+    """Of the run, or none for samples as they are."""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -119,7 +120,9 @@ class _Views:
     def fetch(self, key: _FetchKey) -> Batch:
         epoch, rows, (start, stop) = key
         mine = rows[start : max(stop, start + 1)] if start < len(rows) else rows[-1:]
-        views = view_seeds(self.seed, epoch, self.data.ids[mine]) if self.data.augmented else None
+        views = None
+        if self.seed is not None and self.data.augmented:
+            views = view_seeds(self.seed, epoch, self.data.ids[mine])
         batch = self.data.fetch(mine, views).check_finite()
         return batch if start < stop else batch.rows(0, 0)
 
@@ -190,6 +193,12 @@ class LoaderBatches:
                 torch.set_rng_state(stream)
                 raw = next(iterator, _END)
                 stream = torch.get_rng_state()
+            if (raw is _END) != (step == self.steps_per_epoch):
+                more = "more" if raw is not _END else f"only {step}"
+                raise DataError(
+                    f"the loader's length is {self.steps_per_epoch}, but it gave {more} batches in epoch {epoch}",
+                    remedy="its __len__ must be the number of batches of every pass",
+                )
             if raw is _END:
                 return
             if step >= skip:
@@ -204,15 +213,19 @@ class InOrder:
         data: a split, or a user's loader.
         batch_size: rows a batch; ignored for a loader.
         to_batch: for a loader.
+        workers: processes that fetch; 0 is this one. Ignored for a loader.
     """
 
-    def __init__(self, data: Any, batch_size: int = 256, to_batch: Callable[[Any], Batch] = as_batch) -> None:
-        self.data, self.batch_size, self.to_batch = data, batch_size, to_batch
+    def __init__(
+        self, data: Any, batch_size: int = 256, to_batch: Callable[[Any], Batch] = as_batch, workers: int = 0
+    ) -> None:
+        self.data, self.batch_size, self.to_batch, self.workers = data, batch_size, to_batch, workers
 
     def __iter__(self) -> Iterator[Batch]:
         if hasattr(self.data, "fetch"):
-            for rows in torch.arange(len(self.data)).split(self.batch_size):
-                yield self.data.fetch(rows).check_finite()
+            rows = torch.arange(len(self.data)).split(self.batch_size)
+            keys = [(0, step_rows, (0, len(step_rows))) for step_rows in rows]
+            yield from _fetch_all(_Views(self.data, None), keys, self.workers)
         else:
             for raw in self.data:
                 yield self.to_batch(raw).check_finite()

@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of all parameters of ``module`` that want a gradient.
 
-    Weight decay is not applied to vectors and scalars (biases, norms), as is usual.
+    Weight decay is not applied to vectors and scalars (biases, norms), unless ``decay_vectors`` asks for it.
 
     Raises:
         ConfigError: the optimizer refuses an option, or there is nothing to train.
@@ -39,9 +39,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ConfigError("the student has no parameter that requires a gradient", remedy="unfreeze some of it")
+    spared = [] if config.decay_vectors else [p for p in parameters if p.ndim <= 1]
+    decayed = parameters if config.decay_vectors else [p for p in parameters if p.ndim > 1]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
     ]
     try:
         return OPTIMIZERS[config.kind]([g for g in groups if g["params"]], lr=config.lr, **_tuples(config.options))

@@ -8,7 +8,7 @@
     report.html     the same to look at
     student/        the exported student
     models/         each finished training's model and its result
-    checkpoints/    each unfinished training's state
+    checkpoints/    the last states of each training
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
     def batches(arm: Arm, seed: int) -> PlannedBatches:
         return PlannedBatches(sets[arm], size, seed, workers)
 
+    decoding = workers if data.test.pixels is None else 0
     train_teacher = None
     if recipe.teacher.train is not None:
         everything = data.for_teacher
@@ -109,13 +110,13 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         method=method_factory(recipe),
         batches=batches,
         config=recipe.train,
-        validation=InOrder(data.validation),
-        test=InOrder(data.test),
+        validation=InOrder(data.validation, workers=decoding),
+        test=InOrder(data.test, workers=decoding),
         seeds=recipe.seeds,
         baseline=recipe.baseline,
         train_teacher=train_teacher,
         teacher_mode=recipe.teacher.mode,
-        remember=None if data.train.augmented else InOrder(data.train),
+        remember=None if data.train.augmented else InOrder(data.train, workers=decoding),
         remember_rows=len(data.train),
         classes=data.classes,
         student_card={"spec": student_spec.to_dict(), **facts},
