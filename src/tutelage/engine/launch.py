@@ -10,7 +10,7 @@ from typing import TypeVar
 from accelerate import Accelerator as Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, LoggerType, broadcast_object_list
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType, broadcast_object_list
 
 from tutelage.errors import CapabilityError, MissingDependencyError
 
@@ -25,7 +25,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
         trackers: experiment trackers by accelerate's names.
 
     Raises:
-        CapabilityError: this machine cannot compute in that precision.
+        CapabilityError: this machine cannot compute in that precision, or the launcher asks for DeepSpeed.
         MissingDependencyError: a tracker is not installed.
     """
     if AcceleratorState._shared_state and precision not in (None, AcceleratorState().mixed_precision):
@@ -41,7 +41,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
             "train.precision fp16 needs a GPU; this run is on the CPU", remedy="use bf16, or no mixed precision"
         )
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             log_with=trackers or None,
@@ -51,6 +51,13 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
         raise CapabilityError(
             str(error), remedy="install the package, or change train.precision / trackers"
         ) from None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise CapabilityError(
+            "the launcher's configuration asks for DeepSpeed, whose partitioned weights and optimizer state "
+            "cannot be checkpointed and exported here yet",
+            remedy="`accelerate config` with FSDP (version 2) shards the same; DDP where the student fits one GPU",
+        )
+    return accelerator
 
 
 def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:

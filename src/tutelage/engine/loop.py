@@ -174,8 +174,6 @@ class _State:
 
     def __init__(self, t: Training, accelerator: Accelerator) -> None:
         self.t, self.accelerator = t, accelerator
-        if accelerator.distributed_type.value == "DEEPSPEED":
-            prepare_deepspeed(accelerator, t.config.batch_size, t.config.accumulate)
         accelerator.gradient_state.plugin_kwargs.update(num_steps=t.config.accumulate, sync_with_dataloader=False)
         accelerator.step = 0
         self.share = Share(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
@@ -187,7 +185,7 @@ class _State:
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)
         # accelerate's wrapper looks for optional packages on disk at every step, 0.2 ms; where it would only pass
         # the call on, we make it ourselves.
-        wrapped = accelerator.scaler is not None or accelerator.distributed_type.value in ("DEEPSPEED", "XLA")
+        wrapped = accelerator.scaler is not None or accelerator.distributed_type.value == "XLA"
         self.optimizer = prepared if wrapped else self.bare_optimizer
         self.schedule = build_schedule(self.bare_optimizer, t.config.schedule, t.steps, t.epoch_length)
         self.ema = EMA(self.trainee, t.config.ema) if t.config.ema is not None else None
@@ -439,13 +437,6 @@ class _Part(nn.Module):
 
 def _of_student(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-
-
-def prepare_deepspeed(accelerator: Accelerator, batch_size: int, accumulate: int) -> None:
-    """Tell DeepSpeed the sizes that it would otherwise take from a data loader it does not see."""
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = max(1, batch_size // (accelerator.num_processes * accumulate))
-    config["gradient_accumulation_steps"] = accumulate
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
