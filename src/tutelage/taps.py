@@ -76,9 +76,11 @@ def capture(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tens
     """The outputs of the modules at ``paths`` during the block; the hooks go with it.
 
     Raises:
-        ModelError: unknown path, an output that is no tensor, or a module that ran twice.
+        ModelError: unknown path, an output that is no tensor or that a later module changes in place, or a
+            module that ran twice.
     """
     captured: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -89,7 +91,7 @@ def capture(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tens
                 )
             if path in captured:
                 raise ModelError(f"{path!r} ran twice in one forward pass", remedy="tap a module that runs once")
-            captured[path] = tensor
+            captured[path], versions[path] = tensor, 0 if tensor.is_inference() else tensor._version
 
         return hook
 
@@ -99,6 +101,12 @@ def capture(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tens
     finally:
         for handle in handles:
             handle.remove()
+    for path, tensor in captured.items():
+        if not tensor.is_inference() and tensor._version != versions[path]:
+            raise ModelError(
+                f"the output of {path!r} was changed in place after it was captured, as by an in-place ReLU",
+                remedy="tap the module that changes it, or build the model with inplace=False",
+            )
 
 
 def output_head(model: nn.Module) -> nn.Linear:
