@@ -87,12 +87,12 @@ class Snapshots:
         self.kept.update({f"{step}/{k}": v for k, v in full_model_state(self.module).items()})
 
 
-def sharded(accelerator: Accelerator) -> Accelerator:
+def sharded(accelerator: Accelerator, units: int) -> Accelerator:
     """``accelerator``, preparing models as accelerate does for FSDP2 on GPUs; it leaves that off on CPUs itself."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=20, cpu_ram_efficient_loading=False
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=units, cpu_ram_efficient_loading=False
     )
     accelerator.state.fsdp_plugin = plugin
     type(accelerator).is_fsdp2 = property(lambda self: True)  # type: ignore[method-assign]
@@ -101,12 +101,13 @@ def sharded(accelerator: Accelerator) -> Accelerator:
 
 def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
     accelerator = make_accelerator()
-    if kind == "fsdp":
-        sharded(accelerator)
+    if kind.startswith("fsdp"):  # in units of 20 parameters, or all in the root
+        sharded(accelerator, 20 if kind == "fsdp" else 10**9)
     watcher, student = Snapshots(), network(8, seed=1)
     method = WithProjector()
     config = TrainConfig(
-        steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0, checkpoint_every=2, log_every=1,
+        steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0,
+        ema=0.9 if kind == "ema" else None, checkpoint_every=2, log_every=1,
         optimizer=OptimizerConfig(kind="sgd", lr=0.5, momentum=0.9), schedule=ScheduleConfig(kind="constant"),
     )  # fmt: skip
     training = Training(
@@ -123,7 +124,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
 
     accelerator.prepare = remember  # type: ignore[method-assign]
     outcome = fit(training, accelerator)
-    if kind == "fsdp":
+    if kind.startswith("fsdp"):
         from torch.distributed.tensor import DTensor
 
         assert all(isinstance(p, DTensor) for p in watcher.module.parameters())  # type: ignore[union-attr]

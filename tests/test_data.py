@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +147,55 @@ def test_a_loader_whose_length_lies_is_an_error_and_not_an_endless_epoch(given: 
 
     with pytest.raises(DataError, match="length is 5"):
         list(LoaderBatches(Loader(), seed=0).epoch(0, Share()))
+
+
+@pytest.mark.parametrize("source", ["torch", "python", "numpy", "own"])
+def test_a_loader_draws_from_a_stream_of_its_own_whatever_it_draws_with(source: str) -> None:
+    own = torch.Generator()
+    draw = {
+        "torch": lambda: torch.rand(1), "python": lambda: torch.tensor([random.random()]),
+        "numpy": lambda: torch.from_numpy(np.random.rand(1)), "own": lambda: torch.rand(1, generator=own),
+    }[source]  # fmt: skip
+
+    class Loader:
+        generator = own
+
+        def __len__(self) -> int:
+            return 6
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for _ in range(6):
+                yield draw().float().view(1, 1), torch.zeros(1).long()
+
+    batches = LoaderBatches(Loader(), seed=1)
+    whole = [float(m[0].inputs) for m in batches.epoch(0, Share())]
+    random.random(), np.random.rand(), torch.rand(1)
+    before = random.getstate(), torch.get_rng_state()
+    assert [float(m[0].inputs) for m in batches.epoch(0, Share(), skip=4)] == whole[4:]
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert [float(m[0].inputs) for m in batches.epoch(1, Share())] != whole
+
+
+def test_fetching_processes_leave_the_global_generator_alone() -> None:
+    plan = PlannedBatches(load_images("digits", limit=40).train, 16, seed=0, workers=1)
+    before = torch.get_rng_state()
+    list(plan.epoch(0, Share()))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_last_row_all_by_itself_joins_the_batch_before() -> None:
+    plan = PlannedBatches(load_images("digits", limit=33).train, 16, seed=0)
+    assert [len(m[0]) for m in plan.epoch(0, Share())] == [16, 17]
+    assert plan.steps_per_epoch == 2
+
+
+def test_padding_of_token_labels_does_not_count() -> None:
+    labels = torch.tensor([[1, 0, 1, -100, -100]])
+    attention = torch.tensor([[1, 1, 1, 0, 0]])
+    batch = as_batch({"input_ids": torch.ones(1, 5).long() * 7, "attention_mask": attention, "labels": labels})
+    assert batch.counted().sum() == 3
+    assert as_batch({"input_ids": torch.ones(2, 5), "labels": torch.zeros(2).long()}).mask is None
 
 
 # Causal language models: the shift happens here, once -------------------------------------------------

@@ -67,9 +67,11 @@ def test_mean_of_means_would_differ(alone: dict[str, Tensor]) -> None:
     assert len(set(counts)) > 1, "the last batch must be uneven for the test above to mean anything"
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_sharded_student_with_projectors_agrees(alone: dict[str, Tensor], tmp_path: Path, accumulate: int) -> None:
-    assert_same(alone, steps(tmp_path, 2, accumulate, "fsdp"), 1e-5)
+@pytest.mark.parametrize(("accumulate", "kind"), [(1, "fsdp"), (2, "fsdp-root")])
+def test_sharded_student_with_projectors_agrees(
+    alone: dict[str, Tensor], tmp_path: Path, accumulate: int, kind: str
+) -> None:
+    assert_same(alone, steps(tmp_path, 2, accumulate, kind), 1e-5)
     exported = load_file(str(tmp_path / "student.safetensors"))
     assert exported.keys() == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
 
@@ -82,6 +84,15 @@ def test_a_sharded_checkpoint_goes_on_unsharded_and_the_other_way_round(tmp_path
         resumed = steps(out, second[1], 1, second[0], count=5)
         assert {k.split("/")[0] for k in resumed} == {"3", "4", "5"}
         assert_same({k: v for k, v in whole.items() if k.split("/")[0] in "345"}, resumed, 1e-5)
+
+
+def test_averages_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    launch(1, "distributed_job.py", str(tmp_path / "whole"), "1", "ema", "5")
+    launch(2, "distributed_job.py", str(tmp_path / "cut"), "1", "ema", "2")
+    launch(1, "distributed_job.py", str(tmp_path / "cut"), "1", "ema", "5")
+    whole, cut = (load_file(str(tmp_path / run / "student.safetensors")) for run in ("whole", "cut"))
+    for name in whole:
+        torch.testing.assert_close(whole[name], cut[name], rtol=1e-5, atol=1e-6)
 
 
 def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:

@@ -274,6 +274,47 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         train(tmp_path, steps=200, optimizer=OptimizerConfig(kind="sgd", lr=1e30))
 
 
+def test_a_parameter_that_no_loss_reaches_does_not_stop_a_resume(tmp_path: Path) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.pooler = network(), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)
+
+    torch.manual_seed(2)
+    start = Unused().state_dict()
+
+    def model() -> nn.Module:
+        made = Unused()
+        made.load_state_dict(start)
+        return made
+
+    whole = train(tmp_path / "a", model=model(), checkpoint_every=5)
+    train(tmp_path / "b", model=model(), checkpoint_every=5)
+    import shutil
+
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "t" / "step-000000012")
+    resumed = train(tmp_path / "b", model=model(), checkpoint_every=5)
+    assert all(torch.equal(whole.last[k], resumed.last[k]) for k in whole.last)
+
+
+def test_a_precision_does_not_leak_into_the_next_run() -> None:
+    assert make_accelerator("bf16").mixed_precision == "bf16"
+    assert make_accelerator(None).mixed_precision == "no"
+
+
+def test_only_our_own_drafts_are_swept_away(tmp_path: Path) -> None:
+    from tutelage.engine.rundir import DRAFT
+
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitignore").touch()
+    (tmp_path / f"{DRAFT}x").mkdir()
+    RunDirectory(tmp_path).sweep()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".git", ".gitignore"]
+
+
 def test_terms_counts_and_weights_must_name_the_same(tmp_path: Path) -> None:
     class Misnamed(SupervisedMethod):
         def counts(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -123,25 +123,30 @@ def _show(summary: dict[str, Any], path: Path) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     console.print()
-    console.print(_table(final_table(summary)))
+    console.print(_table(final_table(summary), console.width))
     console.print(verdict(summary), highlight=False, markup=False)
     console.print(f"student: {path / 'student'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report:  {path / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[dict[str, Any]], width: int) -> Table:
+    """A row for each model where the terminal is wide enough, else a column for each."""
     from rich import box
     from rich.table import Table
 
     titles = {
-        "name": "", "accuracy": "accuracy", "last": "last epoch", "agreement": "agreement", "kl": "KL to teacher",
+        "accuracy": "accuracy", "last": "last epoch", "agreement": "agreement", "kl": "KL to teacher",
         "ece": "ECE", "parameters": "parameters", "latency": "latency",
     }  # fmt: skip
+    models = [[str(row["name"]), *(str(row.get(key, "")) for key in titles)] for row in rows]
+    lines = [["", *titles.values()], *models]
+    if sum(max(len(cell) for cell in column) + 2 for column in zip(*lines, strict=True)) > width:
+        lines = [list(column) for column in zip(*lines, strict=True)]
     table = Table(box=box.SIMPLE_HEAD)
-    for key, title in titles.items():
-        table.add_column(title, justify="left" if key == "name" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(row.get(key, "")) for key in titles))
+    for i, title in enumerate(lines[0]):
+        table.add_column(title, justify="right" if i else "left", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*line)
     return table
 
 

@@ -204,6 +204,8 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _known(self) -> ScheduleConfig:
         check_options("schedule", self.kind, self.options, SCHEDULES)
+        if self.kind == "onecycle" and self.warmup:
+            raise Misfit("onecycle rises by itself, for the share 'rise' of all steps; leave 'warmup' out", "warmup")
         return self
 
     @property
@@ -316,6 +318,14 @@ class Recipe(Section):
                 "teacher has both 'checkpoint' and 'train', and one with weights is not trained again; remove one",
                 "teacher",
             )
+        for key in ("precision", "trackers"):
+            own = None if self.teacher.train is None else getattr(self.teacher.train, key)
+            if self.teacher.train is not None and own != getattr(self.train, key):
+                raise Misfit(
+                    f"teacher.train.{key} is {own!r} and train.{key} {getattr(self.train, key)!r}: it is one for the "
+                    f"whole run; set train.{key} alone",
+                    "teacher",
+                )
         return self
 
 

@@ -137,7 +137,9 @@ def as_batch(raw: Any) -> Batch:
                     "labels equal input_ids: each position would be asked for its own token",
                     remedy="a causal language model needs to_batch=tutelage.data.causal_batch, which shifts by one",
                 )
-        return Batch(inputs, labels)
+        attention = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+        padded = attention is not None and attention.shape == labels.shape
+        return Batch(inputs, labels, mask=attention.bool() if padded and attention is not None else None)
     if isinstance(raw, (tuple, list)) and len(raw) == 2 and all(isinstance(x, Tensor) for x in raw):
         inputs, labels = raw
         if len(inputs) != len(labels):

@@ -8,10 +8,13 @@ run, independent of how the work was split.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,11 +91,18 @@ class PlannedBatches:
                 "there is nothing to train on: the data set has no rows", remedy="check data.labels and path"
             )
         self.data, self.batch_size, self.seed, self.workers = data, batch_size, seed, workers
-        self.steps_per_epoch = -(-len(data) // batch_size)
+        self.steps_per_epoch = len(self.cut(torch.arange(len(data))))
+
+    def cut(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each step. A last one all by itself joins the others: batch norm cannot train on it."""
+        steps = list(rows.split(self.batch_size))
+        if len(steps) > 1 and len(steps[-1]) == 1 and self.batch_size > 1:
+            steps[-2:] = [torch.cat(steps[-2:])]
+        return steps
 
     def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
-        rows = order(len(self.data), self.seed, epoch).split(self.batch_size)[skip:]
+        rows = self.cut(order(len(self.data), self.seed, epoch))[skip:]
         keys = [(epoch, step_rows, span) for step_rows in rows for span in share.cut(len(step_rows))]
         fetched = iter(_fetch_all(_Views(self.data, self.seed), keys, self.workers))
         for _ in rows:
@@ -138,6 +148,7 @@ def _fetch_all(views: _Views, keys: Sequence[_FetchKey], workers: int) -> Iterab
         sampler=keys,
         num_workers=workers,
         collate_fn=_identity,
+        generator=torch.Generator().manual_seed(0),  # else each pass draws a number from the global generator
         pin_memory=torch.cuda.is_available(),
     )
     for item in loader:
@@ -151,6 +162,39 @@ def _identity(x: Any) -> Any:
 
 
 _END = object()
+
+
+class _Stream:
+    """Random states of torch, Python and numpy that belong to a loader alone, a function of its seed.
+
+    Whatever it draws from, the loader gives the same batches again, and what the student draws (dropout) does
+    not depend on it. A generator of the loader's own is seeded too.
+    """
+
+    def __init__(self, seed: int, loader: Any) -> None:
+        for owner in (loader, getattr(loader, "sampler", None)):
+            own = getattr(owner, "generator", None)
+            if isinstance(own, torch.Generator):
+                own.manual_seed(seed)
+        self.torch = torch.Generator().manual_seed(seed).get_state()
+        self.python = random.Random(seed).getstate()
+        self.numpy = np.random.RandomState(seed % 2**32).get_state()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        outer = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self._install(self.torch, self.python, self.numpy)
+        try:
+            yield
+        finally:
+            self.torch, self.python, self.numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+            self._install(*outer)
+
+    @staticmethod
+    def _install(of_torch: Tensor, of_python: Any, of_numpy: Any) -> None:
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 class LoaderBatches:
@@ -183,16 +227,12 @@ class LoaderBatches:
 
     def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
-        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) & (2**63 - 1)).get_state()
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(stream)
+        stream = _Stream((self.seed * 1_000_003 + epoch) & (2**63 - 1), self.loader)
+        with stream.drawing():
             iterator = iter(self.loader)
-            stream = torch.get_rng_state()
         for step in itertools.count():
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(stream)
+            with stream.drawing():
                 raw = next(iterator, _END)
-                stream = torch.get_rng_state()
             if (raw is _END) != (step == self.steps_per_epoch):
                 more = "more" if raw is not _END else f"only {step}"
                 raise DataError(

@@ -204,6 +204,10 @@ def imagefolder(path: Path, classes: list[str] | None) -> RawImages:
     return RawImages(names, splits)
 
 
+class _NoSuchSplit(DataError):
+    """A data set does not know a split's name, and may know another."""
+
+
 def torchvision_source(name: str, path: str | None, options: dict[str, Any]) -> RawImages:
     """A classification data set of torchvision, by class name; downloaded where it can be.
 
@@ -234,7 +238,11 @@ def torchvision_source(name: str, path: str | None, options: dict[str, Any]) -> 
             raise DataError(
                 f"torchvision:{name} with options {options}: {error}", remedy="fix data.options"
             ) from None
-        except (OSError, RuntimeError, ValueError) as error:
+        except ValueError as error:
+            raise _NoSuchSplit(
+                f"torchvision:{name}: {str(error).splitlines()[0]}", remedy="fix data.options"
+            ) from None
+        except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
                 f"torchvision:{name} cannot be loaded: {reason}",
@@ -250,7 +258,7 @@ def torchvision_source(name: str, path: str | None, options: dict[str, Any]) -> 
                 try:
                     parts[split] = build(split=candidate)
                     break
-                except DataError:
+                except _NoSuchSplit:
                     continue
     else:
         parts = {"train": build()}

@@ -94,7 +94,7 @@ def drawn(transform: Callable[[Any], Any], image: Any, seed: int) -> Any:
     """``transform(image)`` under generators seeded by ``seed``, which leaves no trace of itself."""
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed & (2**63 - 1))
+        torch.default_generator.manual_seed(seed & (2**63 - 1))
         random.seed(seed)
         try:
             return transform(image)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from tutelage.engine.rundir import new_folder
+from tutelage.engine.rundir import DRAFT, new_folder
 from tutelage.errors import CheckpointError
 
 TENSORS = "tensors.safetensors"
@@ -125,7 +125,8 @@ def restore_training(module: nn.Module, optimizer: torch.optim.Optimizer, captur
     holds = any(
         isinstance(v, Tensor) and v.dim() > 0 for s in captured["optimizer"]["state"].values() for v in s.values()
     )
-    options = StateDictOptions(full_state_dict=holds)
+    # Not strict: a parameter that no loss reaches has no optimizer state.
+    options = StateDictOptions(full_state_dict=holds, strict=False)
     set_optimizer_state_dict(module, optimizer, captured["optimizer"], options=options)
 
 
@@ -166,6 +167,6 @@ def newest(folder: Path) -> Path | None:
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest."""
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        trash = old.with_name(f".{old.name}")
+        trash = old.with_name(f"{DRAFT}{old.name}")
         old.rename(trash)  # one step out of sight: a kill in the middle leaves no half checkpoint
         shutil.rmtree(trash, ignore_errors=True)

@@ -24,7 +24,8 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.parameters = dict(module.named_parameters())
+        # DDP puts a prefix before every name; without it the averages fit any number of processes.
+        self.parameters = {k.removeprefix("module."): p for k, p in module.named_parameters()}
         self.averages = {k: p.detach().clone() for k, p in self.parameters.items()}
         self.decay, self.updates = decay, 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
         CapabilityError: this machine cannot compute in that precision, or the launcher asks for DeepSpeed.
         MissingDependencyError: a tracker is not installed.
     """
-    if AcceleratorState._shared_state and precision not in (None, AcceleratorState().mixed_precision):
+    precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if AcceleratorState._shared_state and precision != AcceleratorState().mixed_precision:
         AcceleratorState._reset_state()  # a second run in one process may want another precision
     for tracker in trackers or ():
         if LoggerType(tracker) not in get_available_trackers():  # accelerate itself would leave it out

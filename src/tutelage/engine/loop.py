@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from tutelage.config import TrainConfig
 from tutelage.data.batch import IGNORE, Batch
@@ -176,6 +178,8 @@ class _State:
         self.t, self.accelerator = t, accelerator
         accelerator.gradient_state.plugin_kwargs.update(num_steps=t.config.accumulate, sync_with_dataloader=False)
         accelerator.step = 0
+        if accelerator.scaler is not None:  # one for all trainings of a run: each starts from torch's defaults
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
         self.share = Share(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
         torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
         if t.config.compile:
@@ -332,11 +336,12 @@ class _State:
     def validate(self) -> None:
         t, at = self.t, self.at
         assert t.validation is not None
-        with self.accelerator.autocast(), self.averaged():
+        with self.accelerator.autocast(), self.averaged(), self.whole():
             model = self.trainee.student if isinstance(self.trainee, Trainee) else _Part(self.trainee)
             scores = evaluate(
                 model, t.validation, self.accelerator.device, share=self.share, reduce=self.sum_over_processes
             )
+        with self.averaged():
             score = [scores["accuracy"], -scores["loss"], float(at.step)]
             if at.best is None or score[:2] > at.best[:2]:
                 at.best, at.stale = score, 0
@@ -358,9 +363,26 @@ class _State:
         return out
 
     def averaged(self) -> Any:
-        from contextlib import nullcontext
-
         return nullcontext() if self.ema is None else self.ema.applied()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The student can be called by itself, and is on every process the one that is saved.
+
+        Under FSDP2 weights that the root holds are gathered for the block; batch statistics, which each
+        process has its own of, become those of the main one, as at the next step of training anyway.
+        """
+        if self.share.world > 1:
+            for buffer in self.trainee.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        sharded = isinstance(self.trainee, FSDPModule)
+        if sharded:
+            self.trainee.unshard()
+        try:
+            yield
+        finally:
+            if sharded:
+                self.trainee.reshard()
 
     # Checkpoints ---------------------------------------------------------------------------------
 
@@ -397,6 +419,8 @@ class _State:
         parts = checkpoint.load_checkpoint(folder)
         try:
             checkpoint.restore_training(self.trainee, self.bare_optimizer, parts)
+            if self.ema is not None:
+                self.ema.load(parts["ema"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"does not fit {type(t.student).__name__} and its optimizer: {error}",
@@ -406,8 +430,6 @@ class _State:
         self.schedule.load_state_dict(parts["schedule"])
         if parts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(parts["scaler"])
-        if self.ema is not None:
-            self.ema.load(parts["ema"])
         self.best = parts["best"]
         self.at = Progress(**parts["progress"])
         if len(parts["generators"]) == self.share.world:

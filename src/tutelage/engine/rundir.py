@@ -25,6 +25,9 @@ from typing import Any
 
 from tutelage.errors import RunDirectoryError
 
+DRAFT = ".tutelage-tmp."
+"""How the names of files and folders begin that are not complete yet."""
+
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space, then go on with --resume"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, then go on with --resume"),
@@ -60,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: to a temporary name, synced, then renamed."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{DRAFT}{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -78,7 +81,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at ``path`` complete, synced, in one rename, or not at all."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{DRAFT}{path.name}."))
         try:
             yield draft
             for file in draft.rglob("*"):
@@ -88,7 +91,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             draft.chmod(0o755)
             old = None
             if path.exists():
-                old = path.with_name(f".{path.name}.old")
+                old = path.with_name(f"{DRAFT}{path.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
             draft.rename(path)
@@ -170,7 +173,7 @@ class RunDirectory:
         """Remove what a killed process left half-written."""
         for folder in (self.path, self.path / "models", *(self.path / "checkpoints").glob("*")):
             if folder.is_dir():
-                for draft in folder.glob(".*"):
+                for draft in folder.glob(f"{DRAFT}*"):
                     shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -106,16 +106,13 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     check_separate(teacher.model, student)
     check_labels(c, teacher.model, student)
     check_capabilities(method, teacher)
-    references = [
-        teacher.signal(b.to(ctx.device), Needs()).dense().float().cpu()
-        for b in ctx.terminal.iterate(c.test, "teacher on test")
-    ]
+    references = References(teacher, c.test, ctx)
     on_validation = evaluate(teacher.model, c.validation if c.validation is not None else c.test, ctx.device)
-    check_taught(on_validation, references[0].shape[-1], ctx)
+    check_taught(on_validation, references.classes, ctx)
     teacher_scores = evaluate(teacher.model, c.test, ctx.device)
     teacher_scores["validation"] = on_validation
     check_method_runs(c, ctx, student, method, teacher)
-    taught_by = remembered(c, ctx, teacher, method, references[0].shape[-1])
+    taught_by = remembered(c, ctx, teacher, method, references.classes)
 
     arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
@@ -125,8 +122,33 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     return summarise(c, ctx, teacher, student, teacher_scores, results, method)
 
 
+class References:
+    """The teacher's logits for every test batch, to compare students with; iterated once for each model.
+
+    Kept in memory as long as they fit :data:`MEMORY_BYTES`; else the teacher is asked again each time.
+    """
+
+    def __init__(self, teacher: LiveTeacher, test: Iterable[Batch], ctx: Context) -> None:
+        self.teacher, self.test, self.device = teacher, test, ctx.device
+        self.kept: list[Tensor] | None = []
+        self.classes = size = 0
+        for logits in ctx.terminal.iterate(self._ask(), "teacher on test"):
+            self.classes, size = logits.shape[-1], size + 4 * logits.numel()
+            if size > MEMORY_BYTES:
+                self.kept = None
+                break
+            self.kept.append(logits)
+
+    def _ask(self) -> Iterator[Tensor]:
+        for batch in self.test:
+            yield self.teacher.signal(batch.to(self.device), Needs()).dense().float().cpu()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._ask() if self.kept is None else iter(self.kept)
+
+
 def train_student(
-    c: Comparison, ctx: Context, arm: Arm, seed: int, teacher: Teacher, references: list[Tensor]
+    c: Comparison, ctx: Context, arm: Arm, seed: int, teacher: Teacher, references: References
 ) -> dict[str, Any]:
     """Train one student, or find it trained, and return its result."""
     name = f"{arm}-seed{seed}"
@@ -149,7 +171,7 @@ def train_student(
         should_stop=ctx.should_stop,
         watcher=ctx.terminal,
         epoch_steps=distilled.steps_per_epoch,
-        classes=references[0].shape[-1],
+        classes=references.classes,
     )
     return train_and_keep(training, ctx, lambda: c.student(seed), c.test, references, {**c.student_card, "arm": arm})
 
@@ -159,7 +181,7 @@ def train_and_keep(
     ctx: Context,
     rebuild: Callable[[], nn.Module],
     test: Iterable[Batch],
-    references: list[Tensor] | None,
+    references: References | None,
     card: dict[str, Any],
 ) -> dict[str, Any]:
     """Fit, read the test split once for the best and once for the last weights, and write the model's folder.
@@ -191,7 +213,7 @@ def _measured(
     ctx: Context,
     rebuild: Callable[[], nn.Module],
     test: Iterable[Batch],
-    references: list[Tensor] | None,
+    references: References | None,
 ) -> dict[str, Any]:
     """The result of a training, and under ``model`` the module that holds the best weights."""
     model = rebuild().to(ctx.device)

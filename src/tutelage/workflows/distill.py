@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +124,15 @@ def distill(
         "train": config.model_dump(mode="json", exclude_none=True),
         "seeds": list(seeds),
         "baseline": baseline,
+        "teacher_mode": teacher_mode,
+        "classes": classes,
+        "batches": len(train_loader) if isinstance(train_loader, Sized) else None,
     }
+    if config.early_stop is not None and validation is None:
+        raise ConfigError(
+            f"distill(train={{'early_stop': {config.early_stop}}}): there is nothing to stop early on",
+            remedy="pass validation=, a loader that is neither trained nor tested on",
+        )
     pristine = copy.deepcopy(method)
     comparison = Comparison(
         name="distill",
@@ -162,7 +171,17 @@ def _name(cls: type) -> str:
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    return {"class": _name(type(model)), "parameters": sum(p.numel() for p in model.parameters())}
+    """What a run is resumed with only if it is the same."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "class": _name(type(model)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": digest.hexdigest()[:16],
+    }
 
 
 def _check_arguments(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn, track
+from rich.table import Column
 from rich.text import Text
 
 T = TypeVar("T")
@@ -54,14 +55,15 @@ class Terminal:
             self.say(f"{name}: going on from step {step} of {total}")
         if self.live and step < total:
             self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed}/{task.total}"),
-                _Rate(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[terms]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=16),
+                TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+                _Rate(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[terms]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=self.console,
                 transient=True,
+                expand=True,
                 refresh_per_second=5,
             )
             self.task = self.progress.add_task(name, total=total, completed=step, terms="")
@@ -70,14 +72,14 @@ class Terminal:
     def stepped(self, step: int) -> None:
         """An optimizer step is done."""
         if self.progress is not None and (step % 20 == 0 or step == self.total):
-            self.progress.update(self.task, completed=step, terms=f"{self.terms}  {self.validation}")
+            self.progress.update(self.task, completed=step, terms=f"{self.validation}  {self.terms}".strip())
 
     def logged(self, line: dict[str, Any]) -> None:
         """A line went to the metrics."""
         if "terms" in line:
             self.terms = show_terms(line)
         else:
-            self.validation = f"validation {line['validation']['accuracy']:.1%}"
+            self.validation = f"val {line['validation']['accuracy']:.1%}"
             now = time.monotonic()
             if self.speaks and not self.live and now - self.shown > 10:
                 self.shown = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,11 @@ def stopping(announce: Callable[[str], None] = lambda text: None) -> Iterator[Ca
         yield asked.is_set
         return
 
+    mine = os.getpid()
+
     def ask(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != mine:  # a process that fetches data: the main one stops it
+            return
         if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
