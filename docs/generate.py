@@ -23,7 +23,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": config.DataConfig,
     "teacher": config.TeacherConfig,
     "student": config.ModelConfig,
-    "method": config.LogitConfig,
+    "method: kind: logit": config.LogitConfig,
+    "method: kind: feature": config.FeatureConfig,
+    "method.pairs": config.PairConfig,
     "train": config.TrainConfig,
     "train.optimizer": config.OptimizerConfig,
     "train.schedule": config.ScheduleConfig,
@@ -31,7 +33,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 UNDOCUMENTED = {
     "LogitConfig.alpha": "Weight of the soft labels; the hard ones have 1 - alpha.",
-    "LogitConfig.kind": "The only method a recipe can name today.",
+    "LogitConfig.kind": "Learns from the teacher's logits.",
     "LogitConfig.temperature": "T, of teacher and student alike.",
     "OptimizerConfig.kind": "Name of the optimizer; see the table below.",
     "OptimizerConfig.lr": "Learning rate; the highest of the schedule.",
@@ -124,7 +126,7 @@ def meaning(cls: type[BaseModel], name: str) -> str:
 
 def type_words(schema: dict[str, Any]) -> str:
     """A JSON schema in a few words: ``number > 0``."""
-    if "$ref" in schema:
+    if "$ref" in schema or "oneOf" in schema:
         return "section"
     if "const" in schema:
         return f"`{schema['const']}`"

@@ -17,7 +17,7 @@ from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, PlannedBatches
 from tutelage.engine import Accelerator, RunDirectory, Training, fit, make_accelerator
 from tutelage.engine.checkpoint import full_model_state
-from tutelage.methods import LogitMethod, Method, Term
+from tutelage.methods import FeatureMethod, LogitMethod, Method, Term, built
 from tutelage.objectives import kd
 from tutelage.taps import Needs, Observation
 from tutelage.teachers import LiveTeacher, Signal
@@ -104,7 +104,13 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
     if kind.startswith("fsdp"):  # in units of 20 parameters, or all in the root
         sharded(accelerator, 20 if kind == "fsdp" else 10**9)
     watcher, student = Snapshots(), network(8, seed=1)
-    method = WithProjector()
+    teacher = network(16, seed=2)
+    method: Method = WithProjector()
+    if kind == "feature":  # relations compare the rows of a micro-batch, so they are not among the pairs
+        pairs = [{"student": "0", "teacher": "0"}, {"student": "2", "teacher": "2", "weight": 0.5}]
+        method = built(FeatureMethod(pairs, projector="mlp", weight=2.0), student, teacher, Rows().fetch(
+            torch.arange(2)
+        ), seed=4)  # fmt: skip
     config = TrainConfig(
         steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0,
         ema=0.9 if kind == "ema" else None, checkpoint_every=2, log_every=1,
@@ -112,7 +118,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
     )  # fmt: skip
     training = Training(
         "job", student, method, PlannedBatches(Rows(), BATCH, seed=3), config,
-        RunDirectory(out, writes=accelerator.is_main_process), teacher=LiveTeacher(network(16, seed=2)),
+        RunDirectory(out, writes=accelerator.is_main_process), teacher=LiveTeacher(teacher),
         validation=[Rows().fetch(torch.arange(37))], watcher=watcher,
     )  # fmt: skip
     prepare = accelerator.prepare

@@ -36,6 +36,32 @@ def test_an_in_place_relu_after_a_tap_is_an_error_and_not_a_wrong_feature() -> N
     assert observe(model, torch.randn(3, 4), Needs(hidden=("1",))).hidden["1"].min() >= 0
 
 
+def test_a_tap_that_gave_nothing_is_an_error_and_not_an_empty_feature() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    with pytest.raises(ModelError, match="'unused' gave nothing"):
+        observe(Skips(), torch.zeros(1, 2), Needs(hidden=("unused",)))
+
+
+def test_late_hooks_on_a_compiled_model_are_not_ignored_in_silence() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.compile(backend="eager")
+    x = torch.randn(3, 2)
+    observe(model, x, Needs())
+    try:
+        seen = observe(model, x, Needs(hidden=("0",)))
+    except ModelError as error:
+        assert "compiled" in str(error)  # noqa: PT017 - either outcome is right; an empty feature is not
+    else:
+        torch.testing.assert_close(seen.hidden["0"], model[0](x))
+
+
 def test_unknown_paths_name_the_nearest() -> None:
     model = ConvNet(classes=3, channels=1, widths=(4, 8), depth=1)
     with pytest.raises(ModelError, match=r"stages\.1"):

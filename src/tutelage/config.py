@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from tutelage.errors import ConfigError, nearest
@@ -291,7 +291,101 @@ class LogitConfig(Section):
     alpha: Fraction = 0.9
 
 
-METHOD_KINDS: dict[str, type[Section]] = {"logit": LogitConfig}
+FEATURE_OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "attention_transfer": ("variant",),
+    "correlation": ("gamma", "order"),
+    "hint": (),
+    "nst": ("kernel",),
+    "pkt": ("variant",),
+    "rkd_angle": (),
+    "rkd_distance": (),
+    "similarity": (),
+}
+"""Objectives on a pair of hidden states by name, each with its options."""
+
+PROJECTORS = ("auto", "conv1x1", "identity", "linear", "mlp")
+"""Kinds of projectors."""
+
+
+def _objective(name: str) -> str:
+    if name not in FEATURE_OBJECTIVES:
+        raise ValueError(
+            f"unknown objective {name!r}{_suggest(name, FEATURE_OBJECTIVES)}; "
+            f"allowed: {', '.join(FEATURE_OBJECTIVES)}"
+        )
+    return name
+
+
+FeatureObjective = Annotated[str, AfterValidator(_objective)]
+
+
+class PairConfig(Section):
+    """Two modules whose outputs are compared. What it leaves out is taken from the method."""
+
+    student: str
+    """Path of a module of the student, such as ``stages.1``."""
+    teacher: str
+    """Path of a module of the teacher."""
+    objective: FeatureObjective | None = None
+    """What compares them."""
+    weight: NotNegative | None = None
+    """Weight of this pair."""
+    projector: Literal[PROJECTORS] | None = None  # type: ignore[valid-type]
+    """Kind of the projector."""
+    norm: bool | None = None
+    """Batch norm after the projector."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the objective."""
+
+
+def _pairs(given: Any) -> Any:
+    if given is None or given == "auto":
+        return None
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{given!r} is no list of pairs; allowed: auto, or [{{student: PATH, teacher: PATH}}, ...]")
+    return given
+
+
+class FeatureConfig(Section):
+    """Hidden states beside soft labels: alpha * kd + (1 - alpha) * ce + an objective over pairs, weighted."""
+
+    kind: Literal["feature"]
+    """Matches hidden states of teacher and student, through projectors where the objective needs them."""
+    temperature: Positive = 4.0
+    """T, of teacher and student alike."""
+    alpha: Fraction = 0.9
+    """Weight of the soft labels; the hard ones have 1 - alpha."""
+    pairs: Annotated[list[PairConfig] | None, BeforeValidator(_pairs)] = None
+    """``auto``, the default: the last feature maps of every resolution that both models have. Or a list of
+    ``{student: PATH, teacher: PATH}``, each with ``objective``, ``weight``, ``projector``, ``norm`` and ``options``
+    of its own where wanted."""
+    objective: FeatureObjective = "hint"
+    """``attention_transfer``, ``correlation``, ``hint``, ``nst``, ``pkt``, ``rkd_angle``, ``rkd_distance`` or
+    ``similarity``."""
+    weight: NotNegative = 1.0
+    """Weight of each pair. Papers use about 100 for ``hint``, 25 and 50 for ``rkd_distance`` and ``rkd_angle``."""
+    projector: Literal[PROJECTORS] = "auto"  # type: ignore[valid-type]
+    """Brings the student's feature to the teacher's channels, for ``hint``. ``auto``: a linear one (``conv1x1`` on
+    maps) where they differ. Sizes are matched by pooling or interpolation."""
+    norm: bool = False
+    """Batch norm after the projector."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the objective: ``variant`` of attention_transfer and pkt, ``kernel`` of nst, ``gamma`` and
+    ``order`` of correlation."""
+
+    @model_validator(mode="after")
+    def _known(self) -> FeatureConfig:
+        chosen = [(self.objective, self.options)]
+        chosen += [(pair.objective or self.objective, pair.options) for pair in self.pairs or []]
+        for name, options in chosen:
+            for key in options:
+                if key not in FEATURE_OBJECTIVES[name]:
+                    allowed = ", ".join(FEATURE_OBJECTIVES[name]) or "none"
+                    raise Misfit(f"{name} has no option {key!r}; its options: {allowed}", "options")
+        return self
+
+
+METHOD_KINDS: dict[str, type[Section]] = {"feature": FeatureConfig, "logit": LogitConfig}
 """Every method that a recipe can name, with its options."""
 
 
@@ -302,7 +396,7 @@ class Recipe(Section):
     data: DataConfig
     teacher: TeacherConfig
     student: ModelConfig
-    method: LogitConfig
+    method: Annotated[LogitConfig | FeatureConfig, Field(discriminator="kind")]
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
@@ -580,9 +674,12 @@ def build_recipe(
     except ValidationError as error:
         problems = []
         for details in error.errors(include_url=False):
+            if details["loc"][:1] == ("method",) and details["loc"][1:2] and details["loc"][1] in METHOD_KINDS:
+                details["loc"] = ("method", *details["loc"][2:])  # pydantic names the kind in between
             if details["loc"][:2] == ("teacher", "train") and _inherited(details, error):
                 continue
-            problems.append(_explain(details, name, places))
+            kind = method.get("kind") if isinstance(method, dict) else None
+            problems.append(_explain(details, name, places, METHOD_KINDS.get(str(kind))))
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -601,9 +698,13 @@ def _where(name: str, places: Mapping[Key, Place], loc: Key) -> str:
     return name
 
 
-def _section(loc: Key) -> type[BaseModel] | None:
-    """The class whose field the last part of ``loc`` is."""
+def _section(loc: Key, method: type[Section] | None = None) -> type[BaseModel] | None:
+    """The class whose field the last part of ``loc`` is; ``method`` is that of the recipe's method."""
     model: Any = Recipe
+    if loc[:1] == ("method",) and len(loc) > 1:
+        if method is not FeatureConfig or loc[1] != "pairs" or len(loc) < 4:
+            return method if len(loc) == 2 else None
+        return PairConfig if len(loc) == 4 else None
     for part in loc[:-1]:
         field = model.model_fields.get(part) if isinstance(part, str) else None
         if field is None:
@@ -616,11 +717,13 @@ def _section(loc: Key) -> type[BaseModel] | None:
     return found
 
 
-def _explain(details: ErrorDetails, name: str, places: Mapping[Key, Place]) -> str:
+def _explain(
+    details: ErrorDetails, name: str, places: Mapping[Key, Place], method: type[Section] | None = None
+) -> str:
     loc = details["loc"]
     where, key = _where(name, places, loc), ".".join(str(p) for p in loc)
     given = details["input"]
-    section = _section(loc)
+    section = _section(loc, method)
     fields = [f for f in section.model_fields if f != "kind"] if section else []
     match details["type"]:
         case "extra_forbidden":
@@ -642,7 +745,7 @@ def _explain(details: ErrorDetails, name: str, places: Mapping[Key, Place]) -> s
             words = re.findall(r"'([^']*)'", allowed)
             return f"{where}: {key}: given {given!r}{_suggest(str(given), words)}\n  -> allowed: {allowed}"
         case "model_type" | "dict_type":
-            inside = _section((*loc, ""))
+            inside = _section((*loc, ""), method)
             allowed = ", ".join(inside.model_fields) if inside else "any"
             return f"{where}: {key}: given {_shown(given)}\n  -> it takes keys and values; keys: {allowed}"
         case _:

@@ -76,8 +76,8 @@ def capture(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tens
     """The outputs of the modules at ``paths`` during the block; the hooks go with it.
 
     Raises:
-        ModelError: unknown path, an output that is no tensor or that a later module changes in place, or a
-            module that ran twice.
+        ModelError: unknown path, an output that is no tensor or that a later module changes in place, a module
+            that ran twice, or one that did not run.
     """
     captured: dict[str, Tensor] = {}
     versions: dict[str, int] = {}
@@ -101,6 +101,13 @@ def capture(model: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, Tens
     finally:
         for handle in handles:
             handle.remove()
+    silent = [path for path in paths if path not in captured]
+    if silent:
+        raise ModelError(
+            f"{silent[0]!r} gave nothing in this forward pass",
+            remedy="it did not run, or the model was compiled and first run without this tap: "
+            "tap it from the first call on, or leave train.compile out",
+        )
     for path, tensor in captured.items():
         if not tensor.is_inference() and tensor._version != versions[path]:
             raise ModelError(

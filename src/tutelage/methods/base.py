@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
@@ -41,6 +42,12 @@ class Method(nn.Module):
     student_needs: Needs = Needs()
     weights: dict[str, float]
 
+    def build(self, student: nn.Module, teacher: nn.Module, example: Batch) -> None:
+        """Make what depends on the models, such as projectors; called once, before anything is trained.
+
+        Neither model may be changed. Use :func:`built`, which makes the initialisation a function of a seed.
+        """
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """How many positions each term averages over; known before any forward pass.
 
@@ -56,6 +63,14 @@ class Method(nn.Module):
     def formula(self) -> str:
         """The loss in one line, as printed when a run starts."""
         return " + ".join(f"{weight:g} * {name}" for name, weight in self.weights.items())
+
+
+def built(method: Method, student: nn.Module, teacher: nn.Module, example: Batch, seed: int) -> Method:
+    """``method``, fitted to the models; what it initialises is a function of ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed + 1) * 2_654_435_761 & (2**63 - 1))  # another stream than the student's own
+        method.build(student, teacher, example)
+    return method
 
 
 class Trainee(nn.Module):

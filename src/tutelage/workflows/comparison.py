@@ -18,7 +18,7 @@ from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evalua
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import explained, new_folder, write_text
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
-from tutelage.methods import Method, SupervisedMethod, Trainee, check_capabilities
+from tutelage.methods import Method, SupervisedMethod, Trainee, built, check_capabilities
 from tutelage.models import label_names, save_model
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Teacher
@@ -97,12 +97,17 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
         CapabilityError: teacher, student, data and method do not fit; found before any student is trained.
         Interrupted: a stop was asked for; the state is saved.
     """
-    method = c.method()
-    ctx.terminal.say(f"loss = {method.formula()}")
     student = c.student(c.seeds[0])
     check_output(c, ctx.device, student, "student")
+    untrained = c.teacher()
+    check_output(c, ctx.device, untrained, "teacher")
+    method = build_method(c, student, untrained, c.seeds[0])
+    ctx.terminal.say(f"loss = {method.formula()}")
+    extra = parameters(method)
+    if extra:
+        ctx.terminal.say(f"projectors: {extra:,} parameters, trained along and not exported")
     check_optimizer(c, student, method)
-    teacher = live_teacher(c, ctx)
+    teacher = live_teacher(c, ctx, untrained)
     check_separate(teacher.model, student)
     check_labels(c, teacher.model, student)
     check_capabilities(method, teacher)
@@ -118,7 +123,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for seed in c.seeds:
         for arm in arms:
-            results[arm].append(train_student(c, ctx, arm, seed, taught_by, references))
+            results[arm].append(train_student(c, ctx, arm, seed, taught_by, teacher.model, references))
     return summarise(c, ctx, teacher, student, teacher_scores, results, method)
 
 
@@ -147,8 +152,19 @@ class References:
         return self._ask() if self.kept is None else iter(self.kept)
 
 
+def build_method(c: Comparison, student: nn.Module, teacher: nn.Module, seed: int) -> Method:
+    """The method, fitted to the two models; its projectors start as the seed says."""
+    return built(c.method(), student, teacher, next(iter(c.test)).rows(0, 2), seed)
+
+
 def train_student(
-    c: Comparison, ctx: Context, arm: Arm, seed: int, teacher: Teacher, references: References
+    c: Comparison,
+    ctx: Context,
+    arm: Arm,
+    seed: int,
+    teacher: Teacher,
+    teacher_model: nn.Module,
+    references: References,
 ) -> dict[str, Any]:
     """Train one student, or find it trained, and return its result."""
     name = f"{arm}-seed{seed}"
@@ -161,7 +177,7 @@ def train_student(
     training = Training(
         name=name,
         student=student,
-        method=c.method() if arm == "distilled" else SupervisedMethod(),
+        method=build_method(c, student, teacher_model, seed) if arm == "distilled" else SupervisedMethod(),
         batches=mine,
         config=c.config,
         run=ctx.run,
@@ -241,10 +257,8 @@ def _measured(
 # Teacher -------------------------------------------------------------------------------------------
 
 
-def live_teacher(c: Comparison, ctx: Context) -> LiveTeacher:
+def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> LiveTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
-    model = c.teacher()
-    check_output(c, ctx.device, model, "teacher")
     if c.train_teacher is not None:
         config, batches, seed = c.train_teacher
         folder = ctx.run.model("teacher")
@@ -392,7 +406,7 @@ def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: M
     """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
     batch = next(iter(c.test)).rows(0, 2).to(ctx.device)
     student.to(ctx.device).eval()
-    method.to(ctx.device)
+    method.to(ctx.device).eval()
     with torch.no_grad():
         signal = teacher.signal(batch, method.needs) if method.needs is not None else None
         method(observe(student, batch.inputs, method.student_needs), batch, signal)
@@ -431,6 +445,7 @@ def summarise(
         "classes": c.classes,
         "seeds": list(c.seeds),
         "parameters": sizes,
+        "projectors": parameters(method),
         "capacity_ratio": sizes["student"] / sizes["teacher"],
         "latency": speed,
         "teacher": {k: v for k, v in teacher_scores.items() if k != "validation"}

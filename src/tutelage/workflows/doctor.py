@@ -18,7 +18,7 @@ from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.taps import Needs, find
 from tutelage.teachers import LiveTeacher
-from tutelage.workflows.comparison import Comparison, check_labels, check_output, check_separate
+from tutelage.workflows.comparison import Comparison, build_method, check_labels, check_output, check_separate
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
@@ -45,9 +45,8 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     data = load_data(recipe, terminal)
     c = comparison(recipe, data)
     found = look_at_data(recipe, data)
-    student, method, teacher = c.student(recipe.seeds[0]).to(device), c.method().to(device), LiveTeacher(
-        c.teacher(), mode=recipe.teacher.mode
-    ).to(device)  # fmt: skip
+    student = c.student(recipe.seeds[0]).to(device)
+    teacher = LiveTeacher(c.teacher(), mode=recipe.teacher.mode).to(device)
     trained = recipe.teacher.checkpoint is not None or not recipe.teacher.train
 
     def passes(topic: str, text: str, check: object) -> None:
@@ -70,6 +69,11 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
         )
     if any(f.level == "bad" for f in found):
         return found
+    try:
+        method = build_method(c, student, teacher.model, recipe.seeds[0]).to(device)
+    except TutelageError as error:
+        return [*found, Finding("bad", "method", str(error).partition("\n")[0], error.remedy)]
+    found.append(Finding("ok", "method", f"loss = {method.formula()}"))
     passes("separation", "teacher and student share no weight", lambda: check_separate(teacher.model, student))
     passes(
         "capabilities",
