@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,7 @@ def run(
             *(["--out", str(out)] if out else []),
             "--resume",
         ]
-        raise Interrupted(stop.what, remedy=f"go on with: {' '.join(words)}") from None
+        raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
     if _is_main():
         _show(finished.summary, finished.path)
 
