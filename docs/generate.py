@@ -95,8 +95,8 @@ Other names: `timm:NAME` and `torchvision:NAME` (options go to the constructor),
 `from_pretrained`), `package.module:callable` (called with `options` and with those of `classes`, `num_classes`,
 `channels` and `size` that it takes).
 
-A teacher without `checkpoint` is trained, whatever weights its library gave it. To use published weights as they are,
-give their file as `checkpoint`; see [imagenet-resnet34-resnet18.yaml](../recipes/imagenet-resnet34-resnet18.yaml).
+A teacher whose library gives it weights (`hf:ID`, timm's `pretrained`, torchvision's `weights`) is used as it is, unless
+`teacher.train` asks for fine-tuning; see [imagenet-resnet34-resnet18.yaml](../recipes/imagenet-resnet34-resnet18.yaml).
 """
 
 

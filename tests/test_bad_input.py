@@ -20,6 +20,7 @@ from torch import nn
 
 import bad_input_files as broken
 import tutelage
+from tutelage import errors
 from tutelage.cli import main
 from tutelage.config import AUGMENTS, MODELS, SOURCES
 from tutelage.data.views import CROPS, OURS, THEIRS
@@ -978,3 +979,52 @@ def test_the_message_of_each_error() -> None:
         error = kind("what", where="where", remedy="remedy")
         assert str(error) == "where: what\n  -> remedy"
         assert json.dumps([error.what, error.where, error.remedy]) == '["what", "where", "remedy"]'
+
+
+def _kinds(cls: type) -> list[type]:
+    return [cls, *(k for sub in cls.__subclasses__() for k in _kinds(sub))]
+
+
+@pytest.mark.parametrize("kind", _kinds(errors.TutelageError), ids=lambda k: k.__name__)
+def test_an_error_survives_the_way_between_processes(kind: type) -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(kind("what", where="where", remedy="remedy")))
+    assert type(error) is kind
+    assert str(error) == "where: what\n  -> remedy"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_a_broken_image_is_named_whichever_process_met_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workers: int, command: str
+) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from tutelage import cli
+
+    draw = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "x" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = draw.integers(0, 255, (16, 16, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "x" / name / f"{i}.png")
+    for file in (tmp_path / "x").rglob("*.png"):  # all of one class: some are met by every part of a run
+        if file.parent.name == "a":
+            file.write_bytes(file.read_bytes()[:60])
+    monkeypatch.setattr("tutelage.data.images.IN_MEMORY_BYTES", 0)  # decoded when asked for, as large sets are
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"data: {{source: imagefolder, path: {tmp_path / 'x'}, size: 16, workers: {workers}}}\n"
+        "teacher: {model: mlp, options: {hidden: [4]}}\nstudent: {model: mlp, options: {hidden: [2]}}\n"
+        "method: logit\ntrain: {steps: 2, batch_size: 8}\n"
+    )
+    where = ["--out", str(tmp_path / "out")] if command == "run" else []
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, str(recipe), *where])
+    said = "".join(capfd.readouterr())
+    assert stopped.value.code == 2, said
+    assert "Traceback" not in said
+    assert str(tmp_path / "x" / "a") in said.replace("\n", "")
+    assert "remove the file or replace it" in said

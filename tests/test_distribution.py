@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+# As a user's shell is: nothing tells accelerate to stay on the CPU but the lack of anything else.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+for name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    ENVIRONMENT.pop(name, None)
 
 
 def launch(processes: int, *command: str, cwd: Path = HERE) -> None:
@@ -115,3 +118,5 @@ def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
     assert (tmp_path / "2" / "report.html").exists()
+    found = [json.loads((tmp_path / p / "summary.json").read_text())["processes"] for p in "12"]
+    assert found == [1, 2]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from tutelage.config import Recipe, load_recipe
-from tutelage.reports import write_report
+from tutelage.reports import verdict, write_report
 from tutelage.workflows.distill import Run as Run
 from tutelage.workflows.distill import distill as _distill
 from tutelage.workflows.progress import Terminal
@@ -17,9 +18,11 @@ from tutelage.workflows.run import Finished, run_recipe
 
 @wraps(_distill)
 def distill(*args: Any, **kwargs: Any) -> Run:
-    """See :func:`tutelage.workflows.distill.distill`; writes ``report.html`` besides."""
+    """See :func:`tutelage.workflows.distill.distill`; writes ``report.html`` and says what was found besides."""
     run = _distill(*args, **kwargs)
     _report(run.path)
+    terminal = Terminal(speaks=kwargs.get("verbose", True) and _is_main())
+    terminal.say(f"{verdict(run.summary)}\nstudent: {run.path / 'student'}\nreport:  {run.path / 'report.html'}")
     return run
 
 
@@ -49,8 +52,10 @@ def run(
     return finished
 
 
-def _report(path: Path) -> None:
-    import os
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
-    if int(os.environ.get("RANK", "0")) == 0:
+
+def _report(path: Path) -> None:
+    if _is_main():
         write_report([path], path / "report.html")

@@ -7,6 +7,8 @@ wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class TutelageError(Exception):
     """Root of all errors raised on purpose.
@@ -21,9 +23,16 @@ class TutelageError(Exception):
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(what, where, remedy)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # survives the way from a process that fetches data
+        return _rebuilt, (type(self), self.what, self.where, self.remedy)
+
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
         return f"{head}\n  -> {self.remedy}" if self.remedy else head
+
+
+def _rebuilt(cls: type[TutelageError], what: str, where: str | None, remedy: str | None) -> TutelageError:
+    return cls(what, where=where, remedy=remedy)
 
 
 class ConfigError(TutelageError, ValueError):

@@ -8,14 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator as Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, LoggerType, broadcast_object_list
 
 from tutelage.errors import CapabilityError, MissingDependencyError
 
 T = TypeVar("T")
+_NO_DEEPSPEED = (
+    "the launcher's configuration asks for DeepSpeed, whose partitioned weights and optimizer state "
+    "cannot be checkpointed and exported here yet",
+    "`accelerate config` with FSDP (version 2) shards the same; DDP where the student fits one GPU",
+)
 
 
 def make_accelerator(precision: str | None = None, trackers: list[str] | None = None) -> Accelerator:
@@ -29,6 +35,11 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
         CapabilityError: this machine cannot compute in that precision, or the launcher asks for DeepSpeed.
         MissingDependencyError: a tracker is not installed.
     """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise CapabilityError(_NO_DEEPSPEED[0], remedy=_NO_DEEPSPEED[1])
+    if world > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate takes each process of a launcher for the only one
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if AcceleratorState._shared_state and precision != AcceleratorState().mixed_precision:
         AcceleratorState._reset_state()  # a second run in one process may want another precision
@@ -53,11 +64,10 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
         raise CapabilityError(
             str(error), remedy="install the package, or change train.precision / trackers"
         ) from None
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.num_processes != world:
         raise CapabilityError(
-            "the launcher's configuration asks for DeepSpeed, whose partitioned weights and optimizer state "
-            "cannot be checkpointed and exported here yet",
-            remedy="`accelerate config` with FSDP (version 2) shards the same; DDP where the student fits one GPU",
+            f"the launcher started {world} processes, but accelerate sees {accelerator.num_processes}",
+            remedy="launch with torchrun --nproc_per_node N -m tutelage run ..., and look at `accelerate env`",
         )
     return accelerator
 

@@ -97,12 +97,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {str(k).removeprefix("module."): v for k, v in loaded.items()}
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load weights from a file, or from a folder that a run exported, into a built model.
 
     Raises:
         CheckpointError: unreadable, or of another model; names the first keys and shapes that differ.
     """
+    path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
     tensors, own = read_tensors(file), model.state_dict()
     given = {own[k].data_ptr() for k in own if k in tensors}  # tied weights are stored under one of their names
@@ -168,7 +169,7 @@ def load_model(folder: str | Path) -> nn.Module:
         raise CheckpointError(
             f"holds the weights of {card.get('class')}, which only your own code can build",
             where=str(folder),
-            remedy=f"build it, then tutelage.models.load_weights(model, Path({str(folder)!r}))",
+            remedy=f"build it, then tutelage.models.load_weights(model, {str(folder)!r})",
         )
     try:
         spec = ModelSpec(**card["spec"])

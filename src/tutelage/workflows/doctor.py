@@ -13,7 +13,7 @@ from tutelage.data import Batch, ImageData
 from tutelage.data.batch import IGNORE
 from tutelage.engine import evaluate
 from tutelage.engine.optim import build_optimizer, build_schedule
-from tutelage.errors import TutelageError
+from tutelage.errors import DataError, TutelageError
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.taps import Needs, find
@@ -32,6 +32,11 @@ class Finding:
     topic: str
     text: str
     remedy: str | None = None
+
+
+def _bad(topic: str, error: TutelageError) -> Finding:
+    """What was raised, with the file or key that it names."""
+    return Finding("bad", topic, f"{error.where}: {error.what}" if error.where else error.what, error.remedy)
 
 
 def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
@@ -53,8 +58,10 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
         try:
             check()  # type: ignore[operator]
             found.append(Finding("ok", topic, text))
-        except TutelageError as error:
-            found.append(Finding("bad", topic, error.what, error.remedy))
+        except TutelageError as error:  # a broken image is the data's fault, whichever model met it
+            finding = _bad("data" if isinstance(error, DataError) else topic, error)
+            if finding not in found:
+                found.append(finding)
 
     passes(
         "label map",
@@ -96,7 +103,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     try:
         found += one_step(recipe, c, data, Trainee(student, method), teacher, device)
     except TutelageError as error:
-        found.append(Finding("bad", "one batch", error.what, error.remedy))
+        found.append(_bad("one batch", error))
     return found
 
 

@@ -46,7 +46,7 @@ def choose(out: str | Path | None, name: str, resume: bool) -> Path:
             raise RunDirectoryError(
                 "holds a run already",
                 where=str(path),
-                remedy="add --resume to go on with it, or choose another --out",
+                remedy="add --resume (in Python: resume=True) to go on with it, or choose another --out (out=)",
             )
         raise RunDirectoryError("is not empty", where=str(path), remedy="choose an empty or new folder as --out")
     return path

@@ -58,7 +58,8 @@ def run_recipe(
         if run.summary.exists():
             terminal.say(f"{path} is finished; showing what it found")
             return Finished(path, _summary(run.summary))
-        terminal.say(f"run directory: {path}")
+        many = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+        terminal.say(f"run directory: {path}{many}")
         data = load_data(recipe, terminal)
         tracked = tracking(accelerator, path / "trackers", {"recipe": dump_recipe(recipe)})
         with stopping(terminal.say) as should_stop, tracked:
