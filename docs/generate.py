@@ -95,8 +95,9 @@ Other names: `timm:NAME` and `torchvision:NAME` (options go to the constructor),
 `from_pretrained`), `package.module:callable` (called with `options` and with those of `classes`, `num_classes`,
 `channels` and `size` that it takes).
 
-A teacher whose library gives it weights (`hf:ID`, timm's `pretrained`, torchvision's `weights`) is used as it is, unless
-`teacher.train` asks for fine-tuning; see [imagenet-resnet34-resnet18.yaml](../recipes/imagenet-resnet34-resnet18.yaml).
+A teacher whose library gives it weights (`hf:ID`, timm's `pretrained`, torchvision's `weights`) is used as it is,
+unless `teacher.train` asks for fine-tuning; see
+[imagenet-resnet34-resnet18.yaml](../recipes/imagenet-resnet34-resnet18.yaml).
 """
 
 

@@ -305,6 +305,21 @@ def test_a_precision_does_not_leak_into_the_next_run() -> None:
     assert make_accelerator(None).mixed_precision == "no"
 
 
+def test_a_launcher_that_asks_for_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(CapabilityError, match="DeepSpeed") as refused:
+        make_accelerator()
+    assert "FSDP" in str(refused.value)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_accelerator()  # the state of this process says that it is alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    with pytest.raises(CapabilityError, match="started 2 processes, but accelerate sees 1"):
+        make_accelerator()
+
+
 def test_only_our_own_drafts_are_swept_away(tmp_path: Path) -> None:
     from tutelage.engine.rundir import DRAFT
 

@@ -135,9 +135,11 @@ class DataConfig(Section):
     augment: Augments = Field(default_factory=list)
     """Augmentations of the training images, in order: ``flip``, ``{shift: 2}``, ``resized-crop`` ..."""
     mean: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    """Per channel, in [0, 1], subtracted from pixels. Default: of the source, else of the training images."""
+    """Per channel, in [0, 1], subtracted from pixels. Default: of the source, else of the training
+    images where these are in memory, else ImageNet's."""
     std: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    """Per channel, in [0, 1]. Default: of the source, else of the training images."""
+    """Per channel, in [0, 1]. Default: of the source, else of the training
+    images where these are in memory, else ImageNet's."""
     labels: Count | None = None
     """Use the labels of only this many training images, stratified by class. Default: of all."""
     unlabeled: Literal["keep", "drop"] = "keep"
