@@ -21,7 +21,7 @@ def distill(*args: Any, **kwargs: Any) -> Run:
     """See :func:`tutelage.workflows.distill.distill`; writes ``report.html`` and says what was found besides."""
     run = _distill(*args, **kwargs)
     _report(run.path)
-    terminal = Terminal(speaks=kwargs.get("verbose", True) and _is_main())
+    terminal = Terminal(speaks=kwargs.get("verbose", True) and is_main())
     terminal.say(f"{verdict(run.summary)}\nstudent: {run.path / 'student'}\nreport:  {run.path / 'report.html'}")
     return run
 
@@ -52,10 +52,11 @@ def run(
     return finished
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this process is the one of several that writes and speaks."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def _report(path: Path) -> None:
-    if _is_main():
+    if is_main():
         write_report([path], path / "report.html")

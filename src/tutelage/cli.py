@@ -72,7 +72,7 @@ def run(
             "--resume",
         ]
         raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
-    if _is_main():
+    if api.is_main():
         _show(finished.summary, finished.path)
 
 
@@ -107,12 +107,6 @@ def report(
     from tutelage.reports import write_report
 
     _print(f"report: {write_report(runs, out)}")
-
-
-def _is_main() -> bool:
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _show(summary: dict[str, Any], path: Path) -> None:

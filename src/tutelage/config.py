@@ -414,12 +414,12 @@ class Recipe(Section):
                 "teacher has both 'checkpoint' and 'train', and one with weights is not trained again; remove one",
                 "teacher",
             )
-        for key in ("precision", "trackers"):
-            own = None if self.teacher.train is None else getattr(self.teacher.train, key)
-            if self.teacher.train is not None and own != getattr(self.train, key):
+        for key in ("precision", "trackers") if self.teacher.train is not None else ():
+            own, shared = getattr(self.teacher.train, key), getattr(self.train, key)
+            if own != shared:
                 raise Misfit(
-                    f"teacher.train.{key} is {own!r} and train.{key} {getattr(self.train, key)!r}: it is one for the "
-                    f"whole run; set train.{key} alone",
+                    f"teacher.train.{key} is {own!r} and train.{key} {shared!r}: it is one for the whole run; "
+                    f"set train.{key} alone",
                     "teacher",
                 )
         return self
@@ -585,7 +585,7 @@ def _override(raw: dict[str, Any], text: str) -> Key:
 
 
 def _has_weights(teacher: dict[str, Any]) -> bool:
-    """Whether a teacher without a checkpoint is trained all the same."""
+    """Whether a teacher without a checkpoint comes with weights of its own."""
     if isinstance(teacher.get("trained"), bool):
         return bool(teacher["trained"])
     options = teacher.get("options")
@@ -598,9 +598,7 @@ def _merge(base: Any, over: Any) -> Any:
         if "kind" in over and over["kind"] != base.get("kind"):
             keep = {k: v for k, v in base.items() if k in ("lr", "weight_decay", "decay_vectors", "warmup")}
             return {**keep, **over}
-        merged = {
-            k: v for k, v in base.items() if not (k in ("epochs", "steps") and {"epochs", "steps"} & over.keys())
-        }
+        merged = {k: v for k, v in base.items() if not (k in BUDGETS and BUDGETS.keys() & over.keys())}
         return {**merged, **{k: _merge(base.get(k), v) for k, v in over.items()}}
     return over
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ def full_model_state(module: nn.Module) -> dict[str, Tensor]:
     """
     state = get_model_state_dict(module, options=_WHOLE)
     return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}  # on a CPU it is no copy yet
-
-
-@dataclass
-class Checkpoint:
-    """The parts of a training's state, gathered."""
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
 
 
 def pack(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:

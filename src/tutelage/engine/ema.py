@@ -17,15 +17,15 @@ class EMA:
     initialisation for long. Buffers are the module's own.
 
     Args:
-        module: the module, as trained (sharded where it is sharded).
+        module: the module, sharded where it is sharded, out of any wrapper, so that the names of its averages
+            fit any number of processes.
         decay: in (0, 1).
 
     Reference: Tarvainen and Valpola, Mean teachers are better role models (2017), section 3.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        # DDP puts a prefix before every name; without it the averages fit any number of processes.
-        self.parameters = {k.removeprefix("module."): p for k, p in module.named_parameters()}
+        self.parameters = dict(module.named_parameters())
         self.averages = {k: p.detach().clone() for k, p in self.parameters.items()}
         self.decay, self.updates = decay, 0
 

@@ -17,11 +17,6 @@ from accelerate.utils import GradientAccumulationPlugin, LoggerType, broadcast_o
 from tutelage.errors import CapabilityError, MissingDependencyError
 
 T = TypeVar("T")
-_NO_DEEPSPEED = (
-    "the launcher's configuration asks for DeepSpeed, whose partitioned weights and optimizer state "
-    "cannot be checkpointed and exported here yet",
-    "`accelerate config` with FSDP (version 2) shards the same; DDP where the student fits one GPU",
-)
 
 
 def make_accelerator(precision: str | None = None, trackers: list[str] | None = None) -> Accelerator:
@@ -37,7 +32,11 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise CapabilityError(_NO_DEEPSPEED[0], remedy=_NO_DEEPSPEED[1])
+        raise CapabilityError(
+            "the launcher's configuration asks for DeepSpeed, whose partitioned weights and optimizer state "
+            "cannot be checkpointed and exported here yet",
+            remedy="`accelerate config` with FSDP (version 2) shards the same; DDP where the student fits one GPU",
+        )
     if world > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate takes each process of a launcher for the only one
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

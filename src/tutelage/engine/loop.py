@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -186,13 +184,14 @@ class _State:
             t.student.compile()
         trainee = Trainee(t.student, t.method).train()
         self.trainee, prepared = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
+        self.bare: Trainee = accelerator.unwrap_model(self.trainee)
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)
         # accelerate's wrapper looks for optional packages on disk at every step, 0.2 ms; where it would only pass
         # the call on, we make it ourselves.
         wrapped = accelerator.scaler is not None or accelerator.distributed_type.value == "XLA"
         self.optimizer = prepared if wrapped else self.bare_optimizer
         self.schedule = build_schedule(self.bare_optimizer, t.config.schedule, t.steps, t.epoch_length)
-        self.ema = EMA(self.trainee, t.config.ema) if t.config.ema is not None else None
+        self.ema = EMA(self.bare, t.config.ema) if t.config.ema is not None else None
         self.evaluate_every = t.config.evaluate_every or max(t.epoch_length, -(-t.steps // EVALUATIONS))
         self.at = Progress()
         self.best: dict[str, Tensor] | None = None
@@ -336,12 +335,15 @@ class _State:
     def validate(self) -> None:
         t, at = self.t, self.at
         assert t.validation is not None
-        with self.accelerator.autocast(), self.averaged(), self.whole():
-            model = self.trainee.student if isinstance(self.trainee, Trainee) else _Part(self.trainee)
-            scores = evaluate(
-                model, t.validation, self.accelerator.device, share=self.share, reduce=self.sum_over_processes
-            )
-        with self.averaged():
+        with self.accelerator.autocast(), self.averaged():
+            with self.whole():
+                scores = evaluate(
+                    self.bare.student,
+                    t.validation,
+                    self.accelerator.device,
+                    share=self.share,
+                    reduce=self.sum_over_processes,
+                )
             score = [scores["accuracy"], -scores["loss"], float(at.step)]
             if at.best is None or score[:2] > at.best[:2]:
                 at.best, at.stale = score, 0
@@ -443,24 +445,5 @@ class _State:
         return Outcome(_of_student(last), _of_student(self.best if self.best is not None else last), self.at)
 
 
-class _Part(nn.Module):
-    """The student inside a wrapped trainee, called through the wrapper's module for evaluation."""
-
-    def __init__(self, wrapped: nn.Module) -> None:
-        super().__init__()
-        module = wrapped
-        while not isinstance(module, Trainee):
-            module = module.module  # type: ignore[assignment]
-        self.trainee = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.trainee.student(*args, **kwargs)
-
-
 def _of_student(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``."""
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]

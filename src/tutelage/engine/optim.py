@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -109,8 +108,3 @@ def build_schedule(
         raise ConfigError(
             f"train.schedule: {config.kind} with {config.options}: {error}", remedy="see docs/recipes.md"
         ) from None
-
-
-def accepted_options(optimizer: str) -> set[str]:
-    """The options that torch's constructor takes; what ``tutelage.config.OPTIMIZERS`` is checked against."""
-    return set(inspect.signature(OPTIMIZERS[optimizer]).parameters)

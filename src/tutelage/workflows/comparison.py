@@ -16,10 +16,10 @@ from tutelage.config import TrainConfig
 from tutelage.data import Batch, Batches
 from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evaluate, fit
 from tutelage.engine.optim import build_optimizer, build_schedule
-from tutelage.engine.rundir import explained, new_folder, write_text
+from tutelage.engine.rundir import new_folder, write_text
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
 from tutelage.methods import Method, SupervisedMethod, Trainee, built, check_capabilities
-from tutelage.models import label_names, save_model
+from tutelage.models import label_names, load_weights, save_model
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Teacher
 from tutelage.workflows.measure import latencies, parameters
@@ -27,7 +27,7 @@ from tutelage.workflows.progress import Terminal
 from tutelage.workflows.statistics import paired, spread
 
 MEMORY_BYTES = 2**29
-"""Teacher logits of unaugmented training data up to this size are computed once and kept in memory."""
+"""Teacher logits up to this size, of unaugmented training data and of the test split, are kept in memory."""
 
 Arm = Literal["alone", "distilled"]
 
@@ -50,6 +50,7 @@ class Comparison:
         train_teacher: how to train the teacher first, and on what.
         teacher_mode: see :class:`LiveTeacher`.
         remember: the training samples, unaugmented, where the teacher's logits may be computed once.
+        remember_rows: how many positions these have.
         classes: class names, in the order of the labels.
         student_card: how to build the student again, for its folder.
         teacher_card: the same of the teacher.
@@ -269,8 +270,6 @@ def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> LiveTeacher:
             )  # fmt: skip
             train_and_keep(training, ctx, c.teacher, c.test, None, c.teacher_card)
             model = c.teacher()
-        from tutelage.models import load_weights
-
         load_weights(model, folder)
     return LiveTeacher(model, mode=c.teacher_mode).to(ctx.device)
 
@@ -465,7 +464,7 @@ def summarise(
     chosen = results["distilled"][key.index(max(key))] if c.validation is not None else results["distilled"][0]
     summary["exported"] = chosen["training"]
     if ctx.run.writes:
-        with new_folder(ctx.run.path / "student") as folder, explained(folder):
+        with new_folder(ctx.run.path / "student") as folder:
             for file in ctx.run.model(chosen["training"]).iterdir():
                 if file.name != "result.json":
                     (folder / file.name).write_bytes(file.read_bytes())
@@ -476,8 +475,6 @@ def summarise(
 
 def exported_student(c: Comparison, ctx: Context, summary: dict[str, Any]) -> nn.Module:
     """The exported student as a plain module, in evaluation mode, on the CPU."""
-    from tutelage.models import load_weights
-
     model = c.student(c.seeds[0]).cpu()
     load_weights(model, Path(ctx.run.path) / "student")
     return model.eval()

@@ -52,7 +52,6 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     found = look_at_data(recipe, data)
     student = c.student(recipe.seeds[0]).to(device)
     teacher = LiveTeacher(c.teacher(), mode=recipe.teacher.mode).to(device)
-    trained = recipe.teacher.checkpoint is not None or not recipe.teacher.train
 
     def passes(topic: str, text: str, check: object) -> None:
         try:
@@ -92,7 +91,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     for path in method.student_needs.hidden:
         passes("student tap", path, lambda path=path: find(student, path))
     found.append(capacity(parameters(student), parameters(teacher.model)))
-    if trained:
+    if recipe.teacher.train is None:
         found.append(teacher_quality(c, teacher, device, len(data.classes)))
     else:
         found.append(
