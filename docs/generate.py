@@ -48,7 +48,7 @@ UNDOCUMENTED = {
     "TrainConfig.optimizer": "See below.",
     "TrainConfig.schedule": "See below.",
 }
-"""Meaning of fields that have no docstring of their own in config.py."""
+"""Meaning of fields that have no docstring of their own in config/."""
 
 SCHEDULES = {
     "constant": "The rate stays.",
@@ -64,7 +64,7 @@ SCHEDULES = {
 INTRO = """\
 # Recipes
 
-<!-- Written by `python docs/generate.py` from src/tutelage/config.py. Edit that, not this. -->
+<!-- Written by `python docs/generate.py` from src/tutelage/config/. Edit that, not this. -->
 
 A recipe is a YAML file that names data, teacher, student, method and training; `tutelage run` carries it out.
 
@@ -105,7 +105,7 @@ def field_docs(cls: type[BaseModel]) -> dict[str, str]:
     """The docstring under each field of ``cls`` and its bases, which Python itself throws away."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if base.__module__ != config.__name__:
+        if not base.__module__.startswith(config.__name__):
             continue
         (tree,) = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)

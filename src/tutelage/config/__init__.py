@@ -1,0 +1,38 @@
+"""Recipes: YAML in, typed and resolved settings out.
+
+Nothing here imports torch, so that a mistake in a recipe is answered at once. The
+keys of each section are the fields of its class; anything else is an error that names
+the line, what was given, what is allowed and the nearest spelling.
+"""
+
+from tutelage.config.load import build_recipe, differing_keys, dump_recipe, load_recipe
+from tutelage.config.methods import (
+    FEATURE_OBJECTIVES,
+    METHOD_KINDS,
+    PROJECTORS,
+    FeatureConfig,
+    LogitConfig,
+    PairConfig,
+)
+from tutelage.config.schema import (
+    AUGMENTS,
+    MODELS,
+    OPTIMIZERS,
+    SCHEDULES,
+    SOURCES,
+    TRACKERS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AUGMENTS", "FEATURE_OBJECTIVES", "METHOD_KINDS", "MODELS", "OPTIMIZERS", "PROJECTORS", "SCHEDULES", "SOURCES",
+    "TRACKERS", "DataConfig", "FeatureConfig", "LogitConfig", "ModelConfig", "OptimizerConfig", "PairConfig",
+    "Recipe", "ScheduleConfig", "TeacherConfig", "TrainConfig", "build_recipe", "differing_keys", "dump_recipe",
+    "load_recipe",
+]  # fmt: skip

@@ -1,0 +1,36 @@
+"""What every section of a recipe is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tutelage.errors import nearest
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Misfit(ValueError):
+    """A value that does not fit its section, with the key in the section that is to blame."""
+
+    def __init__(self, what: str, key: str) -> None:
+        super().__init__(what)
+        self.key = key
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, and 'yes' is not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+def suggest(given: str, allowed: Iterable[str]) -> str:
+    """`` (did you mean X?)``, or nothing where nothing is near."""
+    close = nearest(given, list(allowed), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,94 @@
+"""YAML 1.2 with the line of every key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from tutelage.errors import ConfigError
+
+Key = tuple[str | int, ...]
+Place = int | str
+"""Where a value was given: a line of the file, or an override."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: 1e-3 is a number, and 'no', 'on' and 'off' are words."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in pairs if tag not in (
+        "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp",
+    )]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$", re.I), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+"
+               r"|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)  # fmt: skip
+
+
+def _lines(node: yaml.Node | None, seen_nodes: set[int], at: Key = ()) -> Iterator[tuple[Key, int]]:
+    if node is None:
+        return
+    yield at, node.start_mark.line + 1
+    if id(node) in seen_nodes:  # an alias: what is in it has its line already
+        return
+    seen_nodes.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise ConfigError(
+                    f"{name!r} is given twice, first on line {seen[name]}",
+                    where=str(line),
+                    remedy="keep one of the two",
+                )
+            seen[name] = line
+            yield from _lines(value, seen_nodes, (*at, name))
+            yield (*at, name), line  # the key's own line wins over its value's
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield from _lines(item, seen_nodes, (*at, i))
+
+
+def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
+    """The mapping in ``text`` and the line of each of its keys.
+
+    Raises:
+        ConfigError: not YAML, not a mapping, or a key twice.
+    """
+    try:
+        raw = yaml.load(text, Loader)
+        lines = dict(_lines(yaml.compose(text, Loader), set()))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(
+            f"not YAML: {problem}", where=where, remedy="check indentation, colons and quotes near that line"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"{name}:{error.where}", remedy=error.remedy) from None
+    except RecursionError:
+        raise ConfigError("is nested too deeply", where=name, remedy="a recipe has four levels at most") from None
+    except (ValueError, AttributeError, TypeError, LookupError) as error:  # of an explicit tag, or a number too long
+        raise ConfigError(
+            f"not YAML: {error}", where=name, remedy="write values without tags such as !!int, and shorter numbers"
+        ) from None
+    if raw is None:
+        raise ConfigError("the recipe is empty", where=name, remedy="`tutelage run recipes/digits.yaml` shows one")
+    if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
+        raise ConfigError(
+            f"a recipe is a mapping of keys to values, not {'a ' + type(raw).__name__}",
+            where=name,
+            remedy="start from recipes/digits.yaml",
+        )
+    return raw, lines

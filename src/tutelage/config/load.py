@@ -1,0 +1,185 @@
+"""From YAML and overrides to a checked recipe, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tutelage.config.base import suggest
+from tutelage.config.lines import Key, Loader, Place, parse_yaml
+from tutelage.config.messages import explain, inherited, where_given
+from tutelage.config.methods import METHOD_KINDS
+from tutelage.config.schema import Recipe
+from tutelage.errors import ConfigError, nearest
+
+SHORTHANDS = {"data": "source", "teacher": "model", "student": "model", "method": "kind"}
+TRAIN_SHORTHANDS = {"optimizer": "kind", "schedule": "kind"}
+
+
+def _expand(raw: dict[str, Any]) -> None:
+    """Write shorthands out in place: ``data: digits`` is ``data: {source: digits}``."""
+
+    def expand(section: Any, table: dict[str, str]) -> None:
+        if isinstance(section, dict):
+            for key, field in table.items():
+                if isinstance(section.get(key), str):
+                    section[key] = {field: section[key]}
+
+    expand(raw, SHORTHANDS)
+    expand(raw.get("train"), TRAIN_SHORTHANDS)
+    if isinstance(raw.get("teacher"), dict):
+        expand(raw["teacher"].get("train"), TRAIN_SHORTHANDS)
+
+
+BUDGETS = {"epochs": "steps", "steps": "epochs"}
+"""Two ways to say how long: an override of one replaces the other."""
+
+
+def _override(raw: dict[str, Any], text: str) -> Key:
+    """Set what ``text`` says and return the key it set."""
+    key, equals, value = text.partition("=")
+    where = f"override {text!r}"
+    if not equals or not all(key.split(".")):
+        raise ConfigError("not of the form key=value", where=where, remedy="for example method.temperature=8")
+    try:
+        parsed = yaml.load(value, Loader)
+    except (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError, LookupError):
+        raise ConfigError("the value is not YAML", where=where, remedy="quote it: name='a: b'") from None
+    if key == "seed":
+        key, parsed = "seeds", [parsed]
+    *path, last = key.split(".")
+    section: Any = raw
+    for i, part in enumerate(path):
+        section = section.setdefault(part, {})
+        if section is None or not isinstance(section, dict):
+            raise ConfigError(
+                f"{'.'.join(path[: i + 1])!r} is not a section that holds keys",
+                where=where,
+                remedy=f"override the whole of it: {'.'.join(path[: i + 1])}=VALUE",
+            )
+    if parsed is not None and last in BUDGETS:
+        section.pop(BUDGETS[last], None)
+    section[last] = parsed
+    _expand(raw)
+    return (*path, last)
+
+
+def _has_weights(teacher: dict[str, Any]) -> bool:
+    """Whether a teacher without a checkpoint comes with weights of its own."""
+    if isinstance(teacher.get("trained"), bool):
+        return bool(teacher["trained"])
+    options = teacher.get("options")
+    options = options if isinstance(options, dict) else {}
+    return teacher["model"].startswith("hf:") or bool(options.get("pretrained") or options.get("weights"))
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        if "kind" in over and over["kind"] != base.get("kind"):
+            keep = {k: v for k, v in base.items() if k in ("lr", "weight_decay", "decay_vectors", "warmup")}
+            return {**keep, **over}
+        merged = {k: v for k, v in base.items() if not (k in BUDGETS and BUDGETS.keys() & over.keys())}
+        return {**merged, **{k: _merge(base.get(k), v) for k, v in over.items()}}
+    return over
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override, check and resolve a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` with dots between sections and a YAML value; ``seed=1`` stands for ``seeds=[1]``.
+
+    Raises:
+        ConfigError: names the file, line, key, what was given and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        close = nearest(str(path), [str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.y*ml")])
+        raise ConfigError(
+            "no such recipe",
+            where=str(path),
+            remedy=f"did you mean {close[0]}?" if close else "give the path of a YAML file",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot be read: {reason}", where=str(path), remedy="give a YAML file") from None
+    raw, lines = parse_yaml(text, str(path))
+    default_name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "recipe"
+    return build_recipe(raw, lines, name=str(path), default_name=default_name, overrides=overrides)
+
+
+def build_recipe(
+    raw: dict[str, Any],
+    lines: Mapping[Key, int] | None = None,
+    *,
+    name: str = "recipe",
+    default_name: str | None = None,
+    overrides: Iterable[str] = (),
+) -> Recipe:
+    """A checked recipe from a mapping; ``lines`` place its keys for error messages."""
+    places: dict[Key, Place] = dict(lines or {})
+    if "seed" in raw:
+        if "seeds" in raw:
+            raise ConfigError("both 'seed' and 'seeds' are given", where=where_given(name, places, ("seed",)),
+                              remedy="give one; 'seeds' takes a list")  # fmt: skip
+        raw["seeds"] = [raw.pop("seed")]
+        if ("seed",) in places:
+            places["seeds",] = places["seed",]
+    _expand(raw)
+    for text in overrides:
+        key = _override(raw, text)
+        places = {k: v for k, v in places.items() if k[: len(key)] != key}
+        places[key] = f"override {text!r}"
+    if default_name is not None:
+        raw.setdefault("name", default_name)
+    method = raw.get("method")
+    if isinstance(method, dict):
+        kind = method.setdefault("kind", "logit")
+        if not isinstance(kind, str) or kind not in METHOD_KINDS:
+            raise ConfigError(
+                f"unknown method {kind!r}{suggest(str(kind), METHOD_KINDS)}",
+                where=where_given(name, places, ("method", "kind")),
+                remedy=f"allowed: {', '.join(METHOD_KINDS)}",
+            )
+    teacher = raw.get("teacher")
+    if isinstance(teacher, dict) and teacher.get("checkpoint") is None and isinstance(teacher.get("model"), str):
+        asked = teacher.get("train")
+        if asked is not None or not _has_weights(teacher):
+            teacher["train"] = _merge(raw.get("train", {}), asked or {})
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = []
+        for details in error.errors(include_url=False):
+            if details["loc"][:1] == ("method",) and details["loc"][1:2] and details["loc"][1] in METHOD_KINDS:
+                details["loc"] = ("method", *details["loc"][2:])  # pydantic names the kind in between
+            if details["loc"][:2] == ("teacher", "train") and inherited(details, error):
+                continue
+            kind = method.get("kind") if isinstance(method, dict) else None
+            problems.append(explain(details, name, places, METHOD_KINDS.get(str(kind))))
+        raise ConfigError("\n".join(problems)) from None
+
+
+def dump_recipe(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML that :func:`load_recipe` reads back to the same."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested mappings."""
+    found: list[str] = []
+    for key in [*a, *(k for k in b if k not in a)]:
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            found += differing_keys(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found.append(f"{prefix}{key}")
+    return found

@@ -1,0 +1,307 @@
+"""The sections of a recipe but for its method, and the recipe itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
+from tutelage.config.methods import FeatureConfig, LogitConfig
+
+SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
+"""What ``data.source`` can be."""
+
+MODELS = ("convnet", "mlp", "resnet", "timm:NAME", "torchvision:NAME", "hf:ID", "package.module:callable")
+"""What ``model`` can be."""
+
+AUGMENTS = (
+    "flip", "shift", "auto-augment", "color-jitter", "erase", "grayscale", "rand-augment", "rotate",
+    "trivial-augment", "resized-crop",
+)  # fmt: skip
+"""Augmentations by name."""
+
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adadelta": ("rho", "eps"),
+    "adafactor": ("beta2_decay", "eps", "d"),
+    "adagrad": ("lr_decay", "initial_accumulator_value", "eps"),
+    "adam": ("betas", "eps", "amsgrad", "fused"),
+    "adamax": ("betas", "eps"),
+    "adamw": ("betas", "eps", "amsgrad", "fused"),
+    "asgd": ("lambd", "alpha", "t0"),
+    "nadam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay"),
+    "radam": ("betas", "eps", "decoupled_weight_decay"),
+    "rmsprop": ("alpha", "eps", "momentum", "centered"),
+    "sgd": ("momentum", "dampening", "nesterov", "fused"),
+}
+"""torch's optimizers by name, each with the options it takes beside ``lr`` and ``weight_decay``."""
+
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "cosine": ("final",),
+    "exponential": ("gamma",),
+    "linear": ("final",),
+    "multistep": ("milestones", "gamma"),
+    "onecycle": ("rise",),
+    "polynomial": ("power",),
+    "step": ("every", "gamma"),
+}
+"""Learning-rate schedules by name, each with its options. All are stepped once an optimizer step."""
+
+TRACKERS = (
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+"""Experiment trackers by the names that accelerate gives them."""
+
+
+def _source(name: str) -> str:
+    kind, _, rest = name.partition(":")
+    if name not in SOURCES[:3] and not (rest and kind in ("torchvision", "hf")):
+        raise ValueError(f"unknown source {name!r}{suggest(name, SOURCES)}; allowed: {', '.join(SOURCES)}")
+    return name
+
+
+def _model(name: str) -> str:
+    kind, _, rest = name.partition(":")
+    if name not in MODELS[:3] and not (kind and rest):
+        raise ValueError(f"unknown model {name!r}{suggest(name, MODELS)}; allowed: {', '.join(MODELS)}")
+    return name
+
+
+def _augment(entry: Any) -> Any:
+    """An entry of ``augment``, once its form and its name are known to be right."""
+    form = "an augmentation is a name, or one name with its options, as in {shift: 2}"
+    names = [entry] if isinstance(entry, str) else list(entry) if isinstance(entry, dict) else []
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise ValueError(f"{entry!r} is not an augmentation; {form}")
+    if names[0] not in AUGMENTS:
+        raise ValueError(
+            f"unknown augmentation {names[0]!r}{suggest(names[0], AUGMENTS)}; allowed: {', '.join(AUGMENTS)}"
+        )
+    return entry
+
+
+Augments = list[Annotated[Any, AfterValidator(_augment)]]
+
+
+class DataConfig(Section):
+    """What to train and evaluate on."""
+
+    source: Annotated[str, AfterValidator(_source)]
+    """``digits``, ``fashion-mnist``, ``imagefolder``, ``torchvision:NAME`` or ``hf:DATASET_ID``."""
+    path: str | None = None
+    """Folder of an ``imagefolder``, or where downloads go."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the data set's own constructor (torchvision) or ``load_dataset`` (hf)."""
+    image_column: str | None = None
+    """Column of the images, of an hf data set. Default: the one of type Image."""
+    label_column: str | None = None
+    """Column of the labels, of an hf data set. Default: the one of type ClassLabel."""
+    size: Annotated[int, Field(ge=4, le=2048)] | None = None
+    """Height and width in pixels that images are brought to. Default: as they are, or 224 for files."""
+    crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the shorter side that the centre crop of an image file keeps; 0.875 for ImageNet models."""
+    classes: list[str] | None = None
+    """Class names in the order that the teacher scores them. Default: the source's order; sorted folder names."""
+    augment: Augments = Field(default_factory=list)
+    """Augmentations of the training images, in order: ``flip``, ``{shift: 2}``, ``resized-crop`` ..."""
+    mean: Annotated[list[Fraction], Field(min_length=1)] | None = None
+    """Per channel, in [0, 1], subtracted from pixels. Default: of the source, else of the training
+    images where these are in memory, else ImageNet's."""
+    std: Annotated[list[Fraction], Field(min_length=1)] | None = None
+    """Per channel, in [0, 1]. Default: of the source, else of the training
+    images where these are in memory, else ImageNet's."""
+    labels: Count | None = None
+    """Use the labels of only this many training images, stratified by class. Default: of all."""
+    unlabeled: Literal["keep", "drop"] = "keep"
+    """Images without a label: still taught by the teacher (``keep``), or left out (``drop``)."""
+    limit: Count | None = None
+    """Use only this many training images at all, stratified by class. Default: all."""
+    validation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training images cut off for validation where the source has no such split."""
+    test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share cut off for the test where the source has no such split."""
+    split_seed: Seed = 0
+    """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that decode image files. 0: the main one."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        kind = self.source.partition(":")[0]
+        if self.options and kind not in ("torchvision", "hf"):
+            raise Misfit(f"source {self.source!r} takes no options, given {self.options}; remove them", "options")
+        for key in ("image_column", "label_column"):
+            if getattr(self, key) is not None and kind != "hf":
+                raise Misfit(f"source {self.source!r} has no columns; remove {key!r}", key)
+        if self.source == "imagefolder" and self.path is None:
+            raise ValueError(
+                "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
+            )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("'mean' and 'std' go together; give both or neither")
+        if self.std is not None and min(self.std, default=1.0) <= 0:
+            raise Misfit(f"std {self.std} has a value of 0; every one must be above 0", "std")
+        return self
+
+
+class OptimizerConfig(Section):
+    """A torch optimizer."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    kind: str = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: NotNegative = 0.0
+    decay_vectors: bool = False
+    """Decay biases and norms too, as torch does and most CIFAR and ImageNet recipes."""
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimizerConfig:
+        check_options("optimizer", self.kind, self.options, OPTIMIZERS)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What goes to the constructor beside ``lr`` and ``weight_decay``."""
+        return dict(self.model_extra or {})
+
+
+class ScheduleConfig(Section):
+    """A learning-rate schedule, with a linear warm-up before it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    kind: str = "cosine"
+    warmup: NotNegative = 0.0
+    """Below 1: share of all steps; from 1 on: number of steps."""
+
+    @model_validator(mode="after")
+    def _known(self) -> ScheduleConfig:
+        check_options("schedule", self.kind, self.options, SCHEDULES)
+        if self.kind == "onecycle" and self.warmup:
+            raise Misfit("onecycle rises by itself, for the share 'rise' of all steps; leave 'warmup' out", "warmup")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The schedule's own options."""
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(Section):
+    """How a model is trained. The teacher's own training starts from the student's settings."""
+
+    epochs: Count | None = None
+    """Passes over the training images. Give this or ``steps``; default 10 epochs."""
+    steps: Count | None = None
+    """Optimizer steps, in place of ``epochs``."""
+    batch_size: Count = 128
+    """Examples of one optimizer step, over all processes and micro-batches together."""
+    accumulate: Count = 1
+    """Micro-batches that each process cuts its share of a batch into. The gradient stays the same."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    clip: Positive | None = None
+    """Largest norm of the gradient. Default: no clipping."""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Mixed precision. Default: what ``accelerate launch`` says, else none."""
+    compile: bool = False
+    """``torch.compile`` the student."""
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay of an exponential moving average of the weights, which then is evaluated and exported."""
+    evaluate_every: Count | None = None
+    """Steps between evaluations on the validation split. Default: one epoch, or a hundredth of all steps."""
+    early_stop: Count | None = None
+    """Stop after this many evaluations without a better validation accuracy. Default: never."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints. Default: at evaluations, at most every 20 seconds."""
+    keep: Count = 2
+    """Newest checkpoints kept. Each holds the weights of the best validation so far besides."""
+    log_every: Count = 50
+    """Steps between lines of ``metrics.jsonl``."""
+    trackers: list[Literal[TRACKERS]] = Field(default_factory=list)  # type: ignore[valid-type]
+    """Experiment trackers that the metrics also go to."""
+
+    @model_validator(mode="after")
+    def _budget(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise Misfit(f"both 'epochs' ({self.epochs}) and 'steps' ({self.steps}) are given; give one", "steps")
+        if self.epochs is None and self.steps is None:
+            self.epochs = 10
+        return self
+
+
+class ModelConfig(Section):
+    """A model by name."""
+
+    model: Annotated[str, AfterValidator(_model)]
+    """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the model's constructor."""
+    checkpoint: str | None = None
+    """Weights: a safetensors file, a torch file readable with ``weights_only``, or a folder that a run exported."""
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: trained first where it has no weights of its own."""
+
+    trained: bool | None = None
+    """Whether the model comes with its weights. Default: with a ``checkpoint``, an ``hf:`` id, timm's
+    ``pretrained`` or torchvision's ``weights`` it does."""
+    train: TrainConfig | None = None
+    """Its own training, or fine-tuning where it has weights. What it leaves out is taken from the recipe's ``train``.
+    Default: none with weights, the recipe's ``train`` without."""
+    augment: Augments | None = None
+    """Augmentations of its own training. Default: those of ``data``."""
+    mode: Literal["eval", "train_bn"] = "eval"
+    """``train_bn``: normalise by the statistics of the batch, without moving the running ones."""
+
+
+class Recipe(Section):
+    """One comparison: a teacher, a student without it, the student with it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    data: DataConfig
+    teacher: TeacherConfig
+    student: ModelConfig
+    method: Annotated[LogitConfig | FeatureConfig, Field(discriminator="kind")]
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
+    baseline: bool = True
+    """Train the student alone too, with the same budget, for the comparison."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise Misfit(f"{self.seeds} holds a seed twice, and a copy adds no evidence; remove it", "seeds")
+        if self.teacher.train is not None and self.teacher.checkpoint is not None:
+            raise Misfit(
+                "teacher has both 'checkpoint' and 'train', and one with weights is not trained again; remove one",
+                "teacher",
+            )
+        for key in ("precision", "trackers") if self.teacher.train is not None else ():
+            own, shared = getattr(self.teacher.train, key), getattr(self.train, key)
+            if own != shared:
+                raise Misfit(
+                    f"teacher.train.{key} is {own!r} and train.{key} {shared!r}: it is one for the whole run; "
+                    f"set train.{key} alone",
+                    "teacher",
+                )
+        return self
+
+
+def check_options(what: str, kind: str, given: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ``ValueError`` unless ``kind`` is known and takes every option ``given``."""
+    if kind not in known:
+        raise Misfit(f"unknown {what} {kind!r}{suggest(kind, known)}; allowed: {', '.join(known)}", "kind")
+    for key in given:
+        if key not in known[kind]:
+            allowed = [
+                "kind",
+                *(["lr", "weight_decay", "decay_vectors"] if what == "optimizer" else ["warmup"]),
+                *known[kind],
+            ]
+            raise Misfit(
+                f"{what} {kind!r} has no option {key!r}{suggest(key, allowed)}; allowed: {', '.join(allowed)}", key
+            )
