@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -143,8 +143,15 @@ def fit(t: Training, accelerator: Accelerator) -> Outcome:
         Interrupted: ``t.should_stop`` said so; the state is saved.
         NumericsError: the loss is no longer finite.
         CheckpointError: the newest checkpoint is damaged.
+        ModelError: a tap that the student has no module for, or that gives nothing to learn from.
     """
-    s = _State(t, accelerator)
+    trainee = Trainee(t.student, t.method).train()
+    with closing(trainee):  # its taps leave the caller's module however the training ends
+        trainee.open()  # before anything compiles or wraps the student
+        return _train(t, accelerator, _State(t, accelerator, trainee))
+
+
+def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     s.resume()
     t.watcher.started(t.name, s.at.step, t.steps)
     per_epoch = t.batches.steps_per_epoch
@@ -172,7 +179,7 @@ def fit(t: Training, accelerator: Accelerator) -> Outcome:
 class _State:
     """What :func:`fit` keeps between steps, and the bookkeeping around them."""
 
-    def __init__(self, t: Training, accelerator: Accelerator) -> None:
+    def __init__(self, t: Training, accelerator: Accelerator, trainee: Trainee) -> None:
         self.t, self.accelerator = t, accelerator
         accelerator.gradient_state.plugin_kwargs.update(num_steps=t.config.accumulate, sync_with_dataloader=False)
         accelerator.step = 0
@@ -182,7 +189,6 @@ class _State:
         torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
         if t.config.compile:
             t.student.compile()
-        trainee = Trainee(t.student, t.method).train()
         self.trainee, prepared = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
         self.bare: Trainee = accelerator.unwrap_model(self.trainee)
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)

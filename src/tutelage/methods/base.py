@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
-from tutelage.taps import Needs, Observation, observe
+from tutelage.taps import Needs, Observation, Observer
 from tutelage.teachers.signal import Signal, Teacher
 
 
@@ -34,12 +34,13 @@ class Method(nn.Module):
 
     Attributes:
         needs: what the teacher's signal must hold; ``None`` for a method without a teacher.
-        student_needs: what must be known of the student's forward pass.
+        student_needs: what must be known of the student's forward pass; ``None`` where the method runs the
+            student itself, or not at all.
         weights: the weight of each term, by name. The engine applies it, once.
     """
 
     needs: Needs | None = Needs()
-    student_needs: Needs = Needs()
+    student_needs: Needs | None = Needs()
     weights: dict[str, float]
 
     def build(self, student: nn.Module, teacher: nn.Module, example: Batch) -> None:
@@ -78,18 +79,41 @@ class Trainee(nn.Module):
 
     Distributed wrappers, mixed precision, clipping and checkpoints see every parameter that is
     trained, and nothing of the teacher.
+
+    The student's taps are there from :meth:`open`, or the first forward, to :meth:`close`. Open it before the student
+    runs for the first time where it is compiled.
     """
 
     def __init__(self, student: nn.Module, method: Method) -> None:
         super().__init__()
         self.student = student
         self.method = method
+        self._observer: Observer | None = None
+
+    def open(self) -> None:
+        """Put the method's taps on the student, as they are needed now.
+
+        Raises:
+            ModelError: a tap of no module, or no output head.
+        """
+        self.close()
+        if self.method.student_needs is not None:
+            self._observer = Observer(self.student, self.method.student_needs)
+
+    def close(self) -> None:
+        """Take them off again."""
+        if self._observer is not None:
+            self._observer.close()
+        self._observer = None
 
     def forward(self, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """The method's terms for one batch."""
-        terms: dict[str, Term] = self.method(
-            observe(self.student, batch.inputs, self.method.student_needs), batch, signal
-        )
+        needs = self.method.student_needs
+        if needs is not None and (self._observer is None or self._observer.needs != needs):
+            self.open()
+        observer = None if needs is None else self._observer
+        seen = Observation() if observer is None else observer(batch.inputs)
+        terms: dict[str, Term] = self.method(seen, batch, signal)
         return terms
 
     # What accelerate asks of a model in order to shard it well, answered by the student.

@@ -11,7 +11,7 @@ from torch import nn
 
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
-from tutelage.taps import Needs, observe
+from tutelage.taps import Needs, Observer
 from tutelage.teachers.signal import Signal
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -22,7 +22,9 @@ class LiveTeacher:
 
     It is not an ``nn.Module`` itself, so it cannot end up in a student's parameters, state dict,
     optimizer or distributed wrapper. Whatever else switches the model to training mode, each call
-    switches it back first, so its batch statistics never move and its dropout is off.
+    switches it back first, so its batch statistics never move and its dropout is off. Its taps stay on the model
+    from the first signal that needs them to the end of this object, or :meth:`close`; whatever else runs the model
+    is not recorded.
 
     Args:
         model: any module; its parameters are frozen in place and their gradients dropped.
@@ -41,6 +43,7 @@ class LiveTeacher:
         self.model = model.requires_grad_(False).eval()
         self.model.zero_grad(set_to_none=True)  # what its own training left
         self.mode = mode
+        self._observers: dict[Needs, Observer] = {}
         self._modules = list(model.modules())
         self._norms = [m for m in self._modules if isinstance(m, _BatchNorm)]
         if mode == "train_bn" and not self._norms:
@@ -58,8 +61,15 @@ class LiveTeacher:
         if any(m.training for m in self._modules):
             self.model.eval()
         with torch.no_grad(), self._batch_statistics():
-            seen = observe(self.model, batch.inputs, needs)
+            if needs not in self._observers:
+                self._observers[needs] = Observer(self.model, needs)
+            seen = self._observers[needs](batch.inputs)
         return Signal(seen.logits, seen.hidden, seen.head)
+
+    def close(self) -> None:
+        """Take the taps off the model; the next signal puts its own on again."""
+        while self._observers:
+            self._observers.popitem()[1].close()
 
     @contextmanager
     def _batch_statistics(self) -> Iterator[None]:

@@ -88,7 +88,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     )
     for path in method.needs.hidden if method.needs else ():
         passes("teacher tap", path, lambda path=path: find(teacher.model, path))
-    for path in method.student_needs.hidden:
+    for path in method.student_needs.hidden if method.student_needs else ():
         passes("student tap", path, lambda path=path: find(student, path))
     found.append(capacity(parameters(student), parameters(teacher.model)))
     if recipe.teacher.train is None:

@@ -1,0 +1,22 @@
+"""Looking into a model while it runs: activations by module path, and its output head.
+
+Teacher and student are read by the same class, :class:`Observer`, whatever kind of model they are. Which
+activation is said by a string, such as ``layer.1``, ``layer.1@0`` or ``encoder:input[hidden_states]``;
+:mod:`tutelage.taps.tap` has the grammar.
+"""
+
+from tutelage.taps.observe import Head, Needs, Observation, Observer, logits_of, observe, output_head
+from tutelage.taps.tap import Tap, find, parse
+
+__all__ = [
+    "Head",
+    "Needs",
+    "Observation",
+    "Observer",
+    "Tap",
+    "find",
+    "logits_of",
+    "observe",
+    "output_head",
+    "parse",
+]

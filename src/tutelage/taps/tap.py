@@ -1,0 +1,175 @@
+"""What a tap says: ``PATH[@CALL][:input|:output][ITEM]...``
+
+==================================  ===================================================================
+``layer.1``                         what the module gives; of a tuple its first tensor
+``layer.1@0``, ``layer.1@-1``       the same of its first and of its last call, where it runs several times
+``layer.1:input``                   its first argument
+``layer.1:input[hidden_states]``    the argument of that name, however it is passed
+``encoder.attention[1]``            an item of a tuple or list
+``block[attn]``, ``[logits]``       an item of a dictionary or of an output class; an empty path is the model
+==================================  ===================================================================
+
+Items may follow each other: ``block[states][-1]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tutelage.errors import ModelError, nearest
+
+_TAP = re.compile(
+    r"(?P<path>[^@:\[\]]*)(?:@(?P<call>-?[0-9]+))?(?::(?P<side>input|output))?(?P<items>(?:\[[^\[\]]+\])*)"
+)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tap, taken apart.
+
+    Attributes:
+        text: as it was given.
+        path: of the module; empty for the model itself.
+        call: which of several calls, from 0, or from the end if negative; ``None`` if it runs once.
+        side: what goes in, or what comes out.
+        items: keys or indices that lead to the tensor.
+    """
+
+    text: str
+    path: str
+    call: int | None = None
+    side: Literal["input", "output"] = "output"
+    items: tuple[str, ...] = ()
+
+
+def parse(text: str) -> Tap:
+    """``text`` taken apart.
+
+    Raises:
+        ModelError: it is no tap.
+    """
+    match = _TAP.fullmatch(text)
+    if match is None:
+        raise ModelError(
+            f"cannot be read: {_fault(text)}",
+            where=f"tap {text!r}",
+            remedy="a tap is PATH[@CALL][:input|:output][ITEM]..., such as layer.1, layer.1@0, "
+            "layer.1:input[hidden_states] or attention[1]",
+        )
+    path, call, side, items = match["path"], match["call"], match["side"], match["items"]
+    return Tap(
+        text,
+        path,
+        None if call is None else int(call),
+        "input" if side == "input" else "output",
+        tuple(items[1:-1].split("][")) if items else (),
+    )
+
+
+def _fault(text: str) -> str:
+    if text.count("[") != text.count("]") or "[]" in text:
+        return "its square brackets are empty or not closed"
+    _, at, call = text.partition("@")
+    if at and not re.match(r"-?[0-9]+(?:$|[:\[])", call):
+        return "after '@' stands the number of a call"
+    _, colon, side = text.partition(":")
+    if colon and not re.match(r"(?:input|output)(?:$|[@:\[])", side):
+        return f"after ':' stands input or output, not {side.partition('[')[0]!r}"
+    return "its parts stand in another order"
+
+
+def resolve(model: nn.Module, text: str) -> tuple[Tap, nn.Module]:
+    """The tap and the module that it is on.
+
+    A name that has a special character of the grammar in it, as the keys of a ``ModuleDict`` may, is that module.
+
+    Raises:
+        ModelError: it is no tap, or there is no such module; names the three nearest.
+    """
+    try:
+        return Tap(text, text), model.get_submodule(text)
+    except AttributeError:
+        pass
+    tap = parse(text)
+    try:
+        return tap, model.get_submodule(tap.path)
+    except AttributeError:
+        names = [name for name, _ in model.named_modules() if name]
+        raise ModelError(
+            f"{type(model).__name__} has no module {tap.path!r}",
+            remedy=f"nearest: {', '.join(nearest(tap.path, names) or names[:3]) or 'none, it has no modules inside'}",
+        ) from None
+
+
+def find(model: nn.Module, tap: str) -> nn.Module:
+    """The module that ``tap`` is on.
+
+    Raises:
+        ModelError: it is no tap, or there is no such module; names the three nearest.
+    """
+    return resolve(model, tap)[1]
+
+
+# From what a module takes and gives to one tensor -----------------------------------------------------
+# All of this is traced by torch.compile as part of the model: plain Python, and a fault is a string, not raised.
+
+
+def of_output(tap: Tap, output: Any) -> Tensor | str:
+    """The tensor that ``tap`` means in what its module gave, or what is wrong."""
+    return _tensor(tap, output, tap.items)
+
+
+def of_input(tap: Tap, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Tensor | str:
+    """The tensor that ``tap`` means among the arguments of its module, or what is wrong.
+
+    Args:
+        tap: on the input.
+        args: positional arguments.
+        kwargs: arguments by name.
+        names: of the module's parameters, in order.
+    """
+    given = {**{str(i): x for i, x in enumerate(args)}, **dict(zip(names, args, strict=False)), **kwargs}
+    item = tap.items[0] if tap.items else "0"
+    if item not in given and item.isdecimal() and int(item) < len(names):
+        item = names[int(item)]
+    if item not in given and not tap.items and kwargs:
+        item = next(iter(kwargs))
+    if item not in given:
+        return f"is not passed; there is {', '.join(given) or 'nothing'}"
+    return _tensor(tap, given[item], tap.items[1:])
+
+
+def _tensor(tap: Tap, value: Any, items: Sequence[str]) -> Tensor | str:
+    for item in items:
+        inside = contents(value)
+        ordered = list(inside.values()) if isinstance(value, (tuple, list)) or hasattr(value, "to_tuple") else []
+        if item in inside:
+            value = inside[item]
+        elif _INDEX.fullmatch(item) and -len(ordered) <= int(item) < len(ordered):
+            value = ordered[int(item)]
+        else:
+            return f"has no item {item!r} in a {type(value).__name__}; it has {', '.join(inside) or 'none'}"
+    if isinstance(value, (tuple, list)) and not items:
+        value = next((x for x in value if isinstance(x, Tensor)), value)
+    if isinstance(value, Tensor):
+        return value
+    named = ", ".join(f"{tap.text}[{key}]" for key in contents(value))
+    return f"is a {type(value).__name__}, not a tensor" + (f"; tap an item of it: {named}" if named else "")
+
+
+_INDEX = re.compile("-?[0-9]+")
+
+
+def contents(value: Any) -> dict[str, Any]:
+    """The items of a tuple, list, dictionary or output class, by what stands in a tap's brackets."""
+    if isinstance(value, Mapping):
+        return {str(key): x for key, x in value.items()}
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", None) or [str(i) for i in range(len(value))]
+        return dict(zip(names, value, strict=True))
+    return {name: getattr(value, name) for name in getattr(type(value), "__dataclass_fields__", {})}
