@@ -11,10 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tutelage import config
+from tutelage import config, objectives
 from tutelage.data import views
 from tutelage.engine import optim
 from tutelage.errors import ConfigError
+from tutelage.methods import FEATURE_OBJECTIVES, SOFT_OBJECTIVES
+from tutelage.methods.links import Site
 from tutelage.models import ZOO
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -25,6 +27,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "student": config.ModelConfig,
     "method: kind: logit": config.LogitConfig,
     "method: kind: feature": config.FeatureConfig,
+    "method: kind: simkd": config.SimkdConfig,
     "method.pairs": config.PairConfig,
     "train": config.TrainConfig,
     "train.optimizer": config.OptimizerConfig,
@@ -32,9 +35,6 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 UNDOCUMENTED = {
-    "LogitConfig.alpha": "Weight of the soft labels; the hard ones have 1 - alpha.",
-    "LogitConfig.kind": "Learns from the teacher's logits.",
-    "LogitConfig.temperature": "T, of teacher and student alike.",
     "OptimizerConfig.kind": "Name of the optimizer; see the table below.",
     "OptimizerConfig.lr": "Learning rate; the highest of the schedule.",
     "OptimizerConfig.weight_decay": "Applied to weights, not to biases and norms.",
@@ -98,6 +98,24 @@ Other names: `timm:NAME` and `torchvision:NAME` (options go to the constructor),
 A teacher whose library gives it weights (`hf:ID`, timm's `pretrained`, torchvision's `weights`) is used as it is,
 unless `teacher.train` asks for fine-tuning; see
 [imagenet-resnet34-resnet18.yaml](../recipes/imagenet-resnet34-resnet18.yaml).
+"""
+
+
+ABOUT_LINKS = """\
+Weights that were published for a mean over elements are restated for objectives that sum them, so that the loss is
+the same. What an objective learns beside the student is trained along and not exported:
+
+- `hint`: a projector, where channels differ. `first: 0.3` trains on the hints alone for 30 % of the steps and then
+  goes on without them, as FitNets does.
+- `vid`: three 1x1 convolutions to the teacher's mean, and a variance for each channel.
+- `overhaul`: a 1x1 convolution and batch norm; margins come from the teacher's own batch norms. Tap what goes into an
+  activation: `layer1.1.relu@1:input`.
+- `review`: fusion modules from the deepest pair to the shallowest.
+- `factor_transfer`: a paraphraser of the teacher's feature, trained first for the `share` of the steps, and a
+  translator.
+- `crd`: a linear head for each embedding, and a memory of every training example, which resumes with the run.
+- `attention_kl` and `attention_mse` compare attention, `bert.encoder.layer.0.attention.self[1]` of a model built with
+  `attn_implementation: eager`; `value_relation` what makes values, `...attention.self.value`.
 """
 
 
@@ -180,7 +198,7 @@ def keys(cls: type[BaseModel]) -> Iterator[str]:
         ("key", "value", "default", "meaning"),
         (
             (f"`{name}`", type_words(part), default_words(cls, name), meaning(cls, name))
-            for name, part in schema["properties"].items()
+            for name, part in sorted(schema["properties"].items(), key=lambda item: item[0] != "kind")
         ),
     )
 
@@ -259,7 +277,70 @@ def schedules() -> Iterator[str]:
     )
 
 
+def soft_objectives() -> Iterator[str]:
+    """What `soft` can name."""
+    yield "### Objectives on logits: `soft`"
+    yield ""
+    yield from table(
+        ("soft", "T where none is given", "options (default)"),
+        (
+            (
+                f"`{name}`",
+                "none" if entry.temperature is None else f"{entry.temperature:g}",
+                options_of(name, entry.options),
+            )
+            for name, entry in SOFT_OBJECTIVES.items()
+        ),
+    )
+    yield "Published weights: `alpha: 1, hard: 1` for `dkd`, and for `dist`, there with `beta: 2, gamma: 2` on CIFAR."
+    yield ""
+
+
+PLACES = {
+    "activations": "maps before the last activation of each resolution that both have",
+    "embedding": "what goes into the output heads",
+    "last": "the last feature map of both",
+    "named": "to be named",
+    "stages": "the last maps of each resolution that both have",
+}
+
+
+def feature_objectives() -> Iterator[str]:
+    """What `objective` can name."""
+    yield "### Objectives on features: `objective`"
+    yield ""
+    student, teacher = (2, 8, 8, 8), (2, 16, 8, 8)
+    site = Site("student", "teacher", student, teacher, False)
+    rows = []
+    for name, entry in FEATURE_OBJECTIVES.items():
+        weight = f"{entry.weight(site, {}):.4g}" if callable(entry.weight) else f"{entry.weight:g}"
+        if callable(entry.weight) and name != "pkt":
+            weight += " for 16 channels of 8x8"
+        rows.append((
+            f"`{name}`", PLACES[entry.where], options_of(name, entry.options), f"{weight} ({entry.source})",
+        ))  # fmt: skip
+    yield from table(("objective", "`pairs: auto`", "options (default)", "weight where none is given (whose)"), rows)
+    yield ABOUT_LINKS
+
+
+OF_LINKS = {
+    "crd": {"negatives": "16384", "width": "128", "momentum": "0.5"},
+    "factor_transfer": {"rate": "0.5", "share": "0.1"},
+    "review": {"width": "the student's, at most 512"},
+}
+"""Defaults of options that the link takes and not the function."""
+
+
+def options_of(name: str, options: Iterable[str]) -> str:
+    """Options of an objective with their defaults."""
+    known = inspect.signature(getattr(objectives, name)).parameters
+    own = OF_LINKS.get(name, {})
+    return ", ".join(f"`{o}` ({own[o] if o in own else json.dumps(known[o].default)})" for o in options) or "–"
+
+
 AFTER = {
+    "method: kind: logit": soft_objectives,
+    "method: kind: feature": feature_objectives,
     "data": augmentations,
     "student": models,
     "train.optimizer": optimizers,

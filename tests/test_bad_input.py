@@ -168,7 +168,7 @@ VALUES = [
     Case("negative", ["recipe.yaml:11", "train.steps", "-2", "greater than or equal to 1"],
          {"steps: 2": "steps: -2"}),
     Case("zero-batch", ["recipe.yaml:12", "train.batch_size", "given 0"], {"batch_size: 50": "batch_size: 0"}),
-    Case("alpha-above-1", ["recipe.yaml:9", "method.alpha", "1.5", "less than or equal to 1"],
+    Case("alpha-above-1", ["recipe.yaml:9", "alpha: 1.5 leaves -0.5 for the labels", "give at most 1"],
          {"alpha: 0.5": "alpha: 1.5"}),
     Case("temperature-0", ["recipe.yaml:9", "method.temperature", "greater than 0"],
          {"temperature: 2": "temperature: 0"}),

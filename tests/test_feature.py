@@ -14,8 +14,9 @@ from tutelage import api, config, objectives
 from tutelage.config import build_recipe, dump_recipe
 from tutelage.data import Batch
 from tutelage.engine.checkpoint import load_checkpoint, newest
-from tutelage.errors import ConfigError, Interrupted, ModelError
-from tutelage.methods import FEATURE_OBJECTIVES, FeatureMethod, Method, built
+from tutelage.errors import CapabilityError, ConfigError, Interrupted, ModelError
+from tutelage.methods import FEATURE_OBJECTIVES, SOFT_OBJECTIVES, FeatureMethod, Method, built
+from tutelage.methods.links import Compared
 from tutelage.models.small import ConvNet
 from tutelage.students import PROJECTORS
 from tutelage.taps import observe
@@ -43,26 +44,33 @@ def batch(n: int = 6) -> Batch:
 
 def test_schema_and_registry_name_the_same() -> None:
     assert {k: v.options for k, v in FEATURE_OBJECTIVES.items()} == config.FEATURE_OBJECTIVES
+    assert {k: v.options for k, v in SOFT_OBJECTIVES.items()} == config.SOFT_OBJECTIVES
+    assert {k: v.temperature for k, v in SOFT_OBJECTIVES.items()} == config.SOFT_TEMPERATURES
     assert set(config.PROJECTORS) == set(PROJECTORS)
 
 
-@pytest.mark.parametrize("name", list(FEATURE_OBJECTIVES))
+PLAIN = [name for name, entry in FEATURE_OBJECTIVES.items() if issubclass(entry.link, Compared)]
+PAIRS = [{"student": f"stages.{i}", "teacher": f"stages.{i}"} for i in range(2)]
+
+
+@pytest.mark.parametrize("name", [n for n in PLAIN if not n.startswith(("attention_mse", "attention_kl", "value"))])
 def test_a_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     torch.manual_seed(1)
     student, teacher, b = net(4, 8).eval(), net(6, 12).eval(), batch()
     mask = torch.tensor([True, True, False, True, True, False])
     b = Batch(b.inputs, b.labels, mask=mask)
-    method = built(FeatureMethod(objective=name, weight=3.0), student, teacher, b, seed=0)
+    method = built(FeatureMethod(PAIRS, objective=name, weight=3.0), student, teacher, b, seed=0)
+    projects = name == "hint"
     terms = method(observe(student, b.inputs, method.student_needs), b, LiveTeacher(teacher).signal(b, method.needs))
     assert set(terms) == set(method.counts(b)) == set(method.weights)
     for i, stage in enumerate(("stages.0", "stages.1")):
         term = terms[f"{name}({stage})"]
         assert int(term.count) == int(method.counts(b)[f"{name}({stage})"]) == 4
         s, t = (m.stages[: i + 1](b.inputs[mask]) for m in (student, teacher))
-        if FEATURE_OBJECTIVES[name].projects:
-            s = method.projectors[i](s, t)
+        if projects:
+            s = method.hidden.links[i].projector(s, t)
         torch.testing.assert_close(term.sum / term.count, getattr(objectives, name)(s, t), rtol=1e-4, atol=1e-6)
-    assert bool(list(method.parameters())) == FEATURE_OBJECTIVES[name].projects
+    assert bool(list(method.parameters())) == projects
 
 
 def test_padding_is_no_token() -> None:
@@ -102,10 +110,17 @@ def test_the_formula_names_every_term_and_the_seed_every_projector() -> None:
         ({"pairs": [{"student": "stages.1", "teacher": "x"}]}, ModelError, r"pairs\[0\].teacher"),
         ({"pairs": [{"student": "head", "teacher": "stages.1"}]}, ModelError, "from a vector to a map"),
         ({"pairs": [{"student": "head", "teacher": "head", "objective": "nst"}]}, ModelError, "feature maps"),
+        ({"pairs": [{"student": "head", "teacher": "head", "objective": "attention_kl"}]}, ModelError, "attention"),
         ({"objective": "hnt"}, ConfigError, "did you mean 'hint'"),
         ({"objective": "nst", "options": {"kernel": "cubic"}}, ConfigError, "linear"),
         ({"objective": "hint", "options": {"kernel": "linear"}}, ConfigError, "no option 'kernel'"),
-        ({"objective": "pkt", "projector": "mlp"}, ConfigError, "no projector"),
+        ({"objective": "pkt", "projector": "mlp"}, ConfigError, "takes no projector"),
+        ({"objective": "crd"}, CapabilityError, "no ids"),
+        ({"objective": "crd", "options": {"negatives": 0}}, ConfigError, "above 0"),
+        ({"objective": "factor_transfer", "options": {"share": 1.5}}, ConfigError, "between 0 and 1"),
+        ({"objective": "review", "options": {"levels": [0.5]}}, ConfigError, "whole number"),
+        ({"objective": "vid", "options": {"variant": "mine"}}, ConfigError, "allowed are"),
+        ({"first": 1.0}, ConfigError, "share of all steps"),
         ({"pairs": []}, ConfigError, "empty"),
     ],
 )  # fmt: skip
@@ -156,8 +171,8 @@ def test_a_recipe_runs_and_what_it_exports_has_no_trace(tmp_path: Path) -> None:
     folder = newest(found.path / "checkpoints" / "distilled-seed0")
     assert folder is not None
     saved = load_checkpoint(folder)
-    assert "method.projectors.1.body.weight" in saved["model"]
-    assert any("projectors.1.body.weight" in name for name in saved["optimizer"]["state"])
+    assert "method.hidden.links.1.projector.body.weight" in saved["model"]
+    assert any("links.1.projector.body.weight" in name for name in saved["optimizer"]["state"])
 
 
 def distil(out: Path, die_at: int | None = None, **options: Any) -> tutelage.Run:

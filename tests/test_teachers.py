@@ -74,7 +74,7 @@ def test_memory_gives_the_live_logits_by_sample_whatever_the_order() -> None:
 def test_memory_refuses_other_samples_other_views_and_other_needs() -> None:
     data = load_images("digits", limit=50, augment=["flip"])
     memory = MemoryTeacher(LiveTeacher(network()), InOrder(data.train))
-    with pytest.raises(CapabilityError, match="no logits are remembered"):
+    with pytest.raises(CapabilityError, match="nothing is remembered"):
         memory.signal(data.test.fetch(torch.arange(4)), Needs())
     with pytest.raises(CapabilityError, match="another view"):
         memory.signal(data.train.fetch(torch.arange(4), torch.arange(4)), Needs())
@@ -90,3 +90,18 @@ def test_memory_refuses_an_id_that_stands_for_two_samples() -> None:
     twice = batch()
     with pytest.raises(CapabilityError, match="same id"):
         MemoryTeacher(LiveTeacher(network()), [twice, twice])
+
+
+def test_hidden_states_are_remembered_row_by_row() -> None:
+    data = load_images("digits", limit=50)
+    live, needs = LiveTeacher(network()), Needs(hidden=("stages.0", "head:input"))
+    memory = MemoryTeacher(live, InOrder(data.train, batch_size=7), needs=needs)
+    rows = torch.tensor([31, 4, 18])
+    batch = data.train.fetch(rows)
+    said, expected = memory.signal(batch, needs), live.signal(batch, needs)
+    torch.testing.assert_close(said.dense(), expected.dense())
+    for tap in needs.hidden:
+        torch.testing.assert_close(said.hidden[tap], expected.hidden[tap])
+    assert memory.signal(batch, Needs(logits=False, hidden=("stages.0",))).logits is None
+    with pytest.raises(CapabilityError, match=r"stages\.1 of the teacher is not remembered"):
+        memory.signal(batch, Needs(hidden=("stages.1",)))

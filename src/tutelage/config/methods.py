@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tutelage.config.base import Fraction, Misfit, NotNegative, Positive, Section, suggest
+from tutelage.config.base import Misfit, NotNegative, Positive, Section, suggest
 
+SOFT_OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "dist": ("beta", "gamma"),
+    "dkd": ("alpha", "beta"),
+    "js": ("beta",),
+    "kd": ("standardize",),
+    "mlkd": ("temperatures", "instance", "batch", "classes"),
+    "mse": (),
+    "reverse_kl": (),
+    "skew_kl": ("alpha", "reverse"),
+    "soft_cross_entropy": (),
+    "tvd": (),
+}
+"""Objectives on logits by name, each with its options."""
 
-class LogitConfig(Section):
-    """Soft labels of Hinton et al.: alpha * T^2 * KL(p_T || p_S) + (1 - alpha) * CE."""
-
-    kind: Literal["logit"] = "logit"
-    temperature: Positive = 4.0
-    alpha: Fraction = 0.9
-
+SOFT_TEMPERATURES: dict[str, float | None] = {
+    "dist": 1.0, "dkd": 4.0, "js": 1.0, "kd": 4.0, "mlkd": None, "mse": None, "reverse_kl": 1.0, "skew_kl": 1.0,
+    "soft_cross_entropy": 4.0, "tvd": 1.0,
+}  # fmt: skip
+"""T of each where none is given; none for those that take none."""
 
 FEATURE_OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "attention_kl": ("heads", "inputs", "temperature"),
+    "attention_mse": ("heads",),
     "attention_transfer": ("variant",),
     "correlation": ("gamma", "order"),
+    "crd": ("negatives", "temperature", "variant", "width", "momentum"),
+    "factor_transfer": ("rate", "share", "variant"),
     "hint": (),
     "nst": ("kernel",),
+    "overhaul": (),
     "pkt": ("variant",),
+    "review": ("levels", "width"),
     "rkd_angle": (),
     "rkd_distance": (),
     "similarity": (),
+    "value_relation": ("heads", "temperature"),
+    "vid": ("variant",),
 }
 """Objectives on a pair of hidden states by name, each with its options."""
 
@@ -33,24 +53,76 @@ PROJECTORS = ("auto", "conv1x1", "identity", "linear", "mlp")
 """Kinds of projectors."""
 
 
-def _objective(name: str) -> str:
-    if name not in FEATURE_OBJECTIVES:
-        raise ValueError(
-            f"unknown objective {name!r}{suggest(name, FEATURE_OBJECTIVES)}; allowed: {', '.join(FEATURE_OBJECTIVES)}"
-        )
-    return name
+def _known(what: str, table: Mapping[str, Any]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"unknown {what} {name!r}{suggest(name, table)}; allowed: {', '.join(table)}")
+        return name
+
+    return AfterValidator(check)
 
 
-FeatureObjective = Annotated[str, AfterValidator(_objective)]
+FeatureObjective = Annotated[str, _known("objective", FEATURE_OBJECTIVES)]
+
+
+class SoftConfig(Section):
+    """Soft labels beside hard ones: what every method has."""
+
+    temperature: Positive | None = None
+    """T, of teacher and student alike. Default: 4 for ``dkd``, ``kd`` and ``soft_cross_entropy``, else 1; ``mse``
+    and ``mlkd`` have none."""
+    alpha: NotNegative = 0.9
+    """Weight of the soft labels; at most 1 unless ``hard`` is given."""
+    hard: NotNegative | None = None
+    """Weight of the hard labels. Default: 1 - alpha."""
+    soft: Annotated[str, _known("soft objective", SOFT_OBJECTIVES)] = "kd"
+    """How the soft labels are compared: ``dist``, ``dkd``, ``js``, ``kd``, ``mlkd``, ``mse``, ``reverse_kl``,
+    ``skew_kl``, ``soft_cross_entropy`` or ``tvd``."""
+    soft_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of that: ``alpha`` and ``beta`` of dkd, ``standardize`` of kd, ``beta`` and ``gamma`` of dist ..."""
+
+    @model_validator(mode="after")
+    def _weighed(self) -> SoftConfig:
+        if self.hard is None and self.alpha > 1:
+            raise Misfit(
+                f"alpha: {self.alpha:g} leaves {1 - self.alpha:g} for the labels; give at most 1, or 'hard' too",
+                "alpha",
+            )
+        check_known_options(self.soft, self.soft_options, SOFT_OBJECTIVES, "soft_options")
+        usual = SOFT_TEMPERATURES[self.soft]
+        if self.temperature is not None and usual is None:
+            raise Misfit(f"{self.soft} has no temperature, given {self.temperature:g}; leave it out", "temperature")
+        self.temperature = self.temperature or usual
+        return self
+
+
+def check_known_options(
+    name: str, options: Mapping[str, Any], table: Mapping[str, tuple[str, ...]], key: str
+) -> None:
+    """Raise :class:`Misfit` where ``options`` holds one that ``name`` does not take."""
+    for option in options:
+        if option not in table[name]:
+            raise Misfit(
+                f"{name} has no option {option!r}{suggest(option, table[name])}; "
+                f"its options: {', '.join(table[name]) or 'none'}",
+                key,
+            )
+
+
+class LogitConfig(SoftConfig):
+    """Soft labels of Hinton et al.: alpha * T^2 * KL(p_T || p_S) + (1 - alpha) * CE; or others on logits."""
+
+    kind: Literal["logit"] = "logit"
+    """Learns from the teacher's logits."""
 
 
 class PairConfig(Section):
     """Two modules whose outputs are compared. What it leaves out is taken from the method."""
 
     student: str
-    """Path of a module of the student, such as ``stages.1``."""
+    """Tap of the student, such as ``stages.1``; ``head:input`` for what goes into a module."""
     teacher: str
-    """Path of a module of the teacher."""
+    """Tap of the teacher."""
     objective: FeatureObjective | None = None
     """What compares them."""
     weight: NotNegative | None = None
@@ -71,44 +143,54 @@ def _pairs(given: Any) -> Any:
     return given
 
 
-class FeatureConfig(Section):
+class FeatureConfig(SoftConfig):
     """Hidden states beside soft labels: alpha * kd + (1 - alpha) * ce + an objective over pairs, weighted."""
 
     kind: Literal["feature"]
-    """Matches hidden states of teacher and student, through projectors where the objective needs them."""
-    temperature: Positive = 4.0
-    """T, of teacher and student alike."""
-    alpha: Fraction = 0.9
-    """Weight of the soft labels; the hard ones have 1 - alpha."""
+    """Matches hidden states of teacher and student, through what the objective learns for that."""
     pairs: Annotated[list[PairConfig] | None, BeforeValidator(_pairs)] = None
-    """``auto``, the default: the last feature maps of every resolution that both models have. Or a list of
-    ``{student: PATH, teacher: PATH}``, each with ``objective``, ``weight``, ``projector``, ``norm`` and ``options``
-    of its own where wanted."""
+    """``auto``, the default: what the objective's paper compares, as the table of objectives below says. Or a list of
+    ``{student: TAP, teacher: TAP}``, each with ``objective``, ``weight``, ``projector``, ``norm`` and ``options``
+    of its own where wanted. ``tutelage taps RECIPE`` lists what there is to tap."""
     objective: FeatureObjective = "hint"
-    """``attention_transfer``, ``correlation``, ``hint``, ``nst``, ``pkt``, ``rkd_angle``, ``rkd_distance`` or
-    ``similarity``."""
-    weight: NotNegative = 1.0
-    """Weight of each pair. Papers use about 100 for ``hint``, 25 and 50 for ``rkd_distance`` and ``rkd_angle``."""
+    """One of the table of objectives below."""
+    weight: NotNegative | None = None
+    """Weight of each pair. Default: the published one of the objective, as the run prints it."""
     projector: Literal[PROJECTORS] = "auto"  # type: ignore[valid-type]
     """Brings the student's feature to the teacher's channels, for ``hint``. ``auto``: a linear one (``conv1x1`` on
     maps) where they differ. Sizes are matched by pooling or interpolation."""
     norm: bool = False
     """Batch norm after the projector."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the objective: ``variant`` of attention_transfer and pkt, ``kernel`` of nst, ``gamma`` and
-    ``order`` of correlation."""
+    """Options of the objective, as in the table below."""
+    first: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of all steps in which the pairs alone are learned, up to the tapped modules; the rest then goes without
+    them. The two stages of FitNets, each with its own optimizer and schedule. Default 0: both together."""
 
     @model_validator(mode="after")
-    def _known(self) -> FeatureConfig:
-        chosen = [(self.objective, self.options)]
-        chosen += [(pair.objective or self.objective, pair.options) for pair in self.pairs or []]
-        for name, options in chosen:
-            for key in options:
-                if key not in FEATURE_OBJECTIVES[name]:
-                    allowed = ", ".join(FEATURE_OBJECTIVES[name]) or "none"
-                    raise Misfit(f"{name} has no option {key!r}; its options: {allowed}", "options")
+    def _taken(self) -> FeatureConfig:
+        check_known_options(self.objective, self.options, FEATURE_OBJECTIVES, "options")
+        for pair in self.pairs or []:
+            check_known_options(pair.objective or self.objective, pair.options, FEATURE_OBJECTIVES, "pairs")
         return self
 
 
-METHOD_KINDS: dict[str, type[Section]] = {"feature": FeatureConfig, "logit": LogitConfig}
+class SimkdConfig(SoftConfig):
+    """SimKD: the student's features, projected, go through the teacher's own classifier."""
+
+    kind: Literal["simkd"]
+    """The student gets a projector and the teacher's classifier in place of its own head, and exports with them."""
+    alpha: NotNegative = 0.0
+    """Weight of the soft labels beside it. Default 0, as in the paper."""
+    hard: NotNegative | None = 0.0
+    """Weight of the hard labels beside it. Default 0, as in the paper."""
+    weight: NotNegative = 1.0
+    """Weight of the squared distance to the teacher's features."""
+    factor: Annotated[int, Field(ge=1)] = 2
+    """By how much the projector's middle layer is narrower than the teacher's features."""
+    variant: Literal["authors", "paper"] = "authors"
+    """``authors``: mean over elements, to which the published numbers and weight 1 belong; ``paper``: their sum."""
+
+
+METHOD_KINDS: dict[str, type[Section]] = {"feature": FeatureConfig, "logit": LogitConfig, "simkd": SimkdConfig}
 """Every method that a recipe can name, with its options."""

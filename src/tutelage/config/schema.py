@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
-from tutelage.config.methods import FeatureConfig, LogitConfig
+from tutelage.config.methods import FeatureConfig, LogitConfig, SimkdConfig
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
 """What ``data.source`` can be."""
@@ -264,7 +264,7 @@ class Recipe(Section):
     data: DataConfig
     teacher: TeacherConfig
     student: ModelConfig
-    method: Annotated[LogitConfig | FeatureConfig, Field(discriminator="kind")]
+    method: Annotated[LogitConfig | FeatureConfig | SimkdConfig, Field(discriminator="kind")]
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""

@@ -61,6 +61,11 @@ class Batches(Protocol):
 
     steps_per_epoch: int
 
+    @property
+    def ids(self) -> Tensor | None:
+        """The sample ids of an epoch, where samples have any."""
+        ...
+
     def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
         ...
@@ -92,6 +97,11 @@ class PlannedBatches:
             )
         self.data, self.batch_size, self.seed, self.workers = data, batch_size, seed, workers
         self.steps_per_epoch = len(self.cut(torch.arange(len(data))))
+
+    @property
+    def ids(self) -> Tensor:
+        """One number for each sample."""
+        return self.data.ids
 
     def cut(self, rows: Tensor) -> list[Tensor]:
         """The rows of each step. A last one all by itself joins the others: batch norm cannot train on it."""
@@ -224,6 +234,16 @@ class LoaderBatches:
         if self.steps_per_epoch == 0:
             raise DataError("the loader yields no batches", remedy="check its data set and drop_last")
         self.loader, self.seed, self.to_batch = loader, seed, to_batch
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The sample ids of an epoch, found by one pass; ``None`` where batches have none."""
+        found = []
+        for (batch,) in self.epoch(0, Share()):
+            if batch.ids is None:
+                return None
+            found.append(batch.ids)
+        return torch.cat(found).unique()
 
     def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""

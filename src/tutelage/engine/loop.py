@@ -128,11 +128,13 @@ class Outcome:
     Attributes:
         last: weights after the last step, by name, on the CPU. Only the main process of several has any.
         best: weights at the best validation; ``last`` where there was none.
+        method: what the method has learned, after the last step.
         progress: where it ended.
     """
 
     last: dict[str, Tensor]
     best: dict[str, Tensor]
+    method: dict[str, Tensor]
     progress: Progress
 
 
@@ -170,6 +172,7 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
             s.optimizer.step()
             s.schedule.step()
             s.optimizer.zero_grad()
+            s.bare.method.after_step()
             s.after_step()
             if s.at.step >= t.steps or s.at.stopped_early:
                 break
@@ -448,8 +451,9 @@ class _State:
         with self.averaged():
             last = checkpoint.full_model_state(self.trainee)
         self.accelerator.free_memory()
-        return Outcome(_of_student(last), _of_student(self.best if self.best is not None else last), self.at)
+        best = self.best if self.best is not None else last
+        return Outcome(_part(last, "student."), _part(best, "student."), _part(last, "method."), self.at)
 
 
-def _of_student(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

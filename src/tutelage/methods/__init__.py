@@ -1,21 +1,28 @@
 """Methods: what is the loss of this batch."""
 
-from tutelage.methods.base import Method, Term, Trainee, built, check_capabilities
-from tutelage.methods.feature import FEATURE_OBJECTIVES, FeatureMethod
-from tutelage.methods.logit import LogitMethod, SupervisedMethod
+from tutelage.methods.base import Method, Phase, Term, Trainee, adapted, built, check_capabilities
+from tutelage.methods.feature import FeatureMethod, PairsMethod
+from tutelage.methods.links import FEATURE_OBJECTIVES
+from tutelage.methods.logit import SOFT_OBJECTIVES, LogitMethod, SupervisedMethod
+from tutelage.methods.simkd import SimkdMethod
 
-METHODS: dict[str, type[Method]] = {"feature": FeatureMethod, "logit": LogitMethod}
+METHODS: dict[str, type[Method]] = {"feature": FeatureMethod, "logit": LogitMethod, "simkd": SimkdMethod}
 """Every method that a recipe can name. ``tutelage.config.METHOD_KINDS`` has their options."""
 
 __all__ = [
     "FEATURE_OBJECTIVES",
     "METHODS",
+    "SOFT_OBJECTIVES",
     "FeatureMethod",
     "LogitMethod",
     "Method",
+    "PairsMethod",
+    "Phase",
+    "SimkdMethod",
     "SupervisedMethod",
     "Term",
     "Trainee",
+    "adapted",
     "built",
     "check_capabilities",
 ]

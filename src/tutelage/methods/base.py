@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -34,20 +36,42 @@ class Method(nn.Module):
 
     Attributes:
         needs: what the teacher's signal must hold; ``None`` for a method without a teacher.
-        student_needs: what must be known of the student's forward pass; ``None`` where the method runs the
-            student itself, or not at all.
+        student_needs: what must be known of the student's forward pass; ``None`` where the student is not run.
         weights: the weight of each term, by name. The engine applies it, once.
+        needs_ids: whether :meth:`build` needs the sample ids of the training data.
     """
 
     needs: Needs | None = Needs()
     student_needs: Needs | None = Needs()
     weights: dict[str, float]
+    needs_ids: bool = False
 
-    def build(self, student: nn.Module, teacher: nn.Module, example: Batch) -> None:
+    def adapt(self, student: nn.Module, teacher: nn.Module, example: Batch) -> nn.Module:
+        """The module that is trained and exported. Default: the student as it is.
+
+        Raises:
+            ModelError: the models do not go together.
+        """
+        return student
+
+    def build(self, student: nn.Module, teacher: nn.Module, example: Batch, ids: Tensor | None = None) -> None:
         """Make what depends on the models, such as projectors; called once, before anything is trained.
 
         Neither model may be changed. Use :func:`built`, which makes the initialisation a function of a seed.
+
+        Args:
+            student: what :meth:`adapt` returned.
+            teacher: it may not be trained yet.
+            example: a few samples.
+            ids: ``[M]``, the sample ids of the training data, where they are known.
         """
+
+    def phases(self) -> Sequence[Phase]:
+        """What is trained first, in this order, each with an optimizer and a schedule of its own."""
+        return ()
+
+    def after_step(self) -> None:
+        """Called after each optimizer step, before any evaluation or checkpoint."""
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """How many positions each term averages over; known before any forward pass.
@@ -66,12 +90,38 @@ class Method(nn.Module):
         return " + ".join(f"{weight:g} * {name}" for name, weight in self.weights.items())
 
 
-def built(method: Method, student: nn.Module, teacher: nn.Module, example: Batch, seed: int) -> Method:
+class Phase(NamedTuple):
+    """A training that comes before a method's own."""
+
+    name: str
+    """Of this training, beside the method's."""
+    share: float
+    """Of all steps."""
+    method: Method
+    """Shares with the method what it trains. Whatever of the student its loss does not reach stays as it is."""
+
+
+def built(
+    method: Method, student: nn.Module, teacher: nn.Module, example: Batch, seed: int, ids: Tensor | None = None
+) -> Method:
     """``method``, fitted to the models; what it initialises is a function of ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed + 1) * 2_654_435_761 & (2**63 - 1))  # another stream than the student's own
-        method.build(student, teacher, example)
+    with _stream(seed):
+        method.build(student, teacher, example, ids)
     return method
+
+
+def adapted(method: Method, student: nn.Module, teacher: nn.Module, example: Batch, seed: int) -> nn.Module:
+    """What ``method`` trains and exports for ``student``; what it adds is a function of ``seed`` alone."""
+    with _stream(seed):
+        return method.adapt(student, teacher, example)
+
+
+@contextmanager
+def _stream(seed: int) -> Iterator[None]:
+    """Random numbers by ``seed``, of another stream than the student's own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed + 1) * 2_654_435_761 & (2**63 - 1))
+        yield
 
 
 class Trainee(nn.Module):

@@ -3,104 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
 from tutelage.data.batch import Batch
-from tutelage.errors import ConfigError, ModelError, nearest
-from tutelage.methods.base import Method, Term
+from tutelage.errors import ConfigError, ModelError, TutelageError, nearest
+from tutelage.methods.base import Method, Phase, Term
+from tutelage.methods.links import FEATURE_OBJECTIVES, Compared, Link, Setting, Site, Where, token_positions
 from tutelage.methods.logit import LogitMethod
-from tutelage.students import build_projector, feature_shapes, stages
+from tutelage.students import before_activations, embedding, feature_shapes, stages
 from tutelage.students.projectors import Shape
 from tutelage.taps import Needs, Observation, find
 from tutelage.teachers.signal import Signal
 
-
-@dataclass(frozen=True)
-class Objective:
-    """An objective on a pair of features.
-
-    Attributes:
-        loss: the function of tensors.
-        options: what it takes beside tensors.
-        projects: whether the student's feature must first have the shape of the teacher's.
-        relation: whether it compares the examples of a batch with each other.
-        maps: whether it is for feature maps only.
-    """
-
-    loss: Callable[..., Tensor]
-    options: tuple[str, ...] = ()
-    projects: bool = False
-    relation: bool = False
-    maps: bool = False
+Pairs = Literal["auto"] | Sequence[Mapping[str, Any]] | None
 
 
-FEATURE_OBJECTIVES: dict[str, Objective] = {
-    "attention_transfer": Objective(objectives.attention_transfer, ("variant",), maps=True),
-    "correlation": Objective(objectives.correlation, ("gamma", "order"), relation=True),
-    "hint": Objective(objectives.hint, projects=True),
-    "nst": Objective(objectives.nst, ("kernel",), maps=True),
-    "pkt": Objective(objectives.pkt, ("variant",), relation=True),
-    "rkd_angle": Objective(objectives.rkd_angle, relation=True),
-    "rkd_distance": Objective(objectives.rkd_distance, relation=True),
-    "similarity": Objective(objectives.similarity, relation=True),
-}
-"""Every objective that a pair can name. ``tutelage.config.FEATURE_OBJECTIVES`` has their options."""
-
-
-@dataclass(frozen=True)
-class _Pair:
-    name: str
-    student: str
-    teacher: str
-    objective: Objective
-    options: dict[str, Any]
-    tokens: bool
-
-
-class FeatureMethod(Method):
-    r"""Pairs of hidden states beside soft and hard labels: :class:`LogitMethod` plus a weighted sum of objectives.
-
-    Each pair is a term named for its objective and the student's module, as ``hint(stages.1)``. Where an objective
-    compares element by element, the student's feature goes through a projector first, which is trained along.
-    An objective on relations compares the examples of a micro-batch: for it the split of a batch does matter.
+class PairsMethod(Method):
+    """Pairs of hidden states and nothing else: what :class:`FeatureMethod` adds to soft and hard labels.
 
     Args:
-        pairs: a list of ``{student: path, teacher: path}``, each with ``objective``, ``weight``, ``projector``,
-            ``norm`` and options of the objective where they differ from those below; or ``auto``, which pairs the
-            last feature maps of each resolution that both models have.
-        temperature: T of the soft labels.
-        alpha: weight of the soft labels; the hard ones have 1 - alpha.
-        objective: one of :data:`FEATURE_OBJECTIVES`.
-        weight: of each pair.
-        projector: one of :data:`tutelage.students.PROJECTORS`.
-        norm: batch norm in the projector.
+        pairs: a list of ``{student: TAP, teacher: TAP}``, each with what of the following it has of its own;
+            or ``auto``.
+        shared: ``objective``, ``weight``, ``projector``, ``norm`` of each pair.
         options: of the objective.
 
     Raises:
         ConfigError: unknown objective, option or value.
     """
 
-    def __init__(
-        self,
-        pairs: Literal["auto"] | Sequence[Mapping[str, Any]] | None = "auto",
-        temperature: float = 4.0,
-        alpha: float = 0.9,
-        *,
-        objective: str = "hint",
-        weight: float = 1.0,
-        projector: str = "auto",
-        norm: bool = False,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, pairs: Pairs, shared: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.logit = LogitMethod(temperature, alpha)
-        self.weights = dict(self.logit.weights)
-        shared = {"objective": objective, "weight": weight, "projector": projector, "norm": norm}
         self.auto = pairs is None or pairs == "auto"
         given: Sequence[Mapping[str, Any]] = [{}] if self.auto else pairs  # type: ignore[assignment]
         if not given:
@@ -108,20 +43,26 @@ class FeatureMethod(Method):
         self.given = []
         for i, pair in enumerate(given):
             own = {k: v for k, v in pair.items() if v is not None}
-            inherited = options or {} if own.get("objective", objective) == objective else {}
+            inherited = options or {} if own.get("objective", shared["objective"]) == shared["objective"] else {}
             plain = {k: v for k, v in own.items() if k != "options"}
             self.given.append({**shared, **inherited, **own.get("options", {}), **plain})
             _check(self.given[-1], f"method.pairs[{i}]", paths=not self.auto)
-        self.projectors = nn.ModuleList()
-        self.pairs: list[_Pair] = []
+        self.needs_ids = any(FEATURE_OBJECTIVES[p["objective"]].link.needs_ids for p in self.given)
+        self.links = nn.ModuleList()
+        self.names: list[str] = []
+        self.weights = {}
 
-    def build(self, student: nn.Module, teacher: nn.Module, example: Batch) -> None:
-        """Find the pairs in both models, and make the projectors that lead from one to the other.
+    def build(self, student: nn.Module, teacher: nn.Module, example: Batch, ids: Tensor | None = None) -> None:
+        """Find the pairs in both models, and make the links that lead from one to the other.
 
         Raises:
-            ModelError: unknown path, or features that do not go together.
+            ModelError: unknown tap, or features that do not go together.
         """
-        given = _matched(self.given[0], student, teacher, example) if self.auto else self.given
+        given = self.given
+        if self.auto:
+            where = FEATURE_OBJECTIVES[given[0]["objective"]].where
+            found = MATCHES[where](student, teacher, example)
+            given = [{**given[0], "student": mine, "teacher": theirs} for mine, theirs in found]
         for i, pair in enumerate(given):
             for who, model in (("student", student), ("teacher", teacher)):
                 try:
@@ -130,29 +71,28 @@ class FeatureMethod(Method):
                     raise ModelError(error.what, where=f"method.pairs[{i}].{who}", remedy=error.remedy) from None
         mine = feature_shapes(student, example, [p["student"] for p in given])
         theirs = feature_shapes(teacher, example, [p["teacher"] for p in given])
-        self.pairs, self.projectors, self.weights = [], nn.ModuleList(), dict(self.logit.weights)
-        for i, pair in enumerate(given):
-            options = {k: v for k, v in pair.items() if k not in _KEYS}
-            objective, s, t = FEATURE_OBJECTIVES[pair["objective"]], mine[pair["student"]], theirs[pair["teacher"]]
+        setting = Setting(student, teacher, example, ids)
+        self.links, self.names, self.weights = nn.ModuleList(), [], {}
+        for indices in _groups(given):
+            first = given[indices[0]]
+            entry = FEATURE_OBJECTIVES[first["objective"]]
+            options = {k: v for k, v in first.items() if k not in _KEYS}
+            if issubclass(entry.link, Compared) and entry.link.projects:
+                options |= {"projector": first["projector"], "norm": first["norm"]}
             try:
-                tokens = _tokens(example, s, t)
-                if objective.maps and not len(s) == len(t) == 4:
-                    raise ModelError(
-                        f"{pair['objective']} compares feature maps, and these are {list(s)} and {list(t)}",
-                        remedy="tap modules that give [B, C, H, W], or use hint or a relation",
-                    )
-                self.projectors.append(
-                    build_projector(s, t, kind=pair["projector"], norm=pair["norm"])
-                    if objective.projects
-                    else nn.Identity()
-                )
-            except (ModelError, ConfigError) as error:
-                raise type(error)(error.what, where=f"method.pairs[{i}]", remedy=error.remedy) from None
-            name = self._name(pair)
-            self.weights[name] = pair["weight"]
-            self.pairs.append(_Pair(name, pair["student"], pair["teacher"], objective, options, tokens))
-        self.needs = Needs(hidden=tuple(dict.fromkeys(p.teacher for p in self.pairs)))
-        self.student_needs = Needs(hidden=tuple(dict.fromkeys(p.student for p in self.pairs)))
+                sites = [_site(example, given[i], mine, theirs) for i in indices]
+                self.links.append(entry.link(sites, setting, options))
+            except TutelageError as error:
+                raise type(error)(error.what, where=f"method.pairs[{indices[0]}]", remedy=error.remedy) from None
+            name = self._name(first)
+            self.names.append(name)
+            weight = first["weight"]
+            if weight is None:
+                weight = entry.weight(sites[0], options) if callable(entry.weight) else entry.weight
+            self.weights[name] = weight
+        sites = [site for link in self.links for site in link.sites]  # type: ignore[union-attr]
+        self.needs = Needs(logits=False, hidden=tuple(dict.fromkeys(s.teacher for s in sites)))
+        self.student_needs = Needs(logits=False, hidden=tuple(dict.fromkeys(s.student for s in sites)))
 
     def _name(self, pair: Mapping[str, Any]) -> str:
         name, n = f"{pair['objective']}({pair['student']})", 1
@@ -162,34 +102,152 @@ class FeatureMethod(Method):
             unique = f"{name}#{n}"
         return unique
 
+    def _named(self) -> list[tuple[str, Link]]:
+        return list(zip(self.names, self.links, strict=True))  # type: ignore[arg-type]
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Those of the labels, and for each pair the examples (or tokens) that count."""
-        return {**self.logit.counts(batch), **{p.name: _counted(batch, p).sum() for p in self.pairs}}
+        """For each link the examples (or tokens) that count."""
+        return {name: link.counted(batch).sum() for name, link in self._named()}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """``kd``, ``ce`` and a term for each pair."""
+        """A term for each link."""
         assert signal is not None
-        terms = self.logit(student, batch, signal)
-        for pair, projector in zip(self.pairs, self.projectors, strict=True):
-            s, t = student.hidden[pair.student], signal.hidden[pair.teacher]
-            if pair.objective.projects:
-                s = projector(s, t)
-            mask = _counted(batch, pair)
-            if pair.tokens and pair.objective.relation:
-                s, t = (_mean(x, _positions(batch)) for x in (s, t))
-            total = pair.objective.loss(s, t, mask=mask, reduction="sum", **pair.options)
-            terms[pair.name] = Term(total, mask.sum())
-        return dict(terms)
+        terms = {}
+        for name, link in self._named():
+            mine = [student.hidden[site.student] for site in link.sites]
+            theirs = [signal.hidden[site.teacher] for site in link.sites]
+            terms[name] = Term(link(mine, theirs, batch), link.counted(batch).sum())
+        return terms
+
+    def phases(self) -> Sequence[Phase]:
+        """Those of the links."""
+        return [phase for _, link in self._named() for phase in link.phases()]
+
+    def after_step(self) -> None:
+        """That of the links."""
+        for _, link in self._named():
+            link.after_step()
 
     def formula(self) -> str:
         """The loss in one line; of ``auto``, the pairs as soon as they are found."""
-        names = [f"{self.weights[p.name]:g} * {p.name}" for p in self.pairs]
-        if not names:
-            names = [f"{p['weight']:g} * {p['objective']}({p.get('student', 'auto')})" for p in self.given]
-        return " + ".join([self.logit.formula(), *names])
+        if self.names:
+            return " + ".join(f"{self.weights[name]:g} * {name}" for name in self.names)
+        shown = [("w" if p["weight"] is None else f"{p['weight']:g}", p["objective"], p) for p in self.given]
+        return " + ".join(f"{w} * {name}({p.get('student', 'auto')})" for w, name, p in shown)
+
+
+class FeatureMethod(Method):
+    r"""Pairs of hidden states beside soft and hard labels: :class:`LogitMethod` plus a weighted sum of objectives.
+
+    Each pair is a term named for its objective and the student's module, as ``hint(stages.1)``; of ``overhaul`` and
+    ``review`` all pairs are one term. Where an objective compares element by element, the student's feature goes
+    through a projector first, which is trained along. An objective on relations compares the examples of a
+    micro-batch: for it the split of a batch does matter.
+
+    Args:
+        pairs: a list of ``{student: TAP, teacher: TAP}``, each with ``objective``, ``weight``, ``projector``,
+            ``norm`` and options of the objective where they differ from those below; or ``auto``, which pairs what
+            the objective's paper does: the last feature maps of each resolution that both models have (or the last
+            alone, or these before their activation), or what goes into the output heads.
+        temperature: T of the soft labels.
+        alpha: weight of the soft labels.
+        hard: weight of the hard ones; default 1 - alpha.
+        soft: one of :data:`SOFT_OBJECTIVES`.
+        soft_options: of that.
+        objective: one of :data:`FEATURE_OBJECTIVES`.
+        weight: of each pair. Default: that of the objective.
+        projector: one of :data:`tutelage.students.PROJECTORS`.
+        norm: batch norm in the projector.
+        options: of the objective.
+        first: share of the steps in which the pairs alone are learned, and after which they are dropped: the
+            two stages of FitNets. Default 0: both together.
+
+    Raises:
+        ConfigError: unknown objective, option or value.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs = "auto",
+        temperature: float | None = None,
+        alpha: float = 0.9,
+        *,
+        hard: float | None = None,
+        soft: str = "kd",
+        soft_options: Mapping[str, Any] | None = None,
+        objective: str = "hint",
+        weight: float | None = None,
+        projector: str = "auto",
+        norm: bool = False,
+        options: Mapping[str, Any] | None = None,
+        first: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.logit = LogitMethod(temperature, alpha, hard=hard, soft=soft, soft_options=soft_options)
+        shared = {"objective": objective, "weight": weight, "projector": projector, "norm": norm}
+        self.hidden = PairsMethod(pairs, shared, options)
+        if not 0 <= first < 1:
+            raise ConfigError(f"first={first}", remedy="a share of all steps, from 0 to below 1")
+        self.first, self.needs_ids = first, self.hidden.needs_ids
+        self.weights = dict(self.logit.weights)
+
+    def build(self, student: nn.Module, teacher: nn.Module, example: Batch, ids: Tensor | None = None) -> None:
+        """Find the pairs in both models, and make the links that lead from one to the other.
+
+        Raises:
+            ModelError: unknown tap, or features that do not go together.
+        """
+        self.hidden.build(student, teacher, example, ids)
+        if self.first:
+            self.hidden.requires_grad_(False)
+            return
+        assert self.hidden.needs is not None
+        assert self.hidden.student_needs is not None
+        self.weights = {**self.logit.weights, **self.hidden.weights}
+        self.needs = Needs(hidden=self.hidden.needs.hidden)
+        self.student_needs = Needs(hidden=self.hidden.student_needs.hidden)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Those of the labels, and for each pair the examples (or tokens) that count."""
+        return self.logit.counts(batch) | ({} if self.first else self.hidden.counts(batch))
+
+    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+        """The soft term, ``ce`` and, unless they came first, a term for each pair."""
+        terms = self.logit(student, batch, signal)
+        return {**terms, **({} if self.first else self.hidden(student, batch, signal))}
+
+    def phases(self) -> Sequence[Phase]:
+        """What the links have to learn first, and the hints where they come first."""
+        before = list(self.hidden.phases())
+        return [*before, Phase("hints", self.first, self.hidden)] if self.first else before
+
+    def after_step(self) -> None:
+        """That of the links."""
+        self.hidden.after_step()
+
+    def formula(self) -> str:
+        """The loss in one line; of ``auto``, the pairs as soon as they are found."""
+        if self.first:
+            return f"{self.hidden.formula()} for {self.first:.0%} of the steps, then {self.logit.formula()}"
+        return f"{self.logit.formula()} + {self.hidden.formula()}"
 
 
 _KEYS = ("student", "teacher", "objective", "weight", "projector", "norm")
+
+
+def _groups(given: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Indices of pairs that make one link each: those of a joint objective together."""
+
+    def key(i: int) -> Any:
+        joint = FEATURE_OBJECTIVES[given[i]["objective"]].joint
+        return given[i]["objective"] if joint else i
+
+    return [list(indices) for _, indices in groupby(range(len(given)), key)]
+
+
+def _site(example: Batch, pair: Mapping[str, Any], mine: Mapping[str, Shape], theirs: Mapping[str, Shape]) -> Site:
+    s, t = mine[pair["student"]], theirs[pair["teacher"]]
+    return Site(pair["student"], pair["teacher"], s, t, _tokens(example, s, t))
 
 
 def _check(pair: Mapping[str, Any], where: str, *, paths: bool) -> None:
@@ -203,43 +261,80 @@ def _check(pair: Mapping[str, Any], where: str, *, paths: bool) -> None:
         )  # fmt: skip
     missing = [k for k in ("student", "teacher") if paths and not isinstance(pair.get(k), str)]
     if missing:
-        raise ConfigError(f"has no path {missing[0]!r}", where=where, remedy="give {student: PATH, teacher: PATH}")
-    objective = FEATURE_OBJECTIVES[name]
-    if not objective.projects and (pair["projector"] != "auto" or pair["norm"]):
-        raise ConfigError(f"{name} uses no projector", where=where, remedy="leave out projector and norm")
+        raise ConfigError(f"has no tap {missing[0]!r}", where=where, remedy="give {student: TAP, teacher: TAP}")
+    entry = FEATURE_OBJECTIVES[name]
+    projects = issubclass(entry.link, Compared) and entry.link.projects
+    if not projects and (pair["projector"] != "auto" or pair["norm"]):
+        raise ConfigError(f"{name} takes no projector", where=where, remedy="leave out projector and norm")
     options = {k: v for k, v in pair.items() if k not in _KEYS}
     for key in options:
-        if key not in objective.options:
+        if key not in entry.options:
             raise ConfigError(
                 f"{name} has no option {key!r}", where=where,
-                remedy=f"its options: {', '.join(objective.options) or 'none'}",
+                remedy=f"its options: {', '.join(entry.options) or 'none'}",
             )  # fmt: skip
     try:
-        probe = torch.ones(2, 2, 2, 2)
-        objective.loss(probe, probe, **options)
+        entry.link.check(options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{name} with {options}: {error}", where=where, remedy="see docs/recipes.md") from None
 
 
-def _matched(
-    settings: Mapping[str, Any], student: nn.Module, teacher: nn.Module, example: Batch
-) -> list[dict[str, Any]]:
-    """A pair for every resolution of which both models have feature maps."""
-    mine, theirs = stages(student, example), stages(teacher, example)
-    common = [size for size in mine if size in theirs]
-    if not common:
-        shown = [", ".join(f"{h}x{w}" for h, w in found) or "none" for found in (mine, theirs)]
+# What `auto` pairs ------------------------------------------------------------------------------------
+
+
+def _by_resolution(find_in: Callable[[nn.Module, Batch], dict[tuple[int, int], str]], what: str) -> Any:
+    def match(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
+        mine, theirs = find_in(student, example), find_in(teacher, example)
+        common = [size for size in mine if size in theirs]
+        if not common:
+            shown = [", ".join(f"{h}x{w}" for h, w in found) or "none" for found in (mine, theirs)]
+            raise ModelError(
+                f"no {what} of one resolution: the student has {shown[0]}, the teacher {shown[1]}",
+                where="method.pairs",
+                remedy="name the modules: pairs: [{student: TAP, teacher: TAP}]",
+            )
+        return [(mine[size], theirs[size]) for size in common]
+
+    return match
+
+
+def _last(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
+    """The last feature map of both, whatever its resolution."""
+    found = [list(stages(model, example).values()) for model in (student, teacher)]
+    if not all(found):
+        who = "student" if not found[0] else "teacher"
         raise ModelError(
-            f"no feature maps of one resolution: the student has {shown[0]}, the teacher {shown[1]}",
-            where="method.pairs",
-            remedy="name the modules: pairs: [{student: PATH, teacher: PATH}]",
-        )
-    return [{**settings, "student": mine[size], "teacher": theirs[size]} for size in common]
+            f"the {who} has no feature maps", where="method.pairs",
+            remedy="name the modules: pairs: [{student: TAP, teacher: TAP}]",
+        )  # fmt: skip
+    return [(found[0][-1], found[1][-1])]
+
+
+def _embeddings(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
+    """What goes into the output heads."""
+    return [(embedding(student), embedding(teacher))]
+
+
+def _named(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
+    raise ModelError(
+        "this objective compares what only a name can find", where="method.pairs",
+        remedy="name the modules: pairs: [{student: TAP, teacher: TAP}]",
+    )  # fmt: skip
+
+
+MATCHES: dict[Where, Callable[[nn.Module, nn.Module, Batch], list[tuple[str, str]]]] = {
+    "activations": _by_resolution(before_activations, "feature maps before an activation"),
+    "embedding": _embeddings,
+    "last": _last,
+    "named": _named,
+    "stages": _by_resolution(stages, "feature maps"),
+}
+"""What ``auto`` pairs, by the kind of place that an objective compares."""
 
 
 def _tokens(example: Batch, student: Shape, teacher: Shape) -> bool:
     """Whether a pair has one feature for each position of a text, some of which may not count."""
-    known = _positions(example)
+    known = token_positions(example)
     found = known.ndim == 2 and len(student) == 3 and tuple(known.shape) == student[:2]
     if found and student[:2] != teacher[:2]:
         raise ModelError(
@@ -247,27 +342,3 @@ def _tokens(example: Batch, student: Shape, teacher: Shape) -> bool:
             remedy="pair modules that see the same tokens",
         )
     return found
-
-
-def _positions(batch: Batch) -> Tensor:
-    """Positions that count: of texts with one label each, those that are no padding."""
-    counted = batch.counted()
-    attention = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-    if counted.ndim == 1 and attention is not None and attention.ndim == 2:
-        return attention.bool() & counted.unsqueeze(-1)
-    return counted
-
-
-def _counted(batch: Batch, pair: _Pair) -> Tensor:
-    """What a pair's term averages over: tokens ``[B, L]``, or examples ``[B]``."""
-    if pair.tokens:
-        positions = _positions(batch)
-        return positions.any(-1) if pair.objective.relation else positions
-    counted = batch.counted()
-    return counted if counted.ndim == 1 else counted.flatten(1).any(-1)
-
-
-def _mean(x: Tensor, positions: Tensor) -> Tensor:
-    """``[B, D]`` mean over the positions that count."""
-    kept = x.float().masked_fill(~positions.unsqueeze(-1), 0.0)
-    return kept.sum(1) / positions.sum(1, keepdim=True).clamp(min=1)

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from tutelage import objectives
 from tutelage.data.batch import Batch
-from tutelage.errors import CapabilityError, ConfigError
+from tutelage.errors import CapabilityError, ConfigError, nearest
 from tutelage.methods.base import Method, Term
-from tutelage.objectives import cross_entropy, kd
 from tutelage.taps import Observation
 from tutelage.teachers.signal import Signal
+
+
+@dataclass(frozen=True)
+class SoftObjective:
+    """An objective on the logits of teacher and student.
+
+    Attributes:
+        loss: the function of tensors.
+        options: what it takes beside tensors and the temperature.
+        temperature: T where none is given; ``None`` for an objective without one.
+        labels: whether it needs the target class too, and so counts rows with a label only.
+    """
+
+    loss: Callable[..., Tensor]
+    options: tuple[str, ...] = ()
+    temperature: float | None = 4.0
+    labels: bool = False
+
+
+SOFT_OBJECTIVES: dict[str, SoftObjective] = {
+    "dist": SoftObjective(objectives.dist, ("beta", "gamma"), temperature=1.0),
+    "dkd": SoftObjective(objectives.dkd, ("alpha", "beta"), labels=True),
+    "js": SoftObjective(objectives.js, ("beta",), temperature=1.0),
+    "kd": SoftObjective(objectives.kd, ("standardize",)),
+    "mlkd": SoftObjective(objectives.mlkd, ("temperatures", "instance", "batch", "classes"), temperature=None),
+    "mse": SoftObjective(objectives.mse, temperature=None),
+    "reverse_kl": SoftObjective(objectives.reverse_kl, temperature=1.0),
+    "skew_kl": SoftObjective(objectives.skew_kl, ("alpha", "reverse"), temperature=1.0),
+    "soft_cross_entropy": SoftObjective(objectives.soft_cross_entropy),
+    "tvd": SoftObjective(objectives.tvd, temperature=1.0),
+}
+"""Every objective that a recipe's ``soft`` can name. ``tutelage.config.SOFT_OBJECTIVES`` has their options."""
 
 
 class SupervisedMethod(Method):
@@ -28,41 +65,92 @@ class SupervisedMethod(Method):
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """The term ``ce``."""
         assert student.logits is not None
-        ce = cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")
+        ce = objectives.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")
         return {"ce": Term(ce, batch.labelled().sum())}
 
 
 class LogitMethod(Method):
-    r"""Soft and hard labels: :math:`\alpha T^2 \mathrm{KL}(p^T\|p^S) + (1-\alpha)\,\mathrm{CE}(y, p^S)`.
+    r"""Soft and hard labels: :math:`\alpha\,\mathrm{soft}(z^S, z^T) + h\,\mathrm{CE}(y, z^S)`.
 
+    By default :math:`\alpha T^2 \mathrm{KL}(p^T\|p^S) + (1-\alpha)\,\mathrm{CE}(y, p^S)` of Hinton et al.
     The soft term is averaged over all positions that count, the hard one over those with a label,
-    so images without labels are learned from the teacher alone.
+    so images without labels are learned from the teacher alone. ``dkd`` needs the label itself, and so learns
+    nothing from those; ``dist`` and ``mlkd`` compare the rows of a micro-batch: for them its size matters.
 
     Args:
-        temperature: T, above 0. Default 4.
-        alpha: weight of the soft term, in [0, 1]. Default 0.9.
+        temperature: T, above 0. Default: that of the objective, 4 for ``kd``.
+        alpha: weight of the soft term; at most 1 unless ``hard`` is given. Default 0.9.
+        hard: weight of the labels. Default 1 - alpha.
+        soft: one of :data:`SOFT_OBJECTIVES`.
+        soft_options: of that objective, such as ``{"beta": 8}`` for ``dkd``.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value out of range, an unknown objective or option.
 
-    Reference: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (2015), section 2.
+    Reference: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (2015), section 2; those of
+    the objectives. Published weights: ``dkd`` and ``dist`` have alpha = hard = 1 (``dist`` with beta = gamma = 2
+    on CIFAR).
     """
 
-    def __init__(self, temperature: float = 4.0, alpha: float = 0.9) -> None:
+    def __init__(
+        self,
+        temperature: float | None = None,
+        alpha: float = 0.9,
+        *,
+        hard: float | None = None,
+        soft: str = "kd",
+        soft_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        if not temperature > 0:
+        if soft not in SOFT_OBJECTIVES:
+            close = nearest(str(soft), list(SOFT_OBJECTIVES), 1)
+            raise ConfigError(
+                f"soft={soft!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+                remedy=f"allowed: {', '.join(SOFT_OBJECTIVES)}",
+            )
+        if temperature is not None and not temperature > 0:
             raise ConfigError(f"temperature={temperature}", remedy="must be above 0; 4 is a good start")
-        if not 0 <= alpha <= 1:
-            raise ConfigError(f"alpha={alpha}", remedy="must lie in [0, 1]: the weight of the teacher's soft labels")
-        self.temperature, self.alpha = temperature, alpha
-        self.weights = {"kd": alpha, "ce": 1.0 - alpha}
+        if alpha < 0 or (hard is None and not alpha <= 1):
+            raise ConfigError(
+                f"alpha={alpha}",
+                remedy="must lie in [0, 1]: the weight of the teacher's soft labels; above 1 with hard=... only",
+            )
+        if hard is not None and not hard >= 0:
+            raise ConfigError(f"hard={hard}", remedy="must be 0 or more: the weight of the labels")
+        self.soft, self.objective, self.alpha = soft, SOFT_OBJECTIVES[soft], alpha
+        self.hard = 1.0 - alpha if hard is None else hard
+        if self.objective.temperature is None and temperature is not None:
+            raise ConfigError(f"{soft} has no temperature, given {temperature}", remedy="leave temperature out")
+        self.temperature = self.objective.temperature if temperature is None else temperature
+        self.options = {k: v for k, v in (soft_options or {}).items() if v is not None}
+        self._check_options()
+        self.weights = {soft: self.alpha, "ce": self.hard}
+
+    def _check_options(self) -> None:
+        for key in self.options:
+            if key not in self.objective.options:
+                raise ConfigError(
+                    f"{self.soft} has no option {key!r}",
+                    remedy=f"its options: {', '.join(self.objective.options) or 'none'}",
+                )
+        probe = torch.zeros(2, 3)
+        try:
+            self._soft(probe, probe, torch.zeros(2, dtype=torch.long), None)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self.soft} with {self.options}: {error}", remedy="see docs/recipes.md") from None
+
+    def _soft(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        tensors = (student, teacher, labels) if self.objective.labels else (student, teacher)
+        options = self.options if self.temperature is None else {"temperature": self.temperature, **self.options}
+        return self.objective.loss(*tensors, mask=mask, reduction="sum", **options)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """``kd``: positions that count; ``ce``: those of them with a label."""
-        return {"kd": batch.counted().sum(), "ce": batch.labelled().sum()}
+        """The soft term: positions that count (for ``dkd``, with a label); ``ce``: those with a label."""
+        labelled = batch.labelled().sum()
+        return {self.soft: labelled if self.objective.labels else batch.counted().sum(), "ce": labelled}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms ``kd`` and ``ce``.
+        """The soft term, by the name of its objective, and ``ce``.
 
         Raises:
             CapabilityError: teacher and student have different numbers of classes.
@@ -76,10 +164,13 @@ class LogitMethod(Method):
                 remedy="both must score the same classes in the same order",
             )
         counts = self.counts(batch)
-        soft = kd(student.logits, teacher, temperature=self.temperature, mask=batch.mask, reduction="sum")
-        hard = cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")
-        return {"kd": Term(soft, counts["kd"]), "ce": Term(hard, counts["ce"])}
+        soft = self._soft(student.logits, teacher, batch.labels, batch.mask)
+        hard = objectives.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")
+        return {self.soft: Term(soft, counts[self.soft]), "ce": Term(hard, counts["ce"])}
 
     def formula(self) -> str:
         """The loss in one line."""
-        return f"{self.alpha:g} * kd(T={self.temperature:g}) + {1 - self.alpha:g} * ce"
+        shown = [] if self.temperature is None else [f"T={self.temperature:g}"]
+        shown += [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items()]
+        soft = f"{self.soft}({', '.join(shown)})" if shown else self.soft
+        return f"{self.alpha:g} * {soft} + {self.hard:g} * ce"

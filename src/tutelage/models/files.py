@@ -12,6 +12,7 @@ import pickle
 import struct
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -178,5 +179,8 @@ def load_model(folder: str | Path) -> nn.Module:
             f"spec: {error}", where=str(folder / MODEL_CARD), remedy="export the model again"
         ) from None
     model = build(spec, card.get("classes"), where=str(folder / MODEL_CARD))
+    if isinstance(card.get("reused_head"), dict):
+        # by name: a model's folder may hold a student with another's head, and models know no students
+        model = import_module("tutelage.students").ReusedHead(model, **card["reused_head"])
     load_weights(model, folder)
     return model.eval()

@@ -1,5 +1,10 @@
-"""What a student needs beside itself while it is trained: projectors into its teacher's features."""
+"""What a student needs while it is trained: projectors into its teacher's features, and where these are."""
 
-from tutelage.students.projectors import PROJECTORS, Projector, build_projector, feature_shapes, stages
+from tutelage.students.projectors import PROJECTORS, Projector, build_projector, feature_shapes, resize, untouched
+from tutelage.students.reuse import ReusedHead, reuse_head
+from tutelage.students.sites import before_activations, embedding, last_norm, stages
 
-__all__ = ["PROJECTORS", "Projector", "build_projector", "feature_shapes", "stages"]
+__all__ = [
+    "PROJECTORS", "Projector", "ReusedHead", "before_activations", "build_projector", "embedding", "feature_shapes",
+    "last_norm", "resize", "reuse_head", "stages", "untouched",
+]  # fmt: skip

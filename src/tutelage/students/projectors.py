@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,8 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -51,39 +51,8 @@ def feature_shapes(model: nn.Module, example: Batch, paths: Sequence[str]) -> di
         ModelError: unknown path, or its module gives no tensor.
     """
     with untouched(model):
-        seen = observe(model, example.to(_device(model)).inputs, Needs(hidden=tuple(dict.fromkeys(paths))))
+        seen = observe(model, example.to(device_of(model)).inputs, Needs(hidden=tuple(dict.fromkeys(paths))))
     return {path: tuple(x.shape) for path, x in seen.hidden.items()}
-
-
-def stages(model: nn.Module, example: Batch) -> dict[tuple[int, int], str]:
-    """For each resolution the path of the module that gives the last feature map of it.
-
-    Of modules inside each other it is the outermost that keeps to one resolution, such as a whole stage of a
-    ResNet. Maps of one pixel are left out: those are pooled.
-    """
-    seen: list[tuple[str, tuple[int, int]]] = []
-
-    def keep(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4:
-                seen.append((path, (output.shape[2], output.shape[3])))
-
-        return hook
-
-    handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if path]
-    try:
-        with untouched(model):
-            observe(model, example.to(_device(model)).inputs, Needs())
-    finally:
-        for handle in handles:
-            handle.remove()
-    inside: dict[str, set[tuple[int, int]]] = {}
-    for path, size in seen:
-        parts = path.split(".")
-        for end in range(1, len(parts) + 1):
-            inside.setdefault(".".join(parts[:end]), set()).add(size)
-    even = [(path, size) for path, size in seen if len(inside[path]) == 1 and size != (1, 1)]
-    return {size: path for path, size in even}  # hooks fire innermost and earliest first: the last one stays
 
 
 # Projectors ------------------------------------------------------------------------------------------
@@ -138,7 +107,7 @@ class Projector(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's feature in the shape of the teacher's."""
-        x: Tensor = self.body(_resize(student, teacher))
+        x: Tensor = self.body(resize(student, teacher))
         return x if self.norm is None else self.norm(x)
 
     def extra_repr(self) -> str:
@@ -146,7 +115,8 @@ class Projector(nn.Module):
         return f"{sum(p.numel() for p in self.parameters()):,} parameters"
 
 
-def _resize(x: Tensor, like: Tensor) -> Tensor:
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the spatial size, or the length, of ``like``: averaged where larger, interpolated where smaller."""
     if x.ndim == 4 and like.ndim == 2:
         return x.mean((2, 3))
     if x.ndim == 4 and x.shape[2:] != like.shape[2:]:

@@ -5,29 +5,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from tutelage.config import TrainConfig
 from tutelage.data import Batch, Batches
-from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evaluate, fit
+from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evaluate, fit, from_main
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import new_folder, write_text
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
-from tutelage.methods import Method, SupervisedMethod, Trainee, built, check_capabilities
+from tutelage.methods import Method, SupervisedMethod, Trainee, adapted, built, check_capabilities
 from tutelage.models import label_names, load_weights, save_model
-from tutelage.taps import Needs, observe
+from tutelage.models.files import read_card
+from tutelage.students import ReusedHead, feature_shapes
+from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Teacher
 from tutelage.workflows.measure import latencies, parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.statistics import paired, spread
 
 MEMORY_BYTES = 2**29
-"""Teacher logits up to this size, of unaugmented training data and of the test split, are kept in memory."""
+"""Teacher logits of the test split up to this size are kept in memory."""
 
 Arm = Literal["alone", "distilled"]
 
@@ -102,14 +105,21 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     check_output(c, ctx.device, student, "student")
     untrained = c.teacher()
     check_output(c, ctx.device, untrained, "teacher")
-    method = build_method(c, student, untrained, c.seeds[0])
+    apprentice, method = fitted(c, student, untrained, c.seeds[0])
     ctx.terminal.say(f"loss = {method.formula()}")
     extra = parameters(method)
     if extra:
         ctx.terminal.say(f"projectors: {extra:,} parameters, trained along and not exported")
-    check_optimizer(c, student, method)
+    if apprentice is not student:
+        ctx.terminal.say(
+            f"the student is exported as a {type(apprentice).__name__}: {parameters(apprentice):,} parameters "
+            f"where it has {parameters(c.student(c.seeds[0])):,} alone"
+        )
+    check_optimizer(c, apprentice, method)
     teacher = live_teacher(c, ctx, untrained)
-    check_separate(teacher.model, student)
+    student = c.student(c.seeds[0])
+    apprentice, method = fitted(c, c.student(c.seeds[0]), teacher.model, c.seeds[0])
+    check_separate(teacher.model, apprentice)
     check_labels(c, teacher.model, student)
     check_capabilities(method, teacher)
     references = References(teacher, c.test, ctx)
@@ -117,7 +127,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     check_taught(on_validation, references.classes, ctx)
     teacher_scores = evaluate(teacher.model, c.test, ctx.device)
     teacher_scores["validation"] = on_validation
-    check_method_runs(c, ctx, student, method, teacher)
+    check_method_runs(c, ctx, apprentice, method, teacher)
     taught_by = remembered(c, ctx, teacher, method, references.classes)
 
     arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
@@ -125,7 +135,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     for seed in c.seeds:
         for arm in arms:
             results[arm].append(train_student(c, ctx, arm, seed, taught_by, teacher.model, references))
-    return summarise(c, ctx, teacher, student, teacher_scores, results, method)
+    return summarise(c, ctx, teacher, apprentice, teacher_scores, results, method)
 
 
 class References:
@@ -153,9 +163,12 @@ class References:
         return self._ask() if self.kept is None else iter(self.kept)
 
 
-def build_method(c: Comparison, student: nn.Module, teacher: nn.Module, seed: int) -> Method:
-    """The method, fitted to the two models; its projectors start as the seed says."""
-    return built(c.method(), student, teacher, next(iter(c.test)).rows(0, 2), seed)
+def fitted(c: Comparison, student: nn.Module, teacher: nn.Module, seed: int) -> tuple[nn.Module, Method]:
+    """What is trained of ``student``, and the method, fitted to it and the teacher; both start as the seed says."""
+    method, example = c.method(), next(iter(c.test)).rows(0, 2)
+    apprentice = adapted(method, student, teacher, example, seed)
+    ids = c.batches("distilled", seed).ids if method.needs_ids else None
+    return apprentice, built(method, apprentice, teacher, example, seed, ids)
 
 
 def train_student(
@@ -172,13 +185,19 @@ def train_student(
     found = ctx.run.result(name)
     if found is not None:
         return found
-    student = c.student(seed)
     distilled = c.batches("distilled", seed)
     mine = distilled if arm == "distilled" else c.batches("alone", seed)
+
+    def fresh() -> tuple[nn.Module, Method]:
+        if arm == "alone":
+            return c.student(seed), SupervisedMethod()
+        return fitted(c, c.student(seed), teacher_model, seed)
+
+    student, method = fresh()
     training = Training(
         name=name,
         student=student,
-        method=build_method(c, student, teacher_model, seed) if arm == "distilled" else SupervisedMethod(),
+        method=method,
         batches=mine,
         config=c.config,
         run=ctx.run,
@@ -190,7 +209,67 @@ def train_student(
         epoch_steps=distilled.steps_per_epoch,
         classes=references.classes,
     )
-    return train_and_keep(training, ctx, lambda: c.student(seed), c.test, references, {**c.student_card, "arm": arm})
+    if method.phases():
+        training = after_phases(training, ctx, fresh, LiveTeacher(teacher_model), next(iter(c.test)).rows(0, 2))
+    card = {**c.student_card, "arm": arm}
+    if isinstance(training.student, ReusedHead):
+        card["reused_head"] = training.student.card
+    return train_and_keep(training, ctx, lambda: fresh()[0], c.test, references, card)
+
+
+def after_phases(
+    training: Training,
+    ctx: Context,
+    fresh: Callable[[], tuple[nn.Module, Method]],
+    live: LiveTeacher,
+    example: Batch,
+) -> Training:
+    """Train what the method says comes first, or find it trained, and return the training that goes on from there.
+
+    A phase has its share of the steps, the teacher, the data and the optimizer of the training itself; there is no
+    validation, for its loss says nothing of the student's accuracy.
+    """
+    total = training.steps
+    left, name = total, training.name
+    learned: list[dict[str, Tensor]] = []
+    for i in range(len(training.method.phases())):
+        phase = training.method.phases()[i]
+        steps = max(round(phase.share * total), 1)
+        left -= steps
+        phase.method.requires_grad_(True)
+        keep_reached(training.student, phase.method, live, example, ctx.device)
+        config = training.config.model_copy(update={"epochs": None, "steps": steps, "early_stop": None})
+        first = replace(
+            training, name=f"{name}-{phase.name}", method=phase.method, config=config, validation=None,
+            epoch_steps=training.epoch_length,
+        )  # fmt: skip
+        try:
+            outcome = fit(first, ctx.accelerator)
+        finally:
+            ctx.terminal.finished()
+        student, method = fresh()  # whole again, where the trained ones were sharded or compiled
+        weights, of_method = from_main(ctx.accelerator, lambda o=outcome: (o.last, o.method))  # type: ignore[misc]
+        learned.append(of_method)
+        student.load_state_dict(weights)
+        for earlier, state in zip(method.phases(), learned, strict=False):
+            earlier.method.load_state_dict(state)
+        training = replace(training, student=student, method=method)
+    config = training.config.model_copy(update={"epochs": None, "steps": max(left, 1)})
+    return replace(training, config=config)
+
+
+def keep_reached(student: nn.Module, method: Method, teacher: Teacher, example: Batch, device: torch.device) -> None:
+    """Freeze what of ``student`` gets no gradient from ``method``, by one pass in evaluation mode."""
+    if method.student_needs is None:
+        student.requires_grad_(False)
+        return
+    trainee, batch = Trainee(student, method).to(device).eval(), example.to(device)
+    assert method.needs is not None
+    terms = trainee(batch, teacher.signal(batch, method.needs))
+    torch.stack([term.sum for term in terms.values()]).sum().backward()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    trainee.zero_grad(set_to_none=True)
 
 
 def train_and_keep(
@@ -275,13 +354,28 @@ def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> LiveTeacher:
 
 
 def remembered(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method, classes: int) -> Teacher:
-    """The teacher's logits from memory, where they never change and fit; else the teacher itself."""
-    fits = c.remember_rows * classes * 4 <= MEMORY_BYTES
-    if c.remember is None or not fits or method.needs != Needs() or c.teacher_mode != "eval":
+    """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
+    wanted = [m.needs for m in (method, *(phase.method for phase in method.phases())) if m.needs is not None]
+    needs = Needs(
+        logits=any(n.logits for n in wanted),
+        hidden=tuple(dict.fromkeys(tap for n in wanted for tap in n.hidden)),
+        head=any(n.head for n in wanted),
+    )
+    if c.remember is None or not wanted or needs.head or c.teacher_mode != "eval":
+        return teacher
+    shapes = feature_shapes(teacher.model, next(iter(c.test)).rows(0, 1), needs.hidden)
+    row = classes * needs.logits + sum(math.prod(shape) for shape in shapes.values())
+    if c.remember_rows * row * 4 > memory_budget(ctx.accelerator.num_processes):
         return teacher
     return MemoryTeacher(
-        teacher, c.remember, ctx.device, lambda batches: ctx.terminal.iterate(batches, "teacher on training data")
-    )
+        teacher, c.remember, ctx.device, lambda batches: ctx.terminal.iterate(batches, "teacher on training data"),
+        needs=needs,
+    )  # fmt: skip
+
+
+def memory_budget(processes: int) -> int:
+    """Bytes that a process may remember: its share of a quarter of what is free now."""
+    return int(psutil.virtual_memory().available) // 4 // processes
 
 
 # Checks that come before step 0 ------------------------------------------------------------------------
@@ -405,10 +499,12 @@ def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: M
     """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
     batch = next(iter(c.test)).rows(0, 2).to(ctx.device)
     student.to(ctx.device).eval()
-    method.to(ctx.device).eval()
-    with torch.no_grad():
-        signal = teacher.signal(batch, method.needs) if method.needs is not None else None
-        method(observe(student, batch.inputs, method.student_needs), batch, signal)
+    for each in (method, *(phase.method for phase in method.phases())):
+        each.to(ctx.device).eval()
+        with torch.no_grad():
+            signal = teacher.signal(batch, each.needs) if each.needs is not None else None
+            seen = Observation() if each.student_needs is None else observe(student, batch.inputs, each.student_needs)
+            each(seen, batch, signal)
 
 
 # Summary -----------------------------------------------------------------------------------------------
@@ -475,6 +571,10 @@ def summarise(
 
 def exported_student(c: Comparison, ctx: Context, summary: dict[str, Any]) -> nn.Module:
     """The exported student as a plain module, in evaluation mode, on the CPU."""
+    folder = Path(ctx.run.path) / "student"
+    reused = read_card(folder).get("reused_head")
     model = c.student(c.seeds[0]).cpu()
-    load_weights(model, Path(ctx.run.path) / "student")
+    if reused is not None:
+        model = ReusedHead(model, **reused)
+    load_weights(model, folder)
     return model.eval()

@@ -18,7 +18,7 @@ from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.taps import Needs, find
 from tutelage.teachers import LiveTeacher
-from tutelage.workflows.comparison import Comparison, build_method, check_labels, check_output, check_separate
+from tutelage.workflows.comparison import Comparison, check_labels, check_output, check_separate, fitted
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
@@ -76,7 +76,9 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     if any(f.level == "bad" for f in found):
         return found
     try:
-        method = build_method(c, student, teacher.model, recipe.seeds[0]).to(device)
+        student, method = fitted(c, student, teacher.model, recipe.seeds[0])
+        student.to(device)
+        method.to(device)
     except TutelageError as error:
         return [*found, Finding("bad", "method", str(error).partition("\n")[0], error.remedy)]
     found.append(Finding("ok", "method", f"loss = {method.formula()}"))

@@ -1,0 +1,106 @@
+"""A student that uses its teacher's classifier: its own body, a projector, the teacher's last layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.data.batch import Batch
+from tutelage.errors import ModelError
+from tutelage.students.projectors import device_of, feature_shapes, untouched
+from tutelage.students.sites import embedding, stages
+from tutelage.taps import Needs, observe, output_head
+
+
+class ReusedHead(nn.Module):
+    """A model whose own head is left out: features, projected, go through another model's classifier.
+
+    Everything it is made of is given by numbers, so that it can be built again without that other model.
+
+    Args:
+        model: gives the features; its output head is replaced by an identity.
+        tap: where in ``model`` the feature is, ``[B, C, H, W]`` or ``[..., C]``.
+        inputs: channels of the feature.
+        outputs: channels of the classifier's input.
+        classes: rows of the classifier.
+        maps: whether the feature is a map: convolved, and averaged over positions before the classifier.
+        factor: by how much the projector's middle layer is narrower than ``outputs``.
+
+    Reference: Chen et al., Knowledge Distillation with the Reused Teacher Classifier (CVPR 2022), section 3.2 and
+    figure 2: 1x1, 3x3 and 1x1 convolutions, each with batch norm and ReLU.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, tap: str, inputs: int, outputs: int, classes: int, maps: bool, factor: int = 2
+    ) -> None:
+        super().__init__()
+        self.card = {
+            "tap": tap, "inputs": inputs, "outputs": outputs, "classes": classes, "maps": maps, "factor": factor,
+        }  # fmt: skip
+        self.tap, self.maps = tap, maps
+        head = output_head(model)
+        path = next(path for path, module in model.named_modules() if module is head)
+        if not path:
+            raise ModelError(f"{type(model).__name__} is nothing but its head", remedy="use a model with a body")
+        model.set_submodule(path, nn.Identity())
+        self.model = model
+        middle = max(outputs // factor, 1)
+        self.projector = nn.Sequential(
+            *_layer(inputs, middle, 1, maps), *_layer(middle, middle, 3, maps), *_layer(middle, outputs, 1, maps)
+        )
+        self.head = nn.Linear(outputs, classes)
+
+    def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
+        """Logits ``[..., classes]``."""
+        given: Any = named if inputs is None else inputs
+        feature = observe(self.model, given, Needs(logits=False, hidden=(self.tap,))).hidden[self.tap]
+        projected = self.projector(feature)
+        out: Tensor = self.head(projected.mean((2, 3)) if self.maps else projected)
+        return out
+
+
+def _layer(inputs: int, outputs: int, size: int, maps: bool) -> list[nn.Module]:
+    """Convolution (on vectors: linear), norm and ReLU."""
+    if maps:
+        convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+    return [nn.Linear(inputs, outputs, bias=False), nn.LayerNorm(outputs), nn.ReLU()]
+
+
+def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor: int = 2) -> tuple[ReusedHead, str]:
+    """``student`` with its teacher's classifier, frozen, and the tap of the teacher's feature in front of it.
+
+    The last feature maps of both where the teacher's classifier follows from the mean of its map, as in a ResNet;
+    else what goes into their heads.
+
+    Raises:
+        ModelError: a model without a linear head.
+    """
+    theirs = output_head(teacher)
+    taps = (embedding(student), embedding(teacher))
+    maps = [next(reversed(stages(m, example).values()), None) for m in (student, teacher)]
+    both = maps[0] is not None and maps[1] is not None and _averaged(teacher, example, maps[1])
+    mine, other = (str(maps[0]), str(maps[1])) if both else taps
+    shape = feature_shapes(student, example, [mine])[mine]
+    reused = ReusedHead(
+        student, tap=mine, inputs=shape[1] if both else shape[-1], outputs=theirs.in_features,
+        classes=theirs.out_features, maps=both, factor=factor,
+    )  # fmt: skip
+    with torch.no_grad():
+        reused.head.weight.copy_(theirs.weight)
+        assert reused.head.bias is not None
+        reused.head.bias.copy_(torch.zeros(theirs.out_features) if theirs.bias is None else theirs.bias)
+    reused.head.requires_grad_(False)
+    return reused.to(device_of(student)), other
+
+
+def _averaged(model: nn.Module, example: Batch, tap: str) -> bool:
+    """Whether the logits are the head of the mean of the map at ``tap``."""
+    with untouched(model):
+        seen = observe(model, example.to(device_of(model)).inputs, Needs(hidden=(tap,)))
+        feature, head = seen.hidden[tap], output_head(model)
+        if feature.shape[1] != head.in_features or seen.logits is None:
+            return False
+        return torch.allclose(head(feature.mean((2, 3))), seen.logits, rtol=1e-3, atol=1e-4)
