@@ -103,7 +103,7 @@ def last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnor
 def _dry_run(model: nn.Module, example: Batch, handles: list[Any]) -> None:
     try:
         with untouched(model):
-            observe(model, example.to(device_of(model)).inputs, Needs())
+            observe(model, example.to(device_of(model)).inputs, Needs(logits=False))
     finally:
         for handle in handles:
             handle.remove()
