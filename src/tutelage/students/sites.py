@@ -21,13 +21,15 @@ def stages(model: nn.Module, example: Batch) -> dict[Size, str]:
     """For each resolution the path of the module that gives the last feature map of it.
 
     Of modules inside each other it is the outermost that keeps to one resolution, such as a whole stage of a
-    ResNet. Maps of one pixel are left out: those are pooled.
+    ResNet. Maps of one pixel are left out: those are pooled; and so is what is not the image made smaller, such as
+    the heads of an attention.
     """
     seen: list[tuple[str, Size]] = []
+    image = _image(example)
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4:
+            if isinstance(output, Tensor) and output.ndim == 4 and _is_map(output, image):
                 seen.append((path, (output.shape[2], output.shape[3])))
 
         return hook
@@ -42,15 +44,33 @@ def stages(model: nn.Module, example: Batch) -> dict[Size, str]:
     return {size: path for path, size in even}  # hooks fire innermost and earliest first: the last one stays
 
 
+def _image(example: Batch) -> Size | None:
+    """Height and width of the image that the example holds, if it holds one."""
+    inputs = example.inputs.values() if isinstance(example.inputs, dict) else [example.inputs]
+    found = next((x for x in inputs if x.ndim == 4), None)
+    return None if found is None else (found.shape[2], found.shape[3])
+
+
+def _is_map(x: Tensor, image: Size | None) -> bool:
+    """Whether it is as high and wide as the image over one stride, give or take a border of two."""
+    if image is None:
+        return True
+    if image[0] == image[1] and x.shape[2] != x.shape[3]:
+        return False
+    stride = max(round(image[0] / x.shape[2]), 1)
+    return all(abs(x.shape[2 + i] * stride - image[i]) <= 2 * stride for i in range(2))
+
+
 def before_activations(model: nn.Module, example: Batch) -> dict[Size, str]:
     """For each resolution the tap of the last feature map in front of an activation module."""
     calls: dict[str, int] = {}
     seen: list[tuple[str, int, Size]] = []
+    image = _image(example)
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             call = calls[path] = calls.get(path, -1) + 1
-            if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
+            if args and isinstance(args[0], Tensor) and args[0].ndim == 4 and _is_map(args[0], image):
                 seen.append((path, call, (args[0].shape[2], args[0].shape[3])))
 
         return hook

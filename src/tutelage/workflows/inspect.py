@@ -15,7 +15,7 @@ from tutelage.data import Batch
 from tutelage.errors import ModelError
 from tutelage.models import ModelSpec, build, load_model
 from tutelage.models.files import read_card
-from tutelage.students.projectors import stages, untouched
+from tutelage.students import stages, untouched
 from tutelage.taps import Needs, observe
 from tutelage.taps.tap import contents
 from tutelage.workflows.measure import parameters
