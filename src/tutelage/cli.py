@@ -228,6 +228,43 @@ def _show_taps(surveys: list[Survey], depth: int | None) -> None:
         )
 
 
+CACHE_ACTIONS = ("verify", "info", "compact")
+
+
+@app.command()
+def cache(
+    what: Annotated[
+        str, typer.Argument(metavar="RECIPE|verify|info|compact", help="A recipe, or what to do with DIR.")
+    ],
+    rest: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...|DIR", help="Overrides, or the folder of a cache.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the cache. Default: the one that the recipe's runs use.")
+    ] = None,
+) -> None:
+    """Ask a recipe's teacher once and keep its word on disk; or check, describe and join a cache."""
+    if what in CACHE_ACTIONS:
+        if len(rest or []) != 1 or out is not None:
+            raise ConfigError(f"tutelage cache {what} takes one folder", remedy=f"tutelage cache {what} DIR")
+        from tutelage.workflows.caching import compacted, described, verified
+
+        action = {"verify": verified, "info": described, "compact": compacted}[what]
+        _print(action(Path((rest or [])[0])))
+        return
+    from tutelage.config import load_recipe
+
+    loaded = load_recipe(what, rest or [])
+    from tutelage.workflows.caching import fill
+
+    filled = fill(loaded, out=out)
+    rate = filled.computed / filled.seconds if filled.seconds else 0.0
+    _print(
+        f"{filled.path}: {filled.rows:,} rows, {filled.computed:,} of them computed now in {filled.seconds:.0f} s "
+        f"({rate:,.0f} a second)"
+    )
+
+
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],

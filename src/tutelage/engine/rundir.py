@@ -132,6 +132,14 @@ class RunDirectory:
         """Folder of a training's checkpoints."""
         return self.path / "checkpoints" / training
 
+    def decided(self, what: str, now: bool) -> bool:
+        """``now``, or what was decided when the run began: a resumed one computes the same."""
+        path = self.path / "decisions.json"
+        known: dict[str, bool] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if what not in known and self.writes:
+            write_text(path, json.dumps({**known, what: now}, indent=1) + "\n")
+        return known.get(what, now)
+
     def model(self, training: str) -> Path:
         """Folder of a finished training's model."""
         return self.path / "models" / training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from tutelage.models import label_names, load_weights, save_model
 from tutelage.models.files import read_card
 from tutelage.students import ReusedHead, feature_shapes
 from tutelage.taps import Needs, Observation, observe
-from tutelage.teachers import LiveTeacher, MemoryTeacher, Teacher
+from tutelage.teachers import CachedTeacher, LiveTeacher, MemoryTeacher, Teacher
 from tutelage.workflows.measure import latencies, parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.statistics import paired, spread
@@ -52,6 +53,7 @@ class Comparison:
         baseline: train the student alone too.
         train_teacher: how to train the teacher first, and on what.
         teacher_mode: see :class:`LiveTeacher`.
+        cache: opens the cache of a teacher's word, given the teacher, its classes and the method; ``None`` for none.
         remember: the training samples, unaugmented, where the teacher's logits may be computed once.
         remember_rows: how many positions these have.
         classes: class names, in the order of the labels.
@@ -71,6 +73,7 @@ class Comparison:
     baseline: bool = True
     train_teacher: tuple[TrainConfig, Batches, int] | None = None
     teacher_mode: Literal["eval", "train_bn"] = "eval"
+    cache: Callable[[LiveTeacher, int, Method, Accelerator], CachedTeacher] | None = None
     remember: Iterable[Batch] | None = None
     remember_rows: int = 0
     classes: list[str] | None = None
@@ -121,20 +124,21 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     apprentice, method = fitted(c, c.student(c.seeds[0]), teacher.model, c.seeds[0])
     check_separate(teacher.model, apprentice)
     check_labels(c, teacher.model, student)
-    check_capabilities(method, teacher)
+    if c.cache is None:
+        check_capabilities(method, teacher)
     references = References(teacher, c.test, ctx)
     on_validation = evaluate(teacher.model, c.validation if c.validation is not None else c.test, ctx.device)
     check_taught(on_validation, references.classes, ctx)
     teacher_scores = evaluate(teacher.model, c.test, ctx.device)
     teacher_scores["validation"] = on_validation
     check_method_runs(c, ctx, apprentice, method, teacher)
-    taught_by = remembered(c, ctx, teacher, method, references.classes)
 
     arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    for seed in c.seeds:
-        for arm in arms:
-            results[arm].append(train_student(c, ctx, arm, seed, taught_by, teacher.model, references))
+    with taught_by(c, ctx, teacher, method, references.classes) as asked:
+        for seed in c.seeds:
+            for arm in arms:
+                results[arm].append(train_student(c, ctx, arm, seed, asked, teacher.model, references))
     return summarise(c, ctx, teacher, apprentice, teacher_scores, results, method)
 
 
@@ -236,7 +240,6 @@ def after_phases(
         phase = training.method.phases()[i]
         steps = max(round(phase.share * total), 1)
         left -= steps
-        phase.method.requires_grad_(True)
         keep_reached(training.student, phase.method, live, example, ctx.device)
         config = training.config.model_copy(update={"epochs": None, "steps": steps, "early_stop": None})
         first = replace(
@@ -259,15 +262,13 @@ def after_phases(
 
 
 def keep_reached(student: nn.Module, method: Method, teacher: Teacher, example: Batch, device: torch.device) -> None:
-    """Freeze what of ``student`` gets no gradient from ``method``, by one pass in evaluation mode."""
-    if method.student_needs is None:
-        student.requires_grad_(False)
-        return
+    """Freeze what of student and method gets no gradient from the method, by one pass in evaluation mode."""
+    method.requires_grad_(True)
     trainee, batch = Trainee(student, method).to(device).eval(), example.to(device)
     assert method.needs is not None
     terms = trainee(batch, teacher.signal(batch, method.needs))
     torch.stack([term.sum for term in terms.values()]).sum().backward()
-    for parameter in student.parameters():
+    for parameter in trainee.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     trainee.zero_grad(set_to_none=True)
 
@@ -353,24 +354,48 @@ def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> LiveTeacher:
     return LiveTeacher(model, mode=c.teacher_mode).to(ctx.device)
 
 
-def remembered(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method, classes: int) -> Teacher:
-    """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
+@contextmanager
+def taught_by(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method, classes: int) -> Iterator[Teacher]:
+    """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
+    if c.cache is None:
+        yield remembered(c, ctx, teacher, method, classes)
+        return
+    with c.cache(teacher, classes, method, ctx.accelerator) as cached:
+        for each in (method, *(phase.method for phase in method.phases())):
+            check_capabilities(each, cached)
+            if each.needs is not None:
+                cached.check(each.needs)
+        ctx.terminal.say(f"cache: {cached.folder}, {len(cached.reader):,} rows known")
+        yield cached
+
+
+def all_needs(method: Method) -> Needs:
+    """What a method and its phases need of the teacher, together."""
     wanted = [m.needs for m in (method, *(phase.method for phase in method.phases())) if m.needs is not None]
-    needs = Needs(
+    return Needs(
         logits=any(n.logits for n in wanted),
         hidden=tuple(dict.fromkeys(tap for n in wanted for tap in n.hidden)),
         head=any(n.head for n in wanted),
+        temperature=next((n.temperature for n in wanted if n.temperature is not None), None),
     )
-    if c.remember is None or not wanted or needs.head or c.teacher_mode != "eval":
+
+
+def remembered(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method, classes: int) -> Teacher:
+    """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
+    needs = all_needs(method)
+    if c.remember is None or method.needs is None or needs.head or c.teacher_mode != "eval":
         return teacher
     shapes = feature_shapes(teacher.model, next(iter(c.test)).rows(0, 1), needs.hidden)
     row = classes * needs.logits + sum(math.prod(shape) for shape in shapes.values())
-    if c.remember_rows * row * 4 > memory_budget(ctx.accelerator.num_processes):
+    fits = c.remember_rows * row * 4 <= memory_budget(ctx.accelerator.num_processes)
+    if not from_main(ctx.accelerator, lambda: ctx.run.decided("remembered", fits)):
         return teacher
-    return MemoryTeacher(
-        teacher, c.remember, ctx.device, lambda batches: ctx.terminal.iterate(batches, "teacher on training data"),
-        needs=needs,
-    )  # fmt: skip
+
+    def shown(batches: Iterable[Batch]) -> Iterator[Batch]:
+        return ctx.terminal.iterate(batches, "teacher on training data")
+
+    with ctx.accelerator.autocast():
+        return MemoryTeacher(teacher, c.remember, ctx.device, shown, needs=needs)
 
 
 def memory_budget(processes: int) -> int:

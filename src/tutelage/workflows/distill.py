@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError
 from tutelage.methods import LogitMethod, Method
 from tutelage.workflows.comparison import Arm, Comparison, Context, compare, exported_student
 from tutelage.workflows.folder import choose, opened
+from tutelage.workflows.measure import class_name, fingerprint
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
 
@@ -118,8 +118,8 @@ def distill(
 
     cls = type(template) if template is not None else None
     described = {
-        "teacher": _describe(teacher),
-        "student": _describe(make_student(seeds[0])),
+        "teacher": fingerprint(teacher),
+        "student": fingerprint(make_student(seeds[0])),
         "method": {"class": type(method).__name__, "formula": method.formula()},
         "train": config.model_dump(mode="json", exclude_none=True),
         "seeds": list(seeds),
@@ -148,7 +148,7 @@ def distill(
         teacher_mode=teacher_mode,
         classes=classes,
         student_card={
-            "spec": None, "class": _name(cls) if cls else "the given function's result", "classes": classes,
+            "spec": None, "class": class_name(cls) if cls else "the given function's result", "classes": classes,
         },
     )  # fmt: skip
     accelerator = make_accelerator(config.precision, list(config.trackers))
@@ -164,24 +164,6 @@ def distill(
         ctx = Context(accelerator, run, terminal, stop)
         summary = compare(comparison, ctx)
         return Run(exported_student(comparison, ctx, summary), summary, path)
-
-
-def _name(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _describe(model: nn.Module) -> dict[str, Any]:
-    """What a run is resumed with only if it is the same."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return {
-        "class": _name(type(model)),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "weights": digest.hexdigest()[:16],
-    }
 
 
 def _check_arguments(
