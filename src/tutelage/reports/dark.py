@@ -119,7 +119,7 @@ def _heat(who: str, t: str, at: Alike, names: Sequence[str]) -> dict[str, Any]:
     ticks = _distinct([plot_text(name, 40) for name in names])
     matrix = at.mean[who]
     ranges = {"one": _range(list(at.mean.values())), "own": _range([matrix])}
-    low, high = ranges["one"]
+    narrowest = min(high - low for low, high in (_range([m]) for m in at.mean.values()))
     trace: dict[str, Any] = {
         "type": "heatmap",
         "name": NAMES[who],
@@ -140,7 +140,7 @@ def _heat(who: str, t: str, at: Alike, names: Sequence[str]) -> dict[str, Any]:
         "by": {"colours": {name: {"zmin": a, "zmax": b} for name, (a, b) in ranges.items()}},
     }  # fmt: skip
     if len(names) <= FEW_CLASSES:
-        trace |= {"texttemplate": f"%{{z:.{1 if high - low > 4 else 2}f}}", "textfont": {"size": 9}}
+        trace |= {"texttemplate": f"%{{z:.{1 if narrowest > 4 else 2}f}}", "textfont": {"size": 9}}
     return trace
 
 
