@@ -17,8 +17,8 @@ MODELS = ("convnet", "mlp", "resnet", "timm:NAME", "torchvision:NAME", "hf:ID", 
 """What ``model`` can be."""
 
 AUGMENTS = (
-    "flip", "shift", "auto-augment", "color-jitter", "erase", "grayscale", "rand-augment", "rotate",
-    "trivial-augment", "resized-crop",
+    "flip", "shift", "cutmix", "mixup", "auto-augment", "color-jitter", "erase", "grayscale", "rand-augment",
+    "rotate", "trivial-augment", "resized-crop",
 )  # fmt: skip
 """Augmentations by name."""
 
