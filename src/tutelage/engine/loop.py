@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -159,13 +161,11 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     per_epoch = t.batches.steps_per_epoch
     while s.at.step < t.steps and not s.at.stopped_early:
         epoch, done = divmod(s.at.step, per_epoch)
-        for micros in t.batches.epoch(epoch, s.share, skip=done):
-            s.check_labels(micros)
-            micros = [batch.to(accelerator.device) for batch in micros]
-            scale = s.scales(micros)
-            for batch in micros:
+        for micros in s.asked(t.batches.epoch(epoch, s.share, skip=done)):
+            scale = s.scales([batch for batch, _ in micros])
+            for batch, said in micros:
                 with accelerator.accumulate(s.trainee):
-                    terms = s.trainee(batch, s.signal(batch))
+                    terms = s.trainee(batch, said())
                     accelerator.backward(s.loss(terms, scale))
             if t.config.clip is not None:
                 accelerator.clip_grad_norm_(s.trainee.parameters(), t.config.clip)
@@ -226,11 +226,35 @@ class _State:
                         remedy=f"labels are class indices, {IGNORE} where there is none",
                     )
 
+    def asked(self, steps: Iterator[list[Batch]]) -> Iterator[list[tuple[Batch, Callable[[], Signal | None]]]]:
+        """The micro-batches of each step, on the device, with what waits for the teacher's word on them.
+
+        A teacher that can be asked ahead is, a step before its word is needed.
+        """
+        asked: list[tuple[Batch, Callable[[], Signal | None]]] | None = None
+        ahead = self.t.method.needs is not None and hasattr(self.t.teacher, "ask")
+        for micros in itertools.islice(steps, self.t.steps - self.at.step):
+            self.check_labels(micros)
+            placed = [batch.to(self.accelerator.device) for batch in micros]
+            if not ahead:
+                yield [(batch, partial(self.signal, batch)) for batch in placed]
+                continue
+            before, asked = asked, [(batch, self.ask(batch)) for batch in placed]
+            if before is not None:
+                yield before
+        if asked is not None:
+            yield asked
+
     def signal(self, batch: Batch) -> Signal | None:
         if self.t.method.needs is None or self.t.teacher is None:
             return None
         with self.accelerator.autocast():
             return self.t.teacher.signal(batch, self.t.method.needs)
+
+    def ask(self, batch: Batch) -> Callable[[], Signal | None]:
+        teacher: Any = self.t.teacher
+        with self.accelerator.autocast():
+            return teacher.ask(batch, self.t.method.needs)
 
     def scales(self, micros: list[Batch]) -> dict[str, Tensor]:
         """For each term its weight over its count in the whole step, all micro-batches and processes."""

@@ -141,7 +141,7 @@ def final(runs: Sequence[Run]) -> str:
 
 
 def _role(name: str) -> str:
-    return f"<span class='role'><span class='swatch {ROLE[name]}'></span>{escaped(name)}</span>"
+    return f"<span class='role'><span class='swatch {ROLE.get(name, 'teacher')}'></span>{escaped(name)}</span>"
 
 
 def comparison(runs: Sequence[Run]) -> str:

@@ -1,7 +1,18 @@
 """Teachers: anything that gives one typed signal for a batch."""
 
+from tutelage.teachers.ahead import AheadTeacher
+from tutelage.teachers.ensemble import Ensemble, EnsembleTeacher, learned_weights
 from tutelage.teachers.live import LiveTeacher
 from tutelage.teachers.memory import MemoryTeacher
 from tutelage.teachers.signal import Signal, Teacher
 
-__all__ = ["LiveTeacher", "MemoryTeacher", "Signal", "Teacher"]
+__all__ = [
+    "AheadTeacher",
+    "Ensemble",
+    "EnsembleTeacher",
+    "LiveTeacher",
+    "MemoryTeacher",
+    "Signal",
+    "Teacher",
+    "learned_weights",
+]
