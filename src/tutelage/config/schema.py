@@ -303,7 +303,23 @@ class MemberConfig(ModelConfig):
         return self
 
 
-class TeacherConfig(MemberConfig):
+Weights = list[NotNegative] | Literal["learned"]
+
+
+class EnsembleConfig(Section):
+    """How the members of an ensemble become one."""
+
+    combine: Literal["probabilities", "logits"] | None = None
+    """What of the members is averaged. Default: ``probabilities``."""
+    weights: Weights | None = None
+    """One for each member, or ``learned``: fitted on the validation split, by the cross-entropy of the ensemble with
+    its labels. Default: all the same."""
+    average_at: Positive | None = None
+    """T at which probabilities are averaged. At the method's own T, the student gets the mean of what each member
+    says at T. Default: 1."""
+
+
+class TeacherConfig(MemberConfig, EnsembleConfig):
     """The teacher, or the members of an ensemble: each trained first where it has no weights of its own."""
 
     model: Annotated[str, AfterValidator(_model)] | None = None  # type: ignore[assignment]
@@ -312,14 +328,6 @@ class TeacherConfig(MemberConfig):
     members: Annotated[list[MemberConfig], Field(min_length=2)] | None = None
     """Teachers that speak as one. Those without weights are trained first, each with a seed of its own; what their
     ``train`` leaves out is taken from ``teacher.train``, then from ``train``."""
-    combine: Literal["probabilities", "logits"] | None = None
-    """What of the members is averaged. Default: ``probabilities``."""
-    weights: list[NotNegative] | Literal["learned"] | None = None
-    """One for each member, or ``learned``: fitted on the validation split, by the cross-entropy of the ensemble with
-    its labels. Default: all the same."""
-    average_at: Positive | None = None
-    """T at which probabilities are averaged. At the method's own T, the student gets the mean of what each member
-    says at T. Default: 1."""
     route: dict[str, int | list[int]] | None = None
     """For each value of the column ``data.route`` the member that teaches such images, numbered from 0, or a list of
     several. Default: all teach all."""

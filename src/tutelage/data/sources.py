@@ -350,7 +350,8 @@ def huggingface_source(
         if route is not None:
             values = part[route][:]
             if isinstance(features[route], datasets.ClassLabel):
-                values = [features[route].int2str(value) for value in values]
+                names = features[route].names
+                values = [names[value] if value >= 0 else value for value in values]
             splits[split].route = routes.numbered(values)
     highest = max(int(s.labels.max()) for s in splits.values() if len(s.labels))
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else range(highest + 1)

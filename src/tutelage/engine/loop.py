@@ -26,6 +26,7 @@ from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import RunDirectory
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.methods.base import Method, Term, Trainee
+from tutelage.taps import compile_apart
 from tutelage.teachers.signal import Signal, Teacher
 
 EVALUATIONS = 100
@@ -191,7 +192,7 @@ class _State:
         self.share = Share(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
         torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
         if t.config.compile:
-            t.student.compile()
+            compile_apart(t.student)
         self.trainee, prepared = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
         self.bare: Trainee = accelerator.unwrap_model(self.trainee)
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)

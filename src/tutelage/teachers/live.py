@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
-from tutelage.taps import Head, Needs, Observer
+from tutelage.taps import Head, Needs, Observer, compile_apart
 from tutelage.teachers.int8 import quantised
 from tutelage.teachers.signal import Signal
 
@@ -161,7 +161,7 @@ class LiveTeacher:
             runs = copy.deepcopy(runs, {id(x): x for x in tensors})
         observer = Observer(runs, needs)
         if self.compile:  # after the taps, which a compiled model would ignore
-            runs.compile()
+            compile_apart(runs)
         running = (self.model, runs, *(o.model for o in self._observers.values()))
         self._modules = list({id(m): m for model in running for m in model.modules()}.values())
         return observer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.config import MemberConfig, ModelConfig, Recipe, SpeedConfig, dump_recipe
+from tutelage.config import MemberConfig, ModelConfig, Recipe, dump_recipe
 from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
 from tutelage.data.batch import IGNORE
 from tutelage.engine import from_main, make_accelerator, tracking
@@ -24,7 +24,7 @@ from tutelage.workflows.comparison import Arm, Comparison, Context, compare
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
-from tutelage.workflows.teachers import EnsemblePlan, Member, routes
+from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,6 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
             members, t.combine or "probabilities", t.weights, t.average_at or 1.0,
             None if t.route is None else routes(t.route, data.routes),
         )  # fmt: skip
-    speed = recipe.teacher.speed
     return Comparison(
         name=recipe.name,
         teacher=members[0].model if plan is None else plan.untrained,
@@ -120,7 +119,7 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         teacher_mode=recipe.teacher.mode,
         ensemble=plan,
         speed=members[0].speed,
-        ahead=None if speed is None else "process" if speed.process else "overlap" if speed.overlap else None,
+        ahead=asks_ahead(recipe.teacher.speed),
         remember=None if data.train.augmented else InOrder(data.train, workers=decoding),
         remember_rows=len(data.train),
         classes=data.classes,
@@ -146,14 +145,6 @@ def teacher_member(recipe: Recipe, number: int, data: ImageData, facts: dict[str
         {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
         live_options(recipe.teacher.speed, config.speed),
     )
-
-
-def live_options(*sections: SpeedConfig | None) -> dict[str, Any]:
-    """What the last section says, else the one before it, as arguments of :class:`LiveTeacher`."""
-    given: dict[str, Any] = {}
-    for section in sections:
-        given |= section.model_dump(exclude_none=True, include=set(SpeedConfig.model_fields)) if section else {}
-    return given
 
 
 def method_factory(recipe: Recipe) -> Callable[[], Method]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tutelage.config import TrainConfig
+from tutelage.config import SpeedConfig, TeacherSpeedConfig, TrainConfig
 from tutelage.data import Batch, Batches
 from tutelage.engine import evaluate_teacher
 from tutelage.errors import CapabilityError, ConfigError, nearest
@@ -84,6 +84,21 @@ class EnsemblePlan:
         return EnsembleTeacher(
             live, combine=self.combine, weights=weights, temperature=self.temperature, route=self.route
         )
+
+
+def live_options(*sections: SpeedConfig | None) -> dict[str, Any]:
+    """What the last section says, else the one before it, as arguments of :class:`LiveTeacher`."""
+    given: dict[str, Any] = {}
+    for section in sections:
+        given |= section.model_dump(exclude_none=True, include=set(SpeedConfig.model_fields)) if section else {}
+    return given
+
+
+def asks_ahead(speed: TeacherSpeedConfig | None) -> Literal["overlap", "process"] | None:
+    """Whether a teacher is asked ahead, here or in a process of its own."""
+    if speed is None:
+        return None
+    return "process" if speed.process else "overlap" if speed.overlap else None
 
 
 def described(
