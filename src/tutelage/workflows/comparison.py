@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -427,13 +428,14 @@ def memory_budget(processes: int) -> int:
 
 
 def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> None:
-    """:func:`check_output` of the teacher, or of each member by its name."""
-    if c.ensemble is None:
-        check_output(c, device, teacher, "teacher")
-        return
-    assert isinstance(teacher, Ensemble)
-    for member, model in zip(c.ensemble.members, teacher, strict=True):
+    """:func:`check_output` of the teacher, or of each member by its name, and whether it can run as it is to run."""
+    single = Member("teacher", c.teacher, c.train_teacher, speed=c.speed)
+    members = [single] if c.ensemble is None else c.ensemble.members
+    models = list(teacher.children()) if isinstance(teacher, Ensemble) else [teacher]
+    for member, model in zip(members, models, strict=True):
         check_output(c, device, model, member.name)
+        if any(m.train is not None for m in members):  # before hours of training; a copy, for it is frozen
+            LiveTeacher(copy.deepcopy(model), mode=c.teacher_mode, **member.speed)
 
 
 def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str) -> None:
