@@ -96,6 +96,7 @@ def evaluate(
     teacher: Iterable[Tensor] | None = None,
     share: Share = Share(),  # noqa: B008 - frozen
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    watch: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
     """Metrics of ``model`` over ``batches``; the model's mode is left as it was.
 
@@ -106,6 +107,7 @@ def evaluate(
         teacher: the teacher's logits for each batch, ``[B, ..., C]``, in the same order.
         share: which rows of every batch this process evaluates.
         reduce: sums a tensor over processes.
+        watch: is shown the logits of the positions that count, ``[N, C]``, batch after batch.
     """
     scores = Scores(device)
     theirs = iter(teacher) if teacher is not None else None
@@ -129,7 +131,10 @@ def evaluate(
             if theirs is not None:
                 rows = next(theirs)
                 reference = (rows[start:stop] if start < stop else rows[:1]).to(device).flatten(0, -2)
-            scores.add(logits.flatten(0, -2).float(), mine.labels.flatten(), mine.counted().flatten(), reference)
+            flat, counted = logits.flatten(0, -2).float(), mine.counted().flatten()
+            scores.add(flat, mine.labels.flatten(), counted, reference)
+            if watch is not None:
+                watch(flat[counted])
     finally:
         for module in training:
             module.training = True

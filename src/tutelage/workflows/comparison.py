@@ -28,6 +28,7 @@ from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers import CachedTeacher, LiveTeacher, MemoryTeacher, Teacher
 from tutelage.workflows.measure import latencies, parameters
 from tutelage.workflows.progress import Terminal
+from tutelage.workflows.similarity import Similarities
 from tutelage.workflows.statistics import paired, spread
 
 MEMORY_BYTES = 2**29
@@ -129,7 +130,9 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     references = References(teacher, c.test, ctx)
     on_validation = evaluate(teacher.model, c.validation if c.validation is not None else c.test, ctx.device)
     check_taught(on_validation, references.classes, ctx)
-    teacher_scores = evaluate(teacher.model, c.test, ctx.device)
+    alike = Similarities()
+    teacher_scores = evaluate(teacher.model, c.test, ctx.device, watch=alike.add)
+    alike.keep(ctx.run, "teacher")
     teacher_scores["validation"] = on_validation
     check_method_runs(c, ctx, apprentice, method, teacher)
 
@@ -315,11 +318,15 @@ def _measured(
     """The result of a training, and under ``model`` the module that holds the best weights."""
     model = rebuild().to(ctx.device)
     model.load_state_dict(outcome.last)
-    last = evaluate(model, test, ctx.device, references)
+    alike = Similarities()
+    last = evaluate(model, test, ctx.device, references, watch=alike.add)
     best = last
     if any(not torch.equal(outcome.best[k], outcome.last[k]) for k in outcome.last):
         model.load_state_dict(outcome.best)
-        best = evaluate(model, test, ctx.device, references)
+        alike = Similarities()
+        best = evaluate(model, test, ctx.device, references, watch=alike.add)
+    if references is not None:  # the teacher's own is taken once it is finished
+        alike.keep(ctx.run, training.name)
     at = outcome.progress
     score = at.best
     return {
