@@ -26,6 +26,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "teacher": config.TeacherConfig,
     "teacher.members": config.MemberConfig,
     "teacher.speed": config.TeacherSpeedConfig,
+    "teacher.cache": config.CacheConfig,
     "student": config.ModelConfig,
     "method: kind: logit": config.LogitConfig,
     "method: kind: feature": config.FeatureConfig,
@@ -107,12 +108,15 @@ ABOUT_LINKS = """\
 Weights that were published for a mean over elements are restated for objectives that sum them, so that the loss is
 the same. What an objective learns beside the student is trained along and not exported:
 
-- `hint`: a projector, where channels differ. `first: 0.3` trains on the hints alone for 30 % of the steps and then
-  goes on without them, as FitNets does.
+- `hint`: a projector, where channels differ. The paper guides one stage; `auto` guides every one that both have.
+  `first: 0.3` trains on the hints alone for 30 % of the steps and then goes on without them, as FitNets does.
 - `vid`: three 1x1 convolutions to the teacher's mean, and a variance for each channel.
-- `overhaul`: a 1x1 convolution and batch norm; margins come from the teacher's own batch norms. Tap what goes into an
-  activation: `layer1.1.relu@1:input`.
-- `review`: fusion modules from the deepest pair to the shallowest.
+- `overhaul`: a 1x1 convolution and batch norm; margins come from the teacher's own batch norms, the last that runs
+  before the tap. Tap what goes into an activation: `layer1.1.relu@1:input`. The authors' teacher is in training mode
+  (`teacher.mode: train_bn`), and their weight 1e-4 on ImageNet.
+- `review`: fusion modules from the deepest pair to the shallowest. The authors take the teacher's maps before the
+  activation, add the pooled feature as the deepest, and raise the weight over 20 epochs; `auto` does not.
+- `rkd_distance`, `rkd_angle`: embeddings as they are, as in the CRD benchmark; Park et al. normalise them first.
 - `factor_transfer`: a paraphraser of the teacher's feature, trained first for the `share` of the steps, and a
   translator.
 - `crd`: a linear head for each embedding, and a memory of every training example, which resumes with the run.
@@ -294,7 +298,8 @@ def soft_objectives() -> Iterator[str]:
             for name, entry in SOFT_OBJECTIVES.items()
         ),
     )
-    yield "Published weights: `alpha: 1, hard: 1` for `dkd`, and for `dist`, there with `beta: 2, gamma: 2` on CIFAR."
+    yield "Published weights: `alpha: 1, hard: 1` for `dkd` (whose numbers come with a warm-up of 20 epochs, which is"
+    yield "not here) and for `dist`; `alpha: 9, hard: 1` at T = 2 for `kd` with `standardize: true`."
     yield ""
 
 

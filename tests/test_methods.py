@@ -28,7 +28,7 @@ from tutelage.methods import (
 )
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet, ResNet
-from tutelage.students import ReusedHead
+from tutelage.students import ReusedHead, last_norm
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 from tutelage.workflows.progress import Terminal
@@ -158,17 +158,68 @@ def test_margins_are_those_of_the_norm_before_the_relu() -> None:
         torch.testing.assert_close(link.get_buffer(f"margin{i}"), objectives.overhaul_margin(norm.weight, norm.bias))
 
 
-def test_weights_published_for_a_mean_fit_the_sum() -> None:
+@pytest.mark.parametrize(
+    ("name", "sums", "weight"),
+    [("attention_transfer", "lecture", 1000), ("vid", "paper", 1), ("factor_transfer", "paper", 500)],
+)
+def test_weights_published_for_a_mean_fit_the_sum(name: str, sums: str, weight: float) -> None:
     student, teacher = pair()
     b = batch()
     seen = {}
-    for variant in ("authors", "lecture"):
-        method = fit(FeatureMethod(objective="attention_transfer", options={"variant": variant}), student, teacher, b)
+    for variant in ("authors", sums):
+        method = fit(FeatureMethod(objective=name, options={"variant": variant}), student, teacher, b)
         observed = observe(student.eval(), b.inputs, method.student_needs)
         terms = method(observed, b, LiveTeacher(teacher).signal(b, method.needs))
-        seen[variant] = [(method.weights[k] * terms[k].sum).item() for k in terms if k.startswith("attention")]
-    assert method.weights["attention_transfer(stages.0)"] == 1000 / 64
-    assert seen["authors"] == pytest.approx(seen["lecture"])
+        seen[variant] = [(method.weights[k] * terms[k].sum).item() for k in terms if k.startswith(name)]
+        if variant == "authors":
+            assert {w for k, w in method.weights.items() if k.startswith(name)} == {weight}
+    assert seen["authors"] == pytest.approx(seen[sums])
+
+
+def test_vid_weighs_a_token_and_not_a_text() -> None:
+    world = texts()
+    b = world.to_batch(world.held[1])
+    pairs = [{"student": "bert.embeddings", "teacher": "bert.embeddings"}]
+    method = fit(FeatureMethod(pairs, objective="vid"), world.make(8), world.make(16), b)
+    assert method.weights["vid(bert.embeddings)"] == 1 / 16
+
+
+def test_two_paraphrasers_are_two() -> None:
+    student, teacher = pair()
+    pairs = [{"student": f"stages.{i}", "teacher": f"stages.{i}"} for i in range(2)]
+    method = fit(FeatureMethod(pairs, objective="factor_transfer"), student, teacher, batch())
+    assert [phase.name for phase in method.phases()] == ["paraphraser", "paraphraser#2"]
+    with pytest.raises(ConfigError, match="nothing is left"):
+        fit(FeatureMethod(pairs, objective="factor_transfer", options={"share": 0.5}), student, teacher, batch())
+
+
+@pytest.mark.parametrize("name", ["hint", "vid", "overhaul", "factor_transfer", "review", "crd"])
+def test_features_of_another_precision_reach_what_is_learned(name: str) -> None:
+    student, teacher = pair()
+    b = batch()
+    method = fit(FeatureMethod(objective=name), student, teacher, b)
+    half = Batch(b.inputs.bfloat16(), b.labels, ids=b.ids)
+    seen = observe(student.bfloat16(), half.inputs, method.student_needs)
+    terms = method(seen, half, LiveTeacher(teacher.bfloat16()).signal(half, method.needs))
+    assert all(bool(torch.isfinite(t.sum)) for t in terms.values())
+
+
+def test_margins_come_from_before_the_tap() -> None:
+    _, teacher = pair(resnet=True)
+    assert last_norm(teacher, batch(), "stages.0.0.relu2:input") is teacher.stages[0][0].conv2[1]
+    assert last_norm(teacher, batch(), "stages.0.1.relu2:input") is teacher.stages[0][1].conv2[1]
+    assert last_norm(teacher, batch(), "stages.0.1.conv1") is teacher.stages[0][1].conv1[1]
+
+
+def test_a_loader_that_drops_rows_is_no_place_for_a_memory(tmp_path: Path) -> None:
+    world = images()
+    data = torch.utils.data.TensorDataset(torch.randn(30, 1, 8, 8), torch.randint(4, (30,)))
+    loader = torch.utils.data.DataLoader(data, 8, shuffle=True, drop_last=True)
+    with pytest.raises(tutelage.errors.DataError, match="drop_last=False"):
+        tutelage.distill(
+            teacher_for(world), world.make(8), loader, eval_data=world.held, method=FeatureMethod(objective="crd"),
+            out=tmp_path / "run", verbose=False,
+        )  # fmt: skip
 
 
 def test_review_reaches_shallow_stages_of_the_teacher_from_deep_ones_of_the_student() -> None:
@@ -360,5 +411,9 @@ def test_simkd_on_vectors_where_the_map_is_not_averaged() -> None:
     assert set(terms) == {"kd", "ce", "simkd"} == set(method.weights) == set(method.counts(b))
     sum(t.sum for t in terms.values()).backward()
     assert reused.head.weight.grad is None
-    assert all(p.grad is not None for p in reused.projector.parameters())
+    assert all(p.grad is not None for p in reused.parameters() if p.requires_grad)
+    features = LiveTeacher(teacher).signal(b, method.needs).hidden[method.tap]
+    assert reused.card["signed"]
+    assert (features < 0).any()
+    assert (reused.projector(torch.randn(5, 8)) < 0).any()
     trainee.close()

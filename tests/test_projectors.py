@@ -101,3 +101,15 @@ def test_stages_are_the_outermost_modules_of_one_resolution() -> None:
     assert list(stages(timm.create_model("resnet10t", num_classes=2), example(3, 64)).values())[-4:] == [
         "layer1", "layer2", "layer3", "layer4",
     ]  # fmt: skip
+
+
+def test_heads_of_an_attention_are_no_map() -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=2, num_classes=3)
+    images = Batch(torch.randn(2, 3, 64, 64), torch.zeros(2, dtype=torch.long))
+    assert all("attn" not in path for path in stages(model, images).values())
+    resnet = timm.create_model("resnet18", num_classes=3)
+    assert stages(resnet, images) == {
+        (32, 32): "act1", (16, 16): "layer1", (8, 8): "layer2", (4, 4): "layer3", (2, 2): "layer4",
+    }  # fmt: skip

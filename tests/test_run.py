@@ -19,6 +19,7 @@ from tutelage.models import ModelSpec, build, load_model, save_model
 from tutelage.teachers import LiveTeacher
 from tutelage.workflows.doctor import examine
 from tutelage.workflows.progress import Terminal
+from tutelage.workflows.similarity import class_similarity
 from tutelage.workflows.statistics import paired
 
 RECIPE: dict[str, Any] = {
@@ -78,6 +79,17 @@ def test_the_summary_is_what_the_saved_models_score(finished: api.Finished) -> N
     ]
     assert gain["values"] == pytest.approx(differences)
     assert finished.summary["parameters"] == {"teacher": 64 * 65 + 650, "student": 64 * 8 + 8 + 90}
+
+
+@pytest.mark.parametrize("name", ["teacher", "alone-seed1", "distilled-seed0"])
+def test_the_similarity_of_classes_is_that_of_the_saved_model(finished: api.Finished, name: str) -> None:
+    data = load_images("digits", labels=100)
+    with torch.no_grad():
+        logits = load_model(finished.path / "models" / name)(data.test.fetch(torch.arange(len(data.test))).inputs)
+    kept = json.loads((finished.path / "similarity" / f"{name}.json").read_text())
+    sim = class_similarity(logits, 4)
+    assert kept["n"] == len(data.test)
+    assert kept["sim"]["4"] == pytest.approx([float(sim[i, j]) for i in range(10) for j in range(i, 10)], rel=1e-4)
 
 
 def test_both_students_get_the_same_start_and_the_same_budget(finished: api.Finished, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from test_distribution import launch
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
+from tutelage.engine.loop import Silent
 from tutelage.errors import ModelError
 from tutelage.methods import FeatureMethod, Method, Term, Trainee, built
 from tutelage.models.small import ConvNet
@@ -552,6 +553,21 @@ def test_fit_trains_on_taps_and_leaves_no_hook(tmp_path: Path, compiled: bool, c
     fit(training, make_accelerator())
     assert len(method.seen) == 9
     assert hooks(student) == 0
+
+
+def test_a_compiled_student_that_runs_before_its_first_step_is_tapped_all_the_same(
+    tmp_path: Path, compiles_lightly: None
+) -> None:
+    class Looks(Silent):
+        def started(self, name: str, step: int, total: int) -> None:
+            student.train()(world.to_batch(world.train[0]).inputs)
+
+    world = WORLDS["cnn"]()
+    student, method = world.make(4), Watching()
+    training = Training("t", student, method, LoaderBatches(world.train, 0, world.to_batch),
+                        TrainConfig(steps=2, compile=True), RunDirectory(tmp_path), watcher=Looks())  # fmt: skip
+    fit(training, make_accelerator())
+    assert len(method.seen) == 2
 
 
 def test_fit_leaves_no_hook_after_an_error_either(tmp_path: Path) -> None:

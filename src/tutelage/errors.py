@@ -66,6 +66,13 @@ class RunDirectoryError(TutelageError, OSError):
         return TutelageError.__str__(self)
 
 
+class CacheError(TutelageError, OSError):
+    """A cache of teacher signals is damaged, was made from something else, or cannot be written."""
+
+    def __str__(self) -> str:
+        return TutelageError.__str__(self)
+
+
 class MissingDependencyError(TutelageError, ImportError):
     """A feature needs a package that is not installed."""
 

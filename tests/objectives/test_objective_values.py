@@ -351,7 +351,7 @@ def test_crd(b, d, n, m, variant):
     for anchors, bank in zip((s, t), banks, strict=True):
         if variant == "authors":
             drawn = negatives.numpy()
-            z.append(np.mean([math.exp(norm(anchors[i]) @ bank[j] / tau) for i in range(b) for j in drawn[i]]))
+            z.append(m * np.mean([math.exp(norm(anchors[i]) @ bank[j] / tau) for i in range(b) for j in drawn[i]]))
     total = 0.0
     for anchors, others, bank, scale in zip((s, t), (t, s), banks, z, strict=True):
         for i in range(b):

@@ -134,6 +134,34 @@ def make_metrics(summary: dict[str, Any], *, epochs: int = 30, logs: int = 4) ->
     return lines
 
 
+TEMPERATURES = ("1", "2", "4", "8", "20")
+
+
+def similarity_file(classes: int, seed: int, n: int = 40) -> dict[str, Any]:
+    """``similarity/NAME.json`` of random logits."""
+    rng = random.Random(seed)
+    logits = [[rng.gauss(0, 2) for _ in range(classes)] for _ in range(n)]
+    sim = {}
+    for t in TEMPERATURES:
+        p = []
+        for row in logits:
+            weights = [math.exp(z / float(t)) for z in row]
+            p.append([w / sum(weights) for w in weights])
+        sim[t] = [math.fsum(q[i] * q[j] for q in p) / n for i in range(classes) for j in range(i, classes)]
+    return {"classes": classes, "n": n, "sim": sim}
+
+
+def make_similarities(path: Path, summary: dict[str, Any]) -> None:
+    """The files of the teacher and of every student; all distilled ones find alike what the teacher does."""
+    folder = path / "similarity"
+    folder.mkdir()
+    classes = len(summary["classes"] or CLASSES)
+    names = ["teacher", *(f"{arm}-seed{s}" for arm in summary["students"] for s in summary["seeds"])]
+    for i, name in enumerate(names):
+        found = similarity_file(classes, i + 1 if name.startswith("alone") else 0)
+        (folder / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
 def make_run(path: Path, summary: dict[str, Any] | None = None, *, config: str = CONFIG, **metrics: int) -> Path:
     """A finished run directory at ``path``; its last line of metrics is cut short, as a killed process leaves it."""
     summary = summary or make_summary()
@@ -141,5 +169,6 @@ def make_run(path: Path, summary: dict[str, Any] | None = None, *, config: str =
     (path / "config.yaml").write_text(config, encoding="utf-8")
     (path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(line) + "\n" for line in make_metrics(summary, **metrics))
+    make_similarities(path, summary)
     (path / "metrics.jsonl").write_text(lines + '{"training": "distilled-se', encoding="utf-8")
     return path

@@ -35,12 +35,22 @@ async function measure([page, width]) {
   const raw = doc.querySelector("input[value=raw]"), loss = raw.closest("figure").querySelector(".plot");
   const before = loss.data.map((trace) => trace.name);
   raw.click();
+  const dark = doc.querySelector("figure.dark"), maps = [...dark.querySelectorAll(".plot")];
+  const seen = () => maps.map((m) => m.data.map((trace) => [trace.zmin, trace.zmax, trace.hovertemplate]));
+  const parts = [...dark.querySelectorAll("[data-when]")];
+  const shown = () => parts.filter((part) => part.offsetHeight).map((part) => part.dataset.when);
+  const preset = [seen(), shown()];
+  dark.querySelector("input[value='20']").click();
+  const softer = [seen(), shown()];
+  dark.querySelector("input[value=own]").click();
+  const own = [seen(), shown()];
   found.push({
     page, width, drawn: root.classList.contains("drawn"), title: doc.title, inner: view.innerWidth,
     scroll: root.scrollWidth, background: view.getComputedStyle(doc.body).backgroundColor,
     plots: doc.querySelectorAll(".plot").length, svgs: doc.querySelectorAll("[data-figure] svg").length,
     resources: view.performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:")),
     wide: [...doc.querySelectorAll(".plot")].filter((p) => p.scrollWidth > p.clientWidth).length,
+    preset, softer, own, side: new Set(maps.map((m) => m.getBoundingClientRect().top)).size,
     ink: doc.querySelector(".plot text").style.fill, before, after: loss.data.map((trace) => trace.name),
   });
   frame.remove();
@@ -111,3 +121,10 @@ def test_the_page_in_a_browser(site, scheme, tmp_path):
         assert f["ink"] == ("rgb(232, 236, 240)" if scheme == "dark" else "rgb(26, 32, 39)")
         assert f["before"] == ["kd", "ce", "loss (their sum)"]
         assert f["after"] == ["kd", "ce"]
+        assert f["side"] == (1 if f["width"] == 1280 else 3)
+        for state, t in (("preset", "4"), ("softer", "20"), ("own", "20")):
+            maps, shown = f[state]
+            assert shown == [f"T={t}"]
+            assert [len(traces) for traces in maps] == [1, 1, 1]
+            assert all(f"T = {t}<" in traces[0][2] for traces in maps)
+            assert len({tuple(traces[0][:2]) for traces in maps}) == (2 if state == "own" else 1)

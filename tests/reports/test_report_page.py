@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -44,12 +45,13 @@ def test_the_verdict_comes_first_and_everything_is_there(tmp_path):
         ">Loss<",
         "Calibration",
         "by class",
+        "Dark knowledge",
     ]
     body = page[page.index("<body>") :]
     at = [body.index(text) for text in order]
     assert at == sorted(at)
     assert "temperature: 4.0" in body
-    assert len(figures_in(page)) == 5
+    assert len(figures_in(page)) == 8
 
 
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
@@ -142,6 +144,7 @@ def test_a_run_with_the_least_it_can_have(tmp_path):
     del summary["teacher"]["validation"]
     run = make_run(tmp_path / "digits", summary)
     (run / "metrics.jsonl").write_text("")
+    shutil.rmtree(run / "similarity")
     page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
     assert len(figures_in(page)) == 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
 from tutelage.config.methods import FeatureConfig, LogitConfig, SimkdConfig
@@ -127,6 +127,9 @@ class DataConfig(Section):
     """Share cut off for the test where the source has no such split."""
     split_seed: Seed = 0
     """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
+    views: Count | None = None
+    """How many different views of a sample the augmentations give, the same for all seeds; epochs go round them.
+    Default: new ones in every epoch, which no cache can keep."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode image files. 0: the main one."""
 
@@ -150,6 +153,10 @@ class DataConfig(Section):
             )
         if (self.mean is None) != (self.std is None):
             raise ValueError("'mean' and 'std' go together; give both or neither")
+        if self.views is not None and not self.augment:
+            raise Misfit(
+                f"views: {self.views}, and nothing augments the images; remove it, or set 'augment'", "views"
+            )
         if self.std is not None and min(self.std, default=1.0) <= 0:
             raise Misfit(f"std {self.std} has a value of 0; every one must be above 0", "std")
         return self
@@ -251,6 +258,33 @@ class ModelConfig(Section):
     """Weights: a safetensors file, a torch file readable with ``weights_only``, or a folder that a run exported."""
 
 
+class CacheConfig(Section):
+    """The teacher's word on disk: written in the first epoch or by ``tutelage cache``, then read."""
+
+    path: str | None = None
+    """Its folder. Default: ``runs/cache/`` and a name made of all that it depends on, so that runs with the same
+    teacher, data and views share one, and others do not meet."""
+    keep: Literal["dense", "topk", "sampled"] = "dense"
+    """Of the logits: all; the ``k`` largest, with the mass of the others; or an unbiased sample. The last two at the
+    method's temperature only."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
+    """Of the numbers that are kept."""
+    k: Count = 8
+    """Classes a row, of ``topk``."""
+    draws: Annotated[int, Field(ge=1, le=65_535)] = 64
+    """Draws a row, of ``sampled``."""
+    head: Annotated[int, Field(ge=0)] = 0
+    """Of ``sampled``: this many of the largest classes are kept exactly, and the draws are from the others."""
+    temperatures: list[Positive] = Field(default_factory=list)
+    """At which ``topk`` and ``sampled`` keep the distribution. Default: the method's."""
+
+
+def _cache(given: Any) -> Any:
+    if isinstance(given, bool):
+        return {} if given else None
+    return {"path": given} if isinstance(given, str) else given
+
+
 class SpeedConfig(Section):
     """How a teacher runs. What it says stays the same but for rounding; its figures are of it as it runs."""
 
@@ -335,6 +369,8 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
     """How it runs."""
     augment: Augments | None = None
     """Augmentations of its own training. Default: those of ``data``."""
+    cache: Annotated[CacheConfig | None, BeforeValidator(_cache)] = None
+    """Keep the teacher's word on disk: ``true``, a folder, or a section. See below."""
     mode: Literal["eval", "train_bn"] = "eval"
     """``train_bn``: normalise by the statistics of the batch, without moving the running ones."""
 
@@ -424,6 +460,18 @@ class Recipe(Section):
             )
         if self.teacher.members is not None and isinstance(self.method, FeatureConfig):
             self._of_members(self.method)
+        if self.teacher.cache is not None and self.data.augment and self.data.views is None:
+            raise Misfit(
+                "teacher.cache with data.augment would keep a row for every image of every epoch and never read one; "
+                "set data.views, such as 10: so many views of each image are kept, and epochs go round them",
+                "teacher",
+            )
+        if self.teacher.cache is not None and self.teacher.mode != "eval":
+            raise Misfit(
+                f"teacher.cache with teacher.mode {self.teacher.mode!r}: what the teacher says of an image would "
+                "depend on the batch that it first came in; use mode: eval",
+                "teacher",
+            )
         return self
 
     def _of_members(self, method: FeatureConfig) -> None:

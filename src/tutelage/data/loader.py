@@ -77,6 +77,10 @@ def order(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
+SHARED_VIEWS = 0
+"""The seed of views that all runs share."""
+
+
 class PlannedBatches:
     """Batches of a :class:`Rows`, shuffled and augmented as functions of (seed, epoch, sample id).
 
@@ -85,17 +89,19 @@ class PlannedBatches:
         batch_size: rows of one optimizer step, over all processes.
         seed: the run's seed.
         workers: processes that fetch; 0 is this one.
+        views: how many views a sample has, the same for every seed; epochs go round them. Default: new ones in
+            each epoch of each seed.
 
     Raises:
         DataError: no rows.
     """
 
-    def __init__(self, data: Rows, batch_size: int, seed: int, workers: int = 0) -> None:
+    def __init__(self, data: Rows, batch_size: int, seed: int, workers: int = 0, views: int | None = None) -> None:
         if len(data) == 0:
             raise DataError(
                 "there is nothing to train on: the data set has no rows", remedy="check data.labels and path"
             )
-        self.data, self.batch_size, self.seed, self.workers = data, batch_size, seed, workers
+        self.data, self.batch_size, self.seed, self.workers, self.views = data, batch_size, seed, workers, views
         self.steps_per_epoch = len(self.cut(torch.arange(len(data))))
 
     @property
@@ -113,8 +119,9 @@ class PlannedBatches:
     def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
         rows = self.cut(order(len(self.data), self.seed, epoch))[skip:]
-        keys = [(epoch, step_rows, span) for step_rows in rows for span in share.cut(len(step_rows))]
-        fetched = iter(_fetch_all(_Views(self.data, self.seed), keys, self.workers))
+        view, seed = (epoch, self.seed) if self.views is None else (epoch % self.views, SHARED_VIEWS)
+        keys = [(view, step_rows, span) for step_rows in rows for span in share.cut(len(step_rows))]
+        fetched = iter(_fetch_all(_Views(self.data, seed), keys, self.workers))
         for _ in rows:
             yield [next(fetched) for _ in range(share.accumulate)]
 
@@ -237,7 +244,16 @@ class LoaderBatches:
 
     @property
     def ids(self) -> Tensor | None:
-        """The sample ids of an epoch, found by one pass; ``None`` where batches have none."""
+        """The sample ids of an epoch, found by one pass; ``None`` where batches have none.
+
+        Raises:
+            DataError: the loader leaves out the last rows of an epoch, others each time.
+        """
+        if getattr(self.loader, "drop_last", False) is True:
+            raise DataError(
+                "the loader drops the last rows of every epoch, so that its samples cannot be known in advance",
+                remedy="use drop_last=False",
+            )
         found = []
         for (batch,) in self.epoch(0, Share()):
             if batch.ids is None:
@@ -274,18 +290,28 @@ class InOrder:
         batch_size: rows a batch; ignored for a loader.
         to_batch: for a loader.
         workers: processes that fetch; 0 is this one. Ignored for a loader.
+        view: which of the views that all runs share; ``None``: rows as they are.
     """
 
     def __init__(
-        self, data: Any, batch_size: int = 256, to_batch: Callable[[Any], Batch] = as_batch, workers: int = 0
+        self,
+        data: Any,
+        batch_size: int = 256,
+        to_batch: Callable[[Any], Batch] = as_batch,
+        workers: int = 0,
+        view: int | None = None,
     ) -> None:
-        self.data, self.batch_size, self.to_batch, self.workers = data, batch_size, to_batch, workers
+        self.data, self.batch_size, self.to_batch, self.workers, self.view = data, batch_size, to_batch, workers, view
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.batch_size) if hasattr(self.data, "fetch") else len(self.data)
 
     def __iter__(self) -> Iterator[Batch]:
         if hasattr(self.data, "fetch"):
             rows = torch.arange(len(self.data)).split(self.batch_size)
-            keys = [(0, step_rows, (0, len(step_rows))) for step_rows in rows]
-            yield from _fetch_all(_Views(self.data, None), keys, self.workers)
+            keys = [(self.view or 0, step_rows, (0, len(step_rows))) for step_rows in rows]
+            seed = None if self.view is None else SHARED_VIEWS
+            yield from _fetch_all(_Views(self.data, seed), keys, self.workers)
         else:
             for raw in self.data:
                 yield self.to_batch(raw).check_finite()

@@ -97,6 +97,7 @@ def evaluate(
     teacher: Iterable[Tensor] | None = None,
     share: Share = Share(),  # noqa: B008 - frozen
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    watch: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
     """Metrics of ``model`` over ``batches``; the model's mode is left as it was.
 
@@ -107,6 +108,7 @@ def evaluate(
         teacher: the teacher's logits for each batch, ``[B, ..., C]``, in the same order.
         share: which rows of every batch this process evaluates.
         reduce: sums a tensor over processes.
+        watch: is shown the logits of the positions that count, ``[N, C]``, batch after batch.
     """
 
     def ask(batch: Batch) -> Tensor:
@@ -118,14 +120,18 @@ def evaluate(
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        return _scored(ask, type(model).__name__, batches, device, teacher, share).reduce(reduce).result()
+        return _scored(ask, type(model).__name__, batches, device, teacher, share, watch).reduce(reduce).result()
     finally:
         for module in training:
             module.training = True
 
 
 def evaluate_teacher(
-    teacher: Teacher, batches: Iterable[Batch], device: torch.device, said: Iterable[Tensor] | None = None
+    teacher: Teacher,
+    batches: Iterable[Batch],
+    device: torch.device,
+    said: Iterable[Tensor] | None = None,
+    watch: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
     """Metrics of a teacher by what it says, in its own numbers and by its own routes.
 
@@ -134,13 +140,14 @@ def evaluate_teacher(
         batches: unaugmented.
         device: where it is asked.
         said: its logits for each batch, where it was asked already.
+        watch: as in :func:`evaluate`.
     """
     known = None if said is None else iter(said)
 
     def ask(batch: Batch) -> Tensor:
         return teacher.signal(batch, Needs()).dense() if known is None else next(known).to(device)
 
-    return _scored(ask, "teacher", batches, device).result()
+    return _scored(ask, "teacher", batches, device, watch=watch).result()
 
 
 def _scored(
@@ -150,6 +157,7 @@ def _scored(
     device: torch.device,
     teacher: Iterable[Tensor] | None = None,
     share: Share = Share(),  # noqa: B008 - frozen
+    watch: Callable[[Tensor], object] | None = None,
 ) -> Scores:
     scores = Scores(device)
     theirs = iter(teacher) if teacher is not None else None
@@ -167,5 +175,8 @@ def _scored(
         if theirs is not None:
             rows = next(theirs)
             reference = (rows[start:stop] if start < stop else rows[:1]).to(device).flatten(0, -2)
-        scores.add(logits.flatten(0, -2).float(), mine.labels.flatten(), mine.counted().flatten(), reference)
+        flat, counted = logits.flatten(0, -2).float(), mine.counted().flatten()
+        scores.add(flat, mine.labels.flatten(), counted, reference)
+        if watch is not None:
+            watch(flat[counted])
     return scores

@@ -8,6 +8,7 @@
     report.html     the same to look at
     student/        the exported student
     models/         each finished training's model and its result
+    similarity/     how alike the classes are to the teacher and to each finished model
     checkpoints/    the last states of each training
 """
 
@@ -132,9 +133,21 @@ class RunDirectory:
         """Folder of a training's checkpoints."""
         return self.path / "checkpoints" / training
 
+    def decided(self, what: str, now: bool) -> bool:
+        """``now``, or what was decided when the run began: a resumed one computes the same."""
+        path = self.path / "decisions.json"
+        known: dict[str, bool] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if what not in known and self.writes:
+            write_text(path, json.dumps({**known, what: now}, indent=1) + "\n")
+        return known.get(what, now)
+
     def model(self, training: str) -> Path:
         """Folder of a finished training's model."""
         return self.path / "models" / training
+
+    def similarity(self, training: str) -> Path:
+        """How alike the classes are to a finished training's model."""
+        return self.path / "similarity" / f"{training}.json"
 
     def result(self, training: str) -> dict[str, Any] | None:
         """What a finished training found; ``None`` while it is not finished."""
@@ -171,7 +184,12 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what a killed process left half-written."""
-        for folder in (self.path, self.path / "models", *(self.path / "checkpoints").glob("*")):
+        for folder in (
+            self.path,
+            self.path / "models",
+            self.path / "similarity",
+            *(self.path / "checkpoints").glob("*"),
+        ):
             if folder.is_dir():
                 for draft in folder.glob(f"{DRAFT}*"):
                     shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)

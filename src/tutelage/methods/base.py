@@ -39,12 +39,14 @@ class Method(nn.Module):
         student_needs: what must be known of the student's forward pass; ``None`` where the student is not run.
         weights: the weight of each term, by name. The engine applies it, once.
         needs_ids: whether :meth:`build` needs the sample ids of the training data.
+        takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) will do for its logits.
     """
 
     needs: Needs | None = Needs()
     student_needs: Needs | None = Needs()
     weights: dict[str, float]
     needs_ids: bool = False
+    takes_sparse: bool = False
 
     def adapt(self, student: nn.Module, teacher: nn.Module, example: Batch) -> nn.Module:
         """The module that is trained and exported. Default: the student as it is.
@@ -197,6 +199,8 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
     if teacher is None:
         raise CapabilityError(f"{name} needs a teacher and there is none", remedy="give a teacher")
     missing = sorted(method.needs.kinds() - teacher.provides)
+    if method.takes_sparse and teacher.provides & {"topk", "sampled"}:
+        missing = [kind for kind in missing if kind != "logits"]
     if missing:
         raise CapabilityError(
             f"{name} needs {', '.join(missing)} of the teacher, and {type(teacher).__name__} "

@@ -120,8 +120,13 @@ class PairsMethod(Method):
         return terms
 
     def phases(self) -> Sequence[Phase]:
-        """Those of the links."""
-        return [phase for _, link in self._named() for phase in link.phases()]
+        """Those of the links, each under a name of its own."""
+        found: list[Phase] = []
+        for _, link in self._named():
+            for phase in link.phases():
+                again = sum(p.name.partition("#")[0] == phase.name for p in found)
+                found.append(phase._replace(name=f"{phase.name}#{again + 1}") if again else phase)
+        return found
 
     def after_step(self) -> None:
         """That of the links."""
@@ -189,6 +194,7 @@ class FeatureMethod(Method):
         if not 0 <= first < 1:
             raise ConfigError(f"first={first}", remedy="a share of all steps, from 0 to below 1")
         self.first, self.needs_ids = first, self.hidden.needs_ids
+        self.needs, self.takes_sparse = self.logit.needs, self.logit.takes_sparse
         self.weights = dict(self.logit.weights)
 
     def build(self, student: nn.Module, teacher: nn.Module, example: Batch, ids: Tensor | None = None) -> None:
@@ -198,13 +204,20 @@ class FeatureMethod(Method):
             ModelError: unknown tap, or features that do not go together.
         """
         self.hidden.build(student, teacher, example, ids)
+        shares = {phase.name: phase.share for phase in self.phases()}
+        if sum(shares.values()) >= 1:
+            raise ConfigError(
+                f"what comes first takes {sum(shares.values()):.0%} of the steps "
+                f"({', '.join(f'{name} {share:.0%}' for name, share in shares.items())}), and nothing is left",
+                where="method", remedy="lower first, or the share of factor_transfer",
+            )  # fmt: skip
         if self.first:
             self.hidden.requires_grad_(False)
             return
         assert self.hidden.needs is not None
         assert self.hidden.student_needs is not None
         self.weights = {**self.logit.weights, **self.hidden.weights}
-        self.needs = Needs(hidden=self.hidden.needs.hidden)
+        self.needs = Needs(hidden=self.hidden.needs.hidden, temperature=self.logit.temperature)
         self.student_needs = Needs(hidden=self.hidden.student_needs.hidden)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

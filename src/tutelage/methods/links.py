@@ -15,7 +15,7 @@ from tutelage import objectives
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError, ModelError
 from tutelage.methods.base import Method, Phase, Term
-from tutelage.students import Projector, build_projector, last_norm, resize
+from tutelage.students import Projector, build_projector, fitting, last_norm, resize
 from tutelage.students.projectors import Shape
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
@@ -236,15 +236,18 @@ class TokenRelation(Compared):
 
 
 class AttentionSquares(TokenRelation):
-    """Attention, compared by squares."""
+    """Attention, compared by squares. TinyBERT's loss where the tap gives scores; on probabilities it is another."""
 
     loss = staticmethod(objectives.attention_mse)
 
 
 class AttentionDivergence(TokenRelation):
-    """Attention, compared as distributions."""
+    """Attention, compared as distributions. What a tap gives is taken for probabilities unless ``inputs: scores``."""
 
     loss = staticmethod(objectives.attention_kl)
+
+    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+        super().__init__(sites, setting, {"inputs": "probabilities", **options})
 
 
 class ValueRelation(TokenRelation):
@@ -398,8 +401,8 @@ class FactorTransfer(Link):
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum over what counts of the distance between the factors."""
-        factor = self.paraphraser.encoder(teacher[0])
-        mine = self.translator(resize(student[0], teacher[0]))
+        factor = self.paraphraser.encoder(fitting(self.paraphraser, teacher[0]))
+        mine = self.translator(fitting(self.translator, resize(student[0], teacher[0])))
         return objectives.factor_transfer(mine, factor, mask=self.counted(batch), reduction="sum", **self.options)
 
     def phases(self) -> Sequence[Phase]:
@@ -451,7 +454,7 @@ class Paraphrasing(Method):
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """The mean square between the feature and its reconstruction."""
         assert signal is not None
-        feature, rows = signal.hidden[self.tap], _rows(batch)
+        feature, rows = fitting(self.paraphraser, signal.hidden[self.tap]), _rows(batch)
         loss = objectives.hint(self.paraphraser(feature), feature, mask=rows, reduction="sum")
         return {"reconstruction": Term(loss, rows.sum())}
 
@@ -475,7 +478,7 @@ class Fusion(nn.Module):
 
     def forward(self, feature: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
         """The feature in the teacher's shape, and what goes on to the next shallower stage."""
-        x = self.narrow(feature)
+        x = self.narrow(fitting(self.narrow, feature))
         if self.attention is not None and deeper is not None:
             deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
             share = self.attention(torch.cat([x, deeper], 1))
@@ -534,7 +537,8 @@ class Contrast(Link):
         sites: one pair of vectors; maps are averaged over positions.
         setting: the models, and the sample ids of the training data.
         options: ``width`` of the heads, default 128; ``negatives``, default 16384 or as many as there are others;
-            ``momentum`` of the memory, default 0.5; ``temperature`` and ``variant`` of the objective.
+            ``momentum`` of the memory, default 0.5; ``temperature`` and ``variant`` of the objective, by default
+            ``authors``, to which the weight belongs.
 
     Raises:
         CapabilityError: the sample ids are not known.
@@ -547,7 +551,7 @@ class Contrast(Link):
     ids: Tensor
 
     def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
-        options = dict(options)
+        options = {"variant": "authors", **options}
         width, negatives = options.pop("width", 128), options.pop("negatives", 16_384)
         momentum = options.pop("momentum", 0.5)
         super().__init__(sites, setting, options)
@@ -585,15 +589,18 @@ class Contrast(Link):
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum of the contrastive loss over what counts."""
         mask = self.counted(batch)
-        s, t = self._vector(student[0], batch), self._vector(teacher[0].detach(), batch)
-        s, t = self.student_head(s.to(self.student_head.weight.dtype)), self.teacher_head(t.to(s.dtype))
+        s = self.student_head(fitting(self.student_head, self._vector(student[0], batch)))
+        t = self.teacher_head(fitting(self.teacher_head, self._vector(teacher[0].detach(), batch)))
         index = self._index(batch) if self.training else torch.zeros(len(batch), dtype=torch.long, device=s.device)
         negatives = self.memory.draw(index, self.negatives)
-        if self.options.get("variant") == "authors":
-            self.memory.calibrate(s, t, negatives, temperature=self.options.get("temperature", 0.07))
+        options = self.options
         if self.training:
+            if options["variant"] == "authors":
+                self.memory.calibrate(s, t, negatives, temperature=options.get("temperature", 0.07))
             self.seen.append((index, s.detach(), t.detach(), mask))
-        return objectives.crd(s, t, index, negatives, self.memory, mask=mask, reduction="sum", **self.options)
+        elif not self.memory.scales.all():  # nothing is measured outside training
+            options = {**options, "variant": "paper"}
+        return objectives.crd(s, t, index, negatives, self.memory, mask=mask, reduction="sum", **options)
 
     def after_step(self) -> None:
         """Move the memory by what all processes have seen in this step."""
@@ -680,7 +687,15 @@ def _positions(site: Site) -> int:
 
 
 def _elements(site: Site) -> int:
-    return math.prod(site.teacher_shape[1:])
+    """Elements of an example; of tokens, each of which is one, of a token."""
+    return site.teacher_shape[-1] if len(site.teacher_shape) == 3 else math.prod(site.teacher_shape[1:])
+
+
+def _of_factor(site: Site, options: Mapping[str, Any]) -> float:
+    """500 for a mean over the factor's elements."""
+    channels = max(round(options.get("rate", 0.5) * site.teacher_shape[1]), 1)
+    elements = channels * math.prod(site.teacher_shape[2:])
+    return 500.0 if options.get("variant") == "authors" else 500.0 / elements
 
 
 FEATURE_OBJECTIVES: dict[str, FeatureObjective] = {
@@ -694,22 +709,21 @@ FEATURE_OBJECTIVES: dict[str, FeatureObjective] = {
         Contrast, ("negatives", "temperature", "variant", "width", "momentum"), 0.8, "embedding", source="Tian et al."
     ),
     "factor_transfer": FeatureObjective(
-        FactorTransfer, ("rate", "share", "variant"), _by_elements(200.0, "authors", _elements), "last",
-        source="Tian et al., of the whole feature's elements",
+        FactorTransfer, ("rate", "share", "variant"), _of_factor, "last", source="Kim et al.",
     ),
     "hint": FeatureObjective(Hint, (), 100.0, source="Tian et al."),
-    "nst": FeatureObjective(SelectivityTransfer, ("kernel",), 50.0, source="Huang and Wang"),
-    "overhaul": FeatureObjective(Overhaul, (), 1e-3, "activations", joint=True, source="Heo et al."),
+    "nst": FeatureObjective(SelectivityTransfer, ("kernel",), 50.0, source="Tian et al., after Huang and Wang"),
+    "overhaul": FeatureObjective(Overhaul, (), 1e-3, "activations", joint=True, source="Heo et al. on CIFAR"),
     "pkt": FeatureObjective(
         ProbabilisticTransfer, ("variant",),
         lambda site, options: 30000.0 if options.get("variant") == "authors" else 30000.0 / 64,
         "embedding", source="Tian et al., batch 64",
     ),
     "review": FeatureObjective(Review, ("levels", "width"), 1.0, joint=True, source="Chen et al., who use 0.6 to 8"),
-    "rkd_angle": FeatureObjective(Angles, (), 50.0, "embedding", source="Park et al."),
-    "rkd_distance": FeatureObjective(Distances, (), 25.0, "embedding", source="Park et al."),
+    "rkd_angle": FeatureObjective(Angles, (), 50.0, "embedding", source="Tian et al., after Park et al."),
+    "rkd_distance": FeatureObjective(Distances, (), 25.0, "embedding", source="Tian et al., after Park et al."),
     "similarity": FeatureObjective(Similarity, (), 3000.0, "last", source="Tung and Mori"),
     "value_relation": FeatureObjective(ValueRelation, ("heads", "temperature"), 1.0, "named"),
-    "vid": FeatureObjective(Variational, ("variant",), _by_elements(1.0, "authors", _elements), source="Ahn et al."),
+    "vid": FeatureObjective(Variational, ("variant",), _by_elements(1.0, "authors", _elements), source="Tian et al."),
 }  # fmt: skip
 """Every objective that a pair can name. ``tutelage.config.FEATURE_OBJECTIVES`` has their options."""

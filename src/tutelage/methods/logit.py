@@ -13,8 +13,8 @@ from tutelage import objectives
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError, nearest
 from tutelage.methods.base import Method, Term
-from tutelage.taps import Observation
-from tutelage.teachers.signal import Signal
+from tutelage.taps import Needs, Observation
+from tutelage.teachers.signal import Signal, Sparse
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class LogitMethod(Method):
         self.options = {k: v for k, v in (soft_options or {}).items() if v is not None}
         self._check_options()
         self.weights = {soft: self.alpha, "ce": self.hard}
+        self.needs = Needs(temperature=self.temperature)
+        self.takes_sparse = soft in ("kd", "soft_cross_entropy") and not self.options
 
     def _check_options(self) -> None:
         for key in self.options:
@@ -157,16 +159,39 @@ class LogitMethod(Method):
         """
         assert student.logits is not None
         assert signal is not None
+        counts = self.counts(batch)
+        hard = objectives.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")
+        if signal.logits is None and signal.sparse is not None:
+            soft = self._sparse(student.logits, signal.sparse, batch.mask)
+            return {self.soft: Term(soft, counts[self.soft]), "ce": Term(hard, counts["ce"])}
         teacher = signal.dense()
         if teacher.shape != student.logits.shape:
             raise CapabilityError(
                 f"the student's logits are {tuple(student.logits.shape)}, the teacher's {tuple(teacher.shape)}",
                 remedy="both must score the same classes in the same order",
             )
-        counts = self.counts(batch)
         soft = self._soft(student.logits, teacher, batch.labels, batch.mask)
-        hard = objectives.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")
         return {self.soft: Term(soft, counts[self.soft]), "ce": Term(hard, counts["ce"])}
+
+    def _sparse(self, logits: Tensor, part: Sparse, mask: Tensor | None) -> Tensor:
+        """The soft term where the teacher says part of its distribution."""
+        if not self.takes_sparse:
+            raise CapabilityError(
+                f"{self.soft} needs all of the teacher's logits, and this teacher gives {part.kind}",
+                remedy="use soft: kd without options, or a dense cache",
+            )
+        if logits.shape[-1] != part.classes:
+            raise CapabilityError(
+                f"the student scores {logits.shape[-1]} classes, the teacher {part.classes}",
+                remedy="both must score the same classes in the same order",
+            )
+        if part.temperature != self.temperature:
+            raise CapabilityError(
+                f"the teacher's distribution is at T = {part.temperature:g}, the method's T is {self.temperature}",
+                remedy="a part of a distribution cannot be softened afterwards: use one temperature",
+            )
+        loss = objectives.topk_kd if part.kind == "topk" else objectives.sampled_kd
+        return loss(logits, part.index, part.values, temperature=part.temperature, mask=mask, reduction="sum")
 
     def formula(self) -> str:
         """The loss in one line."""

@@ -60,13 +60,17 @@ class SimkdMethod(Method):
             raise ConfigError(f"factor={factor}", remedy="must be 1 or more")
         self.logit = LogitMethod(temperature, alpha, hard=hard, soft=soft, soft_options=soft_options)
         self.variant, self.factor, self.tap = variant, factor, ""
+        self.takes_sparse = self.logit.takes_sparse
         self.labels = bool(self.logit.alpha or self.logit.hard)
         self.weights = {**(self.logit.weights if self.labels else {}), "simkd": weight}
 
     def adapt(self, student: nn.Module, teacher: nn.Module, example: Batch) -> ReusedHead:
         """The student with a projector and the teacher's classifier."""
         reused, self.tap = reuse_head(student, teacher, example, factor=self.factor)
-        self.needs, self.student_needs = Needs(logits=self.labels, hidden=(self.tap,)), Needs(hidden=("projector",))
+        self.needs, self.student_needs = (
+            Needs(logits=self.labels, hidden=(self.tap,), temperature=self.logit.temperature),
+            Needs(hidden=("projector",)),
+        )
         return reused
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

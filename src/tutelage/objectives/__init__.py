@@ -25,6 +25,7 @@ from tutelage.objectives.logits import (
 )
 from tutelage.objectives.maps import attention_transfer, nst, review
 from tutelage.objectives.relations import correlation, pkt, rkd_angle, rkd_distance, similarity
+from tutelage.objectives.sparse import sampled_kd, topk_kd
 from tutelage.objectives.structured import dist, dkd, mlkd
 
 __all__ = [
@@ -54,10 +55,12 @@ __all__ = [
     "review",
     "rkd_angle",
     "rkd_distance",
+    "sampled_kd",
     "similarity",
     "simkd",
     "skew_kl",
     "soft_cross_entropy",
+    "topk_kd",
     "tvd",
     "value_relation",
     "vid",

@@ -47,7 +47,7 @@ class ContrastiveMemory(nn.Module):
         self.momentum = momentum
         self.register_buffer("student", unit(torch.randn(size, width)))
         self.register_buffer("teacher", unit(torch.randn(size, width)))
-        # mean exp(score) of both directions, which `calibrate` measures once; 0: not yet
+        # M times the mean of exp(score), of both directions, which `calibrate` measures once; 0: not yet
         self.register_buffer("scales", torch.zeros(2))
 
     @property
@@ -80,7 +80,7 @@ class ContrastiveMemory(nn.Module):
             (scores(unit(as_float(anchor)), bank, negatives) / temperature).flatten().logsumexp(0)
             for anchor, bank in pairs
         ]
-        self.scales.copy_((torch.stack(logs) - math.log(max(negatives.numel(), 1))).exp())
+        self.scales.copy_((torch.stack(logs) - math.log(max(negatives.numel(), 1) / self.size)).exp())
 
 
 def scores(anchor: Tensor, bank: Tensor, index: Tensor) -> Tensor:
@@ -124,8 +124,9 @@ def crd(
         memory: last known embeddings.
         temperature: :math:`\tau`, above 0.
         variant: ``paper`` takes the positive from the batch. ``authors``, their code, to which
-            the published numbers (weight 0.8) belong, takes it from the memory, and divides
-            each :math:`e^{s \cdot t/\tau}` by its mean over a first batch: ``memory.calibrate``.
+            the published numbers (weight 0.8) belong, takes it from the memory, and divides each
+            :math:`e^{s \cdot t/\tau}` by M times its mean over a first batch: ``memory.calibrate``. The loss is then
+            about a thousandth of the paper's, in which a negative costs 1.4 nats at the start.
         mask: ``[B]``, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 

@@ -202,8 +202,8 @@ def mlkd(
 
     Reference: Jin, Wang, Lin, Multi-Level Logit Distillation (CVPR 2023), instance-, batch- and
     class-level alignment with prediction augmentation. The published numbers come from the
-    authors' code, with these five temperatures, which besides trains on two views and leaves
-    out the half of the rows and classes of which the teacher is surest.
+    authors' code, with these five temperatures, which besides trains on two views and scales batch- and
+    class-level parts by the share, about a half, of rows and classes of which the teacher is least sure.
     """
     if not temperatures:
         raise ValueError("temperatures is empty: the loss would be identically zero; give at least one")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import RunDirectoryError
+from tutelage.reports.dark import dark_knowledge
 from tutelage.reports.figures import FIGURES, seed_by_seed
 from tutelage.reports.panel import Panel
 from tutelage.reports.parts import comparison, configs, figure, final, headline
@@ -51,7 +52,8 @@ def page(runs: Sequence[Run]) -> str:
 
     library, script = (_normal(code) for code in (get_plotlyjs(), SCRIPT))
     drawn: list[Panel] = []
-    body = "\n".join([headline(runs), comparison(runs), final(runs), _figures(runs, drawn), configs(runs)])
+    figures = _figures(runs, drawn) + dark_knowledge(runs, lambda panel: _number(panel, drawn))
+    body = "\n".join([headline(runs), comparison(runs), final(runs), figures, configs(runs)])
     title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     policy = "; ".join(
         [
@@ -89,8 +91,7 @@ def page(runs: Sequence[Run]) -> str:
 
 def _figures(runs: Sequence[Run], drawn: list[Panel]) -> str:
     def placed(panel: Panel, **more: Any) -> str:
-        drawn.append(panel)
-        return figure(panel, len(drawn) - 1, **more)
+        return figure(panel, _number(panel, drawn), **more)
 
     parts = [placed(seed_by_seed(runs), heading="Test accuracy, seed by seed")]
     by_heading = {heading: [p for run in runs if (p := draw(run))] for heading, draw in FIGURES.items()}
@@ -104,6 +105,11 @@ def _figures(runs: Sequence[Run], drawn: list[Panel]) -> str:
             note = f"<p class='note'>{escaped(panels[0].note)}</p>"
             parts.append(f"<section><h2>{escaped(heading)}</h2>{note}<div class='panels side'>{grid}</div></section>")
     return "\n".join(parts)
+
+
+def _number(panel: Panel, drawn: list[Panel]) -> int:
+    drawn.append(panel)
+    return len(drawn) - 1
 
 
 def _level(panels: Sequence[Panel]) -> None:

@@ -1,7 +1,8 @@
 """What all figures share: they are plain data for plotly.js.
 
 A colour that starts with ``--`` names a CSS variable of the page, so that plots follow its light and dark schemes.
-A trace's ``show`` says for which choices of the panel's controls it is drawn; without one, always.
+A trace's ``show`` says for which choices of the panel's controls it is drawn; without one, always. Its ``by`` holds
+properties that depend on a choice.
 """
 
 from __future__ import annotations

@@ -134,13 +134,14 @@ def final(runs: Sequence[Run]) -> str:
     """The final table of each run."""
     tables = []
     for run in runs:
-        rows = [[_role(row["name"]), *(escaped(row[key]) for key in COLUMNS)] for row in final_table(run.summary)]
+        rows = [[role(row["name"]), *(escaped(row[key]) for key in COLUMNS)] for row in final_table(run.summary)]
         caption = "Results" + ("" if len(runs) == 1 else f" of {run.label}")
         tables.append(table(caption, ["Model", *COLUMNS.values()], rows))
     return f"<section class='results'>{''.join(tables)}<p class='note'>{escaped(NOTE)}</p></section>"
 
 
-def _role(name: str) -> str:
+def role(name: str) -> str:
+    """The name of a model with the mark of its colour."""
     return f"<span class='role'><span class='swatch {ROLE.get(name, 'teacher')}'></span>{escaped(name)}</span>"
 
 
@@ -216,7 +217,7 @@ def figure(panel: Panel, number: int, heading: str = "", subheading: str = "") -
     note = f"<p class='note'>{escaped(panel.note)}</p>" if panel.note and heading else ""
     key = "".join(f"<span class='role'><span class='swatch {role}'></span>{role}</span>" for role in panel.key)
     note += f"<p class='key'>{key}</p>" if key else ""
-    controls = "".join(_control(name, choices) for name, choices in panel.controls.items())
+    controls = "".join(control(name, choices) for name, choices in panel.controls.items())
     form = f"<form class='controls'>{controls}</form>" if controls else ""
     plot = (
         f"<div class='plot' data-figure='{number}' role='img' aria-label='{escaped(panel.says)}' "
@@ -229,13 +230,18 @@ def figure(panel: Panel, number: int, heading: str = "", subheading: str = "") -
     return f"<figure class='panel'><figcaption>{title}{note}</figcaption>{form}{plot}</figure>"
 
 
-def _control(name: str, choices: Mapping[str, str]) -> str:
-    if len(choices) > 2:
-        options = "".join(f"<option value='{escaped(v)}'>{escaped(label)}</option>" for label, v in choices.items())
+def control(name: str, choices: Mapping[str, str], *, chosen: str | None = None, radios: bool = False) -> str:
+    """A control of a figure: label to value; the first is preset unless ``chosen``. Few choices are all in view."""
+    preset = next(iter(choices.values())) if chosen is None else chosen
+    if len(choices) > 2 and not radios:
+        options = "".join(
+            f"<option value='{escaped(v)}'{' selected' if v == preset else ''}>{escaped(label)}</option>"
+            for label, v in choices.items()
+        )
         return f"<label>{escaped(name.capitalize())} <select name='{escaped(name)}'>{options}</select></label>"
-    radios = "".join(
-        f"<label><input type='radio' name='{escaped(name)}' value='{escaped(v)}'{'' if i else ' checked'}>"
+    buttons = "".join(
+        f"<label><input type='radio' name='{escaped(name)}' value='{escaped(v)}'{' checked' if v == preset else ''}>"
         f"{escaped(label)}</label>"
-        for i, (label, v) in enumerate(choices.items())
+        for label, v in choices.items()
     )
-    return f"<fieldset><legend>{escaped(name)}</legend>{radios}</fieldset>"
+    return f"<fieldset><legend>{escaped(name)}</legend>{buttons}</fieldset>"

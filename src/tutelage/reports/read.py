@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tutelage.errors import DataError, RunDirectoryError
 
@@ -25,6 +25,7 @@ class Run:
         summary: of ``summary.json``.
         metrics: the lines of ``metrics.jsonl``.
         config: the text of ``config.yaml``.
+        similarity: how alike the classes are to each model, by its name; empty in runs before there was such a file.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Run:
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     config: str
+    similarity: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -74,6 +76,7 @@ def _read_run(path: Path, label: str) -> Run:
         summary=_read_summary(path / "summary.json"),
         metrics=_read_metrics(path / "metrics.jsonl"),
         config=_read_text(path / "config.yaml"),
+        similarity={file.stem: _read_similarity(file) for file in sorted((path / "similarity").glob("[!.]*.json"))},
     )
 
 
@@ -124,6 +127,19 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
             ) from None
         lines.append(line)
     return lines
+
+
+def _read_similarity(file: Path) -> dict[str, Any]:
+    try:
+        found = Similarity.model_validate_json(_read_text(file))
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise DataError(
+            f"is not what a run writes ({why})",
+            where=str(file),
+            remedy="remove the file: the page then says nothing of what this model finds alike",
+        ) from None
+    return found.model_dump()
 
 
 # What a report relies on ---------------------------------------------------------------------------
@@ -270,3 +286,26 @@ class Line(_Part):
     loss: float | None = None
     terms: dict[str, Term] | None = None
     validation: Scores | None = None
+
+
+class Similarity(_Part):
+    """``similarity/NAME.json``: by temperature, the upper triangle of ``E[p_i p_j]``, row by row."""
+
+    classes: int = Field(ge=0)
+    n: int
+    sim: dict[str, list[float]]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Similarity:
+        if any(len(upper) != self.classes * (self.classes + 1) // 2 for upper in self.sim.values()):
+            raise ValueError(f"a triangle is not of {self.classes} classes")
+        if not all(_temperature(t) for t in self.sim):
+            raise ValueError("a temperature is not a number above zero")
+        return self
+
+
+def _temperature(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False

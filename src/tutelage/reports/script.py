@@ -11,13 +11,13 @@ SCRIPT = """
   const touch = matchMedia("(max-width: 640px), (pointer: coarse)");
   const PAPER = 640;
 
-  // Values under a key that ends in "color" and name a CSS variable become that variable's value.
+  // Values under a key that ends in "color" or "colorscale" and name a CSS variable become that variable's value.
   function painted(value, key, css) {
     if (Array.isArray(value)) return value.map((v) => painted(v, key, css));
     if (value !== null && typeof value === "object") {
       return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, painted(v, k, css)]));
     }
-    const names = typeof value === "string" && value.startsWith("--") && key.endsWith("color");
+    const names = typeof value === "string" && value.startsWith("--") && /color(scale)?$/.test(key);
     return names ? css.getPropertyValue(value).trim() : value;
   }
 
@@ -32,7 +32,8 @@ SCRIPT = """
     const choice = form ? Object.fromEntries(new FormData(form)) : {};
     const data = figure.data
       .filter((trace) => Object.entries(trace.show || {}).every(([name, value]) => choice[name] === value))
-      .map(({ show, ...trace }) => trace);
+      .map(({ show, by, ...trace }) =>
+        Object.assign(trace, ...Object.entries(by || {}).map(([name, choices]) => choices[choice[name]])));
     const wide = width || plot.clientWidth;
     const height = figure.square ? Math.min(Math.max(wide, 340), 560) : figure.layout.height;
     plot.style.height = `${height}px`;
@@ -42,7 +43,7 @@ SCRIPT = """
       xaxis: axis(figure.layout.xaxis),
       yaxis: axis(figure.layout.yaxis),
       paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: figure.layout.plot_bgcolor || "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: "--ink" },
       hoverlabel: {
         bgcolor: "--card", bordercolor: "--quiet", font: { color: "--ink" }, align: "left", namelength: -1,
@@ -63,10 +64,19 @@ SCRIPT = """
     return Plotly.react(plot, painted(data, "", css), painted(layout, "", css), config);
   }
 
-  const drawAll = (width) => Promise.all(plots.map((plot) => draw(plot, width)));
+  const widthOf = (plot, width) => width && Number(plot.dataset.paper || width);
+  const drawAll = (width) => Promise.all(plots.map((plot) => draw(plot, widthOf(plot, width))));
 
   for (const form of document.querySelectorAll("form.controls")) {
-    form.addEventListener("change", () => draw(form.closest("figure").querySelector("[data-figure]")));
+    const place = form.closest("figure");
+    form.addEventListener("change", () => {
+      const choice = new FormData(form);
+      for (const part of place.querySelectorAll("[data-when]")) {
+        const [name, value] = part.dataset.when.split("=");
+        part.hidden = choice.get(name) !== value;
+      }
+      place.querySelectorAll("[data-figure]").forEach((plot) => draw(plot));
+    });
     form.addEventListener("submit", (event) => event.preventDefault());
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());

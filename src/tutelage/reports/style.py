@@ -7,6 +7,7 @@ LIGHT = """
   --page: #f6f7f9; --card: #ffffff; --ink: #1a2027; --quiet: #59636e; --rule: #dde2e8; --focus: #0b5cad;
   --teacher: #5b6672; --alone: #bd5a00; --distilled: #0a66c2;
   --term1: #8a3ffc; --term2: #00857c; --term3: #b3246b; --term4: #6b7a00; --term5: #8c4a2f; --term6: #3d4fb8;
+  --heat0: #fdf6ec; --heat1: #f6b873; --heat2: #cf4f46; --heat3: #4a1550;
 """
 
 DARK = """
@@ -14,6 +15,7 @@ DARK = """
   --page: #0f1317; --card: #181e24; --ink: #e8ecf0; --quiet: #9eabb8; --rule: #303943; --focus: #8cc2ff;
   --teacher: #b3bec9; --alone: #f5a04c; --distilled: #62b0ff;
   --term1: #bf9bff; --term2: #3fcabf; --term3: #ff86bd; --term4: #c3d153; --term5: #e3a386; --term6: #9fadff;
+  --heat0: #201a35; --heat1: #7a2a66; --heat2: #ea6a4b; --heat3: #ffe9a8;
 """
 
 STYLE = (
@@ -57,6 +59,13 @@ code { overflow-wrap: anywhere; }
 .panels .panel { margin: 0; }
 .panel h2 { margin: 0 4px 2px; font-size: 1.05rem; }
 .panel h3, .panel .note { margin: 0 4px 4px; }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 12px; }
+.maps > div { min-width: 0; }
+.finding { margin: 12px 4px 0; max-width: 90ch; }
+.pairs { border: 0; margin: 4px 0 0; max-width: 640px; }
+.pairs thead th, .pairs th:first-child { min-width: 0; }
+.pairs th, .pairs td { padding-block: 6px; }
+.rank { display: inline-block; min-width: 3ch; color: var(--quiet); }
 .plot { width: 100%; min-width: 0; overflow: hidden; }
 .tall { max-height: 720px; overflow-y: auto; }
 .controls { display: flex; flex-wrap: wrap; gap: 8px 16px; margin: 4px; font-size: .875rem; align-items: center; }
@@ -111,7 +120,8 @@ footer { margin-top: 32px; color: var(--quiet); font-size: .875rem; }
   h2, h3, caption { break-after: avoid; }
   .panels { display: block; }
   .panels .panel { margin-bottom: 12px; }
-  .panel:has(.tall) { break-inside: auto; }
+  .maps { grid-template-columns: 1fr 1fr; }
+  .panel:has(.tall), .panel.dark { break-inside: auto; }
   .tall { max-height: none; overflow: visible; }
   .scroll { overflow: visible; }
   th, td { padding: 4px 5px; font-size: 7.5pt; }

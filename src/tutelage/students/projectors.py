@@ -90,6 +90,12 @@ PROJECTORS: dict[str, Callable[[int, int, bool], nn.Module]] = {
 ``conv1x1``; ``auto`` is that where the numbers of channels differ, and ``identity`` where they agree."""
 
 
+def fitting(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` in the precision of the module's weights, where it has any."""
+    first = next(module.parameters(), None)
+    return x if first is None else x.to(first.dtype)
+
+
 class Projector(nn.Module):
     """A student's feature, brought to the size and the number of channels of the teacher's.
 
@@ -107,7 +113,7 @@ class Projector(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's feature in the shape of the teacher's."""
-        x: Tensor = self.body(resize(student, teacher))
+        x: Tensor = self.body(fitting(self, resize(student, teacher)))
         return x if self.norm is None else self.norm(x)
 
     def extra_repr(self) -> str:

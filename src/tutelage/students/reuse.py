@@ -11,7 +11,7 @@ from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.students.projectors import device_of, feature_shapes, untouched
 from tutelage.students.sites import embedding, stages
-from tutelage.taps import Needs, observe, output_head
+from tutelage.taps import Needs, logits_of, observe, output_head
 
 
 class ReusedHead(nn.Module):
@@ -27,17 +27,20 @@ class ReusedHead(nn.Module):
         classes: rows of the classifier.
         maps: whether the feature is a map: convolved, and averaged over positions before the classifier.
         factor: by how much the projector's middle layer is narrower than ``outputs``.
+        signed: whether the classifier's input can be negative: the projector's last layer then is linear.
 
     Reference: Chen et al., Knowledge Distillation with the Reused Teacher Classifier (CVPR 2022), section 3.2 and
     figure 2: 1x1, 3x3 and 1x1 convolutions, each with batch norm and ReLU.
     """
 
     def __init__(
-        self, model: nn.Module, *, tap: str, inputs: int, outputs: int, classes: int, maps: bool, factor: int = 2
-    ) -> None:
+        self, model: nn.Module, *, tap: str, inputs: int, outputs: int, classes: int, maps: bool, factor: int = 2,
+        signed: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.card = {
             "tap": tap, "inputs": inputs, "outputs": outputs, "classes": classes, "maps": maps, "factor": factor,
+            "signed": signed,
         }  # fmt: skip
         self.tap, self.maps = tap, maps
         head = output_head(model)
@@ -47,9 +50,10 @@ class ReusedHead(nn.Module):
         model.set_submodule(path, nn.Identity())
         self.model = model
         middle = max(outputs // factor, 1)
-        self.projector = nn.Sequential(
-            *_layer(inputs, middle, 1, maps), *_layer(middle, middle, 3, maps), *_layer(middle, outputs, 1, maps)
-        )
+        last = _layer(middle, outputs, 1, maps)
+        if signed:  # neither norm nor ReLU
+            last = [nn.Conv2d(middle, outputs, 1) if maps else nn.Linear(middle, outputs)]
+        self.projector = nn.Sequential(*_layer(inputs, middle, 1, maps), *_layer(middle, middle, 3, maps), *last)
         self.head = nn.Linear(outputs, classes)
 
     def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
@@ -59,6 +63,11 @@ class ReusedHead(nn.Module):
         projected = self.projector(feature)
         out: Tensor = self.head(projected.mean((2, 3)) if self.maps else projected)
         return out
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """What accelerate asks in order to shard it well, answered by the model inside."""
+        return getattr(self.model, "_no_split_modules", None)
 
 
 def _layer(inputs: int, outputs: int, size: int, maps: bool) -> list[nn.Module]:
@@ -84,16 +93,38 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
     both = maps[0] is not None and maps[1] is not None and _averaged(teacher, example, maps[1])
     mine, other = (str(maps[0]), str(maps[1])) if both else taps
     shape = feature_shapes(student, example, [mine])[mine]
+    with untouched(teacher):
+        inputs = observe(teacher, example.to(device_of(teacher)).inputs, Needs(logits=False, hidden=(other,)))
     reused = ReusedHead(
         student, tap=mine, inputs=shape[1] if both else shape[-1], outputs=theirs.in_features,
         classes=theirs.out_features, maps=both, factor=factor,
+        signed=bool((inputs.hidden[other] < 0).any()),
     )  # fmt: skip
     with torch.no_grad():
         reused.head.weight.copy_(theirs.weight)
         assert reused.head.bias is not None
         reused.head.bias.copy_(torch.zeros(theirs.out_features) if theirs.bias is None else theirs.bias)
+    reused.to(device_of(student))
+    _freeze_unreached(reused, example)
     reused.head.requires_grad_(False)
-    return reused.to(device_of(student)), other
+    return reused, other
+
+
+def _freeze_unreached(reused: ReusedHead, example: Batch) -> None:
+    """What of the student lies behind the tapped feature does nothing any more."""
+    modes = [(m, m.training) for m in reused.modules()]
+    reused.eval()
+    with torch.enable_grad():
+        logits_of(reused(**_named(example.to(device_of(reused)).inputs))).sum().backward()
+    for module, mode in modes:
+        module.training = mode
+    for parameter in reused.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
+    reused.zero_grad(set_to_none=True)
+
+
+def _named(inputs: Any) -> dict[str, Any]:
+    return inputs if isinstance(inputs, dict) else {"inputs": inputs}
 
 
 def _averaged(model: nn.Module, example: Batch, tap: str) -> bool:

@@ -25,11 +25,14 @@ class Needs:
         hidden: taps, such as module paths; :mod:`tutelage.taps.tap` has the grammar.
         head: the input and the weights of the output head. Without ``logits`` the head itself is not
             run, so the ``[..., C]`` scores never exist.
+        temperature: at which the logits will be softened; a teacher that keeps only part of a distribution
+            has it at some temperatures.
     """
 
     logits: bool = True
     hidden: tuple[str, ...] = ()
     head: bool = False
+    temperature: float | None = None
 
     def kinds(self) -> frozenset[str]:
         """The needs by the names that a teacher's ``provides`` uses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -98,6 +99,7 @@ class LiveTeacher:
         Raises:
             CapabilityError: the model cannot run in its ``dtype``.
         """
+        needs = replace(needs, temperature=None)  # logits are whole, whatever softens them
         here, size = batch.labels.device, self.batch_size or len(batch)
         if self.device is not None:
             batch = batch.to(self.device)

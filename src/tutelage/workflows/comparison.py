@@ -26,9 +26,18 @@ from tutelage.models import label_names, load_weights, save_model
 from tutelage.models.files import read_card
 from tutelage.students import ReusedHead, feature_shapes
 from tutelage.taps import Needs, Observation, observe
-from tutelage.teachers import AheadTeacher, Ensemble, EnsembleTeacher, LiveTeacher, MemoryTeacher, Teacher
+from tutelage.teachers import (
+    AheadTeacher,
+    CachedTeacher,
+    Ensemble,
+    EnsembleTeacher,
+    LiveTeacher,
+    MemoryTeacher,
+    Teacher,
+)
 from tutelage.workflows.measure import latencies, parameters
 from tutelage.workflows.progress import Terminal
+from tutelage.workflows.similarity import Similarities
 from tutelage.workflows.statistics import paired, spread
 from tutelage.workflows.teachers import EnsemblePlan, Member, ModelTeacher, check_agree, described
 
@@ -58,6 +67,7 @@ class Comparison:
         ensemble: of which teachers it is made, where there are several; ``teacher`` then builds all as one.
         speed: options of :class:`LiveTeacher` beside the mode, of a single teacher.
         ahead: whether the teacher is asked ahead, here or in a process of its own.
+        cache: opens the cache of a teacher's word, given the teacher, its classes and the method; ``None`` for none.
         remember: the training samples, unaugmented, where the teacher's logits may be computed once.
         remember_rows: how many positions these have.
         classes: class names, in the order of the labels.
@@ -80,6 +90,7 @@ class Comparison:
     ensemble: EnsemblePlan | None = None
     speed: Mapping[str, Any] = field(default_factory=dict)
     ahead: Literal["overlap", "process"] | None = None
+    cache: Callable[[ModelTeacher, int, Method, Accelerator], CachedTeacher] | None = None
     remember: Iterable[Batch] | None = None
     remember_rows: int = 0
     classes: list[str] | None = None
@@ -130,25 +141,27 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     apprentice, method = fitted(c, c.student(c.seeds[0]), teacher.model, c.seeds[0])
     check_separate(teacher.model, apprentice)
     check_labels(c, teacher.model, student)
-    check_capabilities(method, teacher)
+    if c.cache is None:
+        check_capabilities(method, teacher)
     references = References(teacher, c.test, ctx)
     on_validation = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, ctx.device)
     check_taught(on_validation, references.classes, ctx)
-    teacher_scores = evaluate_teacher(teacher, c.test, ctx.device, references)
+    alike = Similarities()
+    teacher_scores = evaluate_teacher(teacher, c.test, ctx.device, references, watch=alike.add)
+    alike.keep(ctx.run, "teacher")
     teacher_scores["validation"] = on_validation
     if c.ensemble is not None and isinstance(teacher, EnsembleTeacher):
         splits = {"test": c.test} | ({} if c.validation is None else {"validation": c.validation})
         teacher_scores["ensemble"] = described(c.ensemble, teacher, splits, ctx.device)
         say_ensemble(teacher_scores, ctx)
     check_method_runs(c, ctx, apprentice, method, teacher)
-    taught_by = remembered(c, ctx, teacher, method, references.classes)
 
     arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    with asked_ahead(c, taught_by, teacher) as ready:
+    with taught_by(c, ctx, teacher, method, references.classes) as asked:
         for seed in c.seeds:
             for arm in arms:
-                results[arm].append(train_student(c, ctx, arm, seed, ready, teacher, references))
+                results[arm].append(train_student(c, ctx, arm, seed, asked, teacher, references))
     return summarise(c, ctx, teacher, apprentice, teacher_scores, results, method)
 
 
@@ -250,7 +263,6 @@ def after_phases(
         phase = training.method.phases()[i]
         steps = max(round(phase.share * total), 1)
         left -= steps
-        phase.method.requires_grad_(True)
         keep_reached(training.student, phase.method, live, example, ctx.device)
         config = training.config.model_copy(update={"epochs": None, "steps": steps, "early_stop": None})
         first = replace(
@@ -273,15 +285,13 @@ def after_phases(
 
 
 def keep_reached(student: nn.Module, method: Method, teacher: Teacher, example: Batch, device: torch.device) -> None:
-    """Freeze what of ``student`` gets no gradient from ``method``, by one pass in evaluation mode."""
-    if method.student_needs is None:
-        student.requires_grad_(False)
-        return
+    """Freeze what of student and method gets no gradient from the method, by one pass in evaluation mode."""
+    method.requires_grad_(True)
     trainee, batch = Trainee(student, method).to(device).eval(), example.to(device)
     assert method.needs is not None
     terms = trainee(batch, teacher.signal(batch, method.needs))
     torch.stack([term.sum for term in terms.values()]).sum().backward()
-    for parameter in student.parameters():
+    for parameter in trainee.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     trainee.zero_grad(set_to_none=True)
 
@@ -328,11 +338,15 @@ def _measured(
     """The result of a training, and under ``model`` the module that holds the best weights."""
     model = rebuild().to(ctx.device)
     model.load_state_dict(outcome.last)
-    last = evaluate(model, test, ctx.device, references)
+    alike = Similarities()
+    last = evaluate(model, test, ctx.device, references, watch=alike.add)
     best = last
     if any(not torch.equal(outcome.best[k], outcome.last[k]) for k in outcome.last):
         model.load_state_dict(outcome.best)
-        best = evaluate(model, test, ctx.device, references)
+        alike = Similarities()
+        best = evaluate(model, test, ctx.device, references, watch=alike.add)
+    if references is not None:  # the teacher's own is taken once it is finished
+        alike.keep(ctx.run, training.name)
     at = outcome.progress
     score = at.best
     return {
@@ -355,10 +369,20 @@ def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> ModelTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
     if c.ensemble is None:
         model = trained(c, ctx, Member("teacher", c.teacher, c.train_teacher, c.teacher_card), model)
-        return LiveTeacher(model, mode=c.teacher_mode, **c.speed).to(ctx.device)
-    assert isinstance(model, Ensemble)
-    models = [trained(c, ctx, member, each) for member, each in zip(c.ensemble.members, model, strict=True)]
-    return c.ensemble.teacher(models, c.teacher_mode, ctx.device, c.validation)
+    else:
+        each = zip(c.ensemble.members, model.children(), strict=True)
+        model = Ensemble([trained(c, ctx, member, one) for member, one in each])
+    return as_taught(c, model, ctx.device)
+
+
+def as_taught(c: Comparison, model: nn.Module, device: torch.device, *, learned: bool = True) -> ModelTeacher:
+    """The teacher with its weights, as it runs; unless ``learned``, members' weights that are to be are equal."""
+    if c.ensemble is None:
+        return LiveTeacher(model, mode=c.teacher_mode, **c.speed).to(device)
+    plan = c.ensemble
+    if plan.weights == "learned" and not learned:
+        plan = replace(plan, weights=None)
+    return plan.teacher(model.children(), c.teacher_mode, device, c.validation)
 
 
 def trained(c: Comparison, ctx: Context, member: Member, model: nn.Module) -> nn.Module:
@@ -390,33 +414,52 @@ def say_ensemble(scores: Mapping[str, Any], ctx: Context) -> None:
 
 
 @contextmanager
-def asked_ahead(c: Comparison, teacher: Teacher, live: ModelTeacher) -> Iterator[Teacher]:
-    """The teacher, asked ahead where that is wanted and there is something to compute."""
-    if c.ahead is None or teacher is not live:
-        yield teacher
+def taught_by(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> Iterator[Teacher]:
+    """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
+    if c.cache is None:
+        known = remembered(c, ctx, teacher, method, classes)
+        if c.ahead is None or known is not teacher:
+            yield known
+            return
+        with closing(AheadTeacher(teacher, process=c.ahead == "process")) as ahead:
+            yield ahead
         return
-    with closing(AheadTeacher(teacher, process=c.ahead == "process")) as ahead:
-        yield ahead
+    with c.cache(teacher, classes, method, ctx.accelerator) as cached:
+        for each in (method, *(phase.method for phase in method.phases())):
+            check_capabilities(each, cached)
+            if each.needs is not None:
+                cached.check(each.needs)
+        ctx.terminal.say(f"cache: {cached.folder}, {len(cached.reader):,} rows known")
+        yield cached
+
+
+def all_needs(method: Method) -> Needs:
+    """What a method and its phases need of the teacher, together."""
+    wanted = [m.needs for m in (method, *(phase.method for phase in method.phases())) if m.needs is not None]
+    return Needs(
+        logits=any(n.logits for n in wanted),
+        hidden=tuple(dict.fromkeys(tap for n in wanted for tap in n.hidden)),
+        head=any(n.head for n in wanted),
+        temperature=next((n.temperature for n in wanted if n.temperature is not None), None),
+    )
 
 
 def remembered(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> Teacher:
     """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
-    wanted = [m.needs for m in (method, *(phase.method for phase in method.phases())) if m.needs is not None]
-    needs = Needs(
-        logits=any(n.logits for n in wanted),
-        hidden=tuple(dict.fromkeys(tap for n in wanted for tap in n.hidden)),
-        head=any(n.head for n in wanted),
-    )
-    if c.remember is None or not wanted or needs.head or c.teacher_mode != "eval":
+    needs = all_needs(method)
+    if c.remember is None or method.needs is None or needs.head or c.teacher_mode != "eval":
         return teacher
     shapes = feature_shapes(teacher.model, next(iter(c.test)).rows(0, 1), needs.hidden)
     row = classes * needs.logits + sum(math.prod(shape) for shape in shapes.values())
-    if c.remember_rows * row * 4 > memory_budget(ctx.accelerator.num_processes):
+    fits = c.remember_rows * row * 4 <= memory_budget(ctx.accelerator.num_processes)
+    if not from_main(ctx.accelerator, lambda: ctx.run.decided("remembered", fits)):
         return teacher
-    return MemoryTeacher(
-        teacher, c.remember, ctx.device, lambda batches: ctx.terminal.iterate(batches, "teacher on training data"),
-        needs=needs,
-    )  # fmt: skip
+
+    def shown(batches: Iterable[Batch]) -> Iterator[Batch]:
+        return ctx.terminal.iterate(batches, "teacher on training data")
+
+    with ctx.accelerator.autocast():
+        return MemoryTeacher(teacher, c.remember, ctx.device, shown, needs=needs)
 
 
 def memory_budget(processes: int) -> int:

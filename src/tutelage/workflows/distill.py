@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from tutelage.methods import LogitMethod, Method
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
 from tutelage.workflows.comparison import Arm, Comparison, Context, compare, exported_student
 from tutelage.workflows.folder import choose, opened
+from tutelage.workflows.measure import class_name, fingerprint
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
 from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options
@@ -139,8 +139,8 @@ def distill(
             f"distill(ensemble={ensemble!r}), and there is one teacher", remedy="give a list of modules as teacher"
         )
     described = {
-        "teacher": [_describe(t) for t in teacher] if isinstance(teacher, Sequence) else _describe(teacher),
-        "student": _describe(make_student(seeds[0])),
+        "teacher": [fingerprint(t) for t in teacher] if isinstance(teacher, Sequence) else fingerprint(teacher),
+        "student": fingerprint(make_student(seeds[0])),
         "method": {"class": type(method).__name__, "formula": method.formula()},
         "train": config.model_dump(mode="json", exclude_none=True),
         "seeds": list(seeds),
@@ -174,7 +174,7 @@ def distill(
         ahead=ahead,
         classes=classes,
         student_card={
-            "spec": None, "class": _name(cls) if cls else "the given function's result", "classes": classes,
+            "spec": None, "class": class_name(cls) if cls else "the given function's result", "classes": classes,
         },
     )  # fmt: skip
     accelerator = make_accelerator(config.precision, list(config.trackers))
@@ -190,24 +190,6 @@ def distill(
         ctx = Context(accelerator, run, terminal, stop)
         summary = compare(comparison, ctx)
         return Run(exported_student(comparison, ctx, summary), summary, path)
-
-
-def _name(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _describe(model: nn.Module) -> dict[str, Any]:
-    """What a run is resumed with only if it is the same."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return {
-        "class": _name(type(model)),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "weights": digest.hexdigest()[:16],
-    }
 
 
 def _check_arguments(

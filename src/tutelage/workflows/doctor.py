@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from tutelage.config import Recipe
 from tutelage.data import Batch, ImageData
@@ -18,8 +17,8 @@ from tutelage.errors import DataError, TutelageError
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.taps import Needs, find
-from tutelage.teachers import LiveTeacher, Teacher
-from tutelage.workflows.comparison import Comparison, check_labels, check_output, check_separate, fitted
+from tutelage.teachers import Teacher
+from tutelage.workflows.comparison import Comparison, as_taught, check_labels, check_output, check_separate, fitted
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
@@ -53,7 +52,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     c = comparison(recipe, data)
     found = look_at_data(recipe, data)
     student = c.student(recipe.seeds[0]).to(device)
-    teacher = as_taught(c, c.teacher(), device)
+    teacher = as_taught(c, c.teacher(), device, learned=False)
 
     def passes(topic: str, text: str, check: object) -> None:
         try:
@@ -167,14 +166,6 @@ def capacity(student: int, teacher: int) -> Finding:
         "note", "capacity", f"{text}: below 0.01, where a capacity gap is said to show",
         "try a larger student, or an assistant of a size in between as its teacher",
     )  # fmt: skip
-
-
-def as_taught(c: Comparison, model: nn.Module, device: torch.device) -> ModelTeacher:
-    """The teacher as it would run, without any training; weights that are to be learned are equal."""
-    if c.ensemble is None:
-        return LiveTeacher(model, mode=c.teacher_mode, **c.speed).to(device)
-    plan = replace(c.ensemble, weights=None) if c.ensemble.weights == "learned" else c.ensemble
-    return plan.teacher(model.children(), c.teacher_mode, device, None)
 
 
 def teacher_quality(c: Comparison, teacher: Teacher, device: torch.device, classes: int) -> Finding:

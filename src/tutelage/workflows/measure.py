@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Mapping
@@ -17,6 +18,21 @@ from tutelage.taps import Needs, observe
 def parameters(model: nn.Module) -> int:
     """Number of parameters, shared ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def class_name(cls: type) -> str:
+    """Module and name of a class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What tells a model from another: its class, its size and a digest of its weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {"class": class_name(type(model)), "parameters": parameters(model), "weights": digest.hexdigest()[:16]}
 
 
 def latencies(

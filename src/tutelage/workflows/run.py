@@ -20,11 +20,17 @@ from tutelage.errors import RunDirectoryError
 from tutelage.methods import METHODS, Method
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
+from tutelage.workflows.caching import open_cache
 from tutelage.workflows.comparison import Arm, Comparison, Context, compare
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
 from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
+
+ONE_VIEW = (
+    "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "
+    "the teacher sees too (Beyer et al., 2022): set data.views to 10 or more"
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def _summary(path: Path) -> dict[str, Any]:
 
 def load_data(recipe: Recipe, terminal: Terminal) -> ImageData:
     """The data of a recipe."""
-    fields = recipe.data.model_dump(exclude={"workers"})
+    fields = recipe.data.model_dump(exclude={"workers", "views"})
+    if recipe.data.views == 1:
+        terminal.say(f"note: {ONE_VIEW}")
     return load_images(**fields, teacher_augment=recipe.teacher.augment, progress=terminal.iterate)
 
 
@@ -91,7 +99,7 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
     size, workers = recipe.train.batch_size, recipe.data.workers
 
     def batches(arm: Arm, seed: int) -> PlannedBatches:
-        return PlannedBatches(sets[arm], size, seed, workers)
+        return PlannedBatches(sets[arm], size, seed, workers, recipe.data.views)
 
     decoding = workers if data.test.pixels is None else 0
     student_spec = model_spec(recipe.student, data)
@@ -120,6 +128,7 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         ensemble=plan,
         speed=members[0].speed,
         ahead=asks_ahead(recipe.teacher.speed),
+        cache=None if recipe.teacher.cache is None else partial(open_cache, recipe, data),
         remember=None if data.train.augmented else InOrder(data.train, workers=decoding),
         remember_rows=len(data.train),
         classes=data.classes,

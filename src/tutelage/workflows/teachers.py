@@ -101,6 +101,19 @@ def asks_ahead(speed: TeacherSpeedConfig | None) -> Literal["overlap", "process"
     return "process" if speed.process else "overlap" if speed.overlap else None
 
 
+def as_it_runs(teacher: ModelTeacher) -> dict[str, Any]:
+    """What else than its model decides what a teacher says, as JSON; empty for one model in its own numbers."""
+    if isinstance(teacher, LiveTeacher):
+        return {} if teacher.dtype is None else {"dtype": teacher.dtype}
+    return {
+        "combine": teacher.combine,
+        "weights": teacher.weights,
+        "average_at": teacher.temperature,
+        "route": teacher.route,
+        "members": [as_it_runs(member) for member in teacher.members if isinstance(member, LiveTeacher)],
+    }
+
+
 def described(
     plan: EnsemblePlan, teacher: EnsembleTeacher, splits: Mapping[str, Iterable[Batch]], device: torch.device
 ) -> dict[str, Any]:

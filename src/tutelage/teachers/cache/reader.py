@@ -1,0 +1,121 @@
+"""Reading a cache: memory-mapped, by (sample id, view seed), in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tutelage.errors import CacheError
+from tutelage.teachers.cache.files import Shard, check_shard, complete_shards, hashed, opened, read_manifest
+from tutelage.teachers.cache.layout import Array, Columns, Ragged, concatenated, pick, taken
+
+
+class _Open(NamedTuple):
+    keys: dict[str, Array]
+    columns: Columns
+    starts: dict[str, Array]
+
+
+class Reader:
+    """The complete shards of a cache.
+
+    Args:
+        folder: of the cache.
+        verify: compare every shard with its SHA-256 first, which reads it once.
+
+    Raises:
+        CacheError: no cache, or a damaged one.
+    """
+
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+        self.folder, self.verify = folder, verify
+        self.layout, self.made_from = read_manifest(folder)
+        self.known: dict[Path, _Open] = {}
+        self.shards: list[_Open] = []
+        self.duplicates = 0
+        self._index: tuple[Array, Array, Array] = (
+            np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int64),
+        )  # fmt: skip
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._index[0])
+
+    def refresh(self) -> bool:
+        """Take up shards that have been completed since; whether there were any."""
+        new = [shard for shard in complete_shards(self.folder) if shard.path not in self.known]
+        for shard in new:
+            if self.verify:
+                check_shard(shard)
+            self._open(shard)
+        if new:
+            self._build()
+        return bool(new)
+
+    def _open(self, shard: Shard) -> None:
+        keys, columns = opened(shard, self.layout)
+        starts = {n: np.cumsum(c.lengths) - c.lengths for n, c in columns.items() if isinstance(c, Ragged)}
+        self.known[shard.path] = _Open(keys, columns, starts)
+
+    def _build(self) -> None:
+        self.shards = list(self.known.values())
+        hashes = np.concatenate([hashed(s.keys["id"], s.keys["view"]) for s in self.shards])
+        which = np.repeat(np.arange(len(self.shards), dtype=np.int32), [len(s.keys["id"]) for s in self.shards])
+        rows = np.concatenate([np.arange(len(s.keys["id"])) for s in self.shards])
+        order = np.argsort(hashes, kind="stable")
+        hashes, which, rows = hashes[order], which[order], rows[order]
+        first = np.ones(len(hashes), dtype=bool)
+        first[1:] = hashes[1:] != hashes[:-1]
+        again = np.flatnonzero(~first)
+        for i in again.tolist():
+            if self._key(which[i], rows[i]) != self._key(which[i - 1], rows[i - 1]):
+                raise CacheError(
+                    "two samples have the same hash", where=str(self.folder), remedy="give one of them another id"
+                )
+        self.duplicates = len(again)
+        self._index = hashes[first], which[first], rows[first]
+
+    def _key(self, which: int, row: int) -> tuple[int, int]:
+        keys = self.shards[which].keys
+        return int(keys["id"][row]), int(keys["view"][row])
+
+    def find(self, ids: Array, views: Array) -> Array:
+        """Positions ``[B]`` for :meth:`rows`; -1 where there is no such row."""
+        hashes = self._index[0]
+        if not len(hashes):
+            return np.full(len(ids), -1)
+        wanted = hashed(ids, views)
+        at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+        found = hashes[at] == wanted
+        out: Array = np.where(found, at, -1)
+        return out
+
+    def rows(self, positions: Array) -> tuple[dict[str, Array], Columns]:
+        """Keys and columns of rows, in the order asked for."""
+        which, rows = self._index[1][positions], self._index[2][positions]
+        order = np.argsort(which, kind="stable")
+        sorted_which = which[order]
+        edges = np.flatnonzero(np.diff(sorted_which)) + 1
+        parts, keys = [], []
+        for group in np.split(order, edges):
+            shard, some = self.shards[which[group[0]]], rows[group]
+            keys.append({key: values[some] for key, values in shard.keys.items()})
+            parts.append({
+                name: pick(c.values, shard.starts[name], c.lengths, some) if isinstance(c, Ragged) else c[some]
+                for name, c in shard.columns.items()
+            })  # fmt: skip
+        if len(parts) == 1:
+            return keys[0], parts[0]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        joined = {key: np.concatenate([k[key] for k in keys])[back] for key in keys[0]}
+        return joined, taken(concatenated(parts), back)
+
+    def all_rows(self, batch: int = 4096) -> Iterator[tuple[dict[str, Array], Columns]]:
+        """Every row once, in the order of shards."""
+        order = np.lexsort((self._index[2], self._index[1]))
+        for start in range(0, len(order), batch):
+            yield self.rows(order[start : start + batch])

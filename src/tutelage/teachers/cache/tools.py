@@ -1,0 +1,124 @@
+"""Looking at a cache, checking it, and joining its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tutelage.errors import CacheError, TutelageError
+from tutelage.teachers.cache.files import (
+    DRAFT,
+    Shard,
+    check_shard,
+    complete_shards,
+    opened,
+    read_manifest,
+    read_sealed,
+)
+from tutelage.teachers.cache.layout import nbytes
+from tutelage.teachers.cache.reader import Reader
+from tutelage.teachers.cache.writer import Writer
+
+COMPACT_BYTES = 2**28
+
+
+def info(folder: Path) -> dict[str, Any]:
+    """What a cache keeps, of how many samples and views, in how many bytes, and what it was made from.
+
+    Raises:
+        CacheError: no cache, or a damaged one.
+    """
+    layout, made_from = read_manifest(folder)
+    shards = complete_shards(folder)
+    reader = Reader(folder, verify=False)
+    ids = np.concatenate([s.keys["id"] for s in reader.shards]) if reader.shards else np.empty(0, np.int64)
+    rows, samples = len(reader), len(np.unique(ids))
+    size = sum(shard.size for shard in shards)
+    return {
+        "layout": layout.to_dict(),
+        "made_from": made_from,
+        "rows": rows,
+        "samples": samples,
+        "views_per_sample": rows / samples if samples else 0.0,
+        "expected_rows": made_from.get("rows"),
+        "duplicates": reader.duplicates,
+        "shards": len(shards),
+        "bytes": size,
+        "bytes_per_row": size / rows if rows else 0.0,
+        "leftovers": [p.name for p in sorted(folder.glob("*")) if _leftover(p, shards)],
+    }
+
+
+def _leftover(path: Path, shards: Iterable[Shard]) -> bool:
+    complete = {shard.path.name for shard in shards}
+    return path.name.startswith(DRAFT) or (path.suffix == ".arrow" and path.name not in complete)
+
+
+def verify(
+    folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
+) -> list[str]:
+    """Everything that is wrong with a cache, in words; empty where nothing is.
+
+    Checks the manifest, every side file and every shard byte by byte, and that keys and lengths fit.
+    """
+    try:
+        layout, _ = read_manifest(folder)
+    except TutelageError as error:
+        return [str(error)]
+    faults: list[str] = []
+    sides = sorted(folder.glob("shard-*.json"))
+    for side in progress(sides, "checking shards"):
+        try:
+            known = read_sealed(side)
+            shard = Shard(folder / str(known["shard"]), known["rows"], known["bytes"], known["sha256"])
+            if shard.path.stem != side.stem or not shard.path.is_file():
+                raise CacheError(f"its shard {known['shard']} is missing", where=str(side), remedy="delete it")
+            check_shard(shard)
+            keys, columns = opened(shard, layout)
+            if any(len(k) != shard.rows for k in keys.values()) or nbytes(columns) == 0:
+                raise CacheError("does not hold the rows that its side file names", where=str(shard.path))
+        except (TutelageError, OSError, ValueError, KeyError) as error:
+            faults.append(str(error))
+    if not faults:
+        try:
+            duplicates = Reader(folder, verify=False).duplicates
+            if duplicates:
+                faults.append(f"{folder}: {duplicates} rows are there twice\n  -> tutelage cache compact {folder}")
+        except TutelageError as error:
+            faults.append(str(error))
+    return faults
+
+
+def compact(
+    folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
+) -> dict[str, int]:
+    """Join the shards of a cache into few, each row once, and delete what is no longer needed.
+
+    New shards are complete before an old one goes: stopped at any moment, no row is lost.
+
+    Raises:
+        CacheError: the cache is damaged, or cannot be written.
+    """
+    reader = Reader(folder)
+    old = complete_shards(folder)
+    before = {"shards": len(old), "bytes": sum(s.size for s in old), "rows": len(reader)}
+    writer = Writer(folder, reader.layout, shard_bytes=COMPACT_BYTES, shard_seconds=float("inf"))
+    try:
+        for keys, columns in progress(reader.all_rows(), "joining shards"):
+            writer.put(keys, columns)
+    finally:
+        writer.close()
+    for shard in old:
+        shard.path.with_suffix(".json").unlink()
+        shard.path.unlink()
+    complete = complete_shards(folder)
+    for path in folder.glob("*"):
+        if _leftover(path, complete):
+            path.unlink()
+    return {
+        "shards_before": before["shards"], "bytes_before": before["bytes"], "rows": before["rows"],
+        "shards": len(complete), "bytes": sum(s.size for s in complete),
+    }  # fmt: skip

@@ -1,0 +1,139 @@
+"""Writing a cache in the background, with bounded memory."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tutelage.teachers.cache.files import write_shard
+from tutelage.teachers.cache.layout import Array, Columns, Layout, concatenated, nbytes
+
+SHARD_BYTES = 2**25
+"""A shard is closed once it holds this much ..."""
+
+SHARD_SECONDS = 20.0
+"""... or this long after its first row, so that a crash loses little."""
+
+WAITING = 16
+"""Batches that may wait for the writer; then the teacher waits for it."""
+
+
+class Writer:
+    """Takes columns batch by batch and writes shards from a thread of its own.
+
+    What goes wrong there is raised at the next call: nothing that was handed over is lost silently.
+
+    Args:
+        folder: of the cache; its manifest is there.
+        layout: what is kept.
+        rank: of this process, so that several write side by side.
+        shard_bytes: see :data:`SHARD_BYTES`.
+        shard_seconds: see :data:`SHARD_SECONDS`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        *,
+        rank: int = 0,
+        shard_bytes: int = SHARD_BYTES,
+        shard_seconds: float = SHARD_SECONDS,
+    ) -> None:
+        self.folder, self.layout, self.rank = folder, layout, rank
+        self.shard_bytes, self.shard_seconds = shard_bytes, shard_seconds
+        self.queue: queue.Queue[Any] = queue.Queue(WAITING)
+        self.error: BaseException | None = None
+        self.started = time.time_ns()
+        self.count = self.written = 0
+        self.parts: list[tuple[dict[str, Array], Columns]] = []
+        self.bytes, self.first = 0, 0.0
+        self.thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
+        self.thread.start()
+
+    def put(self, keys: dict[str, Array], columns: Columns) -> None:
+        """Hand over rows; waits while :data:`WAITING` batches are in line.
+
+        Raises:
+            CacheError: what the thread could not write, now or before.
+        """
+        self._send((keys, columns))
+
+    def flush(self) -> None:
+        """Wait until everything handed over is on disk, in complete shards."""
+        done = threading.Event()
+        self._send(done)
+        while not done.wait(0.1):
+            self._raise()
+        self._raise()
+
+    def close(self) -> None:
+        """Flush, and end the thread. Whatever happens, the thread is gone afterwards."""
+        try:
+            if self.error is None:
+                self.flush()
+        finally:
+            if self.thread.is_alive():
+                self.queue.put(None)
+                self.thread.join()
+        self._raise()
+
+    def _send(self, item: Any) -> None:
+        while True:
+            self._raise()
+            try:
+                return self.queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    # In the thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            late = self.parts and time.monotonic() - self.first > self.shard_seconds
+            try:
+                item = self.queue.get(timeout=None if not self.parts else max(self.shard_seconds / 10, 0.01))
+            except queue.Empty:
+                item = threading.Event() if late else ()
+            if item is None:
+                return
+            try:
+                self._take(item)
+            except BaseException as error:  # noqa: BLE001  # raised in the thread that hands over
+                self.error = error
+            if isinstance(item, threading.Event):
+                item.set()
+
+    def _take(self, item: Any) -> None:
+        if self.error is not None or item == ():
+            return
+        if isinstance(item, threading.Event):
+            self._write()
+            return
+        keys, columns = item
+        if not self.parts:
+            self.first = time.monotonic()
+        self.parts.append((keys, columns))
+        self.bytes += nbytes(columns) + 24 * len(keys["id"])
+        if self.bytes >= self.shard_bytes or time.monotonic() - self.first > self.shard_seconds:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.parts:
+            return
+        parts, self.parts, self.bytes = self.parts, [], 0
+        keys = {key: np.concatenate([k[key] for k, _ in parts]) for key in parts[0][0]}
+        columns = concatenated([c for _, c in parts])
+        name = f"shard-{self.rank:03d}-{self.started:x}-{self.count:05d}"
+        self.count += 1
+        write_shard(self.folder, name, self.layout, keys, columns)
+        self.written += len(keys["id"])

@@ -1,0 +1,216 @@
+"""``tutelage cache``: the teacher's word on disk, and all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tutelage.config import CacheConfig, Recipe
+from tutelage.data import ImageData, InOrder
+from tutelage.engine import Accelerator, make_accelerator
+from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
+from tutelage.methods import Method
+from tutelage.students import feature_shapes
+from tutelage.teachers import CachedTeacher, Layout
+from tutelage.teachers.cache import compact, info, verify
+from tutelage.workflows.measure import fingerprint
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.stop import stopping
+from tutelage.workflows.teachers import ModelTeacher, as_it_runs
+
+FOLDER = Path("runs") / "cache"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A cache that holds every row of a recipe's training data.
+
+    Attributes:
+        path: its folder.
+        rows: that it holds.
+        computed: rows that the teacher was asked for this time, by this process.
+        seconds: that took.
+    """
+
+    path: Path
+    rows: int
+    computed: int
+    seconds: float
+
+
+def open_cache(
+    recipe: Recipe, data: ImageData, teacher: ModelTeacher, classes: int, method: Method, accelerator: Accelerator
+) -> CachedTeacher:
+    """The cache that a recipe asks for, new or as it is.
+
+    Raises:
+        CapabilityError: the method needs what no cache keeps.
+        CacheError: it was made from something else, or is damaged.
+    """
+    from tutelage.workflows.comparison import all_needs
+
+    config = recipe.teacher.cache
+    assert config is not None
+    needs = all_needs(method)
+    if needs.head:
+        raise CapabilityError("the method needs the teacher's output head", remedy="leave teacher.cache out")
+    example = data.test.fetch(torch.zeros(1, dtype=torch.int64))
+    shapes = {tap: shape[1:] for tap, shape in feature_shapes(teacher.model, example, needs.hidden).items()}
+    usual = [] if needs.temperature is None else [needs.temperature]
+    layout = Layout(
+        keep=config.keep if needs.logits else None,
+        classes=classes,
+        dtype=config.dtype,
+        k=min(config.k, classes),
+        draws=config.draws,
+        head=min(config.head, classes - 1),
+        temperatures=() if config.keep == "dense" else tuple(config.temperatures or usual),
+        hidden=shapes,
+    )
+    made_from = provenance(recipe, data, teacher)
+    path = Path(config.path) if config.path is not None else FOLDER / _name(recipe, made_from, layout)
+    return CachedTeacher(path, layout, made_from, teacher, device=accelerator.device, rank=accelerator.process_index)
+
+
+def provenance(recipe: Recipe, data: ImageData, teacher: ModelTeacher) -> dict[str, Any]:
+    """Everything that a row of the cache depends on, as JSON."""
+    runs = as_it_runs(teacher)
+    if data.routes:
+        runs["routes"] = [recipe.data.route, data.routes]
+    return {
+        "teacher": fingerprint(teacher.model) | ({"runs": runs} if runs else {}),
+        "data": {
+            "source": recipe.data.source,
+            "options": {k: str(v) for k, v in recipe.data.options.items()},
+            "image_column": recipe.data.image_column,
+        },
+        "preprocessing": data.preprocessing(),
+        "augment": recipe.data.augment,
+        "views": recipe.data.views if data.train.augmented else None,
+        "precision": recipe.train.precision,
+    }
+
+
+def _name(recipe: Recipe, made_from: dict[str, Any], layout: Layout) -> str:
+    text = json.dumps([made_from, layout.to_dict()], sort_keys=True)
+    return f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | None = None) -> Filled:
+    """Ask a recipe's teacher once for every view of every training image, and keep it.
+
+    Rows that are there already are not computed again: an interrupted one is simply called again. Several processes
+    share the work.
+
+    Args:
+        recipe: its teacher has weights.
+        out: the folder of the cache. Default: the recipe's ``teacher.cache.path``, or the one that its runs use.
+        terminal: where progress is shown.
+
+    Raises:
+        CapabilityError: the teacher has no weights yet.
+        CacheError: the folder's cache was made from something else, is damaged, or cannot be written.
+        Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
+    """
+    from tutelage.workflows.comparison import as_taught, check_teachers, fitted
+    from tutelage.workflows.run import comparison, load_data
+
+    if any(member.train is not None for member in recipe.teacher.each):
+        raise CapabilityError(
+            "the teacher has no weights yet, and a cache is of one that is trained",
+            where="teacher",
+            remedy="`tutelage run` trains it, and with teacher.cache=true keeps its word on the way; or give "
+            "teacher.checkpoint",
+        )
+    recipe = _with_cache(recipe, out)
+    terminal = terminal or Terminal()
+    accelerator = make_accelerator(recipe.train.precision, [])
+    terminal.speaks = terminal.speaks and accelerator.is_main_process
+    terminal.live = terminal.live and accelerator.is_main_process
+    data = load_data(recipe, terminal)
+    c = comparison(recipe, data)
+    untrained = c.teacher()
+    check_teachers(c, accelerator.device, untrained)
+    teacher = as_taught(c, untrained, accelerator.device)
+    _, method = fitted(c, c.student(recipe.seeds[0]), teacher.model, recipe.seeds[0])
+    views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.augmented else [None]
+    start = time.monotonic()
+    with stopping(terminal.say) as should_stop:
+        opened = open_cache(recipe, data, teacher, len(data.classes), method, accelerator)
+        with opened as cache, accelerator.autocast():
+            terminal.say(f"cache: {cache.folder}, {len(cache.reader):,} rows known")
+            for view in views:
+                batches = InOrder(data.train, recipe.train.batch_size, workers=recipe.data.workers, view=view)
+                what = "teacher" if view is None else f"teacher, view {view + 1} of {len(views)}"
+                for i, batch in enumerate(terminal.iterate(batches, what)):
+                    if i % accelerator.num_processes == accelerator.process_index:
+                        cache.fill(batch)
+                    if should_stop():
+                        raise Interrupted(
+                            "stopped; what was computed is kept", remedy="the same command again goes on from there"
+                        )
+            computed = cache.asked
+        accelerator.wait_for_everyone()
+        cache.reader.refresh()
+    return Filled(cache.folder, len(cache.reader), computed, time.monotonic() - start)
+
+
+def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
+    """The recipe with a cache, in the folder ``out`` where one is given; checked again."""
+    config = recipe.teacher.cache or CacheConfig()
+    if out is not None:
+        config = config.model_copy(update={"path": str(out)})
+    if recipe.data.augment and recipe.data.views is None:
+        raise ConfigError(
+            "the recipe augments its images anew in every epoch, and a cache keeps a row for each view",
+            where="data.views",
+            remedy="set how many views there are: data.views=10",
+        )
+    teacher = recipe.teacher.model_copy(update={"cache": config})
+    return recipe.model_copy(update={"teacher": teacher})
+
+
+# A cache that is there --------------------------------------------------------------------------------
+
+
+def verified(folder: Path) -> str:
+    """One line where a cache is whole.
+
+    Raises:
+        CacheError: it is not; names every fault.
+    """
+    terminal = Terminal()
+    faults = verify(folder, terminal.iterate)
+    if faults:
+        raise CacheError(f"{len(faults)} faults\n" + "\n".join(faults), where=str(folder))
+    known = info(folder)
+    return f"{folder}: whole; {known['rows']:,} rows in {known['shards']} shards, {known['bytes']:,} bytes"
+
+
+def described(folder: Path) -> str:
+    """What a cache keeps and what it was made from, as YAML.
+
+    Raises:
+        CacheError: no cache, or a damaged one.
+    """
+    return yaml.safe_dump(info(folder), sort_keys=False).rstrip()
+
+
+def compacted(folder: Path) -> str:
+    """Join the shards of a cache, and say what that changed.
+
+    Raises:
+        CacheError: no cache, a damaged one, or no room.
+    """
+    now = compact(folder, Terminal().iterate)
+    return (
+        f"{folder}: {now['shards_before']} shards of {now['bytes_before']:,} bytes are now {now['shards']} of "
+        f"{now['bytes']:,}; {now['rows']:,} rows"
+    )

@@ -1,0 +1,226 @@
+"""``tutelage taps``: what there is to tap in a model, with the shapes that one dry run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.config import Recipe
+from tutelage.data import Batch
+from tutelage.errors import ModelError
+from tutelage.models import ModelSpec, build, load_model
+from tutelage.models.files import read_card
+from tutelage.students import stages, untouched
+from tutelage.taps import Needs, observe
+from tutelage.taps.tap import contents
+from tutelage.workflows.measure import parameters
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import comparison, load_data
+
+ROWS = 3
+"""Examples in the dry run; a first dimension of this size is shown as B."""
+
+SIZES = {"torchvision": 224, "timm": 224, "hf": 224}
+"""Height and width of the dry run's images by library, where neither the model nor the caller says; else 32."""
+
+TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Node:
+    """A module and what it gave.
+
+    Attributes:
+        path: of the module; empty for the model itself.
+        kind: its class.
+        parameters: how many it holds, those inside it included.
+        inside: how many modules are in it, at all levels.
+        calls: how often it ran.
+        outputs: what it gave, as (what a tap adds to the path, shape). Of several calls that gave the same, one.
+    """
+
+    path: str
+    kind: str
+    parameters: int
+    inside: int
+    calls: int
+    outputs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The modules of one model.
+
+    Attributes:
+        title: which model.
+        inputs: what it was run on.
+        nodes: all its modules, outermost first.
+        stages: (height, width) of a feature map -> the path that ``pairs: auto`` would take for it.
+    """
+
+    title: str
+    inputs: str
+    nodes: list[Node]
+    stages: dict[tuple[int, int], str]
+
+
+def survey(model: nn.Module, example: Batch, title: str, note: str = "") -> Survey:
+    """Run ``model`` once on ``example``, in evaluation mode, and list what every module gave.
+
+    Args:
+        model: any; it is left as it was.
+        example: a batch of at least one row.
+        title: of the survey.
+        note: said beside the shape of the inputs.
+
+    Raises:
+        ModelError: the model does not take the example.
+    """
+    rows = len(example.labels)
+    given = example.inputs if isinstance(example.inputs, Mapping) else {"": example.inputs}
+    shapes = ", ".join(f"{name} {shape(x, rows)}".strip() for name, x in given.items())
+    seen: dict[str, list[dict[str, str]]] = {name: [] for name, _ in model.named_modules()}
+
+    def watching(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen[path].append(dict(_items(output, rows)))
+
+        return hook
+
+    handles = [module.register_forward_hook(watching(path)) for path, module in model.named_modules()]
+    try:
+        with untouched(model):
+            observe(model, example.inputs, Needs(logits=False))
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"does not take {shapes}: {reason}",
+            where=title,
+            remedy="give the shape that it takes, without the batch: --shape 3x64x64 of images, --shape 16 of tokens",
+        ) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    nodes = [
+        Node(path, type(module).__name__, parameters(module),
+             sum(1 for _ in module.modules()) - 1, len(seen[path]),
+             tuple(_outputs(seen[path])))
+        for path, module in model.named_modules()
+    ]  # fmt: skip
+    return Survey(title, shapes + note, nodes, stages(model, example))
+
+
+def shape(x: Tensor, rows: int) -> str:
+    """``[B, 16, 8, 8]``."""
+    return f"[{', '.join('B' if i == 0 and n == rows else str(n) for i, n in enumerate(x.shape))}]"
+
+
+def _outputs(calls: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """One entry for each item of each call; one for all calls where these agree."""
+    if len(calls) < 2:
+        return [entry for call in calls for entry in call.items()]
+    if all(call == calls[0] for call in calls):
+        return [(f"@0 to @{len(calls) - 1}" + key, text) for key, text in calls[0].items()]
+    return [(f"@{i}{key}", text) for i, call in enumerate(calls) for key, text in call.items()]
+
+
+def _items(value: Any, rows: int, depth: int = 3) -> list[tuple[str, str]]:
+    """What a tap adds to reach each tensor in ``value``, and its shape; the name of a type where it is no tensor."""
+    if isinstance(value, Tensor):
+        return [("", shape(value, rows))]
+    inside = contents(value)
+    if not inside or not depth:
+        return [("", "None" if value is None else f"a {type(value).__name__}")]
+    return [(f"[{key}]{rest}", text) for key, x in inside.items() for rest, text in _items(x, rows, depth - 1)]
+
+
+# Which model ------------------------------------------------------------------------------------------------
+
+
+def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | None = None) -> list[Survey]:
+    """The recipe's models on three images of its data.
+
+    Args:
+        recipe: names the models and the data.
+        who: ``student``, ``teacher`` or both.
+        terminal: where progress is shown.
+
+    Raises:
+        TutelageError: what the recipe names cannot be loaded.
+    """
+    data = load_data(recipe, terminal or Terminal())
+    c = comparison(recipe, data)
+    example = next(iter(c.test)).rows(0, ROWS)
+    models = {"student": (recipe.student, lambda: c.student(recipe.seeds[0])), "teacher": (recipe.teacher, c.teacher)}
+    found = []
+    for name in who:
+        config, make = models[name]
+        what = config.model or f"ensemble of {len(recipe.teacher.each)}"
+        found.append(survey(make(), example, f"{name}: {what}", f" ({recipe.data.source})"))
+    return found
+
+
+def survey_model(
+    name: str,
+    *,
+    size: tuple[int, ...] | None = None,
+    classes: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> Survey:
+    """A model by its name in recipes, or the folder that a run exported it to.
+
+    Args:
+        name: of the model, or a folder.
+        size: of one example: (channels, height, width), or (tokens,); ``None`` for the model's own, else 3x32x32
+            of small networks and 3x224x224 of a library's.
+        classes: number of classes; 10 by default, and those of the folder.
+        options: for its constructor.
+
+    Raises:
+        ModelError: unknown, or it cannot be built or run so.
+        CheckpointError: the folder is not whole.
+        MissingDependencyError: it needs an extra.
+    """
+    channels, side = (size[0], size[-1]) if size and len(size) == 3 else (3, SIZES.get(name.partition(":")[0], 32))
+    if Path(name).is_dir():
+        for key, given in (("--classes", classes), ("-o", options)):
+            if given:
+                raise ModelError(
+                    f"{key} cannot change a model that has its weights", where=name, remedy="leave it out"
+                )
+        model = load_model(name)
+        own = _own_size(model, read_card(Path(name)).get("spec") or {})
+    elif "/" in name and ":" not in name:
+        raise ModelError(
+            "no such folder", where=name, remedy="give a recipe, a folder that a run exported, or a model"
+        )
+    else:
+        with torch.random.fork_rng(devices=[]):
+            model = build(ModelSpec(name, options or {}, classes or 10, channels, side))
+        own = _own_size(model, {})
+    texts = getattr(model, "main_input_name", "") == "input_ids"
+    used = size or own or ((TOKENS,) if texts else (channels, side, side))
+    whose = (
+        "" if size else " (its own size; --shape gives another)" if own else " (the default; --shape gives another)"
+    )
+    inputs: Tensor | dict[str, Tensor] = torch.zeros(ROWS, *used)
+    if texts:
+        inputs = {"input_ids": torch.ones(ROWS, *used, dtype=torch.long)}
+    return survey(model, Batch(inputs, torch.zeros(ROWS, dtype=torch.long)), name, whose)
+
+
+def _own_size(model: nn.Module, spec: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """(channels, height, width), as the model's folder, timm's or Hugging Face's config has it; else ``None``."""
+    if spec.get("size"):
+        return (spec["channels"], spec["size"], spec["size"])
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    if size:
+        return (getattr(config, "num_channels", 3), *(size if isinstance(size, (list, tuple)) else (size, size)))
+    found = getattr(model, "pretrained_cfg", {}).get("input_size")
+    return tuple(found) if found else None
