@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,19 @@ import tutelage
 from tutelage import api
 from tutelage.config import build_recipe, dump_recipe
 from tutelage.data import Batch, InOrder, load_images
-from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError
+from tutelage.errors import CacheError, CapabilityError, ConfigError, DataError, ModelError
 from tutelage.methods import FeatureMethod, LogitMethod, SimkdMethod, built
 from tutelage.models.small import ConvNet
 from tutelage.taps import Needs
-from tutelage.teachers import Ensemble, EnsembleTeacher, LiveTeacher, MemoryTeacher, learned_weights
+from tutelage.teachers import (
+    CachedTeacher,
+    Ensemble,
+    EnsembleTeacher,
+    Layout,
+    LiveTeacher,
+    MemoryTeacher,
+    learned_weights,
+)
 from tutelage.workflows.doctor import examine
 from tutelage.workflows.progress import Terminal
 
@@ -116,6 +125,36 @@ def test_live_and_remembered_members_mix() -> None:
         EnsembleTeacher(mixed).model  # noqa: B018
     memory = MemoryTeacher(EnsembleTeacher(mixed), InOrder(data.train, 16))
     torch.testing.assert_close(memory.signal(given, Needs()).dense(), expected)
+
+
+def test_a_member_may_be_cached_on_disk(tmp_path: Path) -> None:
+    data = load_images("digits", limit=60)
+    members = teachers(2)
+    with CachedTeacher(tmp_path / "cache", Layout(classes=10, dtype="fp32"), {"teacher": 1}, members[0]) as cached:
+        for given in InOrder(data.train, 16):
+            cached.fill(given)
+    with CachedTeacher(tmp_path / "cache", Layout(classes=10, dtype="fp32"), {"teacher": 1}) as cached:
+        given = data.train.fetch(torch.tensor([41, 3, 17]))
+        said = EnsembleTeacher([cached, members[1]]).signal(given, Needs(temperature=4.0)).dense()
+        torch.testing.assert_close(said, EnsembleTeacher(members).signal(given, Needs()).dense())
+
+
+def test_an_ensemble_s_word_is_cached_and_another_ensemble_refused(tmp_path: Path) -> None:
+    given = recipe()
+    given["teacher"] = {"members": [{"model": "mlp", "options": {"hidden": [24]}, "train": {"steps": 40}}] * 2,
+                        "cache": str(tmp_path / "cache")}  # fmt: skip
+    plain = {**given, "teacher": {k: v for k, v in given["teacher"].items() if k != "cache"}}
+    a, b = (api.run(build_recipe(copy.deepcopy(g)), out=tmp_path / n, terminal=QUIET)
+            for g, n in ((given, "cached"), (plain, "plain")))  # fmt: skip
+    for run in (a, b):
+        assert run.summary["teacher"]["ensemble"]["members"]
+    losses = [r.summary["students"]["distilled"]["last"]["loss"]["mean"] for r in (a, b)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-2)
+    for change in ({"combine": "logits"}, {"weights": [1.0, 2.0]}, {"speed": {"dtype": "bf16"}}):
+        other = copy.deepcopy(given)
+        other["teacher"] |= change
+        with pytest.raises(CacheError, match="teacher"):
+            api.run(build_recipe(other), out=tmp_path / f"other-{next(iter(change))}", terminal=QUIET)
 
 
 def test_hidden_states_are_of_the_member_whose_number_they_have() -> None:

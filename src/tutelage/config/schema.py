@@ -306,7 +306,7 @@ class TeacherSpeedConfig(SpeedConfig):
     """Compute the next batch's signal while the student trains on this one: on a GPU on a stream of its own, else in
     a thread, for which a core should be free. Without use where the teacher's word is remembered."""
     process: bool = False
-    """The same from a process of its own, for a teacher that is slow in Python."""
+    """The same from a process of its own, for a teacher whose Python holds the student up. Batches are copied."""
 
     @model_validator(mode="after")
     def _one(self) -> TeacherSpeedConfig:
