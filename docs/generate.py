@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ PAGE = Path(__file__).with_name("recipes.md")
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": config.DataConfig,
     "teacher": config.TeacherConfig,
+    "teacher.members": config.MemberConfig,
+    "teacher.speed": config.TeacherSpeedConfig,
     "teacher.cache": config.CacheConfig,
     "student": config.ModelConfig,
     "method: kind: logit": config.LogitConfig,
@@ -162,7 +164,7 @@ def type_words(schema: dict[str, Any]) -> str:
         return " or ".join(parts)
     match schema.get("type"):
         case "array":
-            least = ", at least one" if schema.get("minItems") else ""
+            least = {0: "", 1: ", at least one"}.get(n := schema.get("minItems", 0), f", at least {n}")
             item = type_words(schema["items"]).replace("number", "numbers") if schema["items"] else ""
             return f"list{f' of {item}' if item else ''}{least}"
         case "object":
@@ -346,7 +348,42 @@ def options_of(name: str, options: Iterable[str]) -> str:
     return ", ".join(f"`{o}` ({own[o] if o in own else json.dumps(known[o].default)})" for o in options) or "–"
 
 
+ABOUT_SPEED = """\
+With `members`, each may have a `speed` of its own, but for `overlap` and `process`; what it leaves out is taken from
+`teacher.speed`. Where training images are not augmented, the teacher's word is remembered as far as memory allows:
+each image is asked for once, and `overlap` and `process` have nothing to do.
+"""
+
+ABOUT_ENSEMBLES = """\
+```yaml
+data: {source: imagefolder, path: data/streets, route: folder}    # train/CLASS/day/1.png, train/CLASS/night/2.png
+teacher:
+  members:
+    - {model: "timm:resnet50", checkpoint: day.safetensors}
+    - {model: "timm:resnet50", checkpoint: night.safetensors}
+    - {model: convnet, train: {epochs: 30}}                       # trained first, in models/teacher-2
+  combine: probabilities      # or logits
+  weights: [2, 2, 1]          # or learned, without route
+  route: {day: [0, 2], night: [1, 2]}
+```
+
+- The mean of probabilities goes to the student as its log, so at T = 1 the soft labels are that mean. A method with
+  T > 1 softens it as it softens any logits; `average_at: 4` beside `temperature: 4` gives the student the mean of
+  what each member says at T = 4.
+- The mean of logits is the geometric mean of probabilities, normalised.
+- Hidden states are one member's: `pairs: [{student: stages.1, teacher: 0.stages.1}]`, never `auto`.
+- The summary and the report have each member's accuracy (with `route`, of the images that it teaches) and weight.
+"""
+
+
+def verbatim(text: str) -> Callable[[], Iterator[str]]:
+    """A part of the page that is only text."""
+    return lambda: iter([text])
+
+
 AFTER = {
+    "teacher": verbatim(ABOUT_ENSEMBLES),
+    "teacher.speed": verbatim(ABOUT_SPEED),
     "method: kind: logit": soft_objectives,
     "method: kind: feature": feature_objectives,
     "data": augmentations,

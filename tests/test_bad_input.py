@@ -159,6 +159,71 @@ KEYS = [
          {"limit: 200": "limit: all", "steps: 2": "steps: few"}),
 ]  # fmt: skip
 
+MANY = "teacher: {members: [{model: mlp, checkpoint: teacher}, {model: mlp, checkpoint: teacher}]MORE}"
+
+
+def many(more: str) -> dict[str, str]:
+    """The small recipe with two teachers, and ``more`` about them."""
+    return {"teacher: {model: mlp, checkpoint: teacher}": MANY.replace("MORE", more)}
+
+
+SEVERAL = [
+    Case("no-teacher-model", ["recipe.yaml:5", "neither 'model' nor 'members'", "give one"],
+         {"model: mlp, checkpoint": "checkpoint"}),
+    Case("model-and-members", ["recipe.yaml:5", "both 'model' and 'members'", "give one"], many(", model: mlp")),
+    Case("one-member", ["recipe.yaml:5", "teacher.members", "at least 2"],
+         {"model: mlp, checkpoint: teacher": "members: [{model: mlp, checkpoint: teacher}]"}),
+    Case("key-in-member", ["recipe.yaml:5", "'teacher.members.1.chekpoint'", "did you mean 'checkpoint'", "options"],
+         {"teacher: {model: mlp, checkpoint: teacher}":
+          "teacher: {members: [mlp, {model: mlp, chekpoint: teacher}]}"}),
+    Case("member-model", ["recipe.yaml:5", "teacher.members.0.model", "'mpl'", "did you mean 'mlp'"],
+         {"teacher: {model: mlp, checkpoint: teacher}": "teacher: {members: [mpl, mlp]}"}),
+    Case("checkpoint-of-many", ["recipe.yaml:5", "'checkpoint' is of a single teacher", "each of 'members'"],
+         many(", checkpoint: teacher")),
+    Case("combine", ["recipe.yaml:5", "teacher.combine", "'probabilites'", "did you mean 'probabilities'", "logits"],
+         many(", combine: probabilites")),
+    Case("combine-of-one", ["recipe.yaml:5", "'combine' is for an ensemble", "remove it"],
+         {"checkpoint: teacher": "checkpoint: teacher, combine: logits"}),
+    Case("weights-too-few", ["recipe.yaml:5", "1 weights for 2 members", "one for each"], many(", weights: [1]")),
+    Case("weights-negative", ["recipe.yaml:5", "teacher.weights", "greater than or equal to 0"],
+         many(", weights: [1, -1]")),
+    Case("weights-zero", ["recipe.yaml:5", "all weights are 0"], many(", weights: [0, 0]")),
+    Case("weights-word", ["recipe.yaml:5", "teacher.weights", "'learnt'", "learned"], many(", weights: learnt")),
+    Case("average-at-of-logits", ["recipe.yaml:5", "remove 'average_at'"], many(", combine: logits, average_at: 4")),
+    Case("route-without-column", ["recipe.yaml:5", "no 'data.route'", "name it"], many(", route: {a: 0, b: 1}")),
+    Case("column-without-route", ["recipe.yaml:2", "no 'teacher.route'", "remove it"],
+         {"source: digits": "source: imagefolder\n  path: x\n  route: folder"}),
+    Case("column-of-no-column", ["recipe.yaml:4", "'digits' has no column 'folder'", "imagefolder"],
+         {"source: digits": "source: digits\n  route: folder"}),
+    Case("route-to-nobody", ["recipe.yaml:5", "route 'b' names [2]", "0 to 1"], many(", route: {a: 0, b: 2}")),
+    Case("route-leaves-one-out", ["recipe.yaml:5", "no route leads to member 1"], many(", route: {a: 0, b: 0}")),
+    Case("route-and-learned", ["recipe.yaml:5", "weights are learned", "remove 'route'"],
+         many(", weights: learned, route: {a: 0, b: 1}")),
+    Case("features-of-many", ["recipe.yaml:9", "which member's features", "0.stages.1"],
+         {**many(""), "kind: logit": "kind: feature"}),
+    Case("simkd-of-many", ["recipe.yaml:9", "simkd", "there are several"],
+         {**many(""), "{kind: logit, temperature: 2, alpha: 0.5}": "simkd"}),
+    Case("feature-of-no-member", ["Ensemble has no module 'body.1'", "nearest: 1.body.1, 0.body.1"],
+         {**many(""), "kind: logit": "kind: feature, pairs: [{student: body.1, teacher: body.1}]"}),
+    Case("member-of-other-width", ["teacher/model.safetensors", "MLP", "very model"],
+         {"teacher: {model: mlp, checkpoint: teacher}":
+          "teacher: {members: [mlp, {model: mlp, options: {hidden: [3]}, checkpoint: teacher}]}"}),
+    Case("dtype", ["recipe.yaml:5", "teacher.speed.dtype", "'bf15'", "did you mean 'bf16'", "int8"],
+         {"checkpoint: teacher": "checkpoint: teacher, speed: {dtype: bf15}"}),
+    Case("speed-key", ["recipe.yaml:5", "'teacher.speed.batchsize'", "did you mean 'batch_size'"],
+         {"checkpoint: teacher": "checkpoint: teacher, speed: {batchsize: 8}"}),
+    Case("overlap-twice", ["recipe.yaml:5", "overlaps anyway", "remove 'overlap'"],
+         {"checkpoint: teacher": "checkpoint: teacher, speed: {overlap: true, process: true}"}),
+    Case("overlap-of-member", ["recipe.yaml:5", "'teacher.members.0.speed.overlap'", "allowed here: dtype"],
+         {"teacher: {model: mlp, checkpoint: teacher}":
+          "teacher: {members: [{model: mlp, speed: {overlap: true}}, mlp]}"}),
+    Case("no-such-device", ["there is no device 'cuda:77'", "give cpu, cuda"],
+         {"checkpoint: teacher": "checkpoint: teacher, speed: {device: 'cuda:77'}"}),
+    Case("train-bn-in-parts", ["train_bn", "leave batch_size out"],
+         {"model: mlp, checkpoint: teacher":
+          "model: convnet, mode: train_bn, train: {steps: 1}, speed: {batch_size: 8}"}),
+]  # fmt: skip
+
 VALUES = [
     Case("text-for-number", ["recipe.yaml:13", "train.optimizer.lr", "'0.1'", "valid number"],
          {"lr: 0.1": "lr: '0.1'"}),
@@ -475,7 +540,7 @@ OUT = [
          command="doctor"),
 ]  # fmt: skip
 
-CASES = [*TEXT, *KEYS, *VALUES, *OVERRIDES, *MODEL, *CHECKPOINT, *DATA, *OUT]
+CASES = [*TEXT, *KEYS, *SEVERAL, *VALUES, *OVERRIDES, *MODEL, *CHECKPOINT, *DATA, *OUT]
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES])

@@ -23,7 +23,7 @@ from tutelage.engine.loop import Silent
 from tutelage.errors import ModelError
 from tutelage.methods import FeatureMethod, Method, Term, Trainee, built
 from tutelage.models.small import ConvNet
-from tutelage.taps import Needs, Observation, Observer, find, logits_of, observe, output_head, parse
+from tutelage.taps import Needs, Observation, Observer, compile_apart, find, logits_of, observe, output_head, parse
 from tutelage.teachers import LiveTeacher, Signal
 from worlds import WORLDS
 
@@ -116,6 +116,17 @@ def test_each_form_means_that_very_tensor(backend: str | None) -> None:
                 torch.testing.assert_close(seen[tap], want(model, x), msg=lambda m, tap=tap: f"{tap}: {m}")
             x = torch.randn(3, 4)
     assert hooks(model) == 0
+
+
+def test_two_compiled_models_of_a_class_keep_their_taps_apart() -> None:
+    first, second = (ConvNet(classes=3, channels=1, widths=(4, 8), depth=1).eval() for _ in range(2))
+    x = torch.randn(2, 1, 8, 8)
+    with Observer(first, Needs()) as observer:
+        compile_apart(first, backend="eager")
+        torch.testing.assert_close(observer(x).logits, first._call_impl(x))
+    with Observer(second, Needs(hidden=("stages.0",))) as observer:  # whose graph must not be the first one's
+        compile_apart(second, backend="eager")
+        torch.testing.assert_close(observer(x).hidden["stages.0"], second.stages[0](x))
 
 
 def test_find_knows_the_grammar() -> None:

@@ -34,6 +34,12 @@ def _expand(raw: dict[str, Any]) -> None:
     expand(raw.get("train"), TRAIN_SHORTHANDS)
     if isinstance(raw.get("teacher"), dict):
         expand(raw["teacher"].get("train"), TRAIN_SHORTHANDS)
+        members = raw["teacher"].get("members")
+        for i, member in enumerate(members if isinstance(members, list) else []):
+            if isinstance(member, str):
+                members[i] = {"model": member}
+            elif isinstance(member, dict):
+                expand(member.get("train"), TRAIN_SHORTHANDS)
 
 
 BUDGETS = {"epochs": "steps", "steps": "epochs"}
@@ -86,6 +92,18 @@ def _merge(base: Any, over: Any) -> Any:
         merged = {k: v for k, v in base.items() if not (k in BUDGETS and BUDGETS.keys() & over.keys())}
         return {**merged, **{k: _merge(base.get(k), v) for k, v in over.items()}}
     return over
+
+
+def _plan_training(teacher: dict[str, Any], base: Any) -> None:
+    """Complete, in place, the training of the teacher, or of each member that has no weights."""
+    members = teacher.get("members")
+    if isinstance(members, list) and teacher.get("model") is None:
+        base = _merge(base, teacher.pop("train", None) or {})
+    for one in members if isinstance(members, list) else [teacher]:
+        if isinstance(one, dict) and one.get("checkpoint") is None and isinstance(one.get("model"), str):
+            asked = one.get("train")
+            if asked is not None or not _has_weights(one):
+                one["train"] = _merge(base, asked or {})
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -150,10 +168,8 @@ def build_recipe(
                 remedy=f"allowed: {', '.join(METHOD_KINDS)}",
             )
     teacher = raw.get("teacher")
-    if isinstance(teacher, dict) and teacher.get("checkpoint") is None and isinstance(teacher.get("model"), str):
-        asked = teacher.get("train")
-        if asked is not None or not _has_weights(teacher):
-            teacher["train"] = _merge(raw.get("train", {}), asked or {})
+    if isinstance(teacher, dict):
+        _plan_training(teacher, raw.get("train", {}))
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -161,7 +177,7 @@ def build_recipe(
         for details in error.errors(include_url=False):
             if details["loc"][:1] == ("method",) and details["loc"][1:2] and details["loc"][1] in METHOD_KINDS:
                 details["loc"] = ("method", *details["loc"][2:])  # pydantic names the kind in between
-            if details["loc"][:2] == ("teacher", "train") and inherited(details, error):
+            if inherited(details, error):
                 continue
             kind = method.get("kind") if isinstance(method, dict) else None
             problems.append(explain(details, name, places, METHOD_KINDS.get(str(kind))))

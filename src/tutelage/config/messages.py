@@ -16,18 +16,35 @@ from tutelage.config.schema import Recipe
 
 
 def inherited(details: ErrorDetails, error: ValidationError) -> bool:
-    """Whether a fault of the teacher's training is one of ``train`` seen a second time."""
-    return any(other["loc"] == details["loc"][1:] for other in error.errors(include_url=False))
+    """Whether a fault of a teacher's training is one of ``train``, or of another member, seen a second time."""
+    own = _of_training(details["loc"])
+    others = error.errors(include_url=False)
+    if own is None:
+        return False
+    if any(other["loc"] == own for other in others):
+        return True
+    first = next(other for other in others if _of_training(other["loc"]) == own)
+    return first["loc"] != details["loc"] and first["input"] == details["input"]
+
+
+def _of_training(loc: Key) -> Key | None:
+    """What in ``train`` a place in the training of a teacher, or of a member of it, goes back to."""
+    if loc[:2] == ("teacher", "train"):
+        return loc[1:]
+    return loc[3:] if loc[:2] == ("teacher", "members") and loc[3:4] == ("train",) else None
 
 
 def where_given(name: str, places: Mapping[Key, Place], loc: Key) -> str:
     """The file and line, or the override, that gave ``loc`` or the nearest section around it."""
+    own = _of_training(loc)
+    for base in [] if own is None or loc in places else [("teacher", "train", *own[1:]), own]:
+        if base in places:  # what a teacher's training took over
+            loc = base
+            break
     for end in range(len(loc), 0, -1):
         place = places.get(loc[:end])
         if place is not None:
             return place if isinstance(place, str) else f"{name}:{place}"
-    if loc[:2] == ("teacher", "train"):  # what the teacher's training takes over from the student's
-        return where_given(name, places, loc[1:])
     return name
 
 
@@ -39,15 +56,20 @@ def _section(loc: Key, method: type[Section] | None = None) -> type[BaseModel] |
             return method if len(loc) == 2 else None
         return PairConfig if len(loc) == 4 else None
     for part in loc[:-1]:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if isinstance(part, int):  # an item of a list is of the class of the list's items
+            continue
+        field = model.model_fields.get(part)
         if field is None:
             return None
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        model = next((o for o in _parts(field.annotation) if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if model is None:
             return None
     found: type[BaseModel] = model
     return found
+
+
+def _parts(annotation: Any) -> list[Any]:
+    return [annotation, *(part for inner in getattr(annotation, "__args__", ()) for part in _parts(inner))]
 
 
 def explain(

@@ -98,6 +98,9 @@ class DataConfig(Section):
     """Column of the images, of an hf data set. Default: the one of type Image."""
     label_column: str | None = None
     """Column of the labels, of an hf data set. Default: the one of type ClassLabel."""
+    route: str | None = None
+    """What says which member of an ensemble teaches an image: a column of an hf data set, or ``folder`` with an
+    ``imagefolder``, the sub-folder between class and file, as in ``train/CLASS/night/1.png``."""
     size: Annotated[int, Field(ge=4, le=2048)] | None = None
     """Height and width in pixels that images are brought to. Default: as they are, or 224 for files."""
     crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -138,6 +141,12 @@ class DataConfig(Section):
         for key in ("image_column", "label_column"):
             if getattr(self, key) is not None and kind != "hf":
                 raise Misfit(f"source {self.source!r} has no columns; remove {key!r}", key)
+        if self.route is not None and kind != "hf" and (self.source, self.route) != ("imagefolder", "folder"):
+            raise Misfit(
+                f"source {self.source!r} has no column {self.route!r} to choose teachers by; "
+                "allowed: a column of an hf data set, or folder with imagefolder",
+                "route",
+            )
         if self.source == "imagefolder" and self.path is None:
             raise ValueError(
                 "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
@@ -276,8 +285,38 @@ def _cache(given: Any) -> Any:
     return {"path": given} if isinstance(given, str) else given
 
 
-class TeacherConfig(ModelConfig):
-    """The teacher: trained first where it has no weights of its own."""
+class SpeedConfig(Section):
+    """How a teacher runs. What it says stays the same but for rounding; its figures are of it as it runs."""
+
+    dtype: Literal["bf16", "fp16", "int8"] | None = None
+    """Numbers that a copy of it computes in, whatever ``train.precision``: ``int8`` quantises linear layers, on CPUs;
+    ``fp16`` is slow on most CPUs. Default: its own."""
+    compile: bool | None = None
+    """``torch.compile`` it. Default: no."""
+    batch_size: Count | None = None
+    """Most images that it takes at once; a longer batch is cut for it. Default: the student's batch."""
+    device: str | None = None
+    """Where it runs, such as ``cpu`` or ``cuda:1``. Default: where the student does."""
+
+
+class TeacherSpeedConfig(SpeedConfig):
+    """How the teacher runs; of an ensemble, what its members leave out."""
+
+    overlap: bool = False
+    """Compute the next batch's signal while the student trains on this one: on a GPU on a stream of its own, else in
+    a thread, for which a core should be free. Without use where the teacher's word is remembered."""
+    process: bool = False
+    """The same from a process of its own, for a teacher whose Python holds the student up. Batches are copied."""
+
+    @model_validator(mode="after")
+    def _one(self) -> TeacherSpeedConfig:
+        if self.overlap and self.process:
+            raise Misfit("a process of its own overlaps anyway; remove 'overlap'", "overlap")
+        return self
+
+
+class MemberConfig(ModelConfig):
+    """A member of an ensemble: a teacher of its own, trained first where it has no weights."""
 
     trained: bool | None = None
     """Whether the model comes with its weights. Default: with a ``checkpoint``, an ``hf:`` id, timm's
@@ -285,12 +324,102 @@ class TeacherConfig(ModelConfig):
     train: TrainConfig | None = None
     """Its own training, or fine-tuning where it has weights. What it leaves out is taken from the recipe's ``train``.
     Default: none with weights, the recipe's ``train`` without."""
+    speed: SpeedConfig | None = None
+    """How it runs."""
+
+    @model_validator(mode="after")
+    def _trained_once(self) -> MemberConfig:
+        if self.train is not None and self.checkpoint is not None:
+            raise Misfit(
+                "teacher has both 'checkpoint' and 'train', and one with weights is not trained again; remove one",
+                "checkpoint",
+            )
+        return self
+
+
+Weights = list[NotNegative] | Literal["learned"]
+
+
+class EnsembleConfig(Section):
+    """How the members of an ensemble become one."""
+
+    combine: Literal["probabilities", "logits"] | None = None
+    """What of the members is averaged. Default: ``probabilities``."""
+    weights: Weights | None = None
+    """One for each member, or ``learned``: fitted on the validation split, by the cross-entropy of the ensemble with
+    its labels. Default: all the same."""
+    average_at: Positive | None = None
+    """T at which probabilities are averaged. At the method's own T, the student gets the mean of what each member
+    says at T. Default: 1."""
+
+
+class TeacherConfig(MemberConfig, EnsembleConfig):
+    """The teacher, or the members of an ensemble: each trained first where it has no weights of its own."""
+
+    model: Annotated[str, AfterValidator(_model)] | None = None  # type: ignore[assignment]
+    """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``; or
+    none, and ``members``."""
+    members: Annotated[list[MemberConfig], Field(min_length=2)] | None = None
+    """Teachers that speak as one. Those without weights are trained first, each with a seed of its own; what their
+    ``train`` leaves out is taken from ``teacher.train``, then from ``train``."""
+    route: dict[str, int | list[int]] | None = None
+    """For each value of the column ``data.route`` the member that teaches such images, numbered from 0, or a list of
+    several. Default: all teach all."""
+    speed: TeacherSpeedConfig | None = None
+    """How it runs."""
     augment: Augments | None = None
     """Augmentations of its own training. Default: those of ``data``."""
     cache: Annotated[CacheConfig | None, BeforeValidator(_cache)] = None
     """Keep the teacher's word on disk: ``true``, a folder, or a section. See below."""
     mode: Literal["eval", "train_bn"] = "eval"
     """``train_bn``: normalise by the statistics of the batch, without moving the running ones."""
+
+    @model_validator(mode="after")
+    def _one_or_many(self) -> TeacherConfig:
+        if (self.model is None) == (self.members is None):
+            what = "neither 'model' nor 'members'" if self.model is None else "both 'model' and 'members'"
+            raise Misfit(f"the teacher has {what}; give one", "members" if self.model is not None else "model")
+        if self.members is None:
+            for key in ("combine", "weights", "average_at", "route"):
+                if getattr(self, key) is not None:
+                    raise Misfit(f"{key!r} is for an ensemble, and there are no 'members'; remove it", key)
+            return self
+        for key in ("options", "checkpoint", "trained", "train"):
+            if getattr(self, key):
+                raise Misfit(f"{key!r} is of a single teacher; give it to each of 'members'", key)
+        many = len(self.members)
+        if isinstance(self.weights, list):
+            if len(self.weights) != many:
+                raise Misfit(f"{len(self.weights)} weights for {many} members; give one for each", "weights")
+            if not sum(self.weights):
+                raise Misfit("all weights are 0; at least one must be above", "weights")
+        if self.average_at is not None and self.combine == "logits":
+            raise Misfit("logits are averaged as they are; remove 'average_at'", "average_at")
+        if self.route is not None:
+            self._routed(self.route, many)
+        return self
+
+    def _routed(self, route: dict[str, int | list[int]], many: int) -> None:
+        if self.weights == "learned":
+            raise Misfit(
+                "weights are learned of members that teach all images; remove 'route' or 'weights'", "weights"
+            )
+        if self.mode == "train_bn":
+            raise Misfit("a routed member sees parts of batches only, and train_bn needs all; use mode: eval", "mode")
+        taught = {value: [those] if isinstance(those, int) else those for value, those in route.items()}
+        for value, those in taught.items():
+            if not those or not all(0 <= m < many for m in those):
+                raise Misfit(f"route {value!r} names {those or 'no member'}; allowed: 0 to {many - 1}", "route")
+            if isinstance(self.weights, list) and not any(self.weights[m] for m in those):
+                raise Misfit(f"no member with a weight above 0 teaches route {value!r}; give one", "route")
+        idle = sorted(set(range(many)) - {m for those in taught.values() for m in those})
+        if idle:
+            raise Misfit(f"no route leads to member {idle[0]}; give it one, or remove it", "route")
+
+    @property
+    def each(self) -> list[MemberConfig]:
+        """The members; a single teacher is its only one."""
+        return [self] if self.members is None else self.members
 
 
 class Recipe(Section):
@@ -311,11 +440,26 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
             raise Misfit(f"{self.seeds} holds a seed twice, and a copy adds no evidence; remove it", "seeds")
-        if self.teacher.train is not None and self.teacher.checkpoint is not None:
+        for i, member in enumerate(self.teacher.each):
+            where = "teacher" if self.teacher.members is None else f"teacher.members.{i}"
+            for key in ("precision", "trackers") if member.train is not None else ():
+                own, shared = getattr(member.train, key), getattr(self.train, key)
+                if own != shared:
+                    raise Misfit(
+                        f"{where}.train.{key} is {own!r} and train.{key} {shared!r}: it is one for the whole run; "
+                        f"set train.{key} alone",
+                        "teacher",
+                    )
+        if self.teacher.route is not None and self.data.route is None:
+            raise Misfit("teacher.route goes by a column, and there is no 'data.route'; name it", "teacher")
+        if self.data.route is not None and self.teacher.route is None:
+            raise Misfit("'data.route' is given, and no 'teacher.route' goes by it; remove it, or add one", "data")
+        if self.teacher.members is not None and self.method.kind == "simkd":
             raise Misfit(
-                "teacher has both 'checkpoint' and 'train', and one with weights is not trained again; remove one",
-                "teacher",
+                "simkd takes over one teacher's classifier, and there are several; use another method", "method"
             )
+        if self.teacher.members is not None and isinstance(self.method, FeatureConfig):
+            self._of_members(self.method)
         if self.teacher.cache is not None and self.data.augment and self.data.views is None:
             raise Misfit(
                 "teacher.cache with data.augment would keep a row for every image of every epoch and never read one; "
@@ -328,15 +472,17 @@ class Recipe(Section):
                 "depend on the batch that it first came in; use mode: eval",
                 "teacher",
             )
-        for key in ("precision", "trackers") if self.teacher.train is not None else ():
-            own, shared = getattr(self.teacher.train, key), getattr(self.train, key)
-            if own != shared:
-                raise Misfit(
-                    f"teacher.train.{key} is {own!r} and train.{key} {shared!r}: it is one for the whole run; "
-                    f"set train.{key} alone",
-                    "teacher",
-                )
         return self
+
+    def _of_members(self, method: FeatureConfig) -> None:
+        if method.pairs is None:
+            raise Misfit(
+                "which member's features are meant by 'pairs: auto' is not said; "
+                "list the pairs, as in {student: stages.1, teacher: 0.stages.1}",
+                "method",
+            )
+        if self.teacher.route is not None:
+            raise Misfit("features of members that each teach some images only; use kind: logit", "method")
 
 
 def check_options(what: str, kind: str, given: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> None:

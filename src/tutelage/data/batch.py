@@ -31,6 +31,8 @@ class Batch:
         mask: same shape, true where a position counts for the teacher's terms; ``None``: all do.
         ids: ``[B]`` int64, one stable number for each sample; ``None`` where the source has none.
         views: ``[B]`` int64, the seed of the augmentation of each row; ``None``: not augmented.
+        route: ``[B]`` int64, the number of each row's value in the column by which teachers are chosen;
+            ``None`` where there is no such column.
     """
 
     inputs: Inputs
@@ -38,6 +40,7 @@ class Batch:
     mask: Tensor | None = None
     ids: Tensor | None = None
     views: Tensor | None = None
+    route: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,6 +75,10 @@ class Batch:
         return replace(
             one, labels=torch.full_like(one.labels, IGNORE), mask=torch.zeros_like(one.labels, dtype=torch.bool)
         )
+
+    def take(self, rows: Tensor) -> Batch:
+        """The given rows, in that order."""
+        return self._map(lambda x: x[rows.to(x.device)])
 
     def split(self, parts: int) -> list[Batch]:
         """``parts`` batches of consecutive rows whose sizes differ by at most one."""

@@ -50,6 +50,8 @@ class RawSplit:
     """Row -> PIL image."""
     ids: Tensor | None = None
     """Stable sample ids. Default: the row's number."""
+    route: Tensor | None = None
+    """int64 ``[N]``: which of the source's routes each row is of."""
 
     def take(self, rows: Tensor) -> RawSplit:
         """The given rows, ids kept."""
@@ -60,6 +62,7 @@ class RawSplit:
             None if self.pixels is None else self.pixels[rows],
             None if opener is None else partial(_open_row, opener, rows),
             ids[rows],
+            None if self.route is None else self.route[rows],
         )
 
 
@@ -75,6 +78,8 @@ class RawImages:
     splits: dict[str, RawSplit]
     mean: list[float] | None = None
     std: list[float] | None = None
+    routes: list[str] = field(default_factory=list)
+    """Values of the column that chooses teachers, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class ImageSet:
     random_crop: Callable[[Any], Any] | None = None
     augments: Sequence[Augment] = field(default_factory=list)
     mixes: Sequence[tuple[int, Mix]] = ()
+    route: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,7 +123,8 @@ class ImageSet:
                 images = mix(images, self._augmented(*partners(views, len(self), stream)), views)
                 labels = torch.full_like(labels, IGNORE)
         x = images.float().mul_(1 / 255).sub_(self.mean).div_(self.std)
-        return Batch(x, labels, ids=self.ids[rows], views=views)
+        route = None if self.route is None else self.route[rows]
+        return Batch(x, labels, ids=self.ids[rows], views=views, route=route)
 
     def _augmented(self, rows: Tensor, views: Tensor | None) -> Tensor:
         """uint8 images, each by itself."""
@@ -139,9 +146,11 @@ class ImageSet:
 
     def select(self, rows: Tensor) -> ImageSet:
         """The set with only the given rows."""
-        split = RawSplit(self.labels, self.pixels, self.open, self.ids).take(rows)
+        split = RawSplit(self.labels, self.pixels, self.open, self.ids, self.route).take(rows)
         assert split.ids is not None
-        return replace(self, labels=split.labels, pixels=split.pixels, open=split.open, ids=split.ids)
+        return replace(
+            self, labels=split.labels, pixels=split.pixels, open=split.open, ids=split.ids, route=split.route
+        )
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,8 @@ class ImageData:
     classes: list[str]
     for_teacher: ImageSet
     """The training images with all their labels: what a teacher is trained on."""
+    routes: list[str] = field(default_factory=list)
+    """What the numbers in a batch's ``route`` stand for."""
 
     @property
     def channels(self) -> int:
@@ -233,6 +244,7 @@ def load_images(
     options: dict[str, Any] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    route: str | None = None,
     size: int | None = None,
     crop: float = 1.0,
     classes: list[str] | None = None,
@@ -269,6 +281,7 @@ def load_images(
         image_column=image_column,
         label_column=label_column,
         classes=classes,
+        route=route,
     )
     for name, split in raw.splits.items():
         if len(split.labels) == 0:
@@ -342,6 +355,7 @@ def load_images(
             random_crop=view.crop,
             augments=view.augments,
             mixes=view.mixes,
+            route=split.route,
         )
 
     train_set, for_teacher = build(train, student_views), build(train, teacher_views)
@@ -356,6 +370,7 @@ def load_images(
         build(splits["test"]),
         list(raw.classes),
         for_teacher,
+        raw.routes,
     )
 
 

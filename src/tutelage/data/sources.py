@@ -6,7 +6,7 @@ import gzip
 import inspect
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def open_source(
     image_column: str | None,
     label_column: str | None,
     classes: list[str] | None,
+    route: str | None = None,
 ) -> RawImages:
     """The splits of a source, as it has them.
 
@@ -49,10 +50,10 @@ def open_source(
     if kind == "torchvision" and name:
         return torchvision_source(name, path, options)
     if kind == "hf" and name:
-        return huggingface_source(name, options, image_column, label_column)
+        return huggingface_source(name, options, image_column, label_column, route)
     if source == "imagefolder":
         assert path is not None
-        return imagefolder(Path(path), classes)
+        return imagefolder(Path(path), classes, by_folder=route is not None)
     simple: dict[str, Callable[[str | None], RawImages]] = {"digits": digits, "fashion-mnist": fashion_mnist}
     if source in simple:
         return simple[source](path)
@@ -145,13 +146,15 @@ def _open_item(items: Any, key: str | int, row: int) -> Any:
     return items[row][key]
 
 
-def imagefolder(path: Path, classes: list[str] | None) -> RawImages:
+def imagefolder(path: Path, classes: list[str] | None, *, by_folder: bool = False) -> RawImages:
     """Image files in one sub-folder for each class, with or without split folders above them.
 
-    A sample's id is a hash of its path, so it survives the adding of other files.
+    A sample's id is a hash of its path, so it survives the adding of other files. With ``by_folder`` the folder
+    between a class and its file, as in ``train/CLASS/night/1.png``, is the sample's route.
 
     Raises:
-        DataError: no such folder, no images, split folders whose classes differ, or unknown ``classes``.
+        DataError: no such folder, no images, split folders whose classes differ, unknown ``classes``, or an image
+            without a route.
     """
     if not path.is_dir():
         raise DataError(
@@ -179,7 +182,7 @@ def imagefolder(path: Path, classes: list[str] | None) -> RawImages:
             remedy="name every folder once, in the order of the class indices",
         )
     names = classes or found
-    splits = {}
+    splits, routes = {}, _Routes()
     for split, root in roots.items():
         here = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
         if unknown := [c for c in here if c not in names]:
@@ -188,7 +191,7 @@ def imagefolder(path: Path, classes: list[str] | None) -> RawImages:
                 where=str(root),
                 remedy=f"classes of the training images: {', '.join(names[:20])}",
             )
-        files, labels = [], []
+        files, labels, route = [], [], []
         for label, name in enumerate(names):
             mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
             if not mine and split == "train":
@@ -199,9 +202,32 @@ def imagefolder(path: Path, classes: list[str] | None) -> RawImages:
                 )
             files += mine
             labels += [label] * len(mine)
+            if by_folder:
+                if bare := next((p for p in mine if p.parent == root / name), None):
+                    raise DataError(
+                        "lies in its class's folder itself, so data.route has no sub-folder to go by",
+                        where=str(bare),
+                        remedy="put every image into a sub-folder of its class, or leave data.route out",
+                    )
+                route += [p.relative_to(root / name).parts[0] for p in mine]
         ids = torch.tensor([path_id(p.relative_to(path).as_posix()) for p in files], dtype=torch.int64)
         splits[split] = RawSplit(torch.tensor(labels, dtype=torch.int64), open=partial(_open_file, files), ids=ids)
-    return RawImages(names, splits)
+        if by_folder:
+            splits[split].route = routes.numbered(route)
+    return RawImages(names, splits, routes=routes.names)
+
+
+class _Routes:
+    """Values of a column in the order in which they are met, and each row's number among them."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def numbered(self, values: Iterable[Any]) -> Tensor:
+        texts = [str(value) for value in values]
+        self.names += sorted(set(texts) - set(self.names))
+        number = {name: i for i, name in enumerate(self.names)}
+        return torch.tensor([number[text] for text in texts], dtype=torch.int64)
 
 
 class _NoSuchSplit(DataError):
@@ -276,7 +302,11 @@ def _torchvision_split(part: Any) -> RawSplit:
 
 
 def huggingface_source(
-    name: str, options: dict[str, Any], image_column: str | None, label_column: str | None
+    name: str,
+    options: dict[str, Any],
+    image_column: str | None,
+    label_column: str | None,
+    route: str | None = None,
 ) -> RawImages:
     """An image classification data set of the Hugging Face hub, or any that ``load_dataset`` builds.
 
@@ -303,19 +333,26 @@ def huggingface_source(
     features = parts["train"].features
     image = image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
     label = label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
-    for what, column in (("image", image), ("label", label)):
+    keys = [("image", image, "image_column"), ("label", label, "label_column")]
+    for what, column, key in [*keys, *([("route", route, "route")] if route is not None else [])]:
         if column is None or column not in features:
             raise DataError(
                 f"hf:{name} has no {what} column" + (f" {column!r}" if column else " of that type"),
-                remedy=f"set data.{what}_column to one of {', '.join(features)}",
+                remedy=f"set data.{key} to one of {', '.join(features)}",
             )
     assert image is not None
     feature = features[label]
-    splits = {}
+    splits, routes = {}, _Routes()
     for split, part in parts.items():
         splits[split] = RawSplit(
             torch.tensor(part[label][:], dtype=torch.int64), open=partial(_open_item, part, image)
         )
+        if route is not None:
+            values = part[route][:]
+            if isinstance(features[route], datasets.ClassLabel):
+                names = features[route].names
+                values = [names[value] if value >= 0 else value for value in values]
+            splits[split].route = routes.numbered(values)
     highest = max(int(s.labels.max()) for s in splits.values() if len(s.labels))
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else range(highest + 1)
-    return RawImages([str(c) for c in classes], splits)
+    return RawImages([str(c) for c in classes], splits, routes=routes.names)

@@ -1,6 +1,6 @@
 """The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
 
-from tutelage.engine.evaluate import evaluate
+from tutelage.engine.evaluate import evaluate, evaluate_teacher
 from tutelage.engine.launch import Accelerator, from_main, make_accelerator, tracking
 from tutelage.engine.loop import Outcome, Training, Watcher, fit
 from tutelage.engine.rundir import RunDirectory
@@ -12,6 +12,7 @@ __all__ = [
     "Training",
     "Watcher",
     "evaluate",
+    "evaluate_teacher",
     "fit",
     "from_main",
     "make_accelerator",

@@ -13,6 +13,7 @@ from tutelage.data.batch import IGNORE, Batch, spans
 from tutelage.data.loader import Share
 from tutelage.errors import CapabilityError
 from tutelage.taps import Needs, observe
+from tutelage.teachers.signal import Teacher
 
 BINS = 15
 """Bins of the reliability diagram and of the calibration error (Guo et al., 2017)."""
@@ -109,33 +110,73 @@ def evaluate(
         reduce: sums a tensor over processes.
         watch: is shown the logits of the positions that count, ``[N, C]``, batch after batch.
     """
-    scores = Scores(device)
-    theirs = iter(teacher) if teacher is not None else None
+
+    def ask(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            logits = observe(model, batch.inputs, Needs()).logits
+        assert logits is not None
+        return logits
+
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        for batch in batches:
-            start, stop = spans(len(batch), share.world)[share.rank]
-            highest = int(batch.labels.max()) if batch.labels.numel() else 0
-            mine = batch.rows(start, stop).to(device)
-            with torch.no_grad():
-                logits = observe(model, mine.inputs, Needs()).logits
-            assert logits is not None
-            if highest >= logits.shape[-1]:
-                raise CapabilityError(
-                    f"the data has a label {highest}, the {type(model).__name__} scores classes 0 to "
-                    f"{logits.shape[-1] - 1}",
-                    remedy="set its number of classes",
-                )
-            reference = None
-            if theirs is not None:
-                rows = next(theirs)
-                reference = (rows[start:stop] if start < stop else rows[:1]).to(device).flatten(0, -2)
-            flat, counted = logits.flatten(0, -2).float(), mine.counted().flatten()
-            scores.add(flat, mine.labels.flatten(), counted, reference)
-            if watch is not None:
-                watch(flat[counted])
+        return _scored(ask, type(model).__name__, batches, device, teacher, share, watch).reduce(reduce).result()
     finally:
         for module in training:
             module.training = True
-    return scores.reduce(reduce).result()
+
+
+def evaluate_teacher(
+    teacher: Teacher,
+    batches: Iterable[Batch],
+    device: torch.device,
+    said: Iterable[Tensor] | None = None,
+    watch: Callable[[Tensor], object] | None = None,
+) -> dict[str, Any]:
+    """Metrics of a teacher by what it says, in its own numbers and by its own routes.
+
+    Args:
+        teacher: is asked for its logits.
+        batches: unaugmented.
+        device: where it is asked.
+        said: its logits for each batch, where it was asked already.
+        watch: as in :func:`evaluate`.
+    """
+    known = None if said is None else iter(said)
+
+    def ask(batch: Batch) -> Tensor:
+        return teacher.signal(batch, Needs()).dense() if known is None else next(known).to(device)
+
+    return _scored(ask, "teacher", batches, device, watch=watch).result()
+
+
+def _scored(
+    ask: Callable[[Batch], Tensor],
+    who: str,
+    batches: Iterable[Batch],
+    device: torch.device,
+    teacher: Iterable[Tensor] | None = None,
+    share: Share = Share(),  # noqa: B008 - frozen
+    watch: Callable[[Tensor], object] | None = None,
+) -> Scores:
+    scores = Scores(device)
+    theirs = iter(teacher) if teacher is not None else None
+    for batch in batches:
+        start, stop = spans(len(batch), share.world)[share.rank]
+        highest = int(batch.labels.max()) if batch.labels.numel() else 0
+        mine = batch.rows(start, stop).to(device)
+        logits = ask(mine)
+        if highest >= logits.shape[-1]:
+            raise CapabilityError(
+                f"the data has a label {highest}, the {who} scores classes 0 to {logits.shape[-1] - 1}",
+                remedy="set its number of classes",
+            )
+        reference = None
+        if theirs is not None:
+            rows = next(theirs)
+            reference = (rows[start:stop] if start < stop else rows[:1]).to(device).flatten(0, -2)
+        flat, counted = logits.flatten(0, -2).float(), mine.counted().flatten()
+        scores.add(flat, mine.labels.flatten(), counted, reference)
+        if watch is not None:
+            watch(flat[counted])
+    return scores

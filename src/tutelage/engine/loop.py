@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,7 @@ from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import RunDirectory
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.methods.base import Method, Term, Trainee
+from tutelage.taps import compile_apart
 from tutelage.teachers.signal import Signal, Teacher
 
 EVALUATIONS = 100
@@ -159,13 +162,11 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     per_epoch = t.batches.steps_per_epoch
     while s.at.step < t.steps and not s.at.stopped_early:
         epoch, done = divmod(s.at.step, per_epoch)
-        for micros in t.batches.epoch(epoch, s.share, skip=done):
-            s.check_labels(micros)
-            micros = [batch.to(accelerator.device) for batch in micros]
-            scale = s.scales(micros)
-            for batch in micros:
+        for micros in s.asked(t.batches.epoch(epoch, s.share, skip=done)):
+            scale = s.scales([batch for batch, _ in micros])
+            for batch, said in micros:
                 with accelerator.accumulate(s.trainee):
-                    terms = s.trainee(batch, s.signal(batch))
+                    terms = s.trainee(batch, said())
                     accelerator.backward(s.loss(terms, scale))
             if t.config.clip is not None:
                 accelerator.clip_grad_norm_(s.trainee.parameters(), t.config.clip)
@@ -191,7 +192,7 @@ class _State:
         self.share = Share(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
         torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
         if t.config.compile:
-            t.student.compile()
+            compile_apart(t.student)
         self.trainee, prepared = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
         self.bare: Trainee = accelerator.unwrap_model(self.trainee)
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)
@@ -226,11 +227,35 @@ class _State:
                         remedy=f"labels are class indices, {IGNORE} where there is none",
                     )
 
+    def asked(self, steps: Iterator[list[Batch]]) -> Iterator[list[tuple[Batch, Callable[[], Signal | None]]]]:
+        """The micro-batches of each step, on the device, with what waits for the teacher's word on them.
+
+        A teacher that can be asked ahead is, a step before its word is needed.
+        """
+        asked: list[tuple[Batch, Callable[[], Signal | None]]] | None = None
+        ahead = self.t.method.needs is not None and hasattr(self.t.teacher, "ask")
+        for micros in itertools.islice(steps, self.t.steps - self.at.step):
+            self.check_labels(micros)
+            placed = [batch.to(self.accelerator.device) for batch in micros]
+            if not ahead:
+                yield [(batch, partial(self.signal, batch)) for batch in placed]
+                continue
+            before, asked = asked, [(batch, self.ask(batch)) for batch in placed]
+            if before is not None:
+                yield before
+        if asked is not None:
+            yield asked
+
     def signal(self, batch: Batch) -> Signal | None:
         if self.t.method.needs is None or self.t.teacher is None:
             return None
         with self.accelerator.autocast():
             return self.t.teacher.signal(batch, self.t.method.needs)
+
+    def ask(self, batch: Batch) -> Callable[[], Signal | None]:
+        teacher: Any = self.t.teacher
+        with self.accelerator.autocast():
+            return teacher.ask(batch, self.t.method.needs)
 
     def scales(self, micros: list[Batch]) -> dict[str, Tensor]:
         """For each term its weight over its count in the whole step, all micro-batches and processes."""

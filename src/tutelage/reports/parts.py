@@ -142,7 +142,7 @@ def final(runs: Sequence[Run]) -> str:
 
 def role(name: str) -> str:
     """The name of a model with the mark of its colour."""
-    return f"<span class='role'><span class='swatch {ROLE[name]}'></span>{escaped(name)}</span>"
+    return f"<span class='role'><span class='swatch {ROLE.get(name, 'teacher')}'></span>{escaped(name)}</span>"
 
 
 def comparison(runs: Sequence[Run]) -> str:

@@ -200,6 +200,25 @@ class Scores(_Part):
     ece: float | None = None
 
 
+class Member(_Part):
+    """A teacher of several."""
+
+    name: str
+    weight: float
+    parameters: int
+    test: Scores
+    validation: Scores | None = None
+
+
+class Ensemble(_Part):
+    """Of which teachers the teacher is made."""
+
+    combine: str
+    weights: str
+    routed: bool
+    members: list[Member]
+
+
 class Teacher(Scores):
     """The teacher."""
 
@@ -207,6 +226,7 @@ class Teacher(Scores):
     reliability: Bins | None = None
     per_class: list[float] | None = None
     validation: Scores | None = None
+    ensemble: Ensemble | None = None
 
 
 class Sizes(_Part):

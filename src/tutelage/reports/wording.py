@@ -48,7 +48,7 @@ def _against_teacher(summary: Mapping[str, Any]) -> str:
 
 
 def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Rows for the teacher, the student alone (where it was trained) and the student distilled.
+    """Rows for the teacher, its members where it has any, and the student alone (where it was trained) and distilled.
 
     Returns:
         Formatted strings under ``name``, ``accuracy``, ``last``, ``agreement``, ``kl``, ``ece``, ``loss``,
@@ -69,6 +69,18 @@ def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             "seconds": ABSENT,
         }
     ]
+    for member in (teacher.get("ensemble") or {}).get("members", []):
+        scores = member["test"]
+        rows.append(
+            dict.fromkeys(rows[0], ABSENT)
+            | {
+                "name": f"{member['name']}, weight {member['weight']:.2f}",
+                "accuracy": percent(scores["accuracy"]),
+                "ece": percent(scores.get("ece")),
+                "loss": plain(scores.get("loss")),
+                "parameters": count(member["parameters"]),
+            }
+        )
     for arm, name in (("alone", ALONE), ("distilled", DISTILLED)):
         if arm in summary["students"]:
             best, last = (summary["students"][arm][which] for which in ("best", "last"))

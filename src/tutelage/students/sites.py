@@ -137,6 +137,12 @@ def last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnor
 
 def _dry_run(model: nn.Module, example: Batch, handles: list[Any]) -> None:
     try:
+        if getattr(model, "many", False):
+            raise ModelError(
+                "which of an ensemble's models to take a feature from is not said",
+                remedy="name the pairs, with the member's number first: pairs: [{student: stages.1, "
+                "teacher: 0.stages.1}]",
+            )
         with untouched(model):
             observe(model, example.to(device_of(model)).inputs, Needs(logits=False))
     finally:

@@ -5,7 +5,7 @@ activation is said by a string, such as ``layer.1``, ``layer.1@0`` or ``encoder:
 :mod:`tutelage.taps.tap` has the grammar.
 """
 
-from tutelage.taps.observe import Head, Needs, Observation, Observer, logits_of, observe, output_head
+from tutelage.taps.observe import Head, Needs, Observation, Observer, compile_apart, logits_of, observe, output_head
 from tutelage.taps.tap import Tap, find, parse
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Observation",
     "Observer",
     "Tap",
+    "compile_apart",
     "find",
     "logits_of",
     "observe",

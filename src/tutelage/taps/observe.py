@@ -243,6 +243,20 @@ def _captured(record: _Record, tap: Tap) -> Tensor:
     return found
 
 
+def compile_apart(model: nn.Module, **options: Any) -> None:
+    """``torch.compile`` a model in place, with a graph of its own; put its taps on before.
+
+    ``model.compile()`` shares graphs among all models of a class, and leaves their taps out of account: one with taps
+    would run the graph of another without.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    run.__code__ = run.__code__.replace()  # graphs are kept by the code object
+    model._compiled_call_impl = torch.compile(run, **options)
+
+
 def output_head(model: nn.Module) -> nn.Linear:
     """The layer that makes logits: as the model names it, else its last linear layer.
 

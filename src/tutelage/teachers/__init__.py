@@ -1,8 +1,22 @@
 """Teachers: anything that gives one typed signal for a batch."""
 
+from tutelage.teachers.ahead import AheadTeacher
 from tutelage.teachers.cache import CachedTeacher, Layout
+from tutelage.teachers.ensemble import Ensemble, EnsembleTeacher, learned_weights
 from tutelage.teachers.live import LiveTeacher
 from tutelage.teachers.memory import MemoryTeacher
 from tutelage.teachers.signal import Signal, Sparse, Teacher
 
-__all__ = ["CachedTeacher", "Layout", "LiveTeacher", "MemoryTeacher", "Signal", "Sparse", "Teacher"]
+__all__ = [
+    "AheadTeacher",
+    "CachedTeacher",
+    "Ensemble",
+    "EnsembleTeacher",
+    "Layout",
+    "LiveTeacher",
+    "MemoryTeacher",
+    "Signal",
+    "Sparse",
+    "Teacher",
+    "learned_weights",
+]

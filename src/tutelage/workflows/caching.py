@@ -18,11 +18,12 @@ from tutelage.engine import Accelerator, make_accelerator
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.methods import Method
 from tutelage.students import feature_shapes
-from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
+from tutelage.teachers import CachedTeacher, Layout
 from tutelage.teachers.cache import compact, info, verify
 from tutelage.workflows.measure import fingerprint
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
+from tutelage.workflows.teachers import ModelTeacher, as_it_runs
 
 FOLDER = Path("runs") / "cache"
 
@@ -45,7 +46,7 @@ class Filled:
 
 
 def open_cache(
-    recipe: Recipe, data: ImageData, teacher: LiveTeacher, classes: int, method: Method, accelerator: Accelerator
+    recipe: Recipe, data: ImageData, teacher: ModelTeacher, classes: int, method: Method, accelerator: Accelerator
 ) -> CachedTeacher:
     """The cache that a recipe asks for, new or as it is.
 
@@ -78,10 +79,13 @@ def open_cache(
     return CachedTeacher(path, layout, made_from, teacher, device=accelerator.device, rank=accelerator.process_index)
 
 
-def provenance(recipe: Recipe, data: ImageData, teacher: LiveTeacher) -> dict[str, Any]:
+def provenance(recipe: Recipe, data: ImageData, teacher: ModelTeacher) -> dict[str, Any]:
     """Everything that a row of the cache depends on, as JSON."""
+    runs = as_it_runs(teacher)
+    if data.routes:
+        runs["routes"] = [recipe.data.route, data.routes]
     return {
-        "teacher": fingerprint(teacher.model),
+        "teacher": fingerprint(teacher.model) | ({"runs": runs} if runs else {}),
         "data": {
             "source": recipe.data.source,
             "options": {k: str(v) for k, v in recipe.data.options.items()},
@@ -117,10 +121,10 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         CacheError: the folder's cache was made from something else, is damaged, or cannot be written.
         Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
     """
-    from tutelage.workflows.comparison import check_output, fitted
+    from tutelage.workflows.comparison import as_taught, check_teachers, fitted
     from tutelage.workflows.run import comparison, load_data
 
-    if recipe.teacher.train is not None:
+    if any(member.train is not None for member in recipe.teacher.each):
         raise CapabilityError(
             "the teacher has no weights yet, and a cache is of one that is trained",
             where="teacher",
@@ -135,8 +139,8 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     data = load_data(recipe, terminal)
     c = comparison(recipe, data)
     untrained = c.teacher()
-    check_output(c, accelerator.device, untrained, "teacher")
-    teacher = LiveTeacher(untrained, mode=c.teacher_mode).to(accelerator.device)
+    check_teachers(c, accelerator.device, untrained)
+    teacher = as_taught(c, untrained, accelerator.device)
     _, method = fitted(c, c.student(recipe.seeds[0]), teacher.model, recipe.seeds[0])
     views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.augmented else [None]
     start = time.monotonic()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tutelage.config import TrainConfig
 from tutelage.data import Batch, Batches
-from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evaluate, fit, from_main
+from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evaluate, evaluate_teacher, fit, from_main
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import new_folder, write_text
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
@@ -25,11 +26,20 @@ from tutelage.models import label_names, load_weights, save_model
 from tutelage.models.files import read_card
 from tutelage.students import ReusedHead, feature_shapes
 from tutelage.taps import Needs, Observation, observe
-from tutelage.teachers import CachedTeacher, LiveTeacher, MemoryTeacher, Teacher
+from tutelage.teachers import (
+    AheadTeacher,
+    CachedTeacher,
+    Ensemble,
+    EnsembleTeacher,
+    LiveTeacher,
+    MemoryTeacher,
+    Teacher,
+)
 from tutelage.workflows.measure import latencies, parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.similarity import Similarities
 from tutelage.workflows.statistics import paired, spread
+from tutelage.workflows.teachers import EnsemblePlan, Member, ModelTeacher, check_agree, described
 
 MEMORY_BYTES = 2**29
 """Teacher logits of the test split up to this size are kept in memory."""
@@ -54,6 +64,9 @@ class Comparison:
         baseline: train the student alone too.
         train_teacher: how to train the teacher first, and on what.
         teacher_mode: see :class:`LiveTeacher`.
+        ensemble: of which teachers it is made, where there are several; ``teacher`` then builds all as one.
+        speed: options of :class:`LiveTeacher` beside the mode, of a single teacher.
+        ahead: whether the teacher is asked ahead, here or in a process of its own.
         cache: opens the cache of a teacher's word, given the teacher, its classes and the method; ``None`` for none.
         remember: the training samples, unaugmented, where the teacher's logits may be computed once.
         remember_rows: how many positions these have.
@@ -74,7 +87,10 @@ class Comparison:
     baseline: bool = True
     train_teacher: tuple[TrainConfig, Batches, int] | None = None
     teacher_mode: Literal["eval", "train_bn"] = "eval"
-    cache: Callable[[LiveTeacher, int, Method, Accelerator], CachedTeacher] | None = None
+    ensemble: EnsemblePlan | None = None
+    speed: Mapping[str, Any] = field(default_factory=dict)
+    ahead: Literal["overlap", "process"] | None = None
+    cache: Callable[[ModelTeacher, int, Method, Accelerator], CachedTeacher] | None = None
     remember: Iterable[Batch] | None = None
     remember_rows: int = 0
     classes: list[str] | None = None
@@ -108,7 +124,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     student = c.student(c.seeds[0])
     check_output(c, ctx.device, student, "student")
     untrained = c.teacher()
-    check_output(c, ctx.device, untrained, "teacher")
+    check_teachers(c, ctx.device, untrained)
     apprentice, method = fitted(c, student, untrained, c.seeds[0])
     ctx.terminal.say(f"loss = {method.formula()}")
     extra = parameters(method)
@@ -128,12 +144,16 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     if c.cache is None:
         check_capabilities(method, teacher)
     references = References(teacher, c.test, ctx)
-    on_validation = evaluate(teacher.model, c.validation if c.validation is not None else c.test, ctx.device)
+    on_validation = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, ctx.device)
     check_taught(on_validation, references.classes, ctx)
     alike = Similarities()
-    teacher_scores = evaluate(teacher.model, c.test, ctx.device, watch=alike.add)
+    teacher_scores = evaluate_teacher(teacher, c.test, ctx.device, references, watch=alike.add)
     alike.keep(ctx.run, "teacher")
     teacher_scores["validation"] = on_validation
+    if c.ensemble is not None and isinstance(teacher, EnsembleTeacher):
+        splits = {"test": c.test} | ({} if c.validation is None else {"validation": c.validation})
+        teacher_scores["ensemble"] = described(c.ensemble, teacher, splits, ctx.device)
+        say_ensemble(teacher_scores, ctx)
     check_method_runs(c, ctx, apprentice, method, teacher)
 
     arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
@@ -141,7 +161,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     with taught_by(c, ctx, teacher, method, references.classes) as asked:
         for seed in c.seeds:
             for arm in arms:
-                results[arm].append(train_student(c, ctx, arm, seed, asked, teacher.model, references))
+                results[arm].append(train_student(c, ctx, arm, seed, asked, teacher, references))
     return summarise(c, ctx, teacher, apprentice, teacher_scores, results, method)
 
 
@@ -151,7 +171,7 @@ class References:
     Kept in memory as long as they fit :data:`MEMORY_BYTES`; else the teacher is asked again each time.
     """
 
-    def __init__(self, teacher: LiveTeacher, test: Iterable[Batch], ctx: Context) -> None:
+    def __init__(self, teacher: Teacher, test: Iterable[Batch], ctx: Context) -> None:
         self.teacher, self.test, self.device = teacher, test, ctx.device
         self.kept: list[Tensor] | None = []
         self.classes = size = 0
@@ -184,7 +204,7 @@ def train_student(
     arm: Arm,
     seed: int,
     teacher: Teacher,
-    teacher_model: nn.Module,
+    live: ModelTeacher,
     references: References,
 ) -> dict[str, Any]:
     """Train one student, or find it trained, and return its result."""
@@ -198,7 +218,7 @@ def train_student(
     def fresh() -> tuple[nn.Module, Method]:
         if arm == "alone":
             return c.student(seed), SupervisedMethod()
-        return fitted(c, c.student(seed), teacher_model, seed)
+        return fitted(c, c.student(seed), live.model, seed)
 
     student, method = fresh()
     training = Training(
@@ -217,7 +237,7 @@ def train_student(
         classes=references.classes,
     )
     if method.phases():
-        training = after_phases(training, ctx, fresh, LiveTeacher(teacher_model), next(iter(c.test)).rows(0, 2))
+        training = after_phases(training, ctx, fresh, live, next(iter(c.test)).rows(0, 2))
     card = {**c.student_card, "arm": arm}
     if isinstance(training.student, ReusedHead):
         card["reused_head"] = training.student.card
@@ -228,7 +248,7 @@ def after_phases(
     training: Training,
     ctx: Context,
     fresh: Callable[[], tuple[nn.Module, Method]],
-    live: LiveTeacher,
+    live: ModelTeacher,
     example: Batch,
 ) -> Training:
     """Train what the method says comes first, or find it trained, and return the training that goes on from there.
@@ -345,27 +365,64 @@ def _measured(
 # Teacher -------------------------------------------------------------------------------------------
 
 
-def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> LiveTeacher:
+def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> ModelTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
-    if c.train_teacher is not None:
-        config, batches, seed = c.train_teacher
-        folder = ctx.run.model("teacher")
-        if ctx.run.result("teacher") is None:
-            training = Training(
-                "teacher", model, SupervisedMethod(), batches, config, ctx.run,
-                validation=c.validation, seed=seed, should_stop=ctx.should_stop, watcher=ctx.terminal,
-            )  # fmt: skip
-            train_and_keep(training, ctx, c.teacher, c.test, None, c.teacher_card)
-            model = c.teacher()
-        load_weights(model, folder)
-    return LiveTeacher(model, mode=c.teacher_mode).to(ctx.device)
+    if c.ensemble is None:
+        model = trained(c, ctx, Member("teacher", c.teacher, c.train_teacher, c.teacher_card), model)
+    else:
+        each = zip(c.ensemble.members, model.children(), strict=True)
+        model = Ensemble([trained(c, ctx, member, one) for member, one in each])
+    return as_taught(c, model, ctx.device)
+
+
+def as_taught(c: Comparison, model: nn.Module, device: torch.device, *, learned: bool = True) -> ModelTeacher:
+    """The teacher with its weights, as it runs; unless ``learned``, members' weights that are to be are equal."""
+    if c.ensemble is None:
+        return LiveTeacher(model, mode=c.teacher_mode, **c.speed).to(device)
+    plan = c.ensemble
+    if plan.weights == "learned" and not learned:
+        plan = replace(plan, weights=None)
+    return plan.teacher(model.children(), c.teacher_mode, device, c.validation)
+
+
+def trained(c: Comparison, ctx: Context, member: Member, model: nn.Module) -> nn.Module:
+    """``model``, which ``member`` built, once it has weights."""
+    if member.train is None:
+        return model
+    config, batches, seed = member.train
+    if ctx.run.result(member.name) is None:
+        training = Training(
+            member.name, model, SupervisedMethod(), batches, config, ctx.run,
+            validation=c.validation, seed=seed, should_stop=ctx.should_stop, watcher=ctx.terminal,
+        )  # fmt: skip
+        train_and_keep(training, ctx, member.model, c.test, None, dict(member.card))
+        model = member.model()
+    load_weights(model, ctx.run.model(member.name))
+    return model
+
+
+def say_ensemble(scores: Mapping[str, Any], ctx: Context) -> None:
+    """Each member's accuracy, weight and the ensemble's accuracy."""
+    found = scores["ensemble"]
+    what = {"learned": "learned weight", "given": "weight", "equal": "weight"}[found["weights"]]
+    for member in found["members"]:
+        own = " of its images" if found["routed"] else ""
+        ctx.terminal.say(
+            f"{member['name']}: test {member['test']['accuracy']:.2%}{own}, {what} {member['weight']:.3f}"
+        )
+    ctx.terminal.say(f"ensemble, mean of {found['combine']}: test {scores['accuracy']:.2%}")
 
 
 @contextmanager
-def taught_by(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method, classes: int) -> Iterator[Teacher]:
+def taught_by(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> Iterator[Teacher]:
     """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
     if c.cache is None:
-        yield remembered(c, ctx, teacher, method, classes)
+        known = remembered(c, ctx, teacher, method, classes)
+        if c.ahead is None or known is not teacher:
+            yield known
+            return
+        with closing(AheadTeacher(teacher, process=c.ahead == "process")) as ahead:
+            yield ahead
         return
     with c.cache(teacher, classes, method, ctx.accelerator) as cached:
         for each in (method, *(phase.method for phase in method.phases())):
@@ -387,7 +444,7 @@ def all_needs(method: Method) -> Needs:
     )
 
 
-def remembered(c: Comparison, ctx: Context, teacher: LiveTeacher, method: Method, classes: int) -> Teacher:
+def remembered(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> Teacher:
     """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
     needs = all_needs(method)
     if c.remember is None or method.needs is None or needs.head or c.teacher_mode != "eval":
@@ -411,6 +468,17 @@ def memory_budget(processes: int) -> int:
 
 
 # Checks that come before step 0 ------------------------------------------------------------------------
+
+
+def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> None:
+    """:func:`check_output` of the teacher, or of each member by its name, and whether it can run as it is to run."""
+    single = Member("teacher", c.teacher, c.train_teacher, speed=c.speed)
+    members = [single] if c.ensemble is None else c.ensemble.members
+    models = list(teacher.children()) if isinstance(teacher, Ensemble) else [teacher]
+    for member, model in zip(members, models, strict=True):
+        check_output(c, device, model, member.name)
+        if any(m.train is not None for m in members):  # before hours of training; a copy, for it is frozen
+            LiveTeacher(copy.deepcopy(model), mode=c.teacher_mode, **member.speed)
 
 
 def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str) -> None:
@@ -485,13 +553,17 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def check_labels(c: Comparison, teacher: nn.Module, student: nn.Module) -> None:
-    """Raise :class:`CapabilityError` when class names differ between data, teacher and student."""
+    """Raise :class:`CapabilityError` when class names differ between data, teacher or its members, and student."""
+    carried = {"teacher": c.teacher_card.get("loaded_classes") or label_names(teacher)}
+    if c.ensemble is not None and isinstance(teacher, Ensemble):
+        carried = {
+            member.name: member.card.get("loaded_classes") or label_names(model)
+            for member, model in zip(c.ensemble.members, teacher, strict=True)
+        }
+        check_agree(carried)
     if c.classes is None:
         return
-    carried = {
-        "teacher": c.teacher_card.get("loaded_classes") or label_names(teacher),
-        "student": label_names(student),
-    }
+    carried["student"] = label_names(student)
     for who, names in carried.items():
         if names is None or names == c.classes:
             continue
@@ -527,7 +599,7 @@ def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
         ctx.terminal.say(f"warning: {shown} ({n} samples); it has hardly anything to teach")
 
 
-def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: LiveTeacher) -> None:
+def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: Teacher) -> None:
     """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
     batch = next(iter(c.test)).rows(0, 2).to(ctx.device)
     student.to(ctx.device).eval()
@@ -545,7 +617,7 @@ def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: M
 def summarise(
     c: Comparison,
     ctx: Context,
-    teacher: LiveTeacher,
+    teacher: ModelTeacher,
     student: nn.Module,
     teacher_scores: dict[str, Any],
     results: dict[str, list[dict[str, Any]]],

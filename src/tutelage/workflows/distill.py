@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
+from pydantic import BaseModel
 from torch import nn
 
-from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from tutelage.config import EnsembleConfig, OptimizerConfig, ScheduleConfig, TeacherSpeedConfig, TrainConfig
 from tutelage.data import Batch, InOrder, LoaderBatches, as_batch
 from tutelage.engine import from_main, make_accelerator, tracking
 from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError
 from tutelage.methods import LogitMethod, Method
+from tutelage.teachers import EnsembleTeacher, LiveTeacher
 from tutelage.workflows.comparison import Arm, Comparison, Context, compare, exported_student
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.measure import class_name, fingerprint
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
+from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Run:
 
 
 def distill(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     student: nn.Module | Callable[[], nn.Module],
     train_loader: Iterable[Any],
     *,
@@ -56,6 +60,8 @@ def distill(
     baseline: bool = True,
     classes: list[str] | None = None,
     teacher_mode: Literal["eval", "train_bn"] = "eval",
+    ensemble: dict[str, Any] | None = None,
+    speed: dict[str, Any] | None = None,
     to_batch: Callable[[Any], Batch] = as_batch,
     out: str | Path | None = None,
     resume: bool = False,
@@ -64,7 +70,7 @@ def distill(
     """Distil ``teacher`` into ``student`` and measure whether it helped.
 
     Args:
-        teacher: a trained module; it is frozen, and never changed.
+        teacher: a trained module, or a list of them that speak as one; frozen, and never changed.
         student: a module, whose state is where every seed starts, or a function that makes one, called
             under each seed. The caller's module itself is not trained; take ``run.student``.
         train_loader: yields ``(inputs, labels)``, Hugging Face mappings, or what ``to_batch`` understands.
@@ -80,6 +86,9 @@ def distill(
         baseline: train the student alone too, with the same budget. It doubles the cost, and is what shows the gain.
         classes: class names.
         teacher_mode: see :class:`tutelage.teachers.LiveTeacher`.
+        ensemble: of several teachers: ``combine``, ``weights`` and ``average_at`` of a recipe's ``teacher``, and
+            ``route``, for each value of ``batch.route`` a list of members, which ``to_batch`` has to set.
+        speed: keys of a recipe's ``teacher.speed``: ``dtype``, ``compile``, ``batch_size``, ``overlap`` ...
         to_batch: makes a :class:`tutelage.data.Batch` of what the loaders yield; for causal language models
             :func:`tutelage.data.causal_batch`.
         out: the run directory. Default: the first free of ``runs/distill``, ``runs/distill-2`` ...
@@ -89,6 +98,7 @@ def distill(
     Raises:
         TutelageError: one of its subclasses, with the remedy; misfits are found before any training.
     """
+    many = not isinstance(teacher, nn.Module) and isinstance(teacher, Sequence)
     _check_arguments(teacher, student, method, seeds, eval_data, validation, to_batch)
     optimizer = {"kind": optimizer} if isinstance(optimizer, str) else optimizer
     if isinstance(optimizer, dict) and lr is not None:
@@ -117,14 +127,27 @@ def distill(
         return LoaderBatches(train_loader, seed, to_batch)
 
     cls = type(template) if template is not None else None
+    plan, live, ahead = None, dict[str, Any](), None
+    if speed:
+        wanted = _checked(TeacherSpeedConfig, speed, "speed")
+        live, ahead = live_options(wanted), asks_ahead(wanted)
+    if many:
+        assert isinstance(teacher, Sequence)
+        plan = _plan(teacher, dict(ensemble or {}), live)
+    elif ensemble:
+        raise ConfigError(
+            f"distill(ensemble={ensemble!r}), and there is one teacher", remedy="give a list of modules as teacher"
+        )
     described = {
-        "teacher": fingerprint(teacher),
+        "teacher": [fingerprint(t) for t in teacher] if isinstance(teacher, Sequence) else fingerprint(teacher),
         "student": fingerprint(make_student(seeds[0])),
         "method": {"class": type(method).__name__, "formula": method.formula()},
         "train": config.model_dump(mode="json", exclude_none=True),
         "seeds": list(seeds),
         "baseline": baseline,
         "teacher_mode": teacher_mode,
+        **({"ensemble": ensemble} if ensemble else {}),
+        **({"speed": speed} if speed else {}),
         "classes": classes,
         "batches": len(train_loader) if isinstance(train_loader, Sized) else None,
     }
@@ -136,7 +159,7 @@ def distill(
     pristine = copy.deepcopy(method)
     comparison = Comparison(
         name="distill",
-        teacher=lambda: teacher,
+        teacher=plan.untrained if plan is not None else lambda: teacher,  # type: ignore[arg-type, return-value]
         student=make_student,
         method=lambda: copy.deepcopy(pristine),
         batches=batches,
@@ -146,6 +169,9 @@ def distill(
         seeds=seeds,
         baseline=baseline,
         teacher_mode=teacher_mode,
+        ensemble=plan,
+        speed=live,
+        ahead=ahead,
         classes=classes,
         student_card={
             "spec": None, "class": class_name(cls) if cls else "the given function's result", "classes": classes,
@@ -170,13 +196,15 @@ def _check_arguments(
     teacher: Any, student: Any, method: Any, seeds: Any, eval_data: Any, validation: Any, to_batch: Any
 ) -> None:
     """Raise the error that names the argument that is not what :func:`distill` says."""
+    several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
+    modules = bool(teacher) and all(isinstance(t, nn.Module) for t in (teacher if several else [teacher]))
     for name, given, right, wanted in (
-        ("teacher", teacher, isinstance(teacher, nn.Module), "a torch.nn.Module"),
+        ("teacher", teacher, modules, "a torch.nn.Module, or a list of modules"),
         ("student", student, callable(student), "a torch.nn.Module, or a function that makes one"),
     ):
         if not right:
             raise ModelError(f"distill({name}=...) is a {type(given).__name__}", remedy=f"give {wanted}")
-    if student is teacher:
+    if any(student is t for t in (teacher if several else [teacher])):
         raise CapabilityError(
             "teacher and student are the same module; the student would start with nothing to learn",
             remedy="give the student its own module, or copy.deepcopy(teacher) where it shall start from the teacher",
@@ -218,7 +246,30 @@ def check_order(name: str, batches: Iterable[Batch]) -> None:
         )
 
 
-def _checked(section: type[TrainConfig], fields: dict[str, Any]) -> TrainConfig:
+def _plan(teachers: Sequence[nn.Module], options: dict[str, Any], speed: dict[str, Any]) -> EnsemblePlan:
+    """The teachers as one; what does not fit is found at once."""
+    route = options.pop("route", None)
+    asked = _checked(EnsembleConfig, options, "ensemble")
+    members = [Member(f"teacher-{i}", partial(_itself, t), speed=speed) for i, t in enumerate(teachers)]
+    plan = EnsemblePlan(members, asked.combine or "probabilities", asked.weights, asked.average_at or 1.0, route)
+    if asked.weights == "learned" and route is not None:
+        raise ConfigError(
+            "distill(ensemble=...): weights are learned of members that teach all samples",
+            remedy="leave route out, or give weights",
+        )
+    weights = None if isinstance(asked.weights, str) else asked.weights
+    EnsembleTeacher([LiveTeacher(t) for t in teachers], combine=plan.combine, weights=weights, route=route)
+    return plan
+
+
+def _itself(model: nn.Module) -> nn.Module:
+    return model
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _checked(section: type[S], fields: dict[str, Any], argument: str = "") -> S:
     from pydantic import ValidationError
 
     try:
@@ -227,6 +278,7 @@ def _checked(section: type[TrainConfig], fields: dict[str, Any]) -> TrainConfig:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(p) for p in first["loc"])
         raise ConfigError(
-            f"distill({key}={first['input']!r}): {first['msg'].removeprefix('Value error, ')}",
-            remedy=f"keys of train: {', '.join(section.model_fields)}",
+            f"distill({argument and argument + ': '}{key}={first['input']!r}): "
+            f"{first['msg'].removeprefix('Value error, ')}",
+            remedy=f"keys of {argument or 'train'}: {', '.join(section.model_fields)}",
         ) from None

@@ -11,17 +11,18 @@ import torch
 from tutelage.config import Recipe
 from tutelage.data import Batch, ImageData
 from tutelage.data.batch import IGNORE
-from tutelage.engine import evaluate
+from tutelage.engine import evaluate_teacher
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import DataError, TutelageError
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.taps import Needs, find
-from tutelage.teachers import LiveTeacher
-from tutelage.workflows.comparison import Comparison, check_labels, check_output, check_separate, fitted
+from tutelage.teachers import Teacher
+from tutelage.workflows.comparison import Comparison, as_taught, check_labels, check_output, check_separate, fitted
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import ONE_VIEW, comparison, load_data
+from tutelage.workflows.teachers import ModelTeacher
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     c = comparison(recipe, data)
     found = look_at_data(recipe, data)
     student = c.student(recipe.seeds[0]).to(device)
-    teacher = LiveTeacher(c.teacher(), mode=recipe.teacher.mode).to(device)
+    teacher = as_taught(c, c.teacher(), device, learned=False)
 
     def passes(topic: str, text: str, check: object) -> None:
         try:
@@ -67,7 +68,10 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
         f"{len(data.classes)} classes, the same everywhere",
         lambda: check_labels(c, teacher.model, student),
     )
-    for who, model in (("teacher", teacher.model), ("student", student)):
+    teachers = {"teacher": teacher.model}
+    if c.ensemble is not None:
+        teachers = {m.name: x for m, x in zip(c.ensemble.members, list(teacher.model.children()), strict=True)}
+    for who, model in {**teachers, "student": student}.items():
         passes(
             who,
             f"takes the images and scores {len(data.classes)} classes",
@@ -95,11 +99,11 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     for path in method.student_needs.hidden if method.student_needs else ():
         passes("student tap", path, lambda path=path: find(student, path))
     found.append(capacity(parameters(student), parameters(teacher.model)))
-    if recipe.teacher.train is None:
+    if all(member.train is None for member in recipe.teacher.each):
         found.append(teacher_quality(c, teacher, device, len(data.classes)))
     else:
         found.append(
-            Finding("ok", "teacher", "has no checkpoint: the run trains it first, then checks it against chance")
+            Finding("ok", "teacher", "has no weights yet: the run trains it first, then checks it against chance")
         )
     if any(f.level == "bad" for f in found):
         return found
@@ -166,9 +170,9 @@ def capacity(student: int, teacher: int) -> Finding:
     )  # fmt: skip
 
 
-def teacher_quality(c: Comparison, teacher: LiveTeacher, device: torch.device, classes: int) -> Finding:
+def teacher_quality(c: Comparison, teacher: Teacher, device: torch.device, classes: int) -> Finding:
     """The teacher's accuracy on validation, against chance."""
-    scores = evaluate(teacher.model, c.validation if c.validation is not None else c.test, device)
+    scores = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, device)
     text = f"validation accuracy {scores['accuracy']:.1%}, loss {scores['loss']:.3f}, ECE {scores['ece']:.3f}"
     if scores["accuracy"] <= 1 / classes:
         return Finding("bad", "teacher", f"{text}: not better than chance, {1 / classes:.1%}",
@@ -177,7 +181,7 @@ def teacher_quality(c: Comparison, teacher: LiveTeacher, device: torch.device, c
 
 
 def one_step(
-    recipe: Recipe, c: Comparison, data: ImageData, trainee: Trainee, teacher: LiveTeacher, device: torch.device
+    recipe: Recipe, c: Comparison, data: ImageData, trainee: Trainee, teacher: ModelTeacher, device: torch.device
 ) -> list[Finding]:
     """Three optimizer steps on a throw-away student: finite terms, time and memory."""
     from tutelage.data import Share
@@ -229,7 +233,7 @@ def one_step(
     return found
 
 
-def _step(trainee: Trainee, teacher: LiveTeacher, batch: Batch) -> dict[str, float]:
+def _step(trainee: Trainee, teacher: Teacher, batch: Batch) -> dict[str, float]:
     needs = trainee.method.needs
     terms = trainee(batch, None if needs is None else teacher.signal(batch, needs or Needs()))
     means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}

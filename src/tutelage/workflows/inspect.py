@@ -160,7 +160,8 @@ def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | Non
     found = []
     for name in who:
         config, make = models[name]
-        found.append(survey(make(), example, f"{name}: {config.model}", f" ({recipe.data.source})"))
+        what = config.model or f"ensemble of {len(recipe.teacher.each)}"
+        found.append(survey(make(), example, f"{name}: {what}", f" ({recipe.data.source})"))
     return found
 
 

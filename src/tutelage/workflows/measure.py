@@ -45,10 +45,11 @@ def latencies(
     Args:
         models: by name; put into evaluation mode.
         example: its first row is what is timed.
-        device: where the models are.
+        device: where models without parameters are.
         rounds: timed passes of each, after a tenth as many untimed.
     """
-    one = example.rows(0, 1).to(device)
+    first = {name: next(model.parameters(), None) for name, model in models.items()}
+    one = {name: example.rows(0, 1).to(device if p is None else p.device) for name, p in first.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
         model.eval()
@@ -56,7 +57,7 @@ def latencies(
         for i in range(rounds + max(1, rounds // 10)):
             for name, model in models.items():
                 start = time.perf_counter()
-                observe(model, one.inputs, Needs())
+                observe(model, one[name].inputs, Needs())
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 if i >= max(1, rounds // 10):

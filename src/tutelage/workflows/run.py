@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.config import ModelConfig, Recipe, TeacherConfig, dump_recipe
+from tutelage.config import MemberConfig, ModelConfig, Recipe, dump_recipe
 from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
 from tutelage.data.batch import IGNORE
 from tutelage.engine import from_main, make_accelerator, tracking
@@ -25,6 +25,7 @@ from tutelage.workflows.comparison import Arm, Comparison, Context, compare
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
+from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
 
 ONE_VIEW = (
     "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "
@@ -101,20 +102,19 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         return PlannedBatches(sets[arm], size, seed, workers, recipe.data.views)
 
     decoding = workers if data.test.pixels is None else 0
-    train_teacher = None
-    if recipe.teacher.train is not None:
-        everything = data.for_teacher
-        config = recipe.teacher.train
-        train_teacher = (
-            config,
-            PlannedBatches(everything, config.batch_size, recipe.seeds[0], workers),
-            recipe.seeds[0],
-        )
-    teacher_spec, student_spec = (model_spec(m, data) for m in (recipe.teacher, recipe.student))
+    student_spec = model_spec(recipe.student, data)
     facts = {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
+    members = [teacher_member(recipe, i, data, facts) for i in range(len(recipe.teacher.each))]
+    plan = None
+    if recipe.teacher.members is not None:
+        t = recipe.teacher
+        plan = EnsemblePlan(
+            members, t.combine or "probabilities", t.weights, t.average_at or 1.0,
+            None if t.route is None else routes(t.route, data.routes),
+        )  # fmt: skip
     return Comparison(
         name=recipe.name,
-        teacher=partial(build_teacher, recipe.teacher, teacher_spec, data.classes, recipe.seeds[0]),
+        teacher=members[0].model if plan is None else plan.untrained,
         student=partial(build_student, recipe.student, student_spec, data.classes),
         method=method_factory(recipe),
         batches=batches,
@@ -123,14 +123,36 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         test=InOrder(data.test, workers=decoding),
         seeds=recipe.seeds,
         baseline=recipe.baseline,
-        train_teacher=train_teacher,
+        train_teacher=members[0].train if plan is None else None,
         teacher_mode=recipe.teacher.mode,
+        ensemble=plan,
+        speed=members[0].speed,
+        ahead=asks_ahead(recipe.teacher.speed),
         cache=None if recipe.teacher.cache is None else partial(open_cache, recipe, data),
         remember=None if data.train.augmented else InOrder(data.train, workers=decoding),
         remember_rows=len(data.train),
         classes=data.classes,
         student_card={"spec": student_spec.to_dict(), **facts},
-        teacher_card={"spec": teacher_spec.to_dict(), "loaded_classes": card_classes(recipe.teacher), **facts},
+        teacher_card=dict(members[0].card) if plan is None else {},
+    )
+
+
+def teacher_member(recipe: Recipe, number: int, data: ImageData, facts: dict[str, Any]) -> Member:
+    """A teacher of the recipe; each has a seed of its own, so that two of the same kind differ."""
+    config, many = recipe.teacher.each[number], recipe.teacher.members is not None
+    name, seed = f"teacher-{number}" if many else "teacher", recipe.seeds[0] + number
+    where = f"teacher.members.{number}" if many else "teacher"
+    spec = model_spec(config, data)
+    train = None
+    if config.train is not None:
+        batches = PlannedBatches(data.for_teacher, config.train.batch_size, seed, recipe.data.workers)
+        train = (config.train, batches, seed)
+    return Member(
+        name,
+        partial(build_teacher, config, spec, data.classes, seed, where),
+        train,
+        {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
+        live_options(recipe.teacher.speed, config.speed),
     )
 
 
@@ -145,7 +167,7 @@ def model_spec(config: ModelConfig, data: ImageData) -> ModelSpec:
     return ModelSpec(config.model, config.options, len(data.classes), data.channels, data.size)
 
 
-def card_classes(config: TeacherConfig) -> list[str] | None:
+def card_classes(config: MemberConfig) -> list[str] | None:
     """The class names in the card beside a checkpoint, where there is one."""
     if config.checkpoint is None:
         return None
@@ -157,11 +179,13 @@ def card_classes(config: TeacherConfig) -> list[str] | None:
     return names
 
 
-def build_teacher(config: TeacherConfig, spec: ModelSpec, classes: list[str], seed: int) -> nn.Module:
+def build_teacher(
+    config: MemberConfig, spec: ModelSpec, classes: list[str], seed: int, where: str = "teacher"
+) -> nn.Module:
     """The teacher, with the weights of its checkpoint where it has one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(spec, classes, where="teacher.model")
+        model = build(spec, classes, where=f"{where}.model")
     if config.checkpoint is not None:
         load_weights(model, Path(config.checkpoint))
     return model
