@@ -3,6 +3,8 @@
     tutelage run recipes/fashion-mnist.yaml --out runs/fashion-mnist seed=0 baseline=false   # the teacher
     python benchmarks/methods.py --jobs 2
     python benchmarks/methods.py --cost
+    python benchmarks/methods.py --recipe benchmarks/pictures.yaml --name pictures --runs runs/methods-pictures \\
+        --set teacher.checkpoint=runs/pictures/models/teacher teacher.train=null train.epochs=12 --only kd DIST ...
 
 The first trains what is not trained yet and can be stopped and started again; the second measures seconds per step
 and memory with a live teacher, every method in a process of its own. Both write ``results/methods/``. Accuracy is
@@ -56,7 +58,8 @@ def train(args: argparse.Namespace, name: str, method: dict[str, Any]) -> str:
     resume = ["--resume"] if (out / "config.yaml").exists() else []
     command = [
         sys.executable, "-m", "tutelage", "run", args.recipe, f"method={json.dumps(method)}",
-        f"seeds={list(range(args.seeds))}", f"baseline={str(name == 'kd').lower()}", "--out", str(out), *resume,
+        *args.set, f"seeds={list(range(args.seeds))}", f"baseline={str(name == 'kd').lower()}",
+        "--out", str(out), *resume,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
