@@ -90,7 +90,9 @@ A recipe is a YAML file that names data, teacher, student, method and training; 
 ABOUT_AUGMENTATIONS = """\
 A list, applied in order: `[flip, {shift: 2}, {erase: {p: 0.5, value: 0}}]`. Each is drawn from a seed that is a
 function of run seed, epoch and sample, so teacher and student see the same view. Those of `torchvision.transforms.v2`
-need the extra `vision`.
+need the extra `vision`. `mixup` and `cutmix` come last and take another image, in a view of its own: what comes of
+it has no single class, so it trains the distilled student by the teacher's word alone (function matching; the hard
+labels have no part in it), and neither the student alone nor the teacher.
 """
 
 ABOUT_MODELS = """\
@@ -215,11 +217,12 @@ def augmentations() -> Iterator[str]:
     yield ""
     yield ABOUT_AUGMENTATIONS
     rows = []
-    for name in (*views.OURS, *views.THEIRS, *views.CROPS):
-        if name in views.OURS:
-            options = inspect.signature(views.OURS[name]).parameters.values()
+    own = {**views.OURS, **views.MIXES}
+    for name in (*own, *views.THEIRS, *views.CROPS):
+        if name in own:
+            options = inspect.signature(own[name]).parameters.values()
             takes = ", ".join(f"`{o.name}` ({o.default})" for o in options if o.name != "stream")
-            what = inspect.getdoc(views.OURS[name]) or ""
+            what = inspect.getdoc(own[name]) or ""
         else:
             takes = "its own"
             what = f"`transforms.v2.{views.THEIRS.get(name, 'RandomResizedCrop')}`"

@@ -13,7 +13,7 @@ import torch
 from tutelage.data import Batch, InOrder, LoaderBatches, PlannedBatches, Share, as_batch, causal_batch, load_images
 from tutelage.data.batch import IGNORE, spans
 from tutelage.data.views import drawn, flip, shift, uniform, view_seeds
-from tutelage.errors import DataError
+from tutelage.errors import ConfigError, DataError
 
 
 def test_digits_splits_are_disjoint_stratified_and_fixed() -> None:
@@ -290,3 +290,36 @@ def test_a_hugging_face_data_set_and_a_torchvision_one(tmp_path: Path) -> None:
         "torchvision:FakeData", options={"size": 60, "image_size": [3, 20, 20], "num_classes": 2}, size=8
     )
     assert fake.train.fetch(torch.arange(2)).inputs.shape == (2, 3, 8, 8)
+
+
+def test_mixed_views_are_functions_of_their_seed_and_have_no_label() -> None:
+    for entry in ({"mixup": 0.7}, {"cutmix": 1.0}):
+        data = load_images("digits", limit=60, augment=[{"shift": 1}, entry])
+        rows, seeds = torch.arange(20), torch.arange(100, 120)
+        batch, again = data.train.fetch(rows, seeds), data.train.fetch(rows.flip(0), seeds.flip(0))
+        assert torch.equal(batch.inputs, again.inputs.flip(0))
+        assert (batch.labels == -100).all()
+        assert (data.train.fetch(rows).labels >= 0).all()
+        assert not torch.equal(batch.inputs, data.train.fetch(rows, seeds + 1).inputs)
+        assert not data.for_teacher.mixes
+        assert data.for_teacher.augments
+    with pytest.raises(ConfigError, match="put mixup and cutmix last"):
+        load_images("digits", augment=["mixup", "flip"])
+    with pytest.raises(ConfigError, match="above 0"):
+        load_images("digits", augment=[{"mixup": -1}])
+
+
+def test_mixup_adds_and_cutmix_cuts() -> None:
+    from tutelage.data.views import cutmix, mixup
+
+    dark, bright, seeds = torch.zeros(500, 1, 10, 12), torch.full((500, 1, 10, 12), 200), torch.arange(500)
+    dark, bright = dark.to(torch.uint8), bright.to(torch.uint8)
+    mixed = mixup(1.0, stream=0)(bright, dark, seeds).float()
+    assert (mixed.amax((1, 2, 3)) == mixed.amin((1, 2, 3))).all()
+    assert abs(mixed.mean() / 200 - 0.5) < 0.05
+    cut = cutmix(1.0, stream=0)(bright, dark, seeds)
+    assert set(cut.unique().tolist()) == {0, 200}
+    for image in (cut[:, 0] == 0)[:50]:
+        ys, xs = image.nonzero(as_tuple=True)
+        if len(ys):
+            assert image[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].all()  # a rectangle

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from tutelage.data.batch import IGNORE, Batch
-from tutelage.data.views import CROPS, Augment, build_augments, drawn, parse_augment
+from tutelage.data.views import (
+    CROPS,
+    MIXES,
+    Augment,
+    Mix,
+    build_augments,
+    build_mixes,
+    drawn,
+    parse_augment,
+    partners,
+)
 from tutelage.errors import DataError, TutelageError, require
 
 IN_MEMORY_BYTES = 2**30
@@ -26,6 +36,7 @@ class View(NamedTuple):
 
     augments: Sequence[Augment]
     crop: Callable[[Any], Any] | None
+    mixes: Sequence[tuple[int, Mix]] = ()
 
 
 @dataclass
@@ -87,6 +98,7 @@ class ImageSet:
     random_crop: Callable[[Any], Any] | None = None
     augments: Sequence[Augment] = field(default_factory=list)
     route: Tensor | None = None
+    mixes: Sequence[tuple[int, Mix]] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,22 +106,33 @@ class ImageSet:
     @property
     def augmented(self) -> bool:
         """Whether a view depends on its seed."""
-        return bool(self.augments) or self.random_crop is not None
+        return bool(self.augments) or bool(self.mixes) or self.random_crop is not None
 
     def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
         """The given rows as normalised float images; with ``views``, augmented from these seeds.
+
+        Rows that are mixed with others have no label.
 
         Raises:
             DataError: an image cannot be decoded.
         """
         views = views if self.augmented else None
+        images, labels = self._augmented(rows, views), self.labels[rows]
+        if views is not None:
+            for stream, mix in self.mixes:
+                images = mix(images, self._augmented(*partners(views, len(self), stream)), views)
+                labels = torch.full_like(labels, IGNORE)
+        x = images.float().mul_(1 / 255).sub_(self.mean).div_(self.std)
+        route = None if self.route is None else self.route[rows]
+        return Batch(x, labels, ids=self.ids[rows], views=views, route=route)
+
+    def _augmented(self, rows: Tensor, views: Tensor | None) -> Tensor:
+        """uint8 images, each by itself."""
         images = self.pixels[rows] if self.pixels is not None else self._decode(rows, views)
         if views is not None:
             for augment in self.augments:
                 images = augment(images, views)
-        x = images.float().mul_(1 / 255).sub_(self.mean).div_(self.std)
-        route = None if self.route is None else self.route[rows]
-        return Batch(x, self.labels[rows], ids=self.ids[rows], views=views, route=route)
+        return images
 
     def _decode(self, rows: Tensor, views: Tensor | None) -> Tensor:
         assert self.open is not None
@@ -291,7 +314,10 @@ def load_images(
             splits = {name: _resized(split, size) for name, split in splits.items()}
     else:
         channels, size = 3, size or 224
-    student_views = View(build_augments(augment), _random_crop(augment, size, first.pixels is not None))
+    teacher_augment = [entry for entry in teacher_augment if parse_augment(entry)[0] not in MIXES]
+    student_views = View(
+        build_augments(augment), _random_crop(augment, size, first.pixels is not None), build_mixes(augment)
+    )
     teacher_views = View(
         build_augments(teacher_augment), _random_crop(teacher_augment, size, first.pixels is not None)
     )
@@ -329,6 +355,7 @@ def load_images(
             random_crop=view.crop,
             augments=view.augments,
             route=split.route,
+            mixes=view.mixes,
         )
 
     train_set, for_teacher = build(train, student_views), build(train, teacher_views)

@@ -102,7 +102,63 @@ def drawn(transform: Callable[[Any], Any], image: Any, seed: int) -> Any:
             random.setstate(state)
 
 
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(images, their partners' images, seeds) -> images``."""
+
+
+def partners(seeds: Tensor, count: int, stream: int) -> tuple[Tensor, Tensor]:
+    """For each seed another row of ``count``, and the seed of that row's own view."""
+    rows = torch.from_numpy((uniform(seeds, stream) * count).astype(np.int64))
+    with np.errstate(over="ignore"):
+        views = _mix(seeds.numpy().view(np.uint64) ^ _mix(np.array([stream + 1], dtype=np.uint64)))
+    return rows, torch.from_numpy(views.view(np.int64))
+
+
+def _share(alpha: float, seeds: Tensor, stream: int) -> npt.NDArray[np.float64]:
+    """A number of Beta(alpha, alpha) for each seed."""
+    from scipy.special import betaincinv
+
+    out: npt.NDArray[np.float64] = betaincinv(alpha, alpha, uniform(seeds, stream))
+    return out
+
+
+def mixup(alpha: float = 1.0, *, stream: int) -> Mix:
+    """The image and another, added with shares from Beta(`alpha`, `alpha`) (Zhang et al., 2018)."""
+    _check_alpha(alpha)
+
+    def apply(images: Tensor, others: Tensor, seeds: Tensor) -> Tensor:
+        share = torch.from_numpy(_share(alpha, seeds, stream + 2)).float().view(-1, 1, 1, 1)
+        return (images.float() * share + others.float() * (1 - share)).round().to(torch.uint8)
+
+    return apply
+
+
+def cutmix(alpha: float = 1.0, *, stream: int) -> Mix:
+    """The image with a rectangle of another, its share from Beta(`alpha`, `alpha`) (Yun et al., 2019)."""
+    _check_alpha(alpha)
+
+    def apply(images: Tensor, others: Tensor, seeds: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        side = np.sqrt(1 - _share(alpha, seeds, stream + 2))
+        inside = []
+        for i, length in enumerate((height, width)):
+            centre, half = uniform(seeds, stream + 3 + i) * length, side * length / 2
+            at = np.arange(length)[None]
+            inside.append((at >= np.round(centre - half)[:, None]) & (at < np.round(centre + half)[:, None]))
+        box = torch.from_numpy(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+        return torch.where(box, others, images)
+
+    return apply
+
+
+def _check_alpha(alpha: float) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha={alpha!r} is not a number above 0")
+
+
 OURS: dict[str, Callable[..., Augment]] = {"flip": flip, "shift": shift}
+MIXES: dict[str, Callable[..., Mix]] = {"cutmix": cutmix, "mixup": mixup}
+"""Augmentations that take another image too. What comes of it has no single class: only a teacher can label it."""
 THEIRS = {
     "auto-augment": "AutoAugment",
     "color-jitter": "ColorJitter",
@@ -122,7 +178,7 @@ def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: unknown name, or not one of these forms.
     """
-    allowed = [*OURS, *THEIRS, *CROPS]
+    allowed = [*OURS, *MIXES, *THEIRS, *CROPS]
     if isinstance(entry, str):
         name, value = entry, None
     elif len(entry) == 1:
@@ -141,14 +197,22 @@ def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return name, {}
     if isinstance(value, dict):
         return name, value
-    first = {"flip": "p", "shift": "pixels", "rotate": "degrees", "erase": "p", "grayscale": "p"}
+    first = {
+        "cutmix": "alpha",
+        "mixup": "alpha",
+        "flip": "p",
+        "shift": "pixels",
+        "rotate": "degrees",
+        "erase": "p",
+        "grayscale": "p",
+    }
     if name not in first:
         raise ConfigError(f"data.augment: {name} takes options by name", remedy=f"{{{name}: {{option: value}}}}")
     return name, {first[name]: value}
 
 
 def build_augments(entries: Sequence[str | dict[str, Any]]) -> list[Augment]:
-    """The augmentations of a recipe, crops left out, each with its own stream of randomness.
+    """The augmentations of a recipe, crops and mixes left out, each with its own stream of randomness.
 
     Raises:
         ConfigError: an unknown name or option.
@@ -157,7 +221,7 @@ def build_augments(entries: Sequence[str | dict[str, Any]]) -> list[Augment]:
     built: list[Augment] = []
     for position, entry in enumerate(entries):
         name, options = parse_augment(entry)
-        if name in CROPS:
+        if name in CROPS or name in MIXES:
             continue
         try:
             if name in OURS:
@@ -172,4 +236,26 @@ def build_augments(entries: Sequence[str | dict[str, Any]]) -> list[Augment]:
                 if known
                 else f"see torchvision.transforms.v2.{THEIRS[name]}",
             ) from None
+    return built
+
+
+def build_mixes(entries: Sequence[str | dict[str, Any]]) -> list[tuple[int, Mix]]:
+    """The mixes of a recipe, each with the stream that its partners come from.
+
+    Raises:
+        ConfigError: an unknown option, or a mix that another augmentation follows.
+    """
+    built: list[tuple[int, Mix]] = []
+    for position, entry in enumerate(entries):
+        name, options = parse_augment(entry)
+        if name not in MIXES:
+            if built:
+                raise ConfigError(
+                    f"data.augment: {name} comes after a mix of two images", remedy="put mixup and cutmix last"
+                )
+            continue
+        try:
+            built.append((16 * position, MIXES[name](**options, stream=16 * position)))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"data.augment: {name} with {options}: {error}", remedy="its option: alpha") from None
     return built

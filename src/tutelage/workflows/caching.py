@@ -94,6 +94,8 @@ def provenance(recipe: Recipe, data: ImageData, teacher: ModelTeacher) -> dict[s
         "preprocessing": data.preprocessing(),
         "augment": recipe.data.augment,
         "views": recipe.data.views if data.train.augmented else None,
+        # an image that is mixed with others depends on which there are
+        "rows": hashlib.sha256(data.train.ids.numpy().tobytes()).hexdigest()[:16] if data.train.mixes else None,
         "precision": recipe.train.precision,
     }
 

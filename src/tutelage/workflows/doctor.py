@@ -21,7 +21,7 @@ from tutelage.teachers import Teacher
 from tutelage.workflows.comparison import Comparison, as_taught, check_labels, check_output, check_separate, fitted
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
-from tutelage.workflows.run import comparison, load_data
+from tutelage.workflows.run import ONE_VIEW, comparison, load_data
 from tutelage.workflows.teachers import ModelTeacher
 
 
@@ -92,6 +92,8 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
         f"the teacher gives what {recipe.method.kind} needs",
         lambda: check_capabilities(method, teacher),
     )
+    if recipe.data.views == 1:
+        found.append(Finding("note", "views", ONE_VIEW))
     for path in method.needs.hidden if method.needs else ():
         passes("teacher tap", path, lambda path=path: find(teacher.model, path))
     for path in method.student_needs.hidden if method.student_needs else ():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def load_data(recipe: Recipe, terminal: Terminal) -> ImageData:
 
 def comparison(recipe: Recipe, data: ImageData) -> Comparison:
     """The comparison that a recipe asks for on its data."""
-    labelled = data.train.select((data.train.labels != IGNORE).nonzero().flatten())
+    labelled = replace(data.train, mixes=()).select((data.train.labels != IGNORE).nonzero().flatten())
     sets = {"alone": labelled, "distilled": data.train}
     size, workers = recipe.train.batch_size, recipe.data.workers
 

@@ -1,0 +1,300 @@
+"""What a cache of the teacher's word costs and saves.
+
+    python benchmarks/cache.py epoch      # an epoch alone, taught live, taught from cache; steps of 20 and 400 ms
+    python benchmarks/cache.py write      # the bare teacher, and the teacher with a cache behind it; a million rows
+    python benchmarks/cache.py read       # random rows a second
+    python benchmarks/cache.py fidelity   # bytes a row, and the angle of the gradient to that of full KD
+
+Each prints its figures and puts them into ``results/cache.json``. Times are ratios within one run, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tutelage import objectives
+from tutelage.config import OptimizerConfig
+from tutelage.data import PlannedBatches, Share, load_images
+from tutelage.engine.optim import build_optimizer
+from tutelage.methods import LogitMethod, Method, SupervisedMethod, Trainee
+from tutelage.models.small import ConvNet
+from tutelage.taps import Needs
+from tutelage.teachers import CachedTeacher, Layout, LiveTeacher, Signal, Teacher
+from tutelage.teachers.cache import Reader, Writer, info
+from tutelage.teachers.cache.files import write_manifest
+
+RESULTS = Path("results/cache.json")
+FROM: dict[str, Any] = {"benchmark": True}
+
+
+# An epoch --------------------------------------------------------------------------------------------------
+
+
+def epoch(pairs: int) -> dict[str, Any]:
+    """Seconds of an epoch alone, live and cached, in turn."""
+    found = {}
+    sizes = {"20 ms": (1_600, (16, 32, 48), (48, 96, 192)), "400 ms": (384, (64, 128, 256), (96, 192, 384))}
+    for name, (images, mine, theirs) in sizes.items():
+        data = load_images("fashion-mnist", limit=images, augment=["flip"])
+        torch.manual_seed(0)
+        teacher = LiveTeacher(ConvNet(classes=10, channels=1, widths=theirs))
+        with tempfile.TemporaryDirectory() as folder:
+            layout = Layout("dense", 10, "fp16")
+            batches = PlannedBatches(data.train, 64, seed=0, views=1)
+            with CachedTeacher(folder, layout, FROM, teacher) as cache:
+                for (batch,) in batches.epoch(0, Share()):
+                    cache.fill(batch)
+            cached = CachedTeacher(folder, layout, FROM)
+            arms: dict[str, tuple[Method, Teacher | None]] = {
+                "alone": (SupervisedMethod(), None),
+                "live": (LogitMethod(), teacher),
+                "cached": (LogitMethod(), cached),
+            }
+            runs = {arm: _trainer(mine, method, asked, batches) for arm, (method, asked) in arms.items()}
+            for run in runs.values():
+                run()
+            rounds = [{arm: _timed(run) for arm, run in runs.items()} for _ in range(pairs)]
+            forward = [_timed(partial(_forward, teacher, batches)) for _ in range(pairs)]
+        found[name] = {
+            "step_ms_alone": 1000 * statistics.median(r["alone"] for r in rounds) / batches.steps_per_epoch,
+            "cached_over_alone": statistics.median(r["cached"] / r["alone"] for r in rounds),
+            "live_over_alone": statistics.median(r["live"] / r["alone"] for r in rounds),
+            "saved_seconds": statistics.median(r["live"] - r["cached"] for r in rounds),
+            "teacher_forward_seconds": statistics.median(forward),
+            "saved_over_forward": statistics.median(
+                (r["live"] - r["cached"]) / f for r, f in zip(rounds, forward, strict=True)
+            ),
+            "rounds": rounds,
+        }
+        print(name, {k: round(v, 4) for k, v in found[name].items() if k != "rounds"}, flush=True)
+    return found
+
+
+def _trainer(
+    widths: tuple[int, ...], method: Method, asked: Teacher | None, batches: PlannedBatches
+) -> Callable[[], None]:
+    torch.manual_seed(1)
+    trainee = Trainee(ConvNet(classes=10, channels=1, widths=widths), method).train()
+    optimizer = build_optimizer(trainee, OptimizerConfig(kind="sgd", lr=0.01))
+
+    def run() -> None:
+        for (batch,) in batches.epoch(0, Share()):
+            signal = None if asked is None or method.needs is None else asked.signal(batch, method.needs)
+            terms = trainee(batch, signal)
+            torch.stack([method.weights[k] * t.sum / t.count for k, t in terms.items()]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def _forward(teacher: LiveTeacher, batches: PlannedBatches) -> None:
+    for (batch,) in batches.epoch(0, Share()):
+        teacher.signal(batch, Needs())
+
+
+def _timed(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+# Writing and reading ---------------------------------------------------------------------------------------
+
+
+def write(rounds: int) -> dict[str, Any]:
+    """Throughput of the teacher with a cache behind it, and memory over a million rows."""
+    data = load_images("fashion-mnist", limit=4_000)
+    torch.manual_seed(0)
+    teacher = LiveTeacher(ConvNet(classes=1000, channels=1, widths=(32, 64, 128)))
+    batches = list(PlannedBatches(data.train, 128, seed=0).epoch(0, Share()))
+
+    def bare() -> None:
+        for (batch,) in batches:
+            teacher.signal(batch, Needs())
+
+    def kept() -> None:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            CachedTeacher(folder, Layout("dense", 1000, "fp16"), FROM, teacher) as cache,
+        ):
+            for (batch,) in batches:
+                cache.fill(batch)
+
+    bare()
+    kept()
+    ratios = [_timed(bare) / _timed(kept) for _ in range(rounds)]
+    rows, width, size = 1_000_000, 1_000, 4_000
+    numbers = np.random.default_rng(0).standard_normal((size, width)).astype(np.float16)
+    with tempfile.TemporaryDirectory() as folder:
+        layout = Layout("dense", width, "fp16")
+        write_manifest(Path(folder), layout, FROM)
+        writer = Writer(Path(folder), layout)
+        peaks, start = [], time.perf_counter()
+        for at in range(0, rows, size):
+            ids = np.arange(at, at + size)
+            writer.put({"id": ids, "view": np.zeros_like(ids), "digest": ids.astype(np.uint64)}, {"logits": numbers})
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        writer.close()
+        seconds = time.perf_counter() - start
+        known = info(Path(folder))
+    found = {
+        "of_bare_throughput": statistics.median(ratios),
+        "ratios": ratios,
+        "rows": known["rows"],
+        "bytes_per_row": known["bytes_per_row"],
+        "seconds": seconds,
+        "megabytes_after_a_tenth": peaks[len(peaks) // 10],
+        "megabytes_at_the_end": peaks[-1],
+    }
+    print({k: v for k, v in found.items() if k != "ratios"}, flush=True)
+    return found
+
+
+def read(batches: int) -> dict[str, Any]:
+    """Random rows a second, found, read and decoded to float32."""
+    found = {}
+    for width, rows in ((10, 1_000_000), (1_000, 200_000)):
+        layout = Layout("dense", width, "fp16")
+        with tempfile.TemporaryDirectory() as folder:
+            write_manifest(Path(folder), layout, FROM)
+            writer = Writer(Path(folder), layout)
+            for at in range(0, rows, 10_000):
+                ids = np.arange(at, at + 10_000)
+                numbers = np.random.default_rng(at).standard_normal((10_000, width)).astype(np.float16)
+                writer.put({"id": ids, "view": ids, "digest": ids.astype(np.uint64)}, {"logits": numbers})
+            writer.close()
+            reader = Reader(Path(folder))
+            chance = np.random.default_rng(1)
+            for size in (64, 256):
+                wanted = [chance.integers(0, rows, size) for _ in range(batches)]
+                start = time.perf_counter()
+                for ids in wanted:
+                    position = reader.find(ids, ids)
+                    layout.decode(reader.rows(position)[1], None, "cpu")
+                rate = size * batches / (time.perf_counter() - start)
+                found[f"{width} classes, batches of {size}"] = {"rows_per_second": rate, "shards": len(reader.shards)}
+                print(width, size, f"{rate:,.0f} rows a second", flush=True)
+    return found
+
+
+# Fidelity --------------------------------------------------------------------------------------------------
+
+
+def rows_of(
+    classes: int, width: int, size: int, teacher: nn.Linear, student: nn.Linear
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Hidden states of a student, its logits and its teacher's: alike but for noise; classes of Zipf's frequency."""
+    generator = torch.Generator().manual_seed(2)
+    prior = -1.1 * torch.arange(1, classes + 1).float().log()
+    while True:
+        hidden = torch.randn(size, width, generator=generator)
+        noisy = hidden + 0.5 * torch.randn(size, width, generator=generator)
+        yield hidden, student(hidden) + prior, teacher(noisy) + prior
+
+
+def fidelity(most: int) -> dict[str, Any]:
+    """Bytes a row, and the angle to full KD of the gradient of the student's last linear layer over many rows."""
+    found: dict[str, Any] = {}
+    for classes, temperature, width in ((10, 4.0, 32), (1_000, 1.0, 64), (49_152, 1.0, 64)):
+        torch.manual_seed(0)
+        teacher, student = nn.Linear(width, classes, bias=False), nn.Linear(width, classes, bias=False)
+        with torch.no_grad():
+            teacher.weight.normal_(0, 3 / math.sqrt(width))
+            student.weight.copy_(teacher.weight + torch.randn_like(teacher.weight) * 1.5 / math.sqrt(width))
+        at = (temperature,)
+        layouts = {"dense fp16": Layout("dense", classes, "fp16")}
+        for k in (8, 64):
+            if k < classes:
+                layouts[f"top-{k}"] = Layout("topk", classes, "fp16", k=k, temperatures=at)
+        for draws in (12, 64):
+            layouts[f"sampled, {draws} draws"] = Layout("sampled", classes, "fp16", draws=draws, temperatures=at)
+        if classes > 64:
+            layouts["12 exactly, 12 draws"] = Layout("sampled", classes, "fp16", draws=12, head=12, temperatures=at)
+        sums = {name: torch.zeros_like(student.weight, dtype=torch.float64) for name in ("full", *layouts)}
+        size = 500 if classes < 10_000 else 250
+        bytes_of = dict.fromkeys(layouts, 0.0)
+        unique = dict.fromkeys(layouts, 0.0)
+        done, table = 0, {}
+        with torch.no_grad():
+            source = rows_of(classes, width, size, teacher, student)
+            while done < most:
+                hidden, s, t = next(source)
+                seeds = torch.arange(done, done + size)
+                sums["full"] += (_gradient(s, Signal(t), temperature).T @ hidden).double()
+                for name, layout in layouts.items():
+                    columns = layout.encode(Signal(t), seeds)
+                    signal = layout.decode(columns, temperature, "cpu")
+                    sums[name] += (_gradient(s, signal, temperature).T @ hidden).double()
+                    bytes_of[name] += _bytes(columns)
+                    if signal.sparse is not None:
+                        unique[name] += float((signal.sparse.values != 0).sum())
+                done += size
+                if done in (1_000, 10_000, 100_000):
+                    table[done] = {name: _angle(sums[name], sums["full"]) for name in layouts}
+                    print(classes, done, {k: round(v, 2) for k, v in table[done].items()}, flush=True)
+        found[str(classes)] = {
+            "temperature": temperature,
+            "bytes_per_row": {name: total / done for name, total in bytes_of.items()},
+            "classes_per_row": {name: total / done for name, total in unique.items() if total},
+            "angle_degrees": table,
+        }
+    return found
+
+
+def _bytes(columns: Any) -> int:
+    from tutelage.teachers.cache.layout import nbytes
+
+    return nbytes(columns)
+
+
+def _gradient(s: Tensor, signal: Signal, temperature: float) -> Tensor:
+    """Of the summed loss by the student's logits."""
+    with torch.enable_grad():
+        x = s.detach().requires_grad_()
+        if signal.sparse is None:
+            loss = objectives.kd(x, signal.dense(), temperature=temperature, reduction="sum")
+        else:
+            function = objectives.topk_kd if signal.sparse.kind == "topk" else objectives.sampled_kd
+            loss = function(x, signal.sparse.index, signal.sparse.values, temperature=temperature, reduction="sum")
+        return torch.autograd.grad(loss, x)[0]
+
+
+def _angle(a: Tensor, b: Tensor) -> float:
+    cosine = float((a * b).sum() / (a.norm() * b.norm()))
+    return math.degrees(math.acos(min(max(cosine, -1.0), 1.0)))
+
+
+def main() -> None:
+    """Run what is asked for and keep its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("epoch", "write", "read", "fidelity"), nargs="+")
+    parser.add_argument("--rows", type=int, default=100_000, help="of fidelity")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for what in args.what:
+        found = {
+            "epoch": lambda: epoch(args.rounds), "write": lambda: write(args.rounds),
+            "read": lambda: read(1_000), "fidelity": lambda: fidelity(args.rows),
+        }[what]()  # fmt: skip
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps({**known, what: found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
