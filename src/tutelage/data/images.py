@@ -97,8 +97,8 @@ class ImageSet:
     crop: float = 1.0
     random_crop: Callable[[Any], Any] | None = None
     augments: Sequence[Augment] = field(default_factory=list)
-    route: Tensor | None = None
     mixes: Sequence[tuple[int, Mix]] = ()
+    route: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -354,8 +354,8 @@ def load_images(
             crop=crop,
             random_crop=view.crop,
             augments=view.augments,
-            route=split.route,
             mixes=view.mixes,
+            route=split.route,
         )
 
     train_set, for_teacher = build(train, student_views), build(train, teacher_views)
