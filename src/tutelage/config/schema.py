@@ -454,6 +454,13 @@ class Recipe(Section):
             raise Misfit("teacher.route goes by a column, and there is no 'data.route'; name it", "teacher")
         if self.data.route is not None and self.teacher.route is None:
             raise Misfit("'data.route' is given, and no 'teacher.route' goes by it; remove it, or add one", "data")
+        mixed = [n for n in ("cutmix", "mixup") if any(n in entry for entry in self.data.augment)]
+        if self.data.route is not None and mixed:
+            raise Misfit(
+                f"{mixed[0]} mixes images of different routes, and no member teaches both; "
+                "remove it, or 'data.route' and 'teacher.route'",
+                "data",
+            )
         if self.teacher.members is not None and self.method.kind == "simkd":
             raise Misfit(
                 "simkd takes over one teacher's classifier, and there are several; use another method", "method"
