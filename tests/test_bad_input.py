@@ -23,7 +23,7 @@ import tutelage
 from tutelage import errors
 from tutelage.cli import main
 from tutelage.config import AUGMENTS, MODELS, SOURCES
-from tutelage.data.views import CROPS, OURS, THEIRS
+from tutelage.data.views import CROPS, MIXES, OURS, THEIRS
 from tutelage.errors import (
     CapabilityError,
     CheckpointError,
@@ -600,7 +600,7 @@ def test_doctor_finds_what_would_fail(place: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_names_that_a_recipe_may_hold_are_those_that_exist() -> None:
-    assert sorted(AUGMENTS) == sorted([*OURS, *THEIRS, *CROPS])
+    assert sorted(AUGMENTS) == sorted([*OURS, *MIXES, *THEIRS, *CROPS])
     assert sorted(ZOO) == sorted(m for m in MODELS if ":" not in m)
     assert [s for s in SOURCES if ":" not in s] == ["digits", "fashion-mnist", "imagefolder"]
 

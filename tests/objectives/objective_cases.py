@@ -83,6 +83,15 @@ def targets(size: int) -> tuple[Tensor, ...]:
     return (torch.randn(size, CLASSES, dtype=torch.float64),)
 
 
+def largest(size: int) -> tuple[Tensor, ...]:
+    found = (torch.randn(size, CLASSES, dtype=torch.float64)).log_softmax(-1).topk(3)
+    return found.indices, found.values
+
+
+def sample(size: int) -> tuple[Tensor, ...]:
+    return torch.randint(CLASSES, (size, 4)), torch.rand(size, 4, dtype=torch.float64)
+
+
 MEMORY, NEGATIVES = 11, 7
 
 
@@ -134,6 +143,10 @@ CASES = [
     Case("skew_kl", options={"reverse": True, "temperature": 2.0}),
     Case("skew_kl", options={"alpha": 0.0}),
     Case("tvd"),
+    # part of a distribution
+    Case("topk_kd", teacher=None, extra=largest, divergence=False),
+    Case("topk_kd", teacher=None, extra=largest, divergence=False, options={"temperature": 1.0}),
+    Case("sampled_kd", teacher=None, extra=sample, divergence=False),
     # structured
     Case("dkd", extra=labels),
     Case("dist", relation=True),

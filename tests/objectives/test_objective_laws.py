@@ -286,8 +286,9 @@ def test_a_temperature_that_is_not_above_zero_is_refused(case, temperature):
     batch = case.batch(3)
     options = {**case.options, "temperature": temperature}
     f = getattr(objectives, case.function)
+    teacher = () if batch.teacher is None else (batch.teacher,)
     with pytest.raises(ValueError, match="temperature"):
-        f(batch.student, batch.teacher, *batch.extra, *case.fixed(), **options)
+        f(batch.student, *teacher, *batch.extra, *case.fixed(), **options)
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 3, 4)])

@@ -42,6 +42,8 @@ def topk_kd(
 
     Raises:
         ValueError: shapes do not fit, or the temperature is not above 0.
+
+    Reference: Hinton et al. (2015), section 2, on the partition into k classes and the rest.
     """
     _check_sparse(student, index, log_probs)
     if mask is not None:
