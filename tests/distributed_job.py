@@ -111,6 +111,10 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         method = built(FeatureMethod(pairs, projector="mlp", weight=2.0), student, teacher, Rows().fetch(
             torch.arange(2)
         ), seed=4)  # fmt: skip
+    if kind == "crd":
+        crd = FeatureMethod([{"student": "2", "teacher": "2"}], objective="crd", options={"negatives": 9, "width": 6})
+        method = built(crd, student, teacher, Rows().fetch(torch.arange(2)), seed=4, ids=Rows().ids)
+        before = method.hidden.links[0].memory.student.clone()  # type: ignore[union-attr, operator]
     config = TrainConfig(
         steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0,
         ema=0.9 if kind == "ema" else None, checkpoint_every=2, log_every=1,
@@ -134,6 +138,11 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         from torch.distributed.tensor import DTensor
 
         assert all(isinstance(p, DTensor) for p in watcher.module.parameters())  # type: ignore[union-attr]
+    if kind == "crd":
+        memory = method.hidden.links[0].memory.student  # type: ignore[union-attr]
+        (out / f"moved-{accelerator.process_index}").write_text(str(int((memory.cpu() != before).any(1).sum())))
+        everybody = accelerator.gather(memory.unsqueeze(0))
+        assert all(torch.equal(rank, everybody[0]) for rank in everybody), "memories differ between processes"
     if accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in watcher.kept.items()}, str(out / "steps.safetensors"))
         save_file(outcome.last, str(out / "student.safetensors"))

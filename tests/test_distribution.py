@@ -66,6 +66,13 @@ def test_projectors_of_the_feature_method_agree_too(tmp_path: Path) -> None:
     assert not any("links" in name for name in load_file(str(tmp_path / "two" / "student.safetensors")))
 
 
+def test_the_memory_of_a_contrast_moves_by_what_all_processes_saw(tmp_path: Path) -> None:
+    from distributed_job import BATCH
+
+    steps(tmp_path, 2, 2, "crd", count=1)
+    assert [(tmp_path / f"moved-{rank}").read_text() for rank in (0, 1)] == [str(BATCH)] * 2
+
+
 def test_mean_of_means_would_differ(alone: dict[str, Tensor]) -> None:
     """The guard of the guard: averaging micro-batch means moves the weights by far more than the tolerance."""
     from distributed_job import BATCH, Rows
