@@ -1,5 +1,6 @@
 """What the README, the examples and the recipes promise, run as a reader would run it."""
 
+import copy
 import os
 import re
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tutelage.config import load_recipe
+from tutelage.config import build_recipe, load_recipe
+from tutelage.methods import FEATURE_OBJECTIVES, METHODS, SOFT_OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,7 +33,7 @@ def run_python(script: Path, folder: Path) -> str:
 
 
 def test_readme_has_the_blocks_that_are_tested_here() -> None:
-    assert (len(blocks("python")), len(blocks("yaml"))) == (1, 1)
+    assert (len(blocks("python")), len(blocks("yaml"))) == (1, 2)
 
 
 def test_python_of_the_readme_is_ten_lines_that_run(tmp_path: Path) -> None:
@@ -45,11 +48,31 @@ def test_python_of_the_readme_is_ten_lines_that_run(tmp_path: Path) -> None:
 
 
 def test_recipe_of_the_readme_is_short_and_valid(tmp_path: Path) -> None:
-    (text,) = blocks("yaml")
+    text, _ = blocks("yaml")
     assert len(text.splitlines()) <= 15
     path = tmp_path / "my.yaml"
     path.write_text(text, encoding="utf-8")
     assert load_recipe(path).method.temperature == 4
+
+
+def test_methods_of_the_readme_and_of_the_benchmark_are_methods() -> None:
+    _, text = blocks("yaml")
+    named = [yaml.safe_load(line)["method"] for line in text.splitlines()]
+    groups = yaml.safe_load((ROOT / "benchmarks" / "methods.yaml").read_text(encoding="utf-8"))
+    named += [method for group in groups.values() for method in group.values()]
+    assert len(named) > 25
+    for method in named:
+        base = {"name": "x", "data": "digits", "teacher": "mlp", "student": "mlp", "method": copy.deepcopy(method)}
+        config = build_recipe(base).method
+        METHODS[config.kind](**config.model_dump(exclude={"kind"}))
+    compared = {m["objective"] for m in named if isinstance(m, dict) and "objective" in m}
+    compared |= {p["objective"] for m in named if isinstance(m, dict) for p in m.get("pairs", [])}
+    only_text = {"attention_kl", "attention_mse", "value_relation"}
+    assert compared == set(FEATURE_OBJECTIVES) - only_text
+    assert {m.get("soft", "kd") for m in named if isinstance(m, dict)} == set(SOFT_OBJECTIVES)
+    for path in (ROOT / "benchmarks").glob("*.yaml"):
+        if path.stem != "methods":
+            load_recipe(path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
