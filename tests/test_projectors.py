@@ -111,5 +111,5 @@ def test_heads_of_an_attention_are_no_map() -> None:
     assert all("attn" not in path for path in stages(model, images).values())
     resnet = timm.create_model("resnet18", num_classes=3)
     assert stages(resnet, images) == {
-        (32, 32): "act1", (16, 16): "layer1", (8, 8): "layer2", (4, 4): "layer3", (2, 2): "layer4",
+        (16, 16): "layer1", (8, 8): "layer2", (4, 4): "layer3", (2, 2): "layer4",
     }  # fmt: skip

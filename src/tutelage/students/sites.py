@@ -22,7 +22,7 @@ def stages(model: nn.Module, example: Batch) -> dict[Size, str]:
 
     Of modules inside each other it is the outermost that keeps to one resolution, such as a whole stage of a
     ResNet. Maps of one pixel are left out: those are pooled; and so is what is not the image made smaller, such as
-    the heads of an attention.
+    the heads of an attention. So is a stem: a resolution of single layers, where others have modules of several.
     """
     seen: list[tuple[str, Size]] = []
     image = _image(example)
@@ -45,7 +45,14 @@ def stages(model: nn.Module, example: Batch) -> dict[Size, str]:
         if len(inside[path]) == 1 and size != (1, 1):
             found.pop(size, None)
             found[size] = path
-    return found
+    return _without_stem(model, found)
+
+
+def _without_stem(model: nn.Module, found: dict[Size, str]) -> dict[Size, str]:
+    """Without a resolution at which there is no more than a layer, where others have whole stages."""
+    modules = dict(model.named_modules())
+    whole = {size: path for size, path in found.items() if next(modules[path].children(), None) is not None}
+    return whole or found
 
 
 def _image(example: Batch) -> Size | None:
@@ -86,7 +93,8 @@ def before_activations(model: nn.Module, example: Batch) -> dict[Size, str]:
         if size != (1, 1):
             found.pop(size, None)
             found[size] = f"{path}@{call}:input" if calls[path] else f"{path}:input"
-    return found
+    kept = stages(model, example)
+    return {size: tap for size, tap in found.items() if size in kept}
 
 
 def embedding(model: nn.Module) -> str:
