@@ -9,18 +9,9 @@ from torch import nn
 from tutelage.data import Batch, InOrder, load_images
 from tutelage.errors import CapabilityError
 from tutelage.methods import LogitMethod, Trainee, check_capabilities
-from tutelage.models.small import ConvNet
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher
-
-
-def network() -> nn.Module:
-    model = ConvNet(classes=10, channels=1, widths=(4, 8), depth=1)
-    model.stages.append(nn.Dropout(0.5))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-1, 1)
-    return model
+from worlds import unsettled
 
 
 def batch(n: int = 6) -> Batch:
@@ -28,7 +19,7 @@ def batch(n: int = 6) -> Batch:
 
 
 def test_a_later_train_call_changes_neither_signal_nor_buffers() -> None:
-    teacher = LiveTeacher(network())
+    teacher = LiveTeacher(unsettled())
     given, before = batch(), {k: v.clone() for k, v in teacher.model.state_dict().items()}
     first = teacher.signal(given, Needs()).dense()
     teacher.model.train()
@@ -39,7 +30,7 @@ def test_a_later_train_call_changes_neither_signal_nor_buffers() -> None:
 
 
 def test_train_bn_uses_the_batch_and_moves_nothing() -> None:
-    teacher = LiveTeacher(network(), mode="train_bn")
+    teacher = LiveTeacher(unsettled(), mode="train_bn")
     before = {k: v.clone() for k, v in teacher.model.state_dict().items()}
     a, b = batch(), batch()
     mixed = Batch(torch.cat([a.inputs, 5 * b.inputs]), torch.zeros(12).long())
@@ -52,7 +43,7 @@ def test_train_bn_uses_the_batch_and_moves_nothing() -> None:
 
 
 def test_no_gradient_and_out_of_the_student_s_reach() -> None:
-    teacher, student = LiveTeacher(network()), network()
+    teacher, student = LiveTeacher(unsettled()), unsettled()
     trainee = Trainee(student, LogitMethod())
     terms = trainee(batch(), teacher.signal(batch(), Needs()))
     sum(t.sum for t in terms.values()).backward()
@@ -64,7 +55,7 @@ def test_no_gradient_and_out_of_the_student_s_reach() -> None:
 
 def test_memory_gives_the_live_logits_by_sample_whatever_the_order() -> None:
     data = load_images("digits", limit=100)
-    live = LiveTeacher(network())
+    live = LiveTeacher(unsettled())
     memory = MemoryTeacher(live, InOrder(data.train, 32))
     rows = torch.randperm(100)[:40]
     shuffled = data.train.fetch(rows)
@@ -73,7 +64,7 @@ def test_memory_gives_the_live_logits_by_sample_whatever_the_order() -> None:
 
 def test_memory_refuses_other_samples_other_views_and_other_needs() -> None:
     data = load_images("digits", limit=50, augment=["flip"])
-    memory = MemoryTeacher(LiveTeacher(network()), InOrder(data.train))
+    memory = MemoryTeacher(LiveTeacher(unsettled()), InOrder(data.train))
     with pytest.raises(CapabilityError, match="nothing is remembered"):
         memory.signal(data.test.fetch(torch.arange(4)), Needs())
     with pytest.raises(CapabilityError, match="another view"):
@@ -89,12 +80,12 @@ def test_memory_refuses_other_samples_other_views_and_other_needs() -> None:
 def test_memory_refuses_an_id_that_stands_for_two_samples() -> None:
     twice = batch()
     with pytest.raises(CapabilityError, match="same id"):
-        MemoryTeacher(LiveTeacher(network()), [twice, twice])
+        MemoryTeacher(LiveTeacher(unsettled()), [twice, twice])
 
 
 def test_hidden_states_are_remembered_row_by_row() -> None:
     data = load_images("digits", limit=50)
-    live, needs = LiveTeacher(network()), Needs(hidden=("stages.0", "head:input"))
+    live, needs = LiveTeacher(unsettled()), Needs(hidden=("stages.0", "head:input"))
     memory = MemoryTeacher(live, InOrder(data.train, batch_size=7), needs=needs)
     rows = torch.tensor([31, 4, 18])
     batch = data.train.fetch(rows)

@@ -27,6 +27,16 @@ class World:
     accumulate: int = 1
 
 
+def unsettled() -> nn.Module:
+    """A network that differs between training and evaluation, by dropout and by its running statistics."""
+    model = ConvNet(classes=10, channels=1, widths=(4, 8), depth=1)
+    model.stages.append(nn.Dropout(0.5))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+    return model
+
+
 def images() -> World:
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(4, 1, 8, 8, generator=generator)

@@ -78,8 +78,7 @@ class Link(nn.Module):
         if self.sites[0].tokens:
             positions = token_positions(batch)
             return positions.any(-1) if self.relation else positions
-        counted = batch.counted()
-        return counted if counted.ndim == 1 else counted.flatten(1).any(-1)
+        return _rows(batch)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum of the objective over what counts; one feature of each for every pair."""
@@ -310,8 +309,6 @@ class Variational(Link):
         """The sum of the negative log-likelihood over what counts."""
         s, t, mask = self.mean(student[0], teacher[0]), teacher[0], self.counted(batch)
         if s.ndim == 3:  # tokens: each is an example of one vector
-            if mask.ndim == 1:
-                mask = mask.unsqueeze(-1).expand(s.shape[:2])
             s, t, mask = s.flatten(0, 1), t.flatten(0, 1), mask.flatten()
         return objectives.vid(
             s, t, self.spread, epsilon=self.epsilon, mask=mask, reduction="sum", **self.options

@@ -190,9 +190,14 @@ class References:
         return self._ask() if self.kept is None else iter(self.kept)
 
 
+def example_of(c: Comparison) -> Batch:
+    """Two samples for a dry run."""
+    return next(iter(c.test)).rows(0, 2)
+
+
 def fitted(c: Comparison, student: nn.Module, teacher: nn.Module, seed: int) -> tuple[nn.Module, Method]:
     """What is trained of ``student``, and the method, fitted to it and the teacher; both start as the seed says."""
-    method, example = c.method(), next(iter(c.test)).rows(0, 2)
+    method, example = c.method(), example_of(c)
     apprentice = adapted(method, student, teacher, example, seed)
     ids = c.batches("distilled", seed).ids if method.needs_ids else None
     return apprentice, built(method, apprentice, teacher, example, seed, ids)
@@ -237,11 +242,16 @@ def train_student(
         classes=references.classes,
     )
     if method.phases():
-        training = after_phases(training, ctx, fresh, live, next(iter(c.test)).rows(0, 2))
+        training = after_phases(training, ctx, fresh, live, example_of(c))
     card = {**c.student_card, "arm": arm}
     if isinstance(training.student, ReusedHead):
         card["reused_head"] = training.student.card
-    return train_and_keep(training, ctx, lambda: fresh()[0], c.test, references, card)
+
+    def rebuilt() -> nn.Module:
+        model = c.student(seed)
+        return model if arm == "alone" else adapted(c.method(), model, live.model, example_of(c), seed)
+
+    return train_and_keep(training, ctx, rebuilt, c.test, references, card)
 
 
 def after_phases(
@@ -601,7 +611,7 @@ def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
 
 def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: Teacher) -> None:
     """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
-    batch = next(iter(c.test)).rows(0, 2).to(ctx.device)
+    batch = example_of(c).to(ctx.device)
     student.to(ctx.device).eval()
     for each in (method, *(phase.method for phase in method.phases())):
         each.to(ctx.device).eval()

@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +59,22 @@ def explained(path: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
+@contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file that is at ``path`` whole or not at all: a draft, synced, then renamed."""
+    draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name}")
+    with explained(path.parent):
+        try:
+            with draft.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
 # JSON that knows itself ----------------------------------------------------------------------------------
 
 
@@ -69,18 +85,9 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with its checksum: to a draft, synced, then renamed."""
-    draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name}")
-    with explained(path.parent):
-        try:
-            with draft.open("wb") as file:
-                file.write(_sealed(content))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+    """Write JSON with its checksum."""
+    with _appearing(path) as file:
+        file.write(_sealed(content))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -155,19 +162,11 @@ def write_shard(folder: Path, name: str, layout: Layout, keys: Mapping[str, Arra
         np.cumsum(ragged.lengths, out=offsets[1:])
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(ragged.values)))
     batch = pa.record_batch(arrays, schema=schema(layout))
-    path, draft = folder / f"{name}.arrow", folder / f"{DRAFT}{os.getpid()}-{name}.arrow"
-    with explained(folder):
-        try:
-            with draft.open("wb") as file:
-                sink = _Hashed(file)
-                with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
-                    writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+    path = folder / f"{name}.arrow"
+    with _appearing(path) as file:
+        sink = _Hashed(file)
+        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
+            writer.write_batch(batch)
     shard = Shard(path, batch.num_rows, sink.size, sink.digest.hexdigest())
     write_sealed(
         folder / f"{name}.json", {"rows": shard.rows, "bytes": shard.size, "sha256": shard.sha256, "shard": path.name}
