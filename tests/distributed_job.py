@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, PlannedBatches
-from tutelage.engine import Accelerator, RunDirectory, Training, fit, make_accelerator
+from tutelage.engine import Accelerator, RunDirectory, Training, fit, leave, make_accelerator
 from tutelage.engine.checkpoint import full_model_state
 from tutelage.methods import FeatureMethod, LogitMethod, Method, Term, built
 from tutelage.objectives import kd
@@ -151,5 +151,4 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]) if len(sys.argv) > 4 else 3)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.config import Recipe, load_recipe
+from tutelage.engine import leave as leave
 from tutelage.reports import verdict, write_report
 from tutelage.workflows.distill import Run as Run
 from tutelage.workflows.distill import distill as _distill

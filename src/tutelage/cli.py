@@ -76,6 +76,7 @@ def run(
         raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
     if api.is_main():
         _show(finished.summary, finished.path)
+    api.leave()
 
 
 @app.command()
@@ -255,6 +256,7 @@ def cache(
     from tutelage.config import load_recipe
 
     loaded = load_recipe(what, rest or [])
+    from tutelage.api import leave
     from tutelage.workflows.caching import fill
 
     filled = fill(loaded, out=out)
@@ -263,6 +265,7 @@ def cache(
         f"{filled.path}: {filled.rows:,} rows, {filled.computed:,} of them computed now in {filled.seconds:.0f} s "
         f"({rate:,.0f} a second)"
     )
+    leave()
 
 
 @app.command()

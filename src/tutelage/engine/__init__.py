@@ -1,7 +1,7 @@
 """The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
 
 from tutelage.engine.evaluate import evaluate, evaluate_teacher
-from tutelage.engine.launch import Accelerator, from_main, make_accelerator, tracking
+from tutelage.engine.launch import Accelerator, from_main, leave, make_accelerator, tracking
 from tutelage.engine.loop import Outcome, Training, Watcher, fit
 from tutelage.engine.rundir import RunDirectory
 
@@ -15,6 +15,7 @@ __all__ = [
     "evaluate_teacher",
     "fit",
     "from_main",
+    "leave",
     "make_accelerator",
     "tracking",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +70,27 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
             f"the launcher started {world} processes, but accelerate sees {accelerator.num_processes}",
             remedy="launch with torchrun --nproc_per_node N -m tutelage run ..., and look at `accelerate env`",
         )
+    if world > 1:
+        atexit.unregister(_let_threads_go)
+        atexit.register(_let_threads_go)
     return accelerator
+
+
+def leave() -> None:
+    """The end of a launched process whose work is done: leaves its process group. Not after an error."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _let_threads_go() -> None:
+    """Lets gloo's threads drop the tensors of their last collective.
+
+    A thread of gloo wakes the one that waits for a collective before it drops the tensors, which takes the
+    interpreter's lock. If the interpreter ends in between, the process aborts ("terminate called without an active
+    exception") after all its work is done, and the launcher calls the run failed. A process group that DDP holds
+    outlives ``destroy_process_group``, so its threads cannot be joined from here.
+    """
+    time.sleep(0.5)
 
 
 def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
