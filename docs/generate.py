@@ -28,6 +28,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "teacher.speed": config.TeacherSpeedConfig,
     "teacher.cache": config.CacheConfig,
     "student": config.ModelConfig,
+    "workflow: kind: born-again": config.BornAgainConfig,
+    "workflow: kind: assistant-chain": config.AssistantChainConfig,
     "method: kind: logit": config.LogitConfig,
     "method: kind: feature": config.FeatureConfig,
     "method: kind: simkd": config.SimkdConfig,
@@ -45,7 +47,6 @@ UNDOCUMENTED = {
     "Recipe.method": "See below.",
     "Recipe.name": "Names the run directory. Default: the file's name.",
     "Recipe.student": "See below.",
-    "Recipe.teacher": "See below.",
     "Recipe.train": "Training of the students, and what the teacher's starts from. See below.",
     "ScheduleConfig.kind": "Name of the schedule; see the table below.",
     "TrainConfig.optimizer": "See below.",
@@ -80,7 +81,7 @@ A recipe is a YAML file that names data, teacher, student, method and training; 
   separate sections, the value is YAML, and `null` unsets a key. `seed: 1` is short for `seeds: [1]`;
   `train.steps=100` takes the place of `epochs`.
 - `data: digits` is short for `data: {{source: digits}}`; `teacher: mlp` and `student: mlp` for `{{model: mlp}}`;
-  `method: logit`, `optimizer: sgd` and `schedule: cosine` for `{{kind: ...}}`.
+  `method: logit`, `workflow: born-again`, `optimizer: sgd` and `schedule: cosine` for `{{kind: ...}}`.
 - Numbers and words are those of YAML 1.2: `1e-3` is a number; `no`, `on` and `off` are words.
 - What `teacher.train` leaves out comes from `train`; of an optimizer or schedule of another kind, only `lr`,
   `weight_decay` and `warmup`.

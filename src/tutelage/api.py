@@ -15,6 +15,7 @@ from tutelage.workflows.distill import Run as Run
 from tutelage.workflows.distill import distill as _distill
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import Finished, run_recipe
+from tutelage.workflows.series import run_workflow
 
 
 @wraps(_distill)
@@ -48,7 +49,8 @@ def run(
         TutelageError: one of its subclasses, with the remedy.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    finished = run_recipe(loaded, out=out, resume=resume, terminal=terminal)
+    carry_out = run_recipe if loaded.workflow is None else run_workflow
+    finished = carry_out(loaded, out=out, resume=resume, terminal=terminal)
     _report(finished.path)
     return finished
 

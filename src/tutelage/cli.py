@@ -141,8 +141,9 @@ def taps(
             raise ConfigError(f"--of {of}: a recipe has no such model", remedy="allowed: student, teacher")
         recipe = load_recipe(model, option or [])
         from tutelage.workflows.inspect import survey_recipe
+        from tutelage.workflows.series import first_stage
 
-        surveys = survey_recipe(recipe, (of,) if of else ("student", "teacher"))
+        surveys = survey_recipe(first_stage(recipe), (of,) if of else ("student", "teacher"))
     else:
         if of is not None:
             raise ConfigError(f"--of {of} is for recipes, and {model} is none", remedy="leave it out")
@@ -282,14 +283,15 @@ def report(
 def _show(summary: dict[str, Any], path: Path) -> None:
     from rich.console import Console
 
-    from tutelage.reports import final_table, verdict
+    from tutelage.reports import final_table, verdict, workflow_table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
     console.print()
-    console.print(_table(final_table(summary), console.width))
-    console.print(verdict(summary), highlight=False, markup=False)
+    many = "workflow" in summary
+    console.print(_table(workflow_table(summary) if many else final_table(summary), console.width))
+    console.print(summary["verdict"] if many else verdict(summary), highlight=False, markup=False)
     console.print(f"student: {path / 'student'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report:  {path / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
@@ -302,7 +304,9 @@ def _table(rows: list[dict[str, Any]], width: int) -> Table:
     titles = {
         "accuracy": "accuracy", "last": "last epoch", "agreement": "agreement", "kl": "KL to teacher",
         "ece": "ECE", "parameters": "parameters", "latency": "latency",
+        "over": "difference, points",
     }  # fmt: skip
+    titles = {key: title for key, title in titles.items() if any(key in row for row in rows)}
     models = [[str(row["name"]), *(str(row.get(key, "")) for key in titles)] for row in rows]
     lines = [["", *titles.values()], *models]
     if sum(max(len(cell) for cell in column) + 2 for column in zip(*lines, strict=True)) > width:

@@ -17,9 +17,9 @@ from tutelage.config.methods import (
     PairConfig,
     SimkdConfig,
 )
+from tutelage.config.models import MODELS, ModelConfig
 from tutelage.config.schema import (
     AUGMENTS,
-    MODELS,
     OPTIMIZERS,
     SCHEDULES,
     SOURCES,
@@ -28,7 +28,6 @@ from tutelage.config.schema import (
     DataConfig,
     EnsembleConfig,
     MemberConfig,
-    ModelConfig,
     OptimizerConfig,
     Recipe,
     ScheduleConfig,
@@ -37,6 +36,7 @@ from tutelage.config.schema import (
     TeacherSpeedConfig,
     TrainConfig,
 )
+from tutelage.config.workflows import WORKFLOW_KINDS, AssistantChainConfig, BornAgainConfig
 
 __all__ = [
     "AUGMENTS",
@@ -50,6 +50,9 @@ __all__ = [
     "SOFT_TEMPERATURES",
     "SOURCES",
     "TRACKERS",
+    "WORKFLOW_KINDS",
+    "AssistantChainConfig",
+    "BornAgainConfig",
     "CacheConfig",
     "DataConfig",
     "EnsembleConfig",

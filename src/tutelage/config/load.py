@@ -10,14 +10,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tutelage.config.base import suggest
+from tutelage.config.base import Section, suggest
 from tutelage.config.lines import Key, Loader, Place, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
 from tutelage.config.methods import METHOD_KINDS
 from tutelage.config.schema import Recipe
+from tutelage.config.workflows import WORKFLOW_KINDS
 from tutelage.errors import ConfigError, nearest
 
-SHORTHANDS = {"data": "source", "teacher": "model", "student": "model", "method": "kind"}
+SHORTHANDS = {"data": "source", "teacher": "model", "student": "model", "method": "kind", "workflow": "kind"}
 TRAIN_SHORTHANDS = {"optimizer": "kind", "schedule": "kind"}
 
 
@@ -32,6 +33,10 @@ def _expand(raw: dict[str, Any]) -> None:
 
     expand(raw, SHORTHANDS)
     expand(raw.get("train"), TRAIN_SHORTHANDS)
+    workflow = raw.get("workflow")
+    assistants = workflow.get("assistants") if isinstance(workflow, dict) else None
+    if isinstance(assistants, list):
+        assistants[:] = [{"model": model} if isinstance(model, str) else model for model in assistants]
     if isinstance(raw.get("teacher"), dict):
         expand(raw["teacher"].get("train"), TRAIN_SHORTHANDS)
         members = raw["teacher"].get("members")
@@ -41,6 +46,9 @@ def _expand(raw: dict[str, Any]) -> None:
             elif isinstance(member, dict):
                 expand(member.get("train"), TRAIN_SHORTHANDS)
 
+
+KINDS: dict[str, dict[str, type[Section]]] = {"method": METHOD_KINDS, "workflow": WORKFLOW_KINDS}
+"""Sections of several kinds."""
 
 BUDGETS = {"epochs": "steps", "steps": "epochs"}
 """Two ways to say how long: an override of one replaces the other."""
@@ -158,15 +166,13 @@ def build_recipe(
         places[key] = f"override {text!r}"
     if default_name is not None:
         raw.setdefault("name", default_name)
-    method = raw.get("method")
-    if isinstance(method, dict):
-        kind = method.setdefault("kind", "logit")
-        if not isinstance(kind, str) or kind not in METHOD_KINDS:
-            raise ConfigError(
-                f"unknown method {kind!r}{suggest(str(kind), METHOD_KINDS)}",
-                where=where_given(name, places, ("method", "kind")),
-                remedy=f"allowed: {', '.join(METHOD_KINDS)}",
-            )
+    if isinstance(raw.get("method"), dict):
+        raw["method"].setdefault("kind", "logit")
+    kinds = {
+        key: found
+        for key, known in KINDS.items()
+        if (found := _kind(raw.get(key), key, known, where_given(name, places, (key, "kind")))) is not None
+    }
     teacher = raw.get("teacher")
     if isinstance(teacher, dict):
         _plan_training(teacher, raw.get("train", {}))
@@ -175,13 +181,25 @@ def build_recipe(
     except ValidationError as error:
         problems = []
         for details in error.errors(include_url=False):
-            if details["loc"][:1] == ("method",) and details["loc"][1:2] and details["loc"][1] in METHOD_KINDS:
-                details["loc"] = ("method", *details["loc"][2:])  # pydantic names the kind in between
+            loc = details["loc"]
+            if loc[:1] and loc[0] in kinds and loc[1:2] and loc[1] in KINDS[str(loc[0])]:
+                details["loc"] = (loc[0], *loc[2:])  # pydantic names the kind in between
             if inherited(details, error):
                 continue
-            kind = method.get("kind") if isinstance(method, dict) else None
-            problems.append(explain(details, name, places, METHOD_KINDS.get(str(kind))))
+            problems.append(explain(details, name, places, kinds))
         raise ConfigError("\n".join(problems)) from None
+
+
+def _kind(section: Any, key: str, known: Mapping[str, type[Section]], where: str) -> type[Section] | None:
+    """The class of a section that has several, by its ``kind``; ``None`` where there is no such section."""
+    if not isinstance(section, dict):
+        return None
+    kind = section.get("kind")
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(
+            f"unknown {key} {kind!r}{suggest(str(kind), known)}", where=where, remedy=f"allowed: {', '.join(known)}"
+        )
+    return known[kind]
 
 
 def dump_recipe(recipe: BaseModel) -> str:

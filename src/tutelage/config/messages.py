@@ -11,7 +11,6 @@ from pydantic_core import ErrorDetails
 
 from tutelage.config.base import Misfit, Section, suggest
 from tutelage.config.lines import Key, Place
-from tutelage.config.methods import FeatureConfig, PairConfig
 from tutelage.config.schema import Recipe
 
 
@@ -48,13 +47,11 @@ def where_given(name: str, places: Mapping[Key, Place], loc: Key) -> str:
     return name
 
 
-def _section(loc: Key, method: type[Section] | None = None) -> type[BaseModel] | None:
-    """The class whose field the last part of ``loc`` is; ``method`` is that of the recipe's method."""
+def _section(loc: Key, kinds: Mapping[str, type[Section]]) -> type[BaseModel] | None:
+    """The class whose field the last part of ``loc`` is; ``kinds`` are those of the sections that have several."""
     model: Any = Recipe
-    if loc[:1] == ("method",) and len(loc) > 1:
-        if method is not FeatureConfig or loc[1] != "pairs" or len(loc) < 4:
-            return method if len(loc) == 2 else None
-        return PairConfig if len(loc) == 4 else None
+    if len(loc) > 1 and isinstance(loc[0], str) and loc[0] in kinds:
+        model, loc = kinds[loc[0]], loc[1:]
     for part in loc[:-1]:
         if isinstance(part, int):  # an item of a list is of the class of the list's items
             continue
@@ -72,14 +69,12 @@ def _parts(annotation: Any) -> list[Any]:
     return [annotation, *(part for inner in getattr(annotation, "__args__", ()) for part in _parts(inner))]
 
 
-def explain(
-    details: ErrorDetails, name: str, places: Mapping[Key, Place], method: type[Section] | None = None
-) -> str:
-    """One fault in words; ``method`` is the class of the recipe's method."""
+def explain(details: ErrorDetails, name: str, places: Mapping[Key, Place], kinds: Mapping[str, type[Section]]) -> str:
+    """One fault in words; ``kinds`` are the classes of the recipe's method and workflow."""
     loc = details["loc"]
     where, key = where_given(name, places, loc), ".".join(str(p) for p in loc)
     given = details["input"]
-    section = _section(loc, method)
+    section = _section(loc, kinds)
     fields = [f for f in section.model_fields if f != "kind"] if section else []
     match details["type"]:
         case "extra_forbidden":
@@ -101,7 +96,7 @@ def explain(
             words = re.findall(r"'([^']*)'", allowed)
             return f"{where}: {key}: given {given!r}{suggest(str(given), words)}\n  -> allowed: {allowed}"
         case "model_type" | "dict_type":
-            inside = _section((*loc, ""), method)
+            inside = _section((*loc, ""), kinds)
             allowed = ", ".join(inside.model_fields) if inside else "any"
             return f"{where}: {key}: given {_shown(given)}\n  -> it takes keys and values; keys: {allowed}"
         case _:

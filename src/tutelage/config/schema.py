@@ -9,12 +9,12 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
 from tutelage.config.methods import FeatureConfig, LogitConfig, SimkdConfig
+from tutelage.config.models import ModelConfig, ModelName
+from tutelage.config.workflows import AssistantChainConfig, BornAgainConfig
+from tutelage.errors import ConfigError
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
 """What ``data.source`` can be."""
-
-MODELS = ("convnet", "mlp", "resnet", "timm:NAME", "torchvision:NAME", "hf:ID", "package.module:callable")
-"""What ``model`` can be."""
 
 AUGMENTS = (
     "flip", "shift", "cutmix", "mixup", "auto-augment", "color-jitter", "erase", "grayscale", "rand-augment",
@@ -59,13 +59,6 @@ def _source(name: str) -> str:
     kind, _, rest = name.partition(":")
     if name not in SOURCES[:3] and not (rest and kind in ("torchvision", "hf")):
         raise ValueError(f"unknown source {name!r}{suggest(name, SOURCES)}; allowed: {', '.join(SOURCES)}")
-    return name
-
-
-def _model(name: str) -> str:
-    kind, _, rest = name.partition(":")
-    if name not in MODELS[:3] and not (kind and rest):
-        raise ValueError(f"unknown model {name!r}{suggest(name, MODELS)}; allowed: {', '.join(MODELS)}")
     return name
 
 
@@ -247,17 +240,6 @@ class TrainConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    """A model by name."""
-
-    model: Annotated[str, AfterValidator(_model)]
-    """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the model's constructor."""
-    checkpoint: str | None = None
-    """Weights: a safetensors file, a torch file readable with ``weights_only``, or a folder that a run exported."""
-
-
 class CacheConfig(Section):
     """The teacher's word on disk: written in the first epoch or by ``tutelage cache``, then read."""
 
@@ -321,6 +303,9 @@ class MemberConfig(ModelConfig):
     trained: bool | None = None
     """Whether the model comes with its weights. Default: with a ``checkpoint``, an ``hf:`` id, timm's
     ``pretrained`` or torchvision's ``weights`` it does."""
+    seed: Seed | None = None
+    """Of its weights and its order of images, where it is trained. Default: the first of ``seeds``, and each member
+    of an ensemble the next."""
     train: TrainConfig | None = None
     """Its own training, or fine-tuning where it has weights. What it leaves out is taken from the recipe's ``train``.
     Default: none with weights, the recipe's ``train`` without."""
@@ -356,7 +341,7 @@ class EnsembleConfig(Section):
 class TeacherConfig(MemberConfig, EnsembleConfig):
     """The teacher, or the members of an ensemble: each trained first where it has no weights of its own."""
 
-    model: Annotated[str, AfterValidator(_model)] | None = None  # type: ignore[assignment]
+    model: ModelName | None = None  # type: ignore[assignment]
     """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``; or
     none, and ``members``."""
     members: Annotated[list[MemberConfig], Field(min_length=2)] | None = None
@@ -384,8 +369,8 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
                 if getattr(self, key) is not None:
                     raise Misfit(f"{key!r} is for an ensemble, and there are no 'members'; remove it", key)
             return self
-        for key in ("options", "checkpoint", "trained", "train"):
-            if getattr(self, key):
+        for key in ("options", "checkpoint", "trained", "train", "seed"):
+            if getattr(self, key) not in (None, {}):
                 raise Misfit(f"{key!r} is of a single teacher; give it to each of 'members'", key)
         many = len(self.members)
         if isinstance(self.weights, list):
@@ -427,7 +412,10 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: DataConfig
-    teacher: TeacherConfig
+    workflow: Annotated[BornAgainConfig | AssistantChainConfig, Field(discriminator="kind")] | None = None
+    """What trains more than once. Default: one comparison."""
+    teacher: TeacherConfig | None = None
+    """See below. There is none in ``workflow: born-again``."""
     student: ModelConfig
     method: Annotated[LogitConfig | FeatureConfig | SimkdConfig, Field(discriminator="kind")]
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -440,8 +428,38 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
             raise Misfit(f"{self.seeds} holds a seed twice, and a copy adds no evidence; remove it", "seeds")
-        for i, member in enumerate(self.teacher.each):
-            where = "teacher" if self.teacher.members is None else f"teacher.members.{i}"
+        if isinstance(self.workflow, BornAgainConfig):
+            if self.teacher is not None:
+                raise Misfit(
+                    "in workflow born-again each generation teaches the next; remove 'teacher'",
+                    "teacher",
+                )
+        elif self.teacher is None:
+            raise Misfit("there is no 'teacher'; add one, as in teacher: {model: resnet}", "teacher")
+        if self.workflow is not None and self.method.kind == "simkd":
+            raise Misfit(
+                "simkd exports the teacher's classifier with the student, and the next student would lack it; "
+                "use another method",
+                "method",
+            )
+        if self.teacher is not None:
+            self._fits_teacher(self.teacher)
+        return self
+
+    @property
+    def required_teacher(self) -> TeacherConfig:
+        """The teacher, where one is needed.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.teacher is None:
+            raise ConfigError("the recipe has no teacher", where="teacher", remedy="use a recipe that has one")
+        return self.teacher
+
+    def _fits_teacher(self, teacher: TeacherConfig) -> None:
+        for i, member in enumerate(teacher.each):
+            where = "teacher" if teacher.members is None else f"teacher.members.{i}"
             for key in ("precision", "trackers") if member.train is not None else ():
                 own, shared = getattr(member.train, key), getattr(self.train, key)
                 if own != shared:
@@ -450,9 +468,9 @@ class Recipe(Section):
                         f"set train.{key} alone",
                         "teacher",
                     )
-        if self.teacher.route is not None and self.data.route is None:
+        if teacher.route is not None and self.data.route is None:
             raise Misfit("teacher.route goes by a column, and there is no 'data.route'; name it", "teacher")
-        if self.data.route is not None and self.teacher.route is None:
+        if self.data.route is not None and teacher.route is None:
             raise Misfit("'data.route' is given, and no 'teacher.route' goes by it; remove it, or add one", "data")
         mixed = [n for n in ("cutmix", "mixup") if any(n in entry for entry in self.data.augment)]
         if self.data.route is not None and mixed:
@@ -461,25 +479,24 @@ class Recipe(Section):
                 "remove it, or 'data.route' and 'teacher.route'",
                 "data",
             )
-        if self.teacher.members is not None and self.method.kind == "simkd":
+        if teacher.members is not None and self.method.kind == "simkd":
             raise Misfit(
                 "simkd takes over one teacher's classifier, and there are several; use another method", "method"
             )
-        if self.teacher.members is not None and isinstance(self.method, FeatureConfig):
+        if teacher.members is not None and isinstance(self.method, FeatureConfig):
             self._of_members(self.method)
-        if self.teacher.cache is not None and self.data.augment and self.data.views is None:
+        if teacher.cache is not None and self.data.augment and self.data.views is None:
             raise Misfit(
                 "teacher.cache with data.augment would keep a row for every image of every epoch and never read one; "
                 "set data.views, such as 10: so many views of each image are kept, and epochs go round them",
                 "teacher",
             )
-        if self.teacher.cache is not None and self.teacher.mode != "eval":
+        if teacher.cache is not None and teacher.mode != "eval":
             raise Misfit(
-                f"teacher.cache with teacher.mode {self.teacher.mode!r}: what the teacher says of an image would "
+                f"teacher.cache with teacher.mode {teacher.mode!r}: what the teacher says of an image would "
                 "depend on the batch that it first came in; use mode: eval",
                 "teacher",
             )
-        return self
 
     def _of_members(self, method: FeatureConfig) -> None:
         if method.pairs is None:
@@ -488,7 +505,7 @@ class Recipe(Section):
                 "list the pairs, as in {student: stages.1, teacher: 0.stages.1}",
                 "method",
             )
-        if self.teacher.route is not None:
+        if self.teacher is not None and self.teacher.route is not None:
             raise Misfit("features of members that each teach some images only; use kind: logit", "method")
 
 

@@ -21,17 +21,18 @@ from tutelage.reports.dark import dark_knowledge
 from tutelage.reports.figures import FIGURES, seed_by_seed
 from tutelage.reports.panel import Panel
 from tutelage.reports.parts import comparison, configs, figure, final, headline
-from tutelage.reports.read import Run, read_runs
+from tutelage.reports.read import Run, Series, read_runs
 from tutelage.reports.script import SCRIPT
+from tutelage.reports.series import told
 from tutelage.reports.style import STYLE
 from tutelage.reports.wording import escaped
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write one HTML page about one run, or several side by side.
+    """Write one HTML page about one run, or several side by side; generations, chains and searches among them.
 
     Args:
-        runs: run directories of finished runs.
+        runs: folders of finished runs and workflows.
         out: the page; replaced whole if it is there.
 
     Returns:
@@ -42,19 +43,37 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         DataError: a run's file is broken.
     """
     out = Path(out)
-    _write(out, page(read_runs([Path(run) for run in runs])))
+    write_page(out, page(read_runs([Path(run) for run in runs])))
     return out
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(found: Sequence[Run | Series]) -> str:
     """The page's HTML."""
+    runs = [run for run in found if isinstance(run, Run)]
+    series = [one for one in found if isinstance(one, Series)]
+    drawn: list[Panel] = []
+    parts = []
+    if runs:
+        figures = _figures(runs, drawn) + dark_knowledge(runs, lambda panel: _number(panel, drawn))
+        parts = [headline(runs), comparison(runs), final(runs), figures]
+    for one in series:
+        parts.append(told(one, lambda panel: _number(panel, drawn), alone=len(found) == 1))
+    title = " and ".join(one.label for one in found) if len(found) < 4 else f"{len(found)} runs"
+    return document(f"{title} – distillation report", "\n".join([*parts, configs(found)]), drawn)
+
+
+def document(title: str, body: str, drawn: Sequence[Panel], command: str = "tutelage report") -> str:
+    """A complete page in itself.
+
+    Args:
+        title: of the window; text.
+        body: HTML.
+        drawn: the figures that the body has places for, in the order of their numbers.
+        command: what wrote it.
+    """
     from plotly.offline import get_plotlyjs
 
     library, script = (_normal(code) for code in (get_plotlyjs(), SCRIPT))
-    drawn: list[Panel] = []
-    figures = _figures(runs, drawn) + dark_knowledge(runs, lambda panel: _number(panel, drawn))
-    body = "\n".join([headline(runs), comparison(runs), final(runs), figures, configs(runs)])
-    title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     policy = "; ".join(
         [
             "default-src 'none'",
@@ -72,14 +91,14 @@ def page(runs: Sequence[Run]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escaped(title)} – distillation report</title>
+<title>{escaped(title)}</title>
 <link rel="icon" href="data:,">
 <style>{STYLE}</style>
 </head>
 <body>
 <main>
 {body}
-<footer>Written by <code>tutelage report</code>. This page is complete in itself and needs no network.</footer>
+<footer>Written by <code>{escaped(command)}</code>. This page is complete in itself and needs no network.</footer>
 </main>
 <script type="application/json" id="figures">{as_json([p.plotted() for p in drawn])}</script>
 <script>{library}</script>
@@ -143,7 +162,12 @@ def _digest(code: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
 
 
-def _write(out: Path, text: str) -> None:
+def write_page(out: Path, text: str) -> None:
+    """Write a page; replaced whole if it is there.
+
+    Raises:
+        RunDirectoryError: it cannot be written.
+    """
     draft = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

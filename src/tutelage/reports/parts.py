@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from tutelage.reports.panel import Panel
-from tutelage.reports.read import Run
+from tutelage.reports.read import Run, Series
 from tutelage.reports.wording import (
     ABSENT,
     count,
@@ -34,6 +34,7 @@ COLUMNS = {
     "seconds": "Training time",
 }
 ROLE = {"teacher": "teacher", "student alone": "alone", "student distilled": "distilled"}
+"""The colour of a row of the final table."""
 
 NOTE = (
     "All figures are of the test split. “Best on validation”: the weights with the best validation accuracy. "
@@ -195,7 +196,7 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
     return {key: yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()}
 
 
-def configs(runs: Sequence[Run]) -> str:
+def configs(runs: Sequence[Run | Series]) -> str:
     """The resolved config of each run, as it is."""
     return (
         "<section><h2>Config</h2>"

@@ -41,8 +41,25 @@ class Run:
         return [arm for arm in ("alone", "distilled") if arm in self.summary["students"]]
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in ``paths``, each once.
+@dataclass(frozen=True)
+class Series:
+    """What a finished workflow of several runs left.
+
+    Attributes:
+        label: as of :class:`Run`.
+        path: its folder.
+        summary: of ``summary.json``.
+        config: the text of ``config.yaml``.
+    """
+
+    label: str
+    path: Path
+    summary: dict[str, Any]
+    config: str
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run | Series]:
+    """The runs and the workflows in ``paths``, each once.
 
     Raises:
         RunDirectoryError: there is none, it is not finished, or a file of it is missing.
@@ -55,7 +72,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [_read_run(p, name if names.count(name) == 1 else str(p)) for p, name in zip(folders, names, strict=True)]
 
 
-def _read_run(path: Path, label: str) -> Run:
+def _read_run(path: Path, label: str) -> Run | Series:
     if not path.is_dir():
         raise RunDirectoryError("there is no such run directory", where=str(path), remedy="check the path")
     if not (path / "summary.json").exists():
@@ -70,10 +87,13 @@ def _read_run(path: Path, label: str) -> Run:
             where=str(path),
             remedy=f"go on with --resume (and --out {path}), then report",
         )
+    summary = _read_summary(path / "summary.json")
+    if "workflow" in summary:
+        return Series(label, path, summary, _read_text(path / "config.yaml"))
     return Run(
         label=label,
         path=path,
-        summary=_read_summary(path / "summary.json"),
+        summary=summary,
         metrics=_read_metrics(path / "metrics.jsonl"),
         config=_read_text(path / "config.yaml"),
         similarity={file.stem: _read_similarity(file) for file in sorted((path / "similarity").glob("[!.]*.json"))},
@@ -100,7 +120,7 @@ def _read_summary(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"is not JSON ({error})", where=str(file), remedy=again) from None
     try:
-        Summary.model_validate(found)
+        (WorkflowSummary if isinstance(found, dict) and "workflow" in found else Summary).model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(k) for k in first["loc"]) or "the file"
@@ -268,6 +288,48 @@ class Summary(_Part):
     device: str | None = None
     processes: int | None = None
     exported: str | None = None
+
+
+class Shown(_Part):
+    """What was measured of a line of a workflow's table, at one choice of weights."""
+
+    accuracy: Spread
+    loss: Spread | None = None
+    agreement: Spread | None = None
+    ece: Spread | None = None
+
+
+class Against(_Part):
+    """A line against another."""
+
+    best: Pair
+    last: Pair
+
+
+class WorkflowRow(_Part):
+    """A line of a workflow's table."""
+
+    name: str
+    role: str
+    parameters: int
+    best: Shown
+    last: Shown
+    taught_by: str | None = None
+    step: int | None = None
+    validation: Spread | None = None
+    against: dict[str, Against]
+
+
+class WorkflowSummary(_Part):
+    """``summary.json`` of a workflow: what of it a report reads."""
+
+    workflow: str
+    name: str
+    verdict: str
+    seeds: list[int]
+    rows: list[WorkflowRow]
+    stages: list[str]
+    exported: str
 
 
 class Term(_Part):

@@ -101,6 +101,27 @@ def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def workflow_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The rows of a workflow of several runs.
+
+    Returns:
+        Formatted strings under ``name``, ``parameters``, ``accuracy``, ``last`` and ``over``: the gain over the row
+        that it is first compared with.
+    """
+    return [
+        {
+            "name": row["name"],
+            "parameters": count(row["parameters"]),
+            "accuracy": percent_spread(row["best"]["accuracy"]),
+            "last": percent_spread(row["last"]["accuracy"]),
+            "over": next(
+                (f"{points(p['best']['mean'])} over {other}" for other, p in row["against"].items()), ABSENT
+            ),
+        }
+        for row in summary["rows"]
+    ]
+
+
 # Figures ------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ def open_cache(
     """
     from tutelage.workflows.comparison import all_needs
 
-    config = recipe.teacher.cache
+    config = recipe.required_teacher.cache
     assert config is not None
     needs = all_needs(method)
     if needs.head:
@@ -124,7 +124,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     from tutelage.workflows.comparison import as_taught, check_teachers, fitted
     from tutelage.workflows.run import comparison, load_data
 
-    if any(member.train is not None for member in recipe.teacher.each):
+    if any(member.train is not None for member in recipe.required_teacher.each):
         raise CapabilityError(
             "the teacher has no weights yet, and a cache is of one that is trained",
             where="teacher",
@@ -166,7 +166,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
 
 def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
     """The recipe with a cache, in the folder ``out`` where one is given; checked again."""
-    config = recipe.teacher.cache or CacheConfig()
+    config = recipe.required_teacher.cache or CacheConfig()
     if out is not None:
         config = config.model_copy(update={"path": str(out)})
     if recipe.data.augment and recipe.data.views is None:
@@ -175,7 +175,7 @@ def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
             where="data.views",
             remedy="set how many views there are: data.views=10",
         )
-    teacher = recipe.teacher.model_copy(update={"cache": config})
+    teacher = recipe.required_teacher.model_copy(update={"cache": config})
     return recipe.model_copy(update={"teacher": teacher})
 
 

@@ -22,6 +22,7 @@ from tutelage.workflows.comparison import Comparison, as_taught, check_labels, c
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import ONE_VIEW, comparison, load_data
+from tutelage.workflows.series import first_stage
 from tutelage.workflows.teachers import ModelTeacher
 
 
@@ -46,7 +47,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     Raises:
         TutelageError: something cannot even be loaded; the message is the finding.
     """
-    terminal = terminal or Terminal()
+    terminal, recipe = terminal or Terminal(), first_stage(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_data(recipe, terminal)
     c = comparison(recipe, data)
@@ -99,7 +100,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     for path in method.student_needs.hidden if method.student_needs else ():
         passes("student tap", path, lambda path=path: find(student, path))
     found.append(capacity(parameters(student), parameters(teacher.model)))
-    if all(member.train is None for member in recipe.teacher.each):
+    if all(member.train is None for member in recipe.required_teacher.each):
         found.append(teacher_quality(c, teacher, device, len(data.classes)))
     else:
         found.append(

@@ -156,11 +156,14 @@ def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | Non
     data = load_data(recipe, terminal or Terminal())
     c = comparison(recipe, data)
     example = next(iter(c.test)).rows(0, ROWS)
-    models = {"student": (recipe.student, lambda: c.student(recipe.seeds[0])), "teacher": (recipe.teacher, c.teacher)}
+    models = {
+        "student": (recipe.student, lambda: c.student(recipe.seeds[0])),
+        "teacher": (recipe.required_teacher, c.teacher),
+    }
     found = []
     for name in who:
         config, make = models[name]
-        what = config.model or f"ensemble of {len(recipe.teacher.each)}"
+        what = config.model or f"ensemble of {len(recipe.required_teacher.each)}"
         found.append(survey(make(), example, f"{name}: {what}", f" ({recipe.data.source})"))
     return found
 

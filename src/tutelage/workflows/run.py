@@ -15,8 +15,8 @@ from torch import nn
 from tutelage.config import MemberConfig, ModelConfig, Recipe, dump_recipe
 from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
 from tutelage.data.batch import IGNORE
-from tutelage.engine import from_main, make_accelerator, tracking
-from tutelage.errors import RunDirectoryError
+from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
+from tutelage.errors import ConfigError, RunDirectoryError
 from tutelage.methods import METHODS, Method
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
@@ -56,25 +56,54 @@ def run_recipe(
         TutelageError: one of its subclasses, with the remedy.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
+    if recipe.workflow is not None:
+        raise ConfigError(f"workflow {recipe.workflow.kind!r} is not a single run", remedy="tutelage.api.run runs it")
+    path, accelerator, terminal = prepared(recipe, out, resume, terminal)
+    return run_data(recipe, None, path, resume=resume, terminal=terminal, accelerator=accelerator)
+
+
+def prepared(
+    recipe: Recipe, out: str | Path | None, resume: bool, terminal: Terminal | None
+) -> tuple[Path, Accelerator, Terminal]:
+    """The folder of a run, the same for all processes; this process's accelerator; and where it shows progress."""
     accelerator = make_accelerator(recipe.train.precision, list(recipe.train.trackers))
     path = from_main(accelerator, lambda: choose(out, recipe.name, resume))
     terminal = terminal or Terminal()
     terminal.speaks = terminal.speaks and accelerator.is_main_process
     terminal.live = terminal.live and accelerator.is_main_process
+    return path, accelerator, terminal
+
+
+def run_data(
+    recipe: Recipe,
+    data: ImageData | None,
+    path: Path,
+    *,
+    resume: bool,
+    terminal: Terminal,
+    accelerator: Accelerator | None = None,
+) -> Finished:
+    """:func:`run_recipe` in a folder, on data that somebody read already, or ``None``."""
+    accelerator = accelerator or make_accelerator(recipe.train.precision, list(recipe.train.trackers))
     with opened(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
         if run.summary.exists():
             terminal.say(f"{path} is finished; showing what it found")
-            return Finished(path, _summary(run.summary))
+            return Finished(path, read_summary(run.summary))
         many = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
         terminal.say(f"run directory: {path}{many}")
-        data = load_data(recipe, terminal)
+        data = data or load_data(recipe, terminal)
         tracked = tracking(accelerator, path / "trackers", {"recipe": dump_recipe(recipe)})
         with stopping(terminal.say) as should_stop, tracked:
             summary = compare(comparison(recipe, data), Context(accelerator, run, terminal, should_stop))
     return Finished(path, summary)
 
 
-def _summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path) -> dict[str, Any]:
+    """What a finished run or workflow found.
+
+    Raises:
+        RunDirectoryError: the file is damaged.
+    """
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -89,7 +118,8 @@ def load_data(recipe: Recipe, terminal: Terminal) -> ImageData:
     fields = recipe.data.model_dump(exclude={"workers", "views"})
     if recipe.data.views == 1:
         terminal.say(f"note: {ONE_VIEW}")
-    return load_images(**fields, teacher_augment=recipe.teacher.augment, progress=terminal.iterate)
+    augment = None if recipe.teacher is None else recipe.teacher.augment
+    return load_images(**fields, teacher_augment=augment, progress=terminal.iterate)
 
 
 def comparison(recipe: Recipe, data: ImageData) -> Comparison:
@@ -104,10 +134,10 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
     decoding = workers if data.test.pixels is None else 0
     student_spec = model_spec(recipe.student, data)
     facts = {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
-    members = [teacher_member(recipe, i, data, facts) for i in range(len(recipe.teacher.each))]
+    members = [teacher_member(recipe, i, data, facts) for i in range(len(recipe.required_teacher.each))]
     plan = None
-    if recipe.teacher.members is not None:
-        t = recipe.teacher
+    if recipe.required_teacher.members is not None:
+        t = recipe.required_teacher
         plan = EnsemblePlan(
             members, t.combine or "probabilities", t.weights, t.average_at or 1.0,
             None if t.route is None else routes(t.route, data.routes),
@@ -124,11 +154,11 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         seeds=recipe.seeds,
         baseline=recipe.baseline,
         train_teacher=members[0].train if plan is None else None,
-        teacher_mode=recipe.teacher.mode,
+        teacher_mode=recipe.required_teacher.mode,
         ensemble=plan,
         speed=members[0].speed,
-        ahead=asks_ahead(recipe.teacher.speed),
-        cache=None if recipe.teacher.cache is None else partial(open_cache, recipe, data),
+        ahead=asks_ahead(recipe.required_teacher.speed),
+        cache=None if recipe.required_teacher.cache is None else partial(open_cache, recipe, data),
         remember=None if data.train.augmented else InOrder(data.train, workers=decoding),
         remember_rows=len(data.train),
         classes=data.classes,
@@ -139,8 +169,9 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
 
 def teacher_member(recipe: Recipe, number: int, data: ImageData, facts: dict[str, Any]) -> Member:
     """A teacher of the recipe; each has a seed of its own, so that two of the same kind differ."""
-    config, many = recipe.teacher.each[number], recipe.teacher.members is not None
-    name, seed = f"teacher-{number}" if many else "teacher", recipe.seeds[0] + number
+    config, many = recipe.required_teacher.each[number], recipe.required_teacher.members is not None
+    name = f"teacher-{number}" if many else "teacher"
+    seed = recipe.seeds[0] + number if config.seed is None else config.seed
     where = f"teacher.members.{number}" if many else "teacher"
     spec = model_spec(config, data)
     train = None
@@ -152,7 +183,7 @@ def teacher_member(recipe: Recipe, number: int, data: ImageData, facts: dict[str
         partial(build_teacher, config, spec, data.classes, seed, where),
         train,
         {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
-        live_options(recipe.teacher.speed, config.speed),
+        live_options(recipe.required_teacher.speed, config.speed),
     )
 
 

@@ -1,0 +1,56 @@
+"""Carrying out a recipe's ``workflow``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage.config import Recipe, dump_recipe
+from tutelage.workflows.assistants import assistant_chain
+from tutelage.workflows.born_again import born_again, taught
+from tutelage.workflows.folder import opened
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import Finished, prepared, read_summary
+from tutelage.workflows.stages import Stages, staged
+
+WORKFLOWS: dict[str, Callable[[Stages, torch.device], dict[str, Any]]] = {
+    "assistant-chain": assistant_chain,
+    "born-again": born_again,
+}
+"""Each runs its stages and writes the summary."""
+
+
+def run_workflow(
+    recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
+) -> Finished:
+    """Carry out a recipe's workflow, or go on with it.
+
+    Args:
+        recipe: one that has a ``workflow``.
+        out: the folder. Default: the first free of ``runs/NAME``, ``runs/NAME-2`` ...
+        resume: go on with the workflow in that folder: finished stages stay, the one that was stopped goes on.
+        terminal: where progress is shown.
+
+    Raises:
+        TutelageError: one of its subclasses, with the remedy.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    assert recipe.workflow is not None
+    path, accelerator, terminal = prepared(recipe, out, resume, terminal)
+    with opened(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
+        if run.summary.exists():
+            terminal.say(f"{path} is finished; showing what it found")
+            return Finished(path, read_summary(run.summary))
+        stages = Stages(recipe, run, terminal)
+        return Finished(path, WORKFLOWS[recipe.workflow.kind](stages, accelerator.device))
+
+
+def first_stage(recipe: Recipe) -> Recipe:
+    """A recipe of one run that shows what the workflow would meet; the recipe itself where it has no workflow."""
+    if recipe.workflow is None:
+        return recipe
+    changes = taught(recipe, recipe.seeds[0], 1, []) if recipe.teacher is None else {}
+    return staged(recipe, "first", **changes)
