@@ -11,7 +11,6 @@ Every JSON file holds a checksum of itself and must be, byte for byte, what this
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from tutelage.errors import CacheError
+from tutelage.errors import CacheError, refusal
 from tutelage.teachers.cache.layout import Array, Columns, Layout, Ragged
 
 FORMAT = 1
@@ -48,13 +47,8 @@ def explained(path: Path) -> Iterator[None]:
     except CacheError:
         raise
     except OSError as error:
-        reason = {
-            errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
-            errno.EACCES: "permission denied", errno.EROFS: "the file system is read-only",
-            errno.ENOTDIR: "a part of the path is a file", errno.ENOENT: "there is no such folder",
-        }.get(error.errno or 0, str(error))  # fmt: skip
         raise CacheError(
-            f"cannot be written: {reason}", where=str(path),
+            f"cannot be written: {refusal(error)}", where=str(path),
             remedy="what is there stays valid: make room or choose another folder, then go on",
         ) from error  # fmt: skip
 
