@@ -205,12 +205,16 @@ def seeds_of(ids: Array, views: Array) -> Array:
 
 
 def digest(batch: Batch, row: int) -> int:
-    """A number that tells a row's input from another."""
+    """A number that tells a row's input, and its route, from another; how far it is padded makes no difference."""
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {"": batch.inputs}
+    attended = inputs.get("attention_mask")
     found = hashlib.blake2b(digest_size=8)
     for name, x in inputs.items():
         found.update(name.encode())
-        found.update(_bytes(x[row]))
+        padded = attended is not None and attended.ndim == 2 and x.shape[:2] == attended.shape
+        found.update(_bytes(x[row][attended[row].bool()] if padded and attended is not None else x[row]))
+    if batch.route is not None:
+        found.update(_bytes(batch.route[row]))
     return int.from_bytes(found.digest(), "little")
 
 
