@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -228,10 +229,11 @@ def check_shard(shard: Shard) -> None:
         )  # fmt: skip
 
 
-def opened(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns]:
-    """Keys and columns of a shard, memory-mapped: nothing is read until it is asked for."""
-    source = pa.memory_map(str(shard.path))
-    batch = pa.ipc.open_file(source).get_batch(0)
+def opened(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns, mmap.mmap]:
+    """Keys and columns of a shard, and its memory map: nothing is read until it is asked for."""
+    with shard.path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
     keys = {key: batch.column(key).to_numpy() for key in ("id", "view", "digest")}
     columns: Columns = {}
     for name, (width, _) in layout.widths().items():
@@ -240,7 +242,7 @@ def opened(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns]:
         array = batch.column(name)
         offsets = array.offsets.to_numpy()
         columns[name] = Ragged(array.values.to_numpy(), np.diff(offsets))
-    return keys, columns
+    return keys, columns, mapped
 
 
 def hashed(ids: Array, views: Array) -> Array:

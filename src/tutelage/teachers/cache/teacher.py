@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from tutelage.data.batch import Batch
 from tutelage.errors import CacheError, CapabilityError
 from tutelage.taps import Needs
+from tutelage.teachers.ahead import answered, precision_of
 from tutelage.teachers.cache.files import MANIFEST, hashed, write_manifest
 from tutelage.teachers.cache.layout import Array, Layout, taken
 from tutelage.teachers.cache.reader import Reader
@@ -104,6 +106,13 @@ class CachedTeacher:
         signal = self.layout.decode(columns, needs.temperature, batch.labels.device)
         hidden = {tap: signal.hidden[tap] for tap in needs.hidden}
         return Signal(signal.logits if needs.logits else None, hidden, sparse=signal.sparse if needs.logits else None)
+
+    def ask(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
+        """Say that a batch comes next, so that its rows are read meanwhile; the result gives its signal."""
+        if self.reader.scattered:
+            position = self.reader.find(*keys_of(batch))
+            self.reader.expect(position[position >= 0])
+        return partial(answered, self, batch, needs, precision_of(batch.labels.device))
 
     def fill(self, batch: Batch) -> None:
         """Make sure that the batch's rows are kept.
