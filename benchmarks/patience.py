@@ -286,7 +286,7 @@ def plot(args: argparse.Namespace, figures: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("test accuracy, % (95 % interval)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
