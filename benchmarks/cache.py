@@ -3,6 +3,7 @@
     python benchmarks/cache.py epoch      # an epoch alone, taught live, taught from cache; steps of 20 and 400 ms
     python benchmarks/cache.py write      # the bare teacher, and the teacher with a cache behind it; a million rows
     python benchmarks/cache.py read       # random rows a second
+    python benchmarks/cache.py cold       # reading a cache that is not in memory, told what comes next or not
     python benchmarks/cache.py fidelity   # bytes a row, and the angle of the gradient to that of full KD
 
 Each prints its figures and puts them into ``results/cache.json``. Times are ratios within one run, in turn.
@@ -13,16 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import mmap
+import os
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +41,7 @@ from tutelage.models.small import ConvNet
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher, Signal, Teacher
 from tutelage.teachers.cache import Reader, Writer, info
+from tutelage.teachers.cache import reader as reader_module
 from tutelage.teachers.cache.files import write_manifest
 
 RESULTS = Path("results/cache.json")
@@ -192,6 +199,70 @@ def read(batches: int) -> dict[str, Any]:
     return found
 
 
+def cold(rounds: int) -> dict[str, Any]:
+    """Milliseconds that a step waits for its rows where the disk holds them and memory does not.
+
+    What memory keeps of the files is dropped before each pass. A step of 20 ms is a loop that waits. ``told`` is how
+    a cache is read that does not fit into memory; ``untold`` is the same without the word on what comes next, and
+    ``plain`` leaves it all to the system, which reads whatever lies around a row too, as if memory had no end.
+    """
+    width, rows, size, steps = 1_000, 300_000, 64, 100
+    layout = Layout("dense", width, "fp16")
+    waits: dict[str, list[float]] = {"told": [], "untold": [], "plain": []}
+    hints: list[float] = []
+    read_bytes = dict.fromkeys(waits, 0)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        write_manifest(Path(folder), layout, FROM)
+        writer = Writer(Path(folder), layout)
+        for at in range(0, rows, 10_000):
+            ids = np.arange(at, at + 10_000)
+            numbers = np.random.default_rng(at).standard_normal((10_000, width)).astype(np.float16)
+            writer.put({"id": ids, "view": ids, "digest": ids.astype(np.uint64)}, {"logits": numbers})
+        writer.close()
+        for number in range(rounds):
+            for way, waited in waits.items():
+                _drop(Path(folder))
+                with patch.object(reader_module, "memory_for_cache", lambda: 0):
+                    reader = Reader(Path(folder), verify=False)
+                for shard in reader.shards if way == "plain" else ():
+                    shard.mapped.madvise(mmap.MADV_NORMAL)
+                chance = np.random.default_rng(number)
+                wanted = [chance.integers(0, rows, size) for _ in range(steps + 1)]
+                before = psutil.Process().io_counters().read_bytes
+                for now, following in pairwise(wanted):
+                    start = time.perf_counter()
+                    if way == "told":
+                        reader.expect(reader.find(following, following))
+                        hints.append(1000 * (time.perf_counter() - start))
+                    start = time.perf_counter()
+                    while time.perf_counter() - start < 0.02:
+                        pass
+                    start = time.perf_counter()
+                    layout.decode(reader.rows(reader.find(now, now))[1], None, "cpu")
+                    waited.append(1000 * (time.perf_counter() - start))
+                read_bytes[way] += psutil.Process().io_counters().read_bytes - before
+                del reader
+    found: dict[str, Any] = {
+        way: {
+            "wait_ms_median": statistics.median(waited),
+            "wait_ms_mean": statistics.fmean(waited),
+            "wait_ms_p95": sorted(waited)[int(0.95 * len(waited))],
+            "kilobytes_read_per_row": read_bytes[way] / 1024 / (size * steps * rounds),
+        }
+        for way, waited in waits.items()
+    }
+    found["told"]["telling_ms_mean"] = statistics.fmean(hints)
+    for way, figures in found.items():
+        print(way, {k: round(v, 2) for k, v in figures.items()}, flush=True)
+    return found
+
+
+def _drop(folder: Path) -> None:
+    for path in folder.glob("*.arrow"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 # Fidelity --------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +353,7 @@ def _angle(a: Tensor, b: Tensor) -> float:
 def main() -> None:
     """Run what is asked for and keep its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("epoch", "write", "read", "fidelity"), nargs="+")
+    parser.add_argument("what", choices=("epoch", "write", "read", "cold", "fidelity"), nargs="+")
     parser.add_argument("--rows", type=int, default=100_000, help="of fidelity")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -290,7 +361,7 @@ def main() -> None:
     for what in args.what:
         found = {
             "epoch": lambda: epoch(args.rounds), "write": lambda: write(args.rounds),
-            "read": lambda: read(1_000), "fidelity": lambda: fidelity(args.rows),
+            "read": lambda: read(1_000), "cold": lambda: cold(args.rounds), "fidelity": lambda: fidelity(args.rows),
         }[what]()  # fmt: skip
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps({**known, what: found}, indent=1) + "\n")

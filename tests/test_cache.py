@@ -143,6 +143,90 @@ def test_a_cached_student_is_the_live_students_bits(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
 
 
+# What comes next -----------------------------------------------------------------------------------------
+
+
+class Told:
+    """A memory map that keeps what it is told."""
+
+    def __init__(self, mapped: Any) -> None:
+        self.mapped, self.spans = mapped, list[tuple[int, int]]()
+
+    def madvise(self, what: int, start: int, length: int) -> None:
+        self.mapped.madvise(what, start, length)  # raises where it is not the begin of a page
+        self.spans.append((start, start + length))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("dense", 3000, "fp32"),
+        Layout("sampled", 3000, "fp16", draws=2000, temperatures=(4.0,)),
+        Layout("dense", 3000, "fp16", hidden={"stages.0": (4, 8, 8)}),
+    ],
+    ids=["dense", "ragged", "hidden"],
+)
+def test_the_system_is_told_of_the_pages_of_the_rows_that_come_and_of_no_others(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    live = LiveTeacher(ConvNet(classes=3000, channels=1, widths=(4, 8), depth=1))
+    with CachedTeacher(tmp_path / "c", layout, FROM, live) as cache:
+        for start in (0, 100):
+            cache.fill(some(100, start))
+            assert cache.writer is not None
+            cache.writer.flush()
+    monkeypatch.setattr("tutelage.teachers.cache.reader.memory_for_cache", lambda: 0)
+    reader = Reader(tmp_path / "c")
+    assert (reader.scattered, len(reader.shards)) == (True, 2)
+    told = [Told(shard.mapped) for shard in reader.shards]
+    reader.shards = [shard._replace(mapped=t) for shard, t in zip(reader.shards, told, strict=True)]  # type: ignore[arg-type]
+    ids = np.array([50, 3, 170]) * 7
+    position = reader.find(ids, np.zeros_like(ids))
+    reader.expect(position)
+    _, columns = reader.rows(position)
+    for number, count in ((0, 2), (1, 1)):
+        shard, spans = reader.shards[number], told[number].spans
+        raw = bytes(told[number].mapped)
+        known = b"".join(raw[start:stop] for start, stop in spans)
+        for i in [i for i, sample in enumerate(ids) if sample in shard.keys["id"]]:
+            for column in taken(columns, np.array([i])).values():
+                values = column if isinstance(column, np.ndarray) else column.values
+                assert values.tobytes() in known
+        assert len(spans) == count * len(shard.columns)
+        assert sum(stop - start for start, stop in spans) < 0.2 * len(raw)
+
+
+def test_a_student_of_a_cache_larger_than_memory_is_the_same_and_each_batch_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe: dict[str, Any] = {
+        "name": "c", "data": {"source": "digits", "limit": 128}, "baseline": False,
+        "student": {"model": "mlp", "options": {"hidden": [8]}},
+        "teacher": {"model": "mlp", "options": {"hidden": [16]}, "train": {"steps": 60},
+                    "cache": {"path": str(tmp_path / "c"), "dtype": "fp32"}},
+        "method": {"kind": "logit"}, "train": {"epochs": 3, "batch_size": 32},
+    }  # fmt: skip
+    api.run(build_recipe(json.loads(json.dumps(recipe))), out=tmp_path / "a", terminal=SILENT)
+    monkeypatch.setattr("tutelage.teachers.cache.reader.memory_for_cache", lambda: 0)
+    happened: list[tuple[str, tuple[int, ...]]] = []
+    for name in ("expect", "rows"):
+        whole = getattr(Reader, name)
+
+        def noted(self: Reader, positions: Any, name: str = name, whole: Any = whole) -> Any:
+            happened.append((name, tuple(positions.tolist())))
+            return whole(self, positions)
+
+        monkeypatch.setattr(Reader, name, noted)
+    api.run(build_recipe(json.loads(json.dumps(recipe))), out=tmp_path / "b", terminal=SILENT)
+    file = Path("models") / "distilled-seed0" / "model.safetensors"
+    assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert [name for name, _ in happened[:6]] == ["expect", "expect", "rows", "expect", "rows", "expect"]
+    announced = [positions for name, positions in happened if name == "expect"]
+    assert announced == [positions for name, positions in happened if name == "rows"]
+    assert len(announced) == 12
+
+
 # Parts of a distribution ---------------------------------------------------------------------------------
 
 

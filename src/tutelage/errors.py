@@ -7,7 +7,20 @@ wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
+
+REFUSALS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EEXIST: "it is a file",
+    errno.ENOENT: "a part of the path does not exist",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+"""Why an operating system does not write a file, by its error number."""
 
 
 class TutelageError(Exception):
@@ -79,6 +92,11 @@ class MissingDependencyError(TutelageError, ImportError):
 
 class Interrupted(TutelageError):
     """The run was asked to stop (SIGTERM or Ctrl-C), saved itself and can go on."""
+
+
+def refusal(error: OSError) -> str:
+    """Why the operating system refused, in words."""
+    return REFUSALS.get(error.errno or 0, str(error))
 
 
 def nearest(given: str, allowed: list[str], count: int = 3) -> list[str]:

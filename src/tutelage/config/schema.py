@@ -261,7 +261,8 @@ class CacheConfig(Section):
     """At which ``topk`` and ``sampled`` keep the distribution. Default: the method's."""
 
 
-def _cache(given: Any) -> Any:
+def cache_section(given: Any) -> Any:
+    """What ``true``, ``false``, a folder or a section means, as a section; ``None`` for no cache."""
     if isinstance(given, bool):
         return {} if given else None
     return {"path": given} if isinstance(given, str) else given
@@ -354,7 +355,7 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
     """How it runs."""
     augment: Augments | None = None
     """Augmentations of its own training. Default: those of ``data``."""
-    cache: Annotated[CacheConfig | None, BeforeValidator(_cache)] = None
+    cache: Annotated[CacheConfig | None, BeforeValidator(cache_section)] = None
     """Keep the teacher's word on disk: ``true``, a folder, or a section. See below."""
     mode: Literal["eval", "train_bn"] = "eval"
     """``train_bn``: normalise by the statistics of the batch, without moving the running ones."""

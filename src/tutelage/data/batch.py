@@ -118,9 +118,10 @@ def spans(length: int, parts: int) -> list[tuple[int, int]]:
 def as_batch(raw: Any) -> Batch:
     """A :class:`Batch` from what common loaders yield.
 
-    Accepts a :class:`Batch`, a pair ``(inputs, labels)``, or a mapping of keyword arguments with a
-    key ``labels`` (Hugging Face). Labels must stand at the positions of the logits they belong to; for a causal
-    language model, whose labels Hugging Face shifts inside the model, use :func:`causal_batch`.
+    Accepts a :class:`Batch`, a pair ``(inputs, labels)``, the same with sample ids as a third (:class:`WithIds`), or
+    a mapping of keyword arguments with a key ``labels`` (Hugging Face). Labels must stand at the positions of the
+    logits they belong to; for a causal language model, whose labels Hugging Face shifts inside the model, use
+    :func:`causal_batch`.
 
     Raises:
         DataError: another structure, or token labels that are the inputs themselves (not yet shifted).
@@ -147,18 +148,39 @@ def as_batch(raw: Any) -> Batch:
         attention = inputs.get("attention_mask") if isinstance(inputs, dict) else None
         padded = attention is not None and attention.shape == labels.shape
         return Batch(inputs, labels, mask=attention.bool() if padded and attention is not None else None)
-    if isinstance(raw, (tuple, list)) and len(raw) == 2 and all(isinstance(x, Tensor) for x in raw):
-        inputs, labels = raw
+    if isinstance(raw, (tuple, list)) and len(raw) in (2, 3) and all(isinstance(x, Tensor) for x in raw):
+        inputs, labels, *third = raw
         if len(inputs) != len(labels):
             raise DataError(
                 f"{len(inputs)} inputs but {len(labels)} labels in one batch", remedy="yield one for each"
             )
-        return Batch(inputs, _indices(labels))
+        if not third:
+            return Batch(inputs, _indices(labels))
+        if third[0].dtype == torch.int64 and third[0].shape == (len(inputs),):
+            return Batch(inputs, _indices(labels), ids=third[0])
     shown = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, (tuple, list)) else "")
     raise DataError(
-        f"a batch is {shown}, not a pair of tensors (inputs, labels) or a mapping with 'labels'",
+        f"a batch is {shown}, not a pair of tensors (inputs, labels), with int64 ids or not, or a mapping with "
+        "'labels'",
         remedy="pass to_batch=, a function that makes a tutelage.data.Batch of it",
     )
+
+
+class WithIds(torch.utils.data.Dataset[tuple[Any, ...]]):
+    """The pairs of another data set, each with its place as a third: a sample id, which a cache and CRD need.
+
+    Args:
+        data: gives ``(input, label)`` for a place, always the same.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: int) -> tuple[Any, ...]:
+        return (*self.data[place], place)
 
 
 def _indices(labels: Any) -> Tensor:

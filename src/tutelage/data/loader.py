@@ -242,6 +242,14 @@ class LoaderBatches:
             raise DataError("the loader yields no batches", remedy="check its data set and drop_last")
         self.loader, self.seed, self.to_batch = loader, seed, to_batch
 
+    def check_whole(self) -> None:
+        """Raise :class:`DataError` where the loader leaves out the last rows of an epoch, others each time."""
+        if getattr(self.loader, "drop_last", False) is True:
+            raise DataError(
+                "the loader drops the last rows of every epoch, so that its samples cannot be known in advance",
+                remedy="use drop_last=False",
+            )
+
     @property
     def ids(self) -> Tensor | None:
         """The sample ids of an epoch, found by one pass; ``None`` where batches have none.
@@ -249,11 +257,7 @@ class LoaderBatches:
         Raises:
             DataError: the loader leaves out the last rows of an epoch, others each time.
         """
-        if getattr(self.loader, "drop_last", False) is True:
-            raise DataError(
-                "the loader drops the last rows of every epoch, so that its samples cannot be known in advance",
-                remedy="use drop_last=False",
-            )
+        self.check_whole()
         found = []
         for (batch,) in self.epoch(0, Share()):
             if batch.ids is None:

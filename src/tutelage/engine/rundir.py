@@ -24,20 +24,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import RunDirectoryError
+from tutelage.errors import REFUSALS, RunDirectoryError, refusal
 
 DRAFT = ".tutelage-tmp."
 """How the names of files and folders begin that are not complete yet."""
 
-_REASONS = {
-    errno.ENOSPC: ("the disk is full", "free some space, then go on with --resume"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space, then go on with --resume"),
-    errno.EACCES: ("permission denied", "choose another --out, or fix the folder's permissions"),
-    errno.EROFS: ("the file system is read-only", "choose another --out"),
-    errno.ENOTDIR: ("a part of the path is a file", "choose another --out"),
-    errno.EEXIST: ("it is a file", "choose another --out"),
-    errno.ENOENT: ("there cannot be such a folder", "choose another --out"),
-    errno.ENAMETOOLONG: ("the name is too long", "choose another --out"),
+_ROOM = "free some space, then go on with --resume"
+_REMEDIES = dict.fromkeys(REFUSALS, "choose another --out") | {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: "choose another --out, or fix the folder's permissions",
 }
 
 
@@ -49,13 +45,14 @@ def explained(path: Path) -> Iterator[None]:
     except RunDirectoryError:
         raise
     except OSError as error:
-        reason, remedy = _REASONS.get(error.errno or 0, (str(error), "check the path and the disk"))
-        raise RunDirectoryError(f"cannot be written: {reason}", where=str(path), remedy=remedy) from error
+        remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
+        raise RunDirectoryError(f"cannot be written: {refusal(error)}", where=str(path), remedy=remedy) from error
     except Exception as error:
         # safetensors reports the system's refusal as an error of its own
         if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
             full = "28" in str(error) or "space" in str(error)
-            reason, remedy = _REASONS[errno.ENOSPC] if full else (str(error), "check the path and the disk")
+            reason = REFUSALS[errno.ENOSPC] if full else str(error)
+            remedy = _ROOM if full else "check the path and the disk"
             raise RunDirectoryError(f"cannot be written: {reason}", where=str(path), remedy=remedy) from error
         raise
 

@@ -47,14 +47,14 @@ class AheadTeacher:
 
     def ask(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
         """Start on a batch; the result waits for its signal and returns it, or raises what went wrong."""
-        precision = _precision(batch.labels.device)
+        precision = precision_of(batch.labels.device)
         if self._elsewhere is not None:
             return self._elsewhere.ask(batch, needs, precision)
         if batch.labels.is_cuda:
             return self._on_stream(batch, needs)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "teacher")
-        return self._thread.submit(_answer, self.teacher, batch, needs, precision).result
+        return self._thread.submit(answered, self.teacher, batch, needs, precision).result
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         """Ask, and wait."""
@@ -92,7 +92,7 @@ class AheadTeacher:
 Precision = tuple[str, torch.dtype] | None
 
 
-def _precision(device: torch.device) -> Precision:
+def precision_of(device: torch.device) -> Precision:
     """The mixed precision that is on here, which is a matter of each thread."""
     kind = device.type
     return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
@@ -107,7 +107,8 @@ def _in(precision: Precision) -> Iterator[None]:
         yield
 
 
-def _answer(teacher: Teacher, batch: Batch, needs: Needs, precision: Precision) -> Signal:
+def answered(teacher: Teacher, batch: Batch, needs: Needs, precision: Precision) -> Signal:
+    """The teacher's signal in a mixed precision that was on elsewhere."""
     with _in(precision):
         return teacher.signal(batch, needs)
 
@@ -202,7 +203,7 @@ def _serve(teacher: Teacher, asked: Any, said: Any, threads: int) -> None:
     while (question := asked.get()) is not None:
         number, batch, needs, precision = question
         try:
-            answer = _answer(teacher, batch, needs, precision)
+            answer = answered(teacher, batch, needs, precision)
             if answer.head is not None:
                 raise CapabilityError("an output head cannot come from another process", remedy="leave process out")
             said.put((number, answer, None))

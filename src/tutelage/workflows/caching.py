@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import yaml
 
 from tutelage.config import CacheConfig, Recipe
-from tutelage.data import ImageData, InOrder
+from tutelage.data import Batch, ImageData, InOrder
 from tutelage.engine import Accelerator, make_accelerator
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.methods import Method
@@ -54,14 +55,64 @@ def open_cache(
         CapabilityError: the method needs what no cache keeps.
         CacheError: it was made from something else, or is damaged.
     """
-    from tutelage.workflows.comparison import all_needs
-
     config = recipe.required_teacher.cache
     assert config is not None
+    example = data.test.fetch(torch.zeros(1, dtype=torch.int64))
+    made_from = provenance(recipe, data, teacher)
+    return _opened(config, recipe.name, made_from, example, teacher, classes, method, accelerator)
+
+
+def open_own_cache(
+    config: CacheConfig,
+    rest: Callable[[], dict[str, Any]],
+    example: Callable[[], Batch],
+    teacher: ModelTeacher,
+    classes: int,
+    method: Method,
+    accelerator: Accelerator,
+) -> CachedTeacher:
+    """The cache of a teacher's word on a caller's own data, new or as it is.
+
+    Args:
+        config: what is kept, and where.
+        rest: finds what a row depends on beside the teacher, by field.
+        example: a batch of a sample or more.
+        teacher: asked for what is missing.
+        classes: how many it scores.
+        method: needs what is kept.
+        accelerator: of this process.
+
+    Raises:
+        CapabilityError: the method or the data needs what no cache keeps.
+        CacheError: it was made from something else, or is damaged.
+    """
+    one = example().rows(0, 1)
+    if one.labels.ndim != 1:
+        raise CapabilityError(
+            "a cache keeps one row of logits for each sample, and here each token has its own",
+            where="distill(cache=...)",
+            remedy="leave cache out",
+        )
+    runs = as_it_runs(teacher)
+    made_from = {"teacher": fingerprint(teacher.model) | ({"runs": runs} if runs else {}), **rest()}
+    return _opened(config, "distill", made_from, one, teacher, classes, method, accelerator)
+
+
+def _opened(
+    config: CacheConfig,
+    name: str,
+    made_from: dict[str, Any],
+    example: Batch,
+    teacher: ModelTeacher,
+    classes: int,
+    method: Method,
+    accelerator: Accelerator,
+) -> CachedTeacher:
+    from tutelage.workflows.comparison import all_needs
+
     needs = all_needs(method)
     if needs.head:
-        raise CapabilityError("the method needs the teacher's output head", remedy="leave teacher.cache out")
-    example = data.test.fetch(torch.zeros(1, dtype=torch.int64))
+        raise CapabilityError("the method needs the teacher's output head", remedy="leave the cache out")
     shapes = {tap: shape[1:] for tap, shape in feature_shapes(teacher.model, example, needs.hidden).items()}
     usual = [] if needs.temperature is None else [needs.temperature]
     layout = Layout(
@@ -74,8 +125,7 @@ def open_cache(
         temperatures=() if config.keep == "dense" else tuple(config.temperatures or usual),
         hidden=shapes,
     )
-    made_from = provenance(recipe, data, teacher)
-    path = Path(config.path) if config.path is not None else FOLDER / _name(recipe, made_from, layout)
+    path = Path(config.path) if config.path is not None else FOLDER / _name(name, made_from, layout)
     return CachedTeacher(path, layout, made_from, teacher, device=accelerator.device, rank=accelerator.process_index)
 
 
@@ -100,9 +150,9 @@ def provenance(recipe: Recipe, data: ImageData, teacher: ModelTeacher) -> dict[s
     }
 
 
-def _name(recipe: Recipe, made_from: dict[str, Any], layout: Layout) -> str:
+def _name(name: str, made_from: dict[str, Any], layout: Layout) -> str:
     text = json.dumps([made_from, layout.to_dict()], sort_keys=True)
-    return f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | None = None) -> Filled:

@@ -14,16 +14,26 @@ import yaml
 from pydantic import BaseModel
 from torch import nn
 
-from tutelage.config import EnsembleConfig, OptimizerConfig, ScheduleConfig, TeacherSpeedConfig, TrainConfig
+from tutelage.config import (
+    CacheConfig,
+    EnsembleConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TeacherSpeedConfig,
+    TrainConfig,
+)
+from tutelage.config.schema import cache_section
 from tutelage.data import Batch, InOrder, LoaderBatches, as_batch
 from tutelage.engine import from_main, make_accelerator, tracking
-from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError
+from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, ModelError
 from tutelage.methods import LogitMethod, Method
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
-from tutelage.workflows.comparison import Arm, Comparison, Context, compare, exported_student
+from tutelage.workflows.caching import open_own_cache
+from tutelage.workflows.comparison import Arm, Comparison, Context, compare, example_of, exported_student
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.measure import class_name, fingerprint
 from tutelage.workflows.progress import Terminal
+from tutelage.workflows.samples import samples, tokenizer
 from tutelage.workflows.stop import stopping
 from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options
 
@@ -62,6 +72,7 @@ def distill(
     teacher_mode: Literal["eval", "train_bn"] = "eval",
     ensemble: dict[str, Any] | None = None,
     speed: dict[str, Any] | None = None,
+    cache: bool | str | Path | dict[str, Any] = False,
     to_batch: Callable[[Any], Batch] = as_batch,
     out: str | Path | None = None,
     resume: bool = False,
@@ -89,6 +100,11 @@ def distill(
         ensemble: of several teachers: ``combine``, ``weights`` and ``average_at`` of a recipe's ``teacher``, and
             ``route``, for each value of ``batch.route`` a list of members, which ``to_batch`` has to set.
         speed: keys of a recipe's ``teacher.speed``: ``dtype``, ``compile``, ``batch_size``, ``overlap`` ...
+        cache: keep the teacher's word on disk, so that it is asked for each training sample once, in this run and in
+            later ones: a folder; keys of a recipe's ``teacher.cache``, as ``path``, ``keep`` and ``dtype``; or
+            ``True``, for a folder in ``runs/cache`` with a name of its own. The loader's batches must have sample
+            ids, as by :class:`tutelage.data.WithIds`, and show a sample the same each time. It is read once more,
+            to see that it is the data that the cache was made from.
         to_batch: makes a :class:`tutelage.data.Batch` of what the loaders yield; for causal language models
             :func:`tutelage.data.causal_batch`.
         out: the run directory. Default: the first free of ``runs/distill``, ``runs/distill-2`` ...
@@ -138,6 +154,7 @@ def distill(
         raise ConfigError(
             f"distill(ensemble={ensemble!r}), and there is one teacher", remedy="give a list of modules as teacher"
         )
+    kept = _cache(cache, teacher_mode, ahead)
     described = {
         "teacher": [fingerprint(t) for t in teacher] if isinstance(teacher, Sequence) else fingerprint(teacher),
         "student": fingerprint(make_student(seeds[0])),
@@ -148,6 +165,7 @@ def distill(
         "teacher_mode": teacher_mode,
         **({"ensemble": ensemble} if ensemble else {}),
         **({"speed": speed} if speed else {}),
+        **({"cache": kept.model_dump(mode="json", exclude_none=True)} if kept is not None else {}),
         "classes": classes,
         "batches": len(train_loader) if isinstance(train_loader, Sized) else None,
     }
@@ -188,8 +206,50 @@ def distill(
         tracked,
     ):
         ctx = Context(accelerator, run, terminal, stop)
+        if kept is not None:
+            found = partial(_made_from, train_loader, to_batch, ctx, config.precision)
+            comparison.cache = partial(open_own_cache, kept, found, partial(example_of, comparison))
         summary = compare(comparison, ctx)
         return Run(exported_student(comparison, ctx, summary), summary, path)
+
+
+def _cache(given: Any, mode: str, ahead: str | None) -> CacheConfig | None:
+    """What is kept of the teacher's word; what it does not go with is refused."""
+    section = cache_section(str(given) if isinstance(given, Path) else given)
+    if section is None:
+        return None
+    config = _checked(CacheConfig, section, "cache")
+    if mode != "eval":
+        raise ConfigError(
+            f"distill(cache={given!r}, teacher_mode={mode!r}): what the teacher says of a sample would depend on the "
+            "batch that it first came in",
+            remedy="use teacher_mode='eval', or leave cache out",
+        )
+    if ahead is not None:
+        raise ConfigError(
+            f"distill(cache={given!r}, speed=...): a teacher whose word is read from disk is not asked ahead",
+            remedy="leave overlap and process out of speed, or cache",
+        )
+    return config
+
+
+def _made_from(
+    loader: Iterable[Any], to_batch: Callable[[Any], Batch], ctx: Context, precision: str | None
+) -> dict[str, Any]:
+    """What a cache of the caller's own data depends on beside the teacher."""
+
+    def shown(batches: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+        for step in ctx.terminal.iterate(batches, "reading training data"):
+            yield step
+            if ctx.should_stop():
+                raise Interrupted("stopped before any training", remedy="the same call again begins anew")
+
+    known = tokenizer(loader)
+    return {
+        "data": samples(loader, to_batch, shown),
+        "preprocessing": {} if known is None else {"tokenizer": known},
+        "precision": precision,
+    }
 
 
 def _check_arguments(

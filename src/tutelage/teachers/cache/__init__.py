@@ -2,8 +2,8 @@
 
 from tutelage.teachers.cache.layout import Layout
 from tutelage.teachers.cache.reader import Reader
-from tutelage.teachers.cache.teacher import CachedTeacher
+from tutelage.teachers.cache.teacher import CachedTeacher, digest
 from tutelage.teachers.cache.tools import compact, info, verify
 from tutelage.teachers.cache.writer import Writer
 
-__all__ = ["CachedTeacher", "Layout", "Reader", "Writer", "compact", "info", "verify"]
+__all__ = ["CachedTeacher", "Layout", "Reader", "Writer", "compact", "digest", "info", "verify"]

@@ -11,9 +11,9 @@ Every JSON file holds a checksum of itself and must be, byte for byte, what this
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from tutelage.errors import CacheError
+from tutelage.errors import CacheError, refusal
 from tutelage.teachers.cache.layout import Array, Columns, Layout, Ragged
 
 FORMAT = 1
@@ -48,13 +48,8 @@ def explained(path: Path) -> Iterator[None]:
     except CacheError:
         raise
     except OSError as error:
-        reason = {
-            errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
-            errno.EACCES: "permission denied", errno.EROFS: "the file system is read-only",
-            errno.ENOTDIR: "a part of the path is a file", errno.ENOENT: "there is no such folder",
-        }.get(error.errno or 0, str(error))  # fmt: skip
         raise CacheError(
-            f"cannot be written: {reason}", where=str(path),
+            f"cannot be written: {refusal(error)}", where=str(path),
             remedy="what is there stays valid: make room or choose another folder, then go on",
         ) from error  # fmt: skip
 
@@ -234,10 +229,11 @@ def check_shard(shard: Shard) -> None:
         )  # fmt: skip
 
 
-def opened(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns]:
-    """Keys and columns of a shard, memory-mapped: nothing is read until it is asked for."""
-    source = pa.memory_map(str(shard.path))
-    batch = pa.ipc.open_file(source).get_batch(0)
+def opened(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns, mmap.mmap]:
+    """Keys and columns of a shard, and its memory map: nothing is read until it is asked for."""
+    with shard.path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
     keys = {key: batch.column(key).to_numpy() for key in ("id", "view", "digest")}
     columns: Columns = {}
     for name, (width, _) in layout.widths().items():
@@ -246,7 +242,7 @@ def opened(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns]:
         array = batch.column(name)
         offsets = array.offsets.to_numpy()
         columns[name] = Ragged(array.values.to_numpy(), np.diff(offsets))
-    return keys, columns
+    return keys, columns, mapped
 
 
 def hashed(ids: Array, views: Array) -> Array:

@@ -152,7 +152,13 @@ class Layout:
                 columns["logits"] = self._numbers(logits)
             else:
                 columns.update(self._encode_sparse(logits, seeds))
-        for tap in self.hidden:
+        for tap, shape in self.hidden.items():
+            given = tuple(signal.hidden[tap].shape[1:])
+            if given != tuple(shape):
+                raise CapabilityError(
+                    f"{tap} of the teacher is {given} in this batch, and the cache keeps {tuple(shape)}",
+                    remedy="pad all samples to one size, or use the live teacher",
+                )
             columns[f"hidden:{tap}"] = self._numbers(signal.hidden[tap].detach().float().cpu().flatten(1))
         return columns
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 
 from tutelage.errors import CacheError
 from tutelage.teachers.cache.files import Shard, check_shard, complete_shards, hashed, opened, read_manifest
@@ -17,10 +19,28 @@ class _Open(NamedTuple):
     keys: dict[str, Array]
     columns: Columns
     starts: dict[str, Array]
+    mapped: mmap.mmap
+    address: int
+
+    def spans(self, rows: Array) -> Iterator[tuple[int, int]]:
+        """Where in the file the columns of ``rows`` are, as first byte and number of bytes from a page's begin on."""
+        for name, column in self.columns.items():
+            if isinstance(column, Ragged):
+                size = column.values.itemsize
+                first = column.values.ctypes.data - self.address + self.starts[name][rows].astype(np.int64) * size
+                last = first + column.lengths[rows].astype(np.int64) * size
+            else:
+                first = column.ctypes.data - self.address + rows.astype(np.int64) * column.strides[0]
+                last = first + column.strides[0]
+            pages = first // mmap.PAGESIZE * mmap.PAGESIZE
+            yield from zip(pages.tolist(), (last - pages).tolist(), strict=True)
 
 
 class Reader:
     """The complete shards of a cache.
+
+    A cache that fits into memory is read from there: checking it has brought it there. Of a larger one, only what is
+    asked for is read, and :meth:`expect` says what is going to be.
 
     Args:
         folder: of the cache.
@@ -36,6 +56,7 @@ class Reader:
         self.known: dict[Path, _Open] = {}
         self.shards: list[_Open] = []
         self.duplicates = 0
+        self.scattered = False
         self._index: tuple[Array, Array, Array] = (
             np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int64),
         )  # fmt: skip
@@ -46,7 +67,9 @@ class Reader:
 
     def refresh(self) -> bool:
         """Take up shards that have been completed since; whether there were any."""
-        new = [shard for shard in complete_shards(self.folder) if shard.path not in self.known]
+        shards = complete_shards(self.folder)
+        new = [shard for shard in shards if shard.path not in self.known]
+        self.scattered = self.scattered or sum(shard.size for shard in shards) > memory_for_cache()
         for shard in new:
             if self.verify:
                 check_shard(shard)
@@ -56,9 +79,14 @@ class Reader:
         return bool(new)
 
     def _open(self, shard: Shard) -> None:
-        keys, columns = opened(shard, self.layout)
+        keys, columns, mapped = opened(shard, self.layout)
         starts = {n: np.cumsum(c.lengths) - c.lengths for n, c in columns.items() if isinstance(c, Ragged)}
-        self.known[shard.path] = _Open(keys, columns, starts)
+        if self.scattered:
+            mapped.madvise(mmap.MADV_RANDOM)  # else the system reads 128 KiB around every row
+        elif not self.verify:
+            mapped.madvise(mmap.MADV_WILLNEED)
+        address = np.frombuffer(mapped, dtype=np.uint8).ctypes.data
+        self.known[shard.path] = _Open(keys, columns, starts, mapped, address)
 
     def _build(self) -> None:
         self.shards = list(self.known.values())
@@ -93,6 +121,16 @@ class Reader:
         out: Array = np.where(found, at, -1)
         return out
 
+    def expect(self, positions: Array) -> None:
+        """Let the system read rows that are asked for next, while others are worked on; returns at once."""
+        if not self.scattered:
+            return
+        which, rows = self._index[1][positions], self._index[2][positions]
+        for number in np.unique(which).tolist():
+            shard = self.shards[number]
+            for start, length in shard.spans(np.sort(rows[which == number])):
+                shard.mapped.madvise(mmap.MADV_WILLNEED, start, length)
+
     def rows(self, positions: Array) -> tuple[dict[str, Array], Columns]:
         """Keys and columns of rows, in the order asked for."""
         which, rows = self._index[1][positions], self._index[2][positions]
@@ -119,3 +157,8 @@ class Reader:
         order = np.lexsort((self._index[2], self._index[1]))
         for start in range(0, len(order), batch):
             yield self.rows(order[start : start + batch])
+
+
+def memory_for_cache() -> int:
+    """Bytes of a cache that may be expected to stay in memory: half of what is free now."""
+    return int(psutil.virtual_memory().available) // 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from tutelage.data.batch import Batch
 from tutelage.errors import CacheError, CapabilityError
 from tutelage.taps import Needs
+from tutelage.teachers.ahead import answered, precision_of
 from tutelage.teachers.cache.files import MANIFEST, hashed, write_manifest
 from tutelage.teachers.cache.layout import Array, Layout, taken
 from tutelage.teachers.cache.reader import Reader
@@ -104,6 +106,13 @@ class CachedTeacher:
         signal = self.layout.decode(columns, needs.temperature, batch.labels.device)
         hidden = {tap: signal.hidden[tap] for tap in needs.hidden}
         return Signal(signal.logits if needs.logits else None, hidden, sparse=signal.sparse if needs.logits else None)
+
+    def ask(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
+        """Say that a batch comes next, so that its rows are read meanwhile; the result gives its signal."""
+        if self.reader.scattered:
+            position = self.reader.find(*keys_of(batch))
+            self.reader.expect(position[position >= 0])
+        return partial(answered, self, batch, needs, precision_of(batch.labels.device))
 
     def fill(self, batch: Batch) -> None:
         """Make sure that the batch's rows are kept.
@@ -205,12 +214,16 @@ def seeds_of(ids: Array, views: Array) -> Array:
 
 
 def digest(batch: Batch, row: int) -> int:
-    """A number that tells a row's input from another."""
+    """A number that tells a row's input, and its route, from another; how far it is padded makes no difference."""
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {"": batch.inputs}
+    attended = inputs.get("attention_mask")
     found = hashlib.blake2b(digest_size=8)
     for name, x in inputs.items():
         found.update(name.encode())
-        found.update(_bytes(x[row]))
+        padded = attended is not None and attended.ndim == 2 and x.shape[:2] == attended.shape
+        found.update(_bytes(x[row][attended[row].bool()] if padded and attended is not None else x[row]))
+    if batch.route is not None:
+        found.update(_bytes(batch.route[row]))
     return int.from_bytes(found.digest(), "little")
 
 

@@ -77,7 +77,7 @@ def verify(
             if shard.path.stem != side.stem or not shard.path.is_file():
                 raise CacheError(f"its shard {known['shard']} is missing", where=str(side), remedy="delete it")
             check_shard(shard)
-            keys, columns = opened(shard, layout)
+            keys, columns, _ = opened(shard, layout)
             if any(len(k) != shard.rows for k in keys.values()) or nbytes(columns) == 0:
                 raise CacheError("does not hold the rows that its side file names", where=str(shard.path))
         except (TutelageError, OSError, ValueError, KeyError) as error:
