@@ -35,6 +35,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "train": config.TrainConfig,
     "train.optimizer": config.OptimizerConfig,
     "train.schedule": config.ScheduleConfig,
+    "search": config.SearchConfig,
+    "search.space": config.KeySpace,
 }
 
 UNDOCUMENTED = {

@@ -37,6 +37,7 @@ from tutelage.config.schema import (
     TeacherSpeedConfig,
     TrainConfig,
 )
+from tutelage.config.search import KeySpace, SearchConfig
 
 __all__ = [
     "AUGMENTS",
@@ -54,6 +55,7 @@ __all__ = [
     "DataConfig",
     "EnsembleConfig",
     "FeatureConfig",
+    "KeySpace",
     "LogitConfig",
     "MemberConfig",
     "ModelConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "PairConfig",
     "Recipe",
     "ScheduleConfig",
+    "SearchConfig",
     "SimkdConfig",
     "SpeedConfig",
     "TeacherConfig",

@@ -55,7 +55,9 @@ def _section(loc: Key, method: type[Section] | None = None) -> type[BaseModel] |
         if method is not FeatureConfig or loc[1] != "pairs" or len(loc) < 4:
             return method if len(loc) == 2 else None
         return PairConfig if len(loc) == 4 else None
-    for part in loc[:-1]:
+    for i, part in enumerate(loc[:-1]):
+        if loc[:2] == ("search", "space") and i == 2:  # a key of the recipe, whose class is that of the values
+            continue
         if isinstance(part, int):  # an item of a list is of the class of the list's items
             continue
         field = model.model_fields.get(part)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of one or several runs.
+"""One self-contained HTML page of one or several runs, or of a search.
 
 The page asks nothing of the network, and its content security policy lets no script run but the two that are
 written here: text from the data stays text.
@@ -19,19 +19,23 @@ from typing import Any
 from tutelage.errors import RunDirectoryError
 from tutelage.reports.dark import dark_knowledge
 from tutelage.reports.figures import FIGURES, seed_by_seed
+from tutelage.reports.found import Search, is_search, read_search
 from tutelage.reports.panel import Panel
 from tutelage.reports.parts import comparison, configs, figure, final, headline
 from tutelage.reports.read import Run, read_runs
 from tutelage.reports.script import SCRIPT
+from tutelage.reports.search import search_body
 from tutelage.reports.style import STYLE
 from tutelage.reports.wording import escaped
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write one HTML page about one run, or several side by side.
+    """Write one HTML page about one run or search, or several side by side.
+
+    Beside others, a search stands for the runs in it that read the test split: the recipe as it was, and the chosen.
 
     Args:
-        runs: run directories of finished runs.
+        runs: folders of finished runs and searches.
         out: the page; replaced whole if it is there.
 
     Returns:
@@ -41,20 +45,36 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         RunDirectoryError: a run is not there or not finished, or ``out`` cannot be written.
         DataError: a run's file is broken.
     """
-    out = Path(out)
-    _write(out, page(read_runs([Path(run) for run in runs])))
+    out, paths = Path(out), [Path(run) for run in runs]
+    if len(paths) == 1 and is_search(paths[0]):
+        _write(out, search_page(read_search(paths[0])))
+        return out
+    each = [run for path in paths for run in (read_search(path).runs if is_search(path) else [path])]
+    _write(out, page(read_runs(each)))
     return out
 
 
 def page(runs: Sequence[Run]) -> str:
     """The page's HTML."""
-    from plotly.offline import get_plotlyjs
-
-    library, script = (_normal(code) for code in (get_plotlyjs(), SCRIPT))
     drawn: list[Panel] = []
     figures = _figures(runs, drawn) + dark_knowledge(runs, lambda panel: _number(panel, drawn))
     body = "\n".join([headline(runs), comparison(runs), final(runs), figures, configs(runs)])
     title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    return _document(f"{title} – distillation report", body, drawn)
+
+
+def search_page(search: Search) -> str:
+    """The HTML of the page of a search."""
+    drawn: list[Panel] = []
+    body = search_body(search, lambda panel: _number(panel, drawn))
+    return _document(f"{search.label} – search", body, drawn)
+
+
+def _document(title: str, body: str, drawn: Sequence[Panel]) -> str:
+    """A whole page around its body, which has places for the panels."""
+    from plotly.offline import get_plotlyjs
+
+    library, script = (_normal(code) for code in (get_plotlyjs(), SCRIPT))
     policy = "; ".join(
         [
             "default-src 'none'",
@@ -72,7 +92,7 @@ def page(runs: Sequence[Run]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escaped(title)} – distillation report</title>
+<title>{escaped(title)}</title>
 <link rel="icon" href="data:,">
 <style>{STYLE}</style>
 </head>
