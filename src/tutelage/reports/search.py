@@ -13,7 +13,6 @@ from tutelage.reports.wording import (
     ABSENT,
     count,
     escaped,
-    interval,
     percent,
     percent_spread,
     points,
@@ -36,7 +35,7 @@ NOTE = (
     "Validation is what the search goes by, so the best trial's is too good: the best of many. Test is read once, "
     "for the chosen recipe and for the recipe as it is. “Last”: the weights after the last epoch, which the search "
     "compares. “Best”: those with the best validation accuracy of their training. ± is the standard deviation over "
-    "seeds; gains are paired over seeds."
+    "seeds; gains are paired over seeds, with their 95 % intervals."
 )
 
 
@@ -73,9 +72,15 @@ def _results(search: Search) -> str:
         mine = [value_words(best["values"][d["key"]]) for d in found["space"]]
         rows.append(row(f"chosen: trial {best['number']}", best["validation"], "chosen", mine))
         gains = [found["gain_on_validation"], test["gain"]["last"], test["gain"]["best"]]
-        cells = [f"{escaped(points(g['mean']))}<br><span class='note'>{escaped(interval(g))}</span>" for g in gains]
+        cells = [f"{escaped(points(g['mean']))}<br><span class='note'>{escaped(_ends(g))}</span>" for g in gains]
         rows.append(["gain, points", *cells, *("" for _ in own)])
     return f"<section>{table('Results', columns, rows)}<p class='note'>{escaped(NOTE)}</p></section>"
+
+
+def _ends(gain: dict[str, Any]) -> str:
+    if gain["low"] is None or gain["high"] is None:
+        return "one seed: no interval"
+    return f"{points(gain['low'])} to {points(gain['high'])}"
 
 
 def _trials(search: Search) -> str:
@@ -109,6 +114,11 @@ def _best(search: Search) -> str:
 def _figures(search: Search, place: Place) -> str:
     responses = [response(search, d) for d in search.found["space"]]
     others = {"Trial by trial": history(search), "Validation through training": curves(search)}
+    ranges = [d for d in search.found["space"] if d.get("values") is None]
+    if len(ranges) > 1:
+        shares = search.found["importance"]
+        first, second = sorted(ranges, key=lambda d: -shares.get(d["key"], 0.0))[:2]
+        others["Two keys at once"] = together(search, first, second)
     if search.found["importance"]:
         others["Which key matters"] = importance(search)
     answers = "".join(figure(p, place(p), subheading=p.label) for p in responses)
@@ -208,13 +218,15 @@ def history(search: Search) -> Panel:
         if t["state"] == "finished":
             y.append(max(t["validation"], y[-1] if y else 0.0))
             x.append(t["number"])
+    last = search.found["trials"][-1]["number"]
+    x, y = [*x, last], [*y, y[-1]]
     line: Dots = {
         "type": "scatter", "mode": "lines", "name": "best so far", "x": x, "y": [short(v) for v in y],
         "line": {"color": "--distilled", "width": 2, "shape": "hv"}, "hoverinfo": "skip",
     }  # fmt: skip
     layout = axes(
         "trial", "validation accuracy", height=380,
-        xaxis={"rangemode": "nonnegative"}, yaxis={"range": span, "tickformat": _form(span)},
+        xaxis={"range": [-0.5, last + 0.5]}, yaxis={"range": span, "tickformat": _form(span)},
     )  # fmt: skip
     says = f"The best so far, trial by trial: from {percent(y[0])} to {percent(y[-1])}."
     return Panel("", says, [line, *data], layout, note="The line is the best of the trials so far.")
@@ -248,10 +260,46 @@ def curves(search: Search) -> Panel:
                 "line": looks[name], "opacity": 1.0 if name == "chosen" else 0.7,
                 "hovertemplate": "%{customdata}, evaluation %{x}<br>%{y:.2%}<extra>" + name + "</extra>",
             })  # fmt: skip
-    layout = axes("evaluation", "validation accuracy", height=380, yaxis={"tickformat": ".0%"})
+    most = max(len(t["evaluations"]) for t in found["trials"])
+    xaxis = {"dtick": 1} if most <= 10 else {}
+    layout = axes("evaluation", "validation accuracy", height=380, xaxis=xaxis, yaxis={"tickformat": ".0%"})
     gone = len(kinds["given up early"])
     says = f"Validation accuracy through the training of each trial; {gone} of {len(found['trials'])} ended early."
     return Panel("", says, data, layout, note="The first seed of each trial.")
+
+
+def together(search: Search, across: dict[str, Any], up: dict[str, Any]) -> Panel:
+    """The finished trials by two keys, coloured by their validation accuracy."""
+    done = [t for t in search.found["trials"] if t["state"] == "finished"]
+    said = [t["validation"] for t in done]
+    best = search.chosen
+    scale: Dots = {
+        "color": [short(v) for v in said], "colorscale": [[i / 3, f"--heat{i}"] for i in range(4)],
+        "cmin": min(said), "cmax": max(max(said), min(said) + 1e-6),
+        "size": 14, "line": {"color": "--quiet", "width": 1},
+        "colorbar": {"tickformat": _form([min(said), max(said)]), "thickness": 12, "outlinewidth": 0, "nticks": 5},
+    }  # fmt: skip
+    data: list[Dots] = [
+        {
+            "type": "scatter", "mode": "markers", "name": "finished", "marker": scale,
+            "x": [short(t["values"][across["key"]]) for t in done],
+            "y": [short(t["values"][up["key"]]) for t in done],
+            "customdata": [[f"trial {t['number']}", t["validation"]] for t in done],
+            "hovertemplate": "%{customdata[0]}: %{x:.4g}, %{y:.4g}<br>%{customdata[1]:.2%}<extra></extra>",
+        },
+        {
+            "type": "scatter", "mode": "markers", "name": "chosen", "hoverinfo": "skip",
+            "x": [short(best["values"][across["key"]])], "y": [short(best["values"][up["key"]])],
+            "marker": {"color": "--term3", "symbol": "circle-open", "size": 22, "line": {"width": 3}},
+        },
+    ]  # fmt: skip
+    layout = axes(
+        plot_text(across["key"], 40), plot_text(up["key"], 40), height=380, showlegend=False,
+        xaxis=_scale(across["low"], across["high"], bool(across.get("log"))),
+        yaxis=_scale(up["low"], up["high"], bool(up.get("log"))),
+    )  # fmt: skip
+    says = f"Validation accuracy of finished trials by {across['key']} and {up['key']}."
+    return Panel("", says, data, layout, note="The colour is validation accuracy; the ring is the chosen trial.")
 
 
 def importance(search: Search) -> Panel:

@@ -177,7 +177,8 @@ def dimensions(recipe: Recipe, space: Mapping[str, KeySpace]) -> list[Dimension]
     """
     found = []
     for key, one in space.items():
-        _check_free(key)
+        if why := _fixed(key):
+            raise ConfigError(f"{key} {why}", where="search.space", remedy="leave it out")
         own = _own(recipe, key)
         if one.values is not None:
             found.append(Dimension(key, values=tuple(one.values), own=own))
@@ -190,18 +191,14 @@ def dimensions(recipe: Recipe, space: Mapping[str, KeySpace]) -> list[Dimension]
     return found
 
 
-def _check_free(key: str) -> None:
+def _fixed(key: str) -> str | None:
+    """Why a key is the same in all trials; ``None`` where it need not be."""
     first, _, rest = key.partition(".")
     if key in MEASURED or first in MEASURED:
-        raise ConfigError(
-            f"{key} decides what is measured, and trials that differ in it cannot be compared",
-            where="search.space", remedy="leave it out",
-        )  # fmt: skip
+        return "decides what is measured, and trials that differ in it cannot be compared"
     if first == "teacher" and rest.partition(".")[0] in OF_TEACHER:
-        raise ConfigError(
-            f"{key} makes another teacher, and all trials learn from the same",
-            where="search.space", remedy="leave it out; a search for each teacher, and `tutelage report` beside it",
-        )  # fmt: skip
+        return "makes another teacher, and all trials learn from the same"
+    return None
 
 
 def _own(recipe: Recipe, key: str) -> Any:
@@ -231,7 +228,7 @@ def _own(recipe: Recipe, key: str) -> Any:
 
 
 def _unknown(recipe: Recipe, key: str) -> ConfigError:
-    known = list(_known(recipe))
+    known = [k for k in _known(recipe) if not _fixed(k)]
     last = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     close = last or nearest(key, known, 1)
     return ConfigError(
