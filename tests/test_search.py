@@ -45,7 +45,7 @@ RECIPE: dict[str, Any] = {
         },
         "trials": 8,
         "startup": 2,
-        "warmup": 1,
+        "warmup": 0.3,
     },
 }
 SILENT = Terminal(speaks=False)
@@ -290,12 +290,12 @@ def test_what_a_killed_process_reported_is_not_judged_before_its_last(tmp_path: 
             known.report(ticket.number, step, value)
         known.finish(ticket.number, Result("finished", [0.8]))
     ticket = known.next()
-    assert [known.report(ticket.number, step, v) for step, v in ((1, 0.1), (2, 0.6), (3, 0.9))] == [False] * 3
+    assert [known.report(ticket.number, step, v) for step, v in ((1, 0.3), (2, 0.6), (3, 0.9))] == [False] * 3
     again = opened()
     assert again.next() == ticket
-    assert [again.report(ticket.number, step, v) for step, v in ((1, 0.1), (2, 0.6), (3, 0.9))] == [False] * 3
+    assert [again.report(ticket.number, step, v) for step, v in ((1, 0.3), (2, 0.6), (3, 0.9))] == [False] * 3
     worse = Ticket(again.next().number, {})
-    assert [again.report(worse.number, step, v) for step, v in ((1, 0.1), (2, 0.3))] == [False, True]
+    assert [again.report(worse.number, step, v) for step, v in ((1, 0.3), (2, 0.3))] == [False, True]
 
 
 # Wrong spaces -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tutelage.config.base import Count, Misfit, Section, Seed
+from tutelage.config.base import Count, Fraction, Misfit, Section, Seed
 
 Number = int | float
 
@@ -65,5 +65,5 @@ class SearchConfig(Section):
     trials there."""
     startup: Count = 5
     """Trials that must be finished before one is given up."""
-    warmup: Annotated[int, Field(ge=0)] = 2
-    """Evaluations of a trial before it can be given up."""
+    warmup: Fraction = 0.5
+    """Share of the first seed's training before a trial can be given up: early evaluations say little."""

@@ -24,9 +24,10 @@ class Pool:
 
     Args:
         workers: how many.
+        warmup: see :class:`Bench`.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, warmup: float) -> None:
         context = multiprocessing.get_context("spawn")
         self.stop = context.Event()
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -34,7 +35,9 @@ class Pool:
         self.running: dict[Connection, Ticket] = {}
         for _ in range(workers):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, self.stop, os.getpid(), threads), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, self.stop, os.getpid(), threads, warmup), daemon=True
+            )
             process.start()
             there.close()
             self.processes[here] = process
@@ -111,11 +114,11 @@ class Pool:
             connection.close()
 
 
-def _serve(connection: Connection, stop: Any, parent: int, threads: int) -> None:
+def _serve(connection: Connection, stop: Any, parent: int, threads: int, warmup: float) -> None:
     """A process of the pool: trials until told to end, or until the search's process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the search says when to stop
     torch.set_num_threads(threads)
-    bench = Bench(SILENT, lambda: stop.is_set() or os.getppid() != parent)
+    bench = Bench(SILENT, lambda: stop.is_set() or os.getppid() != parent, warmup)
 
     def report(step: int, value: float) -> bool:
         connection.send((step, value))

@@ -133,7 +133,7 @@ class _Search:
         assert recipe.search is not None
         self.run, self.recipe, self.space, self.terminal = run, recipe, space, terminal
         self.config, self.should_stop = recipe.search, should_stop
-        self.bench = Bench(terminal, should_stop)
+        self.bench = Bench(terminal, should_stop, self.config.warmup)
         bare = recipe.model_copy(update={"search": None})
         self.taught = self.bench.train_teacher(bare, RunDirectory(run.path / "teacher"))
         self.base = _bare(self.taught)
@@ -180,7 +180,7 @@ class _Search:
     def _in_pool(self, workers: int, show: Any) -> None:
         from tutelage.workflows.pool import Pool
 
-        pool = Pool(workers)
+        pool = Pool(workers, self.config.warmup)
         try:
             while True:
                 while pool.idle() and self.known.taken() < self.config.trials and not self.should_stop():

@@ -119,7 +119,7 @@ class Suggestions:
 
     def __init__(self, journal: Path, space: Sequence[Dimension], config: SearchConfig) -> None:
         self.space, self.journal = list(space), journal
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup, n_warmup_steps=config.warmup + 1)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
         with explained(journal), _quiet():
             _mend(journal)
             try:
@@ -170,7 +170,7 @@ class Suggestions:
         with explained(self.journal), _quiet():
             if step > last:
                 trial.report(value, step)
-            return trial.should_prune()
+            return bool(trial.should_prune())
 
     def finish(self, number: int, result: Result) -> None:
         """Take note of how a trial ended."""

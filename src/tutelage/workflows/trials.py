@@ -71,10 +71,11 @@ class Bench:
     Args:
         terminal: where the teacher's pass over the data is shown.
         should_stop: asked after every step.
+        warmup: share of the first seed's training before a trial can be given up.
     """
 
-    def __init__(self, terminal: Terminal, should_stop: Callable[[], bool] = lambda: False) -> None:
-        self.terminal, self.should_stop = terminal, should_stop
+    def __init__(self, terminal: Terminal, should_stop: Callable[[], bool], warmup: float) -> None:
+        self.terminal, self.should_stop, self.warmup = terminal, should_stop, warmup
         self.loaded: dict[str, ImageData] = {}
         self.live: dict[str, ModelTeacher] = {}
         self.memory: dict[str, MemoryTeacher] = {}
@@ -165,7 +166,7 @@ class Bench:
         """Train the student of a seed; its last validation accuracy."""
         assert c.classes is not None
         training = training_of(c, replace(ctx, terminal=SILENT), "distilled", seed, teacher, live, len(c.classes))
-        watch = _Watch(ctx.run, training, report, last)
+        watch = _Watch(ctx.run, training, report, (self.warmup, 1.0 if last else 2.0))
         fit(replace(training, watcher=watch), ctx.accelerator)
         return watch.seen[-1]
 
@@ -243,11 +244,21 @@ def _train_member(member: Member, model: nn.Module, c: Comparison, ctx: Context)
 
 
 class _Watch(Silent):
-    """Tells of every evaluation of a training, those before an interruption first."""
+    """Tells of every evaluation of a training, those before an interruption first.
 
-    def __init__(self, run: RunDirectory, training: Training, report: Report | None, last: bool) -> None:
-        self.run, self.name, self.total = run, training.name, training.steps
-        self.report, self.last = report, last
+    Args:
+        run: where they are logged.
+        training: whose they are.
+        report: who is told; ``None`` for nobody.
+        judged: from which share of the training on, and before which, the answer counts. At the end of the last
+            seed nothing is left to save.
+    """
+
+    def __init__(
+        self, run: RunDirectory, training: Training, report: Report | None, judged: tuple[float, float]
+    ) -> None:
+        self.run, self.name, self.report = run, training.name, report
+        self.judged = [share * training.steps for share in judged]
         self.seen: list[float] = []
 
     def started(self, name: str, step: int, total: int) -> None:
@@ -263,8 +274,8 @@ class _Watch(Silent):
 
     def _tell(self, line: dict[str, Any]) -> None:
         self.seen.append(line["validation"]["accuracy"])
-        over = self.last and line["step"] >= self.total  # there is nothing left to save
-        if self.report is not None and self.report(len(self.seen), self.seen[-1]) and not over:
+        gives_up = self.report is not None and self.report(len(self.seen), self.seen[-1])
+        if gives_up and self.judged[0] <= line["step"] < self.judged[1]:
             raise Pruned
 
 
