@@ -37,6 +37,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "train": config.TrainConfig,
     "train.optimizer": config.OptimizerConfig,
     "train.schedule": config.ScheduleConfig,
+    "search": config.SearchConfig,
+    "search.space": config.KeySpace,
 }
 
 UNDOCUMENTED = {
@@ -382,6 +384,34 @@ def verbatim(text: str) -> Callable[[], Iterator[str]]:
     return lambda: iter([text])
 
 
+ABOUT_SEARCH = """\
+```yaml
+search:
+  space:
+    method.temperature: {low: 1, high: 20, log: true}
+    method.alpha: {low: 0.1, high: 1.0}
+    train.optimizer.lr: {low: 1e-3, high: 1e-1, log: true}
+    train.batch_size: {low: 32, high: 128, step: 32}
+    method.soft: [kd, dist]
+  trials: 40
+```
+
+`tutelage search RECIPE --trials 40 --workers 2 --key method.temperature=1:20:log --key method.soft=kd,dist`
+
+- A trial trains the distilled student under each of the recipe's seeds. What counts is the validation accuracy after
+  the last epoch, mean over seeds. No trial reads the test split. At the end the chosen recipe and the recipe as it is
+  are run once in full, and their test figures stand in `search.json` and on `search.html`.
+- Where the recipe's own values lie in the space, they are the first trial. What does not beat them is not chosen.
+- The teacher is trained once, before all trials. Keys that make another teacher (`teacher.model`, `teacher.train`
+  ...) or change what is measured (`seeds`, `data.validation`, `data.split_seed` ...) are refused.
+- Every end of a range and every value is checked before the first trial, by the recipe's rules and by a dry run.
+- Suggestions are those of optuna's TPE, drawn from (search seed, trial number, finished trials). With one worker, a
+  search that was killed and gone on with by `--resume` finds the same as one that was not.
+- The folder: `search.json`, `search.html`, `best.yaml` (which `tutelage run` takes), `default/` and `chosen/` (ordinary
+  run directories), `teacher/`, `trials/`, and optuna's `search.journal`. More `--trials` with `--resume` adds to it.
+"""
+
+
 AFTER = {
     "teacher": verbatim(ABOUT_ENSEMBLES),
     "teacher.speed": verbatim(ABOUT_SPEED),
@@ -389,6 +419,7 @@ AFTER = {
     "method: kind: feature": feature_objectives,
     "data": augmentations,
     "student": models,
+    "search": verbatim(ABOUT_SEARCH),
     "train.optimizer": optimizers,
     "train.schedule": schedules,
 }

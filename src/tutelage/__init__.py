@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tutelage import data, methods, models, objectives, teachers
-    from tutelage.api import Run, distill, run
+    from tutelage.api import Run, distill, run, search
     from tutelage.errors import TutelageError
 
 __version__ = "0.1.0"
@@ -22,10 +22,11 @@ _WHERE = {
     "TutelageError": "tutelage.errors",
     "distill": "tutelage.api",
     "run": "tutelage.api",
+    "search": "tutelage.api",
 }
 _ROOMS = ("config", "data", "engine", "methods", "models", "objectives", "reports", "taps", "teachers")
 
-__all__ = ["Run", "TutelageError", "data", "distill", "methods", "models", "objectives", "run", "teachers"]
+__all__ = ["Run", "TutelageError", "data", "distill", "methods", "models", "objectives", "run", "search", "teachers"]
 
 
 def __getattr__(name: str) -> Any:

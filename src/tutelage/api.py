@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from tutelage.workflows.distill import Run as Run
 from tutelage.workflows.distill import distill as _distill
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import Finished, run_recipe
+from tutelage.workflows.search import Searched as Searched
+from tutelage.workflows.search import search as _search
 from tutelage.workflows.series import run_workflow
 
 
@@ -53,6 +55,40 @@ def run(
     finished = carry_out(loaded, out=out, resume=resume, terminal=terminal)
     _report(finished.path)
     return finished
+
+
+def search(
+    recipe: Recipe | str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    trials: int | None = None,
+    keys: Sequence[str] = (),
+    workers: int = 1,
+    out: str | Path | None = None,
+    resume: bool = False,
+    terminal: Terminal | None = None,
+) -> Searched:
+    """Search the settings of a recipe and write the page; what ``tutelage search`` does.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file.
+        overrides: ``key=value``, for a path.
+        trials: how many settings are tried. Default: the recipe's ``search.trials``, 20.
+        keys: the space in place of the recipe's: ``KEY=LOW:HIGH``, ``KEY=LOW:HIGH:log``, ``KEY=a,b,c``.
+        workers: processes that each run a trial at a time; above 1, call it under ``if __name__ == "__main__"``.
+        out: the folder. Default: the first free of ``runs/NAME-search``, ``runs/NAME-search-2`` ...
+        resume: go on with the search in that folder.
+        terminal: where progress is shown.
+
+    Raises:
+        TutelageError: one of its subclasses, with the remedy.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    searched = _search(loaded, trials=trials, keys=keys, workers=workers, out=out, resume=resume, terminal=terminal)
+    for name in searched.runs:
+        _report(searched.path / name)
+    write_report([searched.path], searched.path / "search.html")
+    return searched
 
 
 def is_main() -> bool:

@@ -80,6 +80,50 @@ def run(
 
 
 @app.command()
+def search(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Settings to try. Default: the recipe's, 20.", show_default=False)
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=LOW:HIGH[:log]|KEY=a,b,c", show_default=False,
+            help="A key and what it may be, in place of the recipe's space; repeatable.",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that each run a trial at a time.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder. Default: the first free of runs/NAME-search, ...", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in that folder.")] = False,
+) -> None:  # fmt: skip
+    """Try settings of a recipe, choose on validation, and test the chosen against the recipe once."""
+    from tutelage.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from tutelage import api
+    from tutelage.reports import found_words
+
+    try:
+        searched = api.search(loaded, trials=trials, keys=key or (), workers=workers, out=out, resume=resume)
+    except Interrupted as stop:
+        words = [
+            *("tutelage", "search", str(recipe), *(overrides or [])),
+            *(["--trials", str(trials)] if trials else []),
+            *(word for one in key or [] for word in ("--key", one)),
+            *(["--workers", str(workers)] if workers > 1 else []),
+            *(["--out", str(out)] if out else []),
+            "--resume",
+        ]
+        raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
+    path = searched.path
+    _print(f"\n{found_words(searched.found)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
+
+
+@app.command()
 def doctor(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Load everything, run one batch, and print what will go wrong before it does."""
     from tutelage.config import load_recipe
@@ -271,7 +315,9 @@ def cache(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs and searches.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One HTML page for one run, or several side by side."""

@@ -36,6 +36,7 @@ from tutelage.config.schema import (
     TeacherSpeedConfig,
     TrainConfig,
 )
+from tutelage.config.search import KeySpace, SearchConfig
 from tutelage.config.workflows import WORKFLOW_KINDS, AssistantChainConfig, BornAgainConfig
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "DataConfig",
     "EnsembleConfig",
     "FeatureConfig",
+    "KeySpace",
     "LogitConfig",
     "MemberConfig",
     "ModelConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "PairConfig",
     "Recipe",
     "ScheduleConfig",
+    "SearchConfig",
     "SimkdConfig",
     "SpeedConfig",
     "TeacherConfig",

@@ -50,9 +50,12 @@ def where_given(name: str, places: Mapping[Key, Place], loc: Key) -> str:
 def _section(loc: Key, kinds: Mapping[str, type[Section]]) -> type[BaseModel] | None:
     """The class whose field the last part of ``loc`` is; ``kinds`` are those of the sections that have several."""
     model: Any = Recipe
+    space = loc[:2] == ("search", "space")
     if len(loc) > 1 and isinstance(loc[0], str) and loc[0] in kinds:
         model, loc = kinds[loc[0]], loc[1:]
-    for part in loc[:-1]:
+    for i, part in enumerate(loc[:-1]):
+        if space and i == 2:  # a key of the recipe, whose class is that of the values
+            continue
         if isinstance(part, int):  # an item of a list is of the class of the list's items
             continue
         field = model.model_fields.get(part)

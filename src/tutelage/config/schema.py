@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
 from tutelage.config.methods import FeatureConfig, LogitConfig, SimkdConfig
 from tutelage.config.models import ModelConfig, ModelName
+from tutelage.config.search import SearchConfig
 from tutelage.config.workflows import AssistantChainConfig, BornAgainConfig
 from tutelage.errors import ConfigError
 
@@ -424,6 +425,8 @@ class Recipe(Section):
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
     baseline: bool = True
     """Train the student alone too, with the same budget, for the comparison."""
+    search: SearchConfig | None = None
+    """What ``tutelage search`` tries. See below."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of one or several runs.
+"""One self-contained HTML page of one or several runs, or of a search.
 
 The page asks nothing of the network, and its content security policy lets no script run but the two that are
 written here: text from the data stays text.
@@ -19,20 +19,24 @@ from typing import Any
 from tutelage.errors import RunDirectoryError
 from tutelage.reports.dark import dark_knowledge
 from tutelage.reports.figures import FIGURES, seed_by_seed
+from tutelage.reports.found import Search, is_search, read_search
 from tutelage.reports.panel import Panel
 from tutelage.reports.parts import comparison, configs, figure, final, headline
 from tutelage.reports.read import Run, Series, read_runs
 from tutelage.reports.script import SCRIPT
+from tutelage.reports.search import search_body
 from tutelage.reports.series import told
 from tutelage.reports.style import STYLE
 from tutelage.reports.wording import escaped
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write one HTML page about one run, or several side by side; generations, chains and searches among them.
+    """Write one HTML page about one run, workflow or search, or several side by side.
+
+    Beside others, a search stands for the runs in it that read the test split: the recipe as it was, and the chosen.
 
     Args:
-        runs: folders of finished runs and workflows.
+        runs: folders of finished runs, workflows and searches.
         out: the page; replaced whole if it is there.
 
     Returns:
@@ -42,8 +46,12 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         RunDirectoryError: a run is not there or not finished, or ``out`` cannot be written.
         DataError: a run's file is broken.
     """
-    out = Path(out)
-    write_page(out, page(read_runs([Path(run) for run in runs])))
+    out, paths = Path(out), [Path(run) for run in runs]
+    if len(paths) == 1 and is_search(paths[0]):
+        write_page(out, search_page(read_search(paths[0])))
+        return out
+    each = [run for path in paths for run in (read_search(path).runs if is_search(path) else [path])]
+    write_page(out, page(read_runs(each)))
     return out
 
 
@@ -60,6 +68,13 @@ def page(found: Sequence[Run | Series]) -> str:
         parts.append(told(one, lambda panel: _number(panel, drawn), alone=len(found) == 1))
     title = " and ".join(one.label for one in found) if len(found) < 4 else f"{len(found)} runs"
     return document(f"{title} – distillation report", "\n".join([*parts, configs(found)]), drawn)
+
+
+def search_page(search: Search) -> str:
+    """The HTML of the page of a search."""
+    drawn: list[Panel] = []
+    body = search_body(search, lambda panel: _number(panel, drawn))
+    return document(f"{search.label} – search", body, drawn)
 
 
 def document(title: str, body: str, drawn: Sequence[Panel], command: str = "tutelage report") -> str:

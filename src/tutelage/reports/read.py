@@ -68,8 +68,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run | Series]:
     folders = list({Path(p).resolve(): Path(p) for p in paths}.values())
     if not folders:
         raise DataError("no run directory is given", remedy="name one or several, as in runs/digits")
-    names = [p.resolve().name for p in folders]
+    names = [_name(p.resolve()) for p in folders]
     return [_read_run(p, name if names.count(name) == 1 else str(p)) for p, name in zip(folders, names, strict=True)]
+
+
+def _name(path: Path) -> str:
+    """A folder's name; of one within a search, with that of the search."""
+    return f"{path.parent.name}/{path.name}" if (path.parent / "search.json").is_file() else path.name
 
 
 def _read_run(path: Path, label: str) -> Run | Series:
@@ -89,18 +94,24 @@ def _read_run(path: Path, label: str) -> Run | Series:
         )
     summary = _read_summary(path / "summary.json")
     if "workflow" in summary:
-        return Series(label, path, summary, _read_text(path / "config.yaml"))
+        return Series(label, path, summary, read_text(path / "config.yaml"))
     return Run(
         label=label,
         path=path,
         summary=summary,
         metrics=_read_metrics(path / "metrics.jsonl"),
-        config=_read_text(path / "config.yaml"),
+        config=read_text(path / "config.yaml"),
         similarity={file.stem: _read_similarity(file) for file in sorted((path / "similarity").glob("[!.]*.json"))},
     )
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a file of a run.
+
+    Raises:
+        RunDirectoryError: it is missing, or cannot be read.
+        DataError: it is not UTF-8.
+    """
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -116,7 +127,7 @@ def _read_text(file: Path) -> str:
 def _read_summary(file: Path) -> dict[str, Any]:
     again = "remove it and go on with --resume: the run's trainings are kept, and the summary is written again"
     try:
-        found: dict[str, Any] = json.loads(_read_text(file))
+        found: dict[str, Any] = json.loads(read_text(file))
     except ValueError as error:
         raise DataError(f"is not JSON ({error})", where=str(file), remedy=again) from None
     try:
@@ -129,7 +140,7 @@ def _read_summary(file: Path) -> dict[str, Any]:
 
 
 def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    texts = _read_text(file).split("\n")
+    texts = read_text(file).split("\n")
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, 1):
         if not text.strip():
@@ -151,7 +162,7 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def _read_similarity(file: Path) -> dict[str, Any]:
     try:
-        found = Similarity.model_validate_json(_read_text(file))
+        found = Similarity.model_validate_json(read_text(file))
     except ValidationError as error:
         why = error.errors()[0]["msg"]
         raise DataError(

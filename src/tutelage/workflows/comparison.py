@@ -217,6 +217,22 @@ def train_student(
     found = ctx.run.result(name)
     if found is not None:
         return found
+    training = training_of(c, ctx, arm, seed, teacher, live, references.classes)
+    card = {**c.student_card, "arm": arm}
+    if isinstance(training.student, ReusedHead):
+        card["reused_head"] = training.student.card
+
+    def rebuilt() -> nn.Module:
+        model = c.student(seed)
+        return model if arm == "alone" else adapted(c.method(), model, live.model, example_of(c), seed)
+
+    return train_and_keep(training, ctx, rebuilt, c.test, references, card)
+
+
+def training_of(
+    c: Comparison, ctx: Context, arm: Arm, seed: int, teacher: Teacher, live: ModelTeacher, classes: int
+) -> Training:
+    """The training of a student; the phases that its method needs before it are done."""
     distilled = c.batches("distilled", seed)
     mine = distilled if arm == "distilled" else c.batches("alone", seed)
 
@@ -227,7 +243,7 @@ def train_student(
 
     student, method = fresh()
     training = Training(
-        name=name,
+        name=f"{arm}-seed{seed}",
         student=student,
         method=method,
         batches=mine,
@@ -239,19 +255,11 @@ def train_student(
         should_stop=ctx.should_stop,
         watcher=ctx.terminal,
         epoch_steps=distilled.steps_per_epoch,
-        classes=references.classes,
+        classes=classes,
     )
     if method.phases():
-        training = after_phases(training, ctx, fresh, live, example_of(c))
-    card = {**c.student_card, "arm": arm}
-    if isinstance(training.student, ReusedHead):
-        card["reused_head"] = training.student.card
-
-    def rebuilt() -> nn.Module:
-        model = c.student(seed)
-        return model if arm == "alone" else adapted(c.method(), model, live.model, example_of(c), seed)
-
-    return train_and_keep(training, ctx, rebuilt, c.test, references, card)
+        return after_phases(training, ctx, fresh, live, example_of(c))
+    return training
 
 
 def after_phases(
@@ -456,14 +464,25 @@ def all_needs(method: Method) -> Needs:
 
 def remembered(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> Teacher:
     """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
+    if not rememberable(c, ctx, teacher, method, classes):
+        return teacher
+    return in_memory(c, ctx, teacher, all_needs(method))
+
+
+def rememberable(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> bool:
+    """Whether the teacher's word never changes and fits the memory; the run directory keeps the answer."""
     needs = all_needs(method)
     if c.remember is None or method.needs is None or needs.head or c.teacher_mode != "eval":
-        return teacher
+        return False
     shapes = feature_shapes(teacher.model, next(iter(c.test)).rows(0, 1), needs.hidden)
     row = classes * needs.logits + sum(math.prod(shape) for shape in shapes.values())
     fits = c.remember_rows * row * 4 <= memory_budget(ctx.accelerator.num_processes)
-    if not from_main(ctx.accelerator, lambda: ctx.run.decided("remembered", fits)):
-        return teacher
+    return from_main(ctx.accelerator, lambda: ctx.run.decided("remembered", fits))
+
+
+def in_memory(c: Comparison, ctx: Context, teacher: ModelTeacher, needs: Needs) -> MemoryTeacher:
+    """The teacher's word on the training data, asked once."""
+    assert c.remember is not None
 
     def shown(batches: Iterable[Batch]) -> Iterator[Batch]:
         return ctx.terminal.iterate(batches, "teacher on training data")

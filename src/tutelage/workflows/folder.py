@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from tutelage.engine import RunDirectory
 from tutelage.engine.rundir import explained, write_text
 from tutelage.errors import RunDirectoryError, TutelageError
 
-FREE_TO_CHANGE = {"train.trackers", "train.log_every", "train.keep", "data.workers", "teacher.train.trackers"}
+FREE_TO_CHANGE = {
+    "train.trackers", "train.log_every", "train.keep", "data.workers", "teacher.train.trackers", "search.trials",
+}  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change what it computes."""
 
 
@@ -93,8 +96,17 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
 
 
 @contextmanager
-def opened(path: Path, config_yaml: str, *, resume: bool, main: bool) -> Iterator[RunDirectory]:
+def opened(
+    path: Path, config_yaml: str, *, resume: bool, main: bool, patience: float = 0.0
+) -> Iterator[RunDirectory]:
     """The run directory, locked against a second writer for as long as the block lasts.
+
+    Args:
+        path: the folder.
+        config_yaml: what is run.
+        resume: whether it is gone on with.
+        main: whether this process writes.
+        patience: seconds to wait for another process that writes to it.
 
     Raises:
         RunDirectoryError: it cannot be written, another process writes to it, or it is of other settings.
@@ -108,12 +120,13 @@ def opened(path: Path, config_yaml: str, *, resume: bool, main: bool) -> Iterato
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / "run.lock", os.O_CREAT | os.O_RDWR)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunDirectoryError(
-                "another process is writing to it", where=str(path), remedy="wait for it, or choose another --out"
-            ) from None
+        deadline = time.monotonic() + patience
+        while not _locked(lock):
+            if time.monotonic() >= deadline:
+                raise RunDirectoryError(
+                    "another process is writing to it", where=str(path), remedy="wait for it, or choose another --out"
+                )
+            time.sleep(0.1)
         run.sweep()
         fresh = not run.config.exists()
         if fresh:
@@ -126,6 +139,14 @@ def opened(path: Path, config_yaml: str, *, resume: bool, main: bool) -> Iterato
             raise
     finally:
         os.close(lock)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def forget(path: Path) -> None:

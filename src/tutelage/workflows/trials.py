@@ -1,0 +1,287 @@
+"""One trial of a search: data, teacher and its word are shared by all trials of a process.
+
+No trial has the test split: what takes its place in every check is the validation split.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tutelage.config import Recipe, dump_recipe
+from tutelage.data import ImageData
+from tutelage.engine import RunDirectory, Training, evaluate_teacher, fit, make_accelerator
+from tutelage.engine.loop import Silent
+from tutelage.engine.rundir import new_folder
+from tutelage.errors import NumericsError
+from tutelage.methods import Method, SupervisedMethod, check_capabilities
+from tutelage.models import MODEL_CARD, save_model
+from tutelage.teachers import MemoryTeacher, Teacher
+from tutelage.workflows.comparison import (
+    Comparison,
+    Context,
+    all_needs,
+    as_taught,
+    check_labels,
+    check_method_runs,
+    check_optimizer,
+    check_output,
+    check_separate,
+    check_taught,
+    check_teachers,
+    fitted,
+    in_memory,
+    rememberable,
+    taught_by,
+    training_of,
+)
+from tutelage.workflows.folder import opened
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import comparison, load_data
+from tutelage.workflows.suggest import WHOLE_SEED, Result
+from tutelage.workflows.teachers import Member, ModelTeacher
+
+Report = Callable[[int, float], bool]
+"""Is told the number of an evaluation and its accuracy; true gives the trial up."""
+
+MOST_DATA = 3
+"""Data sets kept, where trials differ in keys of ``data``."""
+
+PATIENCE = 60.0
+"""Seconds to wait for the process of a killed search to let go of its trial; it stops after a step."""
+
+
+SILENT = Terminal(speaks=False)
+
+
+class Pruned(Exception):
+    """A trial is given up."""
+
+
+class Bench:
+    """What the trials of one process share.
+
+    Args:
+        terminal: where the teacher's pass over the data is shown.
+        should_stop: asked after every step.
+        warmup: share of the first seed's training before a trial can be given up.
+    """
+
+    def __init__(self, terminal: Terminal, should_stop: Callable[[], bool], warmup: float) -> None:
+        self.terminal, self.should_stop, self.warmup = terminal, should_stop, warmup
+        self.loaded: dict[str, ImageData] = {}
+        self.live: dict[str, ModelTeacher] = {}
+        self.memory: dict[str, MemoryTeacher] = {}
+
+    def data(self, recipe: Recipe) -> ImageData:
+        """The data of a recipe, with its validation split in place of its test split."""
+        key = json.dumps([recipe.data.model_dump(mode="json"), recipe.teacher.augment])
+        if key not in self.loaded:
+            while len(self.loaded) >= MOST_DATA:
+                self.loaded.pop(next(iter(self.loaded)))
+            data = load_data(recipe, self.terminal)
+            self.loaded[key] = replace(data, test=data.validation)
+        return self.loaded[key]
+
+    def train_teacher(self, recipe: Recipe, run: RunDirectory) -> Recipe:
+        """The recipe with a teacher, or members, that have weights: trained once, in ``run``.
+
+        Raises:
+            TutelageError: they do not fit the data, or cannot be trained.
+            Interrupted: a stop was asked for; the state is saved.
+        """
+        if all(member.train is None for member in recipe.teacher.each):
+            return recipe
+        accelerator = make_accelerator(recipe.train.precision, [])
+        ctx = Context(accelerator, run, self.terminal, self.should_stop)
+        c = comparison(recipe, self.data(recipe))
+        untrained = c.teacher()
+        check_teachers(c, ctx.device, untrained)
+        raw = recipe.model_dump(mode="json", exclude_none=True)
+        members: Sequence[Member] = [Member("teacher", c.teacher, c.train_teacher, c.teacher_card)]
+        models, sections = [untrained], [raw["teacher"]]
+        if c.ensemble is not None:
+            members, models, sections = c.ensemble.members, list(untrained.children()), raw["teacher"]["members"]
+        for member, model, section in zip(members, models, sections, strict=True):
+            if member.train is not None:
+                _train_member(member, model, c, ctx)
+                section.pop("train")
+                section.pop("trained", None)
+                section["checkpoint"] = str(run.model(member.name))
+        return Recipe.model_validate(raw)
+
+    def try_out(self, recipe: Recipe) -> None:
+        """Everything but training.
+
+        Raises:
+            TutelageError: teacher, student, data and method do not fit, or refuse an option.
+        """
+        accelerator = make_accelerator(recipe.train.precision, [])
+        self._ready(recipe, Context(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop))
+
+    def run(self, recipe: Recipe, folder: Path, report: Report) -> Result:
+        """A trial, in an ordinary run directory without a summary; goes on where it was interrupted.
+
+        Raises:
+            TutelageError: it cannot be run.
+            Interrupted: a stop was asked for; the state is saved.
+        """
+        start = time.monotonic()
+        accelerator = make_accelerator(recipe.train.precision, [])
+        resume = (folder / "config.yaml").exists()
+        result = Result("finished")
+        with opened(folder, dump_recipe(recipe), resume=resume, main=True, patience=PATIENCE) as run:
+            ctx = Context(accelerator, run, self.terminal, self.should_stop)
+            try:
+                c, live, method = self._ready(recipe, ctx)
+                with self._told(recipe, c, ctx, live, method) as teacher:
+                    for seed in recipe.seeds:
+                        last = seed == recipe.seeds[-1]
+                        judge = report if seed == recipe.seeds[0] else None
+                        result.seeds.append(self._seed(c, ctx, seed, teacher, live, judge, last))
+                        many = len(result.seeds)
+                        mean = sum(result.seeds) / many
+                        if many > 1 and report(many * WHOLE_SEED, mean) and not last:
+                            raise Pruned
+            except Pruned:
+                result.state = "pruned"
+            except NumericsError as error:
+                result.state, result.why = "diverged", error.what
+            finally:
+                accelerator.free_memory()
+        result.seconds = time.monotonic() - start
+        return result
+
+    def _seed(
+        self, c: Comparison, ctx: Context, seed: int, teacher: Teacher, live: ModelTeacher,
+        report: Report | None, last: bool,
+    ) -> float:  # fmt: skip
+        """Train the student of a seed; its last validation accuracy."""
+        assert c.classes is not None
+        training = training_of(c, replace(ctx, terminal=SILENT), "distilled", seed, teacher, live, len(c.classes))
+        watch = _Watch(ctx.run, training, report, (self.warmup, 1.0 if last else 2.0))
+        fit(replace(training, watcher=watch), ctx.accelerator)
+        return watch.seen[-1]
+
+    def _ready(self, recipe: Recipe, ctx: Context) -> tuple[Comparison, ModelTeacher, Method]:
+        c, seed = comparison(recipe, self.data(recipe)), recipe.seeds[0]
+        student = c.student(seed)
+        check_output(c, ctx.device, student, "student")
+        live = self._teacher(recipe, c, ctx)
+        apprentice, method = fitted(c, c.student(seed), live.model, seed)
+        check_optimizer(c, apprentice, method)
+        check_separate(live.model, apprentice)
+        check_labels(c, live.model, student)
+        if c.cache is None:
+            check_capabilities(method, live)
+        check_method_runs(c, ctx, apprentice, method, live)
+        return c, live, method
+
+    def _teacher(self, recipe: Recipe, c: Comparison, ctx: Context) -> ModelTeacher:
+        """The live teacher, loaded once."""
+        key = _key(recipe)
+        if key not in self.live:
+            self.live.clear()  # one at a time: a teacher is large
+            untrained = c.teacher()
+            check_teachers(c, ctx.device, untrained)
+            live = as_taught(c, untrained, ctx.device)
+            assert c.validation is not None
+            check_taught(evaluate_teacher(live, c.validation, ctx.device), len(c.classes or []), ctx)
+            self.live[key] = live
+        return self.live[key]
+
+    @contextmanager
+    def _told(
+        self, recipe: Recipe, c: Comparison, ctx: Context, live: ModelTeacher, method: Method
+    ) -> Iterator[Teacher]:
+        """Who is asked in training: what the process remembers of the teacher, else as in any run."""
+        classes = len(c.classes or [])
+        if c.cache is not None or not rememberable(c, ctx, live, method, classes):
+            with taught_by(replace(c, remember=None), ctx, live, method, classes) as teacher:
+                yield teacher
+            return
+        needs = replace(all_needs(method), temperature=None)
+        key = f"{_key(recipe)} {needs}"
+        if key not in self.memory:
+            self.memory.clear()
+            self.memory[key] = in_memory(c, ctx, live, needs)
+        yield self.memory[key]
+
+
+def _key(recipe: Recipe) -> str:
+    """What decides the data and what the teacher says of it."""
+    return json.dumps([recipe.data.model_dump(mode="json"), recipe.teacher.model_dump(mode="json")], sort_keys=True)
+
+
+def _train_member(member: Member, model: nn.Module, c: Comparison, ctx: Context) -> None:
+    """Train a teacher, or find it trained, and keep it; the test split has no part in it."""
+    folder = ctx.run.model(member.name)
+    if (folder / MODEL_CARD).exists():
+        return
+    assert member.train is not None
+    config, batches, seed = member.train
+    training = Training(
+        member.name, model, SupervisedMethod(), batches, config, ctx.run,
+        validation=c.validation, seed=seed, should_stop=ctx.should_stop, watcher=ctx.terminal,
+    )  # fmt: skip
+    try:
+        outcome = fit(training, ctx.accelerator)
+    finally:
+        ctx.terminal.finished()
+    trained = member.model()
+    trained.load_state_dict(outcome.best)
+    with new_folder(folder) as draft:
+        save_model(trained, draft, dict(member.card))
+    assert outcome.progress.best is not None
+    ctx.terminal.say(f"{member.name}: validation {outcome.progress.best[0]:.2%}, {outcome.progress.seconds:.0f} s")
+
+
+class _Watch(Silent):
+    """Tells of every evaluation of a training, those before an interruption first.
+
+    Args:
+        run: where they are logged.
+        training: whose they are.
+        report: who is told; ``None`` for nobody.
+        judged: from which share of the training on, and before which, the answer counts. At the end of the last
+            seed nothing is left to save.
+    """
+
+    def __init__(
+        self, run: RunDirectory, training: Training, report: Report | None, judged: tuple[float, float]
+    ) -> None:
+        self.run, self.name, self.report = run, training.name, report
+        self.judged = [share * training.steps for share in judged]
+        self.seen: list[float] = []
+
+    def started(self, name: str, step: int, total: int) -> None:
+        """What was logged before ``step`` is told again."""
+        if step:
+            for line in validations(self.run, self.name):
+                self._tell(line)
+
+    def logged(self, line: dict[str, Any]) -> None:
+        """Tells of it where it is an evaluation."""
+        if "validation" in line:
+            self._tell(line)
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        self.seen.append(line["validation"]["accuracy"])
+        gives_up = self.report is not None and self.report(len(self.seen), self.seen[-1])
+        if gives_up and self.judged[0] <= line["step"] < self.judged[1]:
+            raise Pruned
+
+
+def validations(run: RunDirectory, training: str) -> list[dict[str, Any]]:
+    """The lines of the metrics that have a validation of a training, in order."""
+    if not run.metrics.exists():
+        return []
+    lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["training"] == training and "validation" in line]
