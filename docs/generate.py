@@ -31,6 +31,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "method: kind: logit": config.LogitConfig,
     "method: kind: feature": config.FeatureConfig,
     "method: kind: simkd": config.SimkdConfig,
+    "method: kind: supervised": config.SupervisedConfig,
+    "method: kind: teacher-free": config.TeacherFreeConfig,
     "method.pairs": config.PairConfig,
     "train": config.TrainConfig,
     "train.optimizer": config.OptimizerConfig,

@@ -16,6 +16,8 @@ from tutelage.config.methods import (
     LogitConfig,
     PairConfig,
     SimkdConfig,
+    SupervisedConfig,
+    TeacherFreeConfig,
 )
 from tutelage.config.schema import (
     AUGMENTS,
@@ -63,7 +65,9 @@ __all__ = [
     "ScheduleConfig",
     "SimkdConfig",
     "SpeedConfig",
+    "SupervisedConfig",
     "TeacherConfig",
+    "TeacherFreeConfig",
     "TeacherSpeedConfig",
     "TrainConfig",
     "build_recipe",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tutelage.config.base import Misfit, NotNegative, Positive, Section, suggest
+from tutelage.config.base import Fraction, Misfit, NotNegative, Positive, Section, suggest
 
 SOFT_OBJECTIVES: dict[str, tuple[str, ...]] = {
     "dist": ("beta", "gamma"),
@@ -192,5 +192,37 @@ class SimkdConfig(SoftConfig):
     """``authors``: mean over elements, to which the published numbers and weight 1 belong; ``paper``: their sum."""
 
 
-METHOD_KINDS: dict[str, type[Section]] = {"feature": FeatureConfig, "logit": LogitConfig, "simkd": SimkdConfig}
+class SupervisedConfig(Section):
+    """The labels alone, smoothed or not, in place of a teacher's: a control. Learns from labelled images only."""
+
+    kind: Literal["supervised"]
+    """Cross-entropy; the teacher, where there is one, is only compared with."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the target that is spread evenly over all classes; 0.1 is usual."""
+
+
+class TeacherFreeConfig(Section):
+    """Tf-KD: (1 - alpha) * CE + alpha * soft labels of a teacher that nobody trained. Learns from labelled images
+    only."""
+
+    kind: Literal["teacher-free"]
+    """Soft labels made by hand, a control; the teacher, where there is one, is only compared with."""
+    alpha: Fraction = 0.1
+    """Weight of those soft labels."""
+    temperature: Positive = 20.0
+    """T at which they are softened; the paper has 20 or more."""
+    correct: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    """Probability of the label before that; the others share the rest. Above one over the number of classes."""
+    variant: Literal["authors", "paper"] = "authors"
+    """``authors``: KL(softmax(p / T) || student), the code to which the published numbers and alpha belong, close to
+    label smoothing; ``paper``: T^2 * KL of both at T."""
+
+
+METHOD_KINDS: dict[str, type[Section]] = {
+    "feature": FeatureConfig,
+    "logit": LogitConfig,
+    "simkd": SimkdConfig,
+    "supervised": SupervisedConfig,
+    "teacher-free": TeacherFreeConfig,
+}
 """Every method that a recipe can name, with its options."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
-from tutelage.config.methods import FeatureConfig, LogitConfig, SimkdConfig
+from tutelage.config.methods import FeatureConfig, LogitConfig, SimkdConfig, SupervisedConfig, TeacherFreeConfig
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
 """What ``data.source`` can be."""
@@ -429,7 +429,9 @@ class Recipe(Section):
     data: DataConfig
     teacher: TeacherConfig
     student: ModelConfig
-    method: Annotated[LogitConfig | FeatureConfig | SimkdConfig, Field(discriminator="kind")]
+    method: Annotated[
+        LogitConfig | FeatureConfig | SimkdConfig | SupervisedConfig | TeacherFreeConfig, Field(discriminator="kind")
+    ]
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""

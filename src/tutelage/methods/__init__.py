@@ -3,10 +3,16 @@
 from tutelage.methods.base import Method, Phase, Term, Trainee, adapted, built, check_capabilities
 from tutelage.methods.feature import FeatureMethod, PairsMethod
 from tutelage.methods.links import FEATURE_OBJECTIVES
-from tutelage.methods.logit import SOFT_OBJECTIVES, LogitMethod, SupervisedMethod
+from tutelage.methods.logit import SOFT_OBJECTIVES, LogitMethod, SupervisedMethod, TeacherFreeMethod
 from tutelage.methods.simkd import SimkdMethod
 
-METHODS: dict[str, type[Method]] = {"feature": FeatureMethod, "logit": LogitMethod, "simkd": SimkdMethod}
+METHODS: dict[str, type[Method]] = {
+    "feature": FeatureMethod,
+    "logit": LogitMethod,
+    "simkd": SimkdMethod,
+    "supervised": SupervisedMethod,
+    "teacher-free": TeacherFreeMethod,
+}
 """Every method that a recipe can name. ``tutelage.config.METHOD_KINDS`` has their options."""
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "Phase",
     "SimkdMethod",
     "SupervisedMethod",
+    "TeacherFreeMethod",
     "Term",
     "Trainee",
     "adapted",

@@ -40,6 +40,7 @@ class Method(nn.Module):
         weights: the weight of each term, by name. The engine applies it, once.
         needs_ids: whether :meth:`build` needs the sample ids of the training data.
         takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) will do for its logits.
+        unlabelled: whether samples without a label teach it anything; else it is trained on the labelled ones.
     """
 
     needs: Needs | None = Needs()
@@ -47,6 +48,7 @@ class Method(nn.Module):
     weights: dict[str, float]
     needs_ids: bool = False
     takes_sparse: bool = False
+    unlabelled: bool = True
 
     def adapt(self, student: nn.Module, teacher: nn.Module, example: Batch) -> nn.Module:
         """The module that is trained and exported. Default: the student as it is.

@@ -121,7 +121,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         CacheError: the folder's cache was made from something else, is damaged, or cannot be written.
         Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
     """
-    from tutelage.workflows.comparison import as_taught, check_teachers, fitted
+    from tutelage.workflows.comparison import as_taught, check_teachers, fitted, is_taught
     from tutelage.workflows.run import comparison, load_data
 
     if any(member.train is not None for member in recipe.teacher.each):
@@ -142,6 +142,12 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     check_teachers(c, accelerator.device, untrained)
     teacher = as_taught(c, untrained, accelerator.device)
     _, method = fitted(c, c.student(recipe.seeds[0]), teacher.model, recipe.seeds[0])
+    if not is_taught(method):
+        raise CapabilityError(
+            f"method {recipe.method.kind} asks the teacher for nothing that a cache could keep",
+            where="method",
+            remedy="a cache is for methods that a teacher teaches, such as method=logit",
+        )
     views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.augmented else [None]
     start = time.monotonic()
     with stopping(terminal.say) as should_stop:

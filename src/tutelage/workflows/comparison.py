@@ -203,6 +203,11 @@ def fitted(c: Comparison, student: nn.Module, teacher: nn.Module, seed: int) -> 
     return apprentice, built(method, apprentice, teacher, example, seed, ids)
 
 
+def taught_on(c: Comparison, method: Method, seed: int) -> Batches:
+    """The training data of a method under a seed: all of it, or what has a label where the rest teaches nothing."""
+    return c.batches("distilled" if method.unlabelled else "alone", seed)
+
+
 def train_student(
     c: Comparison,
     ctx: Context,
@@ -217,8 +222,7 @@ def train_student(
     found = ctx.run.result(name)
     if found is not None:
         return found
-    distilled = c.batches("distilled", seed)
-    mine = distilled if arm == "distilled" else c.batches("alone", seed)
+    budget = c.batches("distilled", seed).steps_per_epoch
 
     def fresh() -> tuple[nn.Module, Method]:
         if arm == "alone":
@@ -230,7 +234,7 @@ def train_student(
         name=name,
         student=student,
         method=method,
-        batches=mine,
+        batches=taught_on(c, method, seed),
         config=c.config,
         run=ctx.run,
         teacher=teacher if arm == "distilled" else None,
@@ -238,7 +242,7 @@ def train_student(
         seed=seed,
         should_stop=ctx.should_stop,
         watcher=ctx.terminal,
-        epoch_steps=distilled.steps_per_epoch,
+        epoch_steps=budget,
         classes=references.classes,
     )
     if method.phases():
@@ -426,6 +430,9 @@ def say_ensemble(scores: Mapping[str, Any], ctx: Context) -> None:
 @contextmanager
 def taught_by(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> Iterator[Teacher]:
     """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
+    if not is_taught(method):
+        yield teacher
+        return
     if c.cache is None:
         known = remembered(c, ctx, teacher, method, classes)
         if c.ahead is None or known is not teacher:
@@ -441,6 +448,11 @@ def taught_by(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method
                 cached.check(each.needs)
         ctx.terminal.say(f"cache: {cached.folder}, {len(cached.reader):,} rows known")
         yield cached
+
+
+def is_taught(method: Method) -> bool:
+    """Whether a method, or a phase of it, asks the teacher for anything."""
+    return any(m.needs is not None for m in (method, *(phase.method for phase in method.phases())))
 
 
 def all_needs(method: Method) -> Needs:

@@ -18,7 +18,15 @@ from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.taps import Needs, find
 from tutelage.teachers import Teacher
-from tutelage.workflows.comparison import Comparison, as_taught, check_labels, check_output, check_separate, fitted
+from tutelage.workflows.comparison import (
+    Comparison,
+    as_taught,
+    check_labels,
+    check_output,
+    check_separate,
+    fitted,
+    taught_on,
+)
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import ONE_VIEW, comparison, load_data
@@ -89,7 +97,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     passes("separation", "teacher and student share no weight", lambda: check_separate(teacher.model, student))
     passes(
         "capabilities",
-        f"the teacher gives what {recipe.method.kind} needs",
+        f"the teacher gives what {recipe.method.kind} needs" if method.needs else "the method asks no teacher",
         lambda: check_capabilities(method, teacher),
     )
     if recipe.data.views == 1:
@@ -187,10 +195,11 @@ def one_step(
     from tutelage.data import Share
 
     config = recipe.train
-    batches = c.batches("distilled", recipe.seeds[0])
+    batches = taught_on(c, trainee.method, recipe.seeds[0])
     optimizer = build_optimizer(trainee, config.optimizer)
-    total = config.steps or (config.epochs or 1) * batches.steps_per_epoch
-    build_schedule(optimizer, config.schedule, total, batches.steps_per_epoch)
+    epoch = c.batches("distilled", recipe.seeds[0]).steps_per_epoch
+    total = config.steps or (config.epochs or 1) * epoch
+    build_schedule(optimizer, config.schedule, total, epoch)
     trainee.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
