@@ -47,7 +47,6 @@ UNDOCUMENTED = {
     "Recipe.method": "See below.",
     "Recipe.name": "Names the run directory. Default: the file's name.",
     "Recipe.student": "See below.",
-    "Recipe.teacher": "See below.",
     "Recipe.train": "Training of the students, and what the teacher's starts from. See below.",
     "ScheduleConfig.kind": "Name of the schedule; see the table below.",
     "TrainConfig.optimizer": "See below.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -65,7 +65,14 @@ def _known(what: str, table: Mapping[str, Any]) -> AfterValidator:
 FeatureObjective = Annotated[str, _known("objective", FEATURE_OBJECTIVES)]
 
 
-class SoftConfig(Section):
+class MethodConfig(Section):
+    """What every method has."""
+
+    taught: ClassVar[bool] = True
+    """Whether it needs a teacher."""
+
+
+class SoftConfig(MethodConfig):
     """Soft labels beside hard ones: what every method has."""
 
     temperature: Positive | None = None
@@ -192,19 +199,21 @@ class SimkdConfig(SoftConfig):
     """``authors``: mean over elements, to which the published numbers and weight 1 belong; ``paper``: their sum."""
 
 
-class SupervisedConfig(Section):
+class SupervisedConfig(MethodConfig):
     """The labels alone, smoothed or not, in place of a teacher's: a control. Learns from labelled images only."""
 
+    taught: ClassVar[bool] = False
     kind: Literal["supervised"]
     """Cross-entropy; the teacher, where there is one, is only compared with."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the target that is spread evenly over all classes; 0.1 is usual."""
 
 
-class TeacherFreeConfig(Section):
+class TeacherFreeConfig(MethodConfig):
     """Tf-KD: (1 - alpha) * CE + alpha * soft labels of a teacher that nobody trained. Learns from labelled images
     only."""
 
+    taught: ClassVar[bool] = False
     kind: Literal["teacher-free"]
     """Soft labels made by hand, a control; the teacher, where there is one, is only compared with."""
     alpha: Fraction = 0.1
@@ -218,7 +227,7 @@ class TeacherFreeConfig(Section):
     label smoothing; ``paper``: T^2 * KL of both at T."""
 
 
-METHOD_KINDS: dict[str, type[Section]] = {
+METHOD_KINDS: dict[str, type[MethodConfig]] = {
     "feature": FeatureConfig,
     "logit": LogitConfig,
     "simkd": SimkdConfig,

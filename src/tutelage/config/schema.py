@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
-from tutelage.config.methods import FeatureConfig, LogitConfig, SimkdConfig, SupervisedConfig, TeacherFreeConfig
+from tutelage.config.methods import (
+    METHOD_KINDS,
+    FeatureConfig,
+    LogitConfig,
+    SimkdConfig,
+    SupervisedConfig,
+    TeacherFreeConfig,
+)
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
 """What ``data.source`` can be."""
@@ -423,11 +430,13 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
 
 
 class Recipe(Section):
-    """One comparison: a teacher, a student without it, the student with it."""
+    """One comparison: a student alone, and by a method, most often with a teacher."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: DataConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    """See below. ``null``, or left out, for a method that needs none; where there is one, students are compared with
+    it all the same."""
     student: ModelConfig
     method: Annotated[
         LogitConfig | FeatureConfig | SimkdConfig | SupervisedConfig | TeacherFreeConfig, Field(discriminator="kind")
@@ -442,8 +451,22 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
             raise Misfit(f"{self.seeds} holds a seed twice, and a copy adds no evidence; remove it", "seeds")
-        for i, member in enumerate(self.teacher.each):
-            where = "teacher" if self.teacher.members is None else f"teacher.members.{i}"
+        if self.teacher is None:
+            if self.method.taught:
+                without = ", ".join(kind for kind, config in METHOD_KINDS.items() if not config.taught)
+                raise Misfit(
+                    f"{self.method.kind} needs a teacher, and there is none; add 'teacher', or take a method without "
+                    f"one: {without}",
+                    "method",
+                )
+            if self.data.route is not None:
+                raise Misfit("'data.route' is given, and there is no teacher to go by it; remove it", "data")
+            return self
+        return self._with_teacher(self.teacher)
+
+    def _with_teacher(self, teacher: TeacherConfig) -> Recipe:
+        for i, member in enumerate(teacher.each):
+            where = "teacher" if teacher.members is None else f"teacher.members.{i}"
             for key in ("precision", "trackers") if member.train is not None else ():
                 own, shared = getattr(member.train, key), getattr(self.train, key)
                 if own != shared:
@@ -452,9 +475,9 @@ class Recipe(Section):
                         f"set train.{key} alone",
                         "teacher",
                     )
-        if self.teacher.route is not None and self.data.route is None:
+        if teacher.route is not None and self.data.route is None:
             raise Misfit("teacher.route goes by a column, and there is no 'data.route'; name it", "teacher")
-        if self.data.route is not None and self.teacher.route is None:
+        if self.data.route is not None and teacher.route is None:
             raise Misfit("'data.route' is given, and no 'teacher.route' goes by it; remove it, or add one", "data")
         mixed = [n for n in ("cutmix", "mixup") if any(n in entry for entry in self.data.augment)]
         if self.data.route is not None and mixed:
@@ -463,34 +486,34 @@ class Recipe(Section):
                 "remove it, or 'data.route' and 'teacher.route'",
                 "data",
             )
-        if self.teacher.members is not None and self.method.kind == "simkd":
+        if teacher.members is not None and self.method.kind == "simkd":
             raise Misfit(
                 "simkd takes over one teacher's classifier, and there are several; use another method", "method"
             )
-        if self.teacher.members is not None and isinstance(self.method, FeatureConfig):
-            self._of_members(self.method)
-        if self.teacher.cache is not None and self.data.augment and self.data.views is None:
+        if teacher.members is not None and isinstance(self.method, FeatureConfig):
+            self._of_members(self.method, teacher)
+        if teacher.cache is not None and self.data.augment and self.data.views is None:
             raise Misfit(
                 "teacher.cache with data.augment would keep a row for every image of every epoch and never read one; "
                 "set data.views, such as 10: so many views of each image are kept, and epochs go round them",
                 "teacher",
             )
-        if self.teacher.cache is not None and self.teacher.mode != "eval":
+        if teacher.cache is not None and teacher.mode != "eval":
             raise Misfit(
-                f"teacher.cache with teacher.mode {self.teacher.mode!r}: what the teacher says of an image would "
+                f"teacher.cache with teacher.mode {teacher.mode!r}: what the teacher says of an image would "
                 "depend on the batch that it first came in; use mode: eval",
                 "teacher",
             )
         return self
 
-    def _of_members(self, method: FeatureConfig) -> None:
+    def _of_members(self, method: FeatureConfig, teacher: TeacherConfig) -> None:
         if method.pairs is None:
             raise Misfit(
                 "which member's features are meant by 'pairs: auto' is not said; "
                 "list the pairs, as in {student: stages.1, teacher: 0.stages.1}",
                 "method",
             )
-        if self.teacher.route is not None:
+        if teacher.route is not None:
             raise Misfit("features of members that each teach some images only; use kind: logit", "method")
 
 

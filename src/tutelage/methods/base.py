@@ -50,22 +50,24 @@ class Method(nn.Module):
     takes_sparse: bool = False
     unlabelled: bool = True
 
-    def adapt(self, student: nn.Module, teacher: nn.Module, example: Batch) -> nn.Module:
+    def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The module that is trained and exported. Default: the student as it is.
+
+        ``teacher`` is ``None`` where there is none, which only methods that need none meet.
 
         Raises:
             ModelError: the models do not go together.
         """
         return student
 
-    def build(self, student: nn.Module, teacher: nn.Module, example: Batch, ids: Tensor | None = None) -> None:
+    def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
         """Make what depends on the models, such as projectors; called once, before anything is trained.
 
         Neither model may be changed. Use :func:`built`, which makes the initialisation a function of a seed.
 
         Args:
             student: what :meth:`adapt` returned.
-            teacher: it may not be trained yet.
+            teacher: it may not be trained yet; ``None`` where there is none.
             example: a few samples.
             ids: ``[M]``, the sample ids of the training data, where they are known.
         """
@@ -106,7 +108,12 @@ class Phase(NamedTuple):
 
 
 def built(
-    method: Method, student: nn.Module, teacher: nn.Module, example: Batch, seed: int, ids: Tensor | None = None
+    method: Method,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    example: Batch,
+    seed: int,
+    ids: Tensor | None = None,
 ) -> Method:
     """``method``, fitted to the models; what it initialises is a function of ``seed`` alone."""
     with _stream(seed):
@@ -114,7 +121,7 @@ def built(
     return method
 
 
-def adapted(method: Method, student: nn.Module, teacher: nn.Module, example: Batch, seed: int) -> nn.Module:
+def adapted(method: Method, student: nn.Module, teacher: nn.Module | None, example: Batch, seed: int) -> nn.Module:
     """What ``method`` trains and exports for ``student``; what it adds is a function of ``seed`` alone."""
     with _stream(seed):
         return method.adapt(student, teacher, example)
@@ -199,7 +206,9 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
         return
     name = type(method).__name__
     if teacher is None:
-        raise CapabilityError(f"{name} needs a teacher and there is none", remedy="give a teacher")
+        raise CapabilityError(
+            f"{name} needs a teacher and there is none", remedy="give a teacher, or use a method that needs none"
+        )
     missing = sorted(method.needs.kinds() - teacher.provides)
     if method.takes_sparse and teacher.provides & {"topk", "sampled"}:
         missing = [kind for kind in missing if kind != "logits"]

@@ -232,7 +232,7 @@ class Teacher(Scores):
 class Sizes(_Part):
     """Numbers of parameters."""
 
-    teacher: int
+    teacher: int | None = None
     student: int
 
 
@@ -257,17 +257,26 @@ class Summary(_Part):
 
     name: str
     formula: str | None = None
+    taught: bool = True
     classes: list[str] | None = None
     seeds: list[int]
     parameters: Sizes
-    capacity_ratio: float
+    capacity_ratio: float | None = None
     latency: dict[str, Speed] | None = None
-    teacher: Teacher
+    teacher: Teacher | None = None
     students: Students
     gain: dict[str, Pair] | None = None
     device: str | None = None
     processes: int | None = None
     exported: str | None = None
+
+    @model_validator(mode="after")
+    def _of_teacher(self) -> Summary:
+        if self.teacher is not None and (self.parameters.teacher is None or self.capacity_ratio is None):
+            raise ValueError("there is a teacher, and 'parameters.teacher' or 'capacity_ratio' is missing")
+        if self.teacher is None and self.taught:
+            raise ValueError("'teacher' is missing")
+        return self
 
 
 class Term(_Part):

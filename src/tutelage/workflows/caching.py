@@ -56,6 +56,7 @@ def open_cache(
     """
     from tutelage.workflows.comparison import all_needs
 
+    assert recipe.teacher is not None
     config = recipe.teacher.cache
     assert config is not None
     needs = all_needs(method)
@@ -124,6 +125,12 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     from tutelage.workflows.comparison import as_taught, check_teachers, fitted, is_taught
     from tutelage.workflows.run import comparison, load_data
 
+    if recipe.teacher is None:
+        raise ConfigError(
+            "the recipe has no teacher, and a cache is of what one says",
+            where="teacher",
+            remedy="add 'teacher'",
+        )
     if any(member.train is not None for member in recipe.teacher.each):
         raise CapabilityError(
             "the teacher has no weights yet, and a cache is of one that is trained",
@@ -138,6 +145,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     terminal.live = terminal.live and accelerator.is_main_process
     data = load_data(recipe, terminal)
     c = comparison(recipe, data)
+    assert c.teacher is not None
     untrained = c.teacher()
     check_teachers(c, accelerator.device, untrained)
     teacher = as_taught(c, untrained, accelerator.device)
@@ -172,6 +180,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
 
 def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
     """The recipe with a cache, in the folder ``out`` where one is given; checked again."""
+    assert recipe.teacher is not None
     config = recipe.teacher.cache or CacheConfig()
     if out is not None:
         config = config.model_copy(update={"path": str(out)})

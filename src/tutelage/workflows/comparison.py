@@ -1,4 +1,4 @@
-"""The heart of every run: a teacher, the student without it, the student with it, over seeds."""
+"""The heart of every run: the student alone and by a method, most often with a teacher, over seeds."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from tutelage.teachers import (
     EnsembleTeacher,
     LiveTeacher,
     MemoryTeacher,
+    Signal,
     Teacher,
 )
 from tutelage.workflows.measure import latencies, parameters
@@ -53,7 +54,7 @@ class Comparison:
 
     Attributes:
         name: of the run.
-        teacher: builds the teacher; with weights, unless ``train_teacher``.
+        teacher: builds the teacher; with weights, unless ``train_teacher``. ``None`` for a method without one.
         student: builds a student's initialisation from a seed; the same seed gives the same one.
         method: builds the method.
         batches: the training data of an arm under a seed.
@@ -76,7 +77,7 @@ class Comparison:
     """
 
     name: str
-    teacher: Callable[[], nn.Module]
+    teacher: Callable[[], nn.Module] | None
     student: Callable[[int], nn.Module]
     method: Callable[[], Method]
     batches: Callable[[Arm, int], Batches]
@@ -121,10 +122,13 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
         CapabilityError: teacher, student, data and method do not fit; found before any student is trained.
         Interrupted: a stop was asked for; the state is saved.
     """
+    if c.teacher is None:
+        check_capabilities(c.method(), None)
     student = c.student(c.seeds[0])
-    check_output(c, ctx.device, student, "student")
-    untrained = c.teacher()
-    check_teachers(c, ctx.device, untrained)
+    classes = check_output(c, ctx.device, student, "student")
+    untrained = None if c.teacher is None else c.teacher()
+    if untrained is not None:
+        check_teachers(c, ctx.device, untrained)
     apprentice, method = fitted(c, student, untrained, c.seeds[0])
     ctx.terminal.say(f"loss = {method.formula()}")
     extra = parameters(method)
@@ -136,13 +140,38 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
             f"where it has {parameters(c.student(c.seeds[0])):,} alone"
         )
     check_optimizer(c, apprentice, method)
-    teacher = live_teacher(c, ctx, untrained)
+    teacher = None if untrained is None else live_teacher(c, ctx, untrained)
     student = c.student(c.seeds[0])
-    apprentice, method = fitted(c, c.student(c.seeds[0]), teacher.model, c.seeds[0])
-    check_separate(teacher.model, apprentice)
-    check_labels(c, teacher.model, student)
-    if c.cache is None:
-        check_capabilities(method, teacher)
+    apprentice, method = fitted(c, c.student(c.seeds[0]), model_of(teacher), c.seeds[0])
+    check_labels(c, model_of(teacher), student)
+    references, teacher_scores = None, None
+    if teacher is not None:
+        check_separate(teacher.model, apprentice)
+        if c.cache is None:
+            check_capabilities(method, teacher)
+        references, teacher_scores = examined(c, ctx, teacher)
+    check_method_runs(c, ctx, apprentice, method, teacher)
+
+    arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    with taught_by(c, ctx, teacher, method, references) as asked:
+        for seed in c.seeds:
+            for arm in arms:
+                results[arm].append(train_student(c, ctx, arm, seed, asked, teacher, references, classes))
+    return summarise(c, ctx, teacher, apprentice, teacher_scores, results, method)
+
+
+def model_of(teacher: ModelTeacher | None) -> nn.Module | None:
+    """The teacher's model, where there is a teacher."""
+    return None if teacher is None else teacher.model
+
+
+def examined(c: Comparison, ctx: Context, teacher: ModelTeacher) -> tuple[References, dict[str, Any]]:
+    """What the teacher says of the test split, and how good it is.
+
+    Raises:
+        CapabilityError: it does worse than chance.
+    """
     references = References(teacher, c.test, ctx)
     on_validation = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, ctx.device)
     check_taught(on_validation, references.classes, ctx)
@@ -154,15 +183,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
         splits = {"test": c.test} | ({} if c.validation is None else {"validation": c.validation})
         teacher_scores["ensemble"] = described(c.ensemble, teacher, splits, ctx.device)
         say_ensemble(teacher_scores, ctx)
-    check_method_runs(c, ctx, apprentice, method, teacher)
-
-    arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    with taught_by(c, ctx, teacher, method, references.classes) as asked:
-        for seed in c.seeds:
-            for arm in arms:
-                results[arm].append(train_student(c, ctx, arm, seed, asked, teacher, references))
-    return summarise(c, ctx, teacher, apprentice, teacher_scores, results, method)
+    return references, teacher_scores
 
 
 class References:
@@ -195,7 +216,7 @@ def example_of(c: Comparison) -> Batch:
     return next(iter(c.test)).rows(0, 2)
 
 
-def fitted(c: Comparison, student: nn.Module, teacher: nn.Module, seed: int) -> tuple[nn.Module, Method]:
+def fitted(c: Comparison, student: nn.Module, teacher: nn.Module | None, seed: int) -> tuple[nn.Module, Method]:
     """What is trained of ``student``, and the method, fitted to it and the teacher; both start as the seed says."""
     method, example = c.method(), example_of(c)
     apprentice = adapted(method, student, teacher, example, seed)
@@ -213,9 +234,10 @@ def train_student(
     ctx: Context,
     arm: Arm,
     seed: int,
-    teacher: Teacher,
-    live: ModelTeacher,
-    references: References,
+    teacher: Teacher | None,
+    live: ModelTeacher | None,
+    references: References | None,
+    classes: int,
 ) -> dict[str, Any]:
     """Train one student, or find it trained, and return its result."""
     name = f"{arm}-seed{seed}"
@@ -227,7 +249,7 @@ def train_student(
     def fresh() -> tuple[nn.Module, Method]:
         if arm == "alone":
             return c.student(seed), SupervisedMethod()
-        return fitted(c, c.student(seed), live.model, seed)
+        return fitted(c, c.student(seed), model_of(live), seed)
 
     student, method = fresh()
     training = Training(
@@ -243,7 +265,7 @@ def train_student(
         should_stop=ctx.should_stop,
         watcher=ctx.terminal,
         epoch_steps=budget,
-        classes=references.classes,
+        classes=classes,
     )
     if method.phases():
         training = after_phases(training, ctx, fresh, live, example_of(c))
@@ -253,7 +275,7 @@ def train_student(
 
     def rebuilt() -> nn.Module:
         model = c.student(seed)
-        return model if arm == "alone" else adapted(c.method(), model, live.model, example_of(c), seed)
+        return model if arm == "alone" else adapted(c.method(), model, model_of(live), example_of(c), seed)
 
     return train_and_keep(training, ctx, rebuilt, c.test, references, card)
 
@@ -262,7 +284,7 @@ def after_phases(
     training: Training,
     ctx: Context,
     fresh: Callable[[], tuple[nn.Module, Method]],
-    live: ModelTeacher,
+    live: ModelTeacher | None,
     example: Batch,
 ) -> Training:
     """Train what the method says comes first, or find it trained, and return the training that goes on from there.
@@ -298,16 +320,25 @@ def after_phases(
     return replace(training, config=config)
 
 
-def keep_reached(student: nn.Module, method: Method, teacher: Teacher, example: Batch, device: torch.device) -> None:
+def keep_reached(
+    student: nn.Module, method: Method, teacher: Teacher | None, example: Batch, device: torch.device
+) -> None:
     """Freeze what of student and method gets no gradient from the method, by one pass in evaluation mode."""
     method.requires_grad_(True)
     trainee, batch = Trainee(student, method).to(device).eval(), example.to(device)
-    assert method.needs is not None
-    terms = trainee(batch, teacher.signal(batch, method.needs))
+    terms = trainee(batch, said(teacher, method, batch))
     torch.stack([term.sum for term in terms.values()]).sum().backward()
     for parameter in trainee.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     trainee.zero_grad(set_to_none=True)
+
+
+def said(teacher: Teacher | None, method: Method, batch: Batch) -> Signal | None:
+    """The teacher's word on a batch, where the method needs any."""
+    if method.needs is None:
+        return None
+    assert teacher is not None
+    return teacher.signal(batch, method.needs)
 
 
 def train_and_keep(
@@ -382,6 +413,7 @@ def _measured(
 def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> ModelTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
     if c.ensemble is None:
+        assert c.teacher is not None
         model = trained(c, ctx, Member("teacher", c.teacher, c.train_teacher, c.teacher_card), model)
     else:
         each = zip(c.ensemble.members, model.children(), strict=True)
@@ -428,11 +460,16 @@ def say_ensemble(scores: Mapping[str, Any], ctx: Context) -> None:
 
 
 @contextmanager
-def taught_by(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> Iterator[Teacher]:
+def taught_by(
+    c: Comparison, ctx: Context, teacher: ModelTeacher | None, method: Method, references: References | None
+) -> Iterator[Teacher | None]:
     """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
-    if not is_taught(method):
+    if teacher is None or references is None or not is_taught(method):
+        if c.cache is not None:
+            ctx.terminal.say("cache: not opened, for the method asks the teacher for nothing")
         yield teacher
         return
+    classes = references.classes
     if c.cache is None:
         known = remembered(c, ctx, teacher, method, classes)
         if c.ahead is None or known is not teacher:
@@ -494,6 +531,7 @@ def memory_budget(processes: int) -> int:
 
 def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> None:
     """:func:`check_output` of the teacher, or of each member by its name, and whether it can run as it is to run."""
+    assert c.teacher is not None
     single = Member("teacher", c.teacher, c.train_teacher, speed=c.speed)
     members = [single] if c.ensemble is None else c.ensemble.members
     models = list(teacher.children()) if isinstance(teacher, Ensemble) else [teacher]
@@ -503,8 +541,11 @@ def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> N
             LiveTeacher(copy.deepcopy(model), mode=c.teacher_mode, **member.speed)
 
 
-def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str) -> None:
+def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str) -> int:
     """Run ``model`` on two samples, so that a misfit with the data shows before anything is trained.
+
+    Returns:
+        How many classes it scores.
 
     Raises:
         DataError: there is nothing to evaluate on.
@@ -546,6 +587,7 @@ def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str
         )
     if not bool(torch.isfinite(logits).all()):
         raise NumericsError(f"the {who}'s logits are NaN or infinite", remedy="check its weights and its inputs")
+    return int(classes)
 
 
 def check_optimizer(c: Comparison, student: nn.Module, method: Method) -> None:
@@ -574,9 +616,11 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def check_labels(c: Comparison, teacher: nn.Module, student: nn.Module) -> None:
+def check_labels(c: Comparison, teacher: nn.Module | None, student: nn.Module) -> None:
     """Raise :class:`CapabilityError` when class names differ between data, teacher or its members, and student."""
-    carried = {"teacher": c.teacher_card.get("loaded_classes") or label_names(teacher)}
+    carried = {}
+    if teacher is not None:
+        carried["teacher"] = c.teacher_card.get("loaded_classes") or label_names(teacher)
     if c.ensemble is not None and isinstance(teacher, Ensemble):
         carried = {
             member.name: member.card.get("loaded_classes") or label_names(model)
@@ -621,14 +665,16 @@ def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
         ctx.terminal.say(f"warning: {shown} ({n} samples); it has hardly anything to teach")
 
 
-def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: Teacher) -> None:
+def check_method_runs(
+    c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: Teacher | None
+) -> None:
     """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
     batch = example_of(c).to(ctx.device)
     student.to(ctx.device).eval()
     for each in (method, *(phase.method for phase in method.phases())):
         each.to(ctx.device).eval()
         with torch.no_grad():
-            signal = teacher.signal(batch, each.needs) if each.needs is not None else None
+            signal = said(teacher, each, batch)
             seen = Observation() if each.student_needs is None else observe(student, batch.inputs, each.student_needs)
             each(seen, batch, signal)
 
@@ -639,16 +685,17 @@ def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: M
 def summarise(
     c: Comparison,
     ctx: Context,
-    teacher: ModelTeacher,
+    teacher: ModelTeacher | None,
     student: nn.Module,
-    teacher_scores: dict[str, Any],
+    teacher_scores: dict[str, Any] | None,
     results: dict[str, list[dict[str, Any]]],
     method: Method,
 ) -> dict[str, Any]:
     """The figures of the run, written to ``summary.json``, and the exported student."""
     student.to(ctx.device)
-    speed = latencies({"teacher": teacher.model, "student": student}, next(iter(c.test)), ctx.device)
-    sizes = {"teacher": parameters(teacher.model), "student": parameters(student)}
+    models = {"student": student} if teacher is None else {"teacher": teacher.model, "student": student}
+    speed = latencies(models, next(iter(c.test)), ctx.device)
+    sizes = {name: parameters(model) for name, model in models.items()}
 
     def row(found: list[dict[str, Any]]) -> dict[str, Any]:
         keys = [k for k in ("accuracy", "loss", "agreement", "kl", "ece") if k in found[0]["best"]]
@@ -663,18 +710,20 @@ def summarise(
     summary: dict[str, Any] = {
         "name": c.name,
         "formula": method.formula(),
+        "taught": is_taught(method),
         "classes": c.classes,
         "seeds": list(c.seeds),
         "parameters": sizes,
         "projectors": parameters(method),
-        "capacity_ratio": sizes["student"] / sizes["teacher"],
         "latency": speed,
-        "teacher": {k: v for k, v in teacher_scores.items() if k != "validation"}
-        | {"validation": {k: teacher_scores["validation"][k] for k in ("accuracy", "loss", "ece")}},
         "students": {arm: row(found) for arm, found in results.items()},
         "device": str(ctx.device),
         "processes": ctx.accelerator.num_processes,
     }
+    if teacher_scores is not None:
+        summary["capacity_ratio"] = sizes["student"] / sizes["teacher"]
+        on_validation = {k: teacher_scores["validation"][k] for k in ("accuracy", "loss", "ece")}
+        summary["teacher"] = {**teacher_scores, "validation": on_validation}
     if "alone" in results:
         summary["gain"] = {
             which: paired(

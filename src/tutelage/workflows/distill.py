@@ -44,7 +44,7 @@ class Run:
 
 
 def distill(
-    teacher: nn.Module | Sequence[nn.Module],
+    teacher: nn.Module | Sequence[nn.Module] | None,
     student: nn.Module | Callable[[], nn.Module],
     train_loader: Iterable[Any],
     *,
@@ -70,7 +70,8 @@ def distill(
     """Distil ``teacher`` into ``student`` and measure whether it helped.
 
     Args:
-        teacher: a trained module, or a list of them that speak as one; frozen, and never changed.
+        teacher: a trained module, or a list of them that speak as one; frozen, and never changed. ``None`` for a
+            ``method`` that needs none.
         student: a module, whose state is where every seed starts, or a function that makes one, called
             under each seed. The caller's module itself is not trained; take ``run.student``.
         train_loader: yields ``(inputs, labels)``, Hugging Face mappings, or what ``to_batch`` understands.
@@ -134,12 +135,17 @@ def distill(
     if many:
         assert isinstance(teacher, Sequence)
         plan = _plan(teacher, dict(ensemble or {}), live)
+    elif teacher is None and (ensemble or speed):
+        raise ConfigError(
+            f"distill(teacher=None, {'ensemble' if ensemble else 'speed'}=...), and there is no teacher",
+            remedy="leave it out",
+        )
     elif ensemble:
         raise ConfigError(
             f"distill(ensemble={ensemble!r}), and there is one teacher", remedy="give a list of modules as teacher"
         )
     described = {
-        "teacher": [fingerprint(t) for t in teacher] if isinstance(teacher, Sequence) else fingerprint(teacher),
+        "teacher": _fingerprints(teacher),
         "student": fingerprint(make_student(seeds[0])),
         "method": {"class": type(method).__name__, "formula": method.formula()},
         "train": config.model_dump(mode="json", exclude_none=True),
@@ -159,7 +165,7 @@ def distill(
     pristine = copy.deepcopy(method)
     comparison = Comparison(
         name="distill",
-        teacher=plan.untrained if plan is not None else lambda: teacher,  # type: ignore[arg-type, return-value]
+        teacher=None if teacher is None else plan.untrained if plan is not None else lambda: teacher,  # type: ignore[arg-type, return-value]
         student=make_student,
         method=lambda: copy.deepcopy(pristine),
         batches=batches,
@@ -197,7 +203,13 @@ def _check_arguments(
 ) -> None:
     """Raise the error that names the argument that is not what :func:`distill` says."""
     several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
+    if teacher is None and (method is None or (isinstance(method, Method) and method.needs is not None)):
+        raise ConfigError(
+            f"distill(teacher=None), and {type(method or LogitMethod()).__name__} needs a teacher",
+            remedy="give one, or a method that needs none, as in method=tutelage.methods.SupervisedMethod()",
+        )
     modules = bool(teacher) and all(isinstance(t, nn.Module) for t in (teacher if several else [teacher]))
+    modules = modules or teacher is None
     for name, given, right, wanted in (
         ("teacher", teacher, modules, "a torch.nn.Module, or a list of modules"),
         ("student", student, callable(student), "a torch.nn.Module, or a function that makes one"),
@@ -260,6 +272,12 @@ def _plan(teachers: Sequence[nn.Module], options: dict[str, Any], speed: dict[st
     weights = None if isinstance(asked.weights, str) else asked.weights
     EnsembleTeacher([LiveTeacher(t) for t in teachers], combine=plan.combine, weights=weights, route=route)
     return plan
+
+
+def _fingerprints(teacher: nn.Module | Sequence[nn.Module] | None) -> Any:
+    if isinstance(teacher, Sequence):
+        return [fingerprint(t) for t in teacher]
+    return None if teacher is None else fingerprint(teacher)
 
 
 def _itself(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.config import MemberConfig, ModelConfig, Recipe, dump_recipe
+from tutelage.config import MemberConfig, ModelConfig, Recipe, TeacherConfig, dump_recipe
 from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
 from tutelage.data.batch import IGNORE
 from tutelage.engine import from_main, make_accelerator, tracking
@@ -89,7 +89,8 @@ def load_data(recipe: Recipe, terminal: Terminal) -> ImageData:
     fields = recipe.data.model_dump(exclude={"workers", "views"})
     if recipe.data.views == 1:
         terminal.say(f"note: {ONE_VIEW}")
-    return load_images(**fields, teacher_augment=recipe.teacher.augment, progress=terminal.iterate)
+    of_teacher = None if recipe.teacher is None else recipe.teacher.augment
+    return load_images(**fields, teacher_augment=of_teacher, progress=terminal.iterate)
 
 
 def comparison(recipe: Recipe, data: ImageData) -> Comparison:
@@ -104,17 +105,8 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
     decoding = workers if data.test.pixels is None else 0
     student_spec = model_spec(recipe.student, data)
     facts = {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
-    members = [teacher_member(recipe, i, data, facts) for i in range(len(recipe.teacher.each))]
-    plan = None
-    if recipe.teacher.members is not None:
-        t = recipe.teacher
-        plan = EnsemblePlan(
-            members, t.combine or "probabilities", t.weights, t.average_at or 1.0,
-            None if t.route is None else routes(t.route, data.routes),
-        )  # fmt: skip
     return Comparison(
         name=recipe.name,
-        teacher=members[0].model if plan is None else plan.untrained,
         student=partial(build_student, recipe.student, student_spec, data.classes),
         method=method_factory(recipe),
         batches=batches,
@@ -123,23 +115,39 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         test=InOrder(data.test, workers=decoding),
         seeds=recipe.seeds,
         baseline=recipe.baseline,
-        train_teacher=members[0].train if plan is None else None,
-        teacher_mode=recipe.teacher.mode,
-        ensemble=plan,
-        speed=members[0].speed,
-        ahead=asks_ahead(recipe.teacher.speed),
-        cache=None if recipe.teacher.cache is None else partial(open_cache, recipe, data),
         remember=None if data.train.augmented else InOrder(data.train, workers=decoding),
         remember_rows=len(data.train),
         classes=data.classes,
         student_card={"spec": student_spec.to_dict(), **facts},
-        teacher_card=dict(members[0].card) if plan is None else {},
+        **of_teacher(recipe, data, facts),
     )
 
 
-def teacher_member(recipe: Recipe, number: int, data: ImageData, facts: dict[str, Any]) -> Member:
+def of_teacher(recipe: Recipe, data: ImageData, facts: dict[str, Any]) -> dict[str, Any]:
+    """What of a comparison is about its teacher."""
+    t = recipe.teacher
+    if t is None:
+        return {"teacher": None}
+    members = [teacher_member(recipe, t, i, data, facts) for i in range(len(t.each))]
+    shared = {
+        "teacher_mode": t.mode,
+        "ahead": asks_ahead(t.speed),
+        "cache": None if t.cache is None else partial(open_cache, recipe, data),
+    }
+    if t.members is None:
+        only = members[0]
+        single = {"teacher": only.model, "train_teacher": only.train, "teacher_card": dict(only.card)}
+        return {**shared, **single, "speed": only.speed}
+    route = None if t.route is None else routes(t.route, data.routes)
+    plan = EnsemblePlan(members, t.combine or "probabilities", t.weights, t.average_at or 1.0, route)
+    return {**shared, "teacher": plan.untrained, "ensemble": plan}
+
+
+def teacher_member(
+    recipe: Recipe, teacher: TeacherConfig, number: int, data: ImageData, facts: dict[str, Any]
+) -> Member:
     """A teacher of the recipe; each has a seed of its own, so that two of the same kind differ."""
-    config, many = recipe.teacher.each[number], recipe.teacher.members is not None
+    config, many = teacher.each[number], teacher.members is not None
     name, seed = f"teacher-{number}" if many else "teacher", recipe.seeds[0] + number
     where = f"teacher.members.{number}" if many else "teacher"
     spec = model_spec(config, data)
@@ -152,7 +160,7 @@ def teacher_member(recipe: Recipe, number: int, data: ImageData, facts: dict[str
         partial(build_teacher, config, spec, data.classes, seed, where),
         train,
         {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
-        live_options(recipe.teacher.speed, config.speed),
+        live_options(teacher.speed, config.speed),
     )
 
 
