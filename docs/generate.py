@@ -31,6 +31,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "method: kind: logit": config.LogitConfig,
     "method: kind: feature": config.FeatureConfig,
     "method: kind: simkd": config.SimkdConfig,
+    "method: kind: byot": config.ByotConfig,
+    "method: kind: mutual": config.MutualConfig,
     "method: kind: supervised": config.SupervisedConfig,
     "method: kind: teacher-free": config.TeacherFreeConfig,
     "method.pairs": config.PairConfig,

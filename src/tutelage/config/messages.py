@@ -11,8 +11,12 @@ from pydantic_core import ErrorDetails
 
 from tutelage.config.base import Misfit, Section, suggest
 from tutelage.config.lines import Key, Place
-from tutelage.config.methods import FeatureConfig, PairConfig
+from tutelage.config.methods import PairConfig
+from tutelage.config.models import ModelConfig
 from tutelage.config.schema import Recipe
+
+ITEMS: dict[str, type[Section]] = {"pairs": PairConfig, "peers": ModelConfig}
+"""The class of the items of a method's list, by its key."""
 
 
 def inherited(details: ErrorDetails, error: ValidationError) -> bool:
@@ -52,9 +56,9 @@ def _section(loc: Key, method: type[Section] | None = None) -> type[BaseModel] |
     """The class whose field the last part of ``loc`` is; ``method`` is that of the recipe's method."""
     model: Any = Recipe
     if loc[:1] == ("method",) and len(loc) > 1:
-        if method is not FeatureConfig or loc[1] != "pairs" or len(loc) < 4:
-            return method if len(loc) == 2 else None
-        return PairConfig if len(loc) == 4 else None
+        if len(loc) == 2:
+            return method
+        return ITEMS.get(str(loc[1])) if len(loc) == 4 else None
     for part in loc[:-1]:
         if isinstance(part, int):  # an item of a list is of the class of the list's items
             continue

@@ -10,18 +10,18 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
 from tutelage.config.methods import (
     METHOD_KINDS,
+    ByotConfig,
     FeatureConfig,
     LogitConfig,
+    MutualConfig,
     SimkdConfig,
     SupervisedConfig,
     TeacherFreeConfig,
 )
+from tutelage.config.models import ModelConfig, known_model
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
 """What ``data.source`` can be."""
-
-MODELS = ("convnet", "mlp", "resnet", "timm:NAME", "torchvision:NAME", "hf:ID", "package.module:callable")
-"""What ``model`` can be."""
 
 AUGMENTS = (
     "flip", "shift", "cutmix", "mixup", "auto-augment", "color-jitter", "erase", "grayscale", "rand-augment",
@@ -66,13 +66,6 @@ def _source(name: str) -> str:
     kind, _, rest = name.partition(":")
     if name not in SOURCES[:3] and not (rest and kind in ("torchvision", "hf")):
         raise ValueError(f"unknown source {name!r}{suggest(name, SOURCES)}; allowed: {', '.join(SOURCES)}")
-    return name
-
-
-def _model(name: str) -> str:
-    kind, _, rest = name.partition(":")
-    if name not in MODELS[:3] and not (kind and rest):
-        raise ValueError(f"unknown model {name!r}{suggest(name, MODELS)}; allowed: {', '.join(MODELS)}")
     return name
 
 
@@ -254,17 +247,6 @@ class TrainConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    """A model by name."""
-
-    model: Annotated[str, AfterValidator(_model)]
-    """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the model's constructor."""
-    checkpoint: str | None = None
-    """Weights: a safetensors file, a torch file readable with ``weights_only``, or a folder that a run exported."""
-
-
 class CacheConfig(Section):
     """The teacher's word on disk: written in the first epoch or by ``tutelage cache``, then read."""
 
@@ -363,7 +345,7 @@ class EnsembleConfig(Section):
 class TeacherConfig(MemberConfig, EnsembleConfig):
     """The teacher, or the members of an ensemble: each trained first where it has no weights of its own."""
 
-    model: Annotated[str, AfterValidator(_model)] | None = None  # type: ignore[assignment]
+    model: Annotated[str, AfterValidator(known_model)] | None = None  # type: ignore[assignment]
     """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``; or
     none, and ``members``."""
     members: Annotated[list[MemberConfig], Field(min_length=2)] | None = None
@@ -439,7 +421,8 @@ class Recipe(Section):
     it all the same."""
     student: ModelConfig
     method: Annotated[
-        LogitConfig | FeatureConfig | SimkdConfig | SupervisedConfig | TeacherFreeConfig, Field(discriminator="kind")
+        LogitConfig | ByotConfig | FeatureConfig | MutualConfig | SimkdConfig | SupervisedConfig | TeacherFreeConfig,
+        Field(discriminator="kind"),
     ]
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])

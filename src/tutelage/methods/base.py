@@ -41,6 +41,8 @@ class Method(nn.Module):
         needs_ids: whether :meth:`build` needs the sample ids of the training data.
         takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) will do for its logits.
         unlabelled: whether samples without a label teach it anything; else it is trained on the labelled ones.
+        peers: what else is to be trained with the student, as whoever builds models understands it; ``None`` for the
+            student's own architecture. :meth:`join` gets a model for each.
     """
 
     needs: Needs | None = Needs()
@@ -49,6 +51,10 @@ class Method(nn.Module):
     needs_ids: bool = False
     takes_sparse: bool = False
     unlabelled: bool = True
+    peers: Sequence[Any] = ()
+
+    def join(self, models: Sequence[nn.Module]) -> None:
+        """Take in a model for each of ``peers``, with an initialisation of its own; called before :meth:`adapt`."""
 
     def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The module that is trained and exported. Default: the student as it is.
@@ -76,8 +82,21 @@ class Method(nn.Module):
         """What is trained first, in this order, each with an optimizer and a schedule of its own."""
         return ()
 
+    def starts(self, student: nn.Module, step: int, total: int) -> None:
+        """Called before the first step of a training, or the first after it was resumed.
+
+        Args:
+            student: that is trained; it must not become a part of the method.
+            step: optimizer steps done.
+            total: optimizer steps in all.
+        """
+
     def after_step(self) -> None:
         """Called after each optimizer step, before any evaluation or checkpoint."""
+
+    def others(self, student: nn.Module) -> dict[str, nn.Module]:
+        """What else gives logits once it is trained, by name: peers, or exits of ``student``. Measured beside it."""
+        return {}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """How many positions each term averages over; known before any forward pass.

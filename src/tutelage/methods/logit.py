@@ -105,7 +105,7 @@ class TeacherFreeMethod(Method):
         ConfigError: a value out of range.
 
     Reference: Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization (CVPR 2020),
-    equation 9. Defaults are those of the authors' code for CIFAR-100.
+    section 5, Tf-KD_reg. Defaults are those of the authors' code for CIFAR-100.
     """
 
     needs = None

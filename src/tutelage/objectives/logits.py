@@ -204,7 +204,7 @@ def teacher_free(
         ValueError: labels are not one for each row, a probability that makes no teacher, a temperature not above 0.
 
     Reference: Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization (CVPR 2020),
-    equations 8 and 9, Tf-KD_reg.
+    section 5, Tf-KD_reg.
     """
     check_choice("variant", variant, "paper", "authors")
     t, classes = check_temperature(temperature), student.shape[-1]

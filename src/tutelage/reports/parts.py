@@ -51,6 +51,10 @@ NOTE_TEACHER = (
     " Agreement: share of samples on which student and teacher predict the "
     "same class. KL: mean divergence of the student's distribution from the teacher's."
 )
+NOTE_OTHERS = (
+    " What is below the student with the method was trained along with it; its best weights are those of the step at "
+    "which the student was best."
+)
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -162,12 +166,14 @@ def final(runs: Sequence[Run]) -> str:
         caption = "Results" + ("" if len(runs) == 1 else f" of {run.label}")
         tables.append(table(caption, ["Model", *columns.values()], rows))
     note = NOTE + (NOTE_TEACHER if any(run.summary.get("teacher") for run in runs) else "")
+    note += NOTE_OTHERS if any(run.summary["students"]["distilled"].get("others") for run in runs) else ""
     return f"<section class='results'>{''.join(tables)}<p class='note'>{escaped(note)}</p></section>"
 
 
 def role(name: str) -> str:
     """The name of a model with the mark of its colour."""
-    return f"<span class='role'><span class='swatch {ROLE.get(name, 'teacher')}'></span>{escaped(name)}</span>"
+    colour = ROLE.get(name, "teacher" if name.startswith(TEACHER) else "other")
+    return f"<span class='role'><span class='swatch {colour}'></span>{escaped(name)}</span>"
 
 
 def comparison(runs: Sequence[Run]) -> str:

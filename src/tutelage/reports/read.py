@@ -175,6 +175,14 @@ class Bins(_Part):
     accuracy: list[float]
 
 
+class Other(_Part):
+    """A model that was trained beside the student: a peer, or an exit of it."""
+
+    parameters: int
+    best: Figures
+    last: Figures
+
+
 class Row(_Part):
     """An arm: the student alone, or distilled."""
 
@@ -183,6 +191,7 @@ class Row(_Part):
     reliability: Bins | None = None
     per_class: list[float] | None = None
     seconds: Spread | None = None
+    others: dict[str, Other] | None = None
 
 
 class Students(_Part):

@@ -72,7 +72,8 @@ OF_TEACHER = ("agreement", "kl")
 def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Rows for the teacher, its members where it has any, and the student alone (where it was trained) and distilled.
 
-    Without a teacher there are no rows of it, and nothing is compared with it.
+    Without a teacher there are no rows of it, and nothing is compared with it. Below the distilled student come the
+    peers that were trained with it, or its exits.
 
     Returns:
         Formatted strings under ``name``, ``accuracy``, ``last``, ``agreement``, ``kl``, ``ece``, ``loss``,
@@ -122,7 +123,26 @@ def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                     "seconds": seconds((summary["students"][arm].get("seconds") or {}).get("mean")),
                 }
             )
+            rows += _others(summary["students"][arm].get("others") or {})
     return rows
+
+
+def _others(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of what was trained beside a student."""
+    return [
+        dict.fromkeys(CELLS, ABSENT)
+        | {
+            "name": name,
+            "accuracy": percent_spread(scores["best"].get("accuracy")),
+            "last": percent_spread(scores["last"].get("accuracy")),
+            "agreement": percent_spread(scores["best"].get("agreement")),
+            "kl": plain_spread(scores["best"].get("kl")),
+            "ece": percent_spread(scores["best"].get("ece")),
+            "loss": plain_spread(scores["best"].get("loss")),
+            "parameters": count(scores["parameters"]),
+        }
+        for name, scores in found.items()
+    ]
 
 
 # Figures ------------------------------------------------------------------------------------------

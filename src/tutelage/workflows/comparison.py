@@ -36,7 +36,7 @@ from tutelage.teachers import (
     Signal,
     Teacher,
 )
-from tutelage.workflows.measure import latencies, parameters
+from tutelage.workflows.measure import latencies, parameters, reached
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.similarity import Similarities
 from tutelage.workflows.statistics import paired, spread
@@ -46,6 +46,9 @@ MEMORY_BYTES = 2**29
 """Teacher logits of the test split up to this size are kept in memory."""
 
 Arm = Literal["alone", "distilled"]
+
+FIGURES = ("accuracy", "loss", "agreement", "kl", "ece")
+"""What is measured of every student."""
 
 
 @dataclass
@@ -74,6 +77,9 @@ class Comparison:
         classes: class names, in the order of the labels.
         student_card: how to build the student again, for its folder.
         teacher_card: the same of the teacher.
+        peer: builds what a method asks to be trained beside the student, given that and a seed. Default: a student,
+            where the method asks for one of its architecture.
+        peer_card: how to build it again, but for what the student's card says too.
     """
 
     name: str
@@ -97,6 +103,8 @@ class Comparison:
     classes: list[str] | None = None
     student_card: dict[str, Any] = field(default_factory=dict)
     teacher_card: dict[str, Any] = field(default_factory=dict)
+    peer: Callable[[Any, int], nn.Module] | None = None
+    peer_card: Callable[[Any], dict[str, Any]] = lambda asked: {}
 
 
 @dataclass
@@ -131,7 +139,15 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
         check_teachers(c, ctx.device, untrained)
     apprentice, method = fitted(c, student, untrained, c.seeds[0])
     ctx.terminal.say(f"loss = {method.formula()}")
-    extra = parameters(method)
+    for name, other in method.others(apprentice).items():
+        if check_output(c, ctx.device, other, name) != classes:
+            raise CapabilityError(
+                f"{name} does not score the student's {classes} classes", remedy="set its number of classes"
+            )
+    extra = projectors(method)
+    if method.peers:
+        beside = sum(parameters(peer) for peer in method.others(apprentice).values())
+        ctx.terminal.say(f"peers: {len(method.peers)}, of {beside:,} parameters, trained along and saved in models/")
     if extra:
         ctx.terminal.say(f"projectors: {extra:,} parameters, trained along and not exported")
     if apprentice is not student:
@@ -219,9 +235,30 @@ def example_of(c: Comparison) -> Batch:
 def fitted(c: Comparison, student: nn.Module, teacher: nn.Module | None, seed: int) -> tuple[nn.Module, Method]:
     """What is trained of ``student``, and the method, fitted to it and the teacher; both start as the seed says."""
     method, example = c.method(), example_of(c)
+    if method.peers:
+        method.join(peers(c, method, seed))
     apprentice = adapted(method, student, teacher, example, seed)
     ids = c.batches("distilled", seed).ids if method.needs_ids else None
     return apprentice, built(method, apprentice, teacher, example, seed, ids)
+
+
+def peers(c: Comparison, method: Method, seed: int) -> list[nn.Module]:
+    """What a method asks to be trained beside the student; no two start alike, nor like the student of any seed."""
+    made = []
+    for i, asked in enumerate(method.peers, 1):
+        own = (seed + i * 2_246_822_507) % 2**32  # of a seed's upper half torch's generator on CPUs takes no note
+        if c.peer is not None:
+            made.append(c.peer(asked, own))
+            continue
+        if asked is not None:
+            raise ConfigError(f"peers: nobody here can build {asked!r}", remedy="give a number of peers")
+        made.append(c.student(own))
+    return made
+
+
+def projectors(method: Method) -> int:
+    """Parameters that are trained with the student and belong to no model that is kept."""
+    return 0 if method.peers else parameters(method)
 
 
 def taught_on(c: Comparison, method: Method, seed: int) -> Batches:
@@ -277,7 +314,23 @@ def train_student(
         model = c.student(seed)
         return model if arm == "alone" else adapted(c.method(), model, model_of(live), example_of(c), seed)
 
-    return train_and_keep(training, ctx, rebuilt, c.test, references, card)
+    others = training.method.others(training.student)
+    cards = [{**card, **c.peer_card(asked), "arm": arm} for asked in training.method.peers]
+    kept = dict(zip(others, cards, strict=True)) if cards else {}
+    return train_and_keep(training, ctx, rebuilt, c.test, references, card, Others(lambda: fresh()[1], kept))
+
+
+@dataclass(frozen=True)
+class Others:
+    """What a method trains beside the student that gives logits too.
+
+    Attributes:
+        method: builds the method again, untrained.
+        cards: how to build those again that are to be saved, by name.
+    """
+
+    method: Callable[[], Method]
+    cards: Mapping[str, dict[str, Any]]
 
 
 def after_phases(
@@ -348,6 +401,7 @@ def train_and_keep(
     test: Iterable[Batch],
     references: References | None,
     card: dict[str, Any],
+    others: Others | None = None,
 ) -> dict[str, Any]:
     """Fit, read the test split once for the best and once for the last weights, and write the model's folder.
 
@@ -359,6 +413,12 @@ def train_and_keep(
         ctx.terminal.finished()
     if ctx.accelerator.is_main_process:
         result = _measured(training, outcome, ctx, rebuild, test, references)
+        if others is not None and training.method.others(training.student):
+            found, models = _measured_others(outcome, ctx, rebuild, test, references, others.method())
+            result["others"] = found
+            for name, card_of in others.cards.items():  # before the result, which says that all is there
+                with new_folder(ctx.run.model(f"{training.name}-{name}")) as folder:
+                    save_model(models[name], folder, card_of)
         with new_folder(ctx.run.model(training.name)) as folder:
             save_model(result.pop("model"), folder, card)
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -366,10 +426,40 @@ def train_and_keep(
             f"{training.name}: test {result['best']['accuracy']:.2%} "
             f"(last epoch {result['last']['accuracy']:.2%}), {result['seconds']:.0f} s"
         )
+        for name, scores in result.get("others", {}).items():
+            ctx.terminal.say(f"{training.name}-{name}: test {scores['best']['accuracy']:.2%}")
     ctx.accelerator.wait_for_everyone()
-    found = ctx.run.result(training.name)
-    assert found is not None
-    return found
+    finished = ctx.run.result(training.name)
+    assert finished is not None
+    return finished
+
+
+def _measured_others(
+    outcome: Outcome,
+    ctx: Context,
+    rebuild: Callable[[], nn.Module],
+    test: Iterable[Batch],
+    references: References | None,
+    method: Method,
+) -> tuple[dict[str, Any], dict[str, nn.Module]]:
+    """What a method's other models score on the test split, by name, and the models with the best weights.
+
+    The best weights are those of the step at which the student was best on validation.
+    """
+    student = rebuild().to(ctx.device)
+    method.to(ctx.device)
+    models = method.others(student)
+    example = next(iter(test)).rows(0, 2).to(ctx.device)
+    found: dict[str, Any] = {name: {"parameters": reached(model, example)} for name, model in models.items()}
+    for which, weights, of_method in (
+        ("last", outcome.last, outcome.method), ("best", outcome.best, outcome.best_method),
+    ):  # fmt: skip
+        student.load_state_dict(weights)
+        method.load_state_dict(of_method)
+        for name, model in models.items():
+            scores = evaluate(model, test, ctx.device, references)
+            found[name][which] = {k: scores[k] for k in FIGURES if k in scores}
+    return found, models
 
 
 def _measured(
@@ -698,8 +788,17 @@ def summarise(
     sizes = {name: parameters(model) for name, model in models.items()}
 
     def row(found: list[dict[str, Any]]) -> dict[str, Any]:
-        keys = [k for k in ("accuracy", "loss", "agreement", "kl", "ece") if k in found[0]["best"]]
+        keys = [k for k in FIGURES if k in found[0]["best"]]
+        others = found[0].get("others", {})
+        beside = {
+            name: {
+                "parameters": others[name]["parameters"],
+                **{w: {k: spread([r["others"][name][w][k] for r in found]) for k in keys} for w in ("best", "last")},
+            }
+            for name in others
+        }
         return {
+            **({"others": beside} if beside else {}),
             "best": {k: spread([r["best"][k] for r in found]) for k in keys},
             "last": {k: spread([r["last"][k] for r in found]) for k in keys},
             "reliability": found[0]["best"]["reliability"],
@@ -714,7 +813,7 @@ def summarise(
         "classes": c.classes,
         "seeds": list(c.seeds),
         "parameters": sizes,
-        "projectors": parameters(method),
+        "projectors": projectors(method),
         "latency": speed,
         "students": {arm: row(found) for arm, found in results.items()},
         "device": str(ctx.device),

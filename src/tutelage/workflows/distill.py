@@ -124,6 +124,23 @@ def distill(
             )
         return made
 
+    def make_peer(asked: Any, seed: int) -> nn.Module:
+        if asked is None:
+            return make_student(seed)
+        if not callable(asked) or isinstance(asked, nn.Module):
+            raise ConfigError(
+                f"peers: {asked!r} is no function that makes a module",
+                remedy="give a number, or a list of functions such as lambda: Net(width=8)",
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = asked()
+        if not isinstance(made, nn.Module):
+            raise ModelError(
+                f"a function given as a peer returned a {type(made).__name__}", remedy="return a torch.nn.Module"
+            )
+        return made
+
     def batches(arm: Arm, seed: int) -> LoaderBatches:
         return LoaderBatches(train_loader, seed, to_batch)
 
@@ -179,6 +196,8 @@ def distill(
         speed=live,
         ahead=ahead,
         classes=classes,
+        peer=make_peer,
+        peer_card=lambda asked: {} if asked is None else {"class": "the given function's result"},
         student_card={
             "spec": None, "class": class_name(cls) if cls else "the given function's result", "classes": classes,
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -119,8 +119,21 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         remember_rows=len(data.train),
         classes=data.classes,
         student_card={"spec": student_spec.to_dict(), **facts},
+        peer=partial(build_peer, recipe, data),
+        peer_card=lambda asked: {"spec": model_spec(peer_config(recipe, asked), data).to_dict()},
         **of_teacher(recipe, data, facts),
     )
+
+
+def peer_config(recipe: Recipe, asked: Mapping[str, Any] | None) -> ModelConfig:
+    """The model that a method asks for beside the student; of the student's architecture where it says no other."""
+    return recipe.student if asked is None else ModelConfig(**asked)
+
+
+def build_peer(recipe: Recipe, data: ImageData, asked: Mapping[str, Any] | None, seed: int) -> nn.Module:
+    """Its initialisation."""
+    config = peer_config(recipe, asked)
+    return build_student(config, model_spec(config, data), data.classes, seed, where="method.peers")
 
 
 def of_teacher(recipe: Recipe, data: ImageData, facts: dict[str, Any]) -> dict[str, Any]:
@@ -199,11 +212,13 @@ def build_teacher(
     return model
 
 
-def build_student(config: ModelConfig, spec: ModelSpec, classes: list[str], seed: int) -> nn.Module:
+def build_student(
+    config: ModelConfig, spec: ModelSpec, classes: list[str], seed: int, where: str = "student"
+) -> nn.Module:
     """A student's initialisation; the same seed gives the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(spec, classes, where="student.model")
+        model = build(spec, classes, where=f"{where}.model")
     if config.checkpoint is not None:
         load_weights(model, Path(config.checkpoint))
     return model
