@@ -115,7 +115,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         crd = FeatureMethod([{"student": "2", "teacher": "2"}], objective="crd", options={"negatives": 9, "width": 6})
         method = built(crd, student, teacher, Rows().fetch(torch.arange(2)), seed=4, ids=Rows().ids)
         before = method.hidden.links[0].memory.student.clone()  # type: ignore[union-attr, operator]
-    if kind == "mutual":
+    if kind.endswith("mutual"):
         method = MutualMethod(1, refresh=2)
         method.join([network(8, seed=6)])
         method.build(student, None, Rows().fetch(torch.arange(2)))

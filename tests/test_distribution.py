@@ -74,10 +74,13 @@ def test_the_memory_of_a_contrast_moves_by_what_all_processes_saw(tmp_path: Path
 
 
 def test_peers_and_their_stale_copies_agree_too(tmp_path: Path) -> None:
-    one, two = steps(tmp_path / "one", 1, 1, "mutual"), steps(tmp_path / "two", 2, 2, "mutual")
-    assert {"3/method.members.0.0.weight", "3/method.stale.1.0.weight"} <= one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    one = steps(tmp_path / "one", 1, 1, "mutual")
+    assert {"3/method.members.0.0.weight", "3/method.stale.1.0.weight"} <= one.keys()
+    for kind in ("mutual", "fsdp-mutual"):
+        two = steps(tmp_path / kind, 2, 2, kind)
+        assert two.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_mean_of_means_would_differ(alone: dict[str, Tensor]) -> None:
