@@ -17,7 +17,7 @@ from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, PlannedBatches
 from tutelage.engine import Accelerator, RunDirectory, Training, fit, leave, make_accelerator
 from tutelage.engine.checkpoint import full_model_state
-from tutelage.methods import FeatureMethod, LogitMethod, Method, Term, built
+from tutelage.methods import FeatureMethod, LogitMethod, Method, MutualMethod, Term, built
 from tutelage.objectives import kd
 from tutelage.taps import Needs, Observation
 from tutelage.teachers import LiveTeacher, Signal
@@ -115,6 +115,10 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         crd = FeatureMethod([{"student": "2", "teacher": "2"}], objective="crd", options={"negatives": 9, "width": 6})
         method = built(crd, student, teacher, Rows().fetch(torch.arange(2)), seed=4, ids=Rows().ids)
         before = method.hidden.links[0].memory.student.clone()  # type: ignore[union-attr, operator]
+    if kind.endswith("mutual"):
+        method = MutualMethod(1, refresh=2)
+        method.join([network(8, seed=6)])
+        method.build(student, None, Rows().fetch(torch.arange(2)))
     config = TrainConfig(
         steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0,
         ema=0.9 if kind == "ema" else None, checkpoint_every=2, log_every=1,

@@ -73,6 +73,16 @@ def test_the_memory_of_a_contrast_moves_by_what_all_processes_saw(tmp_path: Path
     assert [(tmp_path / f"moved-{rank}").read_text() for rank in (0, 1)] == [str(BATCH)] * 2
 
 
+def test_peers_and_their_stale_copies_agree_too(tmp_path: Path) -> None:
+    one = steps(tmp_path / "one", 1, 1, "mutual")
+    assert {"3/method.members.0.0.weight", "3/method.stale.1.0.weight"} <= one.keys()
+    for kind in ("mutual", "fsdp-mutual"):
+        two = steps(tmp_path / kind, 2, 2, kind)
+        assert two.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_mean_of_means_would_differ(alone: dict[str, Tensor]) -> None:
     """The guard of the guard: averaging micro-batch means moves the weights by far more than the tolerance."""
     from distributed_job import BATCH, Rows

@@ -347,12 +347,16 @@ def _table(rows: list[dict[str, Any]], width: int) -> Table:
     from rich import box
     from rich.table import Table
 
+    from tutelage.reports.wording import ABSENT, OF_TEACHER
+
     titles = {
         "accuracy": "accuracy", "last": "last epoch", "agreement": "agreement", "kl": "KL to teacher",
         "ece": "ECE", "parameters": "parameters", "latency": "latency",
         "over": "difference, points",
     }  # fmt: skip
     titles = {key: title for key, title in titles.items() if any(key in row for row in rows)}
+    if all(row.get("agreement", ABSENT) == row.get("kl", ABSENT) == ABSENT for row in rows):  # there is no teacher
+        titles = {key: title for key, title in titles.items() if key not in OF_TEACHER}
     models = [[str(row["name"]), *(str(row.get(key, "")) for key in titles)] for row in rows]
     lines = [["", *titles.values()], *models]
     if sum(max(len(cell) for cell in column) + 2 for column in zip(*lines, strict=True)) > width:

@@ -118,6 +118,48 @@ def test_hard_labels_and_the_combination(shape):
     same(objectives.distillation(s, u, labels, temperature=3.0, alpha=0.7), 0.7 * soft + 0.3 * ce)
 
 
+@logits
+def test_labels_that_are_smoothed(shape):
+    zs, c = draw(*shape, seed=1), shape[1]
+    y = np.arange(shape[0]) % c
+    s, labels = tensors(zs, y)
+    target = 0.7 * np.eye(c)[y] + 0.3 / c
+    expected = np.mean([-(p * np.log(softmax(z))).sum() for p, z in zip(target, zs, strict=True)])
+    same(objectives.cross_entropy(s, labels, label_smoothing=0.3), expected)
+
+
+@logits
+@pytest.mark.parametrize("t", [1.0, 20.0])
+def test_the_virtual_teacher(shape, t):
+    zs, c = draw(*shape, seed=1), shape[1]
+    y = np.arange(shape[0]) % c
+    s, labels = tensors(zs, y)
+    virtual = np.where(np.eye(c)[y] == 1, 0.95, 0.05 / (c - 1))
+    softened = virtual ** (1 / t) / (virtual ** (1 / t)).sum(-1, keepdims=True)
+    paper = t * t * np.mean([kl(p, q) for p, q in zip(softened, softmax(zs, t), strict=True)])
+    same(objectives.teacher_free(s, labels, correct=0.95, temperature=t), paper)
+    authors = np.mean([kl(p, q) for p, q in zip(softmax(virtual, t), softmax(zs), strict=True)])
+    same(objectives.teacher_free(s, labels, correct=0.95, temperature=t, variant="authors"), authors)
+
+
+def test_the_virtual_teacher_by_hand_and_who_has_none():
+    logits = torch.zeros(2, 3, dtype=torch.float64)
+    rows = objectives.teacher_free(
+        logits, torch.tensor([1, -100]), correct=0.8, temperature=1.0, reduction="none"
+    )  # 0.8 log 2.4 + 2 * 0.1 log 0.3
+    same(rows, [0.8 * math.log(2.4) + 0.2 * math.log(0.3), 0.0])
+    perfect = torch.tensor([[math.log(0.1), math.log(0.8), math.log(0.1)]], requires_grad=True)
+    loss = objectives.teacher_free(perfect, torch.tensor([1]), correct=0.8, temperature=7.0)
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-5
+    assert perfect.grad.abs().max() < 1e-5
+    for correct in (1.0, 1 / 3):
+        with pytest.raises(ValueError, match="between 1/C and 1"):
+            objectives.teacher_free(logits, torch.tensor([0, 1]), correct=correct)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        objectives.cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=1.0)
+
+
 def test_rows_without_a_label_are_still_taught_by_the_teacher():
     zs, zt = draw(3, 4, seed=1), draw(3, 4, seed=2)
     s, u = tensors(zs, zt)

@@ -47,7 +47,7 @@ def _expand(raw: dict[str, Any]) -> None:
                 expand(member.get("train"), TRAIN_SHORTHANDS)
 
 
-KINDS: dict[str, dict[str, type[Section]]] = {"method": METHOD_KINDS, "workflow": WORKFLOW_KINDS}
+KINDS: dict[str, Mapping[str, type[Section]]] = {"method": METHOD_KINDS, "workflow": WORKFLOW_KINDS}
 """Sections of several kinds."""
 
 BUDGETS = {"epochs": "steps", "steps": "epochs"}

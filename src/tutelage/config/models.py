@@ -1,4 +1,4 @@
-"""A model in a recipe."""
+"""The section that names a model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ MODELS = ("convnet", "mlp", "resnet", "timm:NAME", "torchvision:NAME", "hf:ID", 
 """What ``model`` can be."""
 
 
-def _model(name: str) -> str:
+def known_model(name: str) -> str:
+    """``name``; raises ``ValueError`` where no model can be called so."""
     kind, _, rest = name.partition(":")
     if name not in MODELS[:3] and not (kind and rest):
         raise ValueError(f"unknown model {name!r}{suggest(name, MODELS)}; allowed: {', '.join(MODELS)}")
     return name
 
 
-ModelName = Annotated[str, AfterValidator(_model)]
+ModelName = Annotated[str, AfterValidator(known_model)]
 """The name of a model."""
 
 

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
-from tutelage.config.methods import FeatureConfig, LogitConfig, SimkdConfig
+from tutelage.config.methods import (
+    METHOD_KINDS,
+    ByotConfig,
+    FeatureConfig,
+    LogitConfig,
+    MutualConfig,
+    SimkdConfig,
+    SupervisedConfig,
+    TeacherFreeConfig,
+)
 from tutelage.config.models import ModelConfig, ModelName
 from tutelage.config.search import SearchConfig
 from tutelage.config.workflows import AssistantChainConfig, BornAgainConfig
@@ -410,16 +419,20 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
 
 
 class Recipe(Section):
-    """One comparison: a teacher, a student without it, the student with it."""
+    """One comparison: a student alone, and by a method, most often with a teacher."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: DataConfig
     workflow: Annotated[BornAgainConfig | AssistantChainConfig, Field(discriminator="kind")] | None = None
     """What trains more than once. Default: one comparison."""
     teacher: TeacherConfig | None = None
-    """See below. There is none in ``workflow: born-again``."""
+    """See below. ``null``, or left out, for a method that needs none, where students are compared with a teacher all
+    the same if there is one; and for ``workflow: born-again``."""
     student: ModelConfig
-    method: Annotated[LogitConfig | FeatureConfig | SimkdConfig, Field(discriminator="kind")]
+    method: Annotated[
+        LogitConfig | ByotConfig | FeatureConfig | MutualConfig | SimkdConfig | SupervisedConfig | TeacherFreeConfig,
+        Field(discriminator="kind"),
+    ]
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
@@ -439,16 +452,24 @@ class Recipe(Section):
                     "teacher",
                 )
         elif self.teacher is None:
-            raise Misfit("there is no 'teacher'; add one, as in teacher: {model: resnet}", "teacher")
+            if isinstance(self.workflow, AssistantChainConfig):
+                raise Misfit("an assistant-chain starts from a teacher; add 'teacher'", "workflow")
+            if self.method.taught:
+                without = ", ".join(kind for kind, config in METHOD_KINDS.items() if not config.taught)
+                raise Misfit(
+                    f"{self.method.kind} needs a teacher, and there is none; add 'teacher', or take a method without "
+                    f"one: {without}",
+                    "method",
+                )
+            if self.data.route is not None:
+                raise Misfit("'data.route' is given, and there is no teacher to go by it; remove it", "data")
         if self.workflow is not None and self.method.kind == "simkd":
             raise Misfit(
                 "simkd exports the teacher's classifier with the student, and the next student would lack it; "
                 "use another method",
                 "method",
             )
-        if self.teacher is not None:
-            self._fits_teacher(self.teacher)
-        return self
+        return self if self.teacher is None else self._with_teacher(self.teacher)
 
     @property
     def required_teacher(self) -> TeacherConfig:
@@ -461,7 +482,7 @@ class Recipe(Section):
             raise ConfigError("the recipe has no teacher", where="teacher", remedy="use a recipe that has one")
         return self.teacher
 
-    def _fits_teacher(self, teacher: TeacherConfig) -> None:
+    def _with_teacher(self, teacher: TeacherConfig) -> Recipe:
         for i, member in enumerate(teacher.each):
             where = "teacher" if teacher.members is None else f"teacher.members.{i}"
             for key in ("precision", "trackers") if member.train is not None else ():
@@ -488,7 +509,7 @@ class Recipe(Section):
                 "simkd takes over one teacher's classifier, and there are several; use another method", "method"
             )
         if teacher.members is not None and isinstance(self.method, FeatureConfig):
-            self._of_members(self.method)
+            self._of_members(self.method, teacher)
         if teacher.cache is not None and self.data.augment and self.data.views is None:
             raise Misfit(
                 "teacher.cache with data.augment would keep a row for every image of every epoch and never read one; "
@@ -501,15 +522,16 @@ class Recipe(Section):
                 "depend on the batch that it first came in; use mode: eval",
                 "teacher",
             )
+        return self
 
-    def _of_members(self, method: FeatureConfig) -> None:
+    def _of_members(self, method: FeatureConfig, teacher: TeacherConfig) -> None:
         if method.pairs is None:
             raise Misfit(
                 "which member's features are meant by 'pairs: auto' is not said; "
                 "list the pairs, as in {student: stages.1, teacher: 0.stages.1}",
                 "method",
             )
-        if self.teacher is not None and self.teacher.route is not None:
+        if teacher.route is not None:
             raise Misfit("features of members that each teach some images only; use kind: logit", "method")
 
 

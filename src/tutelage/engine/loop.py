@@ -132,12 +132,14 @@ class Outcome:
         last: weights after the last step, by name, on the CPU. Only the main process of several has any.
         best: weights at the best validation; ``last`` where there was none.
         method: what the method has learned, after the last step.
+        best_method: the same at the best validation of the student.
         progress: where it ended.
     """
 
     last: dict[str, Tensor]
     best: dict[str, Tensor]
     method: dict[str, Tensor]
+    best_method: dict[str, Tensor]
     progress: Progress
 
 
@@ -158,6 +160,7 @@ def fit(t: Training, accelerator: Accelerator) -> Outcome:
 
 def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     s.resume()
+    s.bare.method.starts(s.bare.student, s.at.step, t.steps)
     t.watcher.started(t.name, s.at.step, t.steps)
     per_epoch = t.batches.steps_per_epoch
     while s.at.step < t.steps and not s.at.stopped_early:
@@ -477,7 +480,8 @@ class _State:
             last = checkpoint.full_model_state(self.trainee)
         self.accelerator.free_memory()
         best = self.best if self.best is not None else last
-        return Outcome(_part(last, "student."), _part(best, "student."), _part(last, "method."), self.at)
+        of_method = _part(last, "method."), _part(best, "method.")
+        return Outcome(_part(last, "student."), _part(best, "student."), *of_method, self.at)
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -40,6 +40,9 @@ class Method(nn.Module):
         weights: the weight of each term, by name. The engine applies it, once.
         needs_ids: whether :meth:`build` needs the sample ids of the training data.
         takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) will do for its logits.
+        unlabelled: whether samples without a label teach it anything; else it is trained on the labelled ones.
+        peers: what else is to be trained with the student, as whoever builds models understands it; ``None`` for the
+            student's own architecture. :meth:`join` gets a model for each.
     """
 
     needs: Needs | None = Needs()
@@ -47,23 +50,30 @@ class Method(nn.Module):
     weights: dict[str, float]
     needs_ids: bool = False
     takes_sparse: bool = False
+    unlabelled: bool = True
+    peers: Sequence[Any] = ()
 
-    def adapt(self, student: nn.Module, teacher: nn.Module, example: Batch) -> nn.Module:
+    def join(self, models: Sequence[nn.Module]) -> None:
+        """Take in a model for each of ``peers``, with an initialisation of its own; called before :meth:`adapt`."""
+
+    def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The module that is trained and exported. Default: the student as it is.
+
+        ``teacher`` is ``None`` where there is none, which only methods that need none meet.
 
         Raises:
             ModelError: the models do not go together.
         """
         return student
 
-    def build(self, student: nn.Module, teacher: nn.Module, example: Batch, ids: Tensor | None = None) -> None:
+    def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
         """Make what depends on the models, such as projectors; called once, before anything is trained.
 
         Neither model may be changed. Use :func:`built`, which makes the initialisation a function of a seed.
 
         Args:
             student: what :meth:`adapt` returned.
-            teacher: it may not be trained yet.
+            teacher: it may not be trained yet; ``None`` where there is none.
             example: a few samples.
             ids: ``[M]``, the sample ids of the training data, where they are known.
         """
@@ -72,8 +82,21 @@ class Method(nn.Module):
         """What is trained first, in this order, each with an optimizer and a schedule of its own."""
         return ()
 
+    def starts(self, student: nn.Module, step: int, total: int) -> None:
+        """Called before the first step of a training, or the first after it was resumed.
+
+        Args:
+            student: that is trained; it must not become a part of the method.
+            step: optimizer steps done.
+            total: optimizer steps in all.
+        """
+
     def after_step(self) -> None:
         """Called after each optimizer step, before any evaluation or checkpoint."""
+
+    def others(self, student: nn.Module) -> dict[str, nn.Module]:
+        """What else gives logits once it is trained, by name: peers, or exits of ``student``. Measured beside it."""
+        return {}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """How many positions each term averages over; known before any forward pass.
@@ -104,7 +127,12 @@ class Phase(NamedTuple):
 
 
 def built(
-    method: Method, student: nn.Module, teacher: nn.Module, example: Batch, seed: int, ids: Tensor | None = None
+    method: Method,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    example: Batch,
+    seed: int,
+    ids: Tensor | None = None,
 ) -> Method:
     """``method``, fitted to the models; what it initialises is a function of ``seed`` alone."""
     with _stream(seed):
@@ -112,7 +140,7 @@ def built(
     return method
 
 
-def adapted(method: Method, student: nn.Module, teacher: nn.Module, example: Batch, seed: int) -> nn.Module:
+def adapted(method: Method, student: nn.Module, teacher: nn.Module | None, example: Batch, seed: int) -> nn.Module:
     """What ``method`` trains and exports for ``student``; what it adds is a function of ``seed`` alone."""
     with _stream(seed):
         return method.adapt(student, teacher, example)
@@ -197,7 +225,9 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
         return
     name = type(method).__name__
     if teacher is None:
-        raise CapabilityError(f"{name} needs a teacher and there is none", remedy="give a teacher")
+        raise CapabilityError(
+            f"{name} needs a teacher and there is none", remedy="give a teacher, or use a method that needs none"
+        )
     missing = sorted(method.needs.kinds() - teacher.provides)
     if method.takes_sparse and teacher.provides & {"topk", "sampled"}:
         missing = [kind for kind in missing if kind != "logits"]

@@ -52,12 +52,13 @@ class PairsMethod(Method):
         self.names: list[str] = []
         self.weights = {}
 
-    def build(self, student: nn.Module, teacher: nn.Module, example: Batch, ids: Tensor | None = None) -> None:
+    def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
         """Find the pairs in both models, and make the links that lead from one to the other.
 
         Raises:
             ModelError: unknown tap, or features that do not go together.
         """
+        assert teacher is not None
         given = self.given
         if self.auto:
             where = FEATURE_OBJECTIVES[given[0]["objective"]].where
@@ -197,7 +198,7 @@ class FeatureMethod(Method):
         self.needs, self.takes_sparse = self.logit.needs, self.logit.takes_sparse
         self.weights = dict(self.logit.weights)
 
-    def build(self, student: nn.Module, teacher: nn.Module, example: Batch, ids: Tensor | None = None) -> None:
+    def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
         """Find the pairs in both models, and make the links that lead from one to the other.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,12 +50,27 @@ SOFT_OBJECTIVES: dict[str, SoftObjective] = {
 
 
 class SupervisedMethod(Method):
-    """Cross-entropy with the labels: how a teacher is trained, and a student alone."""
+    """Cross-entropy with the labels: how a teacher is trained, and a student alone.
+
+    Args:
+        label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+
+    Raises:
+        ConfigError: a value out of range.
+
+    Reference: Szegedy et al., Rethinking the Inception Architecture (CVPR 2016), section 7, which has 0.1.
+    """
 
     needs = None
+    unlabelled = False
 
-    def __init__(self) -> None:
+    def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ConfigError(
+                f"label_smoothing={label_smoothing}", remedy="must lie in [0, 1): 0.1 is usual, 0 is plain labels"
+            )
+        self.label_smoothing = label_smoothing
         self.weights = {"ce": 1.0}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -65,8 +80,85 @@ class SupervisedMethod(Method):
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """The term ``ce``."""
         assert student.logits is not None
-        ce = objectives.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")
+        ce = objectives.cross_entropy(
+            student.logits, batch.labels, label_smoothing=self.label_smoothing, mask=batch.mask, reduction="sum"
+        )
         return {"ce": Term(ce, batch.labelled().sum())}
+
+    def formula(self) -> str:
+        """The loss in one line."""
+        return f"1 * ce(label_smoothing={self.label_smoothing:g})" if self.label_smoothing else "1 * ce"
+
+
+class TeacherFreeMethod(Method):
+    r"""Tf-KD: :math:`(1-\alpha)\,\mathrm{CE}(y, p^S) + \alpha\,\mathrm{soft}`, taught by a distribution made by hand.
+
+    What it gains, label smoothing of the same strength may gain too: compare them.
+
+    Args:
+        alpha: weight of the virtual teacher's soft labels, in [0, 1].
+        temperature: T, above 0.
+        correct: the virtual teacher's probability of the label, below 1.
+        variant: as in :func:`tutelage.objectives.teacher_free`. ``authors`` is what the published numbers belong to.
+
+    Raises:
+        ConfigError: a value out of range.
+
+    Reference: Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization (CVPR 2020),
+    section 5, Tf-KD_reg. Defaults are those of the authors' code for CIFAR-100.
+    """
+
+    needs = None
+    unlabelled = False
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        temperature: float = 20.0,
+        correct: float = 0.99,
+        *,
+        variant: Literal["authors", "paper"] = "authors",
+    ) -> None:
+        super().__init__()
+        for name, value, right, remedy in (
+            ("alpha", alpha, 0.0 <= alpha <= 1.0, "must lie in [0, 1]: the weight of the soft labels"),
+            ("temperature", temperature, temperature > 0, "must be above 0; the paper has 20 or more"),
+            ("correct", correct, 0.0 < correct < 1.0, "must lie between 1/C and 1; the paper has 0.9 or more"),
+            ("variant", variant, variant in ("authors", "paper"), "allowed: authors, paper"),
+        ):
+            if not right:
+                raise ConfigError(f"{name}={value!r}", remedy=remedy)
+        self.alpha, self.temperature, self.correct, self.variant = alpha, temperature, correct, variant
+        self.weights = {"teacher_free": alpha, "ce": 1.0 - alpha}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Both: positions with a label."""
+        return dict.fromkeys(self.weights, batch.labelled().sum())
+
+    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+        """The terms ``teacher_free`` and ``ce``.
+
+        Raises:
+            ConfigError: the virtual teacher finds the label no likelier than another class.
+        """
+        assert student.logits is not None
+        logits, count = student.logits, batch.labelled().sum()
+        if self.correct * logits.shape[-1] <= 1:
+            raise ConfigError(
+                f"correct={self.correct:g} of {logits.shape[-1]} classes", where="method.correct",
+                remedy="must be above 1/C, or the label is not the likeliest class; the paper has 0.9 or more",
+            )  # fmt: skip
+        soft = objectives.teacher_free(
+            logits, batch.labels, correct=self.correct, temperature=self.temperature, variant=self.variant,
+            mask=batch.mask, reduction="sum",
+        )  # fmt: skip
+        hard = objectives.cross_entropy(logits, batch.labels, mask=batch.mask, reduction="sum")
+        return {"teacher_free": Term(soft, count), "ce": Term(hard, count)}
+
+    def formula(self) -> str:
+        """The loss in one line."""
+        soft = f"teacher_free(T={self.temperature:g}, correct={self.correct:g}, {self.variant})"
+        return f"{self.alpha:g} * {soft} + {1 - self.alpha:g} * ce"
 
 
 class LogitMethod(Method):

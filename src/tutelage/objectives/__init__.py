@@ -22,6 +22,7 @@ from tutelage.objectives.logits import (
     kd,
     mse,
     soft_cross_entropy,
+    teacher_free,
 )
 from tutelage.objectives.maps import attention_transfer, nst, review
 from tutelage.objectives.relations import correlation, pkt, rkd_angle, rkd_distance, similarity
@@ -60,6 +61,7 @@ __all__ = [
     "simkd",
     "skew_kl",
     "soft_cross_entropy",
+    "teacher_free",
     "topk_kd",
     "tvd",
     "value_relation",

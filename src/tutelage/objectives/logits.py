@@ -7,6 +7,9 @@ no gradient to the teacher, and averages over rows, never over classes.
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +17,7 @@ from tutelage.objectives.common import (
     Reduction,
     as_float,
     centre,
+    check_choice,
     check_labels,
     check_mask,
     check_pair,
@@ -124,32 +128,99 @@ def cross_entropy(
     student: Tensor,
     labels: Tensor,
     *,
+    label_smoothing: float = 0.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Hard-label loss. Rows whose label is -100 do not count.
+    r"""Hard-label loss. Rows whose label is -100 do not count.
+
+    With smoothing :math:`\epsilon` the target is :math:`(1-\epsilon)` on the label plus :math:`\epsilon / C` on every
+    class, the label included.
 
     Args:
         student: logits ``[..., C]``.
         labels: class indices ``[...]``, or -100.
+        label_smoothing: epsilon, in [0, 1).
         mask: ``[...]``, true where the row counts.
         reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Raises:
-        ValueError: labels are not one for each row.
+        ValueError: labels are not one for each row, or epsilon outside [0, 1).
+
+    Reference: Szegedy et al., Rethinking the Inception Architecture (CVPR 2016), section 7.
     """
-    check_labels(labels, student)
-    counts = labels != IGNORE
-    if mask is not None:
-        counts = counts & check_mask(mask, labels.shape)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing}: must lie in [0, 1); at 1 the labels say nothing")
+    counts = _labelled(student, labels, mask)
     logits = hide(as_float(student), counts)
     flat = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]),
         labels.masked_fill(~counts, IGNORE).reshape(-1),
         ignore_index=IGNORE,
         reduction="none",
+        label_smoothing=label_smoothing,
     )
     return reduce(flat.view(labels.shape), counts, reduction)
+
+
+def _labelled(student: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows ``[...]`` that have a label and count."""
+    check_labels(labels, student)
+    counts = labels != IGNORE
+    return counts if mask is None else counts & check_mask(mask, labels.shape)
+
+
+@precise
+def teacher_free(
+    student: Tensor,
+    labels: Tensor,
+    *,
+    correct: float = 0.99,
+    temperature: float = 20.0,
+    variant: Literal["paper", "authors"] = "paper",
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Soft labels of a teacher that nobody trained: :math:`T^2\,\mathrm{KL}(p^d_T \| p^S_T)`.
+
+    The virtual teacher :math:`p^d` has ``correct`` on the label and shares the rest evenly; :math:`p_T` is a
+    distribution softened by T, :math:`p_T \propto p^{1/T}`. Rows whose label is -100 do not count.
+
+    Args:
+        student: logits ``[..., C]``, of at least 2 classes.
+        labels: class indices ``[...]``, or -100.
+        correct: the virtual teacher's probability of the label, above 1/C and below 1; the paper has 0.9 or more.
+        temperature: T, above 0; the paper has 20 or more.
+        variant: ``authors`` is the code to which the published numbers belong:
+            :math:`\mathrm{KL}(\mathrm{softmax}(p^d / T) \| p^S_1)`, which softens probabilities as if they were
+            logits, leaves the student as it is and has no :math:`T^2`. At T = 20 its target is all but uniform.
+        mask: ``[...]``, true where the row counts.
+        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
+
+    Returns:
+        Nats, for ``paper`` times T^2, which the paper leaves out and every soft loss here has.
+
+    Raises:
+        ValueError: labels are not one for each row, a probability that makes no teacher, a temperature not above 0.
+
+    Reference: Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization (CVPR 2020),
+    section 5, Tf-KD_reg.
+    """
+    check_choice("variant", variant, "paper", "authors")
+    t, classes = check_temperature(temperature), student.shape[-1]
+    if not 1.0 / max(classes, 1) < correct < 1.0:
+        raise ValueError(
+            f"correct={correct} of {classes} classes: must lie between 1/C and 1, or the label is not the likeliest"
+        )
+    counts = _labelled(student, labels, mask)
+    logits = hide(as_float(student), counts)
+    virtual = torch.full_like(logits, (1.0 - correct) / (classes - 1))
+    virtual = virtual.scatter(-1, labels.masked_fill(~counts, 0).unsqueeze(-1), correct)
+    if variant == "authors":
+        value = divergence(soften(virtual, t), soften(logits, 1.0))
+    else:
+        value = divergence(soften(virtual.log(), t), soften(logits, t)) * t**2
+    return reduce(value, counts, reduction)
 
 
 def distillation(

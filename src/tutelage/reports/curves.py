@@ -19,7 +19,7 @@ from tutelage.reports.panel import (
     thinned,
 )
 from tutelage.reports.read import Run
-from tutelage.reports.wording import percent
+from tutelage.reports.wording import called_short, percent
 
 
 def loss_curves(run: Run) -> Panel | None:
@@ -81,6 +81,7 @@ def validation_curves(run: Run) -> Panel | None:
         return None
     data: list[Dots] = []
     named: set[str] = set()
+    names = called_short(run.summary)
     late: list[float] = []
     best: dict[str, float] = {}
     for training in sorted(trainings, key=lambda t: (ROLES.index(role_of(t)) if role_of(t) in ROLES else 0, t)):
@@ -88,7 +89,7 @@ def validation_curves(run: Run) -> Panel | None:
         y = [line["validation"]["accuracy"] for line in lines]
         trace = _curve(training, lines, y, COLOUR.get(role, "--ink"), DASH.get(role, "solid"))
         trace |= {
-            "name": role,
+            "name": names.get(role, role),
             "legendgroup": role,
             "showlegend": role not in named,
             "opacity": 0.85,
@@ -99,7 +100,7 @@ def validation_curves(run: Run) -> Panel | None:
         data.append(trace)
         late += y[len(y) // 4 :]
         best[role] = max(best.get(role, 0.0), *y)
-    level = (run.summary["teacher"].get("validation") or {}).get("accuracy")
+    level = ((run.summary.get("teacher") or {}).get("validation") or {}).get("accuracy")
     ends = [line["epoch"] for lines in trainings.values() for line in lines]
     if level is not None:
         late.append(level)
@@ -118,6 +119,7 @@ def validation_curves(run: Run) -> Panel | None:
     scale = [max(-0.01, min(late) - pad), min(1.01, max(late) + pad)]
     tick = ".0%" if scale[1] - scale[0] > 0.08 else ".1%"
     layout = axes("epoch", "validation accuracy", yaxis={"range": scale, "tickformat": tick})
-    says = ", ".join(f"{role} {percent(value)}" for role, value in best.items())
-    note = "A line for each seed; the level line is the finished teacher. The axis does not begin at zero."
+    says = ", ".join(f"{names.get(role, role)} {percent(value)}" for role, value in best.items())
+    finished = "" if level is None else "; the level line is the finished teacher"
+    note = f"A line for each seed{finished}. The axis does not begin at zero."
     return Panel(run.label, f"Validation accuracy by epoch. Best: {says}.", data, layout, note=note)

@@ -10,10 +10,10 @@ import numpy as np
 import yaml
 
 from tutelage.reports.panel import Panel, plot_text, short
-from tutelage.reports.parts import ROLE, control, role, table
+from tutelage.reports.parts import control, role, table
 from tutelage.reports.read import Run
 from tutelage.reports.similarity import Alike, Matrix, alike, pairs_of, spread
-from tutelage.reports.wording import ABSENT, count, escaped
+from tutelage.reports.wording import ABSENT, ALONE, DISTILLED, called, count, escaped
 
 PAIRS = 10
 """Pairs in the table."""
@@ -35,7 +35,6 @@ NOTE = (
     "as T grows. The diagonal is left out, for it would outshine all else. What is plain from the inputs a student "
     "finds alone, too: so compare the two students.</p>"
 )
-NAMES = {arm: name for name, arm in ROLE.items()}
 
 Place = Callable[[Panel], int]
 
@@ -61,10 +60,11 @@ def _of_run(run: Run, place: Place, heading: bool) -> str:
     chosen = min(found, key=lambda t: abs(math.log(float(t) / taught)))
     choices = {f"T = {t}{' (as taught)' if float(t) == taught else ''}": t for t in found}
     colours = {"one colour scale for all": "one", "each its own": "own"}
-    maps = "".join(_map(role, found, names, chosen, place) for role in found[chosen].mean)
+    who = called(run.summary)
+    maps = "".join(_map(role, who[role], found, names, chosen, place) for role in found[chosen].mean)
     tables = "".join(
         f"<div data-when='T={escaped(t)}'{'' if t == chosen else ' hidden'}>"
-        f"<p class='finding'>{escaped(finding(at, t, names))}</p>{_pairs(at, t, names)}</div>"
+        f"<p class='finding'>{escaped(finding(at, t, names, who))}</p>{_pairs(at, t, names)}</div>"
         for t, at in found.items()
     )
     seeds = max(len(values) for at in found.values() for values in [*at.order.values(), {}])
@@ -102,27 +102,27 @@ def percent2(share: float) -> str:
 # Maps ----------------------------------------------------------------------------------------------
 
 
-def _map(who: str, found: Mapping[str, Alike], names: Sequence[str], chosen: str, place: Place) -> str:
+def _map(who: str, name: str, found: Mapping[str, Alike], names: Sequence[str], chosen: str, place: Place) -> str:
     here = {t: at for t, at in found.items() if who in at.mean}
     closest = "; ".join(
         f"{names[i]} and {names[j]}, {percent2(here[chosen].mean[who][i, j])}" for i, j in here[chosen].closest(3)
     )
-    says = f"Map of how alike the classes are to the {NAMES[who]}. At T = {chosen}: {closest}."
-    panel = Panel("", says, [_heat(who, t, at, names) for t, at in here.items()], _layout(names), square=True)
+    says = f"Map of how alike the classes are to the {name}. At T = {chosen}: {closest}."
+    panel = Panel("", says, [_heat(who, name, t, at, names) for t, at in here.items()], _layout(names), square=True)
     return (
-        f"<div><h3>{role(NAMES[who])}</h3><div class='plot' data-figure='{place(panel)}' data-paper='{PAPER}' "
+        f"<div><h3>{role(name)}</h3><div class='plot' data-figure='{place(panel)}' data-paper='{PAPER}' "
         f"role='img' aria-label='{escaped(says)}' style='height:{panel.layout['height']}px'></div></div>"
     )
 
 
-def _heat(who: str, t: str, at: Alike, names: Sequence[str]) -> dict[str, Any]:
+def _heat(who: str, name: str, t: str, at: Alike, names: Sequence[str]) -> dict[str, Any]:
     ticks = _distinct([plot_text(name, 40) for name in names])
     matrix = at.mean[who]
     ranges = {"one": _range(list(at.mean.values())), "own": _range([matrix])}
     narrowest = min(high - low for low, high in (_range([m]) for m in at.mean.values()))
     trace: dict[str, Any] = {
         "type": "heatmap",
-        "name": NAMES[who],
+        "name": name,
         "x": ticks,
         "y": ticks,
         "z": [[short(100 * v) for v in row] for row in matrix.tolist()],
@@ -135,7 +135,7 @@ def _heat(who: str, t: str, at: Alike, names: Sequence[str]) -> dict[str, Any]:
         "xgap": 1 if len(names) <= LABELS else 0,
         "ygap": 1 if len(names) <= LABELS else 0,
         "hoverongaps": False,
-        "hovertemplate": f"%{{y}} and %{{x}}: %{{z:.2f}} %<extra>{NAMES[who]}, T = {t}</extra>",
+        "hovertemplate": f"%{{y}} and %{{x}}: %{{z:.2f}} %<extra>{name}, T = {t}</extra>",
         "show": {"T": t},
         "by": {"colours": {name: {"zmin": a, "zmax": b} for name, (a, b) in ranges.items()}},
     }  # fmt: skip
@@ -209,12 +209,12 @@ def _places(matrix: Matrix) -> dict[tuple[int, int], int]:
     return {(int(rows[k]), int(columns[k])): place for place, k in enumerate(order, 1)}
 
 
-def finding(at: Alike, t: str, names: Sequence[str]) -> str:
+def finding(at: Alike, t: str, names: Sequence[str], who: Mapping[str, str] = called({})) -> str:
     """The teacher's closest pairs, and how far students order the pairs as it does: no verdict that is not there."""
     closest = [f"{names[i]} and {names[j]}" for i, j in at.closest(3)]
     listed = f"{', '.join(closest[:-1])}, and {closest[-1]}" if len(closest) > 1 else closest[0]
     text = f"At T = {t} the teacher finds most alike: {listed}."
-    said = [f"{NAMES[arm]} {_rho(list(order.values()))}" for arm, order in at.order.items() if order]
+    said = [f"{who[arm]} {_rho(list(order.values()))}" for arm, order in at.order.items() if order]
     if not said:
         return text
     pairs = count(len(pairs_of(at.mean["teacher"])))
@@ -223,15 +223,16 @@ def finding(at: Alike, t: str, names: Sequence[str]) -> str:
         f"(1: the same order, 0: no relation): {', '.join(said)}."
     )
     more, seeds = at.nearer()
+    whose = "distilled student" if who["distilled"] == DISTILLED else who["distilled"]
     if seeds == 1:
-        nearer = "distilled student" if more else "student alone"
+        nearer = whose if more else ALONE
         return f"{text} The {nearer} is nearer to the teacher's order in this one seed, which cannot rule out chance."
     if not seeds:
         return text
     if more == seeds:
-        return f"{text} The distilled student is nearer to the teacher's order in each of {seeds} seeds."
+        return f"{text} The {whose} is nearer to the teacher's order in each of {seeds} seeds."
     how_many = f"{more} of {seeds} seeds, not in all" if more else f"none of {seeds} seeds"
-    return f"{text} The distilled student is nearer to the teacher's order in {how_many}."
+    return f"{text} The {whose} is nearer to the teacher's order in {how_many}."
 
 
 def _rho(values: Sequence[float]) -> str:

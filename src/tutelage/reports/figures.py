@@ -8,7 +8,7 @@ from typing import Any
 from tutelage.reports.curves import loss_curves, validation_curves
 from tutelage.reports.panel import COLOUR, DASH, ROLES, SYMBOL, Dots, Panel, axes, plot_text, short
 from tutelage.reports.read import Run
-from tutelage.reports.wording import percent
+from tutelage.reports.wording import UNTAUGHT, called_short, percent
 
 FEW = 10
 """A bin of the reliability diagram with fewer samples says little."""
@@ -62,6 +62,8 @@ def seed_by_seed(runs: Sequence[Run]) -> Panel:
         )
     for run in runs:
         mine = [at for at, (r, _) in enumerate(rows) if r is run]
+        if run.summary.get("teacher") is None:
+            continue
         teacher = run.summary["teacher"]["accuracy"]
         data.append(
             {
@@ -75,7 +77,11 @@ def seed_by_seed(runs: Sequence[Run]) -> Panel:
                 "hovertemplate": "%{x:.2%}<extra>teacher</extra>",
             }
         )
-    names = [arm if len(runs) == 1 else f"{plot_text(run.label, 18)}, {arm}" for run, arm in rows]
+    shown = [called_short(run.summary)[arm] for run, arm in rows]
+    names = [
+        arm if len(runs) == 1 else f"{plot_text(run.label, 18)}, {arm}"
+        for (run, _), arm in zip(rows, shown, strict=True)
+    ]
     values = [v for trace in data for v in trace["x"]]
     low, high = min(values), max(values)
     pad = max(0.002, 0.06 * (high - low))
@@ -105,8 +111,14 @@ def seed_by_seed(runs: Sequence[Run]) -> Panel:
         for (run, arm), values in zip(rows, found, strict=True)
     )
     note = "A mark for each seed; the upright stroke is their mean."
-    key = [role for role in ROLES if role == "teacher" or any(arm == role for _, arm in rows)]
+    there = {arm for _, arm in rows} | {"teacher" for run in runs if run.summary.get("teacher")}
+    key = {role: " or ".join(names_of(runs)[role]) for role in ROLES if role in there}
     return Panel("", f"Test accuracy, seed by seed. {says}.", data, layout, note=note, key=key)
+
+
+def names_of(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What each role is called in these runs, each name once."""
+    return {role: list(dict.fromkeys(called_short(run.summary)[role] for run in runs)) for role in ROLES}
 
 
 def reliability(run: Run) -> Panel | None:
@@ -244,14 +256,16 @@ def per_class(run: Run) -> Panel | None:
     )
     weakest = f"{classes[0]}, {percent(rows[-1][2][order[0]])}" if classes else "none"
     says = f"Accuracy of each class. Weakest of {rows[-1][1]}: {weakest}."
-    note = "Weakest class of the distilled student first. First seed."
-    return Panel(run.label, says, data, layout, tall=True, note=note, key=[role for role, _, _ in rows])
+    whose = "distilled student" if run.summary.get("taught", True) else UNTAUGHT
+    note = f"Weakest class of the {whose} first. First seed."
+    return Panel(run.label, says, data, layout, tall=True, note=note, key={role: name for role, name, _ in rows})
 
 
 def _by_role(run: Run) -> list[tuple[str, str, Mapping[str, Any]]]:
     students = run.summary["students"]
-    arms = [(arm, arm, students[arm]) for arm in run.arms]
-    return [("teacher", "teacher", run.summary["teacher"]), *arms]
+    teacher, names = run.summary.get("teacher"), called_short(run.summary)
+    arms = [(arm, names[arm], students[arm]) for arm in run.arms]
+    return arms if teacher is None else [("teacher", "teacher", teacher), *arms]
 
 
 FIGURES: dict[str, Callable[[Run], Panel | None]] = {

@@ -37,7 +37,7 @@ class Panel:
         controls: choices by name: label to value, the first one preset.
         square: as high as it is wide.
         note: how to read it.
-        key: the roles whose colours it shows, where it has no legend of plotly's.
+        key: the roles whose colours it shows, with what they are called, where it has no legend of plotly's.
         tall: may be taller than the screen and scrolls by itself.
     """
 
@@ -48,7 +48,7 @@ class Panel:
     controls: dict[str, dict[str, str]] = field(default_factory=dict)
     square: bool = False
     note: str = ""
-    key: list[str] = field(default_factory=list)
+    key: dict[str, str] = field(default_factory=dict)
 
     def plotted(self) -> Dots:
         """What the page's script draws."""

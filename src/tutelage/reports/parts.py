@@ -11,6 +11,12 @@ from tutelage.reports.panel import Panel
 from tutelage.reports.read import Run, Series
 from tutelage.reports.wording import (
     ABSENT,
+    ALONE,
+    DISTILLED,
+    OF_TEACHER,
+    TEACHER,
+    UNTAUGHT,
+    called,
     count,
     escaped,
     final_table,
@@ -33,14 +39,21 @@ COLUMNS = {
     "latency": "Latency, p50",
     "seconds": "Training time",
 }
-ROLE = {"teacher": "teacher", "student alone": "alone", "student distilled": "distilled"}
-"""The colour of a row of the final table."""
+ROLE = {TEACHER: "teacher", ALONE: "alone", DISTILLED: "distilled", UNTAUGHT: "distilled"}
+"""The colour of each model by what it is called."""
 
 NOTE = (
     "All figures are of the test split. “Best on validation”: the weights with the best validation accuracy. "
-    "± is the standard deviation over seeds. Agreement: share of samples on which student and teacher predict the "
-    "same class. KL: mean divergence of the student's distribution from the teacher's. ECE: expected calibration "
-    "error, 15 bins. Latency: one sample, models taking turns."
+    "± is the standard deviation over seeds. ECE: expected calibration error, 15 bins. Latency: one sample, models "
+    "taking turns."
+)
+NOTE_TEACHER = (
+    " Agreement: share of samples on which student and teacher predict the "
+    "same class. KL: mean divergence of the student's distribution from the teacher's."
+)
+NOTE_OTHERS = (
+    " What is below the student with the method was trained along with it; its best weights are those of the step at "
+    "which the student was best."
 )
 
 
@@ -69,8 +82,8 @@ def _formula(run: Run, tag: str) -> str:
 def _facts(summary: Mapping[str, Any]) -> str:
     seeds = summary["seeds"]
     facts = [f"{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}"]
-    if summary["teacher"].get("n"):
-        facts.append(f"{count(summary['teacher']['n'])} test samples")
+    if n := _samples(summary):
+        facts.append(f"{count(n)} test samples")
     if summary.get("device"):
         processes = summary.get("processes") or 1
         facts.append(f"trained on {summary['device']}" + (f", {processes} processes" if processes > 1 else ""))
@@ -79,19 +92,32 @@ def _facts(summary: Mapping[str, Any]) -> str:
     return "; ".join(facts) + "."
 
 
+def _samples(summary: Mapping[str, Any]) -> int:
+    """Samples of the test split, as the teacher or a student was measured on them; 0 where nothing says."""
+    teacher = summary.get("teacher")
+    if teacher is not None:
+        return teacher.get("n") or 0
+    bins = summary["students"]["distilled"].get("reliability") or {}
+    return int(sum(bins.get("count", [])))
+
+
 def _tiles(summary: Mapping[str, Any]) -> str:
     tiles: list[tuple[str, str, str]] = []
     gain = (summary.get("gain") or {}).get("best")
     if gain:
         tiles.append(("Gain over the student alone", f"{points(gain['mean'])} points", interval(gain)))
-    teacher = summary["teacher"]["accuracy"]
+    teacher = (summary.get("teacher") or {}).get("accuracy")
     distilled = summary["students"]["distilled"]["best"]["accuracy"]["mean"]
     if teacher:
         ofs = f"{percent(distilled)} of {percent(teacher)}"
         tiles.append(("Of the teacher's accuracy", percent(distilled / teacher), ofs))
     sizes = summary["parameters"]
-    ofs = f"{count(sizes['student'])} of {count(sizes['teacher'])}"
-    tiles.append(("Of the teacher's parameters", percent(summary["capacity_ratio"]), ofs))
+    if summary.get("teacher") is not None:
+        ofs = f"{count(sizes['student'])} of {count(sizes['teacher'])}"
+        tiles.append(("Of the teacher's parameters", percent(summary["capacity_ratio"]), ofs))
+    else:
+        tiles.append(("Test accuracy", percent(distilled), called(summary)["distilled"]))
+        tiles.append(("Parameters", count(sizes["student"]), "of the student; there is no teacher"))
     if speed := speed_up(summary):
         slow, fast = (milliseconds(summary["latency"][who]) for who in ("teacher", "student"))
         tiles.append(("Latency of one sample, p50", speed, f"{fast} against {slow}"))
@@ -135,15 +161,19 @@ def final(runs: Sequence[Run]) -> str:
     """The final table of each run."""
     tables = []
     for run in runs:
-        rows = [[role(row["name"]), *(escaped(row[key]) for key in COLUMNS)] for row in final_table(run.summary)]
+        columns = {k: v for k, v in COLUMNS.items() if k not in OF_TEACHER or run.summary.get("teacher")}
+        rows = [[role(row["name"]), *(escaped(row[key]) for key in columns)] for row in final_table(run.summary)]
         caption = "Results" + ("" if len(runs) == 1 else f" of {run.label}")
-        tables.append(table(caption, ["Model", *COLUMNS.values()], rows))
-    return f"<section class='results'>{''.join(tables)}<p class='note'>{escaped(NOTE)}</p></section>"
+        tables.append(table(caption, ["Model", *columns.values()], rows))
+    note = NOTE + (NOTE_TEACHER if any(run.summary.get("teacher") for run in runs) else "")
+    note += NOTE_OTHERS if any(run.summary["students"]["distilled"].get("others") for run in runs) else ""
+    return f"<section class='results'>{''.join(tables)}<p class='note'>{escaped(note)}</p></section>"
 
 
 def role(name: str) -> str:
     """The name of a model with the mark of its colour."""
-    return f"<span class='role'><span class='swatch {ROLE.get(name, 'teacher')}'></span>{escaped(name)}</span>"
+    colour = ROLE.get(name, "teacher" if name.startswith(TEACHER) else "other")
+    return f"<span class='role'><span class='swatch {colour}'></span>{escaped(name)}</span>"
 
 
 def comparison(runs: Sequence[Run]) -> str:
@@ -158,13 +188,13 @@ def comparison(runs: Sequence[Run]) -> str:
         students, gain = s["students"], (s.get("gain") or {}).get("best")
         cells = [
             run.label,
-            percent(s["teacher"]["accuracy"]),
+            percent((s.get("teacher") or {}).get("accuracy")),
             percent_spread(students["alone"]["best"]["accuracy"]) if "alone" in students else ABSENT,
             percent_spread(students["distilled"]["best"]["accuracy"]),
             points(gain["mean"]) if gain else ABSENT,
             interval(gain) if gain else ABSENT,
             percent_spread(students["distilled"]["best"].get("agreement")),
-            percent(s["capacity_ratio"]),
+            percent(s.get("capacity_ratio")),
             speed_up(s) or ABSENT,
         ]
         rows.append([escaped(c) for c in cells])
@@ -216,7 +246,10 @@ def figure(panel: Panel, number: int, heading: str = "", subheading: str = "") -
     """A place for a figure, with its controls; under a heading of its own it says how to read it."""
     title = f"<h2>{escaped(heading)}</h2>" if heading else f"<h3>{escaped(subheading)}</h3>"
     note = f"<p class='note'>{escaped(panel.note)}</p>" if panel.note and heading else ""
-    key = "".join(f"<span class='role'><span class='swatch {role}'></span>{role}</span>" for role in panel.key)
+    key = "".join(
+        f"<span class='role'><span class='swatch {role}'></span>{escaped(name)}</span>"
+        for role, name in panel.key.items()
+    )
     note += f"<p class='key'>{key}</p>" if key else ""
     controls = "".join(control(name, choices) for name, choices in panel.controls.items())
     form = f"<form class='controls'>{controls}</form>" if controls else ""

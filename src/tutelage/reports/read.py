@@ -206,6 +206,14 @@ class Bins(_Part):
     accuracy: list[float]
 
 
+class Other(_Part):
+    """A model that was trained beside the student: a peer, or an exit of it."""
+
+    parameters: int
+    best: Figures
+    last: Figures
+
+
 class Row(_Part):
     """An arm: the student alone, or distilled."""
 
@@ -214,6 +222,7 @@ class Row(_Part):
     reliability: Bins | None = None
     per_class: list[float] | None = None
     seconds: Spread | None = None
+    others: dict[str, Other] | None = None
 
 
 class Students(_Part):
@@ -263,7 +272,7 @@ class Teacher(Scores):
 class Sizes(_Part):
     """Numbers of parameters."""
 
-    teacher: int
+    teacher: int | None = None
     student: int
 
 
@@ -288,17 +297,26 @@ class Summary(_Part):
 
     name: str
     formula: str | None = None
+    taught: bool = True
     classes: list[str] | None = None
     seeds: list[int]
     parameters: Sizes
-    capacity_ratio: float
+    capacity_ratio: float | None = None
     latency: dict[str, Speed] | None = None
-    teacher: Teacher
+    teacher: Teacher | None = None
     students: Students
     gain: dict[str, Pair] | None = None
     device: str | None = None
     processes: int | None = None
     exported: str | None = None
+
+    @model_validator(mode="after")
+    def _of_teacher(self) -> Summary:
+        if self.teacher is not None and (self.parameters.teacher is None or self.capacity_ratio is None):
+            raise ValueError("there is a teacher, and 'parameters.teacher' or 'capacity_ratio' is missing")
+        if self.teacher is None and self.taught:
+            raise ValueError("'teacher' is missing")
+        return self
 
 
 class Shown(_Part):

@@ -87,7 +87,7 @@ thead th { font-weight: 500; color: var(--quiet); font-size: .8125rem; white-spa
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); white-space: normal;
   min-width: 10em; max-width: 16em; overflow-wrap: anywhere; }
 tbody tr:last-child > * { border-bottom: 0; }
-.results tbody tr:last-child { font-weight: 650; }
+.results tbody tr:has(.distilled) { font-weight: 650; }
 .results { margin-top: 24px; }
 .role { white-space: nowrap; }
 .key { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 4px; font-size: .8125rem; }
@@ -95,6 +95,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6em; }
 .swatch { display: inline-block; width: 11px; height: 11px; margin-right: 8px; border-radius: 3px; }
 .swatch.teacher { background: var(--teacher); transform: rotate(45deg) scale(.85); border-radius: 0; }
+.swatch.other { background: none; border: 2px solid var(--quiet); }
 .swatch.alone { background: var(--alone); }
 .swatch.distilled { background: var(--distilled); border-radius: 50%; }
 details { margin-top: 12px; padding: 10px 16px; min-width: 0; }

@@ -11,6 +11,18 @@ ABSENT = "–"
 """What a cell shows when the run did not measure it."""
 
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
+UNTAUGHT = "student with the method"
+"""What a distilled student is called where the method asked no teacher."""
+
+
+def called(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What each role is called in a run."""
+    return {"teacher": TEACHER, "alone": ALONE, "distilled": DISTILLED if summary.get("taught", True) else UNTAUGHT}
+
+
+def called_short(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The same for the legend of a figure."""
+    return {role: name.removeprefix("student ") for role, name in called(summary).items()}
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -24,21 +36,24 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def _against_alone(summary: Mapping[str, Any]) -> str:
     students = summary["students"]
+    taught = summary.get("taught", True)
     distilled = percent(students["distilled"]["best"]["accuracy"]["mean"])
+    distilled = f"{'Distilled' if taught else 'With the method'} {distilled}"
     if "alone" not in students or "gain" not in summary:
-        return f"Distilled {distilled}; no student was trained alone, so the gain is unknown"
+        return f"{distilled}; no student was trained alone, so the gain is unknown"
     gain = summary["gain"]["best"]
-    head = f"Distilled {distilled} against {percent(students['alone']['best']['accuracy']['mean'])} alone: "
+    head = f"{distilled} against {percent(students['alone']['best']['accuracy']['mean'])} alone: "
     mean, low, high = gain["mean"], gain["low"], gain["high"]
+    worse = f", {'distillation' if taught else 'the method'} did worse"
     if low is None or high is None:
         return f"{head}{points(mean)} points ({interval(gain)})"
     if low <= 0 <= high:
         return f"{head}{points(mean)} points, no difference shown ({interval(gain)})"
-    return f"{head}{points(mean)} points{', distillation did worse' if mean < 0 else ''} ({interval(gain)})"
+    return f"{head}{points(mean)} points{worse if mean < 0 else ''} ({interval(gain)})"
 
 
 def _against_teacher(summary: Mapping[str, Any]) -> str:
-    teacher = summary["teacher"]["accuracy"]
+    teacher = (summary.get("teacher") or {}).get("accuracy")
     if not teacher:
         return ""
     share = summary["students"]["distilled"]["best"]["accuracy"]["mean"] / teacher
@@ -47,32 +62,41 @@ def _against_teacher(summary: Mapping[str, Any]) -> str:
     return f"; {'keeps' if share <= 1 else 'reaches'} {percent(share)} of the teacher's accuracy with {size}"
 
 
+CELLS = ("name", "accuracy", "last", "agreement", "kl", "ece", "loss", "parameters", "latency", "seconds")
+"""The columns of the final table."""
+
+OF_TEACHER = ("agreement", "kl")
+"""Those that are there only where there is a teacher."""
+
+
 def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Rows for the teacher, its members where it has any, and the student alone (where it was trained) and distilled.
+
+    Without a teacher there are no rows of it, and nothing is compared with it. Below the distilled student come the
+    peers that were trained with it, or its exits.
 
     Returns:
         Formatted strings under ``name``, ``accuracy``, ``last``, ``agreement``, ``kl``, ``ece``, ``loss``,
         ``parameters``, ``latency`` and ``seconds``; an en dash where there is no such figure.
     """
-    teacher, speed, sizes = summary["teacher"], summary.get("latency") or {}, summary["parameters"]
-    rows = [
-        {
-            "name": TEACHER,
-            "accuracy": percent(teacher["accuracy"]),
-            "last": ABSENT,
-            "agreement": ABSENT,
-            "kl": ABSENT,
-            "ece": percent(teacher.get("ece")),
-            "loss": plain(teacher.get("loss")),
-            "parameters": count(sizes["teacher"]),
-            "latency": milliseconds(speed.get("teacher")),
-            "seconds": ABSENT,
-        }
-    ]
-    for member in (teacher.get("ensemble") or {}).get("members", []):
+    teacher, speed, sizes = summary.get("teacher"), summary.get("latency") or {}, summary["parameters"]
+    rows = []
+    if teacher is not None:
+        rows.append(
+            dict.fromkeys(CELLS, ABSENT)
+            | {
+                "name": TEACHER,
+                "accuracy": percent(teacher["accuracy"]),
+                "ece": percent(teacher.get("ece")),
+                "loss": plain(teacher.get("loss")),
+                "parameters": count(sizes["teacher"]),
+                "latency": milliseconds(speed.get("teacher")),
+            }
+        )
+    for member in ((teacher or {}).get("ensemble") or {}).get("members", []):
         scores = member["test"]
         rows.append(
-            dict.fromkeys(rows[0], ABSENT)
+            dict.fromkeys(CELLS, ABSENT)
             | {
                 "name": f"{member['name']}, weight {member['weight']:.2f}",
                 "accuracy": percent(scores["accuracy"]),
@@ -81,12 +105,13 @@ def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                 "parameters": count(member["parameters"]),
             }
         )
-    for arm, name in (("alone", ALONE), ("distilled", DISTILLED)):
+    names = called(summary)
+    for arm in ("alone", "distilled"):
         if arm in summary["students"]:
             best, last = (summary["students"][arm][which] for which in ("best", "last"))
             rows.append(
                 {
-                    "name": name,
+                    "name": names[arm],
                     "accuracy": percent_spread(best.get("accuracy")),
                     "last": percent_spread(last.get("accuracy")),
                     "agreement": percent_spread(best.get("agreement")),
@@ -98,6 +123,7 @@ def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                     "seconds": seconds((summary["students"][arm].get("seconds") or {}).get("mean")),
                 }
             )
+            rows += _others(summary["students"][arm].get("others") or {})
     return rows
 
 
@@ -119,6 +145,24 @@ def workflow_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             ),
         }
         for row in summary["rows"]
+    ]
+
+
+def _others(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of what was trained beside a student."""
+    return [
+        dict.fromkeys(CELLS, ABSENT)
+        | {
+            "name": name,
+            "accuracy": percent_spread(scores["best"].get("accuracy")),
+            "last": percent_spread(scores["last"].get("accuracy")),
+            "agreement": percent_spread(scores["best"].get("agreement")),
+            "kl": plain_spread(scores["best"].get("kl")),
+            "ece": percent_spread(scores["best"].get("ece")),
+            "loss": plain_spread(scores["best"].get("loss")),
+            "parameters": count(scores["parameters"]),
+        }
+        for name, scores in found.items()
     ]
 
 

@@ -171,10 +171,16 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         CacheError: the folder's cache was made from something else, is damaged, or cannot be written.
         Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
     """
-    from tutelage.workflows.comparison import as_taught, check_teachers, fitted
+    from tutelage.workflows.comparison import as_taught, check_teachers, fitted, is_taught
     from tutelage.workflows.run import comparison, load_data
 
-    if any(member.train is not None for member in recipe.required_teacher.each):
+    if recipe.teacher is None:
+        raise ConfigError(
+            "the recipe has no teacher, and a cache is of what one says",
+            where="teacher",
+            remedy="add 'teacher'",
+        )
+    if any(member.train is not None for member in recipe.teacher.each):
         raise CapabilityError(
             "the teacher has no weights yet, and a cache is of one that is trained",
             where="teacher",
@@ -188,10 +194,17 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     terminal.live = terminal.live and accelerator.is_main_process
     data = load_data(recipe, terminal)
     c = comparison(recipe, data)
+    assert c.teacher is not None
     untrained = c.teacher()
     check_teachers(c, accelerator.device, untrained)
     teacher = as_taught(c, untrained, accelerator.device)
     _, method = fitted(c, c.student(recipe.seeds[0]), teacher.model, recipe.seeds[0])
+    if not is_taught(method):
+        raise CapabilityError(
+            f"method {recipe.method.kind} asks the teacher for nothing that a cache could keep",
+            where="method",
+            remedy="a cache is for methods that a teacher teaches, such as method=logit",
+        )
     views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.augmented else [None]
     start = time.monotonic()
     with stopping(terminal.say) as should_stop:
@@ -216,7 +229,8 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
 
 def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
     """The recipe with a cache, in the folder ``out`` where one is given; checked again."""
-    config = recipe.required_teacher.cache or CacheConfig()
+    assert recipe.teacher is not None
+    config = recipe.teacher.cache or CacheConfig()
     if out is not None:
         config = config.model_copy(update={"path": str(out)})
     if recipe.data.augment and recipe.data.views is None:

@@ -1,4 +1,4 @@
-"""The heart of every run: a teacher, the student without it, the student with it, over seeds."""
+"""The heart of every run: the student alone and by a method, most often with a teacher, over seeds."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ from tutelage.teachers import (
     EnsembleTeacher,
     LiveTeacher,
     MemoryTeacher,
+    Signal,
     Teacher,
 )
-from tutelage.workflows.measure import latencies, parameters
+from tutelage.workflows.measure import latencies, parameters, reached
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.similarity import Similarities
 from tutelage.workflows.statistics import paired, spread
@@ -46,6 +47,9 @@ MEMORY_BYTES = 2**29
 
 Arm = Literal["alone", "distilled"]
 
+FIGURES = ("accuracy", "loss", "agreement", "kl", "ece")
+"""What is measured of every student."""
+
 
 @dataclass
 class Comparison:
@@ -53,7 +57,7 @@ class Comparison:
 
     Attributes:
         name: of the run.
-        teacher: builds the teacher; with weights, unless ``train_teacher``.
+        teacher: builds the teacher; with weights, unless ``train_teacher``. ``None`` for a method without one.
         student: builds a student's initialisation from a seed; the same seed gives the same one.
         method: builds the method.
         batches: the training data of an arm under a seed.
@@ -73,10 +77,13 @@ class Comparison:
         classes: class names, in the order of the labels.
         student_card: how to build the student again, for its folder.
         teacher_card: the same of the teacher.
+        peer: builds what a method asks to be trained beside the student, given that and a seed. Default: a student,
+            where the method asks for one of its architecture.
+        peer_card: how to build it again, but for what the student's card says too.
     """
 
     name: str
-    teacher: Callable[[], nn.Module]
+    teacher: Callable[[], nn.Module] | None
     student: Callable[[int], nn.Module]
     method: Callable[[], Method]
     batches: Callable[[Arm, int], Batches]
@@ -96,6 +103,8 @@ class Comparison:
     classes: list[str] | None = None
     student_card: dict[str, Any] = field(default_factory=dict)
     teacher_card: dict[str, Any] = field(default_factory=dict)
+    peer: Callable[[Any, int], nn.Module] | None = None
+    peer_card: Callable[[Any], dict[str, Any]] = lambda asked: {}
 
 
 @dataclass
@@ -121,13 +130,24 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
         CapabilityError: teacher, student, data and method do not fit; found before any student is trained.
         Interrupted: a stop was asked for; the state is saved.
     """
+    if c.teacher is None:
+        check_capabilities(c.method(), None)
     student = c.student(c.seeds[0])
-    check_output(c, ctx.device, student, "student")
-    untrained = c.teacher()
-    check_teachers(c, ctx.device, untrained)
+    classes = check_output(c, ctx.device, student, "student")
+    untrained = None if c.teacher is None else c.teacher()
+    if untrained is not None:
+        check_teachers(c, ctx.device, untrained)
     apprentice, method = fitted(c, student, untrained, c.seeds[0])
     ctx.terminal.say(f"loss = {method.formula()}")
-    extra = parameters(method)
+    for name, other in method.others(apprentice).items():
+        if check_output(c, ctx.device, other, name) != classes:
+            raise CapabilityError(
+                f"{name} does not score the student's {classes} classes", remedy="set its number of classes"
+            )
+    extra = projectors(method)
+    if method.peers:
+        beside = sum(parameters(peer) for peer in method.others(apprentice).values())
+        ctx.terminal.say(f"peers: {len(method.peers)}, of {beside:,} parameters, trained along and saved in models/")
     if extra:
         ctx.terminal.say(f"projectors: {extra:,} parameters, trained along and not exported")
     if apprentice is not student:
@@ -136,13 +156,38 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
             f"where it has {parameters(c.student(c.seeds[0])):,} alone"
         )
     check_optimizer(c, apprentice, method)
-    teacher = live_teacher(c, ctx, untrained)
+    teacher = None if untrained is None else live_teacher(c, ctx, untrained)
     student = c.student(c.seeds[0])
-    apprentice, method = fitted(c, c.student(c.seeds[0]), teacher.model, c.seeds[0])
-    check_separate(teacher.model, apprentice)
-    check_labels(c, teacher.model, student)
-    if c.cache is None:
-        check_capabilities(method, teacher)
+    apprentice, method = fitted(c, c.student(c.seeds[0]), model_of(teacher), c.seeds[0])
+    check_labels(c, model_of(teacher), student)
+    references, teacher_scores = None, None
+    if teacher is not None:
+        check_separate(teacher.model, apprentice)
+        if c.cache is None:
+            check_capabilities(method, teacher)
+        references, teacher_scores = examined(c, ctx, teacher)
+    check_method_runs(c, ctx, apprentice, method, teacher)
+
+    arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    with taught_by(c, ctx, teacher, method, classes) as asked:
+        for seed in c.seeds:
+            for arm in arms:
+                results[arm].append(train_student(c, ctx, arm, seed, asked, teacher, references, classes))
+    return summarise(c, ctx, teacher, apprentice, teacher_scores, results, method)
+
+
+def model_of(teacher: ModelTeacher | None) -> nn.Module | None:
+    """The teacher's model, where there is a teacher."""
+    return None if teacher is None else teacher.model
+
+
+def examined(c: Comparison, ctx: Context, teacher: ModelTeacher) -> tuple[References, dict[str, Any]]:
+    """What the teacher says of the test split, and how good it is.
+
+    Raises:
+        CapabilityError: it does worse than chance.
+    """
     references = References(teacher, c.test, ctx)
     on_validation = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, ctx.device)
     check_taught(on_validation, references.classes, ctx)
@@ -154,15 +199,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
         splits = {"test": c.test} | ({} if c.validation is None else {"validation": c.validation})
         teacher_scores["ensemble"] = described(c.ensemble, teacher, splits, ctx.device)
         say_ensemble(teacher_scores, ctx)
-    check_method_runs(c, ctx, apprentice, method, teacher)
-
-    arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    with taught_by(c, ctx, teacher, method, references.classes) as asked:
-        for seed in c.seeds:
-            for arm in arms:
-                results[arm].append(train_student(c, ctx, arm, seed, asked, teacher, references))
-    return summarise(c, ctx, teacher, apprentice, teacher_scores, results, method)
+    return references, teacher_scores
 
 
 class References:
@@ -195,12 +232,38 @@ def example_of(c: Comparison) -> Batch:
     return next(iter(c.test)).rows(0, 2)
 
 
-def fitted(c: Comparison, student: nn.Module, teacher: nn.Module, seed: int) -> tuple[nn.Module, Method]:
+def fitted(c: Comparison, student: nn.Module, teacher: nn.Module | None, seed: int) -> tuple[nn.Module, Method]:
     """What is trained of ``student``, and the method, fitted to it and the teacher; both start as the seed says."""
     method, example = c.method(), example_of(c)
+    if method.peers:
+        method.join(peers(c, method, seed))
     apprentice = adapted(method, student, teacher, example, seed)
     ids = c.batches("distilled", seed).ids if method.needs_ids else None
     return apprentice, built(method, apprentice, teacher, example, seed, ids)
+
+
+def peers(c: Comparison, method: Method, seed: int) -> list[nn.Module]:
+    """What a method asks to be trained beside the student; no two start alike, nor like the student of any seed."""
+    made = []
+    for i, asked in enumerate(method.peers, 1):
+        own = (seed + i * 2_246_822_507) % 2**32  # of a seed's upper half torch's generator on CPUs takes no note
+        if c.peer is not None:
+            made.append(c.peer(asked, own))
+            continue
+        if asked is not None:
+            raise ConfigError(f"peers: nobody here can build {asked!r}", remedy="give a number of peers")
+        made.append(c.student(own))
+    return made
+
+
+def projectors(method: Method) -> int:
+    """Parameters that are trained with the student and belong to no model that is kept."""
+    return 0 if method.peers else parameters(method)
+
+
+def taught_on(c: Comparison, method: Method, seed: int) -> Batches:
+    """The training data of a method under a seed: all of it, or what has a label where the rest teaches nothing."""
+    return c.batches("distilled" if method.unlabelled else "alone", seed)
 
 
 def train_student(
@@ -208,45 +271,56 @@ def train_student(
     ctx: Context,
     arm: Arm,
     seed: int,
-    teacher: Teacher,
-    live: ModelTeacher,
-    references: References,
+    teacher: Teacher | None,
+    live: ModelTeacher | None,
+    references: References | None,
+    classes: int,
 ) -> dict[str, Any]:
     """Train one student, or find it trained, and return its result."""
     name = f"{arm}-seed{seed}"
     found = ctx.run.result(name)
     if found is not None:
         return found
-    training = training_of(c, ctx, arm, seed, teacher, live, references.classes)
+    training = training_of(c, ctx, arm, seed, teacher, live, classes)
     card = {**c.student_card, "arm": arm}
     if isinstance(training.student, ReusedHead):
         card["reused_head"] = training.student.card
 
     def rebuilt() -> nn.Module:
         model = c.student(seed)
-        return model if arm == "alone" else adapted(c.method(), model, live.model, example_of(c), seed)
+        return model if arm == "alone" else adapted(c.method(), model, model_of(live), example_of(c), seed)
 
-    return train_and_keep(training, ctx, rebuilt, c.test, references, card)
+    def untrained() -> Method:
+        return SupervisedMethod() if arm == "alone" else fitted(c, c.student(seed), model_of(live), seed)[1]
+
+    others = training.method.others(training.student)
+    cards = [{**card, **c.peer_card(asked), "arm": arm} for asked in training.method.peers]
+    kept = dict(zip(others, cards, strict=True)) if cards else {}
+    return train_and_keep(training, ctx, rebuilt, c.test, references, card, Others(untrained, kept))
 
 
 def training_of(
-    c: Comparison, ctx: Context, arm: Arm, seed: int, teacher: Teacher, live: ModelTeacher, classes: int
+    c: Comparison,
+    ctx: Context,
+    arm: Arm,
+    seed: int,
+    teacher: Teacher | None,
+    live: ModelTeacher | None,
+    classes: int,
 ) -> Training:
     """The training of a student; the phases that its method needs before it are done."""
-    distilled = c.batches("distilled", seed)
-    mine = distilled if arm == "distilled" else c.batches("alone", seed)
 
     def fresh() -> tuple[nn.Module, Method]:
         if arm == "alone":
             return c.student(seed), SupervisedMethod()
-        return fitted(c, c.student(seed), live.model, seed)
+        return fitted(c, c.student(seed), model_of(live), seed)
 
     student, method = fresh()
     training = Training(
         name=f"{arm}-seed{seed}",
         student=student,
         method=method,
-        batches=mine,
+        batches=taught_on(c, method, seed),
         config=c.config,
         run=ctx.run,
         teacher=teacher if arm == "distilled" else None,
@@ -254,7 +328,7 @@ def training_of(
         seed=seed,
         should_stop=ctx.should_stop,
         watcher=ctx.terminal,
-        epoch_steps=distilled.steps_per_epoch,
+        epoch_steps=c.batches("distilled", seed).steps_per_epoch,
         classes=classes,
     )
     if method.phases():
@@ -262,11 +336,24 @@ def training_of(
     return training
 
 
+@dataclass(frozen=True)
+class Others:
+    """What a method trains beside the student that gives logits too.
+
+    Attributes:
+        method: builds the method again, untrained.
+        cards: how to build those again that are to be saved, by name.
+    """
+
+    method: Callable[[], Method]
+    cards: Mapping[str, dict[str, Any]]
+
+
 def after_phases(
     training: Training,
     ctx: Context,
     fresh: Callable[[], tuple[nn.Module, Method]],
-    live: ModelTeacher,
+    live: ModelTeacher | None,
     example: Batch,
 ) -> Training:
     """Train what the method says comes first, or find it trained, and return the training that goes on from there.
@@ -302,16 +389,25 @@ def after_phases(
     return replace(training, config=config)
 
 
-def keep_reached(student: nn.Module, method: Method, teacher: Teacher, example: Batch, device: torch.device) -> None:
+def keep_reached(
+    student: nn.Module, method: Method, teacher: Teacher | None, example: Batch, device: torch.device
+) -> None:
     """Freeze what of student and method gets no gradient from the method, by one pass in evaluation mode."""
     method.requires_grad_(True)
     trainee, batch = Trainee(student, method).to(device).eval(), example.to(device)
-    assert method.needs is not None
-    terms = trainee(batch, teacher.signal(batch, method.needs))
+    terms = trainee(batch, said(teacher, method, batch))
     torch.stack([term.sum for term in terms.values()]).sum().backward()
     for parameter in trainee.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     trainee.zero_grad(set_to_none=True)
+
+
+def said(teacher: Teacher | None, method: Method, batch: Batch) -> Signal | None:
+    """The teacher's word on a batch, where the method needs any."""
+    if method.needs is None:
+        return None
+    assert teacher is not None
+    return teacher.signal(batch, method.needs)
 
 
 def train_and_keep(
@@ -321,6 +417,7 @@ def train_and_keep(
     test: Iterable[Batch],
     references: References | None,
     card: dict[str, Any],
+    others: Others | None = None,
 ) -> dict[str, Any]:
     """Fit, read the test split once for the best and once for the last weights, and write the model's folder.
 
@@ -332,6 +429,12 @@ def train_and_keep(
         ctx.terminal.finished()
     if ctx.accelerator.is_main_process:
         result = _measured(training, outcome, ctx, rebuild, test, references)
+        if others is not None and training.method.others(training.student):
+            found, models = _measured_others(outcome, ctx, rebuild, test, references, others.method())
+            result["others"] = found
+            for name, card_of in others.cards.items():  # before the result, which says that all is there
+                with new_folder(ctx.run.model(f"{training.name}-{name}")) as folder:
+                    save_model(models[name], folder, card_of)
         with new_folder(ctx.run.model(training.name)) as folder:
             save_model(result.pop("model"), folder, card)
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -339,10 +442,40 @@ def train_and_keep(
             f"{training.name}: test {result['best']['accuracy']:.2%} "
             f"(last epoch {result['last']['accuracy']:.2%}), {result['seconds']:.0f} s"
         )
+        for name, scores in result.get("others", {}).items():
+            ctx.terminal.say(f"{training.name}-{name}: test {scores['best']['accuracy']:.2%}")
     ctx.accelerator.wait_for_everyone()
-    found = ctx.run.result(training.name)
-    assert found is not None
-    return found
+    finished = ctx.run.result(training.name)
+    assert finished is not None
+    return finished
+
+
+def _measured_others(
+    outcome: Outcome,
+    ctx: Context,
+    rebuild: Callable[[], nn.Module],
+    test: Iterable[Batch],
+    references: References | None,
+    method: Method,
+) -> tuple[dict[str, Any], dict[str, nn.Module]]:
+    """What a method's other models score on the test split, by name, and the models with the best weights.
+
+    The best weights are those of the step at which the student was best on validation.
+    """
+    student = rebuild().to(ctx.device)
+    method.to(ctx.device)
+    models = method.others(student)
+    example = next(iter(test)).rows(0, 2).to(ctx.device)
+    found: dict[str, Any] = {name: {"parameters": reached(model, example)} for name, model in models.items()}
+    for which, weights, of_method in (
+        ("last", outcome.last, outcome.method), ("best", outcome.best, outcome.best_method),
+    ):  # fmt: skip
+        student.load_state_dict(weights)
+        method.load_state_dict(of_method)
+        for name, model in models.items():
+            scores = evaluate(model, test, ctx.device, references)
+            found[name][which] = {k: scores[k] for k in FIGURES if k in scores}
+    return found, models
 
 
 def _measured(
@@ -386,6 +519,7 @@ def _measured(
 def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> ModelTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
     if c.ensemble is None:
+        assert c.teacher is not None
         model = trained(c, ctx, Member("teacher", c.teacher, c.train_teacher, c.teacher_card), model)
     else:
         each = zip(c.ensemble.members, model.children(), strict=True)
@@ -432,8 +566,15 @@ def say_ensemble(scores: Mapping[str, Any], ctx: Context) -> None:
 
 
 @contextmanager
-def taught_by(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> Iterator[Teacher]:
+def taught_by(
+    c: Comparison, ctx: Context, teacher: ModelTeacher | None, method: Method, classes: int
+) -> Iterator[Teacher | None]:
     """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
+    if teacher is None or not is_taught(method):
+        if c.cache is not None:
+            ctx.terminal.say("cache: not opened, for the method asks the teacher for nothing")
+        yield teacher
+        return
     if c.cache is None:
         known = remembered(c, ctx, teacher, method, classes)
         if c.ahead is None or known is not teacher:
@@ -449,6 +590,11 @@ def taught_by(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method
                 cached.check(each.needs)
         ctx.terminal.say(f"cache: {cached.folder}, {len(cached.reader):,} rows known")
         yield cached
+
+
+def is_taught(method: Method) -> bool:
+    """Whether a method, or a phase of it, asks the teacher for anything."""
+    return any(m.needs is not None for m in (method, *(phase.method for phase in method.phases())))
 
 
 def all_needs(method: Method) -> Needs:
@@ -501,6 +647,7 @@ def memory_budget(processes: int) -> int:
 
 def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> None:
     """:func:`check_output` of the teacher, or of each member by its name, and whether it can run as it is to run."""
+    assert c.teacher is not None
     single = Member("teacher", c.teacher, c.train_teacher, speed=c.speed)
     members = [single] if c.ensemble is None else c.ensemble.members
     models = list(teacher.children()) if isinstance(teacher, Ensemble) else [teacher]
@@ -510,8 +657,11 @@ def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> N
             LiveTeacher(copy.deepcopy(model), mode=c.teacher_mode, **member.speed)
 
 
-def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str) -> None:
+def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str) -> int:
     """Run ``model`` on two samples, so that a misfit with the data shows before anything is trained.
+
+    Returns:
+        How many classes it scores.
 
     Raises:
         DataError: there is nothing to evaluate on.
@@ -553,6 +703,7 @@ def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str
         )
     if not bool(torch.isfinite(logits).all()):
         raise NumericsError(f"the {who}'s logits are NaN or infinite", remedy="check its weights and its inputs")
+    return int(classes)
 
 
 def check_optimizer(c: Comparison, student: nn.Module, method: Method) -> None:
@@ -581,9 +732,11 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def check_labels(c: Comparison, teacher: nn.Module, student: nn.Module) -> None:
+def check_labels(c: Comparison, teacher: nn.Module | None, student: nn.Module) -> None:
     """Raise :class:`CapabilityError` when class names differ between data, teacher or its members, and student."""
-    carried = {"teacher": c.teacher_card.get("loaded_classes") or label_names(teacher)}
+    carried = {}
+    if teacher is not None:
+        carried["teacher"] = c.teacher_card.get("loaded_classes") or label_names(teacher)
     if c.ensemble is not None and isinstance(teacher, Ensemble):
         carried = {
             member.name: member.card.get("loaded_classes") or label_names(model)
@@ -628,14 +781,16 @@ def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
         ctx.terminal.say(f"warning: {shown} ({n} samples); it has hardly anything to teach")
 
 
-def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: Teacher) -> None:
+def check_method_runs(
+    c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: Teacher | None
+) -> None:
     """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
     batch = example_of(c).to(ctx.device)
     student.to(ctx.device).eval()
     for each in (method, *(phase.method for phase in method.phases())):
         each.to(ctx.device).eval()
         with torch.no_grad():
-            signal = teacher.signal(batch, each.needs) if each.needs is not None else None
+            signal = said(teacher, each, batch)
             seen = Observation() if each.student_needs is None else observe(student, batch.inputs, each.student_needs)
             each(seen, batch, signal)
 
@@ -646,20 +801,30 @@ def check_method_runs(c: Comparison, ctx: Context, student: nn.Module, method: M
 def summarise(
     c: Comparison,
     ctx: Context,
-    teacher: ModelTeacher,
+    teacher: ModelTeacher | None,
     student: nn.Module,
-    teacher_scores: dict[str, Any],
+    teacher_scores: dict[str, Any] | None,
     results: dict[str, list[dict[str, Any]]],
     method: Method,
 ) -> dict[str, Any]:
     """The figures of the run, written to ``summary.json``, and the exported student."""
     student.to(ctx.device)
-    speed = latencies({"teacher": teacher.model, "student": student}, next(iter(c.test)), ctx.device)
-    sizes = {"teacher": parameters(teacher.model), "student": parameters(student)}
+    models = {"student": student} if teacher is None else {"teacher": teacher.model, "student": student}
+    speed = latencies(models, next(iter(c.test)), ctx.device)
+    sizes = {name: parameters(model) for name, model in models.items()}
 
     def row(found: list[dict[str, Any]]) -> dict[str, Any]:
-        keys = [k for k in ("accuracy", "loss", "agreement", "kl", "ece") if k in found[0]["best"]]
+        keys = [k for k in FIGURES if k in found[0]["best"]]
+        others = found[0].get("others", {})
+        beside = {
+            name: {
+                "parameters": others[name]["parameters"],
+                **{w: {k: spread([r["others"][name][w][k] for r in found]) for k in keys} for w in ("best", "last")},
+            }
+            for name in others
+        }
         return {
+            **({"others": beside} if beside else {}),
             "best": {k: spread([r["best"][k] for r in found]) for k in keys},
             "last": {k: spread([r["last"][k] for r in found]) for k in keys},
             "reliability": found[0]["best"]["reliability"],
@@ -670,18 +835,20 @@ def summarise(
     summary: dict[str, Any] = {
         "name": c.name,
         "formula": method.formula(),
+        "taught": is_taught(method),
         "classes": c.classes,
         "seeds": list(c.seeds),
         "parameters": sizes,
-        "projectors": parameters(method),
-        "capacity_ratio": sizes["student"] / sizes["teacher"],
+        "projectors": projectors(method),
         "latency": speed,
-        "teacher": {k: v for k, v in teacher_scores.items() if k != "validation"}
-        | {"validation": {k: teacher_scores["validation"][k] for k in ("accuracy", "loss", "ece")}},
         "students": {arm: row(found) for arm, found in results.items()},
         "device": str(ctx.device),
         "processes": ctx.accelerator.num_processes,
     }
+    if teacher_scores is not None:
+        summary["capacity_ratio"] = sizes["student"] / sizes["teacher"]
+        on_validation = {k: teacher_scores["validation"][k] for k in ("accuracy", "loss", "ece")}
+        summary["teacher"] = {**teacher_scores, "validation": on_validation}
     if "alone" in results:
         summary["gain"] = {
             which: paired(

@@ -54,7 +54,7 @@ class Run:
 
 
 def distill(
-    teacher: nn.Module | Sequence[nn.Module],
+    teacher: nn.Module | Sequence[nn.Module] | None,
     student: nn.Module | Callable[[], nn.Module],
     train_loader: Iterable[Any],
     *,
@@ -81,7 +81,8 @@ def distill(
     """Distil ``teacher`` into ``student`` and measure whether it helped.
 
     Args:
-        teacher: a trained module, or a list of them that speak as one; frozen, and never changed.
+        teacher: a trained module, or a list of them that speak as one; frozen, and never changed. ``None`` for a
+            ``method`` that needs none.
         student: a module, whose state is where every seed starts, or a function that makes one, called
             under each seed. The caller's module itself is not trained; take ``run.student``.
         train_loader: yields ``(inputs, labels)``, Hugging Face mappings, or what ``to_batch`` understands.
@@ -139,6 +140,23 @@ def distill(
             )
         return made
 
+    def make_peer(asked: Any, seed: int) -> nn.Module:
+        if asked is None:
+            return make_student(seed)
+        if not callable(asked) or isinstance(asked, nn.Module):
+            raise ConfigError(
+                f"peers: {asked!r} is no function that makes a module",
+                remedy="give a number, or a list of functions such as lambda: Net(width=8)",
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = asked()
+        if not isinstance(made, nn.Module):
+            raise ModelError(
+                f"a function given as a peer returned a {type(made).__name__}", remedy="return a torch.nn.Module"
+            )
+        return made
+
     def batches(arm: Arm, seed: int) -> LoaderBatches:
         return LoaderBatches(train_loader, seed, to_batch)
 
@@ -150,13 +168,18 @@ def distill(
     if many:
         assert isinstance(teacher, Sequence)
         plan = _plan(teacher, dict(ensemble or {}), live)
+    elif teacher is None and (ensemble or speed):
+        raise ConfigError(
+            f"distill(teacher=None, {'ensemble' if ensemble else 'speed'}=...), and there is no teacher",
+            remedy="leave it out",
+        )
     elif ensemble:
         raise ConfigError(
             f"distill(ensemble={ensemble!r}), and there is one teacher", remedy="give a list of modules as teacher"
         )
     kept = _cache(cache, teacher_mode, ahead)
     described = {
-        "teacher": [fingerprint(t) for t in teacher] if isinstance(teacher, Sequence) else fingerprint(teacher),
+        "teacher": _fingerprints(teacher),
         "student": fingerprint(make_student(seeds[0])),
         "method": {"class": type(method).__name__, "formula": method.formula()},
         "train": config.model_dump(mode="json", exclude_none=True),
@@ -177,7 +200,7 @@ def distill(
     pristine = copy.deepcopy(method)
     comparison = Comparison(
         name="distill",
-        teacher=plan.untrained if plan is not None else lambda: teacher,  # type: ignore[arg-type, return-value]
+        teacher=None if teacher is None else plan.untrained if plan is not None else lambda: teacher,  # type: ignore[arg-type, return-value]
         student=make_student,
         method=lambda: copy.deepcopy(pristine),
         batches=batches,
@@ -191,6 +214,8 @@ def distill(
         speed=live,
         ahead=ahead,
         classes=classes,
+        peer=make_peer,
+        peer_card=lambda asked: {} if asked is None else {"class": "the given function's result"},
         student_card={
             "spec": None, "class": class_name(cls) if cls else "the given function's result", "classes": classes,
         },
@@ -257,7 +282,13 @@ def _check_arguments(
 ) -> None:
     """Raise the error that names the argument that is not what :func:`distill` says."""
     several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
+    if teacher is None and (method is None or (isinstance(method, Method) and method.needs is not None)):
+        raise ConfigError(
+            f"distill(teacher=None), and {type(method or LogitMethod()).__name__} needs a teacher",
+            remedy="give one, or a method that needs none, as in method=tutelage.methods.SupervisedMethod()",
+        )
     modules = bool(teacher) and all(isinstance(t, nn.Module) for t in (teacher if several else [teacher]))
+    modules = modules or teacher is None
     for name, given, right, wanted in (
         ("teacher", teacher, modules, "a torch.nn.Module, or a list of modules"),
         ("student", student, callable(student), "a torch.nn.Module, or a function that makes one"),
@@ -320,6 +351,12 @@ def _plan(teachers: Sequence[nn.Module], options: dict[str, Any], speed: dict[st
     weights = None if isinstance(asked.weights, str) else asked.weights
     EnsembleTeacher([LiveTeacher(t) for t in teachers], combine=plan.combine, weights=weights, route=route)
     return plan
+
+
+def _fingerprints(teacher: nn.Module | Sequence[nn.Module] | None) -> Any:
+    if isinstance(teacher, Sequence):
+        return [fingerprint(t) for t in teacher]
+    return None if teacher is None else fingerprint(teacher)
 
 
 def _itself(model: nn.Module) -> nn.Module:

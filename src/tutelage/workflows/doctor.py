@@ -16,9 +16,20 @@ from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import DataError, TutelageError
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
-from tutelage.taps import Needs, find
+from tutelage.taps import find
 from tutelage.teachers import Teacher
-from tutelage.workflows.comparison import Comparison, as_taught, check_labels, check_output, check_separate, fitted
+from tutelage.workflows.comparison import (
+    Comparison,
+    as_taught,
+    check_labels,
+    check_output,
+    check_separate,
+    fitted,
+    is_taught,
+    model_of,
+    said,
+    taught_on,
+)
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import ONE_VIEW, comparison, load_data
@@ -53,7 +64,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     c = comparison(recipe, data)
     found = look_at_data(recipe, data)
     student = c.student(recipe.seeds[0]).to(device)
-    teacher = as_taught(c, c.teacher(), device, learned=False)
+    teacher = None if c.teacher is None else as_taught(c, c.teacher(), device, learned=False)
 
     def passes(topic: str, text: str, check: object) -> None:
         try:
@@ -67,10 +78,10 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     passes(
         "label map",
         f"{len(data.classes)} classes, the same everywhere",
-        lambda: check_labels(c, teacher.model, student),
+        lambda: check_labels(c, model_of(teacher), student),
     )
-    teachers = {"teacher": teacher.model}
-    if c.ensemble is not None:
+    teachers = {} if teacher is None else {"teacher": teacher.model}
+    if c.ensemble is not None and teacher is not None:
         teachers = {m.name: x for m, x in zip(c.ensemble.members, list(teacher.model.children()), strict=True)}
     for who, model in {**teachers, "student": student}.items():
         passes(
@@ -81,26 +92,32 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     if any(f.level == "bad" for f in found):
         return found
     try:
-        student, method = fitted(c, student, teacher.model, recipe.seeds[0])
+        student, method = fitted(c, student, model_of(teacher), recipe.seeds[0])
         student.to(device)
         method.to(device)
     except TutelageError as error:
         return [*found, Finding("bad", "method", str(error).partition("\n")[0], error.remedy)]
     found.append(Finding("ok", "method", f"loss = {method.formula()}"))
-    passes("separation", "teacher and student share no weight", lambda: check_separate(teacher.model, student))
+    if teacher is not None:
+        passes("separation", "teacher and student share no weight", lambda: check_separate(teacher.model, student))
     passes(
         "capabilities",
-        f"the teacher gives what {recipe.method.kind} needs",
+        f"the teacher gives what {recipe.method.kind} needs" if is_taught(method) else "the method asks no teacher",
         lambda: check_capabilities(method, teacher),
     )
     if recipe.data.views == 1:
         found.append(Finding("note", "views", ONE_VIEW))
-    for path in method.needs.hidden if method.needs else ():
-        passes("teacher tap", path, lambda path=path: find(teacher.model, path))
+    taught = model_of(teacher)
+    if taught is not None:
+        for path in method.needs.hidden if method.needs else ():
+            passes("teacher tap", path, lambda path=path, model=taught: find(model, path))
     for path in method.student_needs.hidden if method.student_needs else ():
         passes("student tap", path, lambda path=path: find(student, path))
-    found.append(capacity(parameters(student), parameters(teacher.model)))
-    if all(member.train is None for member in recipe.required_teacher.each):
+    if teacher is not None and recipe.teacher is not None:
+        found.append(capacity(parameters(student), parameters(teacher.model)))
+    if teacher is None or recipe.teacher is None:
+        found.append(Finding("ok", "teacher", "there is none, and none is needed"))
+    elif all(member.train is None for member in recipe.teacher.each):
         found.append(teacher_quality(c, teacher, device, len(data.classes)))
     else:
         found.append(
@@ -182,16 +199,22 @@ def teacher_quality(c: Comparison, teacher: Teacher, device: torch.device, class
 
 
 def one_step(
-    recipe: Recipe, c: Comparison, data: ImageData, trainee: Trainee, teacher: ModelTeacher, device: torch.device
+    recipe: Recipe,
+    c: Comparison,
+    data: ImageData,
+    trainee: Trainee,
+    teacher: ModelTeacher | None,
+    device: torch.device,
 ) -> list[Finding]:
     """Three optimizer steps on a throw-away student: finite terms, time and memory."""
     from tutelage.data import Share
 
     config = recipe.train
-    batches = c.batches("distilled", recipe.seeds[0])
+    batches = taught_on(c, trainee.method, recipe.seeds[0])
     optimizer = build_optimizer(trainee, config.optimizer)
-    total = config.steps or (config.epochs or 1) * batches.steps_per_epoch
-    build_schedule(optimizer, config.schedule, total, batches.steps_per_epoch)
+    epoch = c.batches("distilled", recipe.seeds[0]).steps_per_epoch
+    total = config.steps or (config.epochs or 1) * epoch
+    build_schedule(optimizer, config.schedule, total, epoch)
     trainee.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -215,16 +238,15 @@ def one_step(
     arms = 2 if recipe.baseline else 1
     seconds = min(times) * total * len(recipe.seeds) * arms
     parts = f"{total} steps x {len(recipe.seeds)} seeds x {arms} students at {1000 * min(times):.1f} ms"
-    found.append(
-        Finding(
-            "ok", "time", f"at most about {_duration(seconds)} on this machine for {parts}, teacher's training aside"
-        )
-    )
+    aside = "" if teacher is None else ", teacher's training aside"
+    found.append(Finding("ok", "time", f"at most about {_duration(seconds)} on this machine for {parts}{aside}"))
     weights = sum(p.numel() * p.element_size() for p in trainee.parameters())
     state = sum(
         v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
     )
-    held = 2 * weights + state + sum(p.numel() * p.element_size() for p in teacher.model.parameters())
+    held = 2 * weights + state
+    if teacher is not None:
+        held += sum(p.numel() * p.element_size() for p in teacher.model.parameters())
     peak = f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB at the peak" if device.type == "cuda" else ""
     images = sum(s.pixels.numel() for s in (data.train, data.validation, data.test) if s.pixels is not None)
     found.append(
@@ -234,9 +256,8 @@ def one_step(
     return found
 
 
-def _step(trainee: Trainee, teacher: Teacher, batch: Batch) -> dict[str, float]:
-    needs = trainee.method.needs
-    terms = trainee(batch, None if needs is None else teacher.signal(batch, needs or Needs()))
+def _step(trainee: Trainee, teacher: Teacher | None, batch: Batch) -> dict[str, float]:
+    terms = trainee(batch, said(teacher, trainee.method, batch))
     means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}
     sum(trainee.method.weights[name] * mean for name, mean in means.items()).backward()
     return {name: float(mean.detach()) for name, mean in means.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tutelage.config import Recipe
 from tutelage.data import Batch
-from tutelage.errors import ModelError
+from tutelage.errors import ConfigError, ModelError
 from tutelage.models import ModelSpec, build, load_model
 from tutelage.models.files import read_card
 from tutelage.students import stages, untouched
@@ -156,16 +156,16 @@ def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | Non
     data = load_data(recipe, terminal or Terminal())
     c = comparison(recipe, data)
     example = next(iter(c.test)).rows(0, ROWS)
-    models = {
-        "student": (recipe.student, lambda: c.student(recipe.seeds[0])),
-        "teacher": (recipe.required_teacher, c.teacher),
-    }
-    found = []
-    for name in who:
-        config, make = models[name]
-        what = config.model or f"ensemble of {len(recipe.required_teacher.each)}"
-        found.append(survey(make(), example, f"{name}: {what}", f" ({recipe.data.source})"))
-    return found
+    surveys = {}
+    where = f" ({recipe.data.source})"
+    if "student" in who:
+        surveys["student"] = survey(c.student(recipe.seeds[0]), example, f"student: {recipe.student.model}", where)
+    if "teacher" in who and recipe.teacher is not None and c.teacher is not None:
+        what = recipe.teacher.model or f"ensemble of {len(recipe.teacher.each)}"
+        surveys["teacher"] = survey(c.teacher(), example, f"teacher: {what}", where)
+    if not surveys:
+        raise ConfigError("the recipe has no teacher", where="teacher", remedy="--of student shows the student")
+    return [surveys[name] for name in who if name in surveys]
 
 
 def survey_model(

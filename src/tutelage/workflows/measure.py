@@ -20,6 +20,18 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def reached(model: nn.Module, example: Batch) -> int:
+    """Number of parameters that its logits depend on, or that are frozen: of an early exit, no later layer's."""
+    free = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    with torch.enable_grad():
+        logits = observe(model, example.inputs, Needs()).logits
+        assert logits is not None
+        gradients = torch.autograd.grad(logits.sum(), free, allow_unused=True)
+    unused = sum(p.numel() for p, gradient in zip(free, gradients, strict=True) if gradient is None)
+    return parameters(model) - unused
+
+
 def class_name(cls: type) -> str:
     """Module and name of a class."""
     return f"{cls.__module__}:{cls.__qualname__}"

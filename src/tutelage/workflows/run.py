@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.config import MemberConfig, ModelConfig, Recipe, dump_recipe
+from tutelage.config import MemberConfig, ModelConfig, Recipe, TeacherConfig, dump_recipe
 from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
 from tutelage.data.batch import IGNORE
 from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
@@ -134,17 +134,8 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
     decoding = workers if data.test.pixels is None else 0
     student_spec = model_spec(recipe.student, data)
     facts = {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
-    members = [teacher_member(recipe, i, data, facts) for i in range(len(recipe.required_teacher.each))]
-    plan = None
-    if recipe.required_teacher.members is not None:
-        t = recipe.required_teacher
-        plan = EnsemblePlan(
-            members, t.combine or "probabilities", t.weights, t.average_at or 1.0,
-            None if t.route is None else routes(t.route, data.routes),
-        )  # fmt: skip
     return Comparison(
         name=recipe.name,
-        teacher=members[0].model if plan is None else plan.untrained,
         student=partial(build_student, recipe.student, student_spec, data.classes),
         method=method_factory(recipe),
         batches=batches,
@@ -153,23 +144,52 @@ def comparison(recipe: Recipe, data: ImageData) -> Comparison:
         test=InOrder(data.test, workers=decoding),
         seeds=recipe.seeds,
         baseline=recipe.baseline,
-        train_teacher=members[0].train if plan is None else None,
-        teacher_mode=recipe.required_teacher.mode,
-        ensemble=plan,
-        speed=members[0].speed,
-        ahead=asks_ahead(recipe.required_teacher.speed),
-        cache=None if recipe.required_teacher.cache is None else partial(open_cache, recipe, data),
         remember=None if data.train.augmented else InOrder(data.train, workers=decoding),
         remember_rows=len(data.train),
         classes=data.classes,
         student_card={"spec": student_spec.to_dict(), **facts},
-        teacher_card=dict(members[0].card) if plan is None else {},
+        peer=partial(build_peer, recipe, data),
+        peer_card=lambda asked: {"spec": model_spec(peer_config(recipe, asked), data).to_dict()},
+        **of_teacher(recipe, data, facts),
     )
 
 
-def teacher_member(recipe: Recipe, number: int, data: ImageData, facts: dict[str, Any]) -> Member:
+def peer_config(recipe: Recipe, asked: Mapping[str, Any] | None) -> ModelConfig:
+    """The model that a method asks for beside the student; of the student's architecture where it says no other."""
+    return recipe.student if asked is None else ModelConfig(**asked)
+
+
+def build_peer(recipe: Recipe, data: ImageData, asked: Mapping[str, Any] | None, seed: int) -> nn.Module:
+    """Its initialisation."""
+    config = peer_config(recipe, asked)
+    return build_student(config, model_spec(config, data), data.classes, seed, where="method.peers")
+
+
+def of_teacher(recipe: Recipe, data: ImageData, facts: dict[str, Any]) -> dict[str, Any]:
+    """What of a comparison is about its teacher."""
+    t = recipe.teacher
+    if t is None:
+        return {"teacher": None}
+    members = [teacher_member(recipe, t, i, data, facts) for i in range(len(t.each))]
+    shared = {
+        "teacher_mode": t.mode,
+        "ahead": asks_ahead(t.speed),
+        "cache": None if t.cache is None else partial(open_cache, recipe, data),
+    }
+    if t.members is None:
+        only = members[0]
+        single = {"teacher": only.model, "train_teacher": only.train, "teacher_card": dict(only.card)}
+        return {**shared, **single, "speed": only.speed}
+    route = None if t.route is None else routes(t.route, data.routes)
+    plan = EnsemblePlan(members, t.combine or "probabilities", t.weights, t.average_at or 1.0, route)
+    return {**shared, "teacher": plan.untrained, "ensemble": plan}
+
+
+def teacher_member(
+    recipe: Recipe, teacher: TeacherConfig, number: int, data: ImageData, facts: dict[str, Any]
+) -> Member:
     """A teacher of the recipe; each has a seed of its own, so that two of the same kind differ."""
-    config, many = recipe.required_teacher.each[number], recipe.required_teacher.members is not None
+    config, many = teacher.each[number], teacher.members is not None
     name = f"teacher-{number}" if many else "teacher"
     seed = recipe.seeds[0] + number if config.seed is None else config.seed
     where = f"teacher.members.{number}" if many else "teacher"
@@ -183,7 +203,7 @@ def teacher_member(recipe: Recipe, number: int, data: ImageData, facts: dict[str
         partial(build_teacher, config, spec, data.classes, seed, where),
         train,
         {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
-        live_options(recipe.required_teacher.speed, config.speed),
+        live_options(teacher.speed, config.speed),
     )
 
 
@@ -222,11 +242,13 @@ def build_teacher(
     return model
 
 
-def build_student(config: ModelConfig, spec: ModelSpec, classes: list[str], seed: int) -> nn.Module:
+def build_student(
+    config: ModelConfig, spec: ModelSpec, classes: list[str], seed: int, where: str = "student"
+) -> nn.Module:
     """A student's initialisation; the same seed gives the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(spec, classes, where="student.model")
+        model = build(spec, classes, where=f"{where}.model")
     if config.checkpoint is not None:
         load_weights(model, Path(config.checkpoint))
     return model

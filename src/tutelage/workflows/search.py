@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tutelage.config import Recipe, dump_recipe
 from tutelage.engine import RunDirectory
 from tutelage.engine.rundir import write_text
-from tutelage.errors import CapabilityError, RunDirectoryError, TutelageError, require
+from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, TutelageError, require
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import run_recipe
@@ -84,6 +84,10 @@ def search(
         raise CapabilityError(
             "a search is one process, and the launcher started several", remedy="leave the launcher out; --workers N"
         )
+    if recipe.workflow is not None or recipe.teacher is None:
+        has = "no teacher" if recipe.workflow is None else f"workflow {recipe.workflow.kind!r}"
+        raise ConfigError(f"a search is over single runs with a teacher, and the recipe has {has}",
+                          remedy="search the recipe of one run, then use what it found")  # fmt: skip
     config = asked(recipe, keys, trials)
     recipe = recipe.model_copy(update={"search": config})
     space = dimensions(recipe, config.space)

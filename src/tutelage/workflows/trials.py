@@ -82,7 +82,7 @@ class Bench:
 
     def data(self, recipe: Recipe) -> ImageData:
         """The data of a recipe, with its validation split in place of its test split."""
-        key = json.dumps([recipe.data.model_dump(mode="json"), recipe.teacher.augment])
+        key = json.dumps([recipe.data.model_dump(mode="json"), recipe.required_teacher.augment])
         if key not in self.loaded:
             while len(self.loaded) >= MOST_DATA:
                 self.loaded.pop(next(iter(self.loaded)))
@@ -97,11 +97,12 @@ class Bench:
             TutelageError: they do not fit the data, or cannot be trained.
             Interrupted: a stop was asked for; the state is saved.
         """
-        if all(member.train is None for member in recipe.teacher.each):
+        if all(member.train is None for member in recipe.required_teacher.each):
             return recipe
         accelerator = make_accelerator(recipe.train.precision, [])
         ctx = Context(accelerator, run, self.terminal, self.should_stop)
         c = comparison(recipe, self.data(recipe))
+        assert c.teacher is not None
         untrained = c.teacher()
         check_teachers(c, ctx.device, untrained)
         raw = recipe.model_dump(mode="json", exclude_none=True)
@@ -189,6 +190,7 @@ class Bench:
         key = _key(recipe)
         if key not in self.live:
             self.live.clear()  # one at a time: a teacher is large
+            assert c.teacher is not None
             untrained = c.teacher()
             check_teachers(c, ctx.device, untrained)
             live = as_taught(c, untrained, ctx.device)
@@ -205,7 +207,7 @@ class Bench:
         classes = len(c.classes or [])
         if c.cache is not None or not rememberable(c, ctx, live, method, classes):
             with taught_by(replace(c, remember=None), ctx, live, method, classes) as teacher:
-                yield teacher
+                yield teacher or live
             return
         needs = replace(all_needs(method), temperature=None)
         key = f"{_key(recipe)} {needs}"
@@ -217,7 +219,9 @@ class Bench:
 
 def _key(recipe: Recipe) -> str:
     """What decides the data and what the teacher says of it."""
-    return json.dumps([recipe.data.model_dump(mode="json"), recipe.teacher.model_dump(mode="json")], sort_keys=True)
+    return json.dumps(
+        [recipe.data.model_dump(mode="json"), recipe.required_teacher.model_dump(mode="json")], sort_keys=True
+    )
 
 
 def _train_member(member: Member, model: nn.Module, c: Comparison, ctx: Context) -> None:
