@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -311,6 +311,48 @@ def cache(
         f"({rate:,.0f} a second)"
     )
     leave()
+
+
+@app.command()
+def lab(
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID]... [KEY=VALUE]...", help="Experiments; keys of the recipe that all start from.",
+                       show_default=False),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All experiments.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the experiments and stop.")] = False,
+    budget: Annotated[Literal["small", "full"], typer.Option(help="small (minutes, no evidence) or full.")] = "full",
+    seeds: Annotated[int | None, typer.Option(help="Seeds an arm. Default: the budget's.", min=1,
+                                              show_default=False)] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that each train an arm.", min=1)] = 1,
+    out: Annotated[Path, typer.Option(help="The lab's folder.")] = Path("runs/lab"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the lab in that folder.")] = False,
+) -> None:  # fmt: skip
+    """Measure the lecture's claims, and say which hold."""
+    given = ids or []
+    from tutelage import lab as room
+
+    if listed:
+        for name, claim in room.CLAIMS.items():
+            _print(f"{name}: {claim.claim}")
+        return
+    names = [word for word in given if "=" not in word]
+    overrides = [word for word in given if "=" in word]
+    try:
+        found = room.run_lab(
+            names, every=every, budget=budget, seeds=seeds, overrides=overrides, out=out, resume=resume, jobs=jobs
+        )  # fmt: skip
+    except Interrupted as stop:
+        words = ["tutelage", "lab", *given, *(["--all"] if every else []), "--budget", budget]
+        words += ["--seeds", str(seeds)] if seeds else []
+        words += ["--jobs", str(jobs), "--out", str(out), "--resume"]
+        raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
+    for name, experiment in found["experiments"].items():
+        _print(f"{name}: {experiment['verdict']}")
+        for part in experiment["parts"]:
+            _print(f"  {part['says']}: {room.measured(part)}, {part['verdict']}")
+    _print(f"page: {out / 'lab.html'}")
 
 
 @app.command()

@@ -1,0 +1,185 @@
+"""The trainings behind the claims: each arm is a recipe, run once, whoever asks for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from tutelage.config import Recipe, build_recipe, dump_recipe
+from tutelage.data import InOrder
+from tutelage.engine import RunDirectory
+from tutelage.models import load_weights
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import build_student, build_teacher, load_data, model_spec, run_recipe
+from tutelage.workflows.series import run_workflow
+from tutelage.workflows.stages import with_weights
+
+SMALLEST = [2, 2, 2, 3]
+SIZES: dict[str, dict[str, Any]] = {
+    "size-2": {"widths": SMALLEST},
+    "size-4": {"widths": [4, 4, 5, 6]},
+    "size-16": {"widths": [16, 24, 32, 40]},
+    "size-32": {"widths": [32, 48, 64, 80]},
+}
+"""Students beside the usual one, over nearly three decades of the teacher's size."""
+
+HINTS = {"hint": "hint", "attention": "attention_transfer"}
+
+SMALL: dict[str, Any] = {
+    "data": {"labels": 500}, "train": {"epochs": 15}, "seeds": [0, 1],
+    "teacher": {"train": {"epochs": 2}},
+}  # fmt: skip
+"""What the small budget changes."""
+
+VIEWS = 30
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A training, or several of one recipe.
+
+    Attributes:
+        name: of its folder.
+        changes: to the base recipe, section by section; a mapping is merged, ``None`` removes.
+        keeps: whether the teacher's word is read from the cache that such arms share.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    keeps: bool = True
+
+
+def _student(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"student": {"options": {"depth": 1, "stem_stride": 2, **options}}}
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in [
+        Arm("kd"),
+        *[Arm(f"T{t}", {"method": {"temperature": t}, "baseline": False}) for t in (1, 2, 8, 20)],
+        *[
+            Arm(f"{name}{'-kd' if both else ''}",
+                {"method": {"kind": "feature", "objective": objective, "soft": "kd", "temperature": 4,
+                            "alpha": 0.9 if both else 0.0}, "baseline": False}, keeps=False)
+            for name, objective in HINTS.items()
+            for both in (False, True)
+        ],
+        Arm("born-again", {"teacher": None, "workflow": {"kind": "born-again", "generations": 3}}, keeps=False),
+        *[Arm(name, _student(options)) for name, options in SIZES.items()],
+        Arm("assistant", {**_student({"widths": SMALLEST}), "workflow": {"kind": "assistant-chain"}}, keeps=False),
+        Arm("augmented", {"data": {"augment": ["flip", {"shift": 1}], "views": VIEWS}}),
+    ]
+}  # fmt: skip
+"""Every arm that an experiment can ask for."""
+
+FIRST = "kd"
+"""The arm that trains the teacher, for all."""
+
+
+def merged(base: Any, over: Any) -> Any:
+    """``over`` merged into ``base``; a section of another kind replaces it."""
+    if isinstance(base, dict) and isinstance(over, Mapping):
+        if "kind" in over and over["kind"] != base.get("kind"):
+            return dict(over)
+        return {**base, **{k: merged(base.get(k), v) for k, v in over.items()}}
+    return over
+
+
+def recipe_of(base: Recipe, arm: Arm, out: Path) -> Recipe:
+    """The recipe of an arm; once the first arm is finished, with the teacher that it trained."""
+    raw: dict[str, Any] = yaml.safe_load(dump_recipe(base))
+    if arm.name != FIRST:
+        raw["teacher"] = with_weights(raw["teacher"], out / "arms" / FIRST)
+    raw = merged(raw, arm.changes)
+    raw["name"] = f"{base.name}-{arm.name}"
+    if arm.keeps:
+        raw["teacher"]["cache"] = {"path": str(out / "cache" / ("views" if raw["data"].get("views") else "images")),
+                                   "dtype": "fp32"}  # fmt: skip
+    if raw.get("teacher") is None:
+        raw.pop("teacher", None)
+    return build_recipe(raw, name=f"arm {arm.name}")
+
+
+def run_arm(base: Recipe, name: str, out: Path, terminal: Terminal) -> dict[str, Any]:
+    """An arm's summary: run, gone on with, or found finished."""
+    folder = out / "arms" / name
+    if (folder / "summary.json").exists():
+        found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return found
+    recipe = recipe_of(base, ARMS[name], out)
+    carry_out = run_recipe if recipe.workflow is None else run_workflow
+    resume = (folder / "config.yaml").exists()
+    return carry_out(recipe, out=folder, resume=resume, terminal=terminal).summary
+
+
+class Results:
+    """What the arms left, for the experiments to read.
+
+    Args:
+        base: the recipe of all.
+        out: the lab's folder.
+    """
+
+    def __init__(self, base: Recipe, out: Path) -> None:
+        self.base, self.out = base, out
+        self._logits: dict[str, list[Tensor]] = {}
+
+    def summary(self, arm: str) -> dict[str, Any]:
+        """Of a finished arm."""
+        found: dict[str, Any] = json.loads((self.out / "arms" / arm / "summary.json").read_text(encoding="utf-8"))
+        return found
+
+    def accuracy(self, arm: str, which: str = "distilled", weights: str = "last") -> list[float]:
+        """Test accuracy of a run's students, a value a seed."""
+        values: list[float] = self.summary(arm)["students"][which][weights]["accuracy"]["values"]
+        return values
+
+    def row(self, arm: str, name: str, weights: str = "last") -> list[float]:
+        """Test accuracy of a row of a workflow, a value a seed."""
+        row = next(row for row in self.summary(arm)["rows"] if row["name"] == name)
+        values: list[float] = row[weights]["accuracy"]["values"]
+        return values
+
+    def validation(self, arm: str) -> float:
+        """Mean validation accuracy of a run's distilled students."""
+        run = RunDirectory(self.out / "arms" / arm, writes=False)
+        found = [run.result(f"distilled-seed{seed}") for seed in self.base.seeds]
+        return sum(r["validation"]["accuracy"] for r in found if r) / len(found)
+
+    def similarity(self, model: str, temperature: int) -> Tensor:
+        """``sim[i, j]`` of a model of the first arm, of its pairs of classes, over the mass of both: ``[pairs]``."""
+        file = self.out / "arms" / FIRST / "similarity" / f"{model}.json"
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        many = raw["classes"]
+        sim = torch.zeros(many, many, dtype=torch.float64)
+        i, j = torch.triu_indices(many, many).unbind()
+        sim[i, j] = torch.tensor(raw["sim"][str(temperature)], dtype=torch.float64)
+        sim = sim + sim.T - sim.diag().diag()
+        mass = sim.sum(1)
+        i, j = torch.triu_indices(many, many, 1).unbind()
+        return 2 * sim[i, j] / (mass[i] + mass[j])
+
+    def logits(self, model: str) -> Tensor:
+        """What a model of the first arm (``teacher``, ``alone-seed0`` ...) says of the validation split, float64."""
+        if model not in self._logits:
+            recipe = recipe_of(self.base, ARMS["T1"], self.out)
+            data = load_data(recipe, Terminal(speaks=False))
+            config = recipe.required_teacher if model == "teacher" else recipe.student
+            spec = model_spec(config, data)
+            if model == "teacher":
+                net = build_teacher(recipe.required_teacher, spec, data.classes, 0)
+            else:
+                net = build_student(recipe.student, spec, data.classes, 0)
+                load_weights(net, self.out / "arms" / FIRST / "models" / model)
+            net.eval()
+            with torch.no_grad():
+                self._logits[model] = [net(batch.inputs).double() for batch in InOrder(data.validation)]
+        return torch.cat(self._logits[model])

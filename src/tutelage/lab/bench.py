@@ -1,0 +1,168 @@
+"""``tutelage lab``: run the arms that are asked for, judge, and write what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.resources import files
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tutelage.config import Recipe, build_recipe, dump_recipe
+from tutelage.engine.rundir import write_text
+from tutelage.errors import ConfigError, Interrupted, nearest
+from tutelage.lab.arms import ARMS, FIRST, SMALL, Results, merged, run_arm
+from tutelage.lab.claims import CLAIMS
+from tutelage.lab.page import lab_page, written
+from tutelage.reports.page import write_page
+from tutelage.workflows.folder import opened
+from tutelage.workflows.progress import Terminal
+
+Budget = Literal["small", "full"]
+
+
+def base_recipe(budget: Budget, seeds: int | None, overrides: Iterable[str]) -> Recipe:
+    """What every arm starts from.
+
+    Raises:
+        ConfigError: an override does not fit.
+    """
+    raw: dict[str, Any] = yaml.safe_load(files("tutelage.lab").joinpath("lab.yaml").read_text(encoding="utf-8"))
+    if budget == "small":
+        raw = merged(raw, SMALL)
+    if seeds is not None:
+        raw["seeds"] = list(range(seeds))
+    recipe = build_recipe(raw, name="lab", overrides=overrides)
+    if recipe.teacher is None or recipe.teacher.model is None:
+        raise ConfigError("the lab needs a single teacher", where="teacher", remedy="leave its overrides out")
+    if recipe.workflow is not None:
+        raise ConfigError("the lab's experiments choose their workflows", where="workflow", remedy="leave it out")
+    return recipe
+
+
+def chosen(ids: Sequence[str], every: bool) -> list[str]:
+    """The experiments that are asked for, in the order of the table.
+
+    Raises:
+        ConfigError: an id is unknown, or none is given.
+    """
+    for name in ids:
+        if name not in CLAIMS:
+            close = nearest(name, list(CLAIMS), 1)
+            raise ConfigError(
+                f"no experiment {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+                remedy=f"ids: {', '.join(CLAIMS)}",
+            )
+    if not ids and not every:
+        raise ConfigError("no experiment is named", remedy=f"name some, or --all; ids: {', '.join(CLAIMS)}")
+    return [name for name in CLAIMS if every or name in ids]
+
+
+def run_lab(
+    ids: Sequence[str] = (),
+    *,
+    every: bool = False,
+    budget: Budget = "full",
+    seeds: int | None = None,
+    overrides: Iterable[str] = (),
+    out: str | Path = "runs/lab",
+    resume: bool = False,
+    jobs: int = 1,
+    terminal: Terminal | None = None,
+) -> dict[str, Any]:
+    """Measure claims of the lecture; write ``lab.json``, ``lab.md`` with its pictures, and ``lab.html``.
+
+    Args:
+        ids: of the experiments.
+        every: all of them.
+        budget: ``small`` for a look in minutes, without evidence; ``full`` for five seeds.
+        seeds: how many, in place of the budget's.
+        overrides: ``key=value`` on the recipe that all arms start from.
+        out: the folder; experiments that are finished there stay, and arms are shared.
+        resume: go on in that folder, with the same or other experiments.
+        jobs: processes that each train an arm at a time.
+        terminal: where progress is shown.
+
+    Returns:
+        What ``lab.json`` holds.
+
+    Raises:
+        TutelageError: one of its subclasses, with the remedy.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    asked = chosen(ids, every)
+    base, out, terminal = base_recipe(budget, seeds, overrides), Path(out), terminal or Terminal()
+    if not resume and (out / "config.yaml").exists():
+        raise ConfigError(
+            "holds a lab already", where=str(out), remedy="add --resume to go on with it, or choose --out"
+        )
+    arms = [name for name in ARMS if name == FIRST or any(name in CLAIMS[i].arms for i in asked)]
+    with opened(out, dump_recipe(base), resume=resume, main=True):
+        began = time.monotonic()
+        for done, name in enumerate(_trained(base, arms, out, jobs, terminal), 1):
+            left = (time.monotonic() - began) / done * (len(arms) - done)
+            terminal.say(f"arm {name}: done, {done} of {len(arms)}; about {left / 60:.0f} min left")
+        results = Results(base, out)
+        known = _known(out / "lab.json")
+        for name in asked:
+            claim = CLAIMS[name]
+            finding = claim.judge(results)
+            known[name] = {"claim": claim.claim, "design": claim.design, **finding.as_json()}
+            terminal.say(f"{name}: {finding.verdict}")
+        found = {
+            "budget": budget, "seeds": list(base.seeds), "recipe": yaml.safe_load(dump_recipe(base)),
+            "experiments": {name: known[name] for name in CLAIMS if name in known},
+        }  # fmt: skip
+        write_text(out / "lab.json", json.dumps(found, indent=1) + "\n")
+        for name, text in written(found).items():
+            write_text(out / name, text)
+        write_page(out / "lab.html", lab_page(found))
+    return found
+
+
+def _known(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["experiments"]
+    return found
+
+
+def _trained(base: Recipe, arms: Sequence[str], out: Path, jobs: int, terminal: Terminal) -> Iterator[str]:
+    """Each arm once it is finished; the first, which trains the teacher, before all others."""
+    yield _one(base, arms[0], out, terminal)
+    rest = arms[1:]
+    if jobs == 1:
+        for name in rest:
+            yield _one(base, name, out, terminal)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_worker) as pool:
+        waiting = [pool.submit(_one, base, name, out, None) for name in rest]
+        try:
+            for future in as_completed(waiting):
+                yield future.result()
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            for process in list((pool._processes or {}).values()):
+                process.terminate()  # each saves its state after the step it is in
+            raise
+
+
+def _worker() -> None:
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2) if "OMP_NUM_THREADS" not in os.environ else 1)
+
+
+def _one(base: Recipe, name: str, out: Path, terminal: Terminal | None) -> str:
+    try:
+        run_arm(base, name, out, terminal or Terminal(speaks=False))
+    except Interrupted as stop:
+        raise Interrupted(f"arm {name}: {stop.what}", remedy=f"go on with --resume --out {out}") from None
+    return name
