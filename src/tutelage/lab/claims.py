@@ -118,9 +118,9 @@ def t_squared(results: Results) -> Finding:
         return [_slope([math.log(t) for t in ts[first:]], [math.log(v) for v in c[first:]]) for c in curves]
 
     parts = [
-        within("without the factor, the gradient falls as 1/T^2 (slope on log-log, T from 16 to 128)",
+        within("without the factor, the gradient falls as 1/T^2 (slope on log-log, T from 16 up)",
                slopes(norms[False], 4), -2.1, -1.9),
-        within("with the factor it does not depend on T (slope, T from 16 to 128)", slopes(norms[True], 4), -0.1, 0.1),
+        within("with the factor it does not depend on T (slope, T from 16 up)", slopes(norms[True], 4), -0.1, 0.1),
     ]  # fmt: skip
     used = [_slope([math.log(t) for t in ts[1:4]], [math.log(v) for v in c[1:4]]) for c in norms[False]]
     series = {
@@ -130,8 +130,8 @@ def t_squared(results: Results) -> Finding:
     drawn = Figure("temperature", "mean norm of the gradient", series, log_x=True, log_y=True,
                    says="Norm of the gradient of the soft loss by the student's logits, over T.")  # fmt: skip
     note = (
-        f"Over the T that are used, 2 to 8, the slope without the factor is {sum(used) / len(used):.2f}: the law is one "
-        "of large T, where the logits over T are small."
+        f"Over the T that are used, 2 to 8, the slope without the factor is {sum(used) / len(used):.2f}: the law "
+        "is one of large T, where the logits over T are small."
     )
     return Finding(parts, [drawn], [note])
 

@@ -132,7 +132,7 @@ def plotted(name: str, one: Mapping[str, Any]) -> Panel:
         across |= {"tickvals": list(range(len(labels))), "ticktext": [str(v).replace(" ", "<br>") for v in labels],
                    "tickangle": 0, "range": [-0.6, len(labels) - 0.4]}  # fmt: skip
     elif one["log_x"] and len(labels) < 9:
-        across |= {"tickvals": labels, "ticktext": [f"{v:.2g}" for v in labels]}
+        across |= {"tickvals": labels, "ticktext": [f"{v:.3g}" for v in labels]}
     up: Dots = {"type": "log"} if one["log_y"] else {}
     if one["percent"]:
         up["tickformat"] = ".1%"
@@ -214,7 +214,7 @@ def picture(one: Mapping[str, Any]) -> str:
         if one["log_x"]:
             ax.set_xscale("log")
             if len(labels) < 9:
-                ax.set_xticks(labels, [f"{v:.2g}" for v in labels])
+                ax.set_xticks(labels, [f"{v:.3g}" for v in labels])
                 ax.minorticks_off()
         if one["log_y"]:
             ax.set_yscale("log")
