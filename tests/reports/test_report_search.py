@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import json
 import random
-import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import BROWSER, HOSTILE, looked_at
 
 from tutelage.errors import DataError
 from tutelage.reports import found_words, write_report
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = "</script><script>document.title='taken'</script>"
-
-WRAPPER = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
-<style>iframe { border: 0; height: 900px; color-scheme: light dark; }</style><body><script>
-const found = [];
-(async () => {
-  for (const width of [1280, 390]) {
-    const frame = document.createElement("iframe");
-    frame.style.width = width + "px";
-    frame.src = "search.html";
-    document.body.append(frame);
-    await new Promise((done) => frame.addEventListener("load", done));
-    const doc = frame.contentDocument, root = doc.documentElement;
-    for (let i = 0; i < 200 && !root.classList.contains("drawn"); i++) await new Promise((r) => setTimeout(r, 50));
-    const plots = [...doc.querySelectorAll(".plot")];
-    found.push({
-      width, drawn: root.classList.contains("drawn"), title: doc.title, scroll: root.scrollWidth,
-      plots: plots.map((p) => p.data.map((t) => t.name)), ink: doc.querySelector(".plot text").style.fill,
-      wide: plots.filter((p) => p.scrollWidth > p.clientWidth).length,
-    });
-    frame.remove();
-  }
-  document.body.textContent = JSON.stringify(found);
-})();
-</script>"""
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -108,24 +78,7 @@ def test_a_broken_file_is_named_with_its_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_the_page_in_a_browser(tmp_path: Path, scheme: str) -> None:
     write_report([make_search(tmp_path / "s")], tmp_path / "search.html")
-    (tmp_path / "wrapper.html").write_text(WRAPPER, encoding="utf-8")
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-            "--no-first-run", "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}",
-            f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}", "--enable-logging=stderr",
-            "--window-size=1400,1000", "--virtual-time-budget=60000", "--dump-dom", f"file://{tmp_path}/wrapper.html",
-        ],
-        capture_output=True, text=True, timeout=240, check=True,
-    )  # fmt: skip
-    assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
-    body = re.search(r"<body>(\[.*\])\s*</body>", done.stdout, flags=re.DOTALL)
-    assert body is not None, done.stdout[-2000:]
-    for f in json.loads(html.unescape(body[1])):
-        assert f["drawn"]
+    for f in looked_at(tmp_path, ["search.html"], scheme):
         assert f["title"] == "s – search"
-        assert f["scroll"] <= f["width"]
-        assert f["wide"] == 0
         assert len(f["plots"]) == 5
         assert f["plots"][0] == ["finished", "given up early", "recipe as it is", "chosen"]
-        assert f["ink"] == ("rgb(232, 236, 240)" if scheme == "dark" else "rgb(26, 32, 39)")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tutelage.errors import require
 from tutelage.reports.page import document
-from tutelage.reports.panel import Dots, Panel, axes
+from tutelage.reports.panel import Dots, Panel, axes, plot_text
 from tutelage.reports.parts import figure, table
 from tutelage.reports.wording import ABSENT, escaped
 
@@ -105,38 +105,42 @@ def _arms(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 
 def plotted(name: str, one: Mapping[str, Any]) -> Panel:
-    """A figure for plotly."""
+    """A figure for plotly: lines over numbers, or a row for each label."""
+    labels = list(dict.fromkeys(p["x"] for points in one["series"].values() for p in points))
+    words = any(isinstance(v, str) for v in labels)
+    value, place = ("x", "y") if words else ("y", "x")
     data: list[Dots] = []
     for at, (series, points) in enumerate(one["series"].items()):
         colour = COLOURS[at % len(COLOURS)]
-        x = [p["x"] for p in points]
-        words = any(isinstance(v, str) for v in x)
-        above = [None if p["high"] is None else p["high"] - p["mean"] for p in points]
-        below = [None if p["low"] is None else p["mean"] - p["low"] for p in points]
-        shift = (at - (len(one["series"]) - 1) / 2) * 0.16
+        shift = (at - (len(one["series"]) - 1) / 2) * 0.24
         data.append(
             {
                 "type": "scatter", "mode": "markers" if words else "lines+markers", "name": series,
-                "x": [i + shift for i in range(len(x))] if words else x, "y": [p["mean"] for p in points],
-                "error_y": {"type": "data", "array": above, "arrayminus": below, "symmetric": False,
-                            "color": f"--{colour}", "thickness": 2, "width": 4},
+                place: [labels.index(p["x"]) + shift if words else p["x"] for p in points],
+                value: [p["mean"] for p in points],
+                f"error_{value}": {
+                    "type": "data", "symmetric": False, "color": f"--{colour}", "thickness": 2, "width": 4,
+                    "array": [None if p["high"] is None else p["high"] - p["mean"] for p in points],
+                    "arrayminus": [None if p["low"] is None else p["mean"] - p["low"] for p in points],
+                },
                 "marker": {"color": f"--{colour}", "symbol": SYMBOLS[at % 3], "size": 9},
                 "line": {"color": f"--{colour}", "width": 2},
-                "hovertemplate": f"%{{y{':.2%' if one['percent'] else ''}}}<extra>%{{fullData.name}}</extra>",
+                "hovertemplate": f"%{{{value}{':.2%' if one['percent'] else ''}}}<extra>%{{fullData.name}}</extra>",
             }
         )  # fmt: skip
-    labels = list(dict.fromkeys(p["x"] for points in one["series"].values() for p in points))
-    words = any(isinstance(v, str) for v in labels)
-    across: Dots = {"type": "log"} if one["log_x"] else {}
-    if words:
-        across |= {"tickvals": list(range(len(labels))), "ticktext": [str(v).replace(" ", "<br>") for v in labels],
-                   "tickangle": 0, "range": [-0.6, len(labels) - 0.4]}  # fmt: skip
-    elif one["log_x"] and len(labels) < 9:
-        across |= {"tickvals": labels, "ticktext": [f"{v:.3g}" for v in labels]}
-    up: Dots = {"type": "log"} if one["log_y"] else {}
+    values: Dots = {"type": "log", "dtick": 1} if one["log_y"] else {"nticks": 4} if words else {}
     if one["percent"]:
-        up["tickformat"] = ".1%"
-    layout = axes(one["x"], one["y"], xaxis=across, yaxis=up)
+        values["tickformat"] = ".1%"
+    places: Dots = {"type": "log"} if one["log_x"] else {}
+    if words:
+        places = {"tickvals": list(range(len(labels))), "ticktext": [plot_text(str(v), 22) for v in labels],
+                  "range": [len(labels) - 0.4, -0.6], "showgrid": False, "zeroline": False}  # fmt: skip
+        layout = axes(one["y"], "", height=130 + 44 * len(labels), xaxis={**values, "tickangle": 0}, yaxis=places)
+    else:
+        if one["log_x"]:
+            places |= {"tickvals": labels, "ticktext": [f"{v:.2g}" if v < 1 else f"{v:.0f}" for v in labels],
+                       "tickangle": 0}  # fmt: skip
+        layout = axes(one["x"], one["y"], xaxis=places, yaxis=values)
     says = "; ".join(
         f"{series}: " + ", ".join(f"{p['x']} {p['mean']:.4g}" for p in points)
         for series, points in one["series"].items()

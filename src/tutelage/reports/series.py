@@ -130,7 +130,7 @@ def progress(series: Series) -> Panel:
     layout = axes(
         "accuracy on the test split", "", height=90 + 40 * len(rows), showlegend=False,
         margin={"l": 48, "r": 16, "t": 8, "b": 50},
-        xaxis={"tickformat": ".0%" if high - low > 0.08 else ".1%", "nticks": 5, "tickangle": 0,
+        xaxis={"tickformat": ".0%" if high - low > 0.08 else ".1%", "nticks": 4, "tickangle": 0,
                "range": [low - pad, high + pad]},
         yaxis={"tickvals": list(range(len(rows))), "ticktext": [plot_text(row["name"], 22) for row in rows],
                "range": [len(rows) - 0.4, -0.6], "showgrid": False, "zeroline": False},

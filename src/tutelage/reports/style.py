@@ -31,7 +31,7 @@ body {
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 48px; }
-h1, h2, h3, p { margin: 0; }
+h1, h2, h3, p { margin: 0; overflow-wrap: anywhere; }
 h1 { font-size: 1rem; font-weight: 600; color: var(--quiet); overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 40px 0 4px; }
 h3 { font-size: .95rem; overflow-wrap: anywhere; }
