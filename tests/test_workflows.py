@@ -66,24 +66,33 @@ def test_each_generation_is_taught_by_the_one_before(generations: Path) -> None:
         assert str(first / "models" / f"distilled-seed{born(seed, 1)}") in config
         told = json.loads((second / "summary.json").read_text())["teacher"]["accuracy"]
         assert told == rows["generation 1"]["best"]["accuracy"]["values"][seed]
+    stages = enumerate((first, second), 1)
+    alike = [weights(stage / "models" / f"distilled-seed{born(1, n)}") for n, stage in stages]
     with pytest.raises(AssertionError, match="not close"):
-        torch.testing.assert_close(
-            weights(first / "models/teacher"), weights(first / "models" / f"distilled-seed{born(1, 1)}")
-        )
+        torch.testing.assert_close(*alike)
+
+
+def test_generations_share_the_labels_of_the_student(tmp_path: Path) -> None:
+    """With ``labels``, a teacher may have all; generation 0 has those that the student of a plain run has alone."""
+    few = {"source": "digits", "labels": 100, "unlabeled": "drop"}
+    plain = api.run(recipe(data=few, teacher=TEACHER, seeds=[0]), out=tmp_path / "plain", terminal=silent())
+    born_of = api.run(recipe(data=few, workflow={"kind": "born-again", "generations": 1}, seeds=[0]),
+                      out=tmp_path / "born", terminal=silent())  # fmt: skip
+    alone = plain.summary["students"]["alone"]["last"]["accuracy"]["values"]
+    assert born_of.summary["rows"][0]["last"]["accuracy"]["values"] == alone
 
 
 def test_generation_0_is_the_student_that_a_plain_run_trains_alone(generations: Path, tmp_path: Path) -> None:
     api.run(recipe(teacher=TEACHER, seeds=[1]), out=tmp_path / "plain", terminal=silent())
     alone = weights(tmp_path / "plain" / "models" / "alone-seed1")
-    first = weights(generations / "stages" / "seed1" / "generation-1" / "models" / "teacher")
+    first = weights(generations / "stages" / "seed1" / "generation-0" / "models" / "distilled-seed1")
     torch.testing.assert_close(first, alone, rtol=0, atol=0)
 
 
 def test_the_ensemble_is_the_mean_of_the_generations_probabilities(generations: Path) -> None:
     asked = recipe(workflow="born-again")
     data: ImageData = load_data(asked, silent())
-    folders = [generations / "stages/seed0/generation-1/models/teacher"]
-    folders += [generations / f"stages/seed0/generation-{n}/models/distilled-seed{born(0, n)}" for n in (1, 2)]
+    folders = [generations / f"stages/seed0/generation-{n}/models/distilled-seed{born(0, n)}" for n in (0, 1, 2)]
     models = [build_student(asked.student, model_spec(asked.student, data), data.classes, 0) for _ in folders]
     for model, folder in zip(models, folders, strict=True):
         load_weights(model.eval(), folder)
@@ -185,8 +194,8 @@ def test_a_mistake_is_named(more: dict[str, Any], said: str) -> None:
 
 def test_doctor_and_taps_look_at_the_first_stage() -> None:
     first = first_stage(recipe(workflow="born-again"))
-    assert first.teacher is not None
-    assert first.teacher.model == "mlp"
+    assert first.workflow is None
+    assert first.method.kind == "supervised"
     assert first_stage(first) is first
 
 

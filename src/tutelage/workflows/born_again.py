@@ -41,22 +41,20 @@ def born_again(stages: Stages, device: torch.device) -> dict[str, Any]:
     last: list[tuple[Path, str]] = []
     parameters = 0
     for seed in recipe.seeds:
-        teachers: list[str] = []
+        stage = stages.stage(f"seed{seed}/generation-0", **untaught(seed))
+        generations[0].append(result_of(stage, f"distilled-seed{seed}"))
+        teachers = [weights_of(stage.path, f"distilled-seed{seed}")]
         for n in range(1, asked.generations + 1):
-            stage = stages.stage(f"seed{seed}/generation-{n}", **taught(recipe, seed, n, teachers))
-            if n == 1:
-                generations[0].append(result_of(stage, "teacher"))
-                teachers.append(weights_of(stage.path, "teacher"))
+            stage = stages.stage(f"seed{seed}/generation-{n}", **taught(recipe, seed, n, teachers[-1]))
             name = f"distilled-seed{born(seed, n)}"
             generations[n].append(result_of(stage, name))
             teachers.append(weights_of(stage.path, name))
             parameters = stage.summary["parameters"]["student"]
-            if n == asked.generations:
-                last.append((stage.path, name))
+        last.append((stage.path, name))
         for name in asked.controls:
-            changes = taught(recipe, seed, 2, teachers[:1])
             control = born(seed, 1)
-            stage = stages.stage(f"seed{seed}/{name}", **{**changes, "seeds": [control], "method": CONTROLS[name]})
+            changes = taught(recipe, seed, 1, teachers[0])
+            stage = stages.stage(f"seed{seed}/{name}", **{**changes, "method": CONTROLS[name]})
             controls[name].append(result_of(stage, f"distilled-seed{control}"))
         if asked.ensemble:
             for n, scores in enumerate(scored_together(stages, teachers, device)):
@@ -88,18 +86,15 @@ def born(seed: int, generation: int) -> int:
     return (seed + OTHER_WEIGHTS * generation) % 2**32
 
 
-def taught(recipe: Recipe, seed: int, generation: int, teachers: Sequence[str]) -> dict[str, Any]:
-    """In what a generation's stage differs from the recipe; the first trains generation 0 as its teacher."""
-    teacher: dict[str, Any] = {"model": recipe.student.model, "options": dict(recipe.student.options)}
-    if generation > 1:
-        return {
-            "teacher": {**teacher, "checkpoint": teachers[-1]},
-            "seeds": [born(seed, generation)],
-            "baseline": False,
-        }
-    train = recipe.train.model_dump(mode="json", exclude_none=True)
-    teacher |= {"train": train, "trained": False, "seed": seed}
-    return {"teacher": teacher, "seeds": [born(seed, generation)], "baseline": False}
+def untaught(seed: int) -> dict[str, Any]:
+    """In what the stage of generation 0 differs from the recipe: the student alone, on its labelled images."""
+    return {"method": {"kind": "supervised"}, "seeds": [seed], "baseline": False}
+
+
+def taught(recipe: Recipe, seed: int, generation: int, teacher: str) -> dict[str, Any]:
+    """In what the stage of a later generation differs, whose teacher has its weights in the folder ``teacher``."""
+    section = {"model": recipe.student.model, "options": dict(recipe.student.options), "checkpoint": teacher}
+    return {"teacher": section, "seeds": [born(seed, generation)], "baseline": False}
 
 
 def scored_together(stages: Stages, folders: Sequence[str], device: torch.device) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 
 from tutelage.config import Recipe, dump_recipe
 from tutelage.workflows.assistants import assistant_chain
-from tutelage.workflows.born_again import born_again, taught
+from tutelage.workflows.born_again import born_again, untaught
 from tutelage.workflows.folder import opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import Finished, prepared, read_summary
@@ -52,5 +52,5 @@ def first_stage(recipe: Recipe) -> Recipe:
     """A recipe of one run that shows what the workflow would meet; the recipe itself where it has no workflow."""
     if recipe.workflow is None:
         return recipe
-    changes = taught(recipe, recipe.seeds[0], 1, []) if recipe.teacher is None else {}
+    changes = untaught(recipe.seeds[0]) if recipe.teacher is None else {}
     return staged(recipe, "first", **changes)
