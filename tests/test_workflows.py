@@ -248,3 +248,17 @@ def test_killed_at_random_it_finds_the_same(kind: str, tmp_path: Path) -> None:
 def lines(run: Path) -> int:
     """Lines of metrics of all stages."""
     return sum(file.read_bytes().count(b"\n") for file in run.glob("stages/*/*/metrics.jsonl"))
+
+
+def test_each_teacher_of_a_chain_has_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = api.run(
+        recipe(
+            teacher={**TEACHER, "cache": {"path": "word"}}, student={"model": "mlp", "options": {"hidden": [2]}},
+            workflow={"kind": "assistant-chain", "direct": False}, seeds=[0],
+        ),
+        out="run", terminal=silent(),
+    )  # fmt: skip
+    assert [row["name"] for row in done.summary["rows"]] == ["teacher", "assistant 1", "taught through assistants"]
+    assert (tmp_path / "word" / "manifest.json").exists()
+    assert len(list((tmp_path / "runs" / "cache").iterdir())) == 1

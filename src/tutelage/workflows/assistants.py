@@ -70,8 +70,8 @@ def assistant_chain(stages: Stages, device: torch.device) -> dict[str, Any]:
             chain[i].append(result_of(stage, training))
             known[name] = stage.summary["parameters"]["student"]
             above = {"model": model.model, "options": model.options, "checkpoint": weights_of(stage.path, training)}
-            if (recipe.required_teacher.cache) is not None:
-                above["cache"] = teacher["cache"]
+            if recipe.required_teacher.cache is not None:  # an assistant's word is another's: a folder of its own
+                above["cache"] = {k: v for k, v in teacher["cache"].items() if k != "path"}
             if last:
                 folders.append((stage.path, training))
     assert taught_first is not None
