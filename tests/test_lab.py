@@ -15,15 +15,17 @@ import pytest
 import torch
 
 from tutelage.errors import ConfigError
-from tutelage.lab import CLAIMS, run_lab
+from tutelage.lab import CLAIMS, arms, run_lab
 from tutelage.lab.arms import ARMS, FIRST, Results, recipe_of
 from tutelage.lab.bench import base_recipe
-from tutelage.lab.judge import Finding, exact, gain, within
+from tutelage.lab.judge import Finding, exact, gain, needed, within
+from tutelage.teachers import CachedTeacher
+from tutelage.teachers.cache import info
 from tutelage.workflows.progress import Terminal
 
 TINY = (
-    "data.source=digits", "data.labels=300", "train.epochs=3", "teacher.train.epochs=3", "teacher.augment=null",
-    "teacher.model=mlp", "teacher.options={hidden: [32]}", "student={model: mlp, options: {hidden: [6]}}",
+    "data.labels=300", "train.epochs=3", "teacher.train.epochs=3", "teacher.model=mlp",
+    "teacher.options={hidden: [32]}", "student={model: mlp, options: {hidden: [6]}}",
 )  # fmt: skip
 
 
@@ -73,18 +75,39 @@ def test_laws_hold_on_real_logits(found: tuple[Path, dict[str, Any]]) -> None:
 def test_arms_differ_from_the_base_in_what_they_say(tmp_path: Path) -> None:
     base = base_recipe("full", None, [])
     assert len(base.seeds) >= 5
-    arms = {name: recipe_of(base, arm, tmp_path) for name, arm in ARMS.items()}
-    assert arms[FIRST].required_teacher.train is not None
-    others = [recipe.required_teacher for name, recipe in arms.items() if name not in (FIRST, "born-again")]
+    found = {name: recipe_of(base, arm, tmp_path) for name, arm in ARMS.items()}
+    assert found[FIRST].required_teacher.train is not None
+    others = [recipe.required_teacher for name, recipe in found.items() if name not in (FIRST, "born-again")]
     assert {teacher.checkpoint for teacher in others} == {str(tmp_path / "arms" / FIRST / "models" / "teacher")}
-    assert arms["T8"].method.temperature == 8  # type: ignore[union-attr]
-    assert arms["hint"].method.alpha == 0  # type: ignore[union-attr]
-    assert arms["born-again"].teacher is None
-    caches = {r.teacher.cache.path for r in arms.values() if r.teacher is not None and r.teacher.cache is not None}
-    assert caches == {str(tmp_path / "cache" / "images"), str(tmp_path / "cache" / "views")}
-    for recipe in arms.values():
+    assert found["T8"].method.temperature == 8  # type: ignore[union-attr]
+    assert found["hint"].method.alpha == 0  # type: ignore[union-attr]
+    assert found["born-again"].teacher is None
+    caches = {r.teacher.cache.path for r in found.values() if r.teacher is not None and r.teacher.cache is not None}
+    assert caches == {str(tmp_path / "cache" / name) for name in ("images", "views", "hint", "attention")}
+    for recipe in found.values():
         assert recipe.train == base.train, "the budget is the same for all"
         assert recipe.seeds == base.seeds
+
+
+def test_the_teacher_is_asked_once_for_each_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine trainings by one teacher, on images as they are and in views: rows asked for are rows kept."""
+    asked: list[int] = []
+    ask = CachedTeacher._ask
+
+    def counted(self: CachedTeacher, batch: Any, ids: Any, views: Any, missing: Any) -> Any:
+        asked.append(len(missing))
+        return ask(self, batch, ids, views, missing)
+
+    monkeypatch.setattr(CachedTeacher, "_ask", counted)
+    monkeypatch.setattr(arms, "VIEWS", 2)
+    run_lab(
+        ["temperature", "augmentation"], budget="small", overrides=TINY, out=tmp_path, resume=False, terminal=silent()
+    )
+    rows = {name: info(tmp_path / "cache" / name)["rows"] for name in ("images", "views")}
+    images = rows["images"]
+    assert rows["views"] == 2 * images
+    assert 200 < images <= 300
+    assert sum(asked) == 3 * images
 
 
 def test_verdicts_follow_from_intervals() -> None:
@@ -94,14 +117,18 @@ def test_verdicts_follow_from_intervals() -> None:
     assert nearly.verdict == "not reproduced", "a gain that matters is excluded"
     assert gain("", [0.9, 0.8, 0.95], [0.8, 0.9, 0.9]).verdict == "inconclusive"
     assert gain("", [0.95], [0.90]).verdict == "inconclusive", "one seed shows nothing"
+    open_ = [0.03, -0.01, 0.02, 0.0, 0.01]
+    few = needed(open_, 0.005)
+    assert few is not None
+    assert gain("", open_, [0.0] * 5).would_decide == few > 5
     assert within("", [1.0, 1.01, 0.99], 0.9, 1.1).verdict == "reproduced"
     assert within("", [1.3, 1.31, 1.29], 0.9, 1.1).verdict == "not reproduced"
     assert within("", [0.5, 1.5, 1.0], 0.9, 1.1).verdict == "inconclusive"
     assert exact("", 1e-9, 1e-6).verdict == "reproduced"
-    good, bad, open_ = exact("", 0, 1), exact("", 2, 1), gain("", [0.95], [0.90])
+    good, bad, unknown = exact("", 0, 1), exact("", 2, 1), gain("", [0.95], [0.90])
     assert Finding([good, good], []).verdict == "reproduced"
-    assert Finding([good, open_], []).verdict == "inconclusive"
-    assert Finding([good, open_, bad], []).verdict == "not reproduced"
+    assert Finding([good, unknown], []).verdict == "inconclusive"
+    assert Finding([good, unknown, bad], []).verdict == "not reproduced"
 
 
 def test_similarity_is_read_as_it_was_kept(found: tuple[Path, dict[str, Any]]) -> None:

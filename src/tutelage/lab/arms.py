@@ -33,10 +33,10 @@ SIZES: dict[str, dict[str, Any]] = {
 HINTS = {"hint": "hint", "attention": "attention_transfer"}
 
 SMALL: dict[str, Any] = {
-    "data": {"labels": 500}, "train": {"epochs": 15}, "seeds": [0, 1],
-    "teacher": {"train": {"epochs": 2}},
+    "data": {"source": "digits", "labels": 300}, "train": {"epochs": 15}, "seeds": [0, 1],
+    "teacher": {"augment": [], "train": {"epochs": 8, "batch_size": 64}},
 }  # fmt: skip
-"""What the small budget changes."""
+"""What the small budget changes: data that needs no file, fewer steps, and two seeds, which show nothing."""
 
 VIEWS = 30
 
@@ -48,12 +48,14 @@ class Arm:
     Attributes:
         name: of its folder.
         changes: to the base recipe, section by section; a mapping is merged, ``None`` removes.
-        keeps: whether the teacher's word is read from the cache that such arms share.
+        cache: the cache of the teacher's word that such arms share; ``None`` where the teachers are many.
+        augmented: whether images are augmented as the teacher's were, and shifted by up to a pixel, in 30 views.
     """
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    keeps: bool = True
+    cache: str | None = "images"
+    augmented: bool = False
 
 
 def _student(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,14 +70,14 @@ ARMS: dict[str, Arm] = {
         *[
             Arm(f"{name}{'-kd' if both else ''}",
                 {"method": {"kind": "feature", "objective": objective, "soft": "kd", "temperature": 4,
-                            "alpha": 0.9 if both else 0.0}, "baseline": False}, keeps=False)
+                            "alpha": 0.9 if both else 0.0}, "baseline": False}, cache=name)
             for name, objective in HINTS.items()
             for both in (False, True)
         ],
-        Arm("born-again", {"teacher": None, "workflow": {"kind": "born-again", "generations": 3}}, keeps=False),
+        Arm("born-again", {"teacher": None, "workflow": {"kind": "born-again", "generations": 3}}, cache=None),
         *[Arm(name, _student(options)) for name, options in SIZES.items()],
-        Arm("assistant", {**_student({"widths": SMALLEST}), "workflow": {"kind": "assistant-chain"}}, keeps=False),
-        Arm("augmented", {"data": {"augment": ["flip", {"shift": 1}], "views": VIEWS}}),
+        Arm("assistant", {**_student({"widths": SMALLEST}), "workflow": {"kind": "assistant-chain"}}, cache=None),
+        Arm("augmented", cache="views", augmented=True),
     ]
 }  # fmt: skip
 """Every arm that an experiment can ask for."""
@@ -100,9 +102,11 @@ def recipe_of(base: Recipe, arm: Arm, out: Path) -> Recipe:
         raw["teacher"] = with_weights(raw["teacher"], out / "arms" / FIRST)
     raw = merged(raw, arm.changes)
     raw["name"] = f"{base.name}-{arm.name}"
-    if arm.keeps:
-        raw["teacher"]["cache"] = {"path": str(out / "cache" / ("views" if raw["data"].get("views") else "images")),
-                                   "dtype": "fp32"}  # fmt: skip
+    if arm.augmented:
+        of_teacher = (base.teacher and base.teacher.augment) or []
+        raw["data"] |= {"augment": [*of_teacher, {"shift": 1}], "views": VIEWS}
+    if arm.cache is not None:
+        raw["teacher"]["cache"] = {"path": str(out / "cache" / arm.cache), "dtype": "fp32"}
     if raw.get("teacher") is None:
         raw.pop("teacher", None)
     return build_recipe(raw, name=f"arm {arm.name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -28,6 +30,7 @@ class Part:
         level: of the interval.
         n: seeds.
         rule: how the verdict follows, in words.
+        would_decide: of an inconclusive part, how many seeds would decide it, if mean and spread stay what they are.
     """
 
     says: str
@@ -39,6 +42,7 @@ class Part:
     level: float
     n: int
     rule: str
+    would_decide: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,29 @@ def gain(says: str, treated: Sequence[float], control: Sequence[float], worth: f
     elif high is not None and high < worth:
         verdict = "not reproduced"
     rule = f"reproduced above 0; not reproduced where the interval is below {100 * worth:g} points"
-    return Part(says, verdict, found["mean"], low, high, "points", found["level"], found["n"], rule)
+    more = needed(found["values"], worth) if verdict == "inconclusive" and found["n"] > 1 else None
+    return Part(says, verdict, found["mean"], low, high, "points", found["level"], found["n"], rule, more)
+
+
+def needed(differences: Sequence[float], worth: float, most: int = 10_000) -> int | None:
+    """Seeds with which the interval of these differences would leave out 0, or all above ``worth``.
+
+    Args:
+        differences: two or more.
+        worth: see :func:`gain`.
+        most: more are not looked for.
+
+    Returns:
+        The least such number; ``None`` where even ``most`` would not do.
+    """
+    from scipy.stats import t
+
+    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
+    room = max(mean, worth - mean)
+    for n in range(2, most + 1):
+        if float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n) < room:
+            return n
+    return None
 
 
 def within(says: str, values: Sequence[float], low: float, high: float, unit: str = "") -> Part:

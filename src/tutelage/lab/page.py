@@ -44,6 +44,12 @@ def measured(part: Mapping[str, Any]) -> str:
     return f"{number(part, part['mean'])}{unit}{held}"
 
 
+def decided(part: Mapping[str, Any]) -> str:
+    """The verdict; of an inconclusive part with what would decide it."""
+    more = part.get("would_decide")
+    return part["verdict"] + (f" (about {more:,} seeds would decide)" if more else "")
+
+
 def facts(found: Mapping[str, Any]) -> str:
     """On what it was measured."""
     recipe, seeds = found["recipe"], found["seeds"]
@@ -72,7 +78,7 @@ def lab_page(found: Mapping[str, Any]) -> str:
     parts = [head, table("Claims", ["Experiment", "Claim", "Verdict"], rows, "words")]
     for name, e in experiments.items():
         judged = [
-            [escaped(p["says"]), escaped(measured(p)), escaped(f"{SIGNS[p['verdict']]} {p['verdict']}"),
+            [escaped(p["says"]), escaped(measured(p)), escaped(f"{SIGNS[p['verdict']]} {decided(p)}"),
              escaped(p["rule"])]
             for p in e["parts"]
         ]  # fmt: skip
@@ -162,7 +168,7 @@ def written(found: Mapping[str, Any]) -> dict[str, str]:
     for name, e in experiments.items():
         lines += ["", f"## {name}", "", f"{e['claim']} **{e['verdict'].capitalize()}.**", "", e["design"], "",
                   "| statement | measured | verdict |", "| --- | --- | --- |"]  # fmt: skip
-        lines += [f"| {p['says']} | {measured(p)} | {p['verdict']} |" for p in e["parts"]]
+        lines += [f"| {p['says']} | {measured(p)} | {decided(p)} |" for p in e["parts"]]
         if e["figures_by_arm"]:
             lines += ["", "| arm | last epoch, % | best on validation, % |", "| --- | --- | --- |"]
             lines += [
