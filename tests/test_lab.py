@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, ModelError
 from tutelage.lab import CLAIMS, arms, run_lab
 from tutelage.lab.arms import ARMS, FIRST, Results, recipe_of
 from tutelage.lab.bench import base_recipe
@@ -161,6 +161,12 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no experiment is named"):
         run_lab(out=tmp_path / "lab", terminal=silent())
     assert not (tmp_path / "lab").exists()
+
+
+def test_a_mistake_in_a_worker_ends_the_lab_with_its_message(tmp_path: Path) -> None:
+    """The base's student is an mlp, which knows no widths: the arms of other sizes cannot be built."""
+    with pytest.raises(ModelError, match="widths"):
+        run_lab(["capacity-gap"], budget="small", overrides=TINY, out=tmp_path, jobs=2, terminal=silent())
 
 
 @pytest.mark.slow

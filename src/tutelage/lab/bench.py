@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.resources import files
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import yaml
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.engine.rundir import write_text
-from tutelage.errors import ConfigError, Interrupted, nearest
+from tutelage.errors import ConfigError, Interrupted, RunDirectoryError, nearest
 from tutelage.lab.arms import ARMS, FIRST, SMALL, Results, merged, run_arm
 from tutelage.lab.claims import CLAIMS
 from tutelage.lab.page import lab_page, written
@@ -141,23 +141,56 @@ def _trained(base: Recipe, arms: Sequence[str], out: Path, jobs: int, terminal: 
         for name in rest:
             yield _one(base, name, out, terminal)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_worker) as pool:
-        waiting = [pool.submit(_one, base, name, out, None) for name in rest]
-        try:
-            for future in as_completed(waiting):
-                yield future.result()
-        except BaseException:
-            for future in waiting:
-                future.cancel()
-            for process in list((pool._processes or {}).values()):
-                process.terminate()  # each saves its state after the step it is in
-            raise
+    context = get_context("spawn")
+    running: dict[Connection, tuple[str, SpawnProcess]] = {}
+    waiting = list(rest)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                mine, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_worker, args=(theirs, base, waiting[0], out))
+                process.start()
+                theirs.close()  # else a child that dies would not end the pipe
+                running[mine] = waiting.pop(0), process
+            for end in wait(list(running)):
+                assert isinstance(end, Connection)
+                name, process = running.pop(end)
+                error = _said(end, name, out)
+                process.join()
+                if error is not None:
+                    raise error
+                yield name
+    finally:
+        for _, process in running.values():
+            process.terminate()  # it saves its state after the step it is in
+        for _, process in running.values():
+            process.join()
 
 
-def _worker() -> None:
+def _said(end: Connection, name: str, out: Path) -> Exception | None:
+    """What went wrong in a process, if anything."""
+    try:
+        error: Exception | None = end.recv()
+    except EOFError:
+        return RunDirectoryError(
+            f"the process of arm {name} was killed",
+            where=str(out),
+            remedy="go on with --resume; fewer --jobs need less",
+        )
+    return error
+
+
+def _worker(end: Connection, base: Recipe, name: str, out: Path) -> None:
+    """Trains an arm in a process of its own, and says how it ended."""
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2) if "OMP_NUM_THREADS" not in os.environ else 1)
+    torch.set_num_threads(1)
+    try:
+        _one(base, name, out, None)
+    except Exception as error:  # noqa: BLE001  # told to who started the process
+        end.send(error)
+    else:
+        end.send(None)
 
 
 def _one(base: Recipe, name: str, out: Path, terminal: Terminal | None) -> str:
