@@ -176,7 +176,6 @@ def test_killed_with_two_workers_it_finds_the_same(tmp_path: Path) -> None:
         "soft-labels",
         "temperature",
         "self-distillation",
-        "assistant",
         "--budget",
         "small",
         "--jobs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -23,6 +24,7 @@ from tutelage.lab.page import lab_page, written
 from tutelage.reports.page import write_page
 from tutelage.workflows.folder import opened
 from tutelage.workflows.progress import Terminal
+from tutelage.workflows.stop import stopping
 
 Budget = Literal["small", "full"]
 
@@ -136,7 +138,9 @@ def _known(file: Path) -> dict[str, Any]:
 def _trained(base: Recipe, arms: Sequence[str], out: Path, jobs: int, terminal: Terminal) -> Iterator[str]:
     """Each arm once it is finished; the first, which trains the teacher, before all others."""
     yield _one(base, arms[0], out, terminal)
-    rest = arms[1:]
+    finished = [name for name in arms[1:] if (out / "arms" / name / "summary.json").exists()]
+    yield from finished
+    rest = [name for name in arms[1:] if name not in finished]
     if jobs == 1:
         for name in rest:
             yield _one(base, name, out, terminal)
@@ -144,15 +148,17 @@ def _trained(base: Recipe, arms: Sequence[str], out: Path, jobs: int, terminal: 
     context = get_context("spawn")
     running: dict[Connection, tuple[str, SpawnProcess]] = {}
     waiting = list(rest)
-    try:
+    with stopping(terminal.say) as asked, _ended(running):
         while waiting or running:
+            if asked():
+                raise Interrupted("the lab was stopped", remedy=f"go on with --resume --out {out}")
             while waiting and len(running) < jobs:
                 mine, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_worker, args=(theirs, base, waiting[0], out))
                 process.start()
                 theirs.close()  # else a child that dies would not end the pipe
                 running[mine] = waiting.pop(0), process
-            for end in wait(list(running)):
+            for end in wait(list(running), timeout=0.5):
                 assert isinstance(end, Connection)
                 name, process = running.pop(end)
                 error = _said(end, name, out)
@@ -160,9 +166,16 @@ def _trained(base: Recipe, arms: Sequence[str], out: Path, jobs: int, terminal: 
                 if error is not None:
                     raise error
                 yield name
+
+
+@contextmanager
+def _ended(running: dict[Connection, tuple[str, SpawnProcess]]) -> Iterator[None]:
+    """Ends, after the block, the processes that are left: each saves its state after the step it is in."""
+    try:
+        yield
     finally:
         for _, process in running.values():
-            process.terminate()  # it saves its state after the step it is in
+            process.terminate()
         for _, process in running.values():
             process.join()
 
