@@ -71,7 +71,9 @@ def test_a_broken_file_is_named_with_its_key(tmp_path: Path) -> None:
 
 def test_the_lab_in_markdown_shows_every_part_arm_and_picture() -> None:
     files = written(make_lab())
-    assert "| it helps | +3.50 points (−2.85 to +9.85) | inconclusive |" in files["lab.md"]
+    assert (
+        "| it helps | +3.50 points (−2.85 to +9.85) | inconclusive (about 3 seeds would decide) |" in files["lab.md"]
+    )
     assert "| attention and soft labels | 84.00 ± 1.41 | 84.00 ± 1.41 |" in files["lab.md"]
     pictures = [name for name in files if name.endswith(".svg")]
     assert pictures == ["lab-soft-labels.svg", "lab-soft-labels-2.svg", "lab-fitnets.svg", "lab-fitnets-2.svg"]

@@ -134,7 +134,9 @@ def plotted(name: str, one: Mapping[str, Any]) -> Panel:
                 "hovertemplate": f"%{{{value}{':.2%' if one['percent'] else ''}}}<extra>%{{fullData.name}}</extra>",
             }
         )  # fmt: skip
-    values: Dots = {"type": "log", "dtick": 1} if one["log_y"] else {"nticks": 4} if words else {}
+    values: Dots = (
+        {"type": "log", "dtick": 1, "exponentformat": "power"} if one["log_y"] else {"nticks": 4} if words else {}
+    )
     if one["percent"]:
         values["tickformat"] = ".1%"
     places: Dots = {"type": "log"} if one["log_x"] else {}
