@@ -14,10 +14,10 @@ from tutelage.reports import verdict, write_report
 from tutelage.workflows.distill import Run as Run
 from tutelage.workflows.distill import distill as _distill
 from tutelage.workflows.progress import Terminal
-from tutelage.workflows.run import Finished, run_recipe
+from tutelage.workflows.run import Finished
 from tutelage.workflows.search import Searched as Searched
 from tutelage.workflows.search import search as _search
-from tutelage.workflows.series import run_workflow
+from tutelage.workflows.series import carry_out
 
 
 @wraps(_distill)
@@ -51,7 +51,6 @@ def run(
         TutelageError: one of its subclasses, with the remedy.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    carry_out = run_recipe if loaded.workflow is None else run_workflow
     finished = carry_out(loaded, out=out, resume=resume, terminal=terminal)
     _report(finished.path)
     return finished

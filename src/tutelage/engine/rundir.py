@@ -146,6 +146,13 @@ class RunDirectory:
         """How alike the classes are to a finished training's model."""
         return self.path / "similarity" / f"{training}.json"
 
+    def export(self, model: Path) -> None:
+        """Make the finished model in that folder the run's student."""
+        with new_folder(self.path / "student") as folder:
+            for file in model.iterdir():
+                if file.name != "result.json":
+                    (folder / file.name).write_bytes(file.read_bytes())
+
     def result(self, training: str) -> dict[str, Any] | None:
         """What a finished training found; ``None`` while it is not finished."""
         path = self.model(training) / "result.json"

@@ -13,12 +13,12 @@ import yaml
 from torch import Tensor
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
-from tutelage.data import InOrder
+from tutelage.data import ImageData, InOrder
 from tutelage.engine import RunDirectory
 from tutelage.models import load_weights
 from tutelage.workflows.progress import Terminal
-from tutelage.workflows.run import build_student, build_teacher, load_data, model_spec, run_recipe
-from tutelage.workflows.series import run_workflow
+from tutelage.workflows.run import build_student, build_teacher, load_data, model_spec, read_summary
+from tutelage.workflows.series import carry_out
 from tutelage.workflows.stages import with_weights
 
 SMALLEST = [2, 2, 2, 3]
@@ -116,10 +116,8 @@ def run_arm(base: Recipe, name: str, out: Path, terminal: Terminal) -> dict[str,
     """An arm's summary: run, gone on with, or found finished."""
     folder = out / "arms" / name
     if (folder / "summary.json").exists():
-        found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return found
+        return read_summary(folder / "summary.json")
     recipe = recipe_of(base, ARMS[name], out)
-    carry_out = run_recipe if recipe.workflow is None else run_workflow
     resume = (folder / "config.yaml").exists()
     return carry_out(recipe, out=folder, resume=resume, terminal=terminal).summary
 
@@ -134,12 +132,12 @@ class Results:
 
     def __init__(self, base: Recipe, out: Path) -> None:
         self.base, self.out = base, out
+        self._data: ImageData | None = None
         self._logits: dict[str, list[Tensor]] = {}
 
     def summary(self, arm: str) -> dict[str, Any]:
         """Of a finished arm."""
-        found: dict[str, Any] = json.loads((self.out / "arms" / arm / "summary.json").read_text(encoding="utf-8"))
-        return found
+        return read_summary(self.out / "arms" / arm / "summary.json")
 
     def accuracy(self, arm: str, which: str = "distilled", weights: str = "last") -> list[float]:
         """Test accuracy of a run's students, a value a seed."""
@@ -175,7 +173,9 @@ class Results:
         """What a model of the first arm (``teacher``, ``alone-seed0`` ...) says of the validation split, float64."""
         if model not in self._logits:
             recipe = recipe_of(self.base, ARMS["T1"], self.out)
-            data = load_data(recipe, Terminal(speaks=False))
+            if self._data is None:
+                self._data = load_data(recipe, Terminal(speaks=False))
+            data = self._data
             config = recipe.required_teacher if model == "teacher" else recipe.student
             spec = model_spec(config, data)
             if model == "teacher":

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,13 +291,19 @@ def train_student(
         model = c.student(seed)
         return model if arm == "alone" else adapted(c.method(), model, model_of(live), example_of(c), seed)
 
-    def untrained() -> Method:
-        return SupervisedMethod() if arm == "alone" else fitted(c, c.student(seed), model_of(live), seed)[1]
-
     others = training.method.others(training.student)
     cards = [{**card, **c.peer_card(asked), "arm": arm} for asked in training.method.peers]
     kept = dict(zip(others, cards, strict=True)) if cards else {}
-    return train_and_keep(training, ctx, rebuilt, c.test, references, card, Others(untrained, kept))
+    return train_and_keep(
+        training, ctx, rebuilt, c.test, references, card, Others(lambda: beginning(c, arm, seed, live)[1], kept)
+    )
+
+
+def beginning(c: Comparison, arm: Arm, seed: int, live: ModelTeacher | None) -> tuple[nn.Module, Method]:
+    """The student of an arm and its method, untrained."""
+    if arm == "alone":
+        return c.student(seed), SupervisedMethod()
+    return fitted(c, c.student(seed), model_of(live), seed)
 
 
 def training_of(
@@ -309,12 +316,7 @@ def training_of(
     classes: int,
 ) -> Training:
     """The training of a student; the phases that its method needs before it are done."""
-
-    def fresh() -> tuple[nn.Module, Method]:
-        if arm == "alone":
-            return c.student(seed), SupervisedMethod()
-        return fitted(c, c.student(seed), model_of(live), seed)
-
+    fresh = partial(beginning, c, arm, seed, live)
     student, method = fresh()
     training = Training(
         name=f"{arm}-seed{seed}",
@@ -860,10 +862,7 @@ def summarise(
     chosen = results["distilled"][key.index(max(key))] if c.validation is not None else results["distilled"][0]
     summary["exported"] = chosen["training"]
     if ctx.run.writes:
-        with new_folder(ctx.run.path / "student") as folder:
-            for file in ctx.run.model(chosen["training"]).iterdir():
-                if file.name != "result.json":
-                    (folder / file.name).write_bytes(file.read_bytes())
+        ctx.run.export(ctx.run.model(chosen["training"]))
         write_text(ctx.run.summary, json.dumps(summary, indent=1) + "\n")
     ctx.accelerator.wait_for_everyone()
     return summary

@@ -13,7 +13,7 @@ from tutelage.workflows.assistants import assistant_chain
 from tutelage.workflows.born_again import born_again, untaught
 from tutelage.workflows.folder import opened
 from tutelage.workflows.progress import Terminal
-from tutelage.workflows.run import Finished, prepared, read_summary
+from tutelage.workflows.run import Finished, prepared, read_summary, run_recipe
 from tutelage.workflows.stages import Stages, staged
 
 WORKFLOWS: dict[str, Callable[[Stages, torch.device], dict[str, Any]]] = {
@@ -46,6 +46,14 @@ def run_workflow(
             return Finished(path, read_summary(run.summary))
         stages = Stages(recipe, run, terminal)
         return Finished(path, WORKFLOWS[recipe.workflow.kind](stages, accelerator.device))
+
+
+def carry_out(
+    recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
+) -> Finished:
+    """:func:`run_workflow` where the recipe has a workflow, else :func:`run_recipe`."""
+    how = run_recipe if recipe.workflow is None else run_workflow
+    return how(recipe, out=out, resume=resume, terminal=terminal)
 
 
 def first_stage(recipe: Recipe) -> Recipe:

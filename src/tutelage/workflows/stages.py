@@ -21,7 +21,7 @@ import yaml
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.data import ImageData
 from tutelage.engine import RunDirectory
-from tutelage.engine.rundir import new_folder, write_text
+from tutelage.engine.rundir import write_text
 from tutelage.errors import RunDirectoryError
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import Finished, load_data, read_summary, run_data
@@ -177,11 +177,7 @@ def conclude(
     }
     summary["verdict"] = verdict({row["name"]: row for row in table})
     if stages.run.writes:
-        source = exported[0] / "models" / exported[1]
-        with new_folder(stages.run.path / "student") as folder:
-            for file in source.iterdir():
-                if file.name != "result.json":
-                    (folder / file.name).write_bytes(file.read_bytes())
+        stages.run.export(exported[0] / "models" / exported[1])
         write_text(stages.run.summary, json.dumps(summary, indent=1) + "\n")
     return summary
 
