@@ -182,6 +182,8 @@ SEVERAL = [
          many(", checkpoint: teacher")),
     Case("combine", ["recipe.yaml:5", "teacher.combine", "'probabilites'", "did you mean 'probabilities'", "logits"],
          many(", combine: probabilites")),
+    Case("ahead-of-a-cache", ["recipe.yaml:5", "read from disk is not asked ahead", "remove 'overlap'"],
+         {"checkpoint: teacher": "checkpoint: teacher, cache: true, speed: {overlap: true}"}),
     Case("combine-of-one", ["recipe.yaml:5", "'combine' is for an ensemble", "remove it"],
          {"checkpoint: teacher": "checkpoint: teacher, combine: logits"}),
     Case("weights-too-few", ["recipe.yaml:5", "1 weights for 2 members", "one for each"], many(", weights: [1]")),

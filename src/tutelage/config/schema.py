@@ -375,6 +375,9 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
         if (self.model is None) == (self.members is None):
             what = "neither 'model' nor 'members'" if self.model is None else "both 'model' and 'members'"
             raise Misfit(f"the teacher has {what}; give one", "members" if self.model is not None else "model")
+        if self.cache is not None and self.speed is not None and (self.speed.overlap or self.speed.process):
+            key = "process" if self.speed.process else "overlap"
+            raise Misfit(f"a teacher whose word is read from disk is not asked ahead; remove {key!r}", "speed")
         if self.members is None:
             for key in ("combine", "weights", "average_at", "route"):
                 if getattr(self, key) is not None:
