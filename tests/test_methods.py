@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import tutelage
 from tutelage import api, objectives
 from tutelage.config import build_recipe
 from tutelage.data import Batch
+from tutelage.data.batch import Task
 from tutelage.engine.checkpoint import load_checkpoint, newest
-from tutelage.errors import ConfigError, Interrupted
+from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import (
     FEATURE_OBJECTIVES,
     SOFT_OBJECTIVES,
@@ -22,6 +25,8 @@ from tutelage.methods import (
     LogitMethod,
     Method,
     SimkdMethod,
+    SupervisedMethod,
+    TeacherFreeMethod,
     Trainee,
     adapted,
     built,
@@ -56,7 +61,7 @@ def fit(method: Method, student: nn.Module, teacher: nn.Module, b: Batch) -> Met
 # Logits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(SOFT_OBJECTIVES))
+@pytest.mark.parametrize("name", [name for name, o in SOFT_OBJECTIVES.items() if "classes" in o.tasks])
 def test_a_soft_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     student, teacher = (m.eval() for m in pair())
     b = batch(mask=torch.arange(12) != 4)
@@ -71,6 +76,42 @@ def test_a_soft_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     assert int(terms[name].count) == int(method.counts(b)[name]) == (10 if labels else 11)
     torch.testing.assert_close(terms[name].sum / terms[name].count, expected)
     assert method.weights == {name: 0.7, "ce": pytest.approx(0.3)}
+
+
+def several(b: Batch, task: Task) -> Batch:
+    """``b`` with targets for each of the classes, and a row without any."""
+    torch.manual_seed(5)
+    targets = torch.rand(12, 4)
+    labels = torch.zeros(12, dtype=torch.long)
+    labels[2] = -100
+    return replace(b, task=task, labels=labels, targets=targets.round() if task == "multi-label" else targets)
+
+
+@pytest.mark.parametrize(("task", "soft", "term"), [
+    ("multi-label", "binary_kd", "bce"), ("regression", "mse", "squared_error"), ("multi-label", "mse", "bce"),
+])  # fmt: skip
+def test_labels_that_are_several_or_numbers(task: Task, soft: str, term: str) -> None:
+    student, teacher = (m.eval() for m in pair())
+    b = several(batch(mask=torch.arange(12) != 4), task)
+    method = LogitMethod(alpha=0.7, task=task, soft=None if soft in ("binary_kd",) else soft)
+    terms = method(observe(student, b.inputs, Needs()), b, LiveTeacher(teacher).signal(b, Needs()))
+    s, t, has = student(b.inputs), teacher(b.inputs), b.labelled()
+    assert b.targets is not None
+    each = F.binary_cross_entropy_with_logits if task == "multi-label" else F.mse_loss
+    torch.testing.assert_close(terms[term].sum, each(s[has], b.targets[has], reduction="sum"))
+    torch.testing.assert_close(terms[soft].sum, getattr(objectives, soft)(s, t, mask=b.mask, reduction="sum"))
+    assert {name: int(count) for name, count in method.counts(b).items()} == {soft: 11, term: 10}
+    assert method.weights == {soft: 0.7, term: pytest.approx(0.3)}
+    alone = SupervisedMethod(task=task)
+    torch.testing.assert_close(alone(observe(student, b.inputs, Needs()), b, None)[term].sum, terms[term].sum)
+
+
+def test_labels_of_another_task_are_an_error() -> None:
+    student, _ = pair()
+    with pytest.raises(CapabilityError, match=r"learns from classes.*multi-label"):
+        Trainee(student, TeacherFreeMethod())(several(batch(), "multi-label"), None)
+    with pytest.raises(ConfigError, match=r"'kd' is for classes, and the labels are regression"):
+        LogitMethod(soft="kd", task="regression")
 
 
 def test_formulas_say_temperature_options_and_weights() -> None:

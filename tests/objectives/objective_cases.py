@@ -135,6 +135,7 @@ CASES = [
     Case("distillation", extra=labels, divergence=False),
     Case("distillation", options={"alpha": 0.0}, extra=labels, divergence=False),
     Case("binary_kd"),
+    Case("binary_cross_entropy", divergence=False),
     Case("mse"),
     Case("bounded_regression", extra=targets),
     Case("bounded_regression", extra=targets, options={"margin": 0.5}, divergence=False),

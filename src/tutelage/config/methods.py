@@ -11,6 +11,7 @@ from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive,
 from tutelage.config.models import ModelConfig
 
 SOFT_OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "binary_kd": (),
     "dist": ("beta", "gamma"),
     "dkd": ("alpha", "beta"),
     "js": ("beta",),
@@ -25,8 +26,8 @@ SOFT_OBJECTIVES: dict[str, tuple[str, ...]] = {
 """Objectives on logits by name, each with its options."""
 
 SOFT_TEMPERATURES: dict[str, float | None] = {
-    "dist": 1.0, "dkd": 4.0, "js": 1.0, "kd": 4.0, "mlkd": None, "mse": None, "reverse_kl": 1.0, "skew_kl": 1.0,
-    "soft_cross_entropy": 4.0, "tvd": 1.0,
+    "binary_kd": 4.0, "dist": 1.0, "dkd": 4.0, "js": 1.0, "kd": 4.0, "mlkd": None, "mse": None, "reverse_kl": 1.0,
+    "skew_kl": 1.0, "soft_cross_entropy": 4.0, "tvd": 1.0,
 }  # fmt: skip
 """T of each where none is given; none for those that take none."""
 
@@ -85,7 +86,7 @@ class SoftConfig(MethodConfig):
     """Weight of the hard labels. Default: 1 - alpha."""
     soft: Annotated[str, _known("soft objective", SOFT_OBJECTIVES)] = "kd"
     """How the soft labels are compared: ``dist``, ``dkd``, ``js``, ``kd``, ``mlkd``, ``mse``, ``reverse_kl``,
-    ``skew_kl``, ``soft_cross_entropy`` or ``tvd``."""
+    ``skew_kl``, ``soft_cross_entropy`` or ``tvd``. Where labels are several or numbers: ``binary_kd``, ``mse``."""
     soft_options: dict[str, Any] = Field(default_factory=dict)
     """Options of that: ``alpha`` and ``beta`` of dkd, ``standardize`` of kd, ``beta`` and ``gamma`` of dist ..."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ IGNORE = -100
 """Label of a position that has none; the value that torch and transformers use."""
 
 Inputs = Tensor | dict[str, Tensor]
+
+Task = Literal["classes", "multi-label", "regression"]
+"""What labels are: one class of several, any number of them, or numbers."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Batch:
         views: ``[B]`` int64, the seed of the augmentation of each row; ``None``: not augmented.
         route: ``[B]`` int64, the number of each row's value in the column by which teachers are chosen;
             ``None`` where there is no such column.
+        task: what the labels are. Where they are not one class of several, ``targets`` has them, and ``labels`` only
+            says which positions have any: 0, or -100.
+        targets: ``[B, C]`` float, 0 or 1 for each class of ``multi-label``, or the numbers of ``regression``.
+        teacher_inputs: what the teacher sees where that is not what the student sees: another tokenizer's ids, a
+            text in another language.
     """
 
     inputs: Inputs
@@ -41,6 +49,9 @@ class Batch:
     ids: Tensor | None = None
     views: Tensor | None = None
     route: Tensor | None = None
+    task: Task = "classes"
+    targets: Tensor | None = None
+    teacher_inputs: Inputs | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,7 +60,7 @@ class Batch:
         def apply(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: f(v) for k, v in value.items()}
-            return value if value is None else f(value)
+            return f(value) if isinstance(value, Tensor) else value
 
         return replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields(self)})
 
@@ -60,6 +71,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; called by torch's ``DataLoader``."""
         return self._map(lambda x: x.pin_memory())
+
+    def for_teacher(self) -> Batch:
+        """The batch with what the teacher sees as its inputs."""
+        return self if self.teacher_inputs is None else replace(self, inputs=self.teacher_inputs, teacher_inputs=None)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows ``start`` to ``stop``. An empty slice is the first row with nothing that counts.

@@ -1,6 +1,6 @@
 """Methods: what is the loss of this batch."""
 
-from tutelage.methods.base import Method, Phase, Term, Trainee, adapted, built, check_capabilities
+from tutelage.methods.base import Method, Phase, Term, Trainee, adapted, built, check_capabilities, check_task
 from tutelage.methods.byot import ByotMethod
 from tutelage.methods.feature import FeatureMethod, PairsMethod
 from tutelage.methods.links import FEATURE_OBJECTIVES
@@ -38,4 +38,5 @@ __all__ = [
     "adapted",
     "built",
     "check_capabilities",
+    "check_task",
 ]

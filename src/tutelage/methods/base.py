@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tutelage.data.batch import Batch
+from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError
 from tutelage.taps import Needs, Observation, Observer
 from tutelage.teachers.signal import Signal, Teacher
@@ -41,6 +42,7 @@ class Method(nn.Module):
         needs_ids: whether :meth:`build` needs the sample ids of the training data.
         takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) will do for its logits.
         unlabelled: whether samples without a label teach it anything; else it is trained on the labelled ones.
+        task: what the labels that it learns from are.
         peers: what else is to be trained with the student, as whoever builds models understands it; ``None`` for the
             student's own architecture. :meth:`join` gets a model for each.
     """
@@ -51,6 +53,7 @@ class Method(nn.Module):
     needs_ids: bool = False
     takes_sparse: bool = False
     unlabelled: bool = True
+    task: Task = "classes"
     peers: Sequence[Any] = ()
 
     def join(self, models: Sequence[nn.Module]) -> None:
@@ -188,6 +191,7 @@ class Trainee(nn.Module):
 
     def forward(self, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """The method's terms for one batch."""
+        check_task(self.method, batch)
         needs = self.method.student_needs
         if needs is not None and (self._observer is None or self._observer.needs != needs):
             self.open()
@@ -217,6 +221,17 @@ class Trainee(nn.Module):
         tie = getattr(self.student, "tie_weights", None)
         if callable(tie):
             tie(**options)
+
+
+def check_task(method: Method, batch: Batch) -> None:
+    """Raise :class:`CapabilityError` where the labels are of another task than the method's."""
+    if batch.task != method.task:
+        name = type(method).__name__
+        takes = "task" in inspect.signature(type(method)).parameters
+        raise CapabilityError(
+            f"{name} learns from {method.task}, and the labels of this data are {batch.task}",
+            remedy=f"make it with task={batch.task!r}" if takes else "use LogitMethod or FeatureMethod",
+        )
 
 
 def check_capabilities(method: Method, teacher: Teacher | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tutelage.data.batch import Batch
+from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError, ModelError, TutelageError, nearest
 from tutelage.methods.base import Method, Phase, Term
 from tutelage.methods.links import FEATURE_OBJECTIVES, Compared, Link, Setting, Site, Where, token_positions
@@ -71,7 +71,7 @@ class PairsMethod(Method):
                 except ModelError as error:
                     raise ModelError(error.what, where=f"method.pairs[{i}].{who}", remedy=error.remedy) from None
         mine = feature_shapes(student, example, [p["student"] for p in given])
-        theirs = feature_shapes(teacher, example, [p["teacher"] for p in given])
+        theirs = feature_shapes(teacher, example.for_teacher(), [p["teacher"] for p in given])
         setting = Setting(student, teacher, example, ids)
         self.links, self.names, self.weights = nn.ModuleList(), [], {}
         for indices in _groups(given):
@@ -160,6 +160,7 @@ class FeatureMethod(Method):
         hard: weight of the hard ones; default 1 - alpha.
         soft: one of :data:`SOFT_OBJECTIVES`.
         soft_options: of that.
+        task: what labels are.
         objective: one of :data:`FEATURE_OBJECTIVES`.
         weight: of each pair. Default: that of the objective.
         projector: one of :data:`tutelage.students.PROJECTORS`.
@@ -179,8 +180,9 @@ class FeatureMethod(Method):
         alpha: float = 0.9,
         *,
         hard: float | None = None,
-        soft: str = "kd",
+        soft: str | None = None,
         soft_options: Mapping[str, Any] | None = None,
+        task: Task = "classes",
         objective: str = "hint",
         weight: float | None = None,
         projector: str = "auto",
@@ -189,7 +191,8 @@ class FeatureMethod(Method):
         first: float = 0.0,
     ) -> None:
         super().__init__()
-        self.logit = LogitMethod(temperature, alpha, hard=hard, soft=soft, soft_options=soft_options)
+        self.task = task
+        self.logit = LogitMethod(temperature, alpha, hard=hard, soft=soft, soft_options=soft_options, task=task)
         shared = {"objective": objective, "weight": weight, "projector": projector, "norm": norm}
         self.hidden = PairsMethod(pairs, shared, options)
         if not 0 <= first < 1:
@@ -298,7 +301,7 @@ def _check(pair: Mapping[str, Any], where: str, *, paths: bool) -> None:
 
 def _by_resolution(find_in: Callable[[nn.Module, Batch], dict[tuple[int, int], str]], what: str) -> Any:
     def match(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
-        mine, theirs = find_in(student, example), find_in(teacher, example)
+        mine, theirs = find_in(student, example), find_in(teacher, example.for_teacher())
         common = [size for size in mine if size in theirs]
         if not common:
             shown = [", ".join(f"{h}x{w}" for h, w in found) or "none" for found in (mine, theirs)]
@@ -314,7 +317,7 @@ def _by_resolution(find_in: Callable[[nn.Module, Batch], dict[tuple[int, int], s
 
 def _last(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
     """The last feature map of both, whatever its resolution."""
-    found = [list(stages(model, example).values()) for model in (student, teacher)]
+    found = [list(stages(m, seen).values()) for m, seen in ((student, example), (teacher, example.for_teacher()))]
     if not all(found):
         who = "student" if not found[0] else "teacher"
         raise ModelError(

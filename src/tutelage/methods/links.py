@@ -338,7 +338,7 @@ class Overhaul(Link):
             build_projector(s.student_shape, s.teacher_shape, kind="conv1x1", norm=True) for s in sites
         )
         for i, site in enumerate(sites):
-            norm = last_norm(setting.teacher, setting.example, site.teacher)
+            norm = last_norm(setting.teacher, setting.example.for_teacher(), site.teacher)
             if norm is None or norm.weight is None:
                 raise ModelError(
                     f"no batch norm gives what the teacher has at {site.teacher!r}, to take the margins from",

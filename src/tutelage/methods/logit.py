@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tutelage import objectives
-from tutelage.data.batch import Batch
+from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError, nearest
 from tutelage.methods.base import Method, Term
+from tutelage.methods.hard import hard_of
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal, Sparse
 
@@ -26,21 +27,24 @@ class SoftObjective:
         options: what it takes beside tensors and the temperature.
         temperature: T where none is given; ``None`` for an objective without one.
         labels: whether it needs the target class too, and so counts rows with a label only.
+        tasks: what labels may be.
     """
 
     loss: Callable[..., Tensor]
     options: tuple[str, ...] = ()
     temperature: float | None = 4.0
     labels: bool = False
+    tasks: tuple[Task, ...] = ("classes",)
 
 
 SOFT_OBJECTIVES: dict[str, SoftObjective] = {
+    "binary_kd": SoftObjective(objectives.binary_kd, tasks=("multi-label",)),
     "dist": SoftObjective(objectives.dist, ("beta", "gamma"), temperature=1.0),
     "dkd": SoftObjective(objectives.dkd, ("alpha", "beta"), labels=True),
     "js": SoftObjective(objectives.js, ("beta",), temperature=1.0),
     "kd": SoftObjective(objectives.kd, ("standardize",)),
     "mlkd": SoftObjective(objectives.mlkd, ("temperatures", "instance", "batch", "classes"), temperature=None),
-    "mse": SoftObjective(objectives.mse, temperature=None),
+    "mse": SoftObjective(objectives.mse, temperature=None, tasks=("classes", "multi-label", "regression")),
     "reverse_kl": SoftObjective(objectives.reverse_kl, temperature=1.0),
     "skew_kl": SoftObjective(objectives.skew_kl, ("alpha", "reverse"), temperature=1.0),
     "soft_cross_entropy": SoftObjective(objectives.soft_cross_entropy),
@@ -54,6 +58,8 @@ class SupervisedMethod(Method):
 
     Args:
         label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+        task: what labels are. Of ``multi-label`` each is a cross-entropy of its own, ``bce``; of ``regression`` the
+            loss is ``squared_error``.
 
     Raises:
         ConfigError: a value out of range.
@@ -64,30 +70,32 @@ class SupervisedMethod(Method):
     needs = None
     unlabelled = False
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, *, task: Task = "classes") -> None:
         super().__init__()
+        self.task, self.labels = task, hard_of(task)
         if not 0.0 <= label_smoothing < 1.0:
             raise ConfigError(
                 f"label_smoothing={label_smoothing}", remedy="must lie in [0, 1): 0.1 is usual, 0 is plain labels"
             )
+        if label_smoothing and task == "regression":
+            raise ConfigError(f"label_smoothing={label_smoothing}", remedy="numbers are not smoothed; leave it out")
         self.label_smoothing = label_smoothing
-        self.weights = {"ce": 1.0}
+        self.weights = {self.labels.term: 1.0}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """``ce``: positions with a label."""
-        return {"ce": batch.labelled().sum()}
+        """Positions with a label."""
+        return {self.labels.term: batch.labelled().sum()}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The term ``ce``."""
+        """The one term, ``ce``, ``bce`` or ``squared_error``."""
         assert student.logits is not None
-        ce = objectives.cross_entropy(
-            student.logits, batch.labels, label_smoothing=self.label_smoothing, mask=batch.mask, reduction="sum"
-        )
-        return {"ce": Term(ce, batch.labelled().sum())}
+        loss = self.labels.loss(student.logits, batch, self.label_smoothing)
+        return {self.labels.term: Term(loss, batch.labelled().sum())}
 
     def formula(self) -> str:
         """The loss in one line."""
-        return f"1 * ce(label_smoothing={self.label_smoothing:g})" if self.label_smoothing else "1 * ce"
+        smoothed = f"(label_smoothing={self.label_smoothing:g})" if self.label_smoothing else ""
+        return f"1 * {self.labels.term}{smoothed}"
 
 
 class TeacherFreeMethod(Method):
@@ -173,11 +181,13 @@ class LogitMethod(Method):
         temperature: T, above 0. Default: that of the objective, 4 for ``kd``.
         alpha: weight of the soft term; at most 1 unless ``hard`` is given. Default 0.9.
         hard: weight of the labels. Default 1 - alpha.
-        soft: one of :data:`SOFT_OBJECTIVES`.
+        soft: one of :data:`SOFT_OBJECTIVES`. Default: that of the task, ``kd``, ``binary_kd`` or ``mse``.
         soft_options: of that objective, such as ``{"beta": 8}`` for ``dkd``.
+        task: what labels are: one class of several (``classes``), any number of them (``multi-label``), or numbers
+            (``regression``).
 
     Raises:
-        ConfigError: a value out of range, an unknown objective or option.
+        ConfigError: a value out of range, an unknown objective or option, or one that is not of the task.
 
     Reference: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (2015), section 2; those of
     the objectives. Published weights: ``dkd`` and ``dist`` have alpha = hard = 1 (``dist`` with beta = gamma = 2
@@ -190,10 +200,13 @@ class LogitMethod(Method):
         alpha: float = 0.9,
         *,
         hard: float | None = None,
-        soft: str = "kd",
+        soft: str | None = None,
         soft_options: Mapping[str, Any] | None = None,
+        task: Task = "classes",
     ) -> None:
         super().__init__()
+        self.task, self.labels = task, hard_of(task)
+        soft = self.labels.soft if soft is None else soft
         if soft not in SOFT_OBJECTIVES:
             close = nearest(str(soft), list(SOFT_OBJECTIVES), 1)
             raise ConfigError(
@@ -210,13 +223,19 @@ class LogitMethod(Method):
         if hard is not None and not hard >= 0:
             raise ConfigError(f"hard={hard}", remedy="must be 0 or more: the weight of the labels")
         self.soft, self.objective, self.alpha = soft, SOFT_OBJECTIVES[soft], alpha
+        if task not in self.objective.tasks:
+            fitting = [name for name, known in SOFT_OBJECTIVES.items() if task in known.tasks]
+            raise ConfigError(
+                f"soft={soft!r} is for {' and '.join(self.objective.tasks)}, and the labels are {task}",
+                remedy=f"use {' or '.join(fitting)}",
+            )
         self.hard = 1.0 - alpha if hard is None else hard
         if self.objective.temperature is None and temperature is not None:
             raise ConfigError(f"{soft} has no temperature, given {temperature}", remedy="leave temperature out")
         self.temperature = self.objective.temperature if temperature is None else temperature
         self.options = {k: v for k, v in (soft_options or {}).items() if v is not None}
         self._check_options()
-        self.weights = {soft: self.alpha, "ce": self.hard}
+        self.weights = {soft: self.alpha, self.labels.term: self.hard}
         self.needs = Needs(temperature=self.temperature)
         self.takes_sparse = soft in ("kd", "soft_cross_entropy") and not self.options
 
@@ -239,23 +258,23 @@ class LogitMethod(Method):
         return self.objective.loss(*tensors, mask=mask, reduction="sum", **options)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """The soft term: positions that count (for ``dkd``, with a label); ``ce``: those with a label."""
+        """The soft term: positions that count (for ``dkd``, with a label); the hard one: those with a label."""
         labelled = batch.labelled().sum()
-        return {self.soft: labelled if self.objective.labels else batch.counted().sum(), "ce": labelled}
+        return {self.soft: labelled if self.objective.labels else batch.counted().sum(), self.labels.term: labelled}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The soft term, by the name of its objective, and ``ce``.
+        """The soft term, by the name of its objective, and the hard one.
 
         Raises:
             CapabilityError: teacher and student have different numbers of classes.
         """
         assert student.logits is not None
         assert signal is not None
-        counts = self.counts(batch)
-        hard = objectives.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")
+        counts, term = self.counts(batch), self.labels.term
+        hard = Term(self.labels.loss(student.logits, batch, 0.0), counts[term])
         if signal.logits is None and signal.sparse is not None:
             soft = self._sparse(student.logits, signal.sparse, batch.mask)
-            return {self.soft: Term(soft, counts[self.soft]), "ce": Term(hard, counts["ce"])}
+            return {self.soft: Term(soft, counts[self.soft]), term: hard}
         teacher = signal.dense()
         if teacher.shape != student.logits.shape:
             raise CapabilityError(
@@ -263,7 +282,7 @@ class LogitMethod(Method):
                 remedy="both must score the same classes in the same order",
             )
         soft = self._soft(student.logits, teacher, batch.labels, batch.mask)
-        return {self.soft: Term(soft, counts[self.soft]), "ce": Term(hard, counts["ce"])}
+        return {self.soft: Term(soft, counts[self.soft]), term: hard}
 
     def _sparse(self, logits: Tensor, part: Sparse, mask: Tensor | None) -> Tensor:
         """The soft term where the teacher says part of its distribution."""
@@ -290,4 +309,4 @@ class LogitMethod(Method):
         shown = [] if self.temperature is None else [f"T={self.temperature:g}"]
         shown += [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items()]
         soft = f"{self.soft}({', '.join(shown)})" if shown else self.soft
-        return f"{self.alpha:g} * {soft} + {self.hard:g} * ce"
+        return f"{self.alpha:g} * {soft} + {self.hard:g} * {self.labels.term}"

@@ -48,7 +48,7 @@ class SimkdMethod(Method):
         temperature: float | None = None,
         alpha: float = 0.0,
         hard: float | None = 0.0,
-        soft: str = "kd",
+        soft: str | None = None,
         soft_options: dict[str, object] | None = None,
     ) -> None:
         super().__init__()

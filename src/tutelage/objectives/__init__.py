@@ -15,6 +15,7 @@ from tutelage.objectives.contrast import ContrastiveMemory, crd
 from tutelage.objectives.divergences import js, reverse_kl, skew_kl, tvd
 from tutelage.objectives.features import factor_transfer, hint, overhaul, overhaul_margin, simkd, vid
 from tutelage.objectives.logits import (
+    binary_cross_entropy,
     binary_kd,
     bounded_regression,
     cross_entropy,
@@ -34,6 +35,7 @@ __all__ = [
     "attention_kl",
     "attention_mse",
     "attention_transfer",
+    "binary_cross_entropy",
     "binary_kd",
     "bounded_regression",
     "correlation",

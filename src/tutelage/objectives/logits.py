@@ -298,6 +298,35 @@ def binary_kd(
 
 
 @precise
+def binary_cross_entropy(
+    student: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Hard-label loss of independent yes-or-no labels: :math:`-\sum_l y_l \log p_l + (1-y_l) \log(1-p_l)`.
+
+    Args:
+        student: logits ``[..., L]``, one per label.
+        targets: the same shape, in [0, 1].
+        mask: ``[...]``, true where the row counts.
+        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
+
+    Returns:
+        Nats, summed over labels, as :func:`binary_kd` is; transformers' own loss divides by the number of labels.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Reference: Yang et al., Multi-Label Knowledge Distillation (ICCV 2023), equation 1.
+    """
+    student, targets = rows(student, targets, mask)
+    loss = F.binary_cross_entropy_with_logits(student, targets, reduction="none").sum(-1)
+    return reduce(loss, mask, reduction)
+
+
+@precise
 def mse(
     student: Tensor,
     teacher: Tensor,

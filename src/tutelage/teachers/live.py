@@ -100,6 +100,7 @@ class LiveTeacher:
             CapabilityError: the model cannot run in its ``dtype``.
         """
         needs = replace(needs, temperature=None)  # logits are whole, whatever softens them
+        batch = batch.for_teacher()
         here, size = batch.labels.device, self.batch_size or len(batch)
         if self.device is not None:
             batch = batch.to(self.device)

@@ -22,7 +22,7 @@ from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evalua
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import new_folder, write_text
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
-from tutelage.methods import Method, SupervisedMethod, Trainee, adapted, built, check_capabilities
+from tutelage.methods import Method, SupervisedMethod, Trainee, adapted, built, check_capabilities, check_task
 from tutelage.models import label_names, load_weights, save_model
 from tutelage.models.files import read_card
 from tutelage.students import ReusedHead, feature_shapes
@@ -791,6 +791,7 @@ def check_method_runs(
     student.to(ctx.device).eval()
     for each in (method, *(phase.method for phase in method.phases())):
         each.to(ctx.device).eval()
+        check_task(each, batch)
         with torch.no_grad():
             signal = said(teacher, each, batch)
             seen = Observation() if each.student_needs is None else observe(student, batch.inputs, each.student_needs)
