@@ -1,5 +1,8 @@
-"""What a student needs while it is trained: projectors into its teacher's features, and where these are."""
+"""Students cut from their teachers, and what a student needs in training: projectors, and where to compare."""
 
+from tutelage.students.embeddings import trim_embeddings
+from tutelage.students.encoders import Cut, cut
+from tutelage.students.layers import LAYER_MAPS, block_influence, layer_map
 from tutelage.students.projectors import (
     PROJECTORS,
     Projector,
@@ -11,9 +14,10 @@ from tutelage.students.projectors import (
 )
 from tutelage.students.reuse import ReusedHead, reuse_head
 from tutelage.students.sites import before_activations, embedding, last_norm, stages
+from tutelage.students.vocabulary import trim
 
 __all__ = [
-    "PROJECTORS", "Projector", "ReusedHead", "before_activations", "build_projector", "embedding", "feature_shapes",
-    "fitting",
-    "last_norm", "resize", "reuse_head", "stages", "untouched",
+    "LAYER_MAPS", "PROJECTORS", "Cut", "Projector", "ReusedHead", "before_activations", "block_influence",
+    "build_projector", "cut", "embedding", "feature_shapes", "fitting", "last_norm", "layer_map", "resize",
+    "reuse_head", "stages", "trim", "trim_embeddings", "untouched",
 ]  # fmt: skip

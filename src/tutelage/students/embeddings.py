@@ -1,0 +1,234 @@
+"""Smaller embedding tables: of fewer tokens, or narrower with a matrix that widens them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.errors import ConfigError, ModelError
+from tutelage.students.copying import built, transplant
+from tutelage.students.layers import config_of, layer_stack
+from tutelage.students.probing import growth, shapes, varied, whole_numbers, with_words
+from tutelage.students.projectors import device_of, untouched
+
+# Fewer tokens ----------------------------------------------------------------------------------------
+
+
+def trim_embeddings(model: nn.Module, kept: Tensor | Sequence[int]) -> nn.Module:
+    """A copy of a transformers model for a vocabulary of ``kept`` tokens only.
+
+    All weights with a row for each token (input embeddings, an output head tied to them or not, its bias) lose the
+    rows of the others; ids of special tokens in the config follow.
+
+    Args:
+        model: not changed, and nothing is shared with it.
+        kept: ``[K]`` old ids in ascending order; row i becomes the token i, as :func:`trim` gives them.
+
+    Raises:
+        ConfigError: ids that are not ascending, or outside of the vocabulary.
+        ModelError: not a transformers model; a special token of its config is not among ``kept``; or a model whose
+            positions start behind the id of its padding, which would move.
+    """
+    ids = [int(i) for i in kept]
+    config = config_of(model)
+    size = int(config.vocab_size)
+    if not ids or ids[0] < 0 or ids[-1] >= size or any(a >= b for a, b in pairwise(ids)):
+        raise ConfigError(
+            f"kept must be ascending ids from 0 to {size - 1}, each once",
+            remedy="give what trim() returns for this model's own tokenizer",
+        )
+    new_ids = {old: new for new, old in enumerate(ids)}
+    smaller = varied(config, vocab_size=len(ids))
+    _move_ids(smaller, new_ids, size)
+    before, after = (shapes(type(model), with_words(config, count)) for count in (size, size + 1))
+    rows = growth(before, after) if before else None
+    if not rows:
+        raise ModelError(
+            f"no weight of {type(model).__name__} follows the vocabulary's size",
+            remedy="use a model with token embeddings",
+        )
+    index = torch.tensor(ids, device=device_of(model))
+
+    def part(name: str, value: Tensor) -> Tensor:
+        for i in range(value.ndim):
+            value = value.index_select(i, index) if (name, i) in rows else value
+        return value
+
+    new = built(model, smaller)
+    transplant(new, model, lambda name: name, part)
+    if getattr(new, "generation_config", None) is not None:
+        _move_ids(new.generation_config, new_ids, size)
+    if getattr(config, "pad_token_id", None) != getattr(smaller, "pad_token_id", None):
+        _compare(model, new, index)
+    return new
+
+
+def _move_ids(config: Any, new_ids: dict[int, int], size: int) -> None:
+    """Give special tokens their new ids. Ids outside of the vocabulary, which mean nothing, become ``None``."""
+
+    def moved(name: str, old: int) -> int | None:
+        if old in new_ids:
+            return new_ids[old]
+        if 0 <= old < size:
+            raise ModelError(
+                f"{name} of the {type(config).__name__} is {old}, which is not among the kept ids",
+                remedy="keep that token (trim(..., keep=[...])), or set it to None in the model's config",
+            )
+        return None
+
+    for name, value in config.to_dict().items():
+        if name.endswith("_token_id") and isinstance(value, int):
+            setattr(config, name, moved(name, value))
+        elif name.endswith("_token_id") and isinstance(value, list):
+            setattr(config, name, [i for i in (moved(name, old) for old in value) if i is not None])
+
+
+def _compare(model: Any, new: Any, index: Tensor) -> None:
+    """Refuse a model that depends on the number of its padding token."""
+    pad = new.config.pad_token_id
+    words = [i for i in range(len(index)) if i != pad][-8:]
+    ids = torch.tensor([words], device=index.device)
+    with untouched(model), untouched(new):
+        try:
+            before, after = model.base_model(input_ids=index[ids])[0], new.base_model(input_ids=ids)[0]
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} does not run on token ids alone: {error}",
+                remedy="trim the text model inside of it",
+            ) from error
+    if not torch.allclose(before.float(), after.float(), rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"positions of {type(model).__name__} start behind the id of its padding, {model.config.pad_token_id}, "
+            f"which would become {pad}",
+            remedy=f"keep all ids below {model.config.pad_token_id + 1}, so that it stays",
+        )
+
+
+# Narrower --------------------------------------------------------------------------------------------
+
+
+def factorise(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn.Module, list[str]]:
+    """The model with token embeddings of ``rank`` numbers and a matrix from there to its hidden size.
+
+    The new tables are the old ones in the basis that holds most of the sums they make: the singular vectors of word,
+    position and type tables, each divided by the root of its length. Where a layer norm stands before the matrix, as
+    in ELECTRA, tables are centred and the basis is turned away from the mean, so that the norm divides by what it
+    divided by. Both are exact for tables of that rank.
+
+    Returns:
+        The new model, and the names of its weights that begin at random (an output head of the embeddings' width).
+
+    Raises:
+        ConfigError: a rank that is not below the present width.
+        ModelError: the family has no such matrix.
+
+    Reference: Lan et al., ALBERT (2020), section 3.1.
+    """
+    source: Any = model
+    table = source.get_input_embeddings()
+    width = int(table.weight.shape[1])
+    if not 2 <= rank < width:
+        raise ConfigError(f"embedding is {rank}, and the teacher's is {width}", remedy=f"use 2 to {width - 1}")
+    config, rows = _narrower(model, rank, width)
+    new: Any = built(model, config, seed)
+    projection = _projection(model, new, rank)
+    narrow = [p for p, m in new.named_modules() if isinstance(m, nn.Embedding) and m.weight.shape[1] == rank]
+    narrow = [p for p in narrow if (f"{p}.weight", 1) in rows]
+    norm = _norm(new, rank, width, rows)
+    placed = {*(f"{p}.weight" for p in narrow), *(f"{projection}.{x}" for x in ("weight", "bias"))}
+    placed |= {f"{norm}.weight", f"{norm}.bias"} if norm else set()
+    tied = {
+        name for name, p in new.named_parameters(remove_duplicate=False) if p is new.get_input_embeddings().weight
+    }
+    fresh = transplant(
+        new, model, lambda name: "" if name in placed | tied or any(key[0] == name for key in rows) else name,
+        lambda name, value: value,
+    )  # fmt: skip
+    with torch.no_grad():
+        tables = {p: source.get_submodule(p).weight.detach().double() for p in narrow}
+        _fill(new, source, tables, projection, norm, rank)
+    return new, [name for name in fresh if name not in placed | tied]
+
+
+def _narrower(model: nn.Module, rank: int, width: int) -> tuple[Any, dict[tuple[str, int], int]]:
+    """The config with the one number changed that makes the token embeddings narrow and no layer."""
+    config, kind, (stack, _) = config_of(model), type(model), layer_stack(model)
+    before = shapes(kind, config) or {}
+    word = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())  # type: ignore[operator]
+    for name in dict.fromkeys([*(k for k, v in whole_numbers(config).items() if v == width), "embedding_size"]):
+        try:
+            smaller = varied(config, **{name: rank})
+        except Exception:  # noqa: BLE001  configs refuse numbers in ways of their own
+            continue
+        after = shapes(kind, smaller) or {}
+        shared = before.keys() & after.keys()
+        rows = growth({n: before[n] for n in shared}, {n: after[n] for n in shared})
+        layers = any(key[0].startswith(f"{stack}.") for key in rows or ())
+        if rows and not layers and rows.get((f"{word}.weight", 1)) == rank - width and _widens(before, after, rank):
+            return smaller, rows
+    raise ModelError(
+        f"{kind.__name__} has no embeddings narrower than its hidden size: no number of its config makes them so",
+        remedy="trim the vocabulary (trim, trim_embeddings), use width=, or a teacher with embedding_size, such as "
+        "ELECTRA or DeBERTa-v2",
+    )
+
+
+def _widens(before: dict[str, Any], after: dict[str, Any], rank: int) -> bool:
+    """Whether a matrix reads what is ``rank`` wide that was not there, or was wider."""
+    return any(len(s) == 2 and s[1] == rank and before.get(n, ())[:1] in ((), s[:1]) for n, s in after.items())
+
+
+def _projection(model: nn.Module, new: nn.Module, rank: int) -> str:
+    """The linear module from ``rank`` to the hidden size: new, or narrower than it was."""
+    hidden = int(config_of(model).hidden_size)
+    shape, before = (hidden, rank), {name: x.shape for name, x in model.named_parameters()}
+    linear = {p: m.weight.shape for p, m in new.named_modules() if isinstance(m, nn.Linear)}
+    found = [p for p, s in linear.items() if s == shape and before.get(f"{p}.weight") != shape]
+    if len(found) != 1:
+        raise ModelError(
+            f"what widens the embeddings of {type(model).__name__} was not found", remedy="leave embedding out"
+        )
+    return found[0]
+
+
+def _norm(new: nn.Module, rank: int, width: int, rows: dict[tuple[str, int], int]) -> str | None:
+    """The layer norm of the embeddings, where it stands before the matrix."""
+    word = next(n for n, m in new.named_modules() if m is new.get_input_embeddings())  # type: ignore[operator]
+    parent = word.rpartition(".")[0]
+    found = [n for n, m in new.get_submodule(parent).named_modules() if isinstance(m, nn.LayerNorm)]
+    found = [f"{parent}.{n}" if parent else n for n in found]
+    return next((n for n in found if rows.get((f"{n}.weight", 0)) == rank - width), None)
+
+
+def _fill(new: Any, old: Any, tables: dict[str, Tensor], projection: str, norm: str | None, rank: int) -> None:
+    """Set tables, norm and matrix."""
+    width = next(iter(tables.values())).shape[1]
+    if norm:
+        tables = {p: x - x.mean(1, keepdim=True) for p, x in tables.items()}
+    moments = sum((x.mT @ x / len(x) for x in tables.values()), torch.zeros(()).to(next(iter(tables.values()))))
+    _, vectors = torch.linalg.eigh(moments)
+    basis = vectors.flip(1)[:, : rank - 1 if norm else rank]
+    try:
+        before = old.get_submodule(projection)
+    except AttributeError:
+        before = None
+    widen = torch.eye(width).to(basis) if before is None else before.weight.double()
+    bias = torch.zeros(len(widen)).to(basis) if before is None or before.bias is None else before.bias.double()
+    shrink, after = 1.0, new.get_submodule(projection)
+    if norm:
+        ones = torch.ones(rank, 1).to(basis)
+        turn = torch.linalg.qr(torch.cat([ones, torch.eye(rank).to(basis)[:, 1:]], 1)).Q[:, 1:]  # away from the mean
+        basis, shrink = basis @ turn.mT, (rank / width) ** 0.5
+        bias = bias + widen @ old.get_submodule(norm).bias.double()
+        widen = widen * old.get_submodule(norm).weight.double()
+        new.get_submodule(norm).weight.fill_(1)
+        new.get_submodule(norm).bias.zero_()
+    for p, x in tables.items():
+        new.get_submodule(p).weight.copy_(x @ basis * shrink)
+    after.weight.copy_(widen @ basis / shrink)
+    if after.bias is not None:
+        after.bias.copy_(bias)
