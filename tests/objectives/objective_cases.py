@@ -182,6 +182,11 @@ CASES = [
         divergence=False,
         teacher_learns=True,
     ),
+    # directions
+    Case("cosine"),
+    Case("patient"),
+    Case("patient", options={"variant": "authors"}),
+    Case("margin_mse"),
     # maps
     Case("attention_transfer", shape=MAP, teacher=WIDE),
     Case("attention_transfer", shape=MAP, teacher=SMALL, options={"variant": "authors"}),
@@ -195,6 +200,7 @@ CASES = [
     relation("pkt", repeated=None, options={"variant": "authors"}),
     relation("rkd_distance"),
     relation("rkd_angle"),
+    relation("cosine_matrix", repeated=None),
     # attention
     Case("attention_mse", shape=SCORES, teacher=SCORES, tokens=5),
     Case("attention_mse", shape=SCORES, teacher=(3, 5, 5), options={"heads": "mean"}, tokens=5),

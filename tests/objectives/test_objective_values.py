@@ -567,3 +567,24 @@ def test_value_relation(b, n, d, e, heads, which):
                 np.mean([kl(relation(t, i, a, q, keys), relation(s, i, a, q, keys)) for a in range(heads)])
             )
     same(objectives.value_relation(*tensors(s, t), heads=heads, mask=mask), np.mean(queries))
+
+
+def test_directions_by_hand():
+    one, other = (
+        torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 0.0]]),
+        torch.tensor([[5.0, 0.0], [1.0, 0.0], [-7.0, 0.0]]),
+    )
+    torch.testing.assert_close(objectives.cosine(one, other, reduction="none"), torch.tensor([0.0, 1.0, 2.0]))
+    torch.testing.assert_close(objectives.patient(one, other, reduction="none"), torch.tensor([0.0, 2.0, 4.0]))
+    authors = objectives.patient(one, other, variant="authors", reduction="none")
+    torch.testing.assert_close(authors, torch.tensor([0.0, 1.0, 2.0]))
+    # student: 1 and 3 alike, 2 at a right angle; teacher: 1 and 2 alike, 3 opposite
+    pairs = torch.tensor([(0.0 - 1.0) ** 2, (1.0 + 1.0) ** 2, (0.0 + 1.0) ** 2])
+    torch.testing.assert_close(objectives.cosine_matrix(one, other), pairs.mean())
+    turned = other @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) * 4
+    assert objectives.cosine_matrix(turned, other).item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_margins_by_hand():
+    student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[9.0, 6.0, 8.0]])
+    assert objectives.margin_mse(student, teacher).item() == pytest.approx(((1 - 3) ** 2 + (2 - 1) ** 2) / 2)

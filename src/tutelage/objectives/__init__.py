@@ -6,7 +6,7 @@ Each is a function of tensors that drops into any training loop::
 
 Most have a value per example, which ``mask`` can leave out and ``reduction="none"`` shows.
 Relations (``dist``, ``mlkd``, ``similarity``, ``correlation``, ``pkt``, ``rkd_distance``,
-``rkd_angle``) compare the examples of a batch with each other: for them ``mask`` deletes rows,
+``rkd_angle``, ``cosine_matrix``) compare the examples of a batch with each other: for them ``mask`` deletes rows,
 and ``reduction="none"`` is an error.
 """
 
@@ -29,6 +29,7 @@ from tutelage.objectives.maps import attention_transfer, nst, review
 from tutelage.objectives.relations import correlation, pkt, rkd_angle, rkd_distance, similarity
 from tutelage.objectives.sparse import sampled_kd, topk_kd
 from tutelage.objectives.structured import dist, dkd, mlkd
+from tutelage.objectives.vectors import cosine, cosine_matrix, margin_mse, patient
 
 __all__ = [
     "ContrastiveMemory",
@@ -39,6 +40,8 @@ __all__ = [
     "binary_kd",
     "bounded_regression",
     "correlation",
+    "cosine",
+    "cosine_matrix",
     "crd",
     "cross_entropy",
     "dist",
@@ -48,11 +51,13 @@ __all__ = [
     "hint",
     "js",
     "kd",
+    "margin_mse",
     "mlkd",
     "mse",
     "nst",
     "overhaul",
     "overhaul_margin",
+    "patient",
     "pkt",
     "reverse_kl",
     "review",
