@@ -372,27 +372,31 @@ def _show(summary: dict[str, Any], path: Path) -> None:
     from rich.console import Console
 
     from tutelage.reports import final_table, verdict, workflow_table
+    from tutelage.reports.metric import metric_of
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
     console.print()
     many = "workflow" in summary
-    console.print(_table(workflow_table(summary) if many else final_table(summary), console.width))
+    console.print(
+        _table(workflow_table(summary) if many else final_table(summary), console.width, metric_of(summary))
+    )
     console.print(summary["verdict"] if many else verdict(summary), highlight=False, markup=False)
     console.print(f"student: {path / 'student'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report:  {path / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(rows: list[dict[str, Any]], width: int) -> Table:
+def _table(rows: list[dict[str, Any]], width: int, metric: str = "accuracy") -> Table:
     """A row for each model where the terminal is wide enough, else a column for each."""
     from rich import box
     from rich.table import Table
 
+    from tutelage.reports.metric import TITLES
     from tutelage.reports.wording import ABSENT, OF_TEACHER
 
     titles = {
-        "accuracy": "accuracy", "last": "last epoch", "agreement": "agreement", "kl": "KL to teacher",
+        "accuracy": TITLES.get(metric, metric), "last": "last epoch", "agreement": "agreement", "kl": "KL to teacher",
         "ece": "ECE", "parameters": "parameters", "latency": "latency",
         "over": "difference, points",
     }  # fmt: skip

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tutelage.config.base import Section, suggest
+from tutelage.config.data import DATA_KINDS, kind_of
 from tutelage.config.lines import Key, Loader, Place, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
 from tutelage.config.methods import METHOD_KINDS
@@ -47,7 +48,9 @@ def _expand(raw: dict[str, Any]) -> None:
                 expand(member.get("train"), TRAIN_SHORTHANDS)
 
 
-KINDS: dict[str, Mapping[str, type[Section]]] = {"method": METHOD_KINDS, "workflow": WORKFLOW_KINDS}
+KINDS: dict[str, Mapping[str, type[Section]]] = {
+    "data": DATA_KINDS, "method": METHOD_KINDS, "workflow": WORKFLOW_KINDS,
+}  # fmt: skip
 """Sections of several kinds."""
 
 BUDGETS = {"epochs": "steps", "steps": "epochs"}
@@ -89,7 +92,9 @@ def _has_weights(teacher: dict[str, Any]) -> bool:
         return bool(teacher["trained"])
     options = teacher.get("options")
     options = options if isinstance(options, dict) else {}
-    return teacher["model"].startswith("hf:") or bool(options.get("pretrained") or options.get("weights"))
+    return teacher["model"].startswith(("hf:", "package:")) or bool(
+        options.get("pretrained") or options.get("weights")
+    )
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -168,6 +173,9 @@ def build_recipe(
         raw.setdefault("name", default_name)
     if isinstance(raw.get("method"), dict):
         raw["method"].setdefault("kind", "logit")
+    if isinstance(raw.get("data"), dict):
+        raw["data"].setdefault("kind", kind_of(raw["data"]))
+    settle(raw)
     kinds = {
         key: found
         for key, known in KINDS.items()
@@ -188,6 +196,17 @@ def build_recipe(
                 continue
             problems.append(explain(details, name, places, kinds))
         raise ConfigError("\n".join(problems)) from None
+
+
+def settle(raw: dict[str, Any]) -> None:
+    """Complete, in place, what follows from the data's task where nothing else is said."""
+    data, method = raw.get("data"), raw.get("method")
+    task = data.get("task", "classes") if isinstance(data, dict) else "classes"
+    soft = {"multi-label": "binary_kd", "regression": "mse", "ranking": "margin_mse"}.get(str(task))
+    if soft is not None and isinstance(method, dict) and method.get("kind") in ("logit", "feature"):
+        method.setdefault("soft", soft)
+    if task in ("embedding", "ranking"):  # nothing but the teacher says what is right
+        raw.setdefault("baseline", False)
 
 
 def _kind(section: Any, key: str, known: Mapping[str, type[Section]], where: str) -> type[Section] | None:

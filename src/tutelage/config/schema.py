@@ -5,32 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed, suggest
+from tutelage.config.base import Count, Misfit, NotNegative, Positive, Section, Seed, suggest
+from tutelage.config.data import Augments, DataConfig, TextDataConfig
 from tutelage.config.methods import (
     METHOD_KINDS,
     ByotConfig,
+    EmbeddingConfig,
     FeatureConfig,
     LogitConfig,
+    MinilmConfig,
     MutualConfig,
+    PatientConfig,
     SimkdConfig,
     SupervisedConfig,
     TeacherFreeConfig,
+    TinybertConfig,
+    TripleConfig,
 )
-from tutelage.config.models import ModelConfig, ModelName
+from tutelage.config.models import ModelConfig, ModelName, StudentConfig
 from tutelage.config.search import SearchConfig
 from tutelage.config.workflows import AssistantChainConfig, BornAgainConfig
 from tutelage.errors import ConfigError
-
-SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
-"""What ``data.source`` can be."""
-
-AUGMENTS = (
-    "flip", "shift", "cutmix", "mixup", "auto-augment", "color-jitter", "erase", "grayscale", "rand-augment",
-    "rotate", "trivial-augment", "resized-crop",
-)  # fmt: skip
-"""Augmentations by name."""
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adadelta": ("rho", "eps"),
@@ -63,106 +60,6 @@ TRACKERS = (
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb",
 )  # fmt: skip
 """Experiment trackers by the names that accelerate gives them."""
-
-
-def _source(name: str) -> str:
-    kind, _, rest = name.partition(":")
-    if name not in SOURCES[:3] and not (rest and kind in ("torchvision", "hf")):
-        raise ValueError(f"unknown source {name!r}{suggest(name, SOURCES)}; allowed: {', '.join(SOURCES)}")
-    return name
-
-
-def _augment(entry: Any) -> Any:
-    """An entry of ``augment``, once its form and its name are known to be right."""
-    form = "an augmentation is a name, or one name with its options, as in {shift: 2}"
-    names = [entry] if isinstance(entry, str) else list(entry) if isinstance(entry, dict) else []
-    if len(names) != 1 or not isinstance(names[0], str):
-        raise ValueError(f"{entry!r} is not an augmentation; {form}")
-    if names[0] not in AUGMENTS:
-        raise ValueError(
-            f"unknown augmentation {names[0]!r}{suggest(names[0], AUGMENTS)}; allowed: {', '.join(AUGMENTS)}"
-        )
-    return entry
-
-
-Augments = list[Annotated[Any, AfterValidator(_augment)]]
-
-
-class DataConfig(Section):
-    """What to train and evaluate on."""
-
-    source: Annotated[str, AfterValidator(_source)]
-    """``digits``, ``fashion-mnist``, ``imagefolder``, ``torchvision:NAME`` or ``hf:DATASET_ID``."""
-    path: str | None = None
-    """Folder of an ``imagefolder``, or where downloads go."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the data set's own constructor (torchvision) or ``load_dataset`` (hf)."""
-    image_column: str | None = None
-    """Column of the images, of an hf data set. Default: the one of type Image."""
-    label_column: str | None = None
-    """Column of the labels, of an hf data set. Default: the one of type ClassLabel."""
-    route: str | None = None
-    """What says which member of an ensemble teaches an image: a column of an hf data set, or ``folder`` with an
-    ``imagefolder``, the sub-folder between class and file, as in ``train/CLASS/night/1.png``."""
-    size: Annotated[int, Field(ge=4, le=2048)] | None = None
-    """Height and width in pixels that images are brought to. Default: as they are, or 224 for files."""
-    crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the shorter side that the centre crop of an image file keeps; 0.875 for ImageNet models."""
-    classes: list[str] | None = None
-    """Class names in the order that the teacher scores them. Default: the source's order; sorted folder names."""
-    augment: Augments = Field(default_factory=list)
-    """Augmentations of the training images, in order: ``flip``, ``{shift: 2}``, ``resized-crop`` ..."""
-    mean: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    """Per channel, in [0, 1], subtracted from pixels. Default: of the source, else of the training
-    images where these are in memory, else ImageNet's."""
-    std: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    """Per channel, in [0, 1]. Default: of the source, else of the training
-    images where these are in memory, else ImageNet's."""
-    labels: Count | None = None
-    """Use the labels of only this many training images, stratified by class. Default: of all."""
-    unlabeled: Literal["keep", "drop"] = "keep"
-    """Images without a label: still taught by the teacher (``keep``), or left out (``drop``)."""
-    limit: Count | None = None
-    """Use only this many training images at all, stratified by class. Default: all."""
-    validation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the training images cut off for validation where the source has no such split."""
-    test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share cut off for the test where the source has no such split."""
-    split_seed: Seed = 0
-    """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
-    views: Count | None = None
-    """How many different views of a sample the augmentations give, the same for all seeds; epochs go round them.
-    Default: new ones in every epoch, which no cache can keep."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode image files. 0: the main one."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        kind = self.source.partition(":")[0]
-        if self.options and kind not in ("torchvision", "hf"):
-            raise Misfit(f"source {self.source!r} takes no options, given {self.options}; remove them", "options")
-        for key in ("image_column", "label_column"):
-            if getattr(self, key) is not None and kind != "hf":
-                raise Misfit(f"source {self.source!r} has no columns; remove {key!r}", key)
-        if self.route is not None and kind != "hf" and (self.source, self.route) != ("imagefolder", "folder"):
-            raise Misfit(
-                f"source {self.source!r} has no column {self.route!r} to choose teachers by; "
-                "allowed: a column of an hf data set, or folder with imagefolder",
-                "route",
-            )
-        if self.source == "imagefolder" and self.path is None:
-            raise ValueError(
-                "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
-            )
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("'mean' and 'std' go together; give both or neither")
-        if self.views is not None and not self.augment:
-            raise Misfit(
-                f"views: {self.views}, and nothing augments the images; remove it, or set 'augment'", "views"
-            )
-        if self.std is not None and min(self.std, default=1.0) <= 0:
-            raise Misfit(f"std {self.std} has a value of 0; every one must be above 0", "std")
-        return self
 
 
 class OptimizerConfig(Section):
@@ -317,6 +214,9 @@ class MemberConfig(ModelConfig):
     seed: Seed | None = None
     """Of its weights and its order of images, where it is trained. Default: the first of ``seeds``, and each member
     of an ensemble the next."""
+    learn: Literal["all", "head"] | None = None
+    """What of it is trained: ``head`` is what did not come with its weights, such as a new output layer. Default:
+    all; of task ``mlm`` the head, which ties to embeddings that stay."""
     train: TrainConfig | None = None
     """Its own training, or fine-tuning where it has weights. What it leaves out is taken from the recipe's ``train``.
     Default: none with weights, the recipe's ``train`` without."""
@@ -425,15 +325,26 @@ class Recipe(Section):
     """One comparison: a student alone, and by a method, most often with a teacher."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    data: DataConfig
+    data: Annotated[DataConfig | TextDataConfig, Field(discriminator="kind")]
     workflow: Annotated[BornAgainConfig | AssistantChainConfig, Field(discriminator="kind")] | None = None
     """What trains more than once. Default: one comparison."""
     teacher: TeacherConfig | None = None
     """See below. ``null``, or left out, for a method that needs none, where students are compared with a teacher all
     the same if there is one; and for ``workflow: born-again``."""
-    student: ModelConfig
+    student: StudentConfig
     method: Annotated[
-        LogitConfig | ByotConfig | FeatureConfig | MutualConfig | SimkdConfig | SupervisedConfig | TeacherFreeConfig,
+        LogitConfig
+        | ByotConfig
+        | EmbeddingConfig
+        | FeatureConfig
+        | MinilmConfig
+        | MutualConfig
+        | PatientConfig
+        | SimkdConfig
+        | SupervisedConfig
+        | TeacherFreeConfig
+        | TinybertConfig
+        | TripleConfig,
         Field(discriminator="kind"),
     ]
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -466,6 +377,20 @@ class Recipe(Section):
                 )
             if self.data.route is not None:
                 raise Misfit("'data.route' is given, and there is no teacher to go by it; remove it", "data")
+        if self.student.model == "teacher":
+            if self.teacher is None or self.teacher.members is not None:
+                what = "no teacher" if self.teacher is None else "several"
+                raise Misfit(f"the student is cut from its teacher, and there is {what}; name a model", "student")
+            if self.workflow is not None:
+                raise Misfit(
+                    f"a student cut from its teacher is for one comparison, not workflow {self.workflow.kind}; "
+                    "name a model",
+                    "student",
+                )
+        if self.baseline and self.data.task in ("embedding", "ranking"):
+            raise Misfit(f"task {self.data.task!r} has no labels to learn from alone; remove 'baseline'", "baseline")
+        if self.data.task != "classes" and self.workflow is not None:
+            raise Misfit(f"workflows are for classes, and the task is {self.data.task!r}; remove it", "workflow")
         if self.workflow is not None and self.method.kind == "simkd":
             raise Misfit(
                 "simkd exports the teacher's classifier with the student, and the next student would lack it; "

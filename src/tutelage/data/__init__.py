@@ -3,12 +3,17 @@
 from tutelage.data.batch import IGNORE, Batch, WithIds, as_batch, causal_batch
 from tutelage.data.images import ImageData, ImageSet, load_images
 from tutelage.data.loader import Batches, InOrder, LoaderBatches, PlannedBatches, Rows, Share
+from tutelage.data.texts import TextData, TextSet, load_texts, read_texts
 from tutelage.data.views import view_seeds
+
+Data = ImageData | TextData
+"""What a recipe trains on."""
 
 __all__ = [
     "IGNORE",
     "Batch",
     "Batches",
+    "Data",
     "ImageData",
     "ImageSet",
     "InOrder",
@@ -16,9 +21,13 @@ __all__ = [
     "PlannedBatches",
     "Rows",
     "Share",
+    "TextData",
+    "TextSet",
     "WithIds",
     "as_batch",
     "causal_batch",
     "load_images",
+    "load_texts",
+    "read_texts",
     "view_seeds",
 ]

@@ -17,8 +17,9 @@ IGNORE = -100
 
 Inputs = Tensor | dict[str, Tensor]
 
-Task = Literal["classes", "multi-label", "regression"]
-"""What labels are: one class of several, any number of them, or numbers."""
+Task = Literal["classes", "multi-label", "regression", "embedding", "ranking"]
+"""What labels are: one class of several, any number of them, numbers, or none: the teacher says an embedding, or
+scores of two answers."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,6 +177,24 @@ class ImageData:
         """Height and width of an image, in pixels."""
         return self.train.size
 
+    @property
+    def task(self) -> Literal["classes"]:
+        """What is done with them."""
+        return "classes"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a model is built for."""
+        return {"classes": len(self.classes), "channels": self.channels, "size": self.size}
+
+    def made_from(self) -> dict[str, Any]:
+        """What a batch depends on beside its views, as JSON; :meth:`preprocessing` has it."""
+        return {}
+
+    def summary(self) -> str:
+        """In a few words."""
+        return f"{self.channels}x{self.size}x{self.size}, {len(self.classes)} classes"
+
     def preprocessing(self) -> dict[str, Any]:
         """What a user of the student must do to an image first."""
         return {
@@ -209,7 +227,7 @@ def path_id(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def stratified(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
+def stratified(labels: Tensor, count: int, seed: int, what: str, things: str = "images") -> tuple[Tensor, Tensor]:
     """``count`` rows with each class's share kept, and the others; both in ascending order.
 
     Raises:
@@ -222,7 +240,7 @@ def stratified(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor
         return rows, rows[:0]
     if count > len(labels):
         raise DataError(
-            f"{what}: {count} images are asked for, there are {len(labels)}",
+            f"{what}: {count} {things} are asked for, there are {len(labels)}",
             remedy=f"set it to at most {len(labels)}, or leave it out for all",
         )
     try:
@@ -230,9 +248,9 @@ def stratified(labels: Tensor, count: int, seed: int, what: str) -> tuple[Tensor
     except ValueError:
         per_class = torch.bincount(labels)
         raise DataError(
-            f"{what}: cannot take {count} of {len(labels)} images and have each class among those and among the "
-            f"others ({len(per_class)} classes, the smallest has {int(per_class.min())} images)",
-            remedy=f"set {what} so that both parts get images of every class, or add images to the smallest class",
+            f"{what}: cannot take {count} of {len(labels)} {things} and have each class among those and among the "
+            f"others ({len(per_class)} classes, the smallest has {int(per_class.min())})",
+            remedy=f"set {what} so that both parts get {things} of every class, or add some to the smallest class",
         ) from None
     return torch.from_numpy(chosen).sort().values, torch.from_numpy(rest).sort().values
 

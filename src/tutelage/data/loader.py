@@ -77,12 +77,18 @@ def order(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
+WINDOW = 64
+"""Batches whose rows are sorted by length among each other, where rows have lengths."""
+
 SHARED_VIEWS = 0
 """The seed of views that all runs share."""
 
 
 class PlannedBatches:
     """Batches of a :class:`Rows`, shuffled and augmented as functions of (seed, epoch, sample id).
+
+    Rows that have ``lengths`` (texts) are bucketed: of each :data:`WINDOW` batches those of like length come
+    together, and then the batches are shuffled, so that little is padded.
 
     Args:
         data: the training split.
@@ -116,9 +122,19 @@ class PlannedBatches:
             steps[-2:] = [torch.cat(steps[-2:])]
         return steps
 
+    def plan(self, epoch: int) -> list[Tensor]:
+        """The rows of each step of an epoch."""
+        rows = order(len(self.data), self.seed, epoch)
+        lengths: Tensor | None = getattr(self.data, "lengths", None)
+        if lengths is None:
+            return self.cut(rows)
+        windows = [w[lengths[w].argsort(stable=True)] for w in rows.split(WINDOW * self.batch_size)]
+        steps = self.cut(torch.cat(windows))
+        return [steps[i] for i in order(len(steps), self.seed + 1, epoch)]
+
     def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
-        rows = self.cut(order(len(self.data), self.seed, epoch))[skip:]
+        rows = self.plan(epoch)[skip:]
         view, seed = (epoch, self.seed) if self.views is None else (epoch % self.views, SHARED_VIEWS)
         keys = [(view, step_rows, span) for step_rows in rows for span in share.cut(len(step_rows))]
         fetched = iter(_fetch_all(_Views(self.data, seed), keys, self.workers))

@@ -301,6 +301,24 @@ def _torchvision_split(part: Any) -> RawSplit:
     return RawSplit(torch.as_tensor(np.asarray(labels)).long(), open=partial(_open_item, part, 0))
 
 
+def load_hub(name: str, options: dict[str, Any]) -> Any:
+    """A data set by id, as a mapping of its splits.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, **options)
+    except Exception as error:  # noqa: BLE001 - the library raises what its loaders raise
+        raise DataError(
+            f"hf:{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="check the id, data.options and the network; HF_HUB_OFFLINE=1 allows only what is on disk",
+        ) from None
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
+
+
 def huggingface_source(
     name: str,
     options: dict[str, Any],
@@ -316,15 +334,7 @@ def huggingface_source(
     require("datasets", "vision", f"the data set hf:{name}")
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(name, **options)
-    except Exception as error:  # noqa: BLE001 - the library raises what its loaders raise
-        raise DataError(
-            f"hf:{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            remedy="check the id, data.options and the network; HF_HUB_OFFLINE=1 allows only what is on disk",
-        ) from None
-    if not isinstance(loaded, datasets.DatasetDict):
-        loaded = datasets.DatasetDict({"train": loaded})
+    loaded = load_hub(name, options)
     parts = {
         split: loaded[candidate] for split, names in SPLIT_NAMES.items() for candidate in names if candidate in loaded
     }

@@ -9,85 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tutelage.data.batch import IGNORE, Batch, spans
+from tutelage.data.batch import Batch, spans
 from tutelage.data.loader import Share
-from tutelage.errors import CapabilityError
-from tutelage.taps import Needs, observe
+from tutelage.engine.scores import METRICS, Metrics
+from tutelage.errors import CapabilityError, DataError
+from tutelage.taps import Head, Needs, observe
 from tutelage.teachers.signal import Teacher
-
-BINS = 15
-"""Bins of the reliability diagram and of the calibration error (Guo et al., 2017)."""
-
-
-class Scores:
-    """Running sums of every metric of a classifier.
-
-    Args:
-        device: where the sums live.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        names = ("n", "correct", "nll", "seen", "agree", "kl")
-        self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in names}
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)
-        self.per_class: Tensor | None = None
-
-    def add(self, logits: Tensor, labels: Tensor, counted: Tensor, teacher: Tensor | None = None) -> None:
-        """Add positions: logits ``[N, C]``, labels ``[N]``, ``counted`` ``[N]``, teacher logits ``[N, C]``."""
-        has = (labels != IGNORE) & counted
-        scores, targets = logits[has], labels[has]
-        log_p = F.log_softmax(scores, dim=-1)
-        confidence, predicted = log_p.max(dim=-1)
-        right = predicted == targets
-        self.sums["n"] += has.sum()
-        self.sums["correct"] += right.sum()
-        self.sums["nll"] += F.nll_loss(log_p, targets, reduction="sum")
-        confidence = confidence.exp().double()
-        which = (confidence * BINS).ceil().sub(1).clamp(0, BINS - 1).long()
-        ones = torch.stack([torch.ones_like(confidence), confidence, right.double()])
-        self.bins.index_add_(1, which, ones)
-        classes = logits.shape[-1]
-        if classes <= 1000:
-            if self.per_class is None:
-                self.per_class = torch.zeros(2, classes, dtype=torch.float64, device=logits.device)
-            self.per_class.index_add_(1, targets, torch.stack([torch.ones_like(confidence), right.double()]))
-        if teacher is not None:
-            mine, theirs = logits[counted], teacher[counted]
-            log_q, log_t = F.log_softmax(mine, dim=-1), F.log_softmax(theirs, dim=-1)
-            self.sums["seen"] += counted.sum()
-            self.sums["agree"] += (mine.argmax(-1) == theirs.argmax(-1)).sum()
-            self.sums["kl"] += F.kl_div(log_q, log_t, reduction="sum", log_target=True)
-
-    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> Scores:
-        """These sums, added up over processes."""
-        self.sums = {k: over_processes(v) for k, v in self.sums.items()}
-        self.bins = over_processes(self.bins)
-        self.per_class = None if self.per_class is None else over_processes(self.per_class)
-        return self
-
-    def result(self) -> dict[str, Any]:
-        """Accuracy, loss (nats), ECE and the reliability bins; with a teacher, agreement and KL (nats)."""
-        s = {k: float(v) for k, v in self.sums.items()}
-        n = max(s["n"], 1.0)
-        count, confidence, right = self.bins.cpu()
-        out: dict[str, Any] = {
-            "n": int(s["n"]),
-            "accuracy": s["correct"] / n,
-            "loss": s["nll"] / n,
-            "ece": float((confidence - right).abs().sum() / n),
-            "reliability": {
-                "count": count.tolist(),
-                "confidence": (confidence / count.clamp(min=1)).tolist(),
-                "accuracy": (right / count.clamp(min=1)).tolist(),
-            },
-        }
-        if self.per_class is not None and self.per_class.shape[1] <= 100:
-            total, hits = self.per_class.cpu()
-            out["per_class"] = (hits / total.clamp(min=1)).tolist()
-        if s["seen"]:
-            out["agreement"] = s["agree"] / s["seen"]
-            out["kl"] = s["kl"] / s["seen"]
-        return out
 
 
 def evaluate(
@@ -112,10 +39,10 @@ def evaluate(
     """
 
     def ask(batch: Batch) -> Tensor:
+        where = guessed(batch)
         with torch.no_grad():
-            logits = observe(model, batch.inputs, Needs()).logits
-        assert logits is not None
-        return logits
+            seen = observe(model, batch.inputs, Needs() if where is None else OF_HEAD)
+            return _logits(seen.logits, seen.head, where)
 
     training = [m for m in model.modules() if m.training]
     model.eval()
@@ -145,9 +72,44 @@ def evaluate_teacher(
     known = None if said is None else iter(said)
 
     def ask(batch: Batch) -> Tensor:
-        return teacher.signal(batch, Needs()).dense() if known is None else next(known).to(device)
+        return said_at(teacher, batch) if known is None else next(known).to(device)
 
     return _scored(ask, "teacher", batches, device, watch=watch).result()
+
+
+OF_HEAD = Needs(logits=False, head=True)
+
+
+def guessed(batch: Batch) -> Tensor | None:
+    """``[B, L]`` where tokens are to be guessed, of masked language modelling; ``None`` where all positions count.
+
+    A model is evaluated on those alone: scores of a whole vocabulary for all others would be seven times the work.
+    """
+    if batch.labels.ndim != 2 or not isinstance(batch.inputs, dict) or batch.mask is None:
+        return None
+    where = batch.labelled()
+    return where if 2 * int(where.sum()) < int(batch.mask.sum()) else None
+
+
+def said_at(teacher: Teacher, batch: Batch) -> Tensor:
+    """A teacher's logits of a batch: ``[B, ..., C]``, or ``[N, C]`` of the tokens that are guessed."""
+    where = guessed(batch) if "head" in teacher.provides else None
+    signal = teacher.signal(batch, Needs() if where is None else OF_HEAD)
+    return _logits(signal.logits, signal.head, where)
+
+
+@torch.no_grad()
+def _logits(logits: Tensor | None, head: Head | None, where: Tensor | None) -> Tensor:
+    if where is None:
+        assert logits is not None
+        return logits
+    assert head is not None
+    return F.linear(head.inputs[where], head.weight, head.bias)
+
+
+def _at(batch: Batch, where: Tensor) -> Batch:
+    """The positions that are guessed as a batch of their own."""
+    return Batch(batch.labels[where], batch.labels[where], task=batch.task)
 
 
 def _scored(
@@ -158,15 +120,15 @@ def _scored(
     teacher: Iterable[Tensor] | None = None,
     share: Share = Share(),  # noqa: B008 - frozen
     watch: Callable[[Tensor], object] | None = None,
-) -> Scores:
-    scores = Scores(device)
+) -> Metrics:
+    scores: Metrics | None = None
     theirs = iter(teacher) if teacher is not None else None
     for batch in batches:
         start, stop = spans(len(batch), share.world)[share.rank]
         highest = int(batch.labels.max()) if batch.labels.numel() else 0
         mine = batch.rows(start, stop).to(device)
         logits = ask(mine)
-        if highest >= logits.shape[-1]:
+        if batch.task == "classes" and highest >= logits.shape[-1]:
             raise CapabilityError(
                 f"the data has a label {highest}, the {who} scores classes 0 to {logits.shape[-1] - 1}",
                 remedy="set its number of classes",
@@ -174,9 +136,16 @@ def _scored(
         reference = None
         if theirs is not None:
             rows = next(theirs)
-            reference = (rows[start:stop] if start < stop else rows[:1]).to(device).flatten(0, -2)
-        flat, counted = logits.flatten(0, -2).float(), mine.counted().flatten()
-        scores.add(flat, mine.labels.flatten(), counted, reference)
-        if watch is not None:
-            watch(flat[counted])
+            where = guessed(batch)
+            if where is not None:  # rows are positions
+                start, stop = int(where[:start].sum()), int(where[:stop].sum())
+            reference = (rows[start:stop] if start < stop else rows[: len(logits)]).to(device)
+        if logits.ndim == 2 and mine.labels.ndim == 2:
+            mine = _at(mine, mine.labelled())
+        scores = METRICS[batch.task](device) if scores is None else scores
+        scores.add(logits, mine, reference, (start, stop, len(batch)))
+        if watch is not None and batch.task == "classes":
+            watch(logits.flatten(0, -2).float()[mine.counted().flatten()])
+    if scores is None:
+        raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
     return scores

@@ -84,6 +84,8 @@ class Training:
         epoch_steps: what counts as an epoch for the schedule and the evaluations, where that is not a pass
             over ``batches``: a student alone on fewer images gets the steps of the distilled one.
         classes: number of classes, where labels shall be checked against it.
+        metric: of the validation, what the best weights are chosen by.
+        validation_references: the teacher's logits of ``validation``, for metrics that compare with them.
     """
 
     name: str
@@ -99,6 +101,8 @@ class Training:
     watcher: Watcher = field(default_factory=Silent)
     epoch_steps: int | None = None
     classes: int | None = None
+    metric: str = "accuracy"
+    validation_references: Iterable[Tensor] | None = None
 
     @property
     def epoch_length(self) -> int:
@@ -117,7 +121,7 @@ class Progress:
 
     step: int = 0
     best: list[float] | None = None
-    """Validation accuracy, minus loss and step of the best evaluation so far."""
+    """Metric on validation, minus loss and step of the best evaluation so far."""
     stale: int = 0
     """Evaluations since then."""
     seconds: float = 0.0
@@ -378,10 +382,11 @@ class _State:
                     self.bare.student,
                     t.validation,
                     self.accelerator.device,
+                    t.validation_references,
                     share=self.share,
                     reduce=self.sum_over_processes,
                 )
-            score = [scores["accuracy"], -scores["loss"], float(at.step)]
+            score = [scores[t.metric], -scores["loss"], float(at.step)]
             if at.best is None or score[:2] > at.best[:2]:
                 at.best, at.stale = score, 0
                 self.best = checkpoint.full_model_state(self.trainee)
@@ -393,7 +398,7 @@ class _State:
             "training": t.name,
             "step": at.step,
             "epoch": at.step / t.epoch_length,
-            "validation": {k: scores[k] for k in ("accuracy", "loss", "ece")},
+            "validation": {k: scores[k] for k in dict.fromkeys((t.metric, "accuracy", "loss", "ece")) if k in scores},
         }
         self.emit(line, {f"validation/{k}": v for k, v in line["validation"].items()})  # type: ignore[attr-defined]
 

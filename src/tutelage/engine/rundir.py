@@ -149,9 +149,7 @@ class RunDirectory:
     def export(self, model: Path) -> None:
         """Make the finished model in that folder the run's student."""
         with new_folder(self.path / "student") as folder:
-            for file in model.iterdir():
-                if file.name != "result.json":
-                    (folder / file.name).write_bytes(file.read_bytes())
+            shutil.copytree(model, folder, ignore=shutil.ignore_patterns("result.json"), dirs_exist_ok=True)
 
     def result(self, training: str) -> dict[str, Any] | None:
         """What a finished training found; ``None`` while it is not finished."""

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
-from tutelage.data import ImageData, InOrder
+from tutelage.data import Data, InOrder
 from tutelage.engine import RunDirectory
 from tutelage.models import load_weights
 from tutelage.workflows.progress import Terminal
@@ -132,7 +132,7 @@ class Results:
 
     def __init__(self, base: Recipe, out: Path) -> None:
         self.base, self.out = base, out
-        self._data: ImageData | None = None
+        self._data: Data | None = None
         self._logits: dict[str, list[Tensor]] = {}
 
     def summary(self, arm: str) -> dict[str, Any]:
@@ -179,9 +179,9 @@ class Results:
             config = recipe.required_teacher if model == "teacher" else recipe.student
             spec = model_spec(config, data)
             if model == "teacher":
-                net = build_teacher(recipe.required_teacher, spec, data.classes, 0)
+                net = build_teacher(recipe.required_teacher, spec, data, 0)
             else:
-                net = build_student(recipe.student, spec, data.classes, 0)
+                net = build_student(recipe.student, spec, data, 0)
                 load_weights(net, self.out / "arms" / FIRST / "models" / model)
             net.eval()
             with torch.no_grad():

@@ -2,20 +2,30 @@
 
 from tutelage.methods.base import Method, Phase, Term, Trainee, adapted, built, check_capabilities, check_task
 from tutelage.methods.byot import ByotMethod
+from tutelage.methods.embedding import EmbeddingMethod
 from tutelage.methods.feature import FeatureMethod, PairsMethod
 from tutelage.methods.links import FEATURE_OBJECTIVES
 from tutelage.methods.logit import SOFT_OBJECTIVES, LogitMethod, SupervisedMethod, TeacherFreeMethod
+from tutelage.methods.minilm import MinilmMethod
 from tutelage.methods.mutual import MutualMethod
+from tutelage.methods.patient import PatientMethod
 from tutelage.methods.simkd import SimkdMethod
+from tutelage.methods.tinybert import TinybertMethod
+from tutelage.methods.triple import MaskedMethod, TripleMethod
 
 METHODS: dict[str, type[Method]] = {
     "byot": ByotMethod,
+    "embedding": EmbeddingMethod,
     "feature": FeatureMethod,
     "logit": LogitMethod,
+    "minilm": MinilmMethod,
     "mutual": MutualMethod,
+    "patient": PatientMethod,
     "simkd": SimkdMethod,
     "supervised": SupervisedMethod,
     "teacher-free": TeacherFreeMethod,
+    "tinybert": TinybertMethod,
+    "triple": TripleMethod,
 }
 """Every method that a recipe can name. ``tutelage.config.METHOD_KINDS`` has their options."""
 
@@ -24,17 +34,23 @@ __all__ = [
     "METHODS",
     "SOFT_OBJECTIVES",
     "ByotMethod",
+    "EmbeddingMethod",
     "FeatureMethod",
     "LogitMethod",
+    "MaskedMethod",
     "Method",
+    "MinilmMethod",
     "MutualMethod",
     "PairsMethod",
+    "PatientMethod",
     "Phase",
     "SimkdMethod",
     "SupervisedMethod",
     "TeacherFreeMethod",
     "Term",
+    "TinybertMethod",
     "Trainee",
+    "TripleMethod",
     "adapted",
     "built",
     "check_capabilities",

@@ -54,6 +54,7 @@ HARD: dict[Task, HardLoss] = {
     "classes": HardLoss("ce", _classes, "kd"),
     "multi-label": HardLoss("bce", _multi_label, "binary_kd"),
     "regression": HardLoss("squared_error", _regression, "mse"),
+    "ranking": HardLoss("ce", _classes, "margin_mse"),
 }
 """By what labels are: one class of several, any number of them, or numbers."""
 

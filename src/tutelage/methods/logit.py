@@ -43,6 +43,7 @@ SOFT_OBJECTIVES: dict[str, SoftObjective] = {
     "dkd": SoftObjective(objectives.dkd, ("alpha", "beta"), labels=True),
     "js": SoftObjective(objectives.js, ("beta",), temperature=1.0),
     "kd": SoftObjective(objectives.kd, ("standardize",)),
+    "margin_mse": SoftObjective(objectives.margin_mse, temperature=None, tasks=("classes", "ranking")),
     "mlkd": SoftObjective(objectives.mlkd, ("temperatures", "instance", "batch", "classes"), temperature=None),
     "mse": SoftObjective(objectives.mse, temperature=None, tasks=("classes", "multi-label", "regression")),
     "reverse_kl": SoftObjective(objectives.reverse_kl, temperature=1.0),

@@ -12,6 +12,7 @@ from torch import nn
 
 from tutelage.errors import MissingDependencyError, ModelError, nearest, require
 from tutelage.models.small import MLP, ConvNet, ResNet
+from tutelage.models.texts import pretrained
 
 ZOO: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": MLP, "resnet": ResNet}
 """Our own small networks."""
@@ -22,12 +23,13 @@ class ModelSpec:
     """Enough to build a model again.
 
     Attributes:
-        model: ``convnet``, ``mlp``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or
-            ``package.module:callable``.
+        model: ``convnet``, ``mlp``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID``,
+            ``package:NAME/FOLDER`` or ``package.module:callable``.
         options: for the constructor.
         classes: number of classes.
         channels: channels of the images.
         size: height and width of the images.
+        task: what a transformers model is to do: ``images``, or a task of texts.
     """
 
     model: str
@@ -35,6 +37,7 @@ class ModelSpec:
     classes: int = 0
     channels: int = 3
     size: int = 0
+    task: str = "images"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -79,7 +82,7 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
             where=where,
             remedy=_signature(spec.model, spec.options),
         ) from None
-    names = [*ZOO, "timm:NAME", "torchvision:NAME", "hf:ID", "package.module:callable"]
+    names = [*ZOO, "timm:NAME", "torchvision:NAME", "hf:ID", "package:NAME/FOLDER", "package.module:callable"]
     close = nearest(spec.model, names, 1)
     raise ModelError(
         f"unknown model {spec.model!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
@@ -128,26 +131,12 @@ def _torchvision(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Mo
 
 
 def _huggingface(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Module:
-    require("transformers", "vision", f"the model hf:{name}")
-    from transformers import AutoConfig, AutoModelForImageClassification
-
-    config = AutoConfig.from_pretrained(name)
-    if classes is None or len(config.id2label) == len(classes):
-        model: nn.Module = AutoModelForImageClassification.from_pretrained(name, **spec.options)
-        return model
-    model = AutoModelForImageClassification.from_pretrained(
-        name,
-        num_labels=len(classes),
-        id2label=dict(enumerate(classes)),
-        label2id={c: i for i, c in enumerate(classes)},
-        ignore_mismatched_sizes=True,  # a new head for other classes, as for fine-tuning
-        **spec.options,
-    )
-    return model
+    return pretrained(spec.model, spec.task, classes, spec.options)
 
 
 _LIBRARIES: dict[str, Callable[[str, ModelSpec, list[str] | None], nn.Module]] = {
     "hf": _huggingface,
+    "package": _huggingface,
     "timm": _timm,
     "torchvision": _torchvision,
 }

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import CheckpointError, nearest
 from tutelage.models.build import ModelSpec, build
+from tutelage.models.texts import pretrained, quiet
 
 WEIGHTS = "model.safetensors"
 MODEL_CARD = "model.json"
@@ -40,7 +41,10 @@ def save_model(model: nn.Module, folder: Path, card: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if callable(save_pretrained):
-        save_pretrained(folder)
+        with quiet():
+            save_pretrained(folder)
+        if (tokenizer := getattr(model, "tokenizer", None)) is not None:
+            tokenizer.save_pretrained(folder)
     else:
         save_shared(model, str(folder / WEIGHTS))
     (folder / MODEL_CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -106,7 +110,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
-    tensors, own = read_tensors(file), model.state_dict()
+    prefix = getattr(model, "weights_prefix", "")
+    tensors, own = {f"{prefix}{k}": v for k, v in read_tensors(file).items()}, model.state_dict()
     given = {own[k].data_ptr() for k in own if k in tensors}  # tied weights are stored under one of their names
     missing = [k for k in own if k not in tensors and own[k].numel() and own[k].data_ptr() not in given]
     unexpected = [k for k in tensors if k not in own]
@@ -160,6 +165,10 @@ def load_model(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     card = read_card(folder)
+    if (
+        card.get("task") is not None and (folder / "config.json").exists()
+    ):  # of transformers, whatever it was cut from
+        return pretrained(f"hf:{folder}", card["task"], None, {}).eval()
     if card.get("spec") is None:
         if (folder / "config.json").exists():
             import transformers

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tutelage.reports.metric import metric_of, named
 from tutelage.reports.panel import Panel
 from tutelage.reports.read import Run, Series
 from tutelage.reports.wording import (
@@ -164,8 +165,12 @@ def final(runs: Sequence[Run]) -> str:
         columns = {k: v for k, v in COLUMNS.items() if k not in OF_TEACHER or run.summary.get("teacher")}
         rows = [[role(row["name"]), *(escaped(row[key]) for key in columns)] for row in final_table(run.summary)]
         caption = "Results" + ("" if len(runs) == 1 else f" of {run.label}")
+        if metric_of(run.summary) != "accuracy":
+            columns |= {k: v.replace("Accuracy", named(run.summary)) for k, v in columns.items()}
         tables.append(table(caption, ["Model", *columns.values()], rows))
     note = NOTE + (NOTE_TEACHER if any(run.summary.get("teacher") for run in runs) else "")
+    other = {named(run.summary) for run in runs if metric_of(run.summary) != "accuracy"}
+    note += f" What is called accuracy here is {' and '.join(sorted(other))}, times 100." if other else ""
     note += NOTE_OTHERS if any(run.summary["students"]["distilled"].get("others") for run in runs) else ""
     return f"<section class='results'>{''.join(tables)}<p class='note'>{escaped(note)}</p></section>"
 

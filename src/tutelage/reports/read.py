@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tutelage.errors import DataError, RunDirectoryError
+from tutelage.reports.metric import judged, judged_line, metric_of
 
 COPY_WHOLE = "a report needs the whole run directory: copy all of it"
 
@@ -99,7 +100,7 @@ def _read_run(path: Path, label: str) -> Run | Series:
         label=label,
         path=path,
         summary=summary,
-        metrics=_read_metrics(path / "metrics.jsonl"),
+        metrics=_read_metrics(path / "metrics.jsonl", metric_of(summary)),
         config=read_text(path / "config.yaml"),
         similarity={file.stem: _read_similarity(file) for file in sorted((path / "similarity").glob("[!.]*.json"))},
     )
@@ -130,6 +131,7 @@ def _read_summary(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(read_text(file))
     except ValueError as error:
         raise DataError(f"is not JSON ({error})", where=str(file), remedy=again) from None
+    found = judged(found) if isinstance(found, dict) else found
     try:
         (WorkflowSummary if isinstance(found, dict) and "workflow" in found else Summary).model_validate(found)
     except ValidationError as error:
@@ -139,14 +141,16 @@ def _read_summary(file: Path) -> dict[str, Any]:
     return found
 
 
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
+def _read_metrics(file: Path, metric: str) -> list[dict[str, Any]]:
     texts = read_text(file).split("\n")
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         try:
-            Line.model_validate(line := json.loads(text))
+            line = json.loads(text)
+            line = judged_line(line, metric) if isinstance(line, dict) else line
+            Line.model_validate(line)
         except ValueError as error:
             if number == len(texts):  # a killed process cuts its last line short, before the line break
                 break

@@ -92,7 +92,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .role { white-space: nowrap; }
 .key { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 4px; font-size: .8125rem; }
 .words th { text-align: left; }
-.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6em; }
+.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8em; }
 .swatch { display: inline-block; width: 11px; height: 11px; margin-right: 8px; border-radius: 3px; }
 .swatch.teacher { background: var(--teacher); transform: rotate(45deg) scale(.85); border-radius: 0; }
 .swatch.other { background: none; border: 2px solid var(--quiet); }

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from tutelage.reports.metric import judged, named
+
 ABSENT = "–"
 """What a cell shows when the run did not measure it."""
 
@@ -31,6 +33,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     A gain counts as shown only when its interval leaves out zero. With one seed there is no interval, and
     without a student trained alone there is no gain; the sentence says so.
     """
+    summary = judged(summary)
     return f"{_against_alone(summary)}{_against_teacher(summary)}."
 
 
@@ -59,7 +62,7 @@ def _against_teacher(summary: Mapping[str, Any]) -> str:
     share = summary["students"]["distilled"]["best"]["accuracy"]["mean"] / teacher
     ratio = summary["capacity_ratio"]
     size = "as many parameters" if ratio == 1 else f"{percent(ratio)} of its parameters"
-    return f"; {'keeps' if share <= 1 else 'reaches'} {percent(share)} of the teacher's accuracy with {size}"
+    return f"; {'keeps' if share <= 1 else 'reaches'} {percent(share)} of the teacher's {named(summary)} with {size}"
 
 
 CELLS = ("name", "accuracy", "last", "agreement", "kl", "ece", "loss", "parameters", "latency", "seconds")
@@ -79,6 +82,7 @@ def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         Formatted strings under ``name``, ``accuracy``, ``last``, ``agreement``, ``kl``, ``ece``, ``loss``,
         ``parameters``, ``latency`` and ``seconds``; an en dash where there is no such figure.
     """
+    summary = judged(summary)
     teacher, speed, sizes = summary.get("teacher"), summary.get("latency") or {}, summary["parameters"]
     rows = []
     if teacher is not None:

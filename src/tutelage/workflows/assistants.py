@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tutelage.config import AssistantChainConfig, ModelConfig, Recipe, dump_recipe
-from tutelage.data import ImageData
+from tutelage.data import Data
 from tutelage.errors import ConfigError
 from tutelage.models import build
 from tutelage.workflows.measure import parameters
@@ -99,9 +99,7 @@ def assistant_chain(stages: Stages, device: torch.device) -> dict[str, Any]:
     return conclude(stages, "assistant-chain", rows, _verdict, best, ratio=student / sizes["teacher"])
 
 
-def chosen(
-    recipe: Recipe, asked: AssistantChainConfig, data: ImageData, say: Callable[[str], None]
-) -> list[ModelConfig]:
+def chosen(recipe: Recipe, asked: AssistantChainConfig, data: Data, say: Callable[[str], None]) -> list[ModelConfig]:
     """The assistants, from the largest to the smallest; none where the student is large enough.
 
     Raises:
@@ -158,7 +156,7 @@ def needed(ratio: float, least: float) -> int:
     return math.ceil(math.log(ratio) / math.log(least) - 1e-9) - 1
 
 
-def resized(model: ModelConfig, family: tuple[str, Any], target: float, data: ImageData) -> ModelConfig:
+def resized(model: ModelConfig, family: tuple[str, Any], target: float, data: Data) -> ModelConfig:
     """The model with the option of its family larger, so that it has ``target`` parameters, or nearly."""
     option, default = family
     base = model.options.get(option, default)
@@ -179,7 +177,7 @@ def resized(model: ModelConfig, family: tuple[str, Any], target: float, data: Im
     return min((at(low), at(high)), key=lambda m: abs(math.log(_size(m, data) / target)))
 
 
-def _size(model: ModelConfig, data: ImageData) -> int:
+def _size(model: ModelConfig, data: Data) -> int:
     with torch.device("meta"):
         return parameters(build(model_spec(model, data), data.classes, where="workflow.assistants"))
 

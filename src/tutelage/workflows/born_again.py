@@ -13,7 +13,7 @@ from tutelage.data import InOrder
 from tutelage.engine import evaluate_teacher
 from tutelage.models import load_weights
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
-from tutelage.workflows.run import build_student, model_spec
+from tutelage.workflows.run import build_student, decoding, model_spec
 from tutelage.workflows.stages import Row, Stages, best_of, conclude, result_of, signed, weights_of
 
 OTHER_WEIGHTS = 100_003
@@ -103,10 +103,10 @@ def scored_together(stages: Stages, folders: Sequence[str], device: torch.device
     data = stages.data(recipe)
     spec, models = model_spec(recipe.student, data), []
     for folder in folders:
-        model = build_student(recipe.student, spec, data.classes, 0)
+        model = build_student(recipe.student, spec, data, 0)
         load_weights(model, Path(folder))
         models.append(LiveTeacher(model).to(device))
-    workers = recipe.data.workers if data.test.pixels is None else 0
+    workers = decoding(recipe, data)
     splits = {"test": InOrder(data.test, workers=workers), "validation": InOrder(data.validation, workers=workers)}
     found = []
     for many in range(2, len(models) + 1):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import yaml
 
-from tutelage.config import CacheConfig, Recipe
-from tutelage.data import Batch, ImageData, InOrder
+from tutelage.config import CacheConfig, DataConfig, Recipe
+from tutelage.data import Batch, Data, InOrder
 from tutelage.engine import Accelerator, make_accelerator
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.methods import Method
@@ -47,7 +47,7 @@ class Filled:
 
 
 def open_cache(
-    recipe: Recipe, data: ImageData, teacher: ModelTeacher, classes: int, method: Method, accelerator: Accelerator
+    recipe: Recipe, data: Data, teacher: ModelTeacher, classes: int, method: Method, accelerator: Accelerator
 ) -> CachedTeacher:
     """The cache that a recipe asks for, new or as it is.
 
@@ -129,7 +129,7 @@ def _opened(
     return CachedTeacher(path, layout, made_from, teacher, device=accelerator.device, rank=accelerator.process_index)
 
 
-def provenance(recipe: Recipe, data: ImageData, teacher: ModelTeacher) -> dict[str, Any]:
+def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher) -> dict[str, Any]:
     """Everything that a row of the cache depends on, as JSON."""
     runs = as_it_runs(teacher)
     if data.routes:
@@ -139,7 +139,11 @@ def provenance(recipe: Recipe, data: ImageData, teacher: ModelTeacher) -> dict[s
         "data": {
             "source": recipe.data.source,
             "options": {k: str(v) for k, v in recipe.data.options.items()},
-            "image_column": recipe.data.image_column,
+            **(
+                {"image_column": recipe.data.image_column}
+                if isinstance(recipe.data, DataConfig)
+                else {"task": recipe.data.task, **data.made_from()}
+            ),
         },
         "preprocessing": data.preprocessing(),
         "augment": recipe.data.augment,

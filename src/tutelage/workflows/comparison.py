@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from tutelage.config import TrainConfig
 from tutelage.data import Batch, Batches
-from tutelage.engine import Accelerator, Outcome, RunDirectory, Training, evaluate, evaluate_teacher, fit, from_main
+from tutelage.engine import (
+    Accelerator,
+    Outcome,
+    RunDirectory,
+    Training,
+    evaluate,
+    evaluate_teacher,
+    fit,
+    from_main,
+    said_at,
+)
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import new_folder, write_text
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
@@ -48,7 +58,9 @@ MEMORY_BYTES = 2**29
 
 Arm = Literal["alone", "distilled"]
 
-FIGURES = ("accuracy", "loss", "agreement", "kl", "ece")
+FIGURES = (
+    "accuracy", "f1", "matthews", "spearman", "pearson", "recall", "loss", "agreement", "kl", "ece",
+)  # fmt: skip
 """What is measured of every student."""
 
 
@@ -81,6 +93,11 @@ class Comparison:
         peer: builds what a method asks to be trained beside the student, given that and a seed. Default: a student,
             where the method asks for one of its architecture.
         peer_card: how to build it again, but for what the student's card says too.
+        supervised: builds the method that learns from the data alone.
+        metric: what models are chosen by, of those that evaluation gives.
+        student_of: builds a student's initialisation from its teacher and a seed, where it is a part of that.
+        head_only: whether only what did not come with a single teacher's weights is trained.
+        compared: whether there is nothing but the teacher's word to evaluate by, as of embeddings.
     """
 
     name: str
@@ -106,6 +123,17 @@ class Comparison:
     teacher_card: dict[str, Any] = field(default_factory=dict)
     peer: Callable[[Any, int], nn.Module] | None = None
     peer_card: Callable[[Any], dict[str, Any]] = lambda asked: {}
+    supervised: Callable[[], Method] = SupervisedMethod
+    metric: str = "accuracy"
+    student_of: Callable[[nn.Module, int], nn.Module] | None = None
+    head_only: bool = False
+    compared: bool = False
+
+    def beside(self, teacher: nn.Module | None) -> Comparison:
+        """The same, its students cut from this teacher where they are parts of one."""
+        if self.student_of is None or teacher is None:
+            return self
+        return replace(self, student=partial(self.student_of, teacher))
 
 
 @dataclass
@@ -133,9 +161,10 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
     """
     if c.teacher is None:
         check_capabilities(c.method(), None)
+    untrained = None if c.teacher is None else c.teacher()
+    c = c.beside(untrained)
     student = c.student(c.seeds[0])
     classes = check_output(c, ctx.device, student, "student")
-    untrained = None if c.teacher is None else c.teacher()
     if untrained is not None:
         check_teachers(c, ctx.device, untrained)
     apprentice, method = fitted(c, student, untrained, c.seeds[0])
@@ -158,6 +187,7 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
         )
     check_optimizer(c, apprentice, method)
     teacher = None if untrained is None else live_teacher(c, ctx, untrained)
+    c = c.beside(model_of(teacher))
     student = c.student(c.seeds[0])
     apprentice, method = fitted(c, c.student(c.seeds[0]), model_of(teacher), c.seeds[0])
     check_labels(c, model_of(teacher), student)
@@ -191,7 +221,8 @@ def examined(c: Comparison, ctx: Context, teacher: ModelTeacher) -> tuple[Refere
     """
     references = References(teacher, c.test, ctx)
     on_validation = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, ctx.device)
-    check_taught(on_validation, references.classes, ctx)
+    if "ece" in on_validation:
+        check_taught(on_validation, references.classes, ctx)
     alike = Similarities()
     teacher_scores = evaluate_teacher(teacher, c.test, ctx.device, references, watch=alike.add)
     alike.keep(ctx.run, "teacher")
@@ -222,7 +253,7 @@ class References:
 
     def _ask(self) -> Iterator[Tensor]:
         for batch in self.test:
-            yield self.teacher.signal(batch.to(self.device), Needs()).dense().float().cpu()
+            yield said_at(self.teacher, batch.to(self.device)).float().cpu()
 
     def __iter__(self) -> Iterator[Tensor]:
         return self._ask() if self.kept is None else iter(self.kept)
@@ -302,7 +333,7 @@ def train_student(
 def beginning(c: Comparison, arm: Arm, seed: int, live: ModelTeacher | None) -> tuple[nn.Module, Method]:
     """The student of an arm and its method, untrained."""
     if arm == "alone":
-        return c.student(seed), SupervisedMethod()
+        return c.student(seed), c.supervised()
     return fitted(c, c.student(seed), model_of(live), seed)
 
 
@@ -332,10 +363,17 @@ def training_of(
         watcher=ctx.terminal,
         epoch_steps=c.batches("distilled", seed).steps_per_epoch,
         classes=classes,
+        metric=c.metric,
+        validation_references=said_of(c, ctx, live) if c.compared else None,
     )
     if method.phases():
         return after_phases(training, ctx, fresh, live, example_of(c))
     return training
+
+
+def said_of(c: Comparison, ctx: Context, teacher: ModelTeacher | None) -> References | None:
+    """What the teacher says of the validation split, where that is what students are evaluated by."""
+    return None if teacher is None or c.validation is None else References(teacher, c.validation, ctx)
 
 
 @dataclass(frozen=True)
@@ -441,8 +479,8 @@ def train_and_keep(
             save_model(result.pop("model"), folder, card)
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         ctx.terminal.say(
-            f"{training.name}: test {result['best']['accuracy']:.2%} "
-            f"(last epoch {result['last']['accuracy']:.2%}), {result['seconds']:.0f} s"
+            f"{training.name}: test {result['best'][training.metric]:.2%} "
+            f"(last epoch {result['last'][training.metric]:.2%}), {result['seconds']:.0f} s"
         )
         for name, scores in result.get("others", {}).items():
             ctx.terminal.say(f"{training.name}-{name}: test {scores['best']['accuracy']:.2%}")
@@ -508,7 +546,9 @@ def _measured(
         "steps": at.step,
         "stopped_early": at.stopped_early,
         "seconds": round(at.seconds, 2),
-        "validation": None if score is None else {"accuracy": score[0], "loss": -score[1], "step": int(score[2])},
+        "validation": None
+        if score is None
+        else {training.metric: score[0], "loss": -score[1], "step": int(score[2])},
         "best": best,
         "last": last,
         "model": model,
@@ -522,7 +562,9 @@ def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> ModelTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
     if c.ensemble is None:
         assert c.teacher is not None
-        model = trained(c, ctx, Member("teacher", c.teacher, c.train_teacher, c.teacher_card), model)
+        model = trained(
+            c, ctx, Member("teacher", c.teacher, c.train_teacher, c.teacher_card, head_only=c.head_only), model
+        )
     else:
         each = zip(c.ensemble.members, model.children(), strict=True)
         model = Ensemble([trained(c, ctx, member, one) for member, one in each])
@@ -546,13 +588,50 @@ def trained(c: Comparison, ctx: Context, member: Member, model: nn.Module) -> nn
     config, batches, seed = member.train
     if ctx.run.result(member.name) is None:
         training = Training(
-            member.name, model, SupervisedMethod(), batches, config, ctx.run,
-            validation=c.validation, seed=seed, should_stop=ctx.should_stop, watcher=ctx.terminal,
+            member.name, model, c.supervised(), batches, config, ctx.run,
+            validation=AsTaught.of(c.validation), seed=seed, should_stop=ctx.should_stop, watcher=ctx.terminal,
+            metric=c.metric,
         )  # fmt: skip
-        train_and_keep(training, ctx, member.model, c.test, None, dict(member.card))
+        if member.head_only:
+            keep_body(model)
+        train_and_keep(training, ctx, member.model, AsTaught.of(c.test), None, dict(member.card))
         model = member.model()
     load_weights(model, ctx.run.model(member.name))
     return model
+
+
+@dataclass(frozen=True)
+class AsTaught:
+    """Batches with what the teacher sees in the place of what the student sees."""
+
+    batches: Iterable[Batch]
+
+    @classmethod
+    def of(cls, batches: Any) -> Any:
+        """Of batches, or of none."""
+        return None if batches is None else cls(batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            yield batch.for_teacher()
+
+
+def keep_body(model: nn.Module) -> None:
+    """Freeze what came with a model's weights; only what is new learns.
+
+    Raises:
+        ConfigError: nothing is new.
+    """
+    fresh = set(getattr(model, "fresh", ()))
+    new = [name for name, _ in model.named_parameters() if name in fresh]
+    if not new:
+        raise ConfigError(
+            "all of the teacher came with its weights, and no new head is there to be trained",
+            where="teacher.learn",
+            remedy="leave teacher.train out to use it as it is, or set teacher.learn: all",
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in fresh)
 
 
 def say_ensemble(scores: Mapping[str, Any], ctx: Context) -> None:
@@ -622,7 +701,10 @@ def rememberable(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Met
     needs = all_needs(method)
     if c.remember is None or method.needs is None or needs.head or c.teacher_mode != "eval":
         return False
-    shapes = feature_shapes(teacher.model, next(iter(c.test)).rows(0, 1), needs.hidden)
+    example = example_of(c)
+    if example.labels.ndim > 1 or (needs.hidden and isinstance(example.inputs, dict)):
+        return False  # as many rows as a text has tokens
+    shapes = feature_shapes(teacher.model, example.rows(0, 1).for_teacher(), needs.hidden)
     row = classes * needs.logits + sum(math.prod(shape) for shape in shapes.values())
     fits = c.remember_rows * row * 4 <= memory_budget(ctx.accelerator.num_processes)
     return from_main(ctx.accelerator, lambda: ctx.run.decided("remembered", fits))
@@ -674,6 +756,8 @@ def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str
     if whole is None:
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
     batch = whole.rows(0, 2).to(device)
+    if who.startswith("teacher"):
+        batch = batch.for_teacher()
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {"inputs": batch.inputs}
     model.to(device).eval()
     try:
@@ -689,16 +773,16 @@ def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str
         ) from error
     assert logits is not None
     classes = logits.shape[-1]
-    if batch.labels.shape != logits.shape[:-1]:
+    if batch.labels.shape != logits.shape[:-1] or (batch.targets is not None and batch.targets.shape != logits.shape):
         raise CapabilityError(
             f"the {who}'s logits are {tuple(logits.shape)} where the labels are {tuple(batch.labels.shape)}",
             remedy="labels are class indices, one for each row of logits (or each token)",
         )
-    if c.classes is not None and classes != len(c.classes):
+    if c.classes and classes != len(c.classes):
         raise CapabilityError(
             f"the {who} scores {classes} classes, the data has {len(c.classes)}", remedy="set its number of classes"
         )
-    if whole.labels.numel() and int(whole.labels.max()) >= classes:
+    if batch.task == "classes" and whole.labels.numel() and int(whole.labels.max()) >= classes:
         raise CapabilityError(
             f"the data has a label {int(whole.labels.max())}, the {who} scores classes 0 to {classes - 1}",
             remedy="set its number of classes",
@@ -745,7 +829,7 @@ def check_labels(c: Comparison, teacher: nn.Module | None, student: nn.Module) -
             for member, model in zip(c.ensemble.members, teacher, strict=True)
         }
         check_agree(carried)
-    if c.classes is None:
+    if not c.classes:
         return
     carried["student"] = label_names(student)
     for who, names in carried.items():
@@ -773,7 +857,7 @@ def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
         return
     noise = 3 * math.sqrt(chance * (1 - chance) / n)
     shown = f"the teacher's accuracy on the evaluation data is {accuracy:.1%}, chance is {chance:.1%}"
-    if accuracy < chance:
+    if accuracy < chance and n * chance >= 3:  # below, chance itself would often get none right
         raise CapabilityError(
             shown,
             remedy="a student can only learn its mistakes: check the checkpoint, the label order and the "
@@ -830,7 +914,7 @@ def summarise(
             **({"others": beside} if beside else {}),
             "best": {k: spread([r["best"][k] for r in found]) for k in keys},
             "last": {k: spread([r["last"][k] for r in found]) for k in keys},
-            "reliability": found[0]["best"]["reliability"],
+            "reliability": found[0]["best"].get("reliability"),
             "per_class": found[0]["best"].get("per_class"),
             "seconds": spread([r["seconds"] for r in found]),
         }
@@ -840,6 +924,7 @@ def summarise(
         "formula": method.formula(),
         "taught": is_taught(method),
         "classes": c.classes,
+        "metric": c.metric,
         "seeds": list(c.seeds),
         "parameters": sizes,
         "projectors": projectors(method),
@@ -850,16 +935,17 @@ def summarise(
     }
     if teacher_scores is not None:
         summary["capacity_ratio"] = sizes["student"] / sizes["teacher"]
-        on_validation = {k: teacher_scores["validation"][k] for k in ("accuracy", "loss", "ece")}
+        kept = [k for k in (c.metric, *FIGURES) if k in teacher_scores["validation"]]
+        on_validation = {k: teacher_scores["validation"][k] for k in kept}
         summary["teacher"] = {**teacher_scores, "validation": on_validation}
     if "alone" in results:
         summary["gain"] = {
             which: paired(
-                [r[which]["accuracy"] for r in results["distilled"]], [r[which]["accuracy"] for r in results["alone"]]
+                [r[which][c.metric] for r in results["distilled"]], [r[which][c.metric] for r in results["alone"]]
             )
             for which in ("best", "last")
         }
-    key = [r["validation"]["accuracy"] if r["validation"] else r["last"]["accuracy"] for r in results["distilled"]]
+    key = [(r["validation"] or r["last"])[c.metric] for r in results["distilled"]]
     chosen = results["distilled"][key.index(max(key))] if c.validation is not None else results["distilled"][0]
     summary["exported"] = chosen["training"]
     if ctx.run.writes:

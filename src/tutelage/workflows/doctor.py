@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from tutelage.config import Recipe
-from tutelage.data import Batch, ImageData
+from tutelage.data import Batch, Data, ImageData, TextData
 from tutelage.data.batch import IGNORE
 from tutelage.engine import evaluate_teacher
 from tutelage.engine.optim import build_optimizer, build_schedule
@@ -63,8 +63,10 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     data = load_data(recipe, terminal)
     c = comparison(recipe, data)
     found = look_at_data(recipe, data)
+    untrained = None if c.teacher is None else c.teacher()
+    c = c.beside(untrained)
     student = c.student(recipe.seeds[0]).to(device)
-    teacher = None if c.teacher is None else as_taught(c, c.teacher(), device, learned=False)
+    teacher = None if untrained is None else as_taught(c, untrained, device, learned=False)
 
     def passes(topic: str, text: str, check: object) -> None:
         try:
@@ -86,7 +88,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     for who, model in {**teachers, "student": student}.items():
         passes(
             who,
-            f"takes the images and scores {len(data.classes)} classes",
+            f"takes the {things_of(data)}" + (f" and scores {len(data.classes)} classes" if data.classes else ""),
             lambda who=who, model=model: check_output(c, device, model, who),
         )
     if any(f.level == "bad" for f in found):
@@ -118,7 +120,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     if teacher is None or recipe.teacher is None:
         found.append(Finding("ok", "teacher", "there is none, and none is needed"))
     elif all(member.train is None for member in recipe.teacher.each):
-        found.append(teacher_quality(c, teacher, device, len(data.classes)))
+        found.append(teacher_quality(c, teacher, device, len(data.classes) or None))
     else:
         found.append(
             Finding("ok", "teacher", "has no weights yet: the run trains it first, then checks it against chance")
@@ -132,28 +134,63 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     return found
 
 
-def look_at_data(recipe: Recipe, data: ImageData) -> list[Finding]:
+def things_of(data: Data) -> str:
+    """What samples are called."""
+    return "texts" if isinstance(data, TextData) else "images"
+
+
+def look_at_data(recipe: Recipe, data: Data) -> list[Finding]:
     """Sizes, balance and batch statistics."""
     labels = data.train.labels[data.train.labels != IGNORE]
     counts = torch.bincount(labels, minlength=len(data.classes))
+    things = things_of(data)
     sizes = (
-        f"{len(data.train)} training images ({len(labels)} labelled), "
+        f"{len(data.train)} training {things} ({len(labels)} labelled), "
         f"{len(data.validation)} validation, {len(data.test)} test"
     )
-    found = [Finding("ok", "data", f"{sizes}; {data.channels}x{data.size}x{data.size}, {len(data.classes)} classes")]
-    low, high = int(counts.min()), int(counts.max())
-    uneven = Finding("note", "balance", f"classes have {low} to {high} labelled images", "read per-class accuracy")
-    found.append(
-        uneven if high > 3 * max(low, 1) else Finding("ok", "balance", f"{low} to {high} labelled images a class")
-    )
-    overlap = len(set(data.train.ids.tolist()) & set(data.test.ids.tolist())) if data.train.open is not None else 0
-    if overlap:
-        found.append(Finding("bad", "splits", f"{overlap} images are in training and test", "separate them"))
+    found = [Finding("ok", "data", f"{sizes}; {data.summary()}")]
+    if data.task == "classes":
+        found.append(balance(counts, things))
     rows = torch.arange(min(len(data.train), 256))
     try:
         x = data.train.fetch(rows).check_finite().inputs
     except TutelageError as error:
         return [*found, Finding("bad", "batch", str(error), error.remedy)]
+    found += look_at_texts(data) if isinstance(data, TextData) else look_at_images(data, x)
+    if recipe.train.batch_size > len(data.train):
+        found.append(
+            Finding("note", "batch size", f"{recipe.train.batch_size} is more than all {len(data.train)} {things}",
+                    "lower train.batch_size: an epoch is a single step")
+        )  # fmt: skip
+    return found
+
+
+def balance(counts: torch.Tensor, things: str) -> Finding:
+    """How many of each class have a label."""
+    low, high = int(counts.min()), int(counts.max())
+    if high > 3 * max(low, 1):
+        return Finding(
+            "note", "balance", f"classes have {low} to {high} labelled {things}", "read per-class accuracy"
+        )
+    return Finding("ok", "balance", f"{low} to {high} labelled {things} a class")
+
+
+def look_at_texts(data: TextData) -> list[Finding]:
+    """How long they are, and how many lose their ends."""
+    lengths = data.train.lengths
+    full = float((lengths >= data.max_length).float().mean())
+    middle = float(lengths.float().median())
+    text = f"{middle:.0f} tokens in the middle, {full:.0%} have all {data.max_length} or lost more"
+    cut = full > 0.5 and not data.settings["pack"]
+    return [Finding("note", "length", text, "raise data.max_length") if cut else Finding("ok", "length", text)]
+
+
+def look_at_images(data: ImageData, x: Any) -> list[Finding]:
+    """Whether splits are apart, and images are normalised."""
+    found: list[Finding] = []
+    overlap = len(set(data.train.ids.tolist()) & set(data.test.ids.tolist())) if data.train.open is not None else 0
+    if overlap:
+        found.append(Finding("bad", "splits", f"{overlap} images are in training and test", "separate them"))
     assert isinstance(x, torch.Tensor)
     mean, std = float(x.mean()), float(x.std())
     text = f"mean {mean:.2f}, standard deviation {std:.2f}, range {float(x.min()):.2f} to {float(x.max()):.2f}"
@@ -162,11 +199,6 @@ def look_at_data(recipe: Recipe, data: ImageData) -> list[Finding]:
         Finding("note", "batch", f"{text}; expected about 0 and 1", "check data.mean and data.std") if odd
         else Finding("ok", "batch", text)
     )  # fmt: skip
-    if recipe.train.batch_size > len(data.train):
-        found.append(
-            Finding("note", "batch size", f"{recipe.train.batch_size} is more than all {len(data.train)} images",
-                    "lower train.batch_size: an epoch is a single step")
-        )  # fmt: skip
     return found
 
 
@@ -188,11 +220,13 @@ def capacity(student: int, teacher: int) -> Finding:
     )  # fmt: skip
 
 
-def teacher_quality(c: Comparison, teacher: Teacher, device: torch.device, classes: int) -> Finding:
-    """The teacher's accuracy on validation, against chance."""
+def teacher_quality(c: Comparison, teacher: Teacher, device: torch.device, classes: int | None) -> Finding:
+    """How good the teacher is on validation; of classes, against chance."""
     scores = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, device)
-    text = f"validation accuracy {scores['accuracy']:.1%}, loss {scores['loss']:.3f}, ECE {scores['ece']:.3f}"
-    if scores["accuracy"] <= 1 / classes:
+    text = f"validation {c.metric} {scores[c.metric]:.1%}, loss {scores['loss']:.3f}"
+    if "ece" in scores:
+        text += f", ECE {scores['ece']:.3f}"
+    if classes is not None and "ece" in scores and scores["accuracy"] <= 1 / classes:
         return Finding("bad", "teacher", f"{text}: not better than chance, {1 / classes:.1%}",
                        "check the checkpoint, the label order and data.mean / data.std")  # fmt: skip
     return Finding("ok", "teacher", text)
@@ -201,7 +235,7 @@ def teacher_quality(c: Comparison, teacher: Teacher, device: torch.device, class
 def one_step(
     recipe: Recipe,
     c: Comparison,
-    data: ImageData,
+    data: Data,
     trainee: Trainee,
     teacher: ModelTeacher | None,
     device: torch.device,
@@ -248,11 +282,13 @@ def one_step(
     if teacher is not None:
         held += sum(p.numel() * p.element_size() for p in teacher.model.parameters())
     peak = f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB at the peak" if device.type == "cuda" else ""
-    images = sum(s.pixels.numel() for s in (data.train, data.validation, data.test) if s.pixels is not None)
+    beside = ""
+    if isinstance(data, ImageData):
+        images = sum(s.pixels.numel() for s in (data.train, data.validation, data.test) if s.pixels is not None)
+        beside = f"; {images / 2**20:.1f} MiB of images"
     found.append(
-        Finding("ok", "memory", f"{held / 2**20:.1f} MiB of weights, gradients and optimizer state{peak}; "
-                f"{images / 2**20:.1f} MiB of images")
-    )  # fmt: skip
+        Finding("ok", "memory", f"{held / 2**20:.1f} MiB of weights, gradients and optimizer state{peak}{beside}")
+    )
     return found
 
 

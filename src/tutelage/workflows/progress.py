@@ -79,7 +79,7 @@ class Terminal:
         if "terms" in line:
             self.terms = show_terms(line)
         else:
-            self.validation = f"val {line['validation']['accuracy']:.1%}"
+            self.validation = f"val {next(iter(line['validation'].values())):.1%}"  # the metric comes first
             now = time.monotonic()
             if self.speaks and not self.live and now - self.shown > 10:
                 self.shown = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from tutelage.config import MemberConfig, ModelConfig, Recipe, TeacherConfig, dump_recipe
-from tutelage.data import ImageData, InOrder, PlannedBatches, load_images
+from tutelage.data import Data, ImageData, InOrder, PlannedBatches, TextData, load_images
 from tutelage.data.batch import IGNORE
+from tutelage.data.texts import LABELS
 from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
 from tutelage.errors import ConfigError, RunDirectoryError
-from tutelage.methods import METHODS, Method
+from tutelage.methods import METHODS, MaskedMethod, Method, SupervisedMethod
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
 from tutelage.workflows.caching import open_cache
@@ -26,6 +28,7 @@ from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
 from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
+from tutelage.workflows.texts import facts, load_text_data, student_of, with_tokenizer
 
 ONE_VIEW = (
     "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "
@@ -76,7 +79,7 @@ def prepared(
 
 def run_data(
     recipe: Recipe,
-    data: ImageData | None,
+    data: Data | None,
     path: Path,
     *,
     resume: bool,
@@ -113,45 +116,101 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def load_data(recipe: Recipe, terminal: Terminal) -> ImageData:
+def load_data(recipe: Recipe, terminal: Terminal) -> Data:
     """The data of a recipe."""
-    fields = recipe.data.model_dump(exclude={"workers", "views"})
+    return LOADERS[recipe.data.kind](recipe, terminal)
+
+
+def _load_images(recipe: Recipe, terminal: Terminal) -> ImageData:
+    fields = recipe.data.model_dump(exclude={"kind", "workers", "views"})
     if recipe.data.views == 1:
         terminal.say(f"note: {ONE_VIEW}")
     augment = None if recipe.teacher is None else recipe.teacher.augment
     return load_images(**fields, teacher_augment=augment, progress=terminal.iterate)
 
 
-def comparison(recipe: Recipe, data: ImageData) -> Comparison:
+LOADERS: dict[str, Callable[[Recipe, Terminal], Data]] = {"images": _load_images, "texts": load_text_data}
+"""By the kind of data."""
+
+
+def comparison(recipe: Recipe, data: Data) -> Comparison:
     """The comparison that a recipe asks for on its data."""
-    labelled = replace(data.train, mixes=()).select((data.train.labels != IGNORE).nonzero().flatten())
+    labelled: Any = data.train
+    if data.task not in UNLABELLED:
+        labelled = replace(data.train, mixes=()).select((data.train.labels != IGNORE).nonzero().flatten())
     sets = {"alone": labelled, "distilled": data.train}
     size, workers = recipe.train.batch_size, recipe.data.workers
 
     def batches(arm: Arm, seed: int) -> PlannedBatches:
         return PlannedBatches(sets[arm], size, seed, workers, recipe.data.views)
 
-    decoding = workers if data.test.pixels is None else 0
-    student_spec = model_spec(recipe.student, data)
-    facts = {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
+    aside = decoding(recipe, data)
+    facts = facts_of(data)
+    cut = recipe.student.model == "teacher"
+    student_spec = None if cut else model_spec(recipe.student, data)
+    card = facts if student_spec is None else {"spec": student_spec.to_dict(), **facts}
     return Comparison(
         name=recipe.name,
-        student=partial(build_student, recipe.student, student_spec, data.classes),
+        student=partial(cut_untrained, recipe, data)
+        if student_spec is None
+        else partial(build_student, recipe.student, student_spec, data),
         method=method_factory(recipe),
         batches=batches,
         config=recipe.train,
-        validation=InOrder(data.validation, workers=decoding),
-        test=InOrder(data.test, workers=decoding),
+        validation=InOrder(data.validation, workers=aside),
+        test=InOrder(data.test, workers=aside),
         seeds=recipe.seeds,
         baseline=recipe.baseline,
-        remember=None if data.train.augmented else InOrder(data.train, workers=decoding),
+        remember=None if data.train.augmented else InOrder(data.train, workers=aside),
         remember_rows=len(data.train),
         classes=data.classes,
-        student_card={"spec": student_spec.to_dict(), **facts},
+        student_card=card,
+        supervised=supervised(data),
+        metric=str(recipe.data.metric),
+        student_of=partial(student_of, recipe.student, data) if cut and isinstance(data, TextData) else None,
+        compared=data.task in ("embedding", "ranking"),
         peer=partial(build_peer, recipe, data),
         peer_card=lambda asked: {"spec": model_spec(peer_config(recipe, asked), data).to_dict()},
         **of_teacher(recipe, data, facts),
     )
+
+
+def decoding(recipe: Recipe, data: Data) -> int:
+    """Processes that fetch what is evaluated: none for images that are in memory."""
+    return recipe.data.workers if isinstance(data, TextData) or data.test.pixels is None else 0
+
+
+UNLABELLED = ("mlm", "tokens", "embedding", "ranking")
+"""Tasks whose texts have no one label that could be missing."""
+
+
+def facts_of(data: Data) -> dict[str, Any]:
+    """What the folder of a model says of it."""
+    if isinstance(data, TextData):
+        return facts(data)
+    return {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
+
+
+def supervised(data: Data) -> Callable[[], Method]:
+    """Learns from the data alone."""
+    return MaskedMethod if data.task == "mlm" else partial(SupervisedMethod, task=LABELS[data.task])
+
+
+def cut_untrained(recipe: Recipe, data: Data, seed: int) -> nn.Module:
+    """A student cut from its teacher as that is before any training.
+
+    Raises:
+        ConfigError: images, whose models are not cut.
+    """
+    if not isinstance(data, TextData):
+        raise ConfigError(
+            "model: teacher cuts layers out of a transformers model of texts, and this data is images",
+            where="student.model",
+            remedy="name a model",
+        )
+    teacher = recipe.required_teacher
+    member = teacher_member(recipe, teacher, 0, data, facts_of(data))
+    return student_of(recipe.student, data, member.model(), seed)
 
 
 def peer_config(recipe: Recipe, asked: Mapping[str, Any] | None) -> ModelConfig:
@@ -159,13 +218,13 @@ def peer_config(recipe: Recipe, asked: Mapping[str, Any] | None) -> ModelConfig:
     return recipe.student if asked is None else ModelConfig(**asked)
 
 
-def build_peer(recipe: Recipe, data: ImageData, asked: Mapping[str, Any] | None, seed: int) -> nn.Module:
+def build_peer(recipe: Recipe, data: Data, asked: Mapping[str, Any] | None, seed: int) -> nn.Module:
     """Its initialisation."""
     config = peer_config(recipe, asked)
-    return build_student(config, model_spec(config, data), data.classes, seed, where="method.peers")
+    return build_student(config, model_spec(config, data), data, seed, where="method.peers")
 
 
-def of_teacher(recipe: Recipe, data: ImageData, facts: dict[str, Any]) -> dict[str, Any]:
+def of_teacher(recipe: Recipe, data: Data, facts: dict[str, Any]) -> dict[str, Any]:
     """What of a comparison is about its teacher."""
     t = recipe.teacher
     if t is None:
@@ -179,15 +238,13 @@ def of_teacher(recipe: Recipe, data: ImageData, facts: dict[str, Any]) -> dict[s
     if t.members is None:
         only = members[0]
         single = {"teacher": only.model, "train_teacher": only.train, "teacher_card": dict(only.card)}
-        return {**shared, **single, "speed": only.speed}
+        return {**shared, **single, "speed": only.speed, "head_only": only.head_only}
     route = None if t.route is None else routes(t.route, data.routes)
     plan = EnsemblePlan(members, t.combine or "probabilities", t.weights, t.average_at or 1.0, route)
     return {**shared, "teacher": plan.untrained, "ensemble": plan}
 
 
-def teacher_member(
-    recipe: Recipe, teacher: TeacherConfig, number: int, data: ImageData, facts: dict[str, Any]
-) -> Member:
+def teacher_member(recipe: Recipe, teacher: TeacherConfig, number: int, data: Data, facts: dict[str, Any]) -> Member:
     """A teacher of the recipe; each has a seed of its own, so that two of the same kind differ."""
     config, many = teacher.each[number], teacher.members is not None
     name = f"teacher-{number}" if many else "teacher"
@@ -200,22 +257,25 @@ def teacher_member(
         train = (config.train, batches, seed)
     return Member(
         name,
-        partial(build_teacher, config, spec, data.classes, seed, where),
+        partial(build_teacher, config, spec, data, seed, where),
         train,
         {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
         live_options(teacher.speed, config.speed),
+        (config.learn or ("head" if data.task == "mlm" else "all")) == "head",
     )
 
 
 def method_factory(recipe: Recipe) -> Callable[[], Method]:
     """Builds the recipe's method."""
-    options = recipe.method.model_dump(exclude={"kind"})
-    return lambda: METHODS[recipe.method.kind](**options)
+    options, kind = recipe.method.model_dump(exclude={"kind"}), METHODS[recipe.method.kind]
+    if "task" in inspect.signature(kind).parameters:
+        options["task"] = LABELS[recipe.data.task]
+    return lambda: kind(**options)
 
 
-def model_spec(config: ModelConfig, data: ImageData) -> ModelSpec:
-    """The recipe's model, for the classes and images of the data."""
-    return ModelSpec(config.model, config.options, len(data.classes), data.channels, data.size)
+def model_spec(config: ModelConfig, data: Data) -> ModelSpec:
+    """The recipe's model, for the data."""
+    return ModelSpec(config.model, config.options, **data.spec)
 
 
 def card_classes(config: MemberConfig) -> list[str] | None:
@@ -230,25 +290,16 @@ def card_classes(config: MemberConfig) -> list[str] | None:
     return names
 
 
-def build_teacher(
-    config: MemberConfig, spec: ModelSpec, classes: list[str], seed: int, where: str = "teacher"
-) -> nn.Module:
+def build_teacher(config: ModelConfig, spec: ModelSpec, data: Data, seed: int, where: str = "teacher") -> nn.Module:
     """The teacher, with the weights of its checkpoint where it has one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(spec, classes, where=f"{where}.model")
-    if config.checkpoint is not None:
-        load_weights(model, Path(config.checkpoint))
-    return model
+    return build_student(config, spec, data, seed, where)
 
 
-def build_student(
-    config: ModelConfig, spec: ModelSpec, classes: list[str], seed: int, where: str = "student"
-) -> nn.Module:
+def build_student(config: ModelConfig, spec: ModelSpec, data: Data, seed: int, where: str = "student") -> nn.Module:
     """A student's initialisation; the same seed gives the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(spec, classes, where=f"{where}.model")
+        model = build(spec, data.classes, where=f"{where}.model")
     if config.checkpoint is not None:
         load_weights(model, Path(config.checkpoint))
-    return model
+    return with_tokenizer(model, data) if isinstance(data, TextData) else model

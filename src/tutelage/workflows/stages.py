@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
-from tutelage.data import ImageData
+from tutelage.data import Data
 from tutelage.engine import RunDirectory
 from tutelage.engine.rundir import write_text
 from tutelage.errors import RunDirectoryError
@@ -42,9 +42,9 @@ class Stages:
     run: RunDirectory
     terminal: Terminal
     names: list[str] = field(default_factory=list)
-    _data: dict[str, ImageData] = field(default_factory=dict)
+    _data: dict[str, Data] = field(default_factory=dict)
 
-    def data(self, recipe: Recipe) -> ImageData:
+    def data(self, recipe: Recipe) -> Data:
         """The data of a stage; read once for all stages that have the same."""
         augment = None if recipe.teacher is None else recipe.teacher.augment
         key = json.dumps([recipe.data.model_dump(mode="json"), augment])

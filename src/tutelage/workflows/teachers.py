@@ -32,6 +32,7 @@ class Member:
         train: how it is trained first; ``None`` where it has weights.
         card: how to build it again.
         speed: options of :class:`LiveTeacher` beside the mode.
+        head_only: whether only what did not come with its weights is trained.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Member:
     train: Trained | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     speed: Mapping[str, Any] = field(default_factory=dict)
+    head_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from tutelage.config import Recipe, dump_recipe
-from tutelage.data import ImageData
+from tutelage.data import Data
 from tutelage.engine import RunDirectory, Training, evaluate_teacher, fit, make_accelerator
 from tutelage.engine.loop import Silent
 from tutelage.engine.rundir import new_folder
@@ -76,18 +76,18 @@ class Bench:
 
     def __init__(self, terminal: Terminal, should_stop: Callable[[], bool], warmup: float) -> None:
         self.terminal, self.should_stop, self.warmup = terminal, should_stop, warmup
-        self.loaded: dict[str, ImageData] = {}
+        self.loaded: dict[str, Data] = {}
         self.live: dict[str, ModelTeacher] = {}
         self.memory: dict[str, MemoryTeacher] = {}
 
-    def data(self, recipe: Recipe) -> ImageData:
+    def data(self, recipe: Recipe) -> Data:
         """The data of a recipe, with its validation split in place of its test split."""
         key = json.dumps([recipe.data.model_dump(mode="json"), recipe.required_teacher.augment])
         if key not in self.loaded:
             while len(self.loaded) >= MOST_DATA:
                 self.loaded.pop(next(iter(self.loaded)))
             data = load_data(recipe, self.terminal)
-            self.loaded[key] = replace(data, test=data.validation)
+            self.loaded[key] = replace(data, test=data.validation)  # type: ignore[arg-type]  # both of one kind
         return self.loaded[key]
 
     def train_teacher(self, recipe: Recipe, run: RunDirectory) -> Recipe:

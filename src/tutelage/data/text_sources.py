@@ -1,0 +1,240 @@
+"""Where texts come from: tables in files, folders of plain text, data sets of Hugging Face."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutelage.data.images import path_id
+from tutelage.data.sources import SPLIT_NAMES, load_hub
+from tutelage.errors import ConfigError, DataError, nearest, require
+
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+"""What files of a table may end in."""
+
+Paths = str | Mapping[Any, str]
+
+
+@dataclass
+class RawTexts:
+    """One split as its source has it.
+
+    Attributes:
+        columns: by name, each with one value a row: the texts, the labels, the route.
+        length: number of rows.
+        ids: one stable number a row.
+    """
+
+    columns: dict[str, Sequence[Any]]
+    length: int
+    ids: Tensor
+
+
+@dataclass
+class RawText:
+    """The splits of a source, and what it says of their columns.
+
+    Attributes:
+        name: of the source, for messages.
+        splits: by name.
+        names: class names of a column that holds their numbers.
+        digest: tells this content from another.
+    """
+
+    name: str
+    splits: dict[str, RawTexts]
+    names: dict[str, list[str]] = field(default_factory=dict)
+    digest: str = ""
+
+
+def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], columns: Sequence[str]) -> RawText:
+    """The splits of a source, with the columns that are asked for.
+
+    Args:
+        source: ``table``, ``plain`` or ``hf:DATASET_ID``.
+        path: a file or a folder, or one for each split.
+        options: for ``load_dataset``.
+        columns: names.
+
+    Raises:
+        ConfigError: unknown source.
+        DataError: missing or broken data, or no such column; names the file.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "hf" and name:
+        return _huggingface(name, options, columns)
+    readers: dict[str, Callable[[Path, Sequence[str]], RawTexts]] = {"plain": _plain, "table": _table}
+    if source not in readers:
+        names = [*readers, "hf:DATASET_ID"]
+        close = nearest(source, names, 1)
+        raise ConfigError(
+            f"data.source: unknown source of texts {source!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+            remedy=f"allowed: {', '.join(names)}",
+        )
+    assert path is not None
+    files = {"train": path} if isinstance(path, str) else dict(path)
+    splits = {split: readers[source](Path(file), columns) for split, file in files.items()}
+    start = 0
+    for split, raw in splits.items():
+        if source == "table":  # places in one file after another, so that no two rows share a number
+            raw.ids = raw.ids + start
+            start += raw.length
+        if not raw.length:
+            raise DataError("has no rows", where=files[split], remedy="give a file with texts in it")
+    digest = hashlib.blake2b(digest_size=8)
+    for split, file in files.items():
+        digest.update(split.encode())
+        for each in _files(Path(file)):
+            _digest(each, digest)
+    return RawText(str(path), splits, digest=digest.hexdigest())
+
+
+def _digest(path: Path, into: Any) -> None:
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            into.update(block)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*.txt") if p.is_file())
+
+
+# Tables ------------------------------------------------------------------------------------------------
+
+
+def _table(path: Path, columns: Sequence[str]) -> RawTexts:
+    """A CSV, TSV, JSON-lines or Parquet file."""
+    import pyarrow as pa
+
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        close = nearest(str(path), siblings, 1)
+        raise DataError(
+            "no such file", where=str(path), remedy=f"did you mean {close[0]}?" if close else "check data.path"
+        )
+    if path.suffix not in READERS:
+        raise DataError(
+            f"ends in {path.suffix or 'nothing'}", where=str(path), remedy=f"allowed: {', '.join(TABLES)}"
+        )
+    try:
+        table = READERS[path.suffix](path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"cannot be read as {path.suffix[1:]}: {reason}",
+            where=str(path),
+            remedy="repair the file, or fetch it again",
+        ) from None
+    found = {}
+    for column in columns:
+        if column not in table.column_names:
+            close = nearest(column, table.column_names, 1)
+            raise DataError(
+                f"has no column {column!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+                where=str(path),
+                remedy=f"its columns: {', '.join(table.column_names)}",
+            )
+        found[column] = table[column].to_pylist()
+    return RawTexts(found, table.num_rows, torch.arange(table.num_rows))
+
+
+def _csv(path: Path, delimiter: str = ",") -> Any:
+    from pyarrow import csv
+
+    # A quoted text may hold line breaks, and a line may be longer than pyarrow's usual block of 1 MiB.
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    return csv.read_csv(path, read_options=csv.ReadOptions(block_size=_block(path)), parse_options=parse)
+
+
+def _json(path: Path) -> Any:
+    from pyarrow import json
+
+    return json.read_json(path, read_options=json.ReadOptions(block_size=_block(path)))
+
+
+def _block(path: Path) -> int:
+    """A block that holds any one line: the whole file, up to what pyarrow takes."""
+    return min(max(path.stat().st_size + 1, 2**20), 2**31 - 1)
+
+
+def _parquet(path: Path) -> Any:
+    from pyarrow import parquet
+
+    return parquet.read_table(path)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".csv": _csv,
+    ".json": _json,
+    ".jsonl": _json,
+    ".parquet": _parquet,
+    ".tsv": lambda path: _csv(path, "\t"),
+}
+"""What reads a table, by the end of its file's name."""
+
+
+# Plain text --------------------------------------------------------------------------------------------
+
+
+def _plain(path: Path, columns: Sequence[str]) -> RawTexts:
+    """Files that end in .txt, whose paragraphs (between empty lines) are the texts."""
+    if not path.exists():
+        raise DataError("no such file or folder", where=str(path), remedy="check data.path")
+    texts, ids = [], []
+    for file in _files(path):
+        try:
+            content = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"is not UTF-8: {error.reason} at byte {error.start}",
+                where=str(file),
+                remedy="convert it: iconv -t UTF-8",
+            ) from None
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        for i, paragraph in enumerate(p for p in content.split("\n\n") if p.strip()):
+            texts.append(" ".join(paragraph.split()))
+            ids.append(path_id(f"{name}#{i}"))
+    if not texts:
+        raise DataError("has no text", where=str(path), remedy="give files that end in .txt, with text in them")
+    return RawTexts(dict.fromkeys(columns, texts), len(texts), torch.tensor(ids, dtype=torch.int64))
+
+
+# Hugging Face ------------------------------------------------------------------------------------------
+
+
+def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> RawText:
+    require("datasets", "text", f"the data set hf:{name}")
+    import datasets
+
+    loaded = load_hub(name, options)
+    parts = {
+        split: loaded[candidate] for split, names in SPLIT_NAMES.items() for candidate in names if candidate in loaded
+    }
+    if "train" not in parts:
+        raise DataError(f"hf:{name} has splits {list(loaded)}, none called train", remedy="name one in data.options")
+    names: dict[str, list[str]] = {}
+    splits, start = {}, 0
+    for split, part in parts.items():
+        for column in columns:
+            if column not in part.features:
+                close = nearest(column, list(part.features), 1)
+                raise DataError(
+                    f"hf:{name} has no column {column!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+                    remedy=f"its columns: {', '.join(part.features)}",
+                )
+            feature = part.features[column]
+            inner = getattr(feature, "feature", feature)  # of a sequence of class labels
+            if isinstance(inner, datasets.ClassLabel):
+                names[column] = list(inner.names)
+        splits[split] = RawTexts(
+            {column: part[column][:] for column in columns}, len(part), torch.arange(start, start + len(part))
+        )
+        start += len(part)
+    digest = "-".join(str(getattr(part, "_fingerprint", "")) for part in parts.values())
+    return RawText(f"hf:{name}", splits, names, digest)

@@ -1,0 +1,514 @@
+"""Texts: splits that give batches of token ids, padded to the longest of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tutelage.data.batch import IGNORE, Batch, Task
+from tutelage.data.images import stratified
+from tutelage.data.text_sources import Paths, RawText, RawTexts, open_texts
+from tutelage.data.tokens import Progress, Tokens, cut, fingerprint
+from tutelage.data.views import uniform, view_seeds
+from tutelage.errors import DataError, nearest
+
+TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "embedding", "ranking"]
+"""What is done with texts: one class, any number of classes, numbers, a class for each word, words that are masked,
+an embedding, scores of a query's answers."""
+
+LABELS: dict[TextTask, Task] = {
+    "classes": "classes", "multi-label": "multi-label", "regression": "regression", "tokens": "classes",
+    "mlm": "classes", "embedding": "embedding", "ranking": "ranking",
+}  # fmt: skip
+"""What the labels of a batch are."""
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Masked language modelling: which tokens a view hides, as a function of its seed.
+
+    Attributes:
+        share: of the tokens of the text that are to be guessed.
+        mask: id of the mask token, which 8 of 10 of them become.
+        ids: ids that 1 of 10 of them become one of; 1 of 10 stays.
+
+    Reference: Devlin et al., BERT (2019), section 3.1, task 1, which has a share of 0.15.
+    """
+
+    share: float
+    mask: int
+    ids: Tensor
+
+    def __call__(self, ids: Tensor, counted: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids with some hidden, and labels: the hidden ones, -100 elsewhere.
+
+        Args:
+            ids: ``[B, L]``.
+            counted: ``[B, L]``, true for tokens of the text.
+            seeds: ``[B]`` int64.
+        """
+        where = torch.arange(ids.shape[1])
+        places = torch.from_numpy(np.stack([view_seeds(int(seed), 0, where).numpy() for seed in seeds]))
+        draw = [torch.from_numpy(uniform(places.flatten(), stream)).view_as(ids) for stream in (101, 102, 103)]
+        chosen = (draw[0] < self.share) & counted
+        # A text without any would teach nothing: its likeliest is taken.
+        least = torch.where(counted, draw[0], torch.inf).argmin(1)
+        none = ~chosen.any(1) & counted.any(1)
+        chosen[none, least[none]] = True
+        labels = ids.masked_fill(~chosen, IGNORE)
+        other = self.ids[(draw[2] * len(self.ids)).long()]
+        seen = torch.where(chosen & (draw[1] < 0.8), torch.full_like(ids, self.mask), ids)
+        return torch.where(chosen & (draw[1] >= 0.9), other, seen), labels
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """One split. Rows are fetched together and padded to the longest of them.
+
+    Attributes:
+        tokens: of what the student sees; of a ranking, of query, answer and other answer.
+        rows: ``[N]``, the place of each of the split's texts among those.
+        ids: ``[N]``, one stable number a text.
+        labels: ``[N]`` class indices; 0 where ``targets`` has them, -100 where there is none.
+        task: what is done with them.
+        targets: ``[N, C]``, of several labels or numbers.
+        tags: of ``tokens``: the class of each word, one text after another, with ``offsets``.
+        masking: of ``mlm``.
+        teacher_tokens: of what the teacher sees, where that is something else.
+        route: ``[N]``, what says which member of an ensemble teaches a text.
+    """
+
+    tokens: tuple[Tokens, ...]
+    rows: Tensor
+    ids: Tensor
+    labels: Tensor
+    task: TextTask
+    targets: Tensor | None = None
+    tags: Sequence[Sequence[int]] | None = None
+    masking: Masking | None = None
+    teacher_tokens: tuple[Tokens, ...] = ()
+    route: Tensor | None = None
+    mixes: Sequence[Any] = ()
+    """None: a text is not mixed with others."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether a view depends on its seed."""
+        return self.masking is not None
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[N]`` tokens of each text, by which batches are put together."""
+        return torch.from_numpy(self.tokens[0].lengths)[self.rows]
+
+    def select(self, rows: Tensor) -> TextSet:
+        """The set with only the given rows."""
+        kept: dict[str, Any] = {k: getattr(self, k)[rows] for k in ("rows", "ids", "labels")}
+        for name in ("targets", "route"):
+            value = getattr(self, name)
+            kept[name] = None if value is None else value[rows]
+        return replace(self, **kept)
+
+    def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
+        """The given rows; of ``mlm`` masked from the seeds ``views``, or always the same way without."""
+        places = self.rows[rows].numpy()
+        inputs = _inputs(self.tokens, places)
+        labels, mask = self.labels[rows], None
+        if self.masking is not None:
+            seeds = view_seeds(0, 0, self.ids[rows]) if views is None else views
+            mask = _counted(self.tokens[0], places)
+            inputs["input_ids"], labels = self.masking(inputs["input_ids"], mask, seeds)
+        elif self.tags is not None:
+            labels, mask = self._tagged(places), _counted(self.tokens[0], places)
+        taught = _inputs(self.teacher_tokens, places) if self.teacher_tokens else None
+        return Batch(
+            inputs, labels, mask=mask, ids=self.ids[rows], views=views if self.augmented else None,
+            route=None if self.route is None else self.route[rows], task=LABELS[self.task],
+            targets=None if self.targets is None else self.targets[rows], teacher_inputs=taught,
+        )  # fmt: skip
+
+    def _tagged(self, places: Any) -> Tensor:
+        """The class of each word at its first token."""
+        tokens = self.tokens[0]
+        assert tokens.words is not None
+        assert self.tags is not None
+        words = tokens.padded(tokens.words, places, -1)
+        out = np.full(words.shape, IGNORE, np.int64)
+        for i, place in enumerate(places):
+            first = (words[i] >= 0) & (words[i] != np.concatenate([[-1], words[i][:-1]]))
+            out[i][first] = np.asarray(self.tags[place], np.int64)[words[i][first]]
+        return torch.from_numpy(out)
+
+
+NAMES = {1: ("",), 2: ("positive_", "negative_"), 3: ("", "positive_", "negative_")}
+"""What comes before ``input_ids`` and the like where a row has several texts: answer and other answer, each with its
+query or beside it."""
+
+
+def _inputs(tokens: tuple[Tokens, ...], places: Any) -> dict[str, Tensor]:
+    names = NAMES[len(tokens)]
+    return {f"{name}{k}": v for name, t in zip(names, tokens, strict=True) for k, v in t.inputs(places).items()}
+
+
+def _counted(tokens: Tokens, places: Any) -> Tensor:
+    """``[B, L]``: neither padding nor added by the tokenizer."""
+    return torch.from_numpy(~tokens.padded(tokens.special, places, True))
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Three splits of texts that share classes and tokenizer, and never a sample."""
+
+    name: str
+    train: TextSet
+    validation: TextSet
+    test: TextSet
+    classes: list[str]
+    for_teacher: TextSet
+    """The training texts with all their labels, as the teacher sees them."""
+    task: TextTask
+    tokenizer: Any
+    max_length: int
+    settings: dict[str, Any]
+    """What the tokens depend on, for caches."""
+    routes: list[str] = field(default_factory=list)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a model is built for."""
+        return {"classes": len(self.classes), "task": self.task}
+
+    def made_from(self) -> dict[str, Any]:
+        """What a batch depends on beside its views, as JSON."""
+        return self.settings
+
+    def summary(self) -> str:
+        """In a few words."""
+        lengths = self.train.lengths.float()
+        known = f", {len(self.classes)} classes" if self.classes else ""
+        return f"{self.task}, {lengths.mean():.0f} tokens a text, at most {int(lengths.max())}{known}"
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What a user of the student must know to cut a text as it was."""
+        return {"max_length": self.max_length, "tokenizer": fingerprint(self.tokenizer)}
+
+
+def load_texts(
+    source: str,
+    *,
+    tokenizer: Any,
+    teacher_tokenizer: Any = None,
+    path: Paths | None = None,
+    options: dict[str, Any] | None = None,
+    text: str | Sequence[str] = "text",
+    teacher_text: str | Sequence[str] | None = None,
+    label: str | Sequence[str] | None = None,
+    route: str | None = None,
+    task: TextTask = "classes",
+    classes: Sequence[str] | None = None,
+    max_length: int = 128,
+    pack: bool = False,
+    mask: float = 0.15,
+    empty: Literal["error", "drop"] = "error",
+    labels: int | None = None,
+    unlabeled: str = "keep",
+    limit: int | None = None,
+    validation: float = 0.1,
+    test: float = 0.2,
+    split_seed: int = 0,
+    raw: RawText | None = None,
+    progress: Progress = lambda blocks, _: blocks,
+) -> TextData:
+    """Load texts, cut them into tokens once, and keep their splits apart.
+
+    The arguments are those of a recipe's ``data``, which describes them, but for:
+
+    Args:
+        tokenizer: the student's, of transformers.
+        teacher_tokenizer: the teacher's, where it is another.
+        raw: what :func:`read_texts` read already.
+        progress: wraps the iteration over blocks of texts.
+
+    Raises:
+        DataError: missing, broken, empty or contradictory data; names the file and the row.
+        ConfigError: an unknown source.
+    """
+    columns = [text] if isinstance(text, str) else list(text)
+    theirs = (
+        columns if teacher_text is None else [teacher_text] if isinstance(teacher_text, str) else list(teacher_text)
+    )
+    wanted = [label] if isinstance(label, str) else list(label or [])
+    if raw is None:
+        raw = read_texts(
+            source,
+            path=path,
+            options=options,
+            columns=[*columns, *theirs, *wanted, *([] if route is None else [route])],
+        )
+    raw = _without_empty(raw, dict.fromkeys([*columns, *theirs]), empty)
+    names = _class_names(raw, wanted, task, classes)
+    key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
+    other = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
+    differs = theirs != columns or fingerprint(other) != fingerprint(tokenizer)
+    if differs and task in ("mlm", "tokens"):
+        raise DataError(
+            f"teacher and student cut texts into other tokens, and {task} compares them token by token",
+            where="tokenizer",
+            remedy="take a student with the teacher's tokenizer, or a task of whole texts",
+        )
+    routes = _numbers([r.columns[route] for r in raw.splits.values()]) if route else ([], [])
+    sets: dict[str, TextSet] = {}
+    for i, (split, rows) in enumerate(raw.splits.items()):
+
+        def tokens(
+            groups: Sequence[Sequence[str]], by: Any, what: str, rows: RawTexts = rows, split: str = split
+        ) -> tuple[Tokens, ...]:
+            return tuple(
+                cut(
+                    [rows.columns[n] for n in group],
+                    by,
+                    max_length=max_length,
+                    pack=pack,
+                    words=task == "tokens",
+                    key=key and f"{key} {split} {list(group)}",
+                    progress=progress,
+                    what=f"{split} {what}",
+                )
+                for group in groups
+            )
+
+        ranks = task == "ranking"  # the student reads each text by itself, the teacher an answer with its query
+        found = tokens([[c] for c in columns] if ranks else [columns], tokenizer, "texts")
+        given, targets, tags = _labels(raw, rows, wanted, task, names, split)
+        count = len(found[0])
+        packed = pack and task == "mlm"
+        sets[split] = TextSet(
+            found,
+            torch.arange(count),
+            torch.arange(count) + sum(len(s) for s in sets.values()) if packed else rows.ids,
+            torch.full((count,), IGNORE) if packed else given,
+            task,
+            targets,
+            tags,
+            _masking(tokenizer, mask) if task == "mlm" else None,
+            tokens([[theirs[0], c] for c in theirs[1:]] if ranks else [theirs], other, "teacher's texts")
+            if differs or ranks
+            else (),
+            torch.tensor(routes[1][i]) if route else None,
+        )
+    data = _split(sets, task, validation, test, limit, split_seed)
+    train = data["train"]
+    teacher = replace(train, tokens=train.teacher_tokens, teacher_tokens=()) if train.teacher_tokens else train
+    if labels is not None:
+        chosen, rest = _drawn(train, labels, split_seed, "data.labels")
+        hidden = train.labels.clone()
+        hidden[rest] = IGNORE
+        train = train.select(chosen) if unlabeled == "drop" else replace(train, labels=hidden)
+    settings = {
+        "columns": [columns, theirs], "max_length": max_length, "pack": pack, "mask": mask if task == "mlm" else None,
+        "tokenizers": [fingerprint(tokenizer), fingerprint(other)], "content": raw.digest,
+    }  # fmt: skip
+    return TextData(
+        raw.name, train, _by_length(data["validation"]), _by_length(data["test"]), names, teacher, task, tokenizer,
+        max_length, settings, routes[0],
+    )  # fmt: skip
+
+
+def read_texts(source: str, *, path: Paths | None, options: dict[str, Any] | None, columns: Sequence[str]) -> RawText:
+    """The texts themselves, before any tokenizer.
+
+    Raises:
+        DataError: missing or broken data, or no such column.
+        ConfigError: an unknown source.
+    """
+    return open_texts(source, path=path, options=options or {}, columns=list(dict.fromkeys(columns)))
+
+
+def _without_empty(raw: RawText, columns: Mapping[str, None], empty: str) -> RawText:
+    """The texts, none of them empty or missing."""
+    splits = {}
+    for split, rows in raw.splits.items():
+        wrong = next(
+            (
+                (c, type(t).__name__) for c in columns for t in rows.columns[c][:1_000]
+                if t is not None and not isinstance(t, (str, list))
+            ),
+            None,
+        )  # fmt: skip
+        if wrong is not None:
+            raise DataError(
+                f"column {wrong[0]!r} holds a value of type {wrong[1]}, not text",
+                where=raw.name,
+                remedy="name the column of texts: data.text",
+            )
+        bad = [
+            i for i in range(rows.length)
+            if any(_blank(rows.columns[c][i]) for c in columns)
+        ]  # fmt: skip
+        if bad and empty == "error":
+            raise DataError(
+                f"{len(bad)} of {rows.length} texts of the {split} split are empty, rows {bad[:5]}",
+                where=raw.name,
+                remedy="remove them, or set data.empty: drop",
+            )
+        if len(bad) == rows.length:
+            raise DataError(f"all texts of the {split} split are empty", where=raw.name, remedy="check data.text")
+        if bad:
+            left = np.setdiff1d(np.arange(rows.length), bad)
+            rows = RawTexts({c: [v[i] for i in left] for c, v in rows.columns.items()}, len(left), rows.ids[left])
+        splits[split] = rows
+    return replace(raw, splits=splits)
+
+
+def _blank(text: Any) -> bool:
+    return text is None or not (text.strip() if isinstance(text, str) else text)
+
+
+# Labels ------------------------------------------------------------------------------------------------
+
+
+def _class_names(raw: RawText, label: Sequence[str], task: TextTask, classes: Sequence[str] | None) -> list[str]:
+    """Names in the order of the logits: as given, as the source numbers them, or sorted.
+
+    Raises:
+        DataError: names that differ from those of the data.
+    """
+    if task in ("regression", "mlm", "embedding", "ranking"):
+        return list(label) if task == "regression" else []
+    if task == "multi-label" and len(label) > 1:
+        found = list(label)
+    elif label and label[0] in raw.names:
+        found = raw.names[label[0]]
+    else:
+        values = [v for rows in raw.splits.values() for v in rows.columns[label[0]]]
+        flat = values if task == "classes" else [x for v in values for x in (v or [])]
+        found = _sorted({_name(v) for v in flat if v is not None})
+    if classes is None:
+        return found
+    missing, unknown = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
+    if missing:
+        close = nearest(missing[0], unknown, 1)
+        raise DataError(
+            f"the data has labels that are not among the classes given: {', '.join(map(repr, missing[:5]))}"
+            + (f" (is {missing[0]!r} what is called {close[0]!r} there?)" if close else ""),
+            where="label map",
+            remedy=f"classes are matched by name; given: {', '.join(list(classes)[:20])}",
+        )
+    return list(classes)
+
+
+def _sorted(names: set[str]) -> list[str]:
+    """Numbers by value, names by letter."""
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
+
+
+def _name(value: Any) -> str:
+    return str(int(value)) if isinstance(value, (bool, float)) and value == int(value) else str(value)
+
+
+def _labels(
+    raw: RawText, rows: RawTexts, label: Sequence[str], task: TextTask, names: list[str], split: str
+) -> tuple[Tensor, Tensor | None, list[list[int]] | None]:
+    """Class indices, targets and tags of a split."""
+    known, values = {name: i for i, name in enumerate(names)}, [rows.columns[c] for c in label]
+    numbered = raw.names.get(label[0]) if label else None
+
+    def index(value: Any) -> int:
+        return known[numbered[value] if numbered is not None else _name(value)]
+
+    def has(value: Any) -> bool:
+        return value is not None and not (numbered is not None and isinstance(value, int) and value < 0)
+
+    if task == "classes":
+        return torch.tensor([index(v) if has(v) else IGNORE for v in values[0]], dtype=torch.int64), None, None
+    none = torch.full((rows.length,), IGNORE)
+    if task == "tokens":
+        tags = [[index(v) if has(v) else IGNORE for v in (row or [])] for row in values[0]]
+        return torch.zeros_like(none), None, tags
+    if task == "multi-label":
+        if len(label) > 1:
+            table = [[_number(v, c, raw, split) for v in values[i]] for i, c in enumerate(label)]
+            targets = torch.tensor(table).T.contiguous()
+        else:
+            targets = torch.zeros(rows.length, len(names))
+            for i, row in enumerate(values[0]):
+                targets[i, [index(v) for v in (row or [])]] = 1.0
+        return torch.zeros_like(none), targets, None
+    if task == "regression":
+        table = [[_number(v, c, raw, split) for v in values[i]] for i, c in enumerate(label)]
+        targets = torch.tensor(table).T.contiguous()
+        return torch.where(targets.isnan().any(1), none, 0), targets.nan_to_num(0.0), None
+    return none, None, None
+
+
+def _number(value: Any, column: str, raw: RawText, split: str) -> float:
+    if value is None:
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"column {column!r} of the {split} split holds {value!r}, not a number",
+            where=raw.name,
+            remedy="give numbers, or another data.task",
+        ) from None
+
+
+def _numbers(columns: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[int]]]:
+    """The values that are in any of several columns, sorted, and each column as their numbers."""
+    names = sorted({str(v) for column in columns for v in column})
+    return names, [[names.index(str(v)) for v in column] for column in columns]
+
+
+# Splits ------------------------------------------------------------------------------------------------
+
+
+def _split(
+    sets: dict[str, TextSet], task: TextTask, validation: float, test: float, limit: int | None, seed: int
+) -> dict[str, TextSet]:
+    """With what is missing cut off from the training texts."""
+    for name, share in (("test", test), ("validation", validation)):
+        if name not in sets:
+            train = sets["train"]
+            held, rest = _drawn(train, max(1, round(len(train) * share)), seed, f"data.{name}")
+            sets[name], sets["train"] = train.select(held), train.select(rest)
+    if limit is not None:
+        sets["train"] = sets["train"].select(_drawn(sets["train"], limit, seed, "data.limit")[0])
+    return sets
+
+
+def _drawn(texts: TextSet, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
+    """``count`` rows and the others, in ascending order; of classes with each one's share kept."""
+    if texts.task == "classes" and bool((texts.labels != IGNORE).all()):
+        return stratified(texts.labels, count, seed, what, "texts")
+    if count > len(texts):
+        raise DataError(f"{what}: {count} texts are asked for, there are {len(texts)}", remedy="lower it")
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    return order[:count].sort().values, order[count:].sort().values
+
+
+def _by_length(texts: TextSet) -> TextSet:
+    """For evaluation: in the order of their lengths, so that little is padded."""
+    return texts.select(texts.lengths.argsort(stable=True, descending=True))
+
+
+def _masking(tokenizer: Any, share: float) -> Masking:
+    if tokenizer.mask_token_id is None:
+        raise DataError(
+            f"the tokenizer, a {type(tokenizer).__name__}, has no mask token",
+            remedy="masked language modelling is for encoders: use another teacher, or another task",
+        )
+    special = set(tokenizer.all_special_ids)
+    ids = torch.tensor([i for i in sorted(tokenizer.get_vocab().values()) if i not in special])
+    return Masking(share, tokenizer.mask_token_id, ids)

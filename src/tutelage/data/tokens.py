@@ -1,0 +1,258 @@
+"""Texts as token ids: cut once, kept in an Arrow file, read by memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tutelage.errors import DataError
+
+FOLDER = Path("runs") / "tokens"
+BLOCK = 1_000
+"""Texts that are cut at a time."""
+
+Progress = Callable[[Sequence[int], str], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of many texts, one after another.
+
+    Attributes:
+        ids: all of them.
+        special: of each, whether the tokenizer added it.
+        types: of each, the number of its text in a pair; ``None`` where the tokenizer's models take none.
+        words: of each, the number of its word in the text, or -1; ``None`` but of texts that come as words.
+        offsets: where each row starts, and where the last ends.
+        pad: the id of padding.
+        side: where padding goes.
+    """
+
+    ids: npt.NDArray[np.int32]
+    special: npt.NDArray[np.bool_]
+    types: npt.NDArray[np.int8] | None
+    words: npt.NDArray[np.int32] | None
+    offsets: npt.NDArray[np.int64]
+    pad: int
+    side: str = "right"
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    def row(self, values: npt.NDArray[Any], row: int) -> npt.NDArray[Any]:
+        """A row's part of ``ids``, ``special``, ``types`` or ``words``."""
+        return values[self.offsets[row] : self.offsets[row + 1]]
+
+    def padded(self, values: npt.NDArray[Any], rows: npt.NDArray[np.int64], fill: Any) -> npt.NDArray[Any]:
+        """``[B, L]``, with ``L`` the longest of ``rows``."""
+        lengths = self.lengths[rows]
+        out = np.full((len(rows), int(lengths.max(initial=1))), fill, dtype=values.dtype)
+        for i, row in enumerate(rows):
+            mine = self.row(values, row)
+            out[i, slice(out.shape[1] - len(mine), None) if self.side == "left" else slice(len(mine))] = mine
+        return out
+
+    def inputs(self, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int32] | None = None) -> dict[str, Tensor]:
+        """What a model takes: ``input_ids`` (or ``ids`` in their place), ``attention_mask`` and types, ``[B, L]``."""
+        ids = self.padded(self.ids, rows, self.pad) if ids is None else ids
+        place, lengths = np.arange(ids.shape[1])[None], self.lengths[rows][:, None]
+        attention = place >= ids.shape[1] - lengths if self.side == "left" else place < lengths
+        inputs = {"input_ids": ids, "attention_mask": attention}
+        if self.types is not None:
+            inputs["token_type_ids"] = self.padded(self.types, rows, 0)
+        return {name: torch.from_numpy(x.astype(np.int64)) for name, x in inputs.items()}
+
+
+def cut(
+    columns: Sequence[Sequence[Any]],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    pack: bool = False,
+    words: bool = False,
+    key: str = "",
+    progress: Progress = lambda blocks, _: blocks,
+    what: str = "texts",
+) -> Tokens:
+    """Cut texts into tokens, or find them cut.
+
+    Args:
+        columns: one list of texts, or two of pairs; lists of words with ``words``.
+        tokenizer: of transformers, fast.
+        max_length: tokens of a row, special ones included; longer texts lose their ends.
+        pack: join the texts, and cut all into rows of ``max_length`` instead; what is left at the end is the last.
+        words: whether texts come as lists of words.
+        key: tells these texts from others; the file is named by it, the tokenizer and what is set here. Empty: no
+            file.
+        progress: wraps the iteration over blocks of texts.
+        what: these are, for that.
+
+    Raises:
+        DataError: a tokenizer without padding token, or no room for the file.
+    """
+    if tokenizer.pad_token_id is None:
+        raise DataError(
+            f"the tokenizer, a {type(tokenizer).__name__}, has no padding token",
+            remedy="set one: tokenizer.pad_token = tokenizer.eos_token, and save it",
+        )
+    side = str(tokenizer.padding_side)
+    settings = {"max_length": max_length, "pack": pack, "words": words, "columns": len(columns)}
+    text = json.dumps([key, fingerprint(tokenizer), settings], sort_keys=True)
+    path = FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.arrow" if key else None
+    if path is not None and path.exists() and (found := _read(path, tokenizer.pad_token_id, side)) is not None:
+        return found
+    parts = [
+        _block([c[start : start + BLOCK] for c in columns], tokenizer, None if pack else max_length, words)
+        for start in progress(range(0, len(columns[0]), BLOCK), f"cutting {what} into tokens")
+    ]
+    flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    lengths = flat.pop("lengths")
+    if pack:
+        flat, lengths = _packed(flat, lengths, tokenizer, max_length)
+    found = _tokens(flat, lengths, tokenizer.pad_token_id, side)
+    if path is not None:
+        _write(path, flat, lengths)
+        found = _read(path, tokenizer.pad_token_id, side) or found
+    return found
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """What tells a tokenizer from another: a digest of all that decides how it cuts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    rest = [tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side]
+    return hashlib.sha256((_unset(text) + json.dumps(rest)).encode()).hexdigest()[:16]
+
+
+def _unset(text: str) -> str:
+    """A tokenizer's JSON without what a call before may have left there: truncation and padding."""
+    try:
+        loaded = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(loaded, dict):
+        loaded.pop("truncation", None)
+        loaded.pop("padding", None)
+    return json.dumps(loaded, sort_keys=True)
+
+
+def _block(columns: Sequence[Sequence[Any]], tokenizer: Any, max_length: int | None, words: bool) -> dict[str, Any]:
+    cutting = {"truncation": True, "max_length": max_length} if max_length is not None else {"verbose": False}
+    said = tokenizer(
+        *(list(c) for c in columns), return_special_tokens_mask=True, is_split_into_words=words, **cutting
+    )
+    lengths = np.array([len(row) for row in said["input_ids"]], np.int64)
+    out = {"lengths": lengths, "ids": _flat(said["input_ids"], np.int32)}
+    out["special"] = _flat(said["special_tokens_mask"], np.bool_)
+    if "token_type_ids" in said:
+        out["types"] = _flat(said["token_type_ids"], np.int8)
+    if words:
+        numbers = [[-1 if w is None else w for w in said.word_ids(i)] for i in range(len(lengths))]
+        out["words"] = _flat(numbers, np.int32)
+    return out
+
+
+def _flat(rows: Sequence[Sequence[int]], dtype: Any) -> Any:
+    return np.fromiter((x for row in rows for x in row), dtype)
+
+
+def _packed(flat: dict[str, Any], lengths: Any, tokenizer: Any, max_length: int) -> tuple[dict[str, Any], Any]:
+    """All tokens but the special ones, a separator after each text, in rows that have what the tokenizer adds."""
+    first, last = _ends(tokenizer)
+    stop = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    ends = np.repeat(np.arange(len(lengths)), lengths)
+    plain, of = flat["ids"][~flat["special"]], ends[~flat["special"]]
+    breaks = np.flatnonzero(np.diff(of)) + 1
+    stream = np.insert(plain, breaks, stop) if stop is not None else plain
+    special = (
+        np.insert(np.zeros(len(plain), np.bool_), breaks, True) if stop is not None else np.zeros_like(plain, bool)
+    )
+    room = max_length - len(first) - len(last)
+    if room < 1:
+        raise DataError(
+            f"max_length {max_length} leaves no room for text", where="data.max_length", remedy="raise it"
+        )
+    ids, marks, sizes = [], [], []
+    for start in range(0, max(len(stream), 1), room):
+        ids += [first, stream[start : start + room], last]
+        marks += [np.ones(len(first), bool), special[start : start + room], np.ones(len(last), bool)]
+        sizes.append(sum(len(x) for x in ids[-3:]))
+    packed = {"ids": np.concatenate(ids).astype(np.int32), "special": np.concatenate(marks)}
+    if "types" in flat:
+        packed["types"] = np.zeros(len(packed["ids"]), np.int8)
+    return packed, np.array(sizes, np.int64)
+
+
+def _ends(tokenizer: Any) -> tuple[Any, Any]:
+    """What a tokenizer puts before and behind a text."""
+    said = tokenizer("a", return_special_tokens_mask=True)
+    marks = np.array(said["special_tokens_mask"], bool)
+    ids = np.array(said["input_ids"], np.int32)
+    inside = np.flatnonzero(~marks)
+    return ids[: inside[0]], ids[inside[-1] + 1 :]
+
+
+def _tokens(flat: dict[str, Any], lengths: Any, pad: int, side: str) -> Tokens:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Tokens(flat["ids"], flat["special"], flat.get("types"), flat.get("words"), offsets, pad, side)
+
+
+# The file ----------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, flat: dict[str, Any], lengths: Any) -> None:
+    import pyarrow as pa
+
+    arrays = {"lengths": pa.array(lengths)} | {
+        name: pa.array(x.astype(np.int8) if x.dtype == np.bool_ else x) for name, x in flat.items()
+    }
+    part = path.with_suffix(f".part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(part), "wb") as sink:
+            for name, array in arrays.items():  # columns of unequal length: a stream of one-column tables
+                table = pa.table({name: array})
+                with pa.ipc.new_stream(sink, table.schema) as writer:
+                    writer.write_table(table, max_chunksize=len(table) or 1)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DataError(
+            f"tokens cannot be written: {error.strerror or error}", where=str(path), remedy="make room on the disk"
+        ) from None
+
+
+def _read(path: Path, pad: int, side: str) -> Tokens | None:
+    """What is in the file, mapped; ``None`` where it is damaged, which is no more than work to do again."""
+    import pyarrow as pa
+
+    flat: dict[str, Any] = {}
+    try:
+        source = pa.memory_map(str(path))
+        while source.tell() < source.size():
+            with pa.ipc.open_stream(source) as reader:
+                table = reader.read_all()
+            column = table.column(0).combine_chunks() if table.column(0).num_chunks != 1 else table.column(0).chunk(0)
+            flat[table.column_names[0]] = column.to_numpy(zero_copy_only=False)
+        lengths = flat.pop("lengths")
+        if int(lengths.sum()) != len(flat["ids"]) or any(len(x) != len(flat["ids"]) for x in flat.values()):
+            return None
+    except (pa.ArrowException, OSError, KeyError):
+        return None
+    flat["special"] = flat["special"].view(np.bool_)
+    return _tokens(flat, lengths, pad, side)

@@ -1,0 +1,157 @@
+"""Texts in a recipe: whose tokenizer, which class names, and students that are parts of their teachers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.config import Recipe, StudentConfig, TextDataConfig
+from tutelage.data import PlannedBatches, Share, TextData, load_texts, read_texts
+from tutelage.data.batch import Batch
+from tutelage.errors import ConfigError
+from tutelage.models import known_classes, tokenizer_of
+from tutelage.models.texts import CrossEncoder, SentenceEncoder
+from tutelage.students import block_influence, cut, trim, trim_embeddings
+from tutelage.workflows.progress import Terminal
+
+RANKED_ON = 256
+"""Training texts on which the influence of layers is measured."""
+
+
+@dataclass(frozen=True)
+class TrimmedText(TextData):
+    """Texts whose tokenizer has a part of the teacher's vocabulary.
+
+    Attributes:
+        kept: ``[K]``, the teacher's id of each token.
+    """
+
+    kept: Tensor | None = None
+
+
+def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
+    """The texts of a recipe, cut by the student's tokenizer, and by the teacher's where that is another.
+
+    Raises:
+        DataError: missing, broken or contradictory data.
+        ConfigError: nobody brings a tokenizer.
+    """
+    config = recipe.data
+    assert isinstance(config, TextDataConfig)
+    theirs = _teacher_tokenizer(recipe)
+    mine = _student_tokenizer(recipe, theirs)
+    fields = config.model_dump(exclude={"kind", "metric", "tokenizer", "views", "workers", "classes"})
+    classes = config.classes or _known(recipe)
+    given: dict[str, Any] = {"classes": classes, "teacher_tokenizer": theirs, "progress": terminal.iterate}
+    if recipe.student.vocabulary is None:
+        return load_texts(**fields, **given, tokenizer=mine)
+    columns = [config.text] if isinstance(config.text, str) else config.text
+    beside = [config.teacher_text] if isinstance(config.teacher_text, str) else config.teacher_text or []
+    labels = [config.label] if isinstance(config.label, str) else config.label or []
+    routed = [config.route] if config.route is not None else []
+    raw = read_texts(
+        config.source, path=config.path, options=config.options, columns=[*columns, *beside, *labels, *routed]
+    )
+    texts = [text for c in columns for text in raw.splits["train"].columns[c] if text]
+    terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")
+    trimmed, kept = trim(mine, texts)
+    terminal.say(f"vocabulary: {len(kept):,} of {len(mine):,} tokens are kept")
+    data = load_texts(**fields, **given, tokenizer=trimmed, raw=raw)
+    return TrimmedText(**vars(data), kept=kept)
+
+
+def _teacher_tokenizer(recipe: Recipe) -> Any:
+    teacher = recipe.teacher
+    if teacher is None:
+        return None
+    own = [m.model for m in teacher.each if m.model is not None and m.model.partition(":")[0] in ("hf", "package")]
+    return tokenizer_of(own[0]) if own else None
+
+
+def _student_tokenizer(recipe: Recipe, theirs: Any) -> Any:
+    data, student = recipe.data, recipe.student
+    assert isinstance(data, TextDataConfig)
+    if data.tokenizer is not None:
+        return tokenizer_of(data.tokenizer)
+    if student.model.partition(":")[0] in ("hf", "package"):
+        return tokenizer_of(student.model)
+    if theirs is None:
+        raise ConfigError(
+            "neither teacher nor student brings a tokenizer",
+            where="data.tokenizer",
+            remedy="name one: data.tokenizer: hf:ID",
+        )
+    return copy.deepcopy(theirs)
+
+
+def _known(recipe: Recipe) -> list[str] | None:
+    """The class names of a teacher that comes with its output layer, in its order."""
+    teacher = recipe.teacher
+    if teacher is None or teacher.members is not None or teacher.train is not None or teacher.model is None:
+        return None
+    if recipe.data.task not in ("classes", "multi-label", "tokens"):
+        return None
+    return known_classes(teacher.model, teacher.checkpoint)
+
+
+def student_of(config: StudentConfig, data: TextData, teacher: nn.Module, seed: int) -> nn.Module:
+    """A student cut from its teacher, as the recipe's section says; the same seed gives the same one.
+
+    Raises:
+        ModelError: the teacher cannot be cut so.
+        ConfigError: the teacher is a cross-encoder.
+    """
+    if isinstance(teacher, CrossEncoder):
+        raise ConfigError(
+            "the student of a ranking reads query and answers each by itself, and a part of a cross-encoder cannot",
+            where="student.model",
+            remedy="name an encoder: hf:ID",
+        )
+    whole = teacher.model if isinstance(teacher, SentenceEncoder) else teacher
+    importance = None
+    if config.map == "influence":
+        importance = block_influence(whole, list(_some(data)))
+    asked = {k: getattr(config, k) for k in ("layers", "map", "width", "heads", "intermediate", "embedding")}
+    part: Any = cut(whole, **asked, importance=importance, initial=config.initial, seed=seed).model
+    kept = getattr(data, "kept", None)
+    if kept is not None:
+        part = trim_embeddings(part, kept)
+    for parameter in part.parameters():
+        parameter.requires_grad_(True)
+    return with_tokenizer(type(teacher)(part) if isinstance(teacher, SentenceEncoder) else part, data)
+
+
+def with_tokenizer(model: nn.Module, data: TextData) -> nn.Module:
+    """``model``, which is saved with the tokenizer of its texts."""
+    model.tokenizer = data.tokenizer
+    return model
+
+
+def _some(data: TextData) -> Iterator[Batch]:
+    """A few training texts as the teacher sees them."""
+    rows = data.for_teacher.select(torch.arange(min(RANKED_ON, len(data.for_teacher))))
+    for (batch,) in PlannedBatches(rows, 32, 0).epoch(0, Share()):
+        yield batch
+
+
+def facts(data: TextData) -> dict[str, Any]:
+    """What the folder of a model of texts says of it."""
+    return {
+        "classes": data.classes,
+        "preprocessing": data.preprocessing(),
+        "kind": KINDS[data.task],
+        "task": data.task,
+    }
+
+
+KINDS = {
+    "classes": "text-classifier", "multi-label": "text-classifier", "regression": "text-regressor",
+    "tokens": "token-classifier", "mlm": "masked-language-model", "embedding": "sentence-encoder",
+    "ranking": "bi-encoder",
+}  # fmt: skip
+"""What a model for a task is called."""
