@@ -167,6 +167,26 @@ def test_wrong_data_is_named(change: dict[str, Any], more: dict[str, Any], says:
     assert all(part in str(error.value) for part in says), error.value
 
 
+def test_a_data_set_of_the_hub_numbers_its_own_classes() -> None:
+    import datasets
+
+    rows = sentences(60)
+    names = ["sound", "math", "net"]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    columns = {"text": [r["text"] for r in rows], "label": [r["label"] for r in rows]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet("train.parquet")
+    given: dict[str, Any] = {"tokenizer": tokenizer(), "options": {"data_files": {"train": "train.parquet"}}}
+    data = load_texts("hf:parquet", **given, label="label")
+    assert data.classes == names
+    batch = data.train.fetch(torch.arange(20))
+    assert [names[i] for i in batch.labels] == [rows[i]["label"] for i in batch.ids.tolist()]
+    other = load_texts("hf:parquet", **given, label="label", classes=["net", "sound", "math"])
+    batch = other.train.fetch(torch.arange(20))
+    assert [other.classes[i] for i in batch.labels] == [rows[i]["label"] for i in batch.ids.tolist()]
+    with pytest.raises(DataError, match=r"no column 'labels' \(did you mean 'label'\?\)"):
+        load_texts("hf:parquet", **given, label="labels")
+
+
 def test_broken_files_are_named() -> None:
     import pandas
 
@@ -332,6 +352,22 @@ def test_a_bi_encoder_learns_from_a_cross_encoder() -> None:
     assert isinstance(taught, dict)
     pair = cutter(first["query"], first["other"])["input_ids"]
     assert taught["negative_input_ids"][0, : len(pair)].tolist() == pair
+
+
+def test_a_teacher_of_the_same_classes_in_another_order_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["sound", "math", "net"]
+    table(Path("d.jsonl"), sentences(240))
+    encoder(Path("encoder"))
+    first = recipe({"label": "label", "classes": names}, baseline=False)
+    run(first, "first")
+    package = Path("site/my_encoders")
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    Path("first/models/teacher").rename(package / "tuned")
+    monkeypatch.syspath_prepend(str(Path("site").resolve()))
+    summary = run(recipe({"label": "label"}, teacher={"model": "package:my_encoders/tuned"}), "second")
+    assert summary["classes"] == names, "the teacher's order, by name"
+    assert summary["teacher"]["accuracy"] == json.loads(Path("first/summary.json").read_text())["teacher"]["accuracy"]
 
 
 def test_a_trimmed_vocabulary_goes_with_its_student() -> None:
