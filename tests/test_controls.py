@@ -155,7 +155,7 @@ def test_without_a_teacher_nothing_is_said_of_one(untaught: api.Finished) -> Non
     assert {"teacher", "capacity_ratio"} & set(summary) == set()
     assert summary["parameters"] == {"student": 8 * 65 + 90}
     assert set(summary["latency"]) == {"student"}
-    assert set(summary["students"]["distilled"]["best"]) == {"accuracy", "loss", "ece"}
+    assert set(summary["students"]["distilled"]["best"]) == {"accuracy", "f1", "matthews", "loss", "ece"}
     assert summary["gain"]["best"]["n"] == 2
     assert "teacher" not in load_recipe(untaught.path / "config.yaml").model_dump(exclude_none=True)
     said = verdict(summary)
