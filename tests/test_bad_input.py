@@ -754,6 +754,7 @@ def test_a_small_full_disk(ran: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (lambda place: None, ["nowhere"], ["nowhere", "no such run directory", "check the path"]),
         (lambda place: None, ["teacher"], ["teacher", "is not a run directory", "tutelage run"]),
         (lambda place: (place / "out/summary.json").unlink(), ["out"], ["out", "not finished", "--resume"]),
+        (lambda place: (place / "out/summary.json").rename(place / "out/lab.json"), ["out"], ["a lab", "lab.html"]),
         (lambda place: cut(place / "out/summary.json"), ["out"], ["summary.json", "is not JSON", "--resume"]),
         (lambda place: (place / "out/metrics.jsonl").write_text("{}\n{}\n"), ["out"],
          ["metrics.jsonl, line 1", "remove the line"]),
@@ -761,7 +762,7 @@ def test_a_small_full_disk(ran: Path, capsys: pytest.CaptureFixture[str]) -> Non
          ["recipe.yaml/page.html", "cannot be written", "another --out"]),
         (lambda place: None, ["out", "--out", "teacher"], ["teacher"]),
     ],
-    ids=["missing", "no-run", "unfinished", "summary-cut", "metrics", "out-below-a-file", "out-is-a-folder"],
+    ids=["missing", "no-run", "unfinished", "lab", "summary-cut", "metrics", "out-below-a-file", "out-is-a-folder"],
 )  # fmt: skip
 def test_report(
     ran: Path,

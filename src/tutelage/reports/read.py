@@ -82,6 +82,12 @@ def _read_run(path: Path, label: str) -> Run | Series:
     if not path.is_dir():
         raise RunDirectoryError("there is no such run directory", where=str(path), remedy="check the path")
     if not (path / "summary.json").exists():
+        if (path / "lab.json").exists():
+            raise RunDirectoryError(
+                "is a lab, which has a page of its own: lab.html",
+                where=str(path),
+                remedy=f"leave it out, or name its arms: {path}/arms/*",
+            )
         if not (path / "config.yaml").exists():
             raise RunDirectoryError(
                 "is not a run directory: it has no config.yaml and no summary.json",
