@@ -14,11 +14,14 @@ import tutelage
 from tutelage import api
 from tutelage.config import build_recipe, dump_recipe, load_recipe
 from tutelage.data import load_images
-from tutelage.errors import CapabilityError
+from tutelage.engine import RunDirectory, make_accelerator
+from tutelage.errors import CapabilityError, Interrupted
 from tutelage.models import ModelSpec, build, load_model, save_model
 from tutelage.teachers import LiveTeacher
+from tutelage.workflows.comparison import Context, compare
 from tutelage.workflows.doctor import examine
 from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import comparison, load_data
 from tutelage.workflows.similarity import class_similarity
 from tutelage.workflows.statistics import paired
 
@@ -292,3 +295,24 @@ def test_a_dumped_recipe_reads_back_the_same() -> None:
         import yaml
 
         assert build_recipe(yaml.safe_load(dump_recipe(loaded))) == loaded
+
+
+def test_a_stop_is_heeded_while_the_teacher_is_asked(tmp_path: Path) -> None:
+    recipe = build_recipe({
+        "name": "t", "data": {"source": "digits", "limit": 600}, "teacher": {"model": "mlp", "train": {"epochs": 5}},
+        "student": "mlp", "method": "logit", "train": {"epochs": 4, "batch_size": 32},
+    })  # fmt: skip
+    data = load_data(recipe, Terminal(speaks=False))
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return (tmp_path / "models" / "teacher").exists()
+
+    context = Context(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False), stop)
+    with pytest.raises(Interrupted, match="while the teacher was asked"):
+        compare(comparison(recipe, data), context)
+    assert not (tmp_path / "models" / "alone-seed0").exists()
+    again = Context(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False))
+    summary = compare(comparison(recipe, data), again)
+    assert summary["students"]["distilled"]["best"]["accuracy"]["mean"] > 0

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
@@ -31,7 +31,7 @@ from tutelage.engine import (
 )
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import new_folder, write_text
-from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
+from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, NumericsError, TutelageError
 from tutelage.methods import Method, SupervisedMethod, Trainee, adapted, built, check_capabilities, check_task
 from tutelage.models import label_names, load_weights, save_model
 from tutelage.models.files import read_card
@@ -244,7 +244,7 @@ class References:
         self.teacher, self.test, self.device = teacher, test, ctx.device
         self.kept: list[Tensor] | None = []
         self.classes = size = 0
-        for logits in ctx.terminal.iterate(self._ask(), "teacher on test"):
+        for logits in until_stopped(ctx.terminal.iterate(self._ask(), "teacher on test"), ctx):
             self.classes, size = logits.shape[-1], size + 4 * logits.numel()
             if size > MEMORY_BYTES:
                 self.kept = None
@@ -257,6 +257,23 @@ class References:
 
     def __iter__(self) -> Iterator[Tensor]:
         return self._ask() if self.kept is None else iter(self.kept)
+
+
+T = TypeVar("T")
+
+
+def until_stopped(items: Iterable[T], ctx: Context) -> Iterator[T]:
+    """``items``, as long as nobody asks for a stop.
+
+    Raises:
+        Interrupted: somebody did.
+    """
+    for item in items:
+        if ctx.should_stop():
+            raise Interrupted(
+                "stopped while the teacher was asked; what was trained is kept", remedy="go on with --resume"
+            )
+        yield item
 
 
 def example_of(c: Comparison) -> Batch:
@@ -715,7 +732,7 @@ def in_memory(c: Comparison, ctx: Context, teacher: ModelTeacher, needs: Needs) 
     assert c.remember is not None
 
     def shown(batches: Iterable[Batch]) -> Iterator[Batch]:
-        return ctx.terminal.iterate(batches, "teacher on training data")
+        return until_stopped(ctx.terminal.iterate(batches, "teacher on training data"), ctx)
 
     with ctx.accelerator.autocast():
         return MemoryTeacher(teacher, c.remember, ctx.device, shown, needs=needs)
