@@ -24,7 +24,7 @@ from tutelage.models import load_weights
 from tutelage.workflows.assistants import chosen, needed
 from tutelage.workflows.born_again import born
 from tutelage.workflows.progress import Terminal
-from tutelage.workflows.run import build_student, load_data, model_spec
+from tutelage.workflows.run import build_model, load_data, model_spec
 from tutelage.workflows.series import first_stage
 
 SMALL = {
@@ -93,7 +93,7 @@ def test_the_ensemble_is_the_mean_of_the_generations_probabilities(generations: 
     asked = recipe(workflow="born-again")
     data: ImageData = load_data(asked, silent())
     folders = [generations / f"stages/seed0/generation-{n}/models/distilled-seed{born(0, n)}" for n in (0, 1, 2)]
-    models = [build_student(asked.student, model_spec(asked.student, data), data, 0) for _ in folders]
+    models = [build_model(asked.student, model_spec(asked.student, data), data, 0) for _ in folders]
     for model, folder in zip(models, folders, strict=True):
         load_weights(model.eval(), folder)
     right = total = 0
@@ -111,7 +111,7 @@ def test_the_student_is_the_last_generation_that_validation_prefers(generations:
     chosen_seed = max((0, 1), key=lambda s: last["validation"]["values"][s])
     asked = recipe(workflow="born-again")
     data = load_data(asked, silent())
-    model = build_student(asked.student, model_spec(asked.student, data), data, 0)
+    model = build_model(asked.student, model_spec(asked.student, data), data, 0)
     load_weights(model, generations / "student")
     found = evaluate(model, InOrder(data.test), torch.device("cpu"))["accuracy"]
     assert found == last["best"]["accuracy"]["values"][chosen_seed]

@@ -63,7 +63,24 @@ def _augment(entry: Any) -> Any:
 Augments = list[Annotated[Any, AfterValidator(_augment)]]
 
 
-class DataConfig(Section):
+class SplitsConfig(Section):
+    """Which samples, and in which splits: what images and texts have alike."""
+
+    labels: Count | None = None
+    """Use the labels of only this many training samples, stratified by class. Default: of all."""
+    unlabeled: Literal["keep", "drop"] = "keep"
+    """Samples without a label: still taught by the teacher (``keep``), or left out (``drop``)."""
+    limit: Count | None = None
+    """Use only this many training samples at all, stratified by class. Default: all."""
+    validation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training samples cut off for validation where the source has no such split."""
+    test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share cut off for the test where the source has no such split."""
+    split_seed: Seed = 0
+    """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
+
+
+class DataConfig(SplitsConfig):
     """What to train and evaluate on: images."""
 
     kind: Literal["images"] = "images"
@@ -95,18 +112,6 @@ class DataConfig(Section):
     std: Annotated[list[Fraction], Field(min_length=1)] | None = None
     """Per channel, in [0, 1]. Default: of the source, else of the training
     images where these are in memory, else ImageNet's."""
-    labels: Count | None = None
-    """Use the labels of only this many training images, stratified by class. Default: of all."""
-    unlabeled: Literal["keep", "drop"] = "keep"
-    """Images without a label: still taught by the teacher (``keep``), or left out (``drop``)."""
-    limit: Count | None = None
-    """Use only this many training images at all, stratified by class. Default: all."""
-    validation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the training images cut off for validation where the source has no such split."""
-    test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share cut off for the test where the source has no such split."""
-    split_seed: Seed = 0
-    """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
     views: Count | None = None
     """How many different views of a sample the augmentations give, the same for all seeds; epochs go round them.
     Default: new ones in every epoch, which no cache can keep."""
@@ -152,7 +157,7 @@ class DataConfig(Section):
         return "accuracy"
 
 
-class TextDataConfig(Section):
+class TextDataConfig(SplitsConfig):
     """What to train and evaluate on: texts."""
 
     kind: Literal["texts"]
@@ -191,18 +196,6 @@ class TextDataConfig(Section):
     """Class names in the order of the logits. Default: those of a teacher that knows them, else of the data."""
     route: str | None = None
     """Column that says which member of an ensemble teaches a text."""
-    labels: Count | None = None
-    """Use the labels of only this many training texts, stratified by class. Default: of all."""
-    unlabeled: Literal["keep", "drop"] = "keep"
-    """Texts without a label: still taught by the teacher (``keep``), or left out (``drop``)."""
-    limit: Count | None = None
-    """Use only this many training texts at all. Default: all."""
-    validation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the training texts cut off for validation where the source has no such split."""
-    test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share cut off for the test where the source has no such split."""
-    split_seed: Seed = 0
-    """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
     views: Count | None = None
     """Of ``mlm``: how many different maskings a text has; epochs go round them. Default: a new one in every epoch."""
     workers: Annotated[int, Field(ge=0)] = 0

@@ -301,11 +301,11 @@ def _torchvision_split(part: Any) -> RawSplit:
     return RawSplit(torch.as_tensor(np.asarray(labels)).long(), open=partial(_open_item, part, 0))
 
 
-def load_hub(name: str, options: dict[str, Any]) -> Any:
-    """A data set by id, as a mapping of its splits.
+def load_hub(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The splits of a data set by id, under our names; one without splits is all for training.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: it cannot be had, or has no split to train on.
     """
     import datasets
 
@@ -316,7 +316,13 @@ def load_hub(name: str, options: dict[str, Any]) -> Any:
             f"hf:{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             remedy="check the id, data.options and the network; HF_HUB_OFFLINE=1 allows only what is on disk",
         ) from None
-    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
+    loaded = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
+    parts = {
+        split: loaded[candidate] for split, names in SPLIT_NAMES.items() for candidate in names if candidate in loaded
+    }
+    if "train" not in parts:
+        raise DataError(f"hf:{name} has splits {list(loaded)}, none called train", remedy="name one in data.options")
+    return parts
 
 
 def huggingface_source(
@@ -334,12 +340,7 @@ def huggingface_source(
     require("datasets", "vision", f"the data set hf:{name}")
     import datasets
 
-    loaded = load_hub(name, options)
-    parts = {
-        split: loaded[candidate] for split, names in SPLIT_NAMES.items() for candidate in names if candidate in loaded
-    }
-    if "train" not in parts:
-        raise DataError(f"hf:{name} has splits {list(loaded)}, none called train", remedy="name one in data.options")
+    parts = load_hub(name, options)
     features = parts["train"].features
     image = image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
     label = label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)

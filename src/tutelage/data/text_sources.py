@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tutelage.data.images import path_id
-from tutelage.data.sources import SPLIT_NAMES, load_hub
+from tutelage.data.sources import load_hub
 from tutelage.errors import ConfigError, DataError, nearest, require
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -212,12 +212,7 @@ def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> 
     require("datasets", "text", f"the data set hf:{name}")
     import datasets
 
-    loaded = load_hub(name, options)
-    parts = {
-        split: loaded[candidate] for split, names in SPLIT_NAMES.items() for candidate in names if candidate in loaded
-    }
-    if "train" not in parts:
-        raise DataError(f"hf:{name} has splits {list(loaded)}, none called train", remedy="name one in data.options")
+    parts = load_hub(name, options)
     names: dict[str, list[str]] = {}
     splits, start = {}, 0
     for split, part in parts.items():

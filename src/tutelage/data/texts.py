@@ -180,6 +180,8 @@ class TextData:
     settings: dict[str, Any]
     """What the tokens depend on, for caches."""
     routes: list[str] = field(default_factory=list)
+    kept: Tensor | None = None
+    """``[K]``, the teacher's id of each token, where the tokenizer has a part of the teacher's vocabulary."""
 
     @property
     def spec(self) -> dict[str, Any]:

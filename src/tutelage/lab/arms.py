@@ -17,7 +17,7 @@ from tutelage.data import Data, InOrder
 from tutelage.engine import RunDirectory
 from tutelage.models import load_weights
 from tutelage.workflows.progress import Terminal
-from tutelage.workflows.run import build_student, build_teacher, load_data, model_spec, read_summary
+from tutelage.workflows.run import build_model, load_data, model_spec, read_summary
 from tutelage.workflows.series import carry_out
 from tutelage.workflows.stages import with_weights
 
@@ -178,10 +178,8 @@ class Results:
             data = self._data
             config = recipe.required_teacher if model == "teacher" else recipe.student
             spec = model_spec(config, data)
-            if model == "teacher":
-                net = build_teacher(recipe.required_teacher, spec, data, 0)
-            else:
-                net = build_student(recipe.student, spec, data, 0)
+            net = build_model(config, spec, data, 0)
+            if model != "teacher":
                 load_weights(net, self.out / "arms" / FIRST / "models" / model)
             net.eval()
             with torch.no_grad():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,26 +109,22 @@ def _loaded(kind: str, source: str, options: dict[str, Any]) -> tuple[nn.Module,
     return model, sorted({*info["missing_keys"], *mismatched})
 
 
-class quiet:
+@contextmanager
+def quiet() -> Iterator[None]:
     """transformers without its bars and its remarks on new heads, which are said better elsewhere."""
+    if importlib.util.find_spec("transformers") is None:  # whatever has save_pretrained without it
+        yield
+        return
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        if importlib.util.find_spec("transformers") is None:  # whatever has save_pretrained without it
-            self.level = None
-            return
-        from transformers.utils import logging
-
-        self.level, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self.level is None:
-            return
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.level)
-        if self.bars:
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
             logging.enable_progress_bar()
 
 

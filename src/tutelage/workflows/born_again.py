@@ -13,7 +13,7 @@ from tutelage.data import InOrder
 from tutelage.engine import evaluate_teacher
 from tutelage.models import load_weights
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
-from tutelage.workflows.run import build_student, decoding, model_spec
+from tutelage.workflows.run import build_model, decoding, model_spec
 from tutelage.workflows.stages import Row, Stages, best_of, conclude, result_of, signed, weights_of
 
 OTHER_WEIGHTS = 100_003
@@ -103,7 +103,7 @@ def scored_together(stages: Stages, folders: Sequence[str], device: torch.device
     data = stages.data(recipe)
     spec, models = model_spec(recipe.student, data), []
     for folder in folders:
-        model = build_student(recipe.student, spec, data, 0)
+        model = build_model(recipe.student, spec, data, 0)
         load_weights(model, Path(folder))
         models.append(LiveTeacher(model).to(device))
     workers = decoding(recipe, data)

@@ -95,9 +95,10 @@ class Comparison:
         peer_card: how to build it again, but for what the student's card says too.
         supervised: builds the method that learns from the data alone.
         metric: what models are chosen by, of those that evaluation gives.
-        student_of: builds a student's initialisation from its teacher and a seed, where it is a part of that.
+        students_of: of a teacher, what builds a student's initialisation from a seed, where that is a part of it.
         head_only: whether only what did not come with a single teacher's weights is trained.
         compared: whether there is nothing but the teacher's word to evaluate by, as of embeddings.
+        said: that word on the validation split; :func:`compare` asks for it.
     """
 
     name: str
@@ -125,15 +126,16 @@ class Comparison:
     peer_card: Callable[[Any], dict[str, Any]] = lambda asked: {}
     supervised: Callable[[], Method] = SupervisedMethod
     metric: str = "accuracy"
-    student_of: Callable[[nn.Module, int], nn.Module] | None = None
+    students_of: Callable[[nn.Module], Callable[[int], nn.Module]] | None = None
     head_only: bool = False
     compared: bool = False
+    said: References | None = None
 
     def beside(self, teacher: nn.Module | None) -> Comparison:
         """The same, its students cut from this teacher where they are parts of one."""
-        if self.student_of is None or teacher is None:
+        if self.students_of is None or teacher is None:
             return self
-        return replace(self, student=partial(self.student_of, teacher))
+        return replace(self, student=self.students_of(teacher))
 
 
 @dataclass
@@ -197,6 +199,8 @@ def compare(c: Comparison, ctx: Context) -> dict[str, Any]:
         if c.cache is None:
             check_capabilities(method, teacher)
         references, teacher_scores = examined(c, ctx, teacher)
+        if c.compared and c.validation is not None:
+            c = replace(c, said=References(teacher, c.validation, ctx))
     check_method_runs(c, ctx, apprentice, method, teacher)
 
     arms: list[Arm] = ["alone", "distilled"] if c.baseline else ["distilled"]
@@ -381,16 +385,11 @@ def training_of(
         epoch_steps=c.batches("distilled", seed).steps_per_epoch,
         classes=classes,
         metric=c.metric,
-        validation_references=said_of(c, ctx, live) if c.compared else None,
+        validation_references=c.said,
     )
     if method.phases():
         return after_phases(training, ctx, fresh, live, example_of(c))
     return training
-
-
-def said_of(c: Comparison, ctx: Context, teacher: ModelTeacher | None) -> References | None:
-    """What the teacher says of the validation split, where that is what students are evaluated by."""
-    return None if teacher is None or c.validation is None else References(teacher, c.validation, ctx)
 
 
 @dataclass(frozen=True)
@@ -606,12 +605,12 @@ def trained(c: Comparison, ctx: Context, member: Member, model: nn.Module) -> nn
     if ctx.run.result(member.name) is None:
         training = Training(
             member.name, model, c.supervised(), batches, config, ctx.run,
-            validation=AsTaught.of(c.validation), seed=seed, should_stop=ctx.should_stop, watcher=ctx.terminal,
-            metric=c.metric,
+            validation=None if c.validation is None else AsTaught(c.validation), seed=seed, metric=c.metric,
+            should_stop=ctx.should_stop, watcher=ctx.terminal,
         )  # fmt: skip
         if member.head_only:
             keep_body(model)
-        train_and_keep(training, ctx, member.model, AsTaught.of(c.test), None, dict(member.card))
+        train_and_keep(training, ctx, member.model, AsTaught(c.test), None, dict(member.card))
         model = member.model()
     load_weights(model, ctx.run.model(member.name))
     return model
@@ -622,11 +621,6 @@ class AsTaught:
     """Batches with what the teacher sees in the place of what the student sees."""
 
     batches: Iterable[Batch]
-
-    @classmethod
-    def of(cls, batches: Any) -> Any:
-        """Of batches, or of none."""
-        return None if batches is None else cls(batches)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:

@@ -28,7 +28,7 @@ from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
 from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
-from tutelage.workflows.texts import facts, load_text_data, student_of, with_tokenizer
+from tutelage.workflows.texts import facts, load_text_data, students_of, with_tokenizer
 
 ONE_VIEW = (
     "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "
@@ -153,7 +153,7 @@ def comparison(recipe: Recipe, data: Data) -> Comparison:
         name=recipe.name,
         student=partial(cut_untrained, recipe, data)
         if student_spec is None
-        else partial(build_student, recipe.student, student_spec, data),
+        else partial(build_model, recipe.student, student_spec, data),
         method=method_factory(recipe),
         batches=batches,
         config=recipe.train,
@@ -167,7 +167,7 @@ def comparison(recipe: Recipe, data: Data) -> Comparison:
         student_card=card,
         supervised=supervised(data),
         metric=str(recipe.data.metric),
-        student_of=partial(student_of, recipe.student, data) if cut and isinstance(data, TextData) else None,
+        students_of=partial(students_of, recipe.student, data) if cut and isinstance(data, TextData) else None,
         compared=data.task in ("embedding", "ranking"),
         peer=partial(build_peer, recipe, data),
         peer_card=lambda asked: {"spec": model_spec(peer_config(recipe, asked), data).to_dict()},
@@ -210,7 +210,7 @@ def cut_untrained(recipe: Recipe, data: Data, seed: int) -> nn.Module:
         )
     teacher = recipe.required_teacher
     member = teacher_member(recipe, teacher, 0, data, facts_of(data))
-    return student_of(recipe.student, data, member.model(), seed)
+    return students_of(recipe.student, data, member.model())(seed)
 
 
 def peer_config(recipe: Recipe, asked: Mapping[str, Any] | None) -> ModelConfig:
@@ -221,7 +221,7 @@ def peer_config(recipe: Recipe, asked: Mapping[str, Any] | None) -> ModelConfig:
 def build_peer(recipe: Recipe, data: Data, asked: Mapping[str, Any] | None, seed: int) -> nn.Module:
     """Its initialisation."""
     config = peer_config(recipe, asked)
-    return build_student(config, model_spec(config, data), data, seed, where="method.peers")
+    return build_model(config, model_spec(config, data), data, seed, where="method.peers")
 
 
 def of_teacher(recipe: Recipe, data: Data, facts: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def teacher_member(recipe: Recipe, teacher: TeacherConfig, number: int, data: Da
         train = (config.train, batches, seed)
     return Member(
         name,
-        partial(build_teacher, config, spec, data, seed, where),
+        partial(build_model, config, spec, data, seed, where),
         train,
         {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
         live_options(teacher.speed, config.speed),
@@ -290,13 +290,8 @@ def card_classes(config: MemberConfig) -> list[str] | None:
     return names
 
 
-def build_teacher(config: ModelConfig, spec: ModelSpec, data: Data, seed: int, where: str = "teacher") -> nn.Module:
-    """The teacher, with the weights of its checkpoint where it has one."""
-    return build_student(config, spec, data, seed, where)
-
-
-def build_student(config: ModelConfig, spec: ModelSpec, data: Data, seed: int, where: str = "student") -> nn.Module:
-    """A student's initialisation; the same seed gives the same one."""
+def build_model(config: ModelConfig, spec: ModelSpec, data: Data, seed: int, where: str = "student") -> nn.Module:
+    """A model as its section says, with its checkpoint's weights where it has one; the same seed gives the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(spec, data.classes, where=f"{where}.model")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tutelage.config import Recipe, StudentConfig, TextDataConfig
 from tutelage.data import PlannedBatches, Share, TextData, load_texts, read_texts
@@ -21,17 +21,6 @@ from tutelage.workflows.progress import Terminal
 
 RANKED_ON = 256
 """Training texts on which the influence of layers is measured."""
-
-
-@dataclass(frozen=True)
-class TrimmedText(TextData):
-    """Texts whose tokenizer has a part of the teacher's vocabulary.
-
-    Attributes:
-        kept: ``[K]``, the teacher's id of each token.
-    """
-
-    kept: Tensor | None = None
 
 
 def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
@@ -62,7 +51,7 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     trimmed, kept = trim(mine, texts)
     terminal.say(f"vocabulary: {len(kept):,} of {len(mine):,} tokens are kept")
     data = load_texts(**fields, **given, tokenizer=trimmed, raw=raw)
-    return TrimmedText(**vars(data), kept=kept)
+    return replace(data, kept=kept)
 
 
 def _teacher_tokenizer(recipe: Recipe) -> Any:
@@ -99,8 +88,8 @@ def _known(recipe: Recipe) -> list[str] | None:
     return known_classes(teacher.model, teacher.checkpoint)
 
 
-def student_of(config: StudentConfig, data: TextData, teacher: nn.Module, seed: int) -> nn.Module:
-    """A student cut from its teacher, as the recipe's section says; the same seed gives the same one.
+def students_of(config: StudentConfig, data: TextData, teacher: nn.Module) -> Callable[[int], nn.Module]:
+    """Cuts students from their teacher, as the recipe's section says; the same seed gives the same one.
 
     Raises:
         ModelError: the teacher cannot be cut so.
@@ -117,13 +106,15 @@ def student_of(config: StudentConfig, data: TextData, teacher: nn.Module, seed: 
     if config.map == "influence":
         importance = block_influence(whole, list(_some(data)))
     asked = {k: getattr(config, k) for k in ("layers", "map", "width", "heads", "intermediate", "embedding")}
-    part: Any = cut(whole, **asked, importance=importance, initial=config.initial, seed=seed).model
-    kept = getattr(data, "kept", None)
-    if kept is not None:
-        part = trim_embeddings(part, kept)
-    for parameter in part.parameters():
-        parameter.requires_grad_(True)
-    return with_tokenizer(type(teacher)(part) if isinstance(teacher, SentenceEncoder) else part, data)
+
+    def student(seed: int) -> nn.Module:
+        part: Any = cut(whole, **asked, importance=importance, initial=config.initial, seed=seed).model
+        if data.kept is not None:
+            part = trim_embeddings(part, data.kept)
+        part.requires_grad_(True)
+        return with_tokenizer(type(teacher)(part) if isinstance(teacher, SentenceEncoder) else part, data)
+
+    return student
 
 
 def with_tokenizer(model: nn.Module, data: TextData) -> nn.Module:
