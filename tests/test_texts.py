@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from text_worlds import encoder, sentences, table, tokenizer
+from text_worlds import FILLER, encoder, sentences, table, tokenizer
 from tutelage import api
-from tutelage.config import Recipe, build_recipe, load_recipe
+from tutelage.config import SOFT_OF_TASK, Recipe, build_recipe, load_recipe
 from tutelage.data import PlannedBatches, Share, TextData, load_texts
 from tutelage.data import tokens as tokens_module
 from tutelage.engine.scores import of_confusion
 from tutelage.errors import ConfigError, DataError, TutelageError
+from tutelage.methods.hard import HARD
 from tutelage.models import load_model
 from tutelage.workflows.progress import Terminal
+from tutelage.workflows.search import search
+from tutelage.workflows.texts import load_text_data
 
 transformers = pytest.importorskip("transformers")
 
@@ -381,7 +384,56 @@ def test_a_trimmed_vocabulary_goes_with_its_student() -> None:
     model = load_model("out/student")
     assert len(cutter) == model.config.vocab_size < len(tokenizer())
     assert "prime" not in cutter.get_vocab()
+    assert {"music", "server", "matrix"} <= set(cutter.get_vocab())
     assert "vector" in cutter.get_vocab()
+
+
+def test_a_vocabulary_is_trimmed_to_what_is_trained_on_alone() -> None:
+    encoder(Path("encoder"))
+    rows = sentences(150)
+    table(Path("d.jsonl"), rows)
+    asked = recipe({"label": "label", "limit": 6}, student={"model": "teacher", "layers": 1, "vocabulary": "corpus"})
+    data = load_text_data(asked, Terminal(speaks=False))
+    trained = {w for i in data.train.ids.tolist() for w in rows[i]["text"].split()}
+    held = {w for row in rows for w in row["text"].split()} - trained
+    whole_words = {w for w in data.tokenizer.get_vocab() if len(w) > 1 and w[0] not in "#["}
+    assert held
+    assert whole_words == {w for w in trained if len(w) > 1}
+    assert data.kept is not None
+
+
+def test_a_teacher_with_a_small_vocabulary_is_timed_on_its_own_tokens() -> None:
+    encoder(Path("small"), cutter=tokenizer(drop=FILLER.split()))
+    encoder(Path("encoder"))
+    table(Path("d.jsonl"), sentences(90))
+    teacher = {"model": "hf:small", "train": {"epochs": 1}}
+    summary = run(recipe({"label": "label"}, teacher=teacher, student={"model": "hf:encoder"}))
+    assert set(summary["latency"]) == {"teacher", "student"}
+
+
+@pytest.mark.parametrize(("data", "more", "says"), [
+    ({"label": "label"}, {"teacher": {"model": "hf:encoder", "learn": "head"}}, "add 'train'"),
+    ({"task": "embedding"}, {"teacher": {"model": "hf:encoder", "train": {"epochs": 1}}}, "nothing to train teacher"),
+    ({"label": "label"}, {"teacher": {"model": "hf:encoder", "augment": ["flip"]}}, "is for images"),
+    ({"task": "mlm", "labels": 10}, {}, "use 'limit'"),
+    ({"task": "mlm", "pack": True, "route": "row"}, {}, "of several routes"),
+    ({"label": "label", "tokenizer": "hf:other"}, {}, "the teacher's tokenizer"),
+])  # fmt: skip
+def test_keys_that_would_do_nothing_are_refused(data: dict[str, Any], more: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        recipe(data, **more)
+
+
+def test_what_goes_by_accuracy_refuses_another_metric() -> None:
+    with pytest.raises(ConfigError, match="a search goes by accuracy, and the recipe by f1"):
+        search(recipe({"label": "label", "metric": "f1"}), trials=2, out="s")
+    chain = {"teacher": None, "workflow": {"kind": "born-again"}, "student": {"model": "hf:encoder"}}
+    with pytest.raises(ConfigError, match="workflows compare accuracy, and the metric is 'f1'"):
+        recipe({"label": "label", "metric": "f1"}, **chain)
+
+
+def test_the_objective_of_each_task_is_the_methods_own() -> None:
+    assert {task: hard.soft for task, hard in HARD.items()} == SOFT_OF_TASK
 
 
 @pytest.mark.parametrize(("more", "says"), [
@@ -393,7 +445,7 @@ def test_a_trimmed_vocabulary_goes_with_its_student() -> None:
 ])  # fmt: skip
 def test_models_that_do_not_fit_are_named(more: dict[str, Any], says: str) -> None:
     encoder(Path("encoder"))
-    encoder(Path("other"), cutter=tokenizer(drop="matrix"))
+    encoder(Path("other"), cutter=tokenizer(drop=["matrix"]))
     table(Path("d.jsonl"), sentences(60))
     data = {"label": "label"} if "data" not in more else more.pop("data")
     with pytest.raises(TutelageError, match=says):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def tokenizer(lower: bool = True, drop: str = "") -> Any:
+def tokenizer(drop: Sequence[str] = ()) -> Any:
     """A WordPiece tokenizer of these words and of letters, as BERT's."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
@@ -46,10 +47,10 @@ def tokenizer(lower: bool = True, drop: str = "") -> Any:
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = sorted({w for text in (*WORDS.values(), FILLER) for w in text.split() if w != drop and len(w) > 1})
+    words = sorted({w for text in (*WORDS.values(), FILLER) for w in text.split() if w not in drop and len(w) > 1})
     vocabulary = [*special, *letters, *(f"##{c}" for c in letters), *words]
     made = Tokenizer(WordPiece({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
-    made.normalizer = Lowercase() if lower else None  # type: ignore[assignment]
+    made.normalizer = Lowercase()  # type: ignore[assignment]
     made.pre_tokenizer = Whitespace()  # type: ignore[assignment]
     made.post_processor = TemplateProcessing(  # type: ignore[assignment]
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]

@@ -5,13 +5,24 @@ keys of each section are the fields of its class; anything else is an error that
 the line, what was given, what is allowed and the nearest spelling.
 """
 
-from tutelage.config.data import AUGMENTS, DATA_KINDS, METRICS, SOURCES, TEXT_SOURCES, DataConfig, TextDataConfig
+from tutelage.config.data import (
+    AUGMENTS,
+    DATA_KINDS,
+    METRICS,
+    SOURCES,
+    TAUGHT_ONLY,
+    TEXT_SOURCES,
+    UNLABELLED,
+    DataConfig,
+    TextDataConfig,
+)
 from tutelage.config.load import build_recipe, differing_keys, dump_recipe, load_recipe
 from tutelage.config.methods import (
     FEATURE_OBJECTIVES,
     METHOD_KINDS,
     PROJECTORS,
     SOFT_OBJECTIVES,
+    SOFT_OF_TASK,
     SOFT_TEMPERATURES,
     ByotConfig,
     EmbeddingConfig,
@@ -57,10 +68,13 @@ __all__ = [
     "PROJECTORS",
     "SCHEDULES",
     "SOFT_OBJECTIVES",
+    "SOFT_OF_TASK",
     "SOFT_TEMPERATURES",
     "SOURCES",
+    "TAUGHT_ONLY",
     "TEXT_SOURCES",
     "TRACKERS",
+    "UNLABELLED",
     "WORKFLOW_KINDS",
     "AssistantChainConfig",
     "BornAgainConfig",

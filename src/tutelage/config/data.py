@@ -31,6 +31,12 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 """What models of a task can be chosen by, the default first."""
 
+TAUGHT_ONLY = ("embedding", "ranking")
+"""Tasks in which the teacher alone says what is right."""
+
+UNLABELLED = ("mlm", "tokens", *TAUGHT_ONLY)
+"""Tasks whose texts have no label each that could be left out."""
+
 
 def _text_source(name: str) -> str:
     if name not in TEXT_SOURCES[:2] and not (name.startswith("hf:") and name[3:]):
@@ -218,7 +224,7 @@ class TextDataConfig(SplitsConfig):
             )
         if self.task in ("tokens", "mlm") and texts > 1:
             raise Misfit(f"task {self.task!r} takes one column of text, given {texts}; name one", "text")
-        unlabelled = self.task in ("mlm", "embedding", "ranking")
+        unlabelled = self.task in ("mlm", *TAUGHT_ONLY)
         if unlabelled and self.label is not None:
             raise Misfit(f"task {self.task!r} has no labels; remove 'label'", "label")
         if self.source == "plain" and not unlabelled:
@@ -227,6 +233,10 @@ class TextDataConfig(SplitsConfig):
             self.label = "label"
         if isinstance(self.label, list) and self.task not in ("multi-label", "regression"):
             raise Misfit(f"task {self.task!r} has one column of labels, given a list; name it", "label")
+        if self.labels is not None and self.task in UNLABELLED:
+            raise Misfit(f"task {self.task!r} has no label for each text to leave out; use 'limit'", "labels")
+        if self.pack and self.route is not None:
+            raise Misfit("packed rows hold several texts, of several routes; remove 'pack' or 'route'", "route")
         if self.task != "mlm":
             for key, default in (("pack", False), ("mask", 0.15), ("views", None)):
                 if getattr(self, key) != default:

@@ -11,10 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tutelage.config.base import Section, suggest
-from tutelage.config.data import DATA_KINDS, kind_of
+from tutelage.config.data import DATA_KINDS, TAUGHT_ONLY, kind_of
 from tutelage.config.lines import Key, Loader, Place, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
-from tutelage.config.methods import METHOD_KINDS
+from tutelage.config.methods import METHOD_KINDS, SOFT_OF_TASK
 from tutelage.config.schema import Recipe
 from tutelage.config.workflows import WORKFLOW_KINDS
 from tutelage.errors import ConfigError, nearest
@@ -202,10 +202,10 @@ def settle(raw: dict[str, Any]) -> None:
     """Complete, in place, what follows from the data's task where nothing else is said."""
     data, method = raw.get("data"), raw.get("method")
     task = data.get("task", "classes") if isinstance(data, dict) else "classes"
-    soft = {"multi-label": "binary_kd", "regression": "mse", "ranking": "margin_mse"}.get(str(task))
+    soft = SOFT_OF_TASK.get(str(task))
     if soft is not None and isinstance(method, dict) and method.get("kind") in ("logit", "feature"):
         method.setdefault("soft", soft)
-    if task in ("embedding", "ranking"):  # nothing but the teacher says what is right
+    if task in TAUGHT_ONLY:  # nothing but the teacher says what is right
         raw.setdefault("baseline", False)
 
 

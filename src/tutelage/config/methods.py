@@ -32,6 +32,9 @@ SOFT_TEMPERATURES: dict[str, float | None] = {
 }  # fmt: skip
 """T of each where none is given; none for those that take none."""
 
+SOFT_OF_TASK = {"classes": "kd", "multi-label": "binary_kd", "regression": "mse", "ranking": "margin_mse"}
+"""The objective on logits that goes with what labels are, where none is given."""
+
 FEATURE_OBJECTIVES: dict[str, tuple[str, ...]] = {
     "attention_kl": ("heads", "inputs", "temperature"),
     "attention_mse": ("heads",),

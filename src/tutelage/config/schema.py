@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tutelage.config.base import Count, Misfit, NotNegative, Positive, Section, Seed, suggest
-from tutelage.config.data import Augments, DataConfig, TextDataConfig
+from tutelage.config.data import TAUGHT_ONLY, Augments, DataConfig, TextDataConfig
 from tutelage.config.methods import (
     METHOD_KINDS,
     ByotConfig,
@@ -381,16 +381,26 @@ class Recipe(Section):
             if self.teacher is None or self.teacher.members is not None:
                 what = "no teacher" if self.teacher is None else "several"
                 raise Misfit(f"the student is cut from its teacher, and there is {what}; name a model", "student")
+            if isinstance(self.data, DataConfig):
+                raise Misfit(
+                    "model: teacher cuts layers out of a transformers model of texts, and this data is images; "
+                    "name a model",
+                    "student",
+                )
+            if self.data.tokenizer is not None:
+                raise Misfit("a student cut from its teacher has the teacher's tokenizer; remove 'tokenizer'", "data")
             if self.workflow is not None:
                 raise Misfit(
                     f"a student cut from its teacher is for one comparison, not workflow {self.workflow.kind}; "
                     "name a model",
                     "student",
                 )
-        if self.baseline and self.data.task in ("embedding", "ranking"):
+        if self.baseline and self.data.task in TAUGHT_ONLY:
             raise Misfit(f"task {self.data.task!r} has no labels to learn from alone; remove 'baseline'", "baseline")
         if self.data.task != "classes" and self.workflow is not None:
             raise Misfit(f"workflows are for classes, and the task is {self.data.task!r}; remove it", "workflow")
+        if self.data.metric != "accuracy" and self.workflow is not None:
+            raise Misfit(f"workflows compare accuracy, and the metric is {self.data.metric!r}; remove it", "data")
         if self.workflow is not None and self.method.kind == "simkd":
             raise Misfit(
                 "simkd exports the teacher's classifier with the student, and the next student would lack it; "
@@ -411,8 +421,16 @@ class Recipe(Section):
         return self.teacher
 
     def _with_teacher(self, teacher: TeacherConfig) -> Recipe:
+        if teacher.augment is not None and isinstance(self.data, TextDataConfig):
+            raise Misfit("'augment' of the teacher is for images, and this data is texts; remove it", "teacher")
         for i, member in enumerate(teacher.each):
             where = "teacher" if teacher.members is None else f"teacher.members.{i}"
+            if member.train is not None and self.data.task in TAUGHT_ONLY:
+                raise Misfit(
+                    f"task {self.data.task!r} has nothing to train {where} on; give one with weights", "teacher"
+                )
+            if member.learn is not None and member.train is None:
+                raise Misfit(f"{where}.learn says what is trained, and it is not; add 'train'", "teacher")
             for key in ("precision", "trackers") if member.train is not None else ():
                 own, shared = getattr(member.train, key), getattr(self.train, key)
                 if own != shared:

@@ -243,17 +243,11 @@ def load_texts(
         DataError: missing, broken, empty or contradictory data; names the file and the row.
         ConfigError: an unknown source.
     """
-    columns = [text] if isinstance(text, str) else list(text)
-    theirs = (
-        columns if teacher_text is None else [teacher_text] if isinstance(teacher_text, str) else list(teacher_text)
-    )
-    wanted = [label] if isinstance(label, str) else list(label or [])
+    columns, wanted = listed(text), listed(label)
+    theirs = columns if teacher_text is None else listed(teacher_text)
     if raw is None:
         raw = read_texts(
-            source,
-            path=path,
-            options=options,
-            columns=[*columns, *theirs, *wanted, *([] if route is None else [route])],
+            source, path=path, options=options, text=text, teacher_text=teacher_text, label=label, route=route
         )
     raw = _without_empty(raw, dict.fromkeys([*columns, *theirs]), empty)
     names = _class_names(raw, wanted, task, classes)
@@ -324,13 +318,28 @@ def load_texts(
     )  # fmt: skip
 
 
-def read_texts(source: str, *, path: Paths | None, options: dict[str, Any] | None, columns: Sequence[str]) -> RawText:
-    """The texts themselves, before any tokenizer.
+def listed(columns: str | Sequence[str] | None) -> list[str]:
+    """One name, several or none, as a list."""
+    return [columns] if isinstance(columns, str) else list(columns or [])
+
+
+def read_texts(
+    source: str,
+    *,
+    path: Paths | None,
+    options: dict[str, Any] | None,
+    text: str | Sequence[str],
+    teacher_text: str | Sequence[str] | None,
+    label: str | Sequence[str] | None,
+    route: str | None,
+) -> RawText:
+    """The columns that :func:`load_texts` needs, before any tokenizer.
 
     Raises:
         DataError: missing or broken data, or no such column.
         ConfigError: an unknown source.
     """
+    columns = [*listed(text), *listed(teacher_text), *listed(label), *listed(route)]
     return open_texts(source, path=path, options=options or {}, columns=list(dict.fromkeys(columns)))
 
 

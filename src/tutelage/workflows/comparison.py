@@ -908,7 +908,9 @@ def summarise(
     """The figures of the run, written to ``summary.json``, and the exported student."""
     student.to(ctx.device)
     models = {"student": student} if teacher is None else {"teacher": teacher.model, "student": student}
-    speed = latencies(models, next(iter(c.test)), ctx.device)
+    example = next(iter(c.test))
+    seen = {name: (model, example.for_teacher() if name == "teacher" else example) for name, model in models.items()}
+    speed = latencies(seen, ctx.device)
     sizes = {name: parameters(model) for name, model in models.items()}
 
     def row(found: list[dict[str, Any]]) -> dict[str, Any]:

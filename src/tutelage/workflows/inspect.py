@@ -162,7 +162,7 @@ def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | Non
         surveys["student"] = survey(c.student(recipe.seeds[0]), example, f"student: {recipe.student.model}", where)
     if "teacher" in who and recipe.teacher is not None and c.teacher is not None:
         what = recipe.teacher.model or f"ensemble of {len(recipe.teacher.each)}"
-        surveys["teacher"] = survey(c.teacher(), example, f"teacher: {what}", where)
+        surveys["teacher"] = survey(c.teacher(), example.for_teacher(), f"teacher: {what}", where)
     if not surveys:
         raise ConfigError("the recipe has no teacher", where="teacher", remedy="--of student shows the student")
     return [surveys[name] for name in who if name in surveys]

@@ -48,26 +48,27 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def latencies(
-    models: Mapping[str, nn.Module], example: Batch, device: torch.device, rounds: int = 30
+    models: Mapping[str, tuple[nn.Module, Batch]], device: torch.device, rounds: int = 30
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds of a forward pass for one sample, the models taking turns.
 
     Taking turns, because a machine's speed drifts: compare the figures with each other only.
 
     Args:
-        models: by name; put into evaluation mode.
-        example: its first row is what is timed.
+        models: by name; each is put into evaluation mode and timed on the first row of its batch.
         device: where models without parameters are.
         rounds: timed passes of each, after a tenth as many untimed.
     """
-    first = {name: next(model.parameters(), None) for name, model in models.items()}
-    one = {name: example.rows(0, 1).to(device if p is None else p.device) for name, p in first.items()}
+    one = {}
+    for name, (model, example) in models.items():
+        first = next(model.parameters(), None)
+        one[name] = example.rows(0, 1).to(device if first is None else first.device)
     times: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
+    for model, _ in models.values():
         model.eval()
     with torch.no_grad():
         for i in range(rounds + max(1, rounds // 10)):
-            for name, model in models.items():
+            for name, (model, _) in models.items():
                 start = time.perf_counter()
                 observe(model, one[name].inputs, Needs())
                 if device.type == "cuda":

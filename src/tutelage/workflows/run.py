@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.config import MemberConfig, ModelConfig, Recipe, TeacherConfig, dump_recipe
+from tutelage.config import TAUGHT_ONLY, UNLABELLED, MemberConfig, ModelConfig, Recipe, TeacherConfig, dump_recipe
 from tutelage.data import Data, ImageData, InOrder, PlannedBatches, TextData, load_images
 from tutelage.data.batch import IGNORE
 from tutelage.data.texts import LABELS
@@ -146,14 +146,22 @@ def comparison(recipe: Recipe, data: Data) -> Comparison:
 
     aside = decoding(recipe, data)
     facts = facts_of(data)
-    cut = recipe.student.model == "teacher"
-    student_spec = None if cut else model_spec(recipe.student, data)
-    card = facts if student_spec is None else {"spec": student_spec.to_dict(), **facts}
+    initial: dict[str, Any]
+    if recipe.student.model == "teacher":
+        assert isinstance(data, TextData)
+        initial = {
+            "student": partial(cut_untrained, recipe, data),
+            "students_of": partial(students_of, recipe.student, data),
+            "student_card": facts,
+        }
+    else:
+        spec = model_spec(recipe.student, data)
+        initial = {
+            "student": partial(build_model, recipe.student, spec, data),
+            "student_card": {"spec": spec.to_dict(), **facts},
+        }
     return Comparison(
         name=recipe.name,
-        student=partial(cut_untrained, recipe, data)
-        if student_spec is None
-        else partial(build_model, recipe.student, student_spec, data),
         method=method_factory(recipe),
         batches=batches,
         config=recipe.train,
@@ -164,13 +172,12 @@ def comparison(recipe: Recipe, data: Data) -> Comparison:
         remember=None if data.train.augmented else InOrder(data.train, workers=aside),
         remember_rows=len(data.train),
         classes=data.classes,
-        student_card=card,
         supervised=supervised(data),
         metric=str(recipe.data.metric),
-        students_of=partial(students_of, recipe.student, data) if cut and isinstance(data, TextData) else None,
-        compared=data.task in ("embedding", "ranking"),
+        compared=data.task in TAUGHT_ONLY,
         peer=partial(build_peer, recipe, data),
         peer_card=lambda asked: {"spec": model_spec(peer_config(recipe, asked), data).to_dict()},
+        **initial,
         **of_teacher(recipe, data, facts),
     )
 
@@ -178,10 +185,6 @@ def comparison(recipe: Recipe, data: Data) -> Comparison:
 def decoding(recipe: Recipe, data: Data) -> int:
     """Processes that fetch what is evaluated: none for images that are in memory."""
     return recipe.data.workers if isinstance(data, TextData) or data.test.pixels is None else 0
-
-
-UNLABELLED = ("mlm", "tokens", "embedding", "ranking")
-"""Tasks whose texts have no one label that could be missing."""
 
 
 def facts_of(data: Data) -> dict[str, Any]:
@@ -196,20 +199,9 @@ def supervised(data: Data) -> Callable[[], Method]:
     return MaskedMethod if data.task == "mlm" else partial(SupervisedMethod, task=LABELS[data.task])
 
 
-def cut_untrained(recipe: Recipe, data: Data, seed: int) -> nn.Module:
-    """A student cut from its teacher as that is before any training.
-
-    Raises:
-        ConfigError: images, whose models are not cut.
-    """
-    if not isinstance(data, TextData):
-        raise ConfigError(
-            "model: teacher cuts layers out of a transformers model of texts, and this data is images",
-            where="student.model",
-            remedy="name a model",
-        )
-    teacher = recipe.required_teacher
-    member = teacher_member(recipe, teacher, 0, data, facts_of(data))
+def cut_untrained(recipe: Recipe, data: TextData, seed: int) -> nn.Module:
+    """A student cut from its teacher as that is before any training."""
+    member = teacher_member(recipe, recipe.required_teacher, 0, data, facts_of(data))
     return students_of(recipe.student, data, member.model())(seed)
 
 

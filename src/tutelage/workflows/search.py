@@ -88,6 +88,12 @@ def search(
         has = "no teacher" if recipe.workflow is None else f"workflow {recipe.workflow.kind!r}"
         raise ConfigError(f"a search is over single runs with a teacher, and the recipe has {has}",
                           remedy="search the recipe of one run, then use what it found")  # fmt: skip
+    if recipe.data.metric != "accuracy":
+        raise ConfigError(
+            f"a search goes by accuracy, and the recipe by {recipe.data.metric}",
+            where="data.metric",
+            remedy="set data.metric: accuracy, where the task has it",
+        )
     config = asked(recipe, keys, trials)
     recipe = recipe.model_copy(update={"search": config})
     space = dimensions(recipe, config.space)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 from tutelage.config import Recipe, StudentConfig, TextDataConfig
 from tutelage.data import PlannedBatches, Share, TextData, load_texts, read_texts
 from tutelage.data.batch import Batch
+from tutelage.data.text_sources import RawText
+from tutelage.data.texts import listed
 from tutelage.errors import ConfigError
 from tutelage.models import known_classes, tokenizer_of
 from tutelage.models.texts import CrossEncoder, SentenceEncoder
@@ -39,19 +41,23 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     given: dict[str, Any] = {"classes": classes, "teacher_tokenizer": theirs, "progress": terminal.iterate}
     if recipe.student.vocabulary is None:
         return load_texts(**fields, **given, tokenizer=mine)
-    columns = [config.text] if isinstance(config.text, str) else config.text
-    beside = [config.teacher_text] if isinstance(config.teacher_text, str) else config.teacher_text or []
-    labels = [config.label] if isinstance(config.label, str) else config.label or []
-    routed = [config.route] if config.route is not None else []
-    raw = read_texts(
-        config.source, path=config.path, options=config.options, columns=[*columns, *beside, *labels, *routed]
-    )
-    texts = [text for c in columns for text in raw.splits["train"].columns[c] if text]
+    asked = {k: fields[k] for k in ("source", "path", "options", "text", "teacher_text", "label", "route")}
+    raw = read_texts(**asked)
+    whole = load_texts(**fields, **given, tokenizer=mine, raw=raw)
+    texts = training_texts(raw, whole, listed(config.text))
     terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")
     trimmed, kept = trim(mine, texts)
     terminal.say(f"vocabulary: {len(kept):,} of {len(mine):,} tokens are kept")
     data = load_texts(**fields, **given, tokenizer=trimmed, raw=raw)
     return replace(data, kept=kept)
+
+
+def training_texts(raw: RawText, data: TextData, columns: Sequence[str]) -> list[str]:
+    """The texts that are trained on, once the others are cut off; of lists of words, joined."""
+    known, rows = set(data.for_teacher.ids.tolist()), raw.splits["train"]
+    kept = [i for i, each in enumerate(rows.ids.tolist()) if each in known]
+    texts = [rows.columns[c][i] for c in columns for i in kept]
+    return [text if isinstance(text, str) else " ".join(text) for text in texts]
 
 
 def _teacher_tokenizer(recipe: Recipe) -> Any:
