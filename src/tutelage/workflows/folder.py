@@ -16,7 +16,7 @@ import yaml
 from tutelage.config import differing_keys
 from tutelage.engine import RunDirectory
 from tutelage.engine.rundir import explained, write_text
-from tutelage.errors import RunDirectoryError, TutelageError
+from tutelage.errors import Interrupted, RunDirectoryError, TutelageError
 
 FREE_TO_CHANGE = {
     "train.trackers", "train.log_every", "train.keep", "data.workers", "teacher.train.trackers", "search.trials",
@@ -133,8 +133,8 @@ def opened(
             write_text(run.config, config_yaml)
         try:
             yield run
-        except TutelageError:
-            if fresh:
+        except TutelageError as error:
+            if fresh and not isinstance(error, Interrupted):  # --resume finds what was stopped, however early
                 forget(path)
             raise
     finally:
