@@ -8,6 +8,7 @@ wrong, where, and what to do about it.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from typing import Any
 
 REFUSALS = {
@@ -86,6 +87,24 @@ class CacheError(TutelageError, OSError):
         return TutelageError.__str__(self)
 
 
+class EndpointError(TutelageError, ConnectionError):
+    """A server that generates or scores text refuses, cannot be reached, or does not answer."""
+
+    def __str__(self) -> str:
+        return TutelageError.__str__(self)
+
+
+class JournalError(TutelageError, OSError):
+    """A journal of answers is damaged, of another recipe, or written by another process."""
+
+    def __str__(self) -> str:
+        return TutelageError.__str__(self)
+
+
+class BudgetSpent(TutelageError):
+    """What may be spent does not reach for the next request; all answers are kept."""
+
+
 class MissingDependencyError(TutelageError, ImportError):
     """A feature needs a package that is not installed."""
 
@@ -104,6 +123,12 @@ def nearest(given: str, allowed: list[str], count: int = 3) -> list[str]:
     import difflib
 
     return difflib.get_close_matches(given, allowed, n=count, cutoff=0.4)
+
+
+def suggest(given: str, allowed: Iterable[str]) -> str:
+    """`` (did you mean X?)``, or nothing where nothing is near."""
+    close = nearest(given, list(allowed), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def require(package: str, extra: str, purpose: str) -> None:

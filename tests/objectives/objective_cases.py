@@ -36,7 +36,8 @@ class Case:
 
     ``shape`` and ``teacher`` are without the batch. ``extra`` makes further arguments with an entry
     per example, ``fixed`` those without. ``divergence``: zero at equality. ``relation``: defined
-    on the batch. ``repeated``: the mean of a batch repeated k times over that of the batch.
+    on the batch. ``repeated``: the mean of a batch repeated k times over that of the batch. ``projects``: its first
+    argument goes through a head, here the identity, in the precision of autocast.
     """
 
     function: str
@@ -50,6 +51,7 @@ class Case:
     repeated: Callable[[int], float] | None = lambda k: 1.0
     teacher_learns: bool = False
     tokens: int = 0
+    projects: bool = False
 
     @property
     def id(self) -> str:
@@ -72,7 +74,8 @@ class Case:
         torch.manual_seed(0)
         teacher = () if batch.teacher is None else (batch.teacher,)
         f = getattr(objectives, self.function)
-        return f(batch.student, *teacher, *batch.extra, *self.fixed(), **self.options, **options)
+        head = (torch.eye(CLASSES, dtype=batch.student.dtype),) if self.projects else ()
+        return f(batch.student, *head, *teacher, *batch.extra, *self.fixed(), **{**self.options, **options})
 
 
 def labels(size: int) -> tuple[Tensor, ...]:
@@ -147,10 +150,25 @@ CASES = [
     Case("skew_kl", options={"reverse": True, "temperature": 2.0}),
     Case("skew_kl", options={"alpha": 0.0}),
     Case("tvd"),
+    Case("uld"),
+    Case("uld", teacher=(CLASSES + 3,), options={"temperature": 2.0}, divergence=False),
     # part of a distribution
     Case("topk_kd", teacher=None, extra=largest, divergence=False),
     Case("topk_kd", teacher=None, extra=largest, divergence=False, options={"temperature": 1.0}),
     Case("sampled_kd", teacher=None, extra=sample, divergence=False),
+    # tokens
+    Case("linear_divergence", projects=True, options={"chunk": 2}),
+    *(
+        Case("linear_divergence", projects=True, options={"divergence": name, "temperature": 2.0, **more})
+        for name, more in (
+            ("reverse_kl", {}),
+            ("js", {}),
+            ("js", {"beta": 0.1}),
+            ("skew_kl", {}),
+            ("skew_kl", {"reverse": True}),
+            ("tvd", {}),
+        )
+    ),
     # structured
     Case("dkd", extra=labels),
     Case("dist", relation=True),
@@ -209,5 +227,8 @@ CASES = [
     Case("value_relation", shape=(5, 4), teacher=(5, 6), options={"heads": 2}, tokens=5),
 ]
 
-UTILITIES = {"ContrastiveMemory", "overhaul_margin"}
-"""Exported names that are no objectives."""
+UTILITIES = {
+    "ContrastiveMemory", "overhaul_margin", "LinearHead", "LoRA", "TopK", "Sampled", "Crossed", "Hard", "Soft",
+    "Teaching", "check_divergence", "coarse", "linear_cross_entropy", "linear_sums",
+}  # fmt: skip
+"""Exported names that are no objectives, or several at once."""

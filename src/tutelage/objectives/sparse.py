@@ -78,12 +78,15 @@ def sampled_kd(
 
     With :math:`E[\sum_k w_k f(i_k)] = \sum_i p_i f(i)` its expectation is :func:`soft_cross_entropy` and its
     gradient's that of :func:`kd`, whatever the size of the sample: the noise averages out over rows, where a
-    truncation's error stays.
+    truncation's error stays. Weights that make up one only on average leave more or less than it by chance; this rest
+    is spread evenly over all C classes, :math:`-T^2 (1 - \sum_k w_k) \frac1C \sum_i \log q_i`. Its expectation is
+    zero, and without it the student's own distribution would be scaled by that chance, which is more noise.
 
     Args:
         student: logits ``[..., C]``.
         index: classes ``[..., k]``; one may come several times.
-        weights: of each ``[..., k]``, 0 for padding. Of n pure draws: their number, over n.
+        weights: of each ``[..., k]``, 0 for padding. Of n pure draws: their number, over n. Not divided by their sum,
+            which would pull them towards the classes that were drawn.
         temperature: T, above 0: that at which was drawn.
         mask: ``[...]``, true where the row counts.
         reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
@@ -101,8 +104,9 @@ def sampled_kd(
         mask = check_mask(mask, student.shape[:-1])
     student = hide(as_float(student), mask)
     index, w = hide(index, mask), hide(weights.detach().to(student.dtype), mask)
-    log_q = soften(student, temperature).gather(-1, index)
-    return reduce(-(w * log_q).sum(-1) * temperature**2, mask, reduction)
+    log_q = soften(student, temperature)
+    rest = (1.0 - w.sum(-1)) * log_q.mean(-1)
+    return reduce(-((w * log_q.gather(-1, index)).sum(-1) + rest) * temperature**2, mask, reduction)
 
 
 def _check_sparse(student: Tensor, index: Tensor, values: Tensor) -> None:
