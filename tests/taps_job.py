@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from numbered import TAPS, WIDTH, Numbered, allocated, hooks, numbered, tensors
 from tutelage.data import Batch
+from tutelage.engine import leave
 from tutelage.methods import Method, Term, Trainee
 from tutelage.taps import Needs, Observation
 from tutelage.teachers import Signal
@@ -113,4 +114,4 @@ def main(kind: str, steps: int) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main(sys.argv[1], int(sys.argv[2]))
-    dist.destroy_process_group()
+    leave()

@@ -42,6 +42,11 @@ class Batch:
         targets: ``[B, C]`` float, 0 or 1 for each class of ``multi-label``, or the numbers of ``regression``.
         teacher_inputs: what the teacher sees where that is not what the student sees: another tokenizer's ids, a
             text in another language.
+        teacher_labels: ``[B, L']``, what of its own tokens the teacher is to predict, already shifted, where they
+            are another tokenizer's.
+        spans: of such tokens, which of the teacher's stand for the same stretch of text as which of the student's:
+            ``student`` ``[B, L]`` and ``teacher`` ``[B, L']``, at the positions that predict them, numbers that are
+            the same on both sides, or -1.
     """
 
     inputs: Inputs
@@ -53,6 +58,8 @@ class Batch:
     task: Task = "classes"
     targets: Tensor | None = None
     teacher_inputs: Inputs | None = None
+    teacher_labels: Tensor | None = None
+    spans: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,8 +81,12 @@ class Batch:
         return self._map(lambda x: x.pin_memory())
 
     def for_teacher(self) -> Batch:
-        """The batch with what the teacher sees as its inputs."""
-        return self if self.teacher_inputs is None else replace(self, inputs=self.teacher_inputs, teacher_inputs=None)
+        """The batch with what the teacher sees as its inputs, and the labels of its tokens where they are others."""
+        if self.teacher_inputs is None:
+            return self
+        shown = replace(self, inputs=self.teacher_inputs, teacher_inputs=None, teacher_labels=None, spans=None)
+        theirs = self.teacher_labels
+        return shown if theirs is None else replace(shown, labels=theirs, mask=theirs != IGNORE)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows ``start`` to ``stop``. An empty slice is the first row with nothing that counts.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tutelage.data.images import RawImages, RawSplit, path_id
-from tutelage.errors import ConfigError, DataError, nearest, require
+from tutelage.errors import ConfigError, DataError, nearest, require, suggest
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SPLIT_NAMES = {
@@ -58,9 +58,8 @@ def open_source(
     if source in simple:
         return simple[source](path)
     names = [*simple, "imagefolder", "torchvision:NAME", "hf:DATASET_ID"]
-    close = nearest(source, names, 1)
     raise ConfigError(
-        f"data.source: unknown source {source!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+        f"data.source: unknown source {source!r}" + suggest(source, names),
         remedy=f"allowed: {', '.join(names)}",
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tutelage.data.images import path_id
 from tutelage.data.sources import load_hub
-from tutelage.errors import ConfigError, DataError, nearest, require
+from tutelage.errors import ConfigError, DataError, nearest, require, suggest
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 """What files of a table may end in."""
@@ -72,9 +72,8 @@ def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], colu
     readers: dict[str, Callable[[Path, Sequence[str]], RawTexts]] = {"plain": _plain, "table": _table}
     if source not in readers:
         names = [*readers, "hf:DATASET_ID"]
-        close = nearest(source, names, 1)
         raise ConfigError(
-            f"data.source: unknown source of texts {source!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+            f"data.source: unknown source of texts {source!r}" + suggest(source, names),
             remedy=f"allowed: {', '.join(names)}",
         )
     assert path is not None
@@ -108,8 +107,12 @@ def _files(path: Path) -> list[Path]:
 # Tables ------------------------------------------------------------------------------------------------
 
 
-def _table(path: Path, columns: Sequence[str]) -> RawTexts:
-    """A CSV, TSV, JSON-lines or Parquet file."""
+def read_table(path: Path) -> Any:
+    """A CSV, TSV, JSON-lines or Parquet file as an Arrow table.
+
+    Raises:
+        DataError: missing, of another kind, or broken.
+    """
     import pyarrow as pa
 
     if not path.is_file():
@@ -123,7 +126,7 @@ def _table(path: Path, columns: Sequence[str]) -> RawTexts:
             f"ends in {path.suffix or 'nothing'}", where=str(path), remedy=f"allowed: {', '.join(TABLES)}"
         )
     try:
-        table = READERS[path.suffix](path)
+        return READERS[path.suffix](path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
@@ -131,12 +134,16 @@ def _table(path: Path, columns: Sequence[str]) -> RawTexts:
             where=str(path),
             remedy="repair the file, or fetch it again",
         ) from None
+
+
+def _table(path: Path, columns: Sequence[str]) -> RawTexts:
+    """Columns of such a file."""
+    table = read_table(path)
     found = {}
     for column in columns:
         if column not in table.column_names:
-            close = nearest(column, table.column_names, 1)
             raise DataError(
-                f"has no column {column!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+                f"has no column {column!r}" + suggest(column, table.column_names),
                 where=str(path),
                 remedy=f"its columns: {', '.join(table.column_names)}",
             )
@@ -218,9 +225,8 @@ def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> 
     for split, part in parts.items():
         for column in columns:
             if column not in part.features:
-                close = nearest(column, list(part.features), 1)
                 raise DataError(
-                    f"hf:{name} has no column {column!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+                    f"hf:{name} has no column {column!r}" + suggest(column, list(part.features)),
                     remedy=f"its columns: {', '.join(part.features)}",
                 )
             feature = part.features[column]

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from tutelage.data.batch import IGNORE, Batch, Task
+from tutelage.data.chat import Learn
 from tutelage.data.images import stratified
+from tutelage.data.spans import NOWHERE, predicted
 from tutelage.data.text_sources import Paths, RawText, RawTexts, open_texts
 from tutelage.data.tokens import Progress, Tokens, cut, fingerprint
 from tutelage.data.views import uniform, view_seeds
 from tutelage.errors import DataError, nearest
 
-TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "embedding", "ranking"]
+TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding", "ranking"]
 """What is done with texts: one class, any number of classes, numbers, a class for each word, words that are masked,
-an embedding, scores of a query's answers."""
+the next token, an embedding, scores of a query's answers."""
 
 LABELS: dict[TextTask, Task] = {
     "classes": "classes", "multi-label": "multi-label", "regression": "regression", "tokens": "classes",
-    "mlm": "classes", "embedding": "embedding", "ranking": "ranking",
+    "mlm": "classes", "causal": "classes", "embedding": "embedding", "ranking": "ranking",
 }  # fmt: skip
 """What the labels of a batch are."""
 
@@ -126,14 +128,30 @@ class TextSet:
             seeds = view_seeds(0, 0, self.ids[rows]) if views is None else views
             mask = _counted(self.tokens[0], places)
             inputs["input_ids"], labels = self.masking(inputs["input_ids"], mask, seeds)
+        elif self.task == "causal":
+            labels = self.tokens[0].next_tokens(places)
+            mask = labels != IGNORE
         elif self.tags is not None:
             labels, mask = self._tagged(places), _counted(self.tokens[0], places)
         taught = _inputs(self.teacher_tokens, places) if self.teacher_tokens else None
+        theirs, spans = self._aligned(places, labels)
         return Batch(
             inputs, labels, mask=mask, ids=self.ids[rows], views=views if self.augmented else None,
             route=None if self.route is None else self.route[rows], task=LABELS[self.task],
             targets=None if self.targets is None else self.targets[rows], teacher_inputs=taught,
+            teacher_labels=theirs, spans=spans,
         )  # fmt: skip
+
+    def _aligned(self, places: Any, labels: Tensor) -> tuple[Tensor | None, dict[str, Tensor] | None]:
+        """The labels of a teacher's own tokens, and which of them go with which of the student's."""
+        if self.task != "causal" or not self.teacher_tokens:
+            return None, None
+        mine, theirs = self.tokens[0], self.teacher_tokens[0]
+        assert mine.ends is not None
+        assert theirs.ends is not None
+        told = theirs.next_tokens(places)
+        ends = [side.padded(side.ends, places, NOWHERE) for side in (mine, theirs)]  # type: ignore[arg-type]
+        return told, predicted(ends[0], ends[1], labels, told)
 
     def _tagged(self, places: Any) -> Tensor:
         """The class of each word at its first token."""
@@ -182,6 +200,8 @@ class TextData:
     routes: list[str] = field(default_factory=list)
     kept: Tensor | None = None
     """``[K]``, the teacher's id of each token, where the tokenizer has a part of the teacher's vocabulary."""
+    teacher_tokenizer: Any = None
+    """The teacher's, where tokens of both are aligned."""
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -218,6 +238,8 @@ def load_texts(
     classes: Sequence[str] | None = None,
     max_length: int = 128,
     pack: bool = False,
+    learn: Learn = "answers",
+    align: bool = False,
     mask: float = 0.15,
     empty: Literal["error", "drop"] = "error",
     labels: int | None = None,
@@ -236,6 +258,8 @@ def load_texts(
     Args:
         tokenizer: the student's, of transformers.
         teacher_tokenizer: the teacher's, where it is another.
+        align: of ``causal``, whether a teacher with another tokenizer will do, whose tokens are aligned with the
+            student's.
         raw: what :func:`read_texts` read already.
         progress: wraps the iteration over blocks of texts.
 
@@ -254,11 +278,20 @@ def load_texts(
     key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
     other = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
     differs = theirs != columns or fingerprint(other) != fingerprint(tokenizer)
-    if differs and task in ("mlm", "tokens"):
+    align = align and differs and task == "causal" and theirs == columns
+    if differs and task in ("mlm", "causal", "tokens") and not align:
+        other_way = ", or method kind: cross-tokenizer" if task == "causal" and theirs == columns else ""
         raise DataError(
             f"teacher and student cut texts into other tokens, and {task} compares them token by token",
             where="tokenizer",
-            remedy="take a student with the teacher's tokenizer, or a task of whole texts",
+            remedy=f"take a student with the teacher's tokenizer{other_way}, or a task of whole texts",
+        )
+    if align and pack:
+        raise DataError(
+            "rows that are packed hold other texts for the teacher than for the student, whose tokens are longer or "
+            "shorter",
+            where="data.pack",
+            remedy="leave pack out: batches are of texts of like lengths anyway",
         )
     routes = _numbers([r.columns[route] for r in raw.splits.values()]) if route else ([], [])
     sets: dict[str, TextSet] = {}
@@ -274,6 +307,8 @@ def load_texts(
                     max_length=max_length,
                     pack=pack,
                     words=task == "tokens",
+                    learn=learn if task == "causal" else None,
+                    ends=align,
                     key=key and f"{key} {split} {list(group)}",
                     progress=progress,
                     what=f"{split} {what}",
@@ -285,7 +320,7 @@ def load_texts(
         found = tokens([[c] for c in columns] if ranks else [columns], tokenizer, "texts")
         given, targets, tags = _labels(raw, rows, wanted, task, names, split)
         count = len(found[0])
-        packed = pack and task == "mlm"
+        packed = pack and task in ("mlm", "causal")
         sets[split] = TextSet(
             found,
             torch.arange(count),
@@ -302,6 +337,8 @@ def load_texts(
         )
     data = _split(sets, task, validation, test, limit, split_seed)
     train = data["train"]
+    if align:
+        _check_aligned(train)
     teacher = replace(train, tokens=train.teacher_tokens, teacher_tokens=()) if train.teacher_tokens else train
     if labels is not None:
         chosen, rest = _drawn(train, labels, split_seed, "data.labels")
@@ -311,10 +348,11 @@ def load_texts(
     settings = {
         "columns": [columns, theirs], "max_length": max_length, "pack": pack, "mask": mask if task == "mlm" else None,
         "tokenizers": [fingerprint(tokenizer), fingerprint(other)], "content": raw.digest,
+        "learn": learn if task == "causal" else None,
     }  # fmt: skip
     return TextData(
         raw.name, train, _by_length(data["validation"]), _by_length(data["test"]), names, teacher, task, tokenizer,
-        max_length, settings, routes[0],
+        max_length, settings, routes[0], teacher_tokenizer=other if align else None,
     )  # fmt: skip
 
 
@@ -334,6 +372,8 @@ def read_texts(
     route: str | None,
 ) -> RawText:
     """The columns that :func:`load_texts` needs, before any tokenizer.
+
+    The arguments are those of a recipe's ``data``, which describes them.
 
     Raises:
         DataError: missing or broken data, or no such column.
@@ -392,7 +432,7 @@ def _class_names(raw: RawText, label: Sequence[str], task: TextTask, classes: Se
     Raises:
         DataError: names that differ from those of the data.
     """
-    if task in ("regression", "mlm", "embedding", "ranking"):
+    if task in ("regression", "mlm", "causal", "embedding", "ranking"):
         return list(label) if task == "regression" else []
     if task == "multi-label" and len(label) > 1:
         found = list(label)
@@ -507,6 +547,23 @@ def _drawn(texts: TextSet, count: int, seed: int, what: str) -> tuple[Tensor, Te
         raise DataError(f"{what}: {count} texts are asked for, there are {len(texts)}", remedy="lower it")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     return order[:count].sort().values, order[count:].sort().values
+
+
+def _check_aligned(texts: TextSet) -> None:
+    """Raise :class:`DataError` where hardly any token of some texts belongs to a span."""
+    batch = texts.fetch(torch.arange(min(len(texts), ALIGNED_ON)))
+    assert batch.spans is not None
+    share = float((batch.spans["student"] >= 0).sum() / (batch.labels != IGNORE).sum().clamp(min=1))
+    if share < 0.1:
+        raise DataError(
+            f"only {share:.1%} of the student's tokens can be aligned with the teacher's",
+            where="tokenizer",
+            remedy="check both tokenizers and chat templates: they must be of the same kind of text",
+        )
+
+
+ALIGNED_ON = 64
+"""Training texts on which it is seen whether tokens can be aligned."""
 
 
 def _by_length(texts: TextSet) -> TextSet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tutelage.data.batch import IGNORE
+from tutelage.data.chat import Learn, as_conversation, encoded
+from tutelage.data.spans import Measure
 from tutelage.errors import DataError
 
 FOLDER = Path("runs") / "tokens"
@@ -30,12 +34,15 @@ class Tokens:
 
     Attributes:
         ids: all of them.
-        special: of each, whether the tokenizer added it.
+        special: of each, whether the tokenizer added it; for a causal model, whether it is not to be learned.
         types: of each, the number of its text in a pair; ``None`` where the tokenizer's models take none.
         words: of each, the number of its word in the text, or -1; ``None`` but of texts that come as words.
         offsets: where each row starts, and where the last ends.
         pad: the id of padding.
         side: where padding goes.
+        segments: of each, the number of its text in a packed row whose texts do not see each other; ``None`` where
+            rows have one text, or all of it is seen.
+        ends: of each, where it ends in the text (:mod:`tutelage.data.spans`); ``None`` where nobody asked.
     """
 
     ids: npt.NDArray[np.int32]
@@ -45,6 +52,8 @@ class Tokens:
     offsets: npt.NDArray[np.int64]
     pad: int
     side: str = "right"
+    segments: npt.NDArray[np.int32] | None = None
+    ends: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -68,14 +77,39 @@ class Tokens:
         return out
 
     def inputs(self, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int32] | None = None) -> dict[str, Tensor]:
-        """What a model takes: ``input_ids`` (or ``ids`` in their place), ``attention_mask`` and types, ``[B, L]``."""
+        """What a model takes: ``input_ids`` (or ``ids`` in their place), ``attention_mask`` and types, ``[B, L]``.
+
+        Of packed rows that keep their texts apart: ``position_ids`` that begin again with each text, and with the
+        padding, and no mask; transformers tells texts apart by them.
+        """
         ids = self.padded(self.ids, rows, self.pad) if ids is None else ids
+        if self.segments is not None:
+            number = self.padded(self.segments, rows, -1)
+            at = np.arange(ids.shape[1])[None]
+            begins = np.ones_like(number, bool)
+            begins[:, 1:] = number[:, 1:] != number[:, :-1]
+            positions = at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
+            return {
+                "input_ids": torch.from_numpy(ids.astype(np.int64)),
+                "position_ids": torch.from_numpy(positions.astype(np.int64)),
+            }
         place, lengths = np.arange(ids.shape[1])[None], self.lengths[rows][:, None]
         attention = place >= ids.shape[1] - lengths if self.side == "left" else place < lengths
         inputs = {"input_ids": ids, "attention_mask": attention}
         if self.types is not None:
             inputs["token_type_ids"] = self.padded(self.types, rows, 0)
         return {name: torch.from_numpy(x.astype(np.int64)) for name, x in inputs.items()}
+
+    def next_tokens(self, rows: npt.NDArray[np.int64]) -> Tensor:
+        """``[B, L]``: behind each token the next one, where that is of the same text and to be learned; else -100."""
+        ids = self.padded(self.ids, rows, self.pad).astype(np.int64)
+        learned = ~self.padded(self.special, rows, True)
+        if self.segments is not None:
+            number = self.padded(self.segments, rows, -1)
+            learned[:, 1:] &= number[:, 1:] == number[:, :-1]
+        labels = np.full_like(ids, IGNORE)
+        labels[:, :-1] = np.where(learned[:, 1:], ids[:, 1:], IGNORE)
+        return torch.from_numpy(labels)
 
 
 def cut(
@@ -85,6 +119,8 @@ def cut(
     max_length: int,
     pack: bool = False,
     words: bool = False,
+    learn: Learn | None = None,
+    ends: bool = False,
     key: str = "",
     progress: Progress = lambda blocks, _: blocks,
     what: str = "texts",
@@ -97,6 +133,10 @@ def cut(
         max_length: tokens of a row, special ones included; longer texts lose their ends.
         pack: join the texts, and cut all into rows of ``max_length`` instead; what is left at the end is the last.
         words: whether texts come as lists of words.
+        learn: for a causal model: what of conversations is learned. Columns are texts or conversations, or two of
+            prompts and answers; padding is on the right; packed texts stay apart, and only those longer than a row
+            are cut.
+        ends: whether to find where each token ends, with ``learn`` and without ``pack``.
         key: tells these texts from others; the file is named by it, the tokenizer and what is set here. Empty: no
             file.
         progress: wraps the iteration over blocks of texts.
@@ -105,29 +145,42 @@ def cut(
     Raises:
         DataError: a tokenizer without padding token, or no room for the file.
     """
-    if tokenizer.pad_token_id is None:
+    pad, side = tokenizer.pad_token_id, str(tokenizer.padding_side)
+    if learn is not None:  # padding is known by its place, so any token will do
+        pad, side = next((i for i in (pad, tokenizer.eos_token_id) if i is not None), 0), "right"
+    if pad is None:
         raise DataError(
             f"the tokenizer, a {type(tokenizer).__name__}, has no padding token",
             remedy="set one: tokenizer.pad_token = tokenizer.eos_token, and save it",
         )
-    side = str(tokenizer.padding_side)
-    settings = {"max_length": max_length, "pack": pack, "words": words, "columns": len(columns)}
+    settings = {"max_length": max_length, "pack": pack, "words": words, "columns": len(columns), "learn": learn}
+    settings |= {"ends": True} if ends else {}
     text = json.dumps([key, fingerprint(tokenizer), settings], sort_keys=True)
     path = FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.arrow" if key else None
-    if path is not None and path.exists() and (found := _read(path, tokenizer.pad_token_id, side)) is not None:
+    if path is not None and path.exists() and (found := _read(path, pad, side)) is not None:
         return found
+
+    measure = Measure(tokenizer) if ends else None
+
+    def block(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        if learn is not None:
+            return _learned(rows, tokenizer, max_length, pack, learn, measure)
+        return _block(rows, tokenizer, None if pack else max_length, words)
+
     parts = [
-        _block([c[start : start + BLOCK] for c in columns], tokenizer, None if pack else max_length, words)
+        block([c[start : start + BLOCK] for c in columns])
         for start in progress(range(0, len(columns[0]), BLOCK), f"cutting {what} into tokens")
     ]
     flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     lengths = flat.pop("lengths")
-    if pack:
+    if pack and learn is None:
         flat, lengths = _packed(flat, lengths, tokenizer, max_length)
-    found = _tokens(flat, lengths, tokenizer.pad_token_id, side)
+    elif pack:
+        flat, lengths = _side_by_side(flat, lengths, max_length)
+    found = _tokens(flat, lengths, pad, side)
     if path is not None:
         _write(path, flat, lengths)
-        found = _read(path, tokenizer.pad_token_id, side) or found
+        found = _read(path, pad, side) or found
     return found
 
 
@@ -135,7 +188,7 @@ def fingerprint(tokenizer: Any) -> str:
     """What tells a tokenizer from another: a digest of all that decides how it cuts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    rest = [tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side]
+    rest = [tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.chat_template]
     return hashlib.sha256((_unset(text) + json.dumps(rest)).encode()).hexdigest()[:16]
 
 
@@ -198,6 +251,63 @@ def _packed(flat: dict[str, Any], lengths: Any, tokenizer: Any, max_length: int)
     return packed, np.array(sizes, np.int64)
 
 
+def _learned(
+    columns: Sequence[Sequence[Any]],
+    tokenizer: Any,
+    max_length: int,
+    pieces: bool,
+    learn: Learn,
+    measure: Measure | None,
+) -> dict[str, Any]:
+    """Texts and conversations for a causal model; with ``pieces`` what is too long of a text is a row of its own."""
+    ids: list[list[int]] = []
+    special: list[list[bool]] = []
+    ends: list[npt.NDArray[np.int64]] = []
+    for row in zip(*columns, strict=True):
+        text = as_conversation(row)
+        if measure is None:
+            own, learned = encoded(text, tokenizer, learn)
+        else:
+            own, learned, places = measure(text, learn)
+            ends.append(places[:max_length])
+        stop = len(own) if pieces and isinstance(text, str) else max_length
+        for start in range(0, max(min(stop, len(own)), 1), max_length):
+            ids.append(own[start : start + max_length])
+            special.append([not x for x in learned[start : start + max_length]])
+    lengths = np.array([len(row) for row in ids], np.int64)
+    found = {"lengths": lengths, "ids": _flat(ids, np.int32), "special": _flat(special, np.bool_)}
+    return found if measure is None else found | {"ends": np.concatenate(ends)}
+
+
+def _side_by_side(flat: dict[str, Any], lengths: Any, room: int) -> tuple[dict[str, Any], Any]:
+    """Whole texts, several to a row of ``room`` tokens at most: the longest first, each where least is left empty."""
+    rows: list[list[int]] = []
+    left: dict[int, list[int]] = {}  # rows by the room that they have left
+    sizes: list[int] = []  # those rooms, ascending
+    for text in np.argsort(-lengths, kind="stable"):
+        need = int(lengths[text])
+        at = bisect_left(sizes, need)
+        if at == len(sizes):
+            row, rest = len(rows), room - need
+            rows.append([int(text)])
+        else:
+            size = sizes[at]
+            row, rest = left[size].pop(), size - need
+            rows[row].append(int(text))
+            if not left[size]:
+                del left[size], sizes[at]
+        if rest:
+            if rest not in left:
+                left[rest] = []
+                insort(sizes, rest)
+            left[rest].append(row)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    order = np.concatenate([np.arange(starts[t], starts[t + 1]) for row in rows for t in row])
+    packed = {name: values[order] for name, values in flat.items()}
+    packed["segments"] = np.concatenate([np.full(lengths[t], i, np.int32) for row in rows for i, t in enumerate(row)])
+    return packed, np.array([int(lengths[row].sum()) for row in rows], np.int64)
+
+
 def _ends(tokenizer: Any) -> tuple[Any, Any]:
     """What a tokenizer puts before and behind a text."""
     said = tokenizer("a", return_special_tokens_mask=True)
@@ -209,7 +319,10 @@ def _ends(tokenizer: Any) -> tuple[Any, Any]:
 
 def _tokens(flat: dict[str, Any], lengths: Any, pad: int, side: str) -> Tokens:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Tokens(flat["ids"], flat["special"], flat.get("types"), flat.get("words"), offsets, pad, side)
+    return Tokens(
+        flat["ids"], flat["special"], flat.get("types"), flat.get("words"), offsets, pad, side, flat.get("segments"),
+        flat.get("ends"),
+    )  # fmt: skip
 
 
 # The file ----------------------------------------------------------------------------------------------

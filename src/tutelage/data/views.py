@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tutelage.errors import ConfigError, nearest, require
+from tutelage.errors import ConfigError, require, suggest
 
 UInts = npt.NDArray[np.uint64]
 Augment = Callable[[Tensor, Tensor], Tensor]
@@ -188,9 +188,8 @@ def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
             f"data.augment: {entry!r} names {len(entry)} augmentations", remedy="one entry of the list for each"
         )
     if name not in allowed:
-        close = nearest(name, allowed, 1)
         raise ConfigError(
-            f"data.augment: unknown augmentation {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+            f"data.augment: unknown augmentation {name!r}" + suggest(name, allowed),
             remedy=f"allowed: {', '.join(allowed)}",
         )
     if value is None:

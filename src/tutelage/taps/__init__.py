@@ -5,16 +5,31 @@ activation is said by a string, such as ``layer.1``, ``layer.1@0`` or ``encoder:
 :mod:`tutelage.taps.tap` has the grammar.
 """
 
-from tutelage.taps.observe import Head, Needs, Observation, Observer, compile_apart, logits_of, observe, output_head
+from tutelage.taps.modes import evaluating
+from tutelage.taps.observe import (
+    Adapter,
+    Head,
+    Needs,
+    Observation,
+    Observer,
+    as_linear,
+    compile_apart,
+    logits_of,
+    observe,
+    output_head,
+)
 from tutelage.taps.tap import Tap, find, parse
 
 __all__ = [
+    "Adapter",
     "Head",
     "Needs",
     "Observation",
     "Observer",
     "Tap",
+    "as_linear",
     "compile_apart",
+    "evaluating",
     "find",
     "logits_of",
     "observe",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tutelage.errors import ModelError
 from tutelage.taps.tap import Tap, of_input, of_output, resolve
@@ -40,6 +41,16 @@ class Needs:
         return frozenset(name for name, want in wanted if want)
 
 
+class Adapter(NamedTuple):
+    """Low-rank matrices beside a weight: ``scale * b @ a`` is added to it."""
+
+    a: Tensor
+    """``[r, D]``."""
+    b: Tensor
+    """``[C, r]``."""
+    scale: float
+
+
 class Head(NamedTuple):
     """The last linear layer, and what went into it."""
 
@@ -49,6 +60,34 @@ class Head(NamedTuple):
     """``[C, D]``."""
     bias: Tensor | None
     """``[C]``."""
+    scale: float = 1.0
+    """By which the layer's output is multiplied."""
+    softcap: float | None = None
+    """c of c tanh(z / c), which makes logits of that; ``None`` for none."""
+    adapter: Adapter | None = None
+    """Low-rank matrices beside the weight."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """The head with each of its tensors changed."""
+        bias = None if self.bias is None else change(self.bias)
+        beside = self.adapter and Adapter(change(self.adapter.a), change(self.adapter.b), self.adapter.scale)
+        return self._replace(inputs=change(self.inputs), weight=change(self.weight), bias=bias, adapter=beside)
+
+    def merged(self) -> Head:
+        """The same without an adapter: it is added to the weight."""
+        beside = self.adapter
+        if beside is None:
+            return self
+        return self._replace(weight=self.weight + beside.scale * beside.b @ beside.a, adapter=None)
+
+    def scores(self, rows: slice | Tensor) -> Tensor:
+        """Logits ``[n, C]`` of some of the inputs."""
+        raw = F.linear(self.inputs[rows], self.weight, self.bias)
+        if self.adapter is not None:
+            low = F.linear(self.inputs[rows], self.adapter.a)
+            raw = raw + self.adapter.scale * F.linear(low, self.adapter.b)
+        raw = raw if self.scale == 1.0 else raw * self.scale
+        return raw if self.softcap is None else torch.tanh(raw / self.softcap) * self.softcap
 
 
 @dataclass(frozen=True)
@@ -125,6 +164,7 @@ class Observer:
         found = [resolve(model, text) for text in needs.hidden]
         self._taps = tuple(tap for tap, _ in found)
         self._head = output_head(model) if needs.head else None
+        self._finish, self._extra = finish_of(model), uncached(model)
         for tap, module in found:
             self._handles.append(_hooked(module, tap, self._record))
         if self._head is not None:
@@ -149,7 +189,7 @@ class Observer:
         if head is not None and not self.needs.logits:
             head.__dict__["forward"] = _unchanged
         try:
-            output = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+            output = self.model(**{**inputs, **self._extra}) if isinstance(inputs, Mapping) else self.model(inputs)
             hidden = {tap.text: _captured(record, tap) for tap in self._taps}
             seen = None
             if head is not None:
@@ -157,7 +197,7 @@ class Observer:
                     raise ModelError(
                         f"the output head ran {len(record.into_head)} times in one forward pass, not once"
                     )
-                seen = Head(record.into_head[0], head.weight, head.bias)
+                seen = Head(record.into_head[0], head.weight, head.bias, *self._finish, adapter_of(head))
         finally:
             record.active = False
             record.clear()
@@ -265,8 +305,8 @@ def output_head(model: nn.Module) -> nn.Linear:
     """
     for name in ("get_output_embeddings", "get_classifier"):
         getter = getattr(model, name, None)
-        found = getter() if callable(getter) else None
-        if isinstance(found, nn.Linear):
+        found = as_linear(getter() if callable(getter) else None)
+        if found is not None:
             return found
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not linear:
@@ -275,6 +315,57 @@ def output_head(model: nn.Module) -> nn.Linear:
             remedy="a method that needs the head works on models that end in nn.Linear",
         )
     return linear[-1]
+
+
+def as_linear(module: nn.Module | None) -> nn.Linear | None:
+    """``module`` if it is a linear layer, also one with low-rank matrices beside it: it has the same attributes."""
+    base = getattr(module, "get_base_layer", None)
+    if not isinstance(base() if callable(base) else module, nn.Linear):
+        return None
+    found: Any = module
+    return found
+
+
+def adapter_of(head: nn.Module) -> Adapter | None:
+    """The low-rank matrices beside a linear layer.
+
+    Raises:
+        ModelError: several, or of a kind that is not a product of two.
+    """
+    if not hasattr(head, "get_base_layer"):
+        return None
+    layer: Any = head
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
+        raise ModelError(
+            f"the output head has the adapters {', '.join(names) or 'none'}, and scores are made of one plain LoRA",
+            remedy="keep one, active and not merged",
+        )
+    (name,) = names
+    return Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+
+
+def uncached(model: nn.Module) -> dict[str, bool]:
+    """What keeps a decoder from filling a cache that nobody reads, and for which it would not look at packed rows."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    caches = bool(getattr(getattr(model, "config", None), "use_cache", False))
+    return {"use_cache": False} if caches and "use_cache" in inspect.signature(base.forward).parameters else {}
+
+
+def finish_of(model: nn.Module) -> tuple[float, float | None]:
+    """What a transformers language model does to the output of its head, by its config: scale, and soft cap.
+
+    Gemma caps, Cohere multiplies, Granite divides.
+    """
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    scale = 1.0
+    for name, power in (("logit_scale", 1), ("logits_scaling", -1), ("lm_head_multiplier", 1)):
+        factor = getattr(config, name, None)
+        if isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor:
+            scale *= float(factor) ** power
+    cap = getattr(config, "final_logit_softcapping", None)
+    return scale, float(cap) if isinstance(cap, (int, float)) and cap else None
 
 
 def logits_of(output: Any) -> Tensor:

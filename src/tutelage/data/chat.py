@@ -1,0 +1,136 @@
+"""Texts and conversations for causal language models: token ids, and which of them are to be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from tutelage.errors import DataError
+
+Learn = Literal["answers", "all"]
+"""Which tokens of a conversation count: those of its answers, or all."""
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages, each with ``role`` and ``content``."""
+
+
+def as_conversation(values: Sequence[Any]) -> str | Conversation:
+    """The columns of one row as what is learned from: a text, or a conversation.
+
+    Args:
+        values: a text; the messages of a conversation; or a prompt and its answer.
+
+    Raises:
+        DataError: messages without ``role`` and ``content``, or without an answer.
+    """
+    if len(values) == 2:
+        return [{"role": "user", "content": values[0]}, {"role": "assistant", "content": values[1]}]
+    (value,) = values
+    if isinstance(value, str):
+        return value
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise DataError(
+                f"a message is {str(message)[:80]!r}",
+                remedy="give each a role (system, user, assistant) and its content, a text",
+            )
+    if all(message["role"] != "assistant" for message in value):
+        raise DataError(
+            f"a conversation has no answer, only messages of {', '.join(sorted({m['role'] for m in value}))}",
+            remedy="give messages with role assistant, which are what is learned",
+        )
+    return [dict(message) for message in value]
+
+
+def encoded(text: str | Conversation, tokenizer: Any, learn: Learn = "answers") -> tuple[list[int], list[bool]]:
+    """Token ids, and for each whether it is to be learned.
+
+    A text is learned whole, with the end-of-sequence token behind it. Of a conversation, in the tokenizer's chat
+    template, the answers are: each from its first token to its end-of-turn token, which a model must learn to give.
+    What the template puts before an answer and after its end is not, nor is what others say.
+
+    Raises:
+        DataError: a conversation, and the tokenizer has no chat template, or one in which answers cannot be found.
+    """
+    if isinstance(text, str):
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        end = tokenizer.eos_token_id
+        if end is not None and (not ids or ids[-1] != end):
+            ids.append(end)
+        begins = int(bool(ids) and ids[0] == tokenizer.bos_token_id and len(ids) > 1)
+        return ids, [False] * begins + [True] * (len(ids) - begins)
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"the tokenizer, a {type(tokenizer).__name__}, has no chat template for conversations",
+            where="tokenizer",
+            remedy="set tokenizer.chat_template and save it, or give plain texts",
+        )
+    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        said = tokenizer.apply_chat_template(
+            text, tokenize=True, return_dict=True, return_assistant_tokens_mask=learn == "answers"
+        )
+        ids = list(said["input_ids"])
+        return ids, [bool(x) for x in said["assistant_masks"]] if learn == "answers" else [True] * len(ids)
+    whole = rendered(text, tokenizer)
+    cut = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = list(cut["input_ids"]), cut["offset_mapping"]
+    if learn == "all":
+        return ids, [True] * len(ids)
+    spans = answer_spans(text, tokenizer, whole)
+    return ids, [any(start <= a and a < stop for start, stop in spans) and b > a for a, b in offsets]
+
+
+def answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tuple[int, int]]:
+    """Where the answers are in a rendered conversation: characters, from an answer's first to its end of turn.
+
+    An answer is what the conversation up to it has more than the prompt for it.
+
+    Raises:
+        DataError: the template does not render a conversation's beginning as the beginning of the whole.
+    """
+    spans = []
+    for i, message in enumerate(text):
+        if message["role"] != "assistant":
+            continue
+        before = rendered(text[:i], tokenizer, prompt=True) if i else ""
+        upto = whole if i == len(text) - 1 else rendered(text[: i + 1], tokenizer)
+        # A prompt may end in what an answer begins with, such as an opened thought; the two then share that.
+        start = _common(before, whole)
+        if start < len(before.rstrip()) or not whole.startswith(upto.rstrip()):
+            raise DataError(
+                "the chat template renders the beginning of a conversation otherwise than the whole, so its answers "
+                "cannot be found",
+                where="tokenizer.chat_template",
+                remedy="put {% generation %} and {% endgeneration %} around the answers in the template, "
+                "or set data.learn: all",
+            )
+        body = whole[start : len(upto)]
+        spans.append((start, start + len(body.rstrip())))
+    return spans
+
+
+def rendered(text: Conversation, tokenizer: Any, prompt: bool = False) -> str:
+    """A conversation as the tokenizer's template writes it.
+
+    Raises:
+        DataError: the template refuses it.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        rendered: str = tokenizer.apply_chat_template(list(text), tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template refuses a conversation of {', '.join(m['role'] for m in text)}: {error}",
+            where="tokenizer.chat_template",
+            remedy="give roles in the order that it wants",
+        ) from None
+    return rendered
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
