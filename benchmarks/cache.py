@@ -332,7 +332,7 @@ def fidelity(most: int) -> dict[str, Any]:
 
 
 def _bytes(columns: Any) -> int:
-    from tutelage.teachers.cache.layout import nbytes
+    from tutelage.teachers.cache.columns import nbytes
 
     return nbytes(columns)
 

@@ -26,7 +26,7 @@ from tutelage.models.small import ConvNet
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
 from tutelage.teachers.cache import Reader, Writer, compact, info, verify
-from tutelage.teachers.cache.layout import taken
+from tutelage.teachers.cache.columns import taken
 from tutelage.workflows.progress import Terminal
 
 SILENT = Terminal(speaks=False)

@@ -5,6 +5,7 @@ from tutelage.teachers.cache import CachedTeacher, Layout
 from tutelage.teachers.ensemble import Ensemble, EnsembleTeacher, learned_weights
 from tutelage.teachers.live import LiveTeacher
 from tutelage.teachers.memory import MemoryTeacher
+from tutelage.teachers.served import ServedTeacher
 from tutelage.teachers.signal import Signal, Sparse, Teacher
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Layout",
     "LiveTeacher",
     "MemoryTeacher",
+    "ServedTeacher",
     "Signal",
     "Sparse",
     "Teacher",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
-from tutelage.taps import Head, Needs, Observer, compile_apart
+from tutelage.taps import Needs, Observer, compile_apart
 from tutelage.teachers.int8 import quantised
 from tutelage.teachers.signal import Signal
 
@@ -142,7 +142,7 @@ class LiveTeacher:
                 ) from error
         if self.dtype is None:
             return Signal(seen.logits, seen.hidden, seen.head)
-        head = seen.head and Head(*(None if x is None else x.float() for x in seen.head))  # type: ignore[arg-type]
+        head = seen.head and seen.head.map(lambda x: x.float())
         hidden = {tap: x.float() for tap, x in seen.hidden.items()}
         return Signal(None if seen.logits is None else seen.logits.float(), hidden, head)
 
@@ -213,7 +213,7 @@ def _moved(signal: Signal, device: torch.device) -> Signal:
     def to(x: Tensor) -> Tensor:
         return x if x.device == device else x.to(device, non_blocking=device.type != "cpu")
 
-    head = signal.head and Head(*(None if x is None else to(x) for x in signal.head))  # type: ignore[arg-type]
+    head = signal.head and signal.head.map(to)
     logits = None if signal.logits is None else to(signal.logits)
     return Signal(logits, {tap: to(x) for tap, x in signal.hidden.items()}, head)
 

@@ -5,6 +5,7 @@
     manifest.json               what is kept, and what it was made from; written once
     shard-RANK-TIME-N.arrow     one record batch: id, view, a digest of the input, and the columns of the layout
     shard-RANK-TIME-N.json      its rows, its bytes and its SHA-256; there only once the shard is complete
+    head.safetensors, head.json the output head, of a cache that keeps what goes into it, and the same of that
 
 Every JSON file holds a checksum of itself and must be, byte for byte, what this module writes.
 """
@@ -22,12 +23,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from safetensors.torch import load, save
 
 from tutelage.errors import CacheError, refusal
-from tutelage.teachers.cache.layout import Array, Columns, Layout, Ragged
+from tutelage.teachers.cache.columns import Array, Columns, Ragged
+from tutelage.teachers.cache.layout import Layout, OutputLayer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+HEAD = "head"
 DRAFT = ".tmp-"
 
 
@@ -127,6 +131,45 @@ def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any]]:
             remedy="write it again, or use the version that wrote it",
         )  # fmt: skip
     return Layout.from_dict(content["layout"]), dict(content["made_from"])
+
+
+# The output head -------------------------------------------------------------------------------------------
+
+
+def has_output(folder: Path) -> bool:
+    """Whether the output head is there, whole."""
+    return (folder / f"{HEAD}.json").exists()
+
+
+def write_output(folder: Path, output: OutputLayer) -> None:
+    """Write the output head, in its own type of numbers."""
+    numbers = {"scale": output.scale, "softcap": output.softcap}
+    tensors = {
+        name: x.detach().cpu().contiguous()
+        for name, x in (("weight", output.weight), ("bias", output.bias))
+        if x is not None
+    }
+    raw = save(tensors)
+    with _appearing(folder / f"{HEAD}.safetensors") as file:
+        file.write(raw)
+    write_sealed(folder / f"{HEAD}.json", {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} | numbers)
+
+
+def read_output(folder: Path) -> OutputLayer:
+    """What :func:`write_output` wrote.
+
+    Raises:
+        CacheError: missing, or not what was written.
+    """
+    known, path = read_sealed(folder / f"{HEAD}.json"), folder / f"{HEAD}.safetensors"
+    raw = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(raw).hexdigest() != known["sha256"]:
+        raise CacheError(
+            "is missing or does not hold what was written", where=str(path),
+            remedy=f"delete it and {HEAD}.json; it is written again",
+        )  # fmt: skip
+    tensors = load(raw)
+    return OutputLayer(tensors["weight"], tensors.get("bias"), known["scale"], known["softcap"])
 
 
 # Shards ----------------------------------------------------------------------------------------------------

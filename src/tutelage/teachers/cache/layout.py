@@ -1,49 +1,63 @@
-"""What a cache keeps of each row, and how: from a signal to Arrow columns and back."""
+"""What a cache keeps of each sample: from a signal to Arrow columns and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tutelage.data.views import uniform
-from tutelage.errors import CapabilityError, ConfigError, NumericsError
-from tutelage.taps import Needs
+from tutelage.errors import CapabilityError, ConfigError
+from tutelage.taps import Head, Needs
+from tutelage.teachers.cache.columns import Array, Columns, Ragged
+from tutelage.teachers.cache.forms import DTYPES, FORMS, STORED, Form, Given, Kept, numbers, tensor
 from tutelage.teachers.signal import Signal, Sparse
 
-Keep = Literal["dense", "topk", "sampled"]
-Array = npt.NDArray[Any]
-Columns = dict[str, "Array | Ragged"]
+Keep = Literal["dense", "topk", "sampled", "rounded", "hidden"]
 
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_STORED: dict[str, Any] = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
+TOKENS = "tokens"
+"""The column that says how many rows a sample has."""
 
 
-@dataclass
-class Ragged:
-    """Rows of different lengths: all values in a row, and where each row ends."""
+class OutputLayer(NamedTuple):
+    """The output head without its input, which a cache of what goes into it keeps once; as in :class:`Head`."""
 
-    values: Array
-    lengths: Array
+    weight: Tensor
+    bias: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @staticmethod
+    def of(head: Head) -> OutputLayer:
+        """All of a head but its input."""
+        whole = head.merged()
+        return OutputLayer(whole.weight, whole.bias, whole.scale, whole.softcap)
+
+    def to(self, device: torch.device | str) -> OutputLayer:
+        """The same on a device."""
+        return OutputLayer.of(Head(self.weight, *self).map(lambda x: x.to(device)))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is kept of each row.
+    """What is kept of each sample: a distribution over classes, or one for each of its tokens that count.
 
     Attributes:
-        keep: of the logits: all (``dense``), the ``k`` largest (``topk``), or ``draws`` from the distribution
-            (``sampled``), the ``head`` largest exactly and the draws from the rest. ``None``: no logits.
+        keep: of the logits: all (``dense``); the ``k`` largest (``topk``); ``draws`` from the distribution
+            (``sampled``), the ``head`` largest exactly and the draws from the rest; ``draws`` times each class's
+            probability, rounded by chance (``rounded``); or all, as what goes into the output head, whose weights are
+            kept once (``hidden``). ``None``: no logits.
         classes: how many the teacher scores.
         dtype: of numbers that are stored.
-        temperatures: at which ``topk`` and ``sampled`` keep the distribution.
-        hidden: the shape of a row of each tap.
+        temperatures: at which parts of a distribution are kept.
+        power: ``sampled`` draws from p^power, with weights that make up for it. 1 has the least variance.
+        width: of what goes into the output head.
+        hidden: the shape of a row of each tap; with ``tokens`` of each token.
+        tokens: whether a sample has a row for each position that counts.
     """
 
     keep: Keep | None = "dense"
@@ -54,39 +68,38 @@ class Layout:
     head: int = 0
     temperatures: tuple[float, ...] = ()
     hidden: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    power: float = 1.0
+    width: int = 0
+    tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"a cache of dtype {self.dtype!r}", remedy=f"allowed: {', '.join(DTYPES)}")
-        if self.keep in ("topk", "sampled") and not self.temperatures:
+        if self.partial and not self.temperatures:
             raise ConfigError(
                 f"a {self.keep} cache without a temperature", remedy="say at which T the distribution is kept"
             )
-        if self.keep == "topk" and not 1 <= self.k <= self.classes:
-            raise ConfigError(
-                f"a cache of the {self.k} largest of {self.classes} classes", remedy=f"k is 1 to {self.classes}"
-            )
-        if self.keep == "sampled" and not (self.draws >= 1 and 0 <= self.head < self.classes):
-            raise ConfigError(
-                f"a cache of {self.draws} draws beside {self.head} of {self.classes} classes",
-                remedy="draws is at least 1, head below the number of classes",
-            )
-        if self.draws > 65_535:
-            raise ConfigError(f"a cache of {self.draws} draws a row", remedy="give at most 65535")
+        if self.form is not None:
+            self.form.check(self)
+
+    @property
+    def form(self) -> Form | None:
+        """How the logits are kept."""
+        return None if self.keep is None else FORMS[self.keep]
+
+    @property
+    def partial(self) -> bool:
+        """Whether part of a distribution is kept, which is one at some temperature."""
+        return self.form is not None and "temperatures" in self.form.options
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, with what the kind of cache does not use left out."""
-        unused = {
-            "dense": {"k", "draws", "head", "temperatures"},
-            "topk": {"draws", "head"},
-            "sampled": {"k"},
-            None: {"k", "draws", "head", "temperatures", "classes"},
-        }[self.keep]
-        raw = {k: v for k, v in asdict(self).items() if k not in unused}
+        used = {"keep", "dtype", "hidden", *(() if self.form is None else self.form.options)}
+        raw = {k: v for k, v in asdict(self).items() if k in used}
         raw["hidden"] = {tap: list(shape) for tap, shape in self.hidden.items()}
         if "temperatures" in raw:
             raw["temperatures"] = list(self.temperatures)
-        return raw
+        return raw | ({"tokens": True} if self.tokens else {})
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Layout:
@@ -99,115 +112,172 @@ class Layout:
     @property
     def provides(self) -> frozenset[str]:
         """What a teacher that reads this can give."""
-        logits = {None: set(), "dense": {"logits"}, "topk": {"topk"}, "sampled": {"sampled"}}[self.keep]
-        return frozenset(logits | ({"hidden"} if self.hidden else set()))
+        return frozenset(
+            (set() if self.form is None else self.form.provides) | ({"hidden"} if self.hidden else set())
+        )
 
     @property
     def needs(self) -> Needs:
         """What must be asked of the teacher that fills it."""
-        return Needs(logits=self.keep is not None, hidden=tuple(self.hidden))
-
-    @property
-    def index_dtype(self) -> Any:
-        """Of class numbers."""
-        return np.uint8 if self.classes <= 2**8 else np.uint16 if self.classes <= 2**16 else np.int32
-
-    @property
-    def count_dtype(self) -> Any:
-        """Of numbers of draws."""
-        return np.uint8 if self.draws < 2**8 else np.uint16
+        head = "head" in self.provides
+        return Needs(logits=self.keep is not None and not head, hidden=tuple(self.hidden), head=head)
 
     def widths(self) -> dict[str, tuple[int, Any]]:
-        """Columns of one width: numbers a row, and their type."""
-        number = _STORED[self.dtype]
-        columns: dict[str, tuple[int, Any]] = {}
-        if self.keep == "dense":
-            columns["logits"] = (self.classes, number)
-        if self.keep == "topk" or (self.keep == "sampled" and self.head):
-            width = self.k if self.keep == "topk" else self.head
-            columns["index"] = (width, self.index_dtype)
-            columns["log_probs"] = (width * len(self.temperatures), number)
-        for tap, shape in self.hidden.items():
-            columns[f"hidden:{tap}"] = (math.prod(shape), number)
-        return columns
+        """Columns with as many numbers for each sample, and their type."""
+        return {TOKENS: (1, np.int32)} if self.tokens else self._even()
 
     def ragged(self) -> dict[str, Any]:
         """Columns of any length, and their type."""
-        if self.keep != "sampled":
-            return {}
-        return {
-            f"{what}@{t:g}": dtype
-            for t in self.temperatures
-            for what, dtype in (("drawn", self.index_dtype), ("count", self.count_dtype))
-        }
+        even = {name: dtype for name, (_, dtype) in self._even().items()} if self.tokens else {}
+        return even | ({} if self.form is None else self.form.ragged(self))
+
+    def _even(self) -> dict[str, tuple[int, Any]]:
+        """Columns with as many numbers for each row."""
+        columns = {} if self.form is None else self.form.even(self)
+        for tap, shape in self.hidden.items():
+            columns[f"hidden:{tap}"] = (math.prod(shape), STORED[self.dtype])
+        return columns
 
     # To columns ------------------------------------------------------------------------------------------
 
-    def encode(self, signal: Signal, seeds: Tensor) -> Columns:
-        """The columns of a signal's rows; ``seeds`` ``[B]`` decide what is drawn of each."""
+    def encode(self, signal: Signal, seeds: Tensor, counted: Tensor | None = None) -> Columns:
+        """The columns of a signal's samples.
+
+        Args:
+            signal: of a batch.
+            seeds: ``[B]``, which decide what is drawn of each sample.
+            counted: ``[B, L]``, true at the tokens that are kept; for a layout of tokens.
+        """
+        if self.tokens and counted is None:
+            raise CapabilityError("a layout of tokens needs to know which count", remedy="pass counted=")
         columns: Columns = {}
-        if self.keep is not None:
-            logits = signal.dense().detach().float().cpu()
-            if self.keep == "dense":
-                columns["logits"] = self._numbers(logits)
-            else:
-                columns.update(self._encode_sparse(logits, seeds))
+        lengths = np.ones(len(seeds), np.int64)
+        if self.tokens and counted is not None:
+            counted = counted.cpu()
+            lengths = counted.sum(1).numpy()
+        if self.form is not None:
+            largest = self._largest(signal, counted)
+            scores = torch.empty(0, 1)
+            if largest is None:
+                scores = self._rows("the logits", self._scores(signal), counted)
+            columns.update(self.form.encode(self, Given(scores, lengths, seeds, self.tokens, largest)))
         for tap, shape in self.hidden.items():
-            given = tuple(signal.hidden[tap].shape[1:])
+            rows = self._rows(tap, signal.hidden[tap], counted)
+            given = tuple(rows.shape[1:])
             if given != tuple(shape):
                 raise CapabilityError(
                     f"{tap} of the teacher is {given} in this batch, and the cache keeps {tuple(shape)}",
                     remedy="pad all samples to one size, or use the live teacher",
                 )
-            columns[f"hidden:{tap}"] = self._numbers(signal.hidden[tap].detach().float().cpu().flatten(1))
+            columns[f"hidden:{tap}"] = numbers(rows.flatten(1), self.dtype)
+        if not self.tokens:
+            return columns
+        columns[TOKENS] = lengths[:, None].astype(np.int32)
+        for name, (width, _) in self._even().items():
+            values = columns[name]
+            assert isinstance(values, np.ndarray)
+            columns[name] = Ragged(values.reshape(-1), lengths * width)
         return columns
 
-    def _numbers(self, x: Tensor) -> Array:
-        stored = x.to(DTYPES[self.dtype])
-        if not bool(torch.isfinite(stored).all()):
-            raise NumericsError(
-                f"the teacher gives numbers up to {x.abs().max().item():.3g}, which {self.dtype} does not hold",
-                remedy="set teacher.cache.dtype to bf16 or fp32" if bool(torch.isfinite(x).all()) else "check it",
+    def _largest(self, signal: Signal, counted: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The classes and log-probabilities of a teacher that says the largest alone, which is what is kept then."""
+        sparse = signal.sparse
+        if sparse is None or signal.logits is not None:
+            return None
+        said = ("topk", sparse.index.shape[-1], (sparse.temperature,))
+        if sparse.kind != "topk" or (self.keep, self.k, self.temperatures) != said:
+            raise CapabilityError(
+                f"the teacher says the {said[1]} largest of each distribution at T = {sparse.temperature:g}, and the "
+                f"cache is to keep {self.keep}, {self.k} at T = {', '.join(f'{t:g}' for t in self.temperatures)}",
+                remedy="keep what it says: topk, of as many, at that temperature",
             )
-        return _to_numpy(stored)
+        what = "the largest"
+        index = self._rows(what, sparse.index, counted).long()
+        return index, self._rows(what, sparse.values, counted)
 
-    def _encode_sparse(self, logits: Tensor, seeds: Tensor) -> Columns:
-        columns: Columns = {}
-        width = self.k if self.keep == "topk" else self.head
-        index = logits.topk(width, dim=-1).indices
-        logs = [(logits.double() / t).log_softmax(-1) for t in self.temperatures]
-        if width:
-            columns["index"] = index.numpy().astype(self.index_dtype)
-            columns["log_probs"] = self._numbers(torch.cat([log.gather(-1, index) for log in logs], -1).float())
-        if self.keep == "sampled":
-            for i, (t, log) in enumerate(zip(self.temperatures, logs, strict=True)):
-                p = log.exp().scatter(-1, index, 0.0) if width else log.exp()
-                drawn, count = _draw(p, self.draws, seeds, i)
-                columns[f"drawn@{t:g}"] = Ragged(drawn.values.astype(self.index_dtype), drawn.lengths)
-                columns[f"count@{t:g}"] = Ragged(count.astype(self.count_dtype), drawn.lengths)
-        return columns
+    def _scores(self, signal: Signal) -> Tensor:
+        if "head" not in self.provides:
+            return signal.dense()
+        assert signal.head is not None
+        return signal.head.inputs
+
+    def _rows(self, what: str, x: Tensor, counted: Tensor | None) -> Tensor:
+        """One row for each sample, or for each token that counts."""
+        if not self.tokens or counted is None:
+            return x.detach().float().cpu()
+        if tuple(x.shape[:2]) != tuple(counted.shape):
+            raise CapabilityError(
+                f"{what} of the teacher is {tuple(x.shape)} where the batch has {tuple(counted.shape)} tokens",
+                remedy="a cache by tokens keeps what has a row for each of them; teacher and student must see the "
+                "same tokens",
+            )
+        return x.detach()[counted.to(x.device)].float().cpu()
 
     # And back ----------------------------------------------------------------------------------------------
 
-    def decode(self, columns: Columns, temperature: float | None, device: torch.device | str) -> Signal:
-        """The signal of rows.
+    def decode(
+        self,
+        columns: Columns,
+        temperature: float | None,
+        device: torch.device | str,
+        *,
+        counted: Tensor | None = None,
+        output: OutputLayer | None = None,
+        logits: bool = True,
+    ) -> Signal:
+        """The signal of samples; zeros at tokens that do not count.
+
+        Args:
+            columns: of the samples that have any token that counts.
+            temperature: at which to read.
+            device: of the signal.
+            counted: ``[B, L]``, for a layout of tokens.
+            output: the output head, of a cache of what goes into it.
+            logits: whether such a cache shall make the logits.
 
         Raises:
             CapabilityError: ``temperature`` is not among those that are kept.
         """
-        logits, sparse = None, None
-        if self.keep == "dense":
-            logits = self._tensor(columns["logits"]).to(device)
-        elif self.keep is not None:
-            sparse = self._decode_sparse(columns, self.check_temperature(temperature), device)
+        lengths = np.ones(_rows_of(columns), np.int64)
+        if self.tokens:
+            assert counted is not None
+            lengths = np.asarray(columns[TOKENS]).reshape(-1).astype(np.int64)
+            widths = {name: width for name, (width, _) in self._even().items()}
+            columns = {n: c.values.reshape(-1, widths[n]) if isinstance(c, Ragged) and n in widths else c
+                       for n, c in columns.items()}  # fmt: skip
+
+        def placed(x: Tensor) -> Tensor:
+            return _placed(x.to(device), counted) if self.tokens and counted is not None else x.to(device)
+
+        kept, at = Kept(), 0.0
+        if self.form is not None:
+            at = self.check_temperature(temperature)
+            kept = self.form.decode(self, columns, lengths, at)
         hidden = {
-            tap: self._tensor(columns[f"hidden:{tap}"]).view(-1, *shape).to(device)
+            tap: placed(tensor(columns[f"hidden:{tap}"], self.dtype).view(-1, *shape))
             for tap, shape in self.hidden.items()
         }
-        return Signal(logits, hidden, sparse=sparse)
+        if kept.index is not None and kept.values is not None:
+            assert self.form is not None
+            kind: Literal["topk", "sampled"] = "topk" if "topk" in self.form.provides else "sampled"
+            sparse = Sparse(kind, placed(kept.index), placed(kept.values), self.classes, at)
+            return Signal(None, hidden, sparse=sparse)
+        if kept.scores is None or "head" not in self.provides:
+            return Signal(None if kept.scores is None else placed(kept.scores), hidden)
+        if output is None:
+            raise CapabilityError("the output head is not there", remedy="pass output=")
+        output, inputs = output.to(device), kept.scores.to(device)
+        made = placed(Head(inputs, *output).map(Tensor.float).scores(slice(None))) if logits else None
+        return Signal(made, hidden, Head(placed(inputs), *output))
 
     def check_temperature(self, temperature: float | None) -> float:
-        """The temperature to read at, of ``topk`` and ``sampled``."""
+        """The temperature to read at; of parts of a distribution one that is kept.
+
+        Raises:
+            CapabilityError: it is not.
+        """
+        if not self.partial:
+            return 1.0
         if temperature is None and len(self.temperatures) == 1:
             return self.temperatures[0]
         if temperature not in self.temperatures:
@@ -219,100 +289,26 @@ class Layout:
             )
         return temperature
 
-    def _tensor(self, column: Array | Ragged) -> Tensor:
-        assert isinstance(column, np.ndarray)
-        x = torch.from_numpy(column)
-        return (x.view(torch.bfloat16) if self.dtype == "bf16" else x).float()
-
-    def _decode_sparse(self, columns: Columns, temperature: float, device: torch.device | str) -> Sparse:
-        at = self.temperatures.index(temperature)
-        index = values = None
-        if "index" in columns:
-            width = self.k if self.keep == "topk" else self.head
-            index = torch.from_numpy(np.asarray(columns["index"]).astype(np.int64))
-            values = self._tensor(columns["log_probs"])[:, at * width : (at + 1) * width]
-        if self.keep == "topk":
-            assert index is not None
-            assert values is not None
-            return Sparse("topk", index.to(device), values.to(device), self.classes, temperature)
-        drawn, count = columns[f"drawn@{temperature:g}"], columns[f"count@{temperature:g}"]
-        assert isinstance(drawn, Ragged)
-        assert isinstance(count, Ragged)
-        tail_index = torch.from_numpy(_padded(drawn, np.int64))
-        tail = torch.from_numpy(_padded(count, np.float32)) / self.draws
-        if index is not None and values is not None:
-            exact = values.exp()
-            tail = tail * (1.0 - exact.sum(-1, keepdim=True)).clamp(min=0.0)
-            tail_index, tail = torch.cat([index, tail_index], -1), torch.cat([exact, tail], -1)
-        return Sparse("sampled", tail_index.to(device), tail.to(device), self.classes, temperature)
+    def empty(self) -> Columns:
+        """The columns of no sample."""
+        columns: Columns = {name: np.empty((0, width), dtype) for name, (width, dtype) in self.widths().items()}
+        none = np.empty(0, np.int64)
+        return columns | {name: Ragged(np.empty(0, dtype), none) for name, dtype in self.ragged().items()}
 
 
-def _to_numpy(x: Tensor) -> Array:
-    array: Array = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).contiguous().numpy()
-    return array.view(np.uint16) if x.dtype == torch.bfloat16 else array
-
-
-def _draw(p: Tensor, draws: int, seeds: Tensor, stream: int) -> tuple[Ragged, Array]:
-    """``draws`` classes of each row of unnormalised ``p`` ``[B, C]``: each class once, with how often it came.
-
-    By inverse of the cumulative distribution from numbers that are functions of the row's seed, so that a row is
-    drawn the same whenever and with whatever others it is computed.
-    """
-    u = np.stack([uniform(seeds, 1_000_003 * stream + d) for d in range(draws)], 1)
-    total = p.cumsum(-1)
-    aimed = torch.from_numpy(u) * total[:, -1:]
-    found = torch.searchsorted(total, aimed, right=True).clamp(max=p.shape[-1] - 1).sort(-1).values.numpy()
-    first = np.ones_like(found, dtype=bool)
-    first[:, 1:] = found[:, 1:] != found[:, :-1]
-    lengths = first.sum(1)
-    starts = np.flatnonzero(first)
-    count = np.diff(np.append(starts, found.size))
-    return Ragged(found.ravel()[starts], lengths), count
-
-
-def _padded(column: Ragged, dtype: Any) -> Array:
-    """``[B, longest]`` with zeros after each row's end."""
-    width = max(int(column.lengths.max(initial=0)), 1)
-    out = np.zeros((len(column.lengths), width), dtype=dtype)
-    out[np.arange(width) < column.lengths[:, None]] = column.values
+def tokens_of(columns: Columns) -> Array:
+    """How many rows each sample has, of a layout of tokens."""
+    out: Array = np.asarray(columns[TOKENS]).reshape(-1).astype(np.int64)
     return out
 
 
-def concatenated(parts: Sequence[Columns]) -> Columns:
-    """Rows of several parts after each other."""
-    joined: Columns = {}
-    for name in parts[0]:
-        columns = [part[name] for part in parts]
-        if isinstance(columns[0], Ragged):
-            joined[name] = Ragged(
-                np.concatenate([c.values for c in columns]),  # type: ignore[union-attr]
-                np.concatenate([c.lengths for c in columns]),  # type: ignore[union-attr]
-            )
-        else:
-            joined[name] = np.concatenate(columns)  # type: ignore[arg-type]
-    return joined
+def _rows_of(columns: Columns) -> int:
+    first = next(iter(columns.values()), None)
+    return 0 if first is None else len(first.lengths) if isinstance(first, Ragged) else len(first)
 
 
-def taken(columns: Columns, rows: Array) -> Columns:
-    """The given rows."""
-    out: Columns = {}
-    for name, column in columns.items():
-        if isinstance(column, Ragged):
-            ends = np.cumsum(column.lengths)
-            out[name] = pick(column.values, ends - column.lengths, column.lengths, rows)
-        else:
-            out[name] = column[rows]
+def _placed(rows: Tensor, counted: Tensor) -> Tensor:
+    """``[B, L, ...]`` with ``rows`` where the mask is true and zeros elsewhere."""
+    out = rows.new_zeros(*counted.shape, *rows.shape[1:])
+    out[counted.to(rows.device)] = rows
     return out
-
-
-def pick(values: Array, starts: Array, lengths: Array, rows: Array) -> Ragged:
-    """The given rows of a ragged column."""
-    some = lengths[rows].astype(np.int64)
-    before = np.cumsum(some) - some
-    at = np.arange(int(some.sum())) + np.repeat(starts[rows].astype(np.int64) - before, some)
-    return Ragged(values[at], some)
-
-
-def nbytes(columns: Columns) -> int:
-    """Bytes of all columns."""
-    return sum(c.values.nbytes + 4 * len(c.lengths) if isinstance(c, Ragged) else c.nbytes for c in columns.values())

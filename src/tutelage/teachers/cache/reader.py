@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 
 from tutelage.errors import CacheError
+from tutelage.teachers.cache.columns import Array, Columns, Ragged, concatenated, pick, taken
 from tutelage.teachers.cache.files import Shard, check_shard, complete_shards, hashed, opened, read_manifest
-from tutelage.teachers.cache.layout import Array, Columns, Ragged, concatenated, pick, taken
 
 
 class _Open(NamedTuple):

@@ -18,8 +18,9 @@ from tutelage.data.batch import Batch
 from tutelage.errors import CacheError, CapabilityError
 from tutelage.taps import Needs
 from tutelage.teachers.ahead import answered, precision_of
-from tutelage.teachers.cache.files import MANIFEST, hashed, write_manifest
-from tutelage.teachers.cache.layout import Array, Layout, taken
+from tutelage.teachers.cache.columns import Array, Columns, taken
+from tutelage.teachers.cache.files import MANIFEST, has_output, hashed, read_output, write_manifest, write_output
+from tutelage.teachers.cache.layout import Layout, OutputLayer, tokens_of
 from tutelage.teachers.cache.reader import Reader
 from tutelage.teachers.cache.writer import Writer
 from tutelage.teachers.signal import Signal, Teacher
@@ -33,7 +34,8 @@ class CachedTeacher:
 
     What it gives is what is stored, also of a row that was computed just now: a run that was interrupted is taught
     the same bits. Of each batch one row's input is compared with the digest that was stored with it, so that data in
-    another order, another preprocessing or another augmentation cannot go unnoticed.
+    another order, another preprocessing or another augmentation cannot go unnoticed. Where tokens are kept, every
+    row's input is, and which of its tokens count.
 
     Args:
         folder: of the cache; written where there is none.
@@ -67,9 +69,11 @@ class CachedTeacher:
         self.reader = Reader(self.folder, verify=verify)
         check_same(self.folder, self.reader.made_from, made_from, self.reader.layout, layout)
         self.provides = layout.provides
+        self.of_samples = True
         self.writer: Writer | None = None
         self.pending: set[tuple[int, int]] = set()
         self.looked = time.monotonic()
+        self._output: OutputLayer | None = None
         self.asked = self.read = self.compared = 0
 
     def __enter__(self) -> CachedTeacher:
@@ -95,22 +99,31 @@ class CachedTeacher:
             CacheError: the input of a row is not the one that it was made from, or writing failed.
         """
         self.check(needs)
-        ids, views = keys_of(batch)
-        position = self._find(ids, views)
-        if (position >= 0).all():
+        ids, views, real = self._keys(batch)
+        position = self._find(ids[real], views[real])
+        if not len(position):
+            columns = self.layout.empty()
+        elif (position >= 0).all():
             keys, columns = self.reader.rows(position)
-            self._compare(batch, keys)
-            self.read += len(ids)
+            self._compare(batch, keys, real, columns)
+            self.read += len(position)
         else:
-            columns = self._ask(batch, ids, views, position < 0)
-        signal = self.layout.decode(columns, needs.temperature, batch.labels.device)
+            columns = taken(self._ask(batch, ids, views, _all(real, position < 0)), np.flatnonzero(real))
+        signal = self.layout.decode(
+            columns, needs.temperature, batch.labels.device,
+            counted=batch.counted() if self.layout.tokens else None, output=self._head(batch), logits=needs.logits,
+        )  # fmt: skip
         hidden = {tap: signal.hidden[tap] for tap in needs.hidden}
-        return Signal(signal.logits if needs.logits else None, hidden, sparse=signal.sparse if needs.logits else None)
+        return Signal(
+            signal.logits if needs.logits else None, hidden, signal.head if needs.head else None,
+            signal.sparse if needs.logits else None,
+        )  # fmt: skip
 
     def ask(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
         """Say that a batch comes next, so that its rows are read meanwhile; the result gives its signal."""
         if self.reader.scattered:
-            position = self.reader.find(*keys_of(batch))
+            ids, views, real = self._keys(batch)
+            position = self.reader.find(ids[real], views[real])
             self.reader.expect(position[position >= 0])
         return partial(answered, self, batch, needs, precision_of(batch.labels.device))
 
@@ -120,24 +133,68 @@ class CachedTeacher:
         Raises:
             CacheError: as :meth:`signal`.
         """
-        ids, views = keys_of(batch)
-        position = self._find(ids, views)
-        if (position >= 0).all():
-            self._compare(batch, self.reader.rows(position[:1] if len(position) else position)[0])
-        else:
-            self._ask(batch, ids, views, position < 0)
+        ids, views, real = self._keys(batch)
+        position = self._find(ids[real], views[real])
+        if not (position >= 0).all():
+            self._ask(batch, ids, views, _all(real, position < 0))
+        elif len(position):
+            keys, columns = self.reader.rows(position)
+            self._compare(batch, keys, real, columns)
 
     def check(self, needs: Needs) -> None:
         """Raise :class:`CapabilityError` unless the cache keeps what is needed."""
         missing = [tap for tap in needs.hidden if tap not in self.layout.hidden]
-        missing += ["the output head"] * needs.head + ["logits"] * (needs.logits and self.layout.keep is None)
+        missing += ["the output head"] * (needs.head and "head" not in self.provides) + ["logits"] * (
+            needs.logits and self.layout.keep is None
+        )
         if missing:
             raise CapabilityError(
                 f"the cache does not keep {', '.join(missing)}",
                 where=str(self.folder), remedy="write another cache, or use the live teacher",
             )  # fmt: skip
-        if needs.logits and self.layout.keep in ("topk", "sampled"):
+        if needs.logits:
             self.layout.check_temperature(needs.temperature)
+
+    def _keys(self, batch: Batch) -> tuple[Array, Array, Array]:
+        """Sample ids, view seeds, and which samples have something to be kept: of tokens those where any counts."""
+        ids, views = keys_of(batch)
+        real = np.ones(len(ids), dtype=bool)
+        if self.layout.tokens:
+            counted = batch.counted()
+            if counted.ndim != 2:
+                raise CapabilityError(
+                    f"the cache keeps a row for each token, and the batch's labels are {tuple(counted.shape)}",
+                    where=str(self.folder), remedy="use it for texts whose tokens have labels each",
+                )  # fmt: skip
+            real = counted.any(1).cpu().numpy()
+        return ids, views, real
+
+    def _head(self, batch: Batch) -> OutputLayer | None:
+        """The output head on the batch's device, where what goes into it is kept."""
+        if "head" not in self.provides:
+            return None
+        if self._output is None:
+            if not has_output(self.folder) and self.live is not None:
+                self._keep_head(batch.to(self.device))
+            self._output = read_output(self.folder)
+        if self._output.weight.device != batch.labels.device:
+            self._output = self._output.to(batch.labels.device)
+        return self._output
+
+    def _keep_head(self, batch: Batch) -> None:
+        """Write the output head, once it is known that it alone makes the logits."""
+        assert self.live is not None
+        one = self.live.signal(batch.rows(0, 1), Needs(logits=True, head=True))
+        assert one.head is not None
+        made = one.head.map(Tensor.float).scores(slice(None))
+        said = one.dense().float()
+        if made.shape != said.shape or not torch.allclose(made, said, rtol=1e-2, atol=1e-2 * float(said.abs().max())):
+            raise CapabilityError(
+                "the teacher does more to its logits than its output head, a scale and a cap, so they cannot be made "
+                "from what goes into it",
+                where=str(self.folder), remedy="keep dense, topk or rounded logits",
+            )  # fmt: skip
+        write_output(self.folder, OutputLayer.of(one.head))
 
     def _find(self, ids: Array, views: Array) -> Array:
         position = self.reader.find(ids, views)
@@ -164,10 +221,13 @@ class CachedTeacher:
                 f"has no row for sample ids {absent}, {int(missing.sum())} of this batch",
                 where=str(self.folder), remedy="write them with tutelage cache",
             )  # fmt: skip
-        signal = self.live.signal(batch.to(self.device), self.layout.needs)
-        columns = self.layout.encode(signal, torch.from_numpy(seeds_of(ids, views)))
+        shown, counted = batch.to(self.device), batch.counted()
+        signal = self.live.signal(shown, self.layout.needs)
+        if "head" in self.provides and not has_output(self.folder):
+            self._keep_head(shown)
+        seeds = torch.from_numpy(seeds_of(ids, views))
+        columns = self.layout.encode(signal, seeds, counted if self.layout.tokens else None)
         self.asked += len(ids)
-        counted = batch.counted()
         real = (counted if counted.ndim == 1 else counted.flatten(1).any(-1)).cpu().numpy()
         new = missing & real
         _, first = np.unique(np.stack([ids, views], 1), axis=0, return_index=True)
@@ -182,16 +242,31 @@ class CachedTeacher:
             self.pending.update(zip(ids[rows].tolist(), views[rows].tolist(), strict=True))
         return columns
 
-    def _compare(self, batch: Batch, keys: Mapping[str, Array]) -> None:
-        row = self.compared % len(keys["id"])  # another place in each batch
+    def _compare(self, batch: Batch, keys: Mapping[str, Array], real: Array, columns: Columns) -> None:
+        """Raise :class:`CacheError` where rows were made from something else than the batch's ``real`` rows."""
+        rows = np.flatnonzero(real)
+        some = range(len(rows)) if self.layout.tokens else [self.compared % len(rows)]  # another place in each batch
         self.compared += 1
-        if digest(batch, row) != int(keys["digest"][row]):
-            view = f", view seed {int(keys['view'][row])}" if batch.views is not None else ""
+        counts = batch.counted().sum(1).cpu().numpy()[rows] if self.layout.tokens else None
+        for i in some:
+            if digest(batch, int(rows[i])) == int(keys["digest"][i]) and (
+                counts is None or tokens_of(columns)[i] == counts[i]
+            ):
+                continue
+            view = f", view seed {int(keys['view'][i])}" if batch.views is not None else ""
             raise CacheError(
-                f"sample {int(keys['id'][row])}{view} does not look as it did when its row was written",
+                f"sample {int(keys['id'][i])}{view} does not look as it did when its row was written",
                 where=str(self.folder),
-                remedy="data in another order, another preprocessing or another augmentation: write another cache",
+                remedy="data in another order, another preprocessing or another augmentation, or other tokens that "
+                "count: write another cache",
             )
+
+
+def _all(real: Array, missing: Array) -> Array:
+    """``missing``, of the real rows, for all rows."""
+    out = np.zeros(len(real), dtype=bool)
+    out[real] = missing
+    return out
 
 
 def keys_of(batch: Batch) -> tuple[Array, Array]:
@@ -214,7 +289,10 @@ def seeds_of(ids: Array, views: Array) -> Array:
 
 
 def digest(batch: Batch, row: int) -> int:
-    """A number that tells a row's input, and its route, from another; how far it is padded makes no difference."""
+    """A number that tells a row's input, which of its tokens count, and its route, from another.
+
+    How far it is padded, and on which side, makes no difference.
+    """
     given = batch.for_teacher().inputs
     inputs = given if isinstance(given, dict) else {"": given}
     attended = inputs.get("attention_mask")
@@ -223,6 +301,10 @@ def digest(batch: Batch, row: int) -> int:
         found.update(name.encode())
         padded = attended is not None and attended.ndim == 2 and x.shape[:2] == attended.shape
         found.update(_bytes(x[row][attended[row].bool()] if padded and attended is not None else x[row]))
+    if batch.labels.ndim == 2:
+        counted = batch.counted()[row]
+        known = attended is not None and attended.shape == batch.labels.shape
+        found.update(_bytes(counted[attended[row].bool()] if known and attended is not None else counted))
     if batch.route is not None:
         found.update(_bytes(batch.route[row]))
     return int.from_bytes(found.digest(), "little")

@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 
 from tutelage.errors import CacheError, TutelageError
+from tutelage.teachers.cache.columns import nbytes
 from tutelage.teachers.cache.files import (
     DRAFT,
+    HEAD,
     Shard,
     check_shard,
     complete_shards,
+    has_output,
     opened,
     read_manifest,
+    read_output,
     read_sealed,
 )
-from tutelage.teachers.cache.layout import nbytes
+from tutelage.teachers.cache.layout import tokens_of
 from tutelage.teachers.cache.reader import Reader
 from tutelage.teachers.cache.writer import Writer
 
@@ -37,6 +41,7 @@ def info(folder: Path) -> dict[str, Any]:
     ids = np.concatenate([s.keys["id"] for s in reader.shards]) if reader.shards else np.empty(0, np.int64)
     rows, samples = len(reader), len(np.unique(ids))
     size = sum(shard.size for shard in shards)
+    tokens = sum(int(tokens_of(s.columns).sum()) for s in reader.shards) if layout.tokens else None
     return {
         "layout": layout.to_dict(),
         "made_from": made_from,
@@ -48,13 +53,15 @@ def info(folder: Path) -> dict[str, Any]:
         "shards": len(shards),
         "bytes": size,
         "bytes_per_row": size / rows if rows else 0.0,
+        **({} if tokens is None else {"tokens": tokens, "bytes_per_token": size / max(tokens, 1)}),
         "leftovers": [p.name for p in sorted(folder.glob("*")) if _leftover(p, shards)],
     }
 
 
 def _leftover(path: Path, shards: Iterable[Shard]) -> bool:
     complete = {shard.path.name for shard in shards}
-    return path.name.startswith(DRAFT) or (path.suffix == ".arrow" and path.name not in complete)
+    orphan = path.name == f"{HEAD}.safetensors" and not has_output(path.parent)
+    return path.name.startswith(DRAFT) or (path.suffix == ".arrow" and path.name not in complete) or orphan
 
 
 def verify(
@@ -70,6 +77,11 @@ def verify(
         return [str(error)]
     faults: list[str] = []
     sides = sorted(folder.glob("shard-*.json"))
+    if "head" in layout.provides and (sides or has_output(folder)):
+        try:
+            read_output(folder)
+        except TutelageError as error:
+            faults.append(str(error))
     for side in progress(sides, "checking shards"):
         try:
             known = read_sealed(side)

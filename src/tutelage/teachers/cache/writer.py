@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.teachers.cache.columns import Array, Columns, concatenated, nbytes
 from tutelage.teachers.cache.files import write_shard
-from tutelage.teachers.cache.layout import Array, Columns, Layout, concatenated, nbytes
+from tutelage.teachers.cache.layout import Layout
 
 SHARD_BYTES = 2**25
 """A shard is closed once it holds this much ..."""
