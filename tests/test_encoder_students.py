@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,7 @@ def test_a_layout_that_is_not_understood_is_refused_and_not_guessed() -> None:
 
 LOADS = """
 import sys
+import warnings
 sys.modules["tutelage"] = None  # whoever imports it fails
 import torch, transformers
 from safetensors.torch import load_file
@@ -371,3 +373,34 @@ def test_students_load_in_plain_transformers(tmp_path: Path) -> None:
     (tmp_path / "models.txt").write_text("".join(lines))
     done = subprocess.run([sys.executable, "-c", LOADS, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "equal", done.stderr
+
+
+class Positional(nn.Module):
+    """A model of transformers as a function of tensors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def test_a_student_says_the_same_in_onnx_at_any_batch_and_length(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    student = cut(build("bert"), layers=2).model.eval()
+    axes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=40)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, which differ by version
+        torch.onnx.export(
+            Positional(student), tuple(inputs().values()), tmp_path / "student.onnx", input_names=list(inputs()),
+            output_names=["logits"], dynamic_shapes=(axes, axes), dynamo=True, verbose=False,
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"), providers=["CPUExecutionProvider"])
+    for length in (3, 12, 31):
+        given = inputs(length)
+        given["attention_mask"][1, length // 2 :] = 0
+        (found,) = session.run(None, {k: v.numpy() for k, v in given.items()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), student(**given).logits, atol=1e-4, rtol=1e-4)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, ModelError
-from tutelage.taps import Needs, observe
+from tutelage.taps import Needs, evaluating, observe
 
 Shape = tuple[int, ...]
 
@@ -26,14 +26,8 @@ Shape = tuple[int, ...]
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
     """``model`` in evaluation mode and without autograd; each of its modules gets its own mode back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        yield model
 
 
 def device_of(model: nn.Module) -> torch.device:

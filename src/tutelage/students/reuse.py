@@ -11,7 +11,7 @@ from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.students.projectors import device_of, feature_shapes, untouched
 from tutelage.students.sites import embedding, stages
-from tutelage.taps import Needs, logits_of, observe, output_head
+from tutelage.taps import Needs, evaluating, logits_of, observe, output_head
 
 
 class ReusedHead(nn.Module):
@@ -84,6 +84,12 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
     The last feature maps of both where the teacher's classifier follows from the mean of its map, as in a ResNet;
     else what goes into their heads.
 
+    Args:
+        student: it becomes a part of what is returned.
+        teacher: its classifier is copied.
+        example: a few samples, for a dry run of both.
+        factor: by how much the projector between them is narrower than the teacher's feature.
+
     Raises:
         ModelError: a model without a linear head.
     """
@@ -112,12 +118,8 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
 
 def _freeze_unreached(reused: ReusedHead, example: Batch) -> None:
     """What of the student lies behind the tapped feature does nothing any more."""
-    modes = [(m, m.training) for m in reused.modules()]
-    reused.eval()
-    with torch.enable_grad():
+    with evaluating(reused), torch.enable_grad():
         logits_of(reused(**_named(example.to(device_of(reused)).inputs))).sum().backward()
-    for module, mode in modes:
-        module.training = mode
     for parameter in reused.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
     reused.zero_grad(set_to_none=True)
