@@ -16,13 +16,12 @@ import tutelage
 from tutelage import api
 from tutelage.config import build_recipe, load_recipe
 from tutelage.data import Batch, load_images
-from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import MutualMethod, Trainee
 from tutelage.models import load_model
 from tutelage.workflows.doctor import examine
 from tutelage.workflows.progress import Terminal
-from worlds import Shuffled, images
+from worlds import Shuffled, images, state
 
 SILENT = Terminal(speaks=False)
 RECIPE: dict[str, Any] = {
@@ -203,14 +202,7 @@ def test_peers_and_their_stale_copies_resume_to_the_same_bits(batches: int, tmp_
     with pytest.raises(Interrupted):
         distil(tmp_path / "cut", die_at=batches)
     distil(tmp_path / "cut", resume=True)
-
-    def state(run: str) -> dict[str, torch.Tensor]:
-        found = newest(tmp_path / run / "checkpoints" / "distilled-seed0")
-        assert found is not None
-        model: dict[str, torch.Tensor] = load_checkpoint(found)["model"]
-        return model
-
-    first, second = state("whole"), state("cut")
+    first, second = state(tmp_path / "whole"), state(tmp_path / "cut")
     assert any(k.startswith("method.stale.2.") for k in first)
     assert all(torch.equal(v, second[k]) for k, v in first.items())
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "cut" / "metrics.jsonl").read_text()

@@ -50,6 +50,8 @@ from tutelage.methods import (
     built,
 )
 from tutelage.methods.layers import find_layers, mapped
+from tutelage.objectives import chunked
+from tutelage.objectives.heads import Scores
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 
@@ -407,25 +409,34 @@ def test_dropout_of_the_students_attention_is_not_compared() -> None:
 # Memory, and what weighs nothing -----------------------------------------------------------------------------------
 
 
+def in_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Let so many tokens go together."""
+    monkeypatch.setattr(chunked, "CHUNK", {"cpu": 0})
+    monkeypatch.setattr(chunked, "FEWEST", tokens)
+
+
 def test_scores_of_the_vocabulary_exist_for_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = make(seed=1), make(seed=2, layers=4, width=24)
     b = batch()
     method = fit(TripleMethod(), student, teacher, b)
     rows: list[int] = []
-    kd = objectives.kd
+    made = Scores.of
 
-    def watched(s: Tensor, t: Tensor, **options: Any) -> Tensor:
-        rows.append(len(s))
-        return kd(s, t, **options)
+    def watched(self: Scores, which: Any) -> Tensor:
+        scores = made(self, which)
+        rows.append(len(scores))
+        return scores
 
-    monkeypatch.setattr(objectives, "kd", watched)
+    monkeypatch.setattr(Scores, "of", watched)
     found = []
-    for chunk in (1 << 24, 4 * VOCABULARY):
-        method.chunk = chunk
+    for chunk in (None, 4):
+        if chunk is not None:
+            in_chunks(monkeypatch, chunk)
         student.zero_grad()
         rows.clear()
         means = seen(student, teacher, method, b)
-        assert max(rows) == (int(b.mask.sum()) if chunk == 1 << 24 else 4)
+        assert sum(rows) == 2 * int(b.mask.sum())  # the student's and the teacher's, each once
+        assert max(rows) > 4 if chunk is None else max(rows) == 4
         sum(means.values()).backward()
         found.append((means, [p.grad.clone() for p in student.parameters() if p.grad is not None]))
     for a, c in zip(found[0][1], found[1][1], strict=True):
@@ -437,10 +448,12 @@ def test_scores_of_the_vocabulary_exist_for_some_positions_at_a_time(monkeypatch
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_gradients_made_in_parts_are_those_of_all_scores_at_once(dtype: torch.dtype | None, tied: bool) -> None:
+def test_gradients_made_in_parts_are_those_of_all_scores_at_once(
+    dtype: torch.dtype | None, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student, teacher, b = make(seed=1, tie_word_embeddings=tied), make(seed=2), batch()
     method = fit(TripleMethod(cosine=0), student, teacher, b)
-    method.chunk = 4 * VOCABULARY
+    in_chunks(monkeypatch, 4)
     gradients = []
     for parts in (True, False):
         student.zero_grad()
@@ -478,8 +491,8 @@ def test_no_method_of_hidden_states_runs_a_head_over_the_vocabulary(factory: Cal
 @pytest.mark.parametrize(
     ("method", "never"),
     [
-        (lambda: TripleMethod(kd=0), ["kd"]),
-        (lambda: TripleMethod(mlm=0), ["cross_entropy"]),
+        (lambda: TripleMethod(kd=0), ["Soft"]),
+        (lambda: TripleMethod(mlm=0), ["Hard"]),
         (lambda: TripleMethod(cosine=0), ["cosine"]),
         (lambda: TinybertMethod(attention=0, prediction=0), ["attention_mse", "soft_cross_entropy"]),
         (lambda: TinybertMethod(embedding=0, hidden=0, prediction=0), ["hint"]),
@@ -671,6 +684,15 @@ def test_every_method_trains_and_its_terms_fall(name: str) -> None:
     assert all(float(v.detach()) < first[n] for n, v in means.items() if n not in pulled)
 
 
+def train(teacher: nn.Module, loader: list[Batch]) -> None:
+    """A teacher must be better than chance."""
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=5e-3)
+    for b in loader * 10:
+        optimizer.zero_grad()
+        F.cross_entropy(teacher(**b.inputs).logits.flatten(0, -2), b.labels.flatten()).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("method", "task", "terms"),
     [
@@ -684,11 +706,7 @@ def test_distill_takes_every_stage(method: Method, task: str, terms: set[str], t
     kind = BertForMaskedLM if task == "mlm" else BertForSequenceClassification
     student, teacher = models(kind)
     loader = [batch(task, seed=i) for i in range(3)]
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=5e-3)
-    for b in loader * 10:  # a teacher must be better than chance
-        optimizer.zero_grad()
-        F.cross_entropy(teacher(**b.inputs).logits.flatten(0, -2), b.labels.flatten()).backward()
-        optimizer.step()
+    train(teacher, loader)
     run = tutelage.distill(
         teacher, student, loader, eval_data=loader, method=method, epochs=4, lr=5e-3, baseline=False,
         out=tmp_path / "run", verbose=False, train={"log_every": 1},
@@ -697,6 +715,31 @@ def test_distill_takes_every_stage(method: Method, task: str, terms: set[str], t
     assert all(f'"{term}"' in logged for term in terms)
     assert type(run.student) is kind
     assert not any("projector" in name for name, _ in run.student.named_parameters())
+
+
+def test_the_engine_says_before_how_terms_are_weighted_so_one_gradient_serves_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Shares of a micro-batch are not those of the step; terms that are weighted otherwise are projected twice."""
+    student, teacher = make(seed=1), make(seed=2)
+    loader = [batch(seed=i) for i in range(4)]
+    for b in loader[::2]:
+        b.labels[0] = -100  # uneven
+    train(teacher, loader)
+    factors: list[Tensor | None] = []
+    common = chunked._common
+
+    def watched(*args: Any) -> Tensor | None:
+        factors.append(common(*args))
+        return factors[-1]
+
+    monkeypatch.setattr(chunked, "_common", watched)
+    tutelage.distill(
+        teacher, student, loader, eval_data=loader, method=TripleMethod(cosine=0), epochs=2, baseline=False,
+        out=tmp_path / "run", verbose=False, train={"accumulate": 2}
+    )  # fmt: skip
+    assert len(factors) == 2 * 2 * len(loader)  # epochs, and parts of each batch
+    assert all(factor is not None for factor in factors)
 
 
 # What is refused ------------------------------------------------------------------------------------------------

@@ -1,30 +1,47 @@
 """Methods: what is the loss of this batch."""
 
-from tutelage.methods.base import Method, Phase, Term, Trainee, adapted, built, check_capabilities, check_task
+from tutelage.methods.base import (
+    Method,
+    Phase,
+    Term,
+    Trainee,
+    adapted,
+    built,
+    check_capabilities,
+    check_task,
+    needs_of,
+)
 from tutelage.methods.byot import ByotMethod
+from tutelage.methods.cross import CrossTokenizerMethod
 from tutelage.methods.embedding import EmbeddingMethod
 from tutelage.methods.feature import FeatureMethod, PairsMethod
 from tutelage.methods.links import FEATURE_OBJECTIVES
 from tutelage.methods.logit import SOFT_OBJECTIVES, LogitMethod, SupervisedMethod, TeacherFreeMethod
 from tutelage.methods.minilm import MinilmMethod
 from tutelage.methods.mutual import MutualMethod
+from tutelage.methods.on_policy import OnPolicyMethod
 from tutelage.methods.patient import PatientMethod
 from tutelage.methods.simkd import SimkdMethod
 from tutelage.methods.tinybert import TinybertMethod
+from tutelage.methods.token import SequenceMethod, TokenMethod
 from tutelage.methods.triple import MaskedMethod, TripleMethod
 
 METHODS: dict[str, type[Method]] = {
     "byot": ByotMethod,
+    "cross-tokenizer": CrossTokenizerMethod,
     "embedding": EmbeddingMethod,
     "feature": FeatureMethod,
     "logit": LogitMethod,
     "minilm": MinilmMethod,
     "mutual": MutualMethod,
+    "on-policy": OnPolicyMethod,
     "patient": PatientMethod,
+    "sequence": SequenceMethod,
     "simkd": SimkdMethod,
     "supervised": SupervisedMethod,
     "teacher-free": TeacherFreeMethod,
     "tinybert": TinybertMethod,
+    "token": TokenMethod,
     "triple": TripleMethod,
 }
 """Every method that a recipe can name. ``tutelage.config.METHOD_KINDS`` has their options."""
@@ -34,6 +51,7 @@ __all__ = [
     "METHODS",
     "SOFT_OBJECTIVES",
     "ByotMethod",
+    "CrossTokenizerMethod",
     "EmbeddingMethod",
     "FeatureMethod",
     "LogitMethod",
@@ -41,18 +59,22 @@ __all__ = [
     "Method",
     "MinilmMethod",
     "MutualMethod",
+    "OnPolicyMethod",
     "PairsMethod",
     "PatientMethod",
     "Phase",
+    "SequenceMethod",
     "SimkdMethod",
     "SupervisedMethod",
     "TeacherFreeMethod",
     "Term",
     "TinybertMethod",
+    "TokenMethod",
     "Trainee",
     "TripleMethod",
     "adapted",
     "built",
     "check_capabilities",
     "check_task",
+    "needs_of",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +42,15 @@ class Method(nn.Module):
         student_needs: what must be known of the student's forward pass; ``None`` where the student is not run.
         weights: the weight of each term, by name. The engine applies it, once.
         needs_ids: whether :meth:`build` needs the sample ids of the training data.
-        takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) will do for its logits.
+        takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) will do for its logits, and
+            these for its output head.
+        writes: whether :meth:`prepared` makes batches that nobody has seen before, so that the teacher must be one
+            that can be asked about anything, at the moment.
+        validates: whether it learns from :meth:`validated`, so that there must be validation data.
         unlabelled: whether samples without a label teach it anything; else it is trained on the labelled ones.
         task: what the labels that it learns from are.
+        scales: by what the engine will multiply each term's sum; empty where nobody said. A method whose gradients
+            are made in its forward pass can make one of all its terms, knowing them.
         peers: what else is to be trained with the student, as whoever builds models understands it; ``None`` for the
             student's own architecture. :meth:`join` gets a model for each.
     """
@@ -52,8 +60,11 @@ class Method(nn.Module):
     weights: dict[str, float]
     needs_ids: bool = False
     takes_sparse: bool = False
+    writes: bool = False
+    validates: bool = False
     unlabelled: bool = True
     task: Task = "classes"
+    scales: Mapping[str, Tensor] = MappingProxyType({})
     peers: Sequence[Any] = ()
 
     def join(self, models: Sequence[nn.Module]) -> None:
@@ -94,8 +105,18 @@ class Method(nn.Module):
             total: optimizer steps in all.
         """
 
+    def prepared(self, student: nn.Module, batch: Batch) -> Batch:
+        """What a batch of the data becomes before it is counted and the teacher is asked. Default: what it is.
+
+        Called once for each micro-batch with the student as it is at that step, and with ``writes`` alone.
+        """
+        return batch
+
     def after_step(self) -> None:
         """Called after each optimizer step, before any evaluation or checkpoint."""
+
+    def validated(self, scores: Mapping[str, Any]) -> None:
+        """Called after each evaluation on validation data, with its metrics, the same on all processes."""
 
     def others(self, student: nn.Module) -> dict[str, nn.Module]:
         """What else gives logits once it is trained, by name: peers, or exits of ``student``. Measured beside it."""
@@ -137,14 +158,31 @@ def built(
     seed: int,
     ids: Tensor | None = None,
 ) -> Method:
-    """``method``, fitted to the models; what it initialises is a function of ``seed`` alone."""
+    """``method``, fitted to the models; what it initialises is a function of ``seed`` alone.
+
+    Args:
+        method: changed in place, by its :meth:`Method.build`.
+        student: what :func:`adapted` returned.
+        teacher: the teacher's model; ``None`` where there is none.
+        example: a few samples of the data.
+        seed: of the run.
+        ids: ``[M]``, the sample ids of the training data, where they are known.
+    """
     with _stream(seed):
         method.build(student, teacher, example, ids)
     return method
 
 
 def adapted(method: Method, student: nn.Module, teacher: nn.Module | None, example: Batch, seed: int) -> nn.Module:
-    """What ``method`` trains and exports for ``student``; what it adds is a function of ``seed`` alone."""
+    """What ``method`` trains and exports for ``student``; what it adds is a function of ``seed`` alone.
+
+    Args:
+        method: its :meth:`Method.adapt` is asked.
+        student: as it was made.
+        teacher: the teacher's model; ``None`` where there is none.
+        example: a few samples of the data.
+        seed: of the run.
+    """
     with _stream(seed):
         return method.adapt(student, teacher, example)
 
@@ -189,8 +227,14 @@ class Trainee(nn.Module):
             self._observer.close()
         self._observer = None
 
-    def forward(self, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The method's terms for one batch."""
+    def forward(self, batch: Batch, signal: Signal | None, *, writing: bool = False) -> Any:
+        """The method's terms for one batch; with ``writing`` what :meth:`Method.prepared` makes of it.
+
+        A sharded student can be run inside of this forward alone, for there its weights are gathered.
+        """
+        if writing:
+            with torch.no_grad():
+                return self.method.prepared(self.student, batch)
         check_task(self.method, batch)
         needs = self.method.student_needs
         if needs is not None and (self._observer is None or self._observer.needs != needs):
@@ -234,6 +278,15 @@ def check_task(method: Method, batch: Batch) -> None:
         )
 
 
+def needs_of(method: Method, teacher: Teacher | None) -> Needs | None:
+    """What a method asks of this teacher: for its output head the logits, or part of them, where it has no more and
+    the method takes them."""
+    needs = method.needs
+    if needs is None or teacher is None or not (method.takes_sparse and needs.head) or "head" in teacher.provides:
+        return needs
+    return replace(needs, head=False, logits=True)
+
+
 def check_capabilities(method: Method, teacher: Teacher | None) -> None:
     """Raise :class:`CapabilityError` when the teacher cannot give what the method needs."""
     if method.needs is None:
@@ -243,7 +296,14 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
         raise CapabilityError(
             f"{name} needs a teacher and there is none", remedy="give a teacher, or use a method that needs none"
         )
-    missing = sorted(method.needs.kinds() - teacher.provides)
+    if method.writes and getattr(teacher, "of_samples", False):
+        raise CapabilityError(
+            f"{name} asks about what the student has just written, and {type(teacher).__name__} knows the data only",
+            remedy="use a live teacher, or a method that learns from the data, such as kind: token",
+        )
+    needs = needs_of(method, teacher)
+    assert needs is not None
+    missing = sorted(needs.kinds() - teacher.provides)
     if method.takes_sparse and teacher.provides & {"topk", "sampled"}:
         missing = [kind for kind in missing if kind != "logits"]
     if missing:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tutelage.data.batch import Batch, Task
-from tutelage.errors import ConfigError, ModelError, TutelageError, nearest
+from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.methods.base import Method, Phase, Term
 from tutelage.methods.links import FEATURE_OBJECTIVES, Compared, Link, Setting, Site, Where, token_positions
 from tutelage.methods.logit import LogitMethod
@@ -271,9 +271,8 @@ def _check(pair: Mapping[str, Any], where: str, *, paths: bool) -> None:
     """Raise :class:`ConfigError` unless a pair names what there is."""
     name = pair["objective"]
     if name not in FEATURE_OBJECTIVES:
-        close = nearest(str(name), list(FEATURE_OBJECTIVES), 1)
         raise ConfigError(
-            f"unknown objective {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+            f"unknown objective {name!r}" + suggest(str(name), list(FEATURE_OBJECTIVES)),
             where=where, remedy=f"allowed: {', '.join(FEATURE_OBJECTIVES)}",
         )  # fmt: skip
     missing = [k for k in ("student", "teacher") if paths and not isinstance(pair.get(k), str)]

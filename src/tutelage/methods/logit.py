@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tutelage import objectives
 from tutelage.data.batch import Batch, Task
-from tutelage.errors import CapabilityError, ConfigError, nearest
+from tutelage.errors import CapabilityError, ConfigError, suggest
 from tutelage.methods.base import Method, Term
 from tutelage.methods.hard import hard_of
 from tutelage.taps import Needs, Observation
@@ -209,9 +209,8 @@ class LogitMethod(Method):
         self.task, self.labels = task, hard_of(task)
         soft = self.labels.soft if soft is None else soft
         if soft not in SOFT_OBJECTIVES:
-            close = nearest(str(soft), list(SOFT_OBJECTIVES), 1)
             raise ConfigError(
-                f"soft={soft!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+                f"soft={soft!r}" + suggest(str(soft), list(SOFT_OBJECTIVES)),
                 remedy=f"allowed: {', '.join(SOFT_OBJECTIVES)}",
             )
         if temperature is not None and not temperature > 0:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from tutelage import objectives
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError, ModelError
-from tutelage.methods.base import Term
+from tutelage.methods.base import Method, Term
 from tutelage.methods.hard import hard_of
 from tutelage.methods.logit import SOFT_OBJECTIVES
 from tutelage.students.projectors import device_of
-from tutelage.taps import Needs, observe, output_head
+from tutelage.taps import Head, Needs, as_linear, evaluating, observe, output_head
 from tutelage.teachers.signal import Signal
 
 # Which tokens count ------------------------------------------------------------------------------------------------
@@ -53,8 +54,8 @@ def counted_outputs(batch: Batch) -> Tensor:
 def vocabulary_head(model: nn.Module) -> nn.Linear | None:
     """The layer that scores a vocabulary for each position; ``None`` for a model without one."""
     getter = getattr(model, "get_output_embeddings", None)
-    named = getter() if callable(getter) else None
-    if isinstance(named, nn.Linear):
+    named = as_linear(getter() if callable(getter) else None)
+    if named is not None:
         return named
     if callable(getter):  # transformers says that it has none
         return None
@@ -64,6 +65,35 @@ def vocabulary_head(model: nn.Module) -> nn.Linear | None:
         return None
     embedded = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     return last if embedded and last.out_features == max(e.num_embeddings for e in embedded) else None
+
+
+def linear_head(head: Head) -> objectives.LinearHead:
+    """A head that was seen, as the chunked losses take it."""
+    beside = None if head.adapter is None else objectives.LoRA(*head.adapter)
+    return objectives.LinearHead(head.weight, head.bias, head.scale, head.softcap, beside)
+
+
+def head_terms(
+    method: Method,
+    head: Head,
+    asked: Mapping[str, objectives.Hard | objectives.Soft | objectives.Crossed],
+    counts: Mapping[str, Tensor],
+) -> dict[str, Term]:
+    """Terms of what a head scores, from one projection and with one gradient, by what the engine will multiply each.
+
+    Args:
+        method: whose terms they are.
+        head: the student's.
+        asked: the losses, by term.
+        counts: how many tokens each term averages over.
+
+    Raises:
+        ValueError: as :func:`tutelage.objectives.linear_sums`.
+    """
+    shares = method.scales or {name: method.weights[name] / counts[name].clamp(min=1) for name in asked}
+    weights = [shares[name] for name in asked]
+    sums = objectives.linear_sums(head.inputs, linear_head(head), list(asked.values()), weights=weights)
+    return {name: Term(total, counts[name]) for name, total in zip(asked, sums, strict=True)}
 
 
 def quiet_needs(model: nn.Module, taps: Sequence[str]) -> Needs:
@@ -78,15 +108,11 @@ def freeze_unreached(student: nn.Module, example: Batch, needs: Needs, *, head: 
     student is a fresh one, with nothing frozen.
     """
     learned = [p for p in student.parameters() if p.requires_grad]
-    modes = [(m, m.training) for m in student.modules()]
-    student.eval()
-    with torch.enable_grad():
+    with evaluating(student), torch.enable_grad():
         observed = observe(student, example.to(device_of(student)).inputs, needs)
-    for module, mode in modes:
-        module.training = mode
     parts = list(observed.hidden.values())
     if observed.head is not None and head:
-        parts += [x for x in observed.head if x is not None]
+        parts += [x for x in observed.head if isinstance(x, Tensor)]
     gradients = torch.autograd.grad([x.float().sum() for x in parts], learned, allow_unused=True)
     for parameter, gradient in zip(learned, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tutelage import objectives
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
 from tutelage.methods.layers import find_layers
-from tutelage.methods.scores import CHUNK, Asked, sums_of_scores
 from tutelage.methods.texts import (
     check_same_tokens,
     check_weights,
     freeze_unreached,
+    head_terms,
+    linear_head,
     quiet_needs,
     text_positions,
     vocabulary_head,
@@ -73,7 +71,6 @@ class TripleMethod(Method):
         self.temperature, self.positions, self.task = temperature, positions, task
         self.projector: Projector | None = None
         self.taps: tuple[str, str] | None = None
-        self.chunk = CHUNK
 
     def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The student, with a head that is not learned from frozen."""
@@ -137,11 +134,9 @@ class TripleMethod(Method):
             CapabilityError: teacher and student do not read the same tokens, or score different vocabularies.
         """
         masks, terms = self._masks(batch), dict[str, Term]()
-        of_head = [name for name in ("mlm", "kd") if name in masks]
-        if of_head:
+        if {"mlm", "kd"} & set(masks):
             assert student.head is not None
-            sums = self._of_head(student.head, None if signal is None else signal.head, batch.labels, masks)
-            terms = {name: Term(total, masks[name].sum()) for name, total in zip(of_head, sums, strict=True)}
+            terms = self._of_head(student.head, None if signal is None else signal.head, batch.labels, masks)
         if self.taps is not None:
             assert signal is not None
             s, t = student.hidden[self.taps[0]], signal.hidden[self.taps[1]]
@@ -151,31 +146,18 @@ class TripleMethod(Method):
             terms["cosine"] = Term(objectives.cosine(s, t, reduction="sum"), masks["cosine"].sum())
         return terms
 
-    def _of_head(self, mine: Head, theirs: Head | None, labels: Tensor, masks: dict[str, Tensor]) -> Sequence[Tensor]:
-        """The sums of ``mlm`` and ``kd``, as far as wanted, over the positions of either."""
-        wanted = torch.stack([mask for name, mask in masks.items() if name != "cosine"]).any(0)
-        asked: list[Asked] = []
+    def _of_head(self, mine: Head, theirs: Head | None, labels: Tensor, masks: dict[str, Tensor]) -> dict[str, Term]:
+        """``mlm`` and ``kd``, as far as wanted."""
+        terms: dict[str, objectives.Hard | objectives.Soft] = {}
         if "mlm" in masks:
-            known = labels[wanted]
-            asked.append(
-                Asked(
-                    masks["mlm"][wanted],
-                    lambda scores, at: objectives.cross_entropy(scores, known[at], reduction="sum"),
-                )
-            )
+            terms["mlm"] = objectives.Hard(labels, masks["mlm"])
         if "kd" in masks:
             assert theirs is not None
             check_same_tokens(mine.inputs, theirs.inputs)
             _check_vocabularies(mine.weight.shape[0], theirs.weight.shape[0])
-            said, weight, bias = theirs.inputs[wanted], theirs.weight, theirs.bias
-
-            def kd(scores: Tensor, at: Tensor) -> Tensor:
-                with torch.no_grad():
-                    teacher = F.linear(said[at], weight, bias)
-                return objectives.kd(scores, teacher, temperature=self.temperature, reduction="sum")
-
-            asked.append(Asked(masks["kd"][wanted], kd))
-        return sums_of_scores(mine._replace(inputs=mine.inputs[wanted]), asked, chunk=self.chunk)
+            said = (theirs.inputs, linear_head(theirs))
+            terms["kd"] = objectives.Soft(said, temperature=self.temperature, mask=masks["kd"])
+        return head_terms(self, mine, terms, {name: masks[name].sum() for name in terms})
 
     def formula(self) -> str:
         """The loss in one line."""
