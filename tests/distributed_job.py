@@ -12,12 +12,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
+import language_worlds as worlds
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from tutelage.data import Batch, PlannedBatches
+from tutelage.data import IGNORE, Batch, PlannedBatches
+from tutelage.data.tokens import cut
 from tutelage.engine import Accelerator, RunDirectory, Training, fit, leave, make_accelerator
 from tutelage.engine.checkpoint import full_model_state
-from tutelage.methods import FeatureMethod, LogitMethod, Method, MutualMethod, Term, built
+from tutelage.methods import (
+    FeatureMethod,
+    LogitMethod,
+    Method,
+    MutualMethod,
+    OnPolicyMethod,
+    Term,
+    TokenMethod,
+    built,
+)
 from tutelage.objectives import kd
 from tutelage.taps import Needs, Observation
 from tutelage.teachers import LiveTeacher, Signal
@@ -71,6 +83,38 @@ class WithProjector(Method):
         return {**self.logit(student, batch, signal), "hint": Term(projected, batch.counted().sum())}
 
 
+class Sentences:
+    """13 texts of several lengths and of as many kinds of tokens; all of them make up each step, packed or not."""
+
+    augmented = False
+
+    def __init__(self, pack: bool) -> None:
+        rows = [f"{'Well. ' * (i % 4)}{text}" for i, text in enumerate(worlds.texts(13))]
+        self.tokens = cut([rows], worlds.tokenizer(), max_length=128, learn="answers", pack=pack)
+        self.ids = torch.arange(len(self.tokens))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
+        labels = self.tokens.next_tokens(rows.numpy())
+        mask = labels != IGNORE
+        labels[labels % 5 == 0] = IGNORE  # of some the teacher alone says what they are
+        return Batch(self.tokens.inputs(rows.numpy()), labels, ids=self.ids[rows], mask=mask)
+
+
+def language_model(width: int, layers: int, seed: int) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(worlds.tokenizer()), hidden_size=width, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=2 * width, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    found: nn.Module = transformers.LlamaForCausalLM(config)
+    return found
+
+
 class Snapshots:
     """A watcher that keeps the weights after every step."""
 
@@ -119,15 +163,28 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         method = MutualMethod(1, refresh=2)
         method.join([network(8, seed=6)])
         method.build(student, None, Rows().fetch(torch.arange(2)))
+    data: Any = Rows()
+    if kind.endswith("on-policy"):  # greedy, so that all write the same, and to ends at different places
+        data = Sentences(pack=False)
+        student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)
+        student.generation_config.eos_token_id = list(range(0, 300, 5))  # type: ignore[union-attr]
+        method = built(OnPolicyMethod(1.0, sampling=0.0, max_new=9), student, teacher, data.fetch(data.ids), seed=4)
+    if "token" in kind:
+        data = Sentences(pack=kind.endswith("packed"))
+        student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)
+        method = built(TokenMethod("js", 2.0, 0.7, hidden=0.5), student, teacher, data.fetch(data.ids), seed=4)
+    if kind.endswith("sharded-teacher"):
+        for unit in (*teacher.model.layers, teacher.lm_head, teacher):  # type: ignore[union-attr, misc]
+            fully_shard(unit)
     config = TrainConfig(
         steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0,
         ema=0.9 if kind == "ema" else None, checkpoint_every=2, log_every=1,
         optimizer=OptimizerConfig(kind="sgd", lr=0.5, momentum=0.9), schedule=ScheduleConfig(kind="constant"),
     )  # fmt: skip
     training = Training(
-        "job", student, method, PlannedBatches(Rows(), BATCH, seed=3), config,
+        "job", student, method, PlannedBatches(data, BATCH, seed=3), config,
         RunDirectory(out, writes=accelerator.is_main_process), teacher=LiveTeacher(teacher),
-        validation=[Rows().fetch(torch.arange(37))], watcher=watcher,
+        validation=[data.fetch(data.ids[:37])], watcher=watcher,
     )  # fmt: skip
     prepare = accelerator.prepare
 

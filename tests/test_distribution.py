@@ -66,6 +66,23 @@ def test_projectors_of_the_feature_method_agree_too(tmp_path: Path) -> None:
     assert not any("links" in name for name in load_file(str(tmp_path / "two" / "student.safetensors")))
 
 
+def test_a_language_model_learns_the_same_however_its_texts_are_packed_and_split(tmp_path: Path) -> None:
+    one = steps(tmp_path / "one", 1, 1, "token")
+    assert any(".projectors.1.body" in name for name in one)
+    for kind, processes, accumulate in (
+        ("token", 1, 4), ("token-packed", 2, 2), ("fsdp-token", 2, 3), ("token-sharded-teacher", 2, 2),
+    ):  # fmt: skip
+        assert_same(one, steps(tmp_path / kind, processes, accumulate, kind), 2e-5)
+
+
+def test_a_sharded_student_writes_what_a_whole_one_does(tmp_path: Path) -> None:
+    one = steps(tmp_path / "one", 1, 1, "on-policy", count=2)
+    two = steps(tmp_path / "two", 2, 2, "fsdp-on-policy", count=2)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_the_memory_of_a_contrast_moves_by_what_all_processes_saw(tmp_path: Path) -> None:
     from distributed_job import BATCH
 

@@ -322,7 +322,7 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.Mo
 
 
 def test_only_our_own_drafts_are_swept_away(tmp_path: Path) -> None:
-    from tutelage.engine.rundir import DRAFT
+    from tutelage.files import DRAFT
 
     (tmp_path / ".git").mkdir()
     (tmp_path / ".gitignore").touch()

@@ -1,6 +1,6 @@
 """The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
 
-from tutelage.engine.evaluate import evaluate, evaluate_teacher, said_at
+from tutelage.engine.evaluate import Said, classes_of, evaluate, evaluate_teacher, said_at
 from tutelage.engine.launch import Accelerator, from_main, leave, make_accelerator, tracking
 from tutelage.engine.loop import Outcome, Training, Watcher, fit
 from tutelage.engine.rundir import RunDirectory
@@ -9,8 +9,10 @@ __all__ = [
     "Accelerator",
     "Outcome",
     "RunDirectory",
+    "Said",
     "Training",
     "Watcher",
+    "classes_of",
     "evaluate",
     "evaluate_teacher",
     "fit",

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from tutelage.engine.rundir import DRAFT, new_folder
 from tutelage.errors import CheckpointError
+from tutelage.files import DRAFT, new_folder
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"

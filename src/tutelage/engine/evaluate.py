@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tutelage.data.batch import Batch, spans
 from tutelage.data.loader import Share
 from tutelage.engine.scores import METRICS, Metrics
 from tutelage.errors import CapabilityError, DataError
-from tutelage.taps import Head, Needs, observe
+from tutelage.methods.texts import vocabulary_head
+from tutelage.taps import Head, Needs, evaluating, observe
 from tutelage.teachers.signal import Teacher
 
 
@@ -21,7 +21,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     device: torch.device,
-    teacher: Iterable[Tensor] | None = None,
+    teacher: Iterable[Said] | None = None,
     share: Share = Share(),  # noqa: B008 - frozen
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
     watch: Callable[[Tensor], object] | None = None,
@@ -32,32 +32,29 @@ def evaluate(
         model: any module that gives logits.
         batches: unaugmented.
         device: where the model is.
-        teacher: the teacher's logits for each batch, ``[B, ..., C]``, in the same order.
+        teacher: the teacher's word on each batch, of :func:`said_at`, in the same order.
         share: which rows of every batch this process evaluates.
         reduce: sums a tensor over processes.
         watch: is shown the logits of the positions that count, ``[N, C]``, batch after batch.
     """
 
-    def ask(batch: Batch) -> Tensor:
-        where = guessed(batch)
+    of_head = vocabulary_head(model) is not None
+
+    def ask(batch: Batch) -> Said:
+        where = guessed(batch) if of_head else None
         with torch.no_grad():
             seen = observe(model, batch.inputs, Needs() if where is None else OF_HEAD)
-            return _logits(seen.logits, seen.head, where)
+            return _said(seen.logits, seen.head, where)
 
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with evaluating(model):
         return _scored(ask, type(model).__name__, batches, device, teacher, share, watch).reduce(reduce).result()
-    finally:
-        for module in training:
-            module.training = True
 
 
 def evaluate_teacher(
     teacher: Teacher,
     batches: Iterable[Batch],
     device: torch.device,
-    said: Iterable[Tensor] | None = None,
+    said: Iterable[Said] | None = None,
     watch: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
     """Metrics of a teacher by what it says, in its own numbers and by its own routes.
@@ -66,58 +63,68 @@ def evaluate_teacher(
         teacher: is asked for its logits.
         batches: unaugmented.
         device: where it is asked.
-        said: its logits for each batch, where it was asked already.
+        said: its word on each batch, of :func:`said_at`, where it was asked already.
         watch: as in :func:`evaluate`.
     """
     known = None if said is None else iter(said)
 
-    def ask(batch: Batch) -> Tensor:
-        return said_at(teacher, batch) if known is None else next(known).to(device)
+    def ask(batch: Batch) -> Said:
+        return said_at(teacher, batch) if known is None else placed(next(known), device)
 
     return _scored(ask, "teacher", batches, device, watch=watch).result()
 
 
 OF_HEAD = Needs(logits=False, head=True)
 
+Said = Tensor | Head
+"""Logits ``[B, ..., C]``; or of a vocabulary the head, with what goes into it at the N tokens that are guessed:
+their scores ``[N, V]`` are made some at a time."""
+
+
+CHUNK = 1 << 24
+"""Most scores of a vocabulary that exist at a time, for each of student and teacher."""
+
 
 def guessed(batch: Batch) -> Tensor | None:
-    """``[B, L]`` where tokens are to be guessed, of masked language modelling; ``None`` where all positions count.
-
-    A model is evaluated on those alone: scores of a whole vocabulary for all others would be seven times the work.
-    """
-    if batch.labels.ndim != 2 or not isinstance(batch.inputs, dict) or batch.mask is None:
-        return None
-    where = batch.labelled()
-    return where if 2 * int(where.sum()) < int(batch.mask.sum()) else None
+    """``[B, L]`` where tokens are to be guessed, of language modelling; ``None`` where labels are of whole rows."""
+    return batch.labelled() if batch.labels.ndim == 2 and isinstance(batch.inputs, dict) else None
 
 
-def said_at(teacher: Teacher, batch: Batch) -> Tensor:
-    """A teacher's logits of a batch: ``[B, ..., C]``, or ``[N, C]`` of the tokens that are guessed."""
-    where = guessed(batch) if "head" in teacher.provides else None
+def said_at(teacher: Teacher, batch: Batch) -> Said:
+    """A teacher's word on a batch."""
+    model = getattr(teacher, "model", None)
+    of_head = "head" in teacher.provides and model is not None and vocabulary_head(model) is not None
+    where = guessed(batch) if of_head else None
     signal = teacher.signal(batch, Needs() if where is None else OF_HEAD)
-    return _logits(signal.logits, signal.head, where)
+    return _said(signal.logits, signal.head, where)
 
 
-@torch.no_grad()
-def _logits(logits: Tensor | None, head: Head | None, where: Tensor | None) -> Tensor:
+def _said(logits: Tensor | None, head: Head | None, where: Tensor | None) -> Said:
     if where is None:
         assert logits is not None
         return logits
     assert head is not None
-    return F.linear(head.inputs[where], head.weight, head.bias)
+    return head._replace(inputs=head.inputs[where])
 
 
-def _at(batch: Batch, where: Tensor) -> Batch:
-    """The positions that are guessed as a batch of their own."""
-    return Batch(batch.labels[where], batch.labels[where], task=batch.task)
+def placed(said: Said, device: torch.device | str) -> Said:
+    """The same on another device."""
+    if isinstance(said, Tensor):
+        return said.to(device)
+    return said.map(lambda x: x.to(device))
+
+
+def classes_of(said: Said) -> int:
+    """How many classes are scored."""
+    return said.shape[-1] if isinstance(said, Tensor) else len(said.weight)
 
 
 def _scored(
-    ask: Callable[[Batch], Tensor],
+    ask: Callable[[Batch], Said],
     who: str,
     batches: Iterable[Batch],
     device: torch.device,
-    teacher: Iterable[Tensor] | None = None,
+    teacher: Iterable[Said] | None = None,
     share: Share = Share(),  # noqa: B008 - frozen
     watch: Callable[[Tensor], object] | None = None,
 ) -> Metrics:
@@ -127,25 +134,47 @@ def _scored(
         start, stop = spans(len(batch), share.world)[share.rank]
         highest = int(batch.labels.max()) if batch.labels.numel() else 0
         mine = batch.rows(start, stop).to(device)
-        logits = ask(mine)
-        if batch.task == "classes" and highest >= logits.shape[-1]:
+        said = ask(mine)
+        if batch.task == "classes" and highest >= classes_of(said):
             raise CapabilityError(
-                f"the data has a label {highest}, the {who} scores classes 0 to {logits.shape[-1] - 1}",
+                f"the data has a label {highest}, the {who} scores classes 0 to {classes_of(said) - 1}",
                 remedy="set its number of classes",
             )
-        reference = None
-        if theirs is not None:
-            rows = next(theirs)
-            where = guessed(batch)
-            if where is not None:  # rows are positions
-                start, stop = int(where[:start].sum()), int(where[:stop].sum())
-            reference = (rows[start:stop] if start < stop else rows[: len(logits)]).to(device)
-        if logits.ndim == 2 and mine.labels.ndim == 2:
-            mine = _at(mine, mine.labelled())
+        reference = None if theirs is None else next(theirs)
         scores = METRICS[batch.task](device) if scores is None else scores
-        scores.add(logits, mine, reference, (start, stop, len(batch)))
+        if isinstance(said, Head):
+            where = batch.labelled()
+            begin, end = int(where[:start].sum()), int(where[:stop].sum())
+            if reference is not None:
+                reference = placed(_positions(reference, where, begin, end), device)
+            _add_tokens(scores, said, mine.labels[mine.labelled()], reference)
+            continue
+        if reference is not None:
+            assert isinstance(reference, Tensor)
+            reference = (reference[start:stop] if start < stop else reference[: len(said)]).to(device)
+        scores.add(said, mine, reference, (start, stop, len(batch)))
         if watch is not None and batch.task == "classes":
-            watch(logits.flatten(0, -2).float()[mine.counted().flatten()])
+            watch(said.flatten(0, -2).float()[mine.counted().flatten()])
     if scores is None:
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
     return scores
+
+
+def _positions(said: Said, where: Tensor, begin: int, end: int) -> Said:
+    """Of a whole batch's word the part on guessed tokens ``begin`` to ``end``."""
+    if isinstance(said, Tensor):
+        return said[where.to(said.device)][begin:end]
+    return said._replace(inputs=said.inputs[begin:end])
+
+
+@torch.no_grad()
+def _add_tokens(scores: Metrics, said: Head, labels: Tensor, reference: Said | None) -> None:
+    """Add guessed tokens, so many at a time that their scores fit."""
+    size = max(CHUNK // len(said.weight), 1)
+    for at in range(0, len(labels), size):
+        some = slice(at, at + size)
+        part = Batch(labels[some], labels[some])
+        theirs = None
+        if reference is not None:
+            theirs = reference[some] if isinstance(reference, Tensor) else reference.scores(some)
+        scores.add(said.scores(some), part, theirs, (0, len(part), len(part)))

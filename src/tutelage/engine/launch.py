@@ -71,8 +71,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
             remedy="launch with torchrun --nproc_per_node N -m tutelage run ..., and look at `accelerate env`",
         )
     if world > 1:
-        atexit.unregister(_let_threads_go)
-        atexit.register(_let_threads_go)
+        _end_slowly()
     return accelerator
 
 
@@ -80,6 +79,13 @@ def leave() -> None:
     """The end of a launched process whose work is done: leaves its process group. Not after an error."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        _end_slowly()
+
+
+def _end_slowly() -> None:
+    """Have the interpreter wait for gloo's threads when it ends."""
+    atexit.unregister(_let_threads_go)
+    atexit.register(_let_threads_go)
 
 
 def _let_threads_go() -> None:

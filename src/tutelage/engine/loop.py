@@ -21,11 +21,11 @@ from tutelage.data.batch import IGNORE, Batch
 from tutelage.data.loader import Batches, Share
 from tutelage.engine import checkpoint
 from tutelage.engine.ema import EMA
-from tutelage.engine.evaluate import evaluate
+from tutelage.engine.evaluate import Said, evaluate
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.rundir import RunDirectory
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
-from tutelage.methods.base import Method, Term, Trainee
+from tutelage.methods.base import Method, Term, Trainee, needs_of
 from tutelage.taps import compile_apart
 from tutelage.teachers.signal import Signal, Teacher
 
@@ -85,7 +85,7 @@ class Training:
             over ``batches``: a student alone on fewer images gets the steps of the distilled one.
         classes: number of classes, where labels shall be checked against it.
         metric: of the validation, what the best weights are chosen by.
-        validation_references: the teacher's logits of ``validation``, for metrics that compare with them.
+        validation_references: the teacher's word on ``validation``, for metrics that compare with them.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Training:
     epoch_steps: int | None = None
     classes: int | None = None
     metric: str = "accuracy"
-    validation_references: Iterable[Tensor] | None = None
+    validation_references: Iterable[Said] | None = None
 
     @property
     def epoch_length(self) -> int:
@@ -170,7 +170,7 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     while s.at.step < t.steps and not s.at.stopped_early:
         epoch, done = divmod(s.at.step, per_epoch)
         for micros in s.asked(t.batches.epoch(epoch, s.share, skip=done)):
-            scale = s.scales([batch for batch, _ in micros])
+            s.bare.method.scales = scale = s.scales([batch for batch, _ in micros])
             for batch, said in micros:
                 with accelerator.accumulate(s.trainee):
                     terms = s.trainee(batch, said())
@@ -198,10 +198,17 @@ class _State:
             accelerator.scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
         self.share = Share(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
         torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
+        if t.config.gradient_checkpointing:
+            recompute(t.student)
         if t.config.compile:
             compile_apart(t.student)
         self.trainee, prepared = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
         self.bare: Trainee = accelerator.unwrap_model(self.trainee)
+        if t.method.validates and t.validation is None:
+            raise CapabilityError(
+                f"{type(t.method).__name__} adapts to the loss on validation data, and there is none",
+                remedy="give validation data, or leave adaptive out",
+            )
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)
         # accelerate's wrapper looks for optional packages on disk at every step, 0.2 ms; where it would only pass
         # the call on, we make it ourselves.
@@ -243,7 +250,7 @@ class _State:
         ahead = self.t.method.needs is not None and hasattr(self.t.teacher, "ask")
         for micros in itertools.islice(steps, self.t.steps - self.at.step):
             self.check_labels(micros)
-            placed = [batch.to(self.accelerator.device) for batch in micros]
+            placed = [self.prepared(batch.to(self.accelerator.device)) for batch in micros]
             if not ahead:
                 yield [(batch, partial(self.signal, batch)) for batch in placed]
                 continue
@@ -253,16 +260,27 @@ class _State:
         if asked is not None:
             yield asked
 
+    def prepared(self, batch: Batch) -> Batch:
+        if not self.t.method.writes:
+            return batch
+        with self.accelerator.autocast():
+            trainee: Any = self.trainee
+            if isinstance(trainee, FSDPModule):
+                written: Batch = trainee(batch, None, writing=True)  # type: ignore[operator]
+                return written
+            return self.t.method.prepared(self.bare.student, batch)
+
     def signal(self, batch: Batch) -> Signal | None:
-        if self.t.method.needs is None or self.t.teacher is None:
+        needs = needs_of(self.t.method, self.t.teacher)
+        if needs is None or self.t.teacher is None:
             return None
         with self.accelerator.autocast():
-            return self.t.teacher.signal(batch, self.t.method.needs)
+            return self.t.teacher.signal(batch, needs)
 
     def ask(self, batch: Batch) -> Callable[[], Signal | None]:
         teacher: Any = self.t.teacher
         with self.accelerator.autocast():
-            return teacher.ask(batch, self.t.method.needs)
+            return teacher.ask(batch, needs_of(self.t.method, teacher))
 
     def scales(self, micros: list[Batch]) -> dict[str, Tensor]:
         """For each term its weight over its count in the whole step, all micro-batches and processes."""
@@ -392,6 +410,7 @@ class _State:
                 self.best = checkpoint.full_model_state(self.trainee)
             else:
                 at.stale += 1
+        self.bare.method.validated(scores)
         if t.config.early_stop is not None and at.stale >= t.config.early_stop:
             at.stopped_early = True
         line = {
@@ -487,6 +506,25 @@ class _State:
         best = self.best if self.best is not None else last
         of_method = _part(last, "method."), _part(best, "method.")
         return Outcome(_part(last, "student."), _part(best, "student."), *of_method, self.at)
+
+
+def recompute(student: nn.Module) -> None:
+    """Let a model of transformers compute its layers again in the backward pass.
+
+    Raises:
+        CapabilityError: it is of another kind.
+    """
+    model: Any = getattr(student, "model", student) if hasattr(student, "weights_prefix") else student
+    older = getattr(model, "gradient_checkpointing_enable", None)  # transformers has called it both
+    enable = getattr(model, "activation_checkpointing_enable", older)
+    if not callable(enable) or not getattr(model, "supports_gradient_checkpointing", False):
+        raise CapabilityError(
+            f"{type(student).__name__} cannot compute its layers again",
+            where="train.gradient_checkpointing",
+            remedy="leave it out; it is for models of transformers",
+        )
+    # Not re-entrant: in that one what is tapped inside a layer would get no gradient.
+    enable({"use_reentrant": False})
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

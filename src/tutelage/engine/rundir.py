@@ -9,95 +9,21 @@
     student/        the exported student
     models/         each finished training's model and its result
     similarity/     how alike the classes are to the teacher and to each finished model
+    samples/        single samples of the test split, with what teacher and students say of them
+    judged/         answers of the student before a judge
     checkpoints/    the last states of each training
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import REFUSALS, RunDirectoryError, refusal
-
-DRAFT = ".tutelage-tmp."
-"""How the names of files and folders begin that are not complete yet."""
-
-_ROOM = "free some space, then go on with --resume"
-_REMEDIES = dict.fromkeys(REFUSALS, "choose another --out") | {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-    errno.EACCES: "choose another --out, or fix the folder's permissions",
-}
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write at ``path`` into a :class:`RunDirectoryError`."""
-    try:
-        yield
-    except RunDirectoryError:
-        raise
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
-        raise RunDirectoryError(f"cannot be written: {refusal(error)}", where=str(path), remedy=remedy) from error
-    except Exception as error:
-        # safetensors reports the system's refusal as an error of its own
-        if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
-            full = "28" in str(error) or "space" in str(error)
-            reason = REFUSALS[errno.ENOSPC] if full else str(error)
-            remedy = _ROOM if full else "check the path and the disk"
-            raise RunDirectoryError(f"cannot be written: {reason}", where=str(path), remedy=remedy) from error
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name, synced, then renamed."""
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{DRAFT}{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at ``path`` complete, synced, in one rename, or not at all."""
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{DRAFT}{path.name}."))
-        try:
-            yield draft
-            for file in draft.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as opened:
-                        os.fsync(opened.fileno())
-            draft.chmod(0o755)
-            old = None
-            if path.exists():
-                old = path.with_name(f"{DRAFT}{path.name}.old")
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
-            draft.rename(path)
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+from tutelage.errors import RunDirectoryError
+from tutelage.files import DRAFT, explained, new_folder, write_text
 
 
 class RunDirectory:
@@ -146,6 +72,14 @@ class RunDirectory:
         """How alike the classes are to a finished training's model."""
         return self.path / "similarity" / f"{training}.json"
 
+    def samples(self, kind: str) -> Path:
+        """Single samples of the test split, with what teacher and students say of them."""
+        return self.path / "samples" / f"{kind}.json"
+
+    def judged(self, name: str) -> Path:
+        """What a judgement found of the run's student."""
+        return self.path / "judged" / f"{name}.json"
+
     def export(self, model: Path) -> None:
         """Make the finished model in that folder the run's student."""
         with new_folder(self.path / "student") as folder:
@@ -190,6 +124,8 @@ class RunDirectory:
             self.path,
             self.path / "models",
             self.path / "similarity",
+            self.path / "samples",
+            self.path / "judged",
             *(self.path / "checkpoints").glob("*"),
         ):
             if folder.is_dir():

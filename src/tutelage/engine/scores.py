@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ from tutelage.data.batch import IGNORE, Batch
 
 BINS = 15
 """Bins of the reliability diagram and of the calibration error (Guo et al., 2017)."""
+VOCABULARY = 1_000
+"""More classes than these are a vocabulary: not counted one by one, and the loss is a perplexity too."""
 CONFUSED = 200
 """Most classes of which every pair of label and answer is counted, for F1 and Matthews."""
 NEIGHBOURS = 10
@@ -56,6 +59,7 @@ class Scores:
         self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)
         self.per_class: Tensor | None = None
         self.confused: Tensor | None = None
+        self.classes = 0
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add positions."""
@@ -75,7 +79,8 @@ class Scores:
         ones = torch.stack([torch.ones_like(confidence), confidence, right.double()])
         self.bins.index_add_(1, which, ones)
         classes = logits.shape[-1]
-        if classes <= 1000:
+        self.classes = classes
+        if classes <= VOCABULARY:
             if self.per_class is None:
                 self.per_class = torch.zeros(2, classes, dtype=torch.float64, device=logits.device)
             self.per_class.index_add_(1, targets, torch.stack([torch.ones_like(confidence), right.double()]))
@@ -99,8 +104,8 @@ class Scores:
         return self
 
     def result(self) -> dict[str, Any]:
-        """Accuracy, loss (nats), ECE and the reliability bins; F1 (of class 1 where there are two, else the mean over
-        classes) and Matthews' coefficient; with a teacher, agreement and KL (nats).
+        """Accuracy, loss (nats), ECE and the reliability bins; of a vocabulary the perplexity; F1 (of class 1 where
+        there are two, else the mean over classes) and Matthews' coefficient; with a teacher, agreement and KL (nats).
         """
         s = {k: float(v) for k, v in self.sums.items()}
         n = max(s["n"], 1.0)
@@ -116,6 +121,8 @@ class Scores:
                 "accuracy": (right / count.clamp(min=1)).tolist(),
             },
         }
+        if self.classes > VOCABULARY:
+            out["perplexity"] = math.exp(min(out["loss"], 700.0))
         if self.per_class is not None and self.per_class.shape[1] <= 100:
             total, hits = self.per_class.cpu()
             out["per_class"] = (hits / total.clamp(min=1)).tolist()
