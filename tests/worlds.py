@@ -6,12 +6,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from tutelage.data import Batch, as_batch, causal_batch
+from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.models.small import ConvNet
 
 VOCABULARY, PAD = 24, 3
@@ -140,3 +142,11 @@ class Shuffled:
                 os.kill(os.getpid(), signal.SIGTERM)
             self.given += 1
             yield self.batches[i]
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """What the newest checkpoint of a run's distilled student holds: its weights, and the method's."""
+    found = newest(run / "checkpoints" / "distilled-seed0")
+    assert found is not None
+    weights: dict[str, torch.Tensor] = load_checkpoint(found)["model"]
+    return weights

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from tutelage.errors import nearest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -28,9 +25,3 @@ class Section(BaseModel):
     """Base of every section: unknown keys are errors, and 'yes' is not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
-
-
-def suggest(given: str, allowed: Iterable[str]) -> str:
-    """`` (did you mean X?)``, or nothing where nothing is near."""
-    close = nearest(given, list(allowed), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tutelage.config.base import Count, Fraction, Misfit, Section, Seed, suggest
+from tutelage.config.base import Count, Fraction, Misfit, Section, Seed
+from tutelage.errors import suggest
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
 """What ``data.source`` can be."""
@@ -26,6 +27,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "regression": ("spearman", "pearson"),
     "tokens": ("accuracy", "f1"),
     "mlm": ("accuracy",),
+    "causal": ("accuracy",),
     "embedding": ("spearman",),
     "ranking": ("accuracy",),
 }
@@ -34,8 +36,11 @@ METRICS: dict[str, tuple[str, ...]] = {
 TAUGHT_ONLY = ("embedding", "ranking")
 """Tasks in which the teacher alone says what is right."""
 
-UNLABELLED = ("mlm", "tokens", *TAUGHT_ONLY)
+UNLABELLED = ("mlm", "causal", "tokens", *TAUGHT_ONLY)
 """Tasks whose texts have no label each that could be left out."""
+
+
+TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding", "ranking"]
 
 
 def _text_source(name: str) -> str:
@@ -175,12 +180,13 @@ class TextDataConfig(SplitsConfig):
     """A file or a folder, or one for each split: ``{train: a.parquet, test: b.parquet}``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to ``load_dataset`` (hf)."""
-    task: Literal["classes", "multi-label", "regression", "tokens", "mlm", "embedding", "ranking"] = "classes"
+    task: TextTask = "classes"
     """``classes``: one label a text; ``multi-label``: any number; ``regression``: numbers; ``tokens``: a label
-    for each word; ``mlm``: masked words; ``embedding``: none, for sentence encoders; ``ranking``: query, answer and
-    other answer."""
+    for each word; ``mlm``: masked words; ``causal``: the next token, for language models; ``embedding``: none, for
+    sentence encoders; ``ranking``: query, answer and other answer."""
     text: str | Annotated[list[str], Field(min_length=1, max_length=3)] = "text"
-    """Column of the texts; two of pairs, three of a ranking; of ``tokens``, of lists of words."""
+    """Column of the texts; two of pairs, three of a ranking; of ``tokens``, of lists of words; of ``causal``, of
+    texts or conversations (lists of messages with role and content), or two columns, a prompt and its answer."""
     teacher_text: str | Annotated[list[str], Field(min_length=1, max_length=3)] | None = None
     """What the teacher reads where that is something else, such as the same in another language."""
     label: str | list[str] | None = None
@@ -193,7 +199,10 @@ class TextDataConfig(SplitsConfig):
     max_length: Annotated[int, Field(ge=4, le=65_536)] = 128
     """Tokens of a text, special ones included; what is longer loses its end."""
     pack: bool = False
-    """Of ``mlm``: join the texts, separated, and cut all into rows of ``max_length``."""
+    """Several texts to a row of ``max_length``. Of ``mlm``: joined, separated and cut; of ``causal``: whole, side by
+    side, and none sees another."""
+    learn: Literal["answers", "all"] = "answers"
+    """Of ``causal``: which tokens of a conversation count: those of the assistant's answers, or all."""
     mask: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Of ``mlm``: share of the tokens that are to be guessed."""
     empty: Literal["error", "drop"] = "error"
@@ -224,11 +233,13 @@ class TextDataConfig(SplitsConfig):
             )
         if self.task in ("tokens", "mlm") and texts > 1:
             raise Misfit(f"task {self.task!r} takes one column of text, given {texts}; name one", "text")
-        unlabelled = self.task in ("mlm", *TAUGHT_ONLY)
+        unlabelled = self.task in ("mlm", "causal", *TAUGHT_ONLY)
         if unlabelled and self.label is not None:
             raise Misfit(f"task {self.task!r} has no labels; remove 'label'", "label")
         if self.source == "plain" and not unlabelled:
-            raise Misfit(f"plain text has no labels, and task {self.task!r} needs them; use a table, or mlm", "task")
+            raise Misfit(
+                f"plain text has no labels, and task {self.task!r} needs them; use a table, or mlm or causal", "task"
+            )
         if not unlabelled and self.label is None:
             self.label = "label"
         if isinstance(self.label, list) and self.task not in ("multi-label", "regression"):
@@ -237,10 +248,12 @@ class TextDataConfig(SplitsConfig):
             raise Misfit(f"task {self.task!r} has no label for each text to leave out; use 'limit'", "labels")
         if self.pack and self.route is not None:
             raise Misfit("packed rows hold several texts, of several routes; remove 'pack' or 'route'", "route")
-        if self.task != "mlm":
-            for key, default in (("pack", False), ("mask", 0.15), ("views", None)):
-                if getattr(self, key) != default:
-                    raise Misfit(f"{key!r} is for task mlm, this is {self.task!r}; remove it", key)
+        for key, default, tasks in (
+            ("pack", False, ("mlm", "causal")), ("mask", 0.15, ("mlm",)), ("views", None, ("mlm",)),
+            ("learn", "answers", ("causal",)),
+        ):  # fmt: skip
+            if self.task not in tasks and getattr(self, key) != default:
+                raise Misfit(f"{key!r} is for task {' and '.join(tasks)}, this is {self.task!r}; remove it", key)
         fitting = METRICS[self.task]
         if self.metric is not None and self.metric not in fitting:
             raise Misfit(f"task {self.task!r} has no {self.metric}; allowed: {', '.join(fitting)}", "metric")

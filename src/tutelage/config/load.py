@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tutelage.config.base import Section, suggest
+from tutelage.config.base import Section
 from tutelage.config.data import DATA_KINDS, TAUGHT_ONLY, kind_of
+from tutelage.config.generate import GENERATE_KINDS, Generations
+from tutelage.config.judge import EndpointRecipe, JudgeConfig
 from tutelage.config.lines import Key, Loader, Place, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
 from tutelage.config.methods import METHOD_KINDS, SOFT_OF_TASK
 from tutelage.config.schema import Recipe
 from tutelage.config.workflows import WORKFLOW_KINDS
-from tutelage.errors import ConfigError, nearest
+from tutelage.errors import ConfigError, nearest, suggest
+
+Checked = TypeVar("Checked", bound=Section)
 
 SHORTHANDS = {"data": "source", "teacher": "model", "student": "model", "method": "kind", "workflow": "kind"}
 TRAIN_SHORTHANDS = {"optimizer": "kind", "schedule": "kind"}
@@ -49,7 +53,7 @@ def _expand(raw: dict[str, Any]) -> None:
 
 
 KINDS: dict[str, Mapping[str, type[Section]]] = {
-    "data": DATA_KINDS, "method": METHOD_KINDS, "workflow": WORKFLOW_KINDS,
+    "data": DATA_KINDS, "generate": GENERATE_KINDS, "method": METHOD_KINDS, "workflow": WORKFLOW_KINDS,
 }  # fmt: skip
 """Sections of several kinds."""
 
@@ -57,10 +61,15 @@ BUDGETS = {"epochs": "steps", "steps": "epochs"}
 """Two ways to say how long: an override of one replaces the other."""
 
 
+def _named(text: str) -> str:
+    """How messages name an override; an endpoint's might hold a login."""
+    return f"override {text.partition('=')[0] + '=...' if text.startswith(('generate.', 'judge.')) else text!r}"
+
+
 def _override(raw: dict[str, Any], text: str) -> Key:
     """Set what ``text`` says and return the key it set."""
     key, equals, value = text.partition("=")
-    where = f"override {text!r}"
+    where = _named(text)
     if not equals or not all(key.split(".")):
         raise ConfigError("not of the form key=value", where=where, remedy="for example method.temperature=8")
     try:
@@ -129,7 +138,72 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         ConfigError: names the file, line, key, what was given and what is allowed.
     """
-    path = Path(path)
+    raw, lines, default_name = _read(Path(path))
+    return build_recipe(raw, lines, name=str(path), default_name=default_name, overrides=overrides)
+
+
+class Generation(NamedTuple):
+    """What `tutelage generate` carries out.
+
+    Attributes:
+        name: of the recipe.
+        settings: its section ``generate``.
+        where: the file and line of a key, given by its parts, such as ``("generate", "user")``.
+    """
+
+    name: str
+    settings: Generations
+    where: Callable[[Key], str]
+
+
+class Judgement(NamedTuple):
+    """What `tutelage judge` carries out: as :class:`Generation`, of the section ``judge``."""
+
+    name: str
+    settings: JudgeConfig
+    where: Callable[[Key], str]
+
+
+def load_generation(path: str | Path, overrides: Iterable[str] = ()) -> Generation:
+    """The section ``generate`` of a recipe, which may hold nothing else.
+
+    Raises:
+        ConfigError: names the file, line, key, what was given and what is allowed.
+    """
+    checked, where = _part(path, overrides, "generate", "what to generate")
+    assert checked.generate is not None
+    return Generation(checked.name, checked.generate, where)
+
+
+def load_judgement(path: str | Path, overrides: Iterable[str] = ()) -> Judgement:
+    """The section ``judge`` of a recipe, which may hold nothing else.
+
+    Raises:
+        ConfigError: names the file, line, key, what was given and what is allowed.
+    """
+    checked, where = _part(path, overrides, "judge", "what to judge")
+    assert checked.judge is not None
+    return Judgement(checked.name, checked.judge, where)
+
+
+def _part(
+    path: str | Path, overrides: Iterable[str], part: str, what: str
+) -> tuple[Recipe | EndpointRecipe, Callable[[Key], str]]:
+    """A checked recipe that has a section, and where its keys are."""
+    name = str(path)
+    raw, lines, default_name = _read(Path(path))
+    places = _prepare(raw, lines, name, default_name, overrides)
+    if part not in raw:
+        raise ConfigError(
+            f"says nothing of {what}", where=name,
+            remedy=f"add a section {part!r}; recipes/alpaca-smollm2.yaml shows one",
+        )  # fmt: skip
+    kind: type[Recipe | EndpointRecipe] = Recipe if raw.keys() & {"data", "student"} else EndpointRecipe
+    return _validated(kind, raw, name, places), lambda key: where_given(name, places, key)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int], str]:
+    """A recipe's mapping, the lines of its keys, and its name where it does not say one."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -144,7 +218,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ConfigError(f"cannot be read: {reason}", where=str(path), remedy="give a YAML file") from None
     raw, lines = parse_yaml(text, str(path))
     default_name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "recipe"
-    return build_recipe(raw, lines, name=str(path), default_name=default_name, overrides=overrides)
+    return raw, lines, default_name
 
 
 def build_recipe(
@@ -155,7 +229,29 @@ def build_recipe(
     default_name: str | None = None,
     overrides: Iterable[str] = (),
 ) -> Recipe:
-    """A checked recipe from a mapping; ``lines`` place its keys for error messages."""
+    """A checked recipe from a mapping.
+
+    Args:
+        raw: the mapping; changed in place, short forms are written out.
+        lines: of its keys in a file, for error messages.
+        name: of the file, for error messages.
+        default_name: of the recipe, where it does not say one.
+        overrides: ``key=value``, as of :func:`load_recipe`.
+
+    Raises:
+        ConfigError: names the file, line, key, what was given and what is allowed.
+    """
+    return _validated(Recipe, raw, name, _prepare(raw, lines, name, default_name, overrides))
+
+
+def _prepare(
+    raw: dict[str, Any],
+    lines: Mapping[Key, int] | None,
+    name: str,
+    default_name: str | None,
+    overrides: Iterable[str],
+) -> dict[Key, Place]:
+    """Write out, in place, what is short for something, and override; gives the places of the keys."""
     places: dict[Key, Place] = dict(lines or {})
     if "seed" in raw:
         if "seeds" in raw:
@@ -168,7 +264,7 @@ def build_recipe(
     for text in overrides:
         key = _override(raw, text)
         places = {k: v for k, v in places.items() if k[: len(key)] != key}
-        places[key] = f"override {text!r}"
+        places[key] = _named(text)
     if default_name is not None:
         raw.setdefault("name", default_name)
     if isinstance(raw.get("method"), dict):
@@ -176,6 +272,11 @@ def build_recipe(
     if isinstance(raw.get("data"), dict):
         raw["data"].setdefault("kind", kind_of(raw["data"]))
     settle(raw)
+    return places
+
+
+def _validated(model: type[Checked], raw: dict[str, Any], name: str, places: Mapping[Key, Place]) -> Checked:
+    """The mapping as ``model``, or what is wrong with it in words."""
     kinds = {
         key: found
         for key, known in KINDS.items()
@@ -185,7 +286,7 @@ def build_recipe(
     if isinstance(teacher, dict):
         _plan_training(teacher, raw.get("train", {}))
     try:
-        return Recipe.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         problems = []
         for details in error.errors(include_url=False):

@@ -9,9 +9,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tutelage.config.base import Misfit, Section, suggest
+from tutelage.config.base import Misfit, Section
 from tutelage.config.lines import Key, Place
 from tutelage.config.schema import Recipe
+from tutelage.errors import suggest
+
+SECRET = re.compile(r"key|secret|passw|auth|credential|bearer|^(api_?|access_?)?token$", re.IGNORECASE)
+"""Names of keys that somebody might put a secret under, which no message repeats."""
 
 
 def inherited(details: ErrorDetails, error: ValidationError) -> bool:
@@ -82,8 +86,9 @@ def explain(details: ErrorDetails, name: str, places: Mapping[Key, Place], kinds
     match details["type"]:
         case "extra_forbidden":
             last = str(loc[-1])
+            shown = "a value that is not shown here" if SECRET.search(last) else repr(given)
             return (
-                f"{where}: unknown key {key!r}{suggest(last, fields)}, given {given!r}\n"
+                f"{where}: unknown key {key!r}{suggest(last, fields)}, given {shown}\n"
                 f"  -> allowed here: {', '.join(fields)}"
             )
         case "missing":

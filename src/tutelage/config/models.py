@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tutelage.config.base import Count, Misfit, Section, suggest
+from tutelage.config.base import Count, Misfit, Positive, Section
+from tutelage.errors import suggest
 
 MODELS = (
     "convnet", "mlp", "resnet", "timm:NAME", "torchvision:NAME", "hf:ID", "package:NAME/FOLDER",
@@ -61,6 +62,26 @@ def _map(given: Any) -> Any:
     return given
 
 
+class LowRankConfig(Section):
+    """LoRA: low-rank matrices beside linear layers learn, all else stays. What is exported has them added in."""
+
+    rank: Count = 16
+    """r."""
+    alpha: Positive | None = None
+    """Scale, over r. Default: 2 r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Before the first matrix."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of linear layers (``[q_proj, v_proj]``); ``all-linear``: all but the output head. With the head
+    (``lm_head``) and tied embeddings, what is exported is no longer tied."""
+    bits: Literal[4] | None = None
+    """``4``: the weights that stay are kept in NF4 (QLoRA); needs bitsandbytes."""
+
+
+def _lora(given: Any) -> Any:
+    return {"rank": given} if isinstance(given, int) and not isinstance(given, bool) else given
+
+
 class StudentConfig(ModelConfig):
     """A model by name, or a part of its teacher."""
 
@@ -84,9 +105,18 @@ class StudentConfig(ModelConfig):
     """``corpus``: only the tokens of the training texts are kept, and the tokenizer is rebuilt. Default: all."""
     initial: Literal["teacher", "random"] = "teacher"
     """Whether it starts from the teacher's weights."""
+    lora: Annotated[LowRankConfig | None, BeforeValidator(_lora)] = None
+    """``lora: 16`` is short for ``lora: {rank: 16}``. Default: all weights learn."""
+    rounded: Literal["int8"] | None = None
+    """``int8``: weights and inputs of its linear layers and convolutions are rounded to eight bits in every forward
+    pass, in training and where its figures are measured, so that ``tutelage export --to int8`` costs little
+    (quantisation-aware distillation; needs torchao). What is saved is an ordinary model. Default: none
+    is."""
 
     @model_validator(mode="after")
     def _cut(self) -> StudentConfig:
+        if self.rounded is not None and self.lora is not None:
+            raise Misfit("'rounded' rounds weights that learn, and beside adapters these stay; remove one", "rounded")
         if self.model != "teacher":
             for key in ("layers", "map", "width", "heads", "intermediate", "embedding", "vocabulary"):
                 if getattr(self, key) is not None:

@@ -7,27 +7,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from tutelage.config.base import Count, Misfit, NotNegative, Positive, Section, Seed, suggest
+from tutelage.config.base import Count, Misfit, NotNegative, Positive, Section, Seed
 from tutelage.config.data import TAUGHT_ONLY, Augments, DataConfig, TextDataConfig
+from tutelage.config.generate import Generations
+from tutelage.config.judge import JudgeConfig
 from tutelage.config.methods import (
     METHOD_KINDS,
     ByotConfig,
+    CrossTokenizerConfig,
     EmbeddingConfig,
     FeatureConfig,
     LogitConfig,
     MinilmConfig,
     MutualConfig,
+    OnPolicyConfig,
     PatientConfig,
+    SequenceConfig,
     SimkdConfig,
     SupervisedConfig,
     TeacherFreeConfig,
     TinybertConfig,
+    TokenConfig,
     TripleConfig,
 )
 from tutelage.config.models import ModelConfig, ModelName, StudentConfig
+from tutelage.config.samples import SamplesConfig
 from tutelage.config.search import SearchConfig
 from tutelage.config.workflows import AssistantChainConfig, BornAgainConfig
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, suggest
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adadelta": ("rho", "eps"),
@@ -123,6 +130,9 @@ class TrainConfig(Section):
     """Mixed precision. Default: what ``accelerate launch`` says, else none."""
     compile: bool = False
     """``torch.compile`` the student."""
+    gradient_checkpointing: bool = False
+    """Compute the student's layers once more in the backward pass, in place of keeping what is between them: a third
+    more time, for far less memory. For models of transformers."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay of an exponential moving average of the weights, which then is evaluated and exported."""
     evaluate_every: Count | None = None
@@ -153,19 +163,23 @@ class CacheConfig(Section):
     path: str | None = None
     """Its folder. Default: ``runs/cache/`` and a name made of all that it depends on, so that runs with the same
     teacher, data and views share one, and others do not meet."""
-    keep: Literal["dense", "topk", "sampled"] = "dense"
-    """Of the logits: all; the ``k`` largest, with the mass of the others; or an unbiased sample. The last two at the
-    method's temperature only."""
+    keep: Literal["dense", "topk", "sampled", "rounded", "hidden"] = "dense"
+    """Of the logits: all; the ``k`` largest, with the mass of the others; an unbiased sample: ``sampled`` draws, and
+    ``rounded`` rounds ``draws`` times each probability by chance, which tells most a byte; these three at the
+    method's temperature only. Or all, as what goes into the output head, whose weights are kept once (``hidden``):
+    less than logits where there are more classes than hidden units, as in language models."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
     """Of the numbers that are kept."""
     k: Count = 8
     """Classes a row, of ``topk``."""
     draws: Annotated[int, Field(ge=1, le=65_535)] = 64
-    """Draws a row, of ``sampled``."""
+    """Draws a row, of ``sampled`` and ``rounded``."""
     head: Annotated[int, Field(ge=0)] = 0
     """Of ``sampled``: this many of the largest classes are kept exactly, and the draws are from the others."""
+    power: Positive = 1.0
+    """Of ``sampled``: draws are from p^power, with weights that make up for it. Other than 1 has more variance."""
     temperatures: list[Positive] = Field(default_factory=list)
-    """At which ``topk`` and ``sampled`` keep the distribution. Default: the method's."""
+    """At which ``topk``, ``sampled`` and ``rounded`` keep the distribution. Default: the method's."""
 
 
 def cache_section(given: Any) -> Any:
@@ -249,12 +263,38 @@ class EnsembleConfig(Section):
     says at T. Default: 1."""
 
 
+class ServedConfig(Section):
+    """A teacher behind a server: the likeliest next tokens of each token that counts, by token ids. Its tokenizer is
+    the student's, which ``data.tokenizer`` or the student brings; T is 1 and the divergence kl."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
+    """Where it is: of vLLM with ``/v1`` at its end, as ``http://127.0.0.1:8000/v1``."""
+    kind: Literal["vllm", "llama.cpp"] = "vllm"
+    """``vllm``: all of a text in one request. ``llama.cpp``: its server says nothing of a prompt, so it is asked for
+    one token after each beginning of a text; for small sets, or once for a cache."""
+    model: str | None = None
+    """Its name there. Default: the first that it serves."""
+    k: Count = 20
+    """How many of the likeliest tokens; all others are one outcome. vLLM gives 20 at most unless it is started with
+    ``--max-logprobs``."""
+    key_env: str | None = None
+    """Name of the environment variable that holds the key, which never stands in a recipe. Default: none is sent."""
+    concurrency: Count = 8
+    """The most texts that are asked about at once."""
+    timeout: Positive = 120.0
+    """Seconds that one request may take."""
+    patience: Positive = 300.0
+    """Seconds after which a server that does not answer is given up; what is in a cache by then is kept."""
+
+
 class TeacherConfig(MemberConfig, EnsembleConfig):
     """The teacher, or the members of an ensemble: each trained first where it has no weights of its own."""
 
     model: ModelName | None = None  # type: ignore[assignment]
     """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``; or
     none, and ``members``."""
+    endpoint: ServedConfig | None = None
+    """In the place of ``model``: one behind a server. See below."""
     members: Annotated[list[MemberConfig], Field(min_length=2)] | None = None
     """Teachers that speak as one. Those without weights are trained first, each with a seed of its own; what their
     ``train`` leaves out is taken from ``teacher.train``, then from ``train``."""
@@ -272,9 +312,16 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
 
     @model_validator(mode="after")
     def _one_or_many(self) -> TeacherConfig:
-        if (self.model is None) == (self.members is None):
-            what = "neither 'model' nor 'members'" if self.model is None else "both 'model' and 'members'"
-            raise Misfit(f"the teacher has {what}; give one", "members" if self.model is not None else "model")
+        given = [key for key in ("model", "members", "endpoint") if getattr(self, key) is not None]
+        if len(given) != 1:
+            what = f"both {given[0]!r} and {given[1]!r}" if given else "neither 'model' nor 'members' nor 'endpoint'"
+            raise Misfit(f"the teacher has {what}; give one", given[1] if given else "model")
+        if self.endpoint is not None:
+            for key in ("options", "checkpoint", "trained", "train", "seed", "learn", "speed", "augment"):
+                if getattr(self, key) not in (None, {}):
+                    raise Misfit(f"{key!r} is of a model in this process, and this one is behind a server", key)
+            if self.mode != "eval":
+                raise Misfit("'mode' is of a model in this process, and this one is behind a server", "mode")
         if self.cache is not None and self.speed is not None and (self.speed.overlap or self.speed.process):
             key = "process" if self.speed.process else "overlap"
             raise Misfit(f"a teacher whose word is read from disk is not asked ahead; remove {key!r}", "speed")
@@ -321,6 +368,24 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
         return [self] if self.members is None else self.members
 
 
+class EvaluateConfig(Section):
+    """Tasks of lm-evaluation-harness that the models of a finished run are scored by (``pip install
+    'tutelage[lm-eval]'``); the scores go to ``tasks`` in ``summary.json``. For causal language models."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Their names, such as ``[arc_easy, hellaswag]``."""
+    include: str | None = None
+    """A folder with task files of your own."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples in front of each question. Default: what the task says."""
+    limit: Count | None = None
+    """Questions of each task. Default: all."""
+    batch_size: Count = 8
+    """Of texts that are scored at a time."""
+    chat: bool = False
+    """Whether questions are put into the chat template."""
+
+
 class Recipe(Section):
     """One comparison: a student alone, and by a method, most often with a teacher."""
 
@@ -335,15 +400,19 @@ class Recipe(Section):
     method: Annotated[
         LogitConfig
         | ByotConfig
+        | CrossTokenizerConfig
         | EmbeddingConfig
         | FeatureConfig
         | MinilmConfig
         | MutualConfig
+        | OnPolicyConfig
         | PatientConfig
         | SimkdConfig
         | SupervisedConfig
         | TeacherFreeConfig
+        | SequenceConfig
         | TinybertConfig
+        | TokenConfig
         | TripleConfig,
         Field(discriminator="kind"),
     ]
@@ -352,8 +421,16 @@ class Recipe(Section):
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
     baseline: bool = True
     """Train the student alone too, with the same budget, for the comparison."""
+    samples: SamplesConfig = Field(default_factory=SamplesConfig)
+    """What is kept of the test split, sample by sample, for the page. See below."""
+    evaluate: EvaluateConfig | None = None
+    """By what language models are scored in the end, beside the test split. See below."""
     search: SearchConfig | None = None
     """What ``tutelage search`` tries. See below."""
+    generate: Annotated[Generations, Field(discriminator="kind")] | None = None
+    """What ``tutelage generate`` asks an endpoint for. A recipe for that alone needs no other key. See below."""
+    judge: JudgeConfig | None = None
+    """What ``tutelage judge`` compares. A recipe for that alone needs no other key. See below."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -378,8 +455,8 @@ class Recipe(Section):
             if self.data.route is not None:
                 raise Misfit("'data.route' is given, and there is no teacher to go by it; remove it", "data")
         if self.student.model == "teacher":
-            if self.teacher is None or self.teacher.members is not None:
-                what = "no teacher" if self.teacher is None else "several"
+            if self.teacher is None or self.teacher.model is None:
+                what = "no teacher" if self.teacher is None else "none here" if self.teacher.endpoint else "several"
                 raise Misfit(f"the student is cut from its teacher, and there is {what}; name a model", "student")
             if isinstance(self.data, DataConfig):
                 raise Misfit(
@@ -395,6 +472,11 @@ class Recipe(Section):
                     "name a model",
                     "student",
                 )
+        if self.evaluate is not None and self.data.task != "causal":
+            raise Misfit(
+                f"evaluate.tasks are for causal language models, and the task is {self.data.task!r}; remove it",
+                "evaluate",
+            )
         if self.baseline and self.data.task in TAUGHT_ONLY:
             raise Misfit(f"task {self.data.task!r} has no labels to learn from alone; remove 'baseline'", "baseline")
         if self.data.task != "classes" and self.workflow is not None:
@@ -439,6 +521,8 @@ class Recipe(Section):
                         f"set train.{key} alone",
                         "teacher",
                     )
+        if teacher.endpoint is not None:
+            self._served()
         if teacher.route is not None and self.data.route is None:
             raise Misfit("teacher.route goes by a column, and there is no 'data.route'; name it", "teacher")
         if self.data.route is not None and teacher.route is None:
@@ -469,6 +553,38 @@ class Recipe(Section):
                 "teacher",
             )
         return self
+
+    def _served(self) -> None:
+        cache, usual = self.required_teacher.cache or CacheConfig(), CacheConfig()
+        keys = ("keep", "k", "draws", "head", "power", "temperatures")
+        odd = [key for key in keys if getattr(cache, key) != getattr(usual, key)]
+        if odd:
+            raise Misfit(
+                f"a cache of a teacher behind a server keeps what it says, as many as teacher.endpoint.k; remove "
+                f"{odd[0]!r}",
+                "teacher",
+            )
+        if self.method.taught and not self.method.served:
+            able = ", ".join(kind for kind, config in METHOD_KINDS.items() if config.served)
+            raise Misfit(
+                f"a teacher behind a server says the likeliest next tokens, and {self.method.kind} needs more; "
+                f"allowed: {able}",
+                "method",
+            )
+        if self.data.task != "causal":
+            raise Misfit(f"a teacher behind a server says next tokens, and the task is {self.data.task!r}", "data")
+        method = self.method
+        if isinstance(method, TokenConfig):
+            for key, value, right in (
+                ("hidden", method.hidden, 0), ("temperature", method.temperature, 1),
+                ("divergence", method.divergence, "kl"),
+            ):  # fmt: skip
+                if value != right:
+                    raise Misfit(
+                        f"a teacher behind a server gives the likeliest tokens at T = 1, and {key}: {value} asks for "
+                        f"more; set it to {right}",
+                        "method",
+                    )
 
     def _of_members(self, method: FeatureConfig, teacher: TeacherConfig) -> None:
         if method.pairs is None:

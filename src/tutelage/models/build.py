@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tutelage.errors import MissingDependencyError, ModelError, nearest, require
+from tutelage.errors import MissingDependencyError, ModelError, nearest, require, suggest
 from tutelage.models.small import MLP, ConvNet, ResNet
 from tutelage.models.texts import pretrained
 
@@ -83,9 +83,8 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
             remedy=_signature(spec.model, spec.options),
         ) from None
     names = [*ZOO, "timm:NAME", "torchvision:NAME", "hf:ID", "package:NAME/FOLDER", "package.module:callable"]
-    close = nearest(spec.model, names, 1)
     raise ModelError(
-        f"unknown model {spec.model!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+        f"unknown model {spec.model!r}" + suggest(spec.model, names),
         where=where,
         remedy=f"allowed: {', '.join(names)}",
     )

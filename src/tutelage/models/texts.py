@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from tutelage.errors import CapabilityError, ConfigError, ModelError, require
 
+# torchao, which transformers imports wherever it is installed, has torch remark on how it registers its types
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
+
 HEADS: dict[str, str] = {
     "images": "AutoModelForImageClassification",
     "classes": "AutoModelForSequenceClassification",
@@ -22,6 +26,7 @@ HEADS: dict[str, str] = {
     "regression": "AutoModelForSequenceClassification",
     "tokens": "AutoModelForTokenClassification",
     "mlm": "AutoModelForMaskedLM",
+    "causal": "AutoModelForCausalLM",
     "embedding": "AutoModel",
     "ranking": "AutoModel",
 }
@@ -33,28 +38,48 @@ PROBLEMS = {
 """What transformers calls tasks of one output a text."""
 
 
-def source_of(model: str) -> str:
+def source_of(model: str) -> tuple[str, dict[str, str]]:
     """Where transformers finds a model: the id or folder of ``hf:``, or the folder of ``package:NAME/FOLDER``.
 
+    Either may name a GGUF file at its end, which comes as the option ``gguf_file``.
+
     Raises:
-        ModelError: no such package, or no such folder in it.
+        ModelError: no such package, no such folder in it, or no such file.
+        MissingDependencyError: a GGUF file, and the package that reads it is not installed.
     """
     kind, _, name = model.partition(":")
     if kind != "package":
-        return name
+        return _of_file(name, model)
     package, _, inside = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     if not places:
         raise ModelError(f"there is no installed package {package!r}", remedy=f"install it: pip install {package}")
-    folder = Path(places[0]) / inside
-    if not (folder / "config.json").is_file():
-        known = sorted(str(p.parent.relative_to(places[0])) for p in Path(places[0]).rglob("config.json"))
+    found = Path(places[0]) / inside
+    if found.suffix == GGUF and found.is_file():
+        return _of_file(str(found), model)
+    if not (found / "config.json").is_file():
+        known = [p.parent for p in Path(places[0]).rglob("config.json")] + list(Path(places[0]).rglob(f"*{GGUF}"))
+        shown = sorted(str(p.relative_to(places[0])) for p in known)
         raise ModelError(
             f"package {package} has no folder {inside!r} with a model",
-            remedy=f"it has: {', '.join(known[:5]) or 'none'}",
+            remedy=f"it has: {', '.join(shown[:5]) or 'none'}",
         )
-    return str(folder)
+    return str(found), {}
+
+
+GGUF = ".gguf"
+
+
+def _of_file(name: str, model: str) -> tuple[str, dict[str, str]]:
+    if not name.endswith(GGUF):
+        return name, {}
+    require("gguf", "language", f"the GGUF file {model}")
+    source, _, file = name.rpartition("/")
+    if Path(source or ".").is_dir() and not Path(name).is_file():
+        known = sorted(p.name for p in Path(source or ".").glob(f"*{GGUF}"))
+        raise ModelError(f"there is no file {name}", remedy=f"in that folder: {', '.join(known) or 'none'}")
+    return source or ".", {"gguf_file": file}
 
 
 def pretrained(model: str, task: str, classes: list[str] | None, options: dict[str, Any]) -> nn.Module:
@@ -69,8 +94,9 @@ def pretrained(model: str, task: str, classes: list[str] | None, options: dict[s
     require("transformers", "vision" if task == "images" else "text", f"the model {model}")
     import transformers
 
-    source, options = source_of(model), {"dtype": torch.float32, **options}
-    config = transformers.AutoConfig.from_pretrained(source)
+    source, file = source_of(model)
+    options = {"dtype": torch.float32, **file, **options}
+    config = transformers.AutoConfig.from_pretrained(source, **file)
     if task == "ranking" and any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
         found, fresh = _loaded("AutoModelForSequenceClassification", source, options)
         return _marked(CrossEncoder(found), fresh)
@@ -86,6 +112,8 @@ def pretrained(model: str, task: str, classes: list[str] | None, options: dict[s
         if task in PROBLEMS:
             options["problem_type"] = PROBLEMS[task]
     found, fresh = _loaded(HEADS[task], source, options)
+    if file:
+        found = _whole(found)
     return _marked(WRAPPERS[task](found), fresh) if task in WRAPPERS else _marked(found, fresh)
 
 
@@ -107,6 +135,18 @@ def _loaded(kind: str, source: str, options: dict[str, Any]) -> tuple[nn.Module,
         model, info = getattr(transformers, kind).from_pretrained(source, output_loading_info=True, **options)
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())]
     return model, sorted({*info["missing_keys"], *mismatched})
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """The same model with nothing of the file that it was read from, which transformers would not let it be saved."""
+    known = model.config.to_dict()  # type: ignore[union-attr, operator]
+    known.pop("quantization_config", None)  # or whoever loads it would be told of a file that is not there
+    config = type(model.config).from_dict(known)  # type: ignore[union-attr]
+    config.dtype = torch.float32
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 @contextmanager
@@ -148,10 +188,10 @@ def tokenizer_of(model: str) -> Any:
     require("transformers", "text", "a tokenizer")
     from transformers import AutoTokenizer
 
-    source = source_of(model)
+    source, file = source_of(model)
     try:
         with quiet():
-            found = AutoTokenizer.from_pretrained(source)
+            found = AutoTokenizer.from_pretrained(source, **file)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
@@ -170,7 +210,7 @@ def tokenizer_of(model: str) -> Any:
 
 def known_classes(model: str, checkpoint: str | None) -> list[str] | None:
     """The class names that a transformers model was trained with; ``None`` where it has no such names."""
-    source = checkpoint if checkpoint is not None and Path(checkpoint).is_dir() else source_of(model)
+    source = checkpoint if checkpoint is not None and Path(checkpoint).is_dir() else source_of(model)[0]
     path = Path(source) / "config.json"
     if not path.is_file():
         return None

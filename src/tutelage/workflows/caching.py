@@ -19,7 +19,8 @@ from tutelage.engine import Accelerator, make_accelerator
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.methods import Method
 from tutelage.students import feature_shapes
-from tutelage.teachers import CachedTeacher, Layout
+from tutelage.taps import output_head
+from tutelage.teachers import CachedTeacher, Layout, ServedTeacher
 from tutelage.teachers.cache import compact, info, verify
 from tutelage.workflows.measure import fingerprint
 from tutelage.workflows.progress import Terminal
@@ -47,7 +48,12 @@ class Filled:
 
 
 def open_cache(
-    recipe: Recipe, data: Data, teacher: ModelTeacher, classes: int, method: Method, accelerator: Accelerator
+    recipe: Recipe,
+    data: Data,
+    teacher: ModelTeacher | ServedTeacher,
+    classes: int,
+    method: Method,
+    accelerator: Accelerator,
 ) -> CachedTeacher:
     """The cache that a recipe asks for, new or as it is.
 
@@ -59,6 +65,9 @@ def open_cache(
     assert config is not None
     example = data.test.fetch(torch.zeros(1, dtype=torch.int64))
     made_from = provenance(recipe, data, teacher)
+    if isinstance(teacher, ServedTeacher):
+        layout = Layout("topk", classes, config.dtype, teacher.k, temperatures=(1.0,), tokens=True)
+        return _cached(config, recipe.name, made_from, layout, teacher, accelerator)
     return _opened(config, recipe.name, made_from, example, teacher, classes, method, accelerator)
 
 
@@ -87,12 +96,6 @@ def open_own_cache(
         CacheError: it was made from something else, or is damaged.
     """
     one = example().rows(0, 1)
-    if one.labels.ndim != 1:
-        raise CapabilityError(
-            "a cache keeps one row of logits for each sample, and here each token has its own",
-            where="distill(cache=...)",
-            remedy="leave cache out",
-        )
     runs = as_it_runs(teacher)
     made_from = {"teacher": fingerprint(teacher.model) | ({"runs": runs} if runs else {}), **rest()}
     return _opened(config, "distill", made_from, one, teacher, classes, method, accelerator)
@@ -108,34 +111,57 @@ def _opened(
     method: Method,
     accelerator: Accelerator,
 ) -> CachedTeacher:
-    from tutelage.workflows.comparison import all_needs
+    from tutelage.workflows.teaching import all_needs
 
     needs = all_needs(method)
-    if needs.head:
-        raise CapabilityError("the method needs the teacher's output head", remedy="leave the cache out")
-    shapes = {tap: shape[1:] for tap, shape in feature_shapes(teacher.model, example, needs.hidden).items()}
+    if needs.head and config.keep != "hidden" and not method.takes_sparse:
+        raise CapabilityError(
+            f"the method needs the teacher's output head, and the cache keeps {config.keep} logits",
+            remedy="set teacher.cache.keep: hidden, or leave the cache out",
+        )
+    tokens = example.labels.ndim == 2
+    shown, leading = example.for_teacher(), 2 if tokens else 1
+    shapes = {tap: shape[leading:] for tap, shape in feature_shapes(teacher.model, shown, needs.hidden).items()}
     usual = [] if needs.temperature is None else [needs.temperature]
     layout = Layout(
-        keep=config.keep if needs.logits else None,
+        keep=config.keep if needs.logits or needs.head else None,
         classes=classes,
         dtype=config.dtype,
         k=min(config.k, classes),
         draws=config.draws,
         head=min(config.head, classes - 1),
-        temperatures=() if config.keep == "dense" else tuple(config.temperatures or usual),
+        temperatures=() if config.keep in ("dense", "hidden") else tuple(config.temperatures or usual),
         hidden=shapes,
+        power=config.power,
+        width=output_head(teacher.model).in_features if config.keep == "hidden" else 0,
+        tokens=tokens,
     )
+    return _cached(config, name, made_from, layout, teacher, accelerator)
+
+
+def _cached(
+    config: CacheConfig,
+    name: str,
+    made_from: dict[str, Any],
+    layout: Layout,
+    teacher: ModelTeacher | ServedTeacher,
+    accelerator: Accelerator,
+) -> CachedTeacher:
     path = Path(config.path) if config.path is not None else FOLDER / _name(name, made_from, layout)
     return CachedTeacher(path, layout, made_from, teacher, device=accelerator.device, rank=accelerator.process_index)
 
 
-def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher) -> dict[str, Any]:
+def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | ServedTeacher) -> dict[str, Any]:
     """Everything that a row of the cache depends on, as JSON."""
-    runs = as_it_runs(teacher)
-    if data.routes:
-        runs["routes"] = [recipe.data.route, data.routes]
+    if isinstance(teacher, ServedTeacher):  # where it is, and how much it reads, is of no account
+        who: dict[str, Any] = {"served": {k: v for k, v in teacher.facts.items() if k != "longest"}}
+    else:
+        runs = as_it_runs(teacher)
+        if data.routes:
+            runs["routes"] = [recipe.data.route, data.routes]
+        who = fingerprint(teacher.model) | ({"runs": runs} if runs else {})
     return {
-        "teacher": fingerprint(teacher.model) | ({"runs": runs} if runs else {}),
+        "teacher": who,
         "data": {
             "source": recipe.data.source,
             "options": {k: str(v) for k, v in recipe.data.options.items()},
@@ -145,13 +171,19 @@ def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher) -> dict[str, A
                 else {"task": recipe.data.task, **data.made_from()}
             ),
         },
-        "preprocessing": data.preprocessing(),
+        "preprocessing": data.preprocessing() | chat_template(getattr(data, "tokenizer", None)),
         "augment": recipe.data.augment,
         "views": recipe.data.views if data.train.augmented else None,
         # an image that is mixed with others depends on which there are
         "rows": hashlib.sha256(data.train.ids.numpy().tobytes()).hexdigest()[:16] if data.train.mixes else None,
         "precision": recipe.train.precision,
     }
+
+
+def chat_template(tokenizer: Any) -> dict[str, str]:
+    """A digest of what lays out a conversation, where the tokenizer has that."""
+    found = getattr(tokenizer, "chat_template", None)
+    return {} if not found else {"chat_template": hashlib.sha256(str(found).encode()).hexdigest()[:16]}
 
 
 def _name(name: str, made_from: dict[str, Any], layout: Layout) -> str:
@@ -175,8 +207,10 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         CacheError: the folder's cache was made from something else, is damaged, or cannot be written.
         Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
     """
-    from tutelage.workflows.comparison import as_taught, check_teachers, fitted, is_taught
+    from tutelage.workflows.checks import check_output, check_teachers
     from tutelage.workflows.run import comparison, load_data
+    from tutelage.workflows.setting import fitted
+    from tutelage.workflows.teaching import as_taught, is_taught, served_by
 
     if recipe.teacher is None:
         raise ConfigError(
@@ -198,11 +232,14 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     terminal.live = terminal.live and accelerator.is_main_process
     data = load_data(recipe, terminal)
     c = comparison(recipe, data)
-    assert c.teacher is not None
-    untrained = c.teacher()
-    check_teachers(c, accelerator.device, untrained)
-    teacher = as_taught(c, untrained, accelerator.device)
-    _, method = fitted(c, c.student(recipe.seeds[0]), teacher.model, recipe.seeds[0])
+    teacher: ModelTeacher | None = None
+    if c.teacher is not None:
+        untrained = c.teacher()
+        check_teachers(c, accelerator.device, untrained)
+        teacher = as_taught(c, untrained, accelerator.device)
+    student = c.student(recipe.seeds[0])
+    classes = check_output(c, accelerator.device, student, "student")  # of a vocabulary the data knows no number
+    _, method = fitted(c, student, None if teacher is None else teacher.model, recipe.seeds[0])
     if not is_taught(method):
         raise CapabilityError(
             f"method {recipe.method.kind} asks the teacher for nothing that a cache could keep",
@@ -211,8 +248,10 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         )
     views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.augmented else [None]
     start = time.monotonic()
-    with stopping(terminal.say) as should_stop:
-        opened = open_cache(recipe, data, teacher, len(data.classes), method, accelerator)
+    with stopping(terminal.say) as should_stop, served_by(c, terminal, method, classes) as served:
+        asked = teacher or served
+        assert asked is not None
+        opened = open_cache(recipe, data, asked, classes, method, accelerator)
         with opened as cache, accelerator.autocast():
             terminal.say(f"cache: {cache.folder}, {len(cache.reader):,} rows known")
             for view in views:

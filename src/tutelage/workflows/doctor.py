@@ -18,23 +18,15 @@ from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.taps import find
 from tutelage.teachers import Teacher
-from tutelage.workflows.comparison import (
-    Comparison,
-    as_taught,
-    check_labels,
-    check_output,
-    check_separate,
-    fitted,
-    is_taught,
-    model_of,
-    said,
-    taught_on,
-)
+from tutelage.workflows.checks import check_labels, check_output, check_separate
 from tutelage.workflows.measure import parameters
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import ONE_VIEW, comparison, load_data
 from tutelage.workflows.series import first_stage
+from tutelage.workflows.setting import Comparison, fitted, model_of, taught_on
 from tutelage.workflows.teachers import ModelTeacher
+from tutelage.workflows.teaching import as_taught, is_taught, served_by
+from tutelage.workflows.training import said
 
 
 @dataclass(frozen=True)
@@ -100,6 +92,15 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     except TutelageError as error:
         return [*found, Finding("bad", "method", str(error).partition("\n")[0], error.remedy)]
     found.append(Finding("ok", "method", f"loss = {method.formula()}"))
+    if c.served is not None:  # it is asked for a little, and not trained with
+        classes = check_output(c, device, student, "student")
+
+        def answers() -> None:
+            with served_by(c, terminal, method, classes):
+                pass
+
+        passes("teacher", "its server cuts texts as the student does, and gives what the method needs", answers)
+        return found
     if teacher is not None:
         passes("separation", "teacher and student share no weight", lambda: check_separate(teacher.model, student))
     passes(

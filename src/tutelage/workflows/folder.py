@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
@@ -15,11 +14,12 @@ import yaml
 
 from tutelage.config import differing_keys
 from tutelage.engine import RunDirectory
-from tutelage.engine.rundir import explained, write_text
 from tutelage.errors import Interrupted, RunDirectoryError, TutelageError
+from tutelage.files import explained, locked, write_text
 
 FREE_TO_CHANGE = {
     "train.trackers", "train.log_every", "train.keep", "data.workers", "teacher.train.trackers", "search.trials",
+    "samples", "samples.shown", "samples.written", "samples.tokens",
 }  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change what it computes."""
 
@@ -121,7 +121,7 @@ def opened(
         lock = os.open(path / "run.lock", os.O_CREAT | os.O_RDWR)
     try:
         deadline = time.monotonic() + patience
-        while not _locked(lock):
+        while not locked(lock):
             if time.monotonic() >= deadline:
                 raise RunDirectoryError(
                     "another process is writing to it", where=str(path), remedy="wait for it, or choose another --out"
@@ -139,14 +139,6 @@ def opened(
             raise
     finally:
         os.close(lock)
-
-
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def forget(path: Path) -> None:

@@ -13,22 +13,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.config import TAUGHT_ONLY, UNLABELLED, MemberConfig, ModelConfig, Recipe, TeacherConfig, dump_recipe
+from tutelage.config import (
+    TAUGHT_ONLY,
+    UNLABELLED,
+    LowRankConfig,
+    MemberConfig,
+    ModelConfig,
+    Recipe,
+    TeacherConfig,
+    dump_recipe,
+)
 from tutelage.data import Data, ImageData, InOrder, PlannedBatches, TextData, load_images
 from tutelage.data.batch import IGNORE
 from tutelage.data.texts import LABELS
 from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
 from tutelage.errors import ConfigError, RunDirectoryError
-from tutelage.methods import METHODS, MaskedMethod, Method, SupervisedMethod
+from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
+from tutelage.students import low_rank, rounded
+from tutelage.teachers import ServedTeacher
 from tutelage.workflows.caching import open_cache
-from tutelage.workflows.comparison import Arm, Comparison, Context, compare
+from tutelage.workflows.comparison import compare
 from tutelage.workflows.folder import choose, opened
+from tutelage.workflows.harness import harness
 from tutelage.workflows.progress import Terminal
+from tutelage.workflows.setting import Arm, Comparison, Context
+from tutelage.workflows.showcase import pictured, worded
 from tutelage.workflows.stop import stopping
 from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
-from tutelage.workflows.texts import facts, load_text_data, students_of, with_tokenizer
+from tutelage.workflows.texts import as_the_teacher_reads, facts, load_text_data, students_of, with_tokenizer
 
 ONE_VIEW = (
     "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "
@@ -160,6 +174,10 @@ def comparison(recipe: Recipe, data: Data) -> Comparison:
             "student": partial(build_model, recipe.student, spec, data),
             "student_card": {"spec": spec.to_dict(), **facts},
         }
+    if recipe.student.lora is not None:
+        initial = changed(partial(with_adapters, recipe.student.lora), initial)
+    if recipe.student.rounded is not None:
+        initial = changed(lambda model, seed: rounded(model), initial)
     return Comparison(
         name=recipe.name,
         method=method_factory(recipe),
@@ -177,9 +195,37 @@ def comparison(recipe: Recipe, data: Data) -> Comparison:
         compared=data.task in TAUGHT_ONLY,
         peer=partial(build_peer, recipe, data),
         peer_card=lambda asked: {"spec": model_spec(peer_config(recipe, asked), data).to_dict()},
+        samples=recipe.samples,
+        show=worded(data.tokenizer) if isinstance(data, TextData) else pictured(data.test.mean, data.test.std),
+        tokenizers=writers(data),
+        harness=None if recipe.evaluate is None else harness(recipe.evaluate, getattr(data, "tokenizer", None)),
         **initial,
         **of_teacher(recipe, data, facts),
     )
+
+
+def writers(data: Data) -> tuple[Any, Any] | None:
+    """The tokenizers of student and teacher, where they write texts."""
+    if not isinstance(data, TextData) or data.task != "causal":
+        return None
+    return data.tokenizer, as_the_teacher_reads(data).tokenizer
+
+
+def changed(change: Callable[[nn.Module, int], nn.Module], initial: dict[str, Any]) -> dict[str, Any]:
+    """The same students, each as ``change`` makes it of a student and its seed."""
+
+    def made(student: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+        return lambda seed: change(student(seed), seed)
+
+    found = {**initial, "student": made(initial["student"])}
+    if "students_of" in initial:
+        found["students_of"] = lambda teacher: made(initial["students_of"](teacher))
+    return found
+
+
+def with_adapters(config: LowRankConfig, model: nn.Module, seed: int) -> nn.Module:
+    """The same student, of which low-rank adapters learn alone."""
+    return low_rank(model, **config.model_dump(), seed=seed)
 
 
 def decoding(recipe: Recipe, data: Data) -> int:
@@ -196,7 +242,11 @@ def facts_of(data: Data) -> dict[str, Any]:
 
 def supervised(data: Data) -> Callable[[], Method]:
     """Learns from the data alone."""
-    return MaskedMethod if data.task == "mlm" else partial(SupervisedMethod, task=LABELS[data.task])
+    return SUPERVISED.get(data.task) or partial(SupervisedMethod, task=LABELS[data.task])
+
+
+SUPERVISED: dict[str, Callable[[], Method]] = {"mlm": MaskedMethod, "causal": SequenceMethod}
+"""What learns from the data alone, where scores are of a vocabulary."""
 
 
 def cut_untrained(recipe: Recipe, data: TextData, seed: int) -> nn.Module:
@@ -221,6 +271,9 @@ def of_teacher(recipe: Recipe, data: Data, facts: dict[str, Any]) -> dict[str, A
     t = recipe.teacher
     if t is None:
         return {"teacher": None}
+    if t.endpoint is not None:
+        cache = None if t.cache is None else partial(open_cache, recipe, data)
+        return {"teacher": None, "served": partial(served_teacher, recipe, data), "cache": cache}
     members = [teacher_member(recipe, t, i, data, facts) for i in range(len(t.each))]
     shared = {
         "teacher_mode": t.mode,
@@ -236,6 +289,17 @@ def of_teacher(recipe: Recipe, data: Data, facts: dict[str, Any]) -> dict[str, A
     return {**shared, "teacher": plan.untrained, "ensemble": plan}
 
 
+def served_teacher(recipe: Recipe, data: Data, classes: int) -> ServedTeacher:
+    """The teacher behind a server, once it has answered; ``classes`` is the student's vocabulary."""
+    endpoint = recipe.required_teacher.endpoint
+    assert endpoint is not None
+    assert isinstance(data, TextData)
+    options = endpoint.model_dump(exclude={"kind"})
+    return ServedTeacher(
+        **options, server=endpoint.kind, classes=classes, tokenizer=data.tokenizer, longest=data.max_length
+    )
+
+
 def teacher_member(recipe: Recipe, teacher: TeacherConfig, number: int, data: Data, facts: dict[str, Any]) -> Member:
     """A teacher of the recipe; each has a seed of its own, so that two of the same kind differ."""
     config, many = teacher.each[number], teacher.members is not None
@@ -247,9 +311,10 @@ def teacher_member(recipe: Recipe, teacher: TeacherConfig, number: int, data: Da
     if config.train is not None:
         batches = PlannedBatches(data.for_teacher, config.train.batch_size, seed, recipe.data.workers)
         train = (config.train, batches, seed)
+    read = as_the_teacher_reads(data) if isinstance(data, TextData) else data
     return Member(
         name,
-        partial(build_model, config, spec, data, seed, where),
+        partial(build_model, config, spec, read, seed, where),
         train,
         {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
         live_options(teacher.speed, config.speed),

@@ -94,4 +94,8 @@ def tokenizer(loader: Iterable[Any]) -> dict[str, Any] | None:
     if not callable(vocabulary):
         return None
     text = json.dumps(sorted(vocabulary().items()), ensure_ascii=True)
-    return {"class": type(found).__name__, "vocabulary": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    known = {"class": type(found).__name__, "vocabulary": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    template = getattr(found, "chat_template", None)
+    return (
+        known if not template else known | {"chat_template": hashlib.sha256(str(template).encode()).hexdigest()[:16]}
+    )

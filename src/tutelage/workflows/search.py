@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tutelage.config import Recipe, dump_recipe
 from tutelage.engine import RunDirectory
-from tutelage.engine.rundir import write_text
 from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, TutelageError, require
+from tutelage.files import write_text
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import run_recipe
@@ -84,8 +84,10 @@ def search(
         raise CapabilityError(
             "a search is one process, and the launcher started several", remedy="leave the launcher out; --workers N"
         )
-    if recipe.workflow is not None or recipe.teacher is None:
-        has = "no teacher" if recipe.workflow is None else f"workflow {recipe.workflow.kind!r}"
+    away = recipe.teacher is not None and recipe.teacher.endpoint is not None
+    if recipe.workflow is not None or recipe.teacher is None or away:
+        has = "a teacher behind a server" if away else "no teacher"
+        has = has if recipe.workflow is None else f"workflow {recipe.workflow.kind!r}"
         raise ConfigError(f"a search is over single runs with a teacher, and the recipe has {has}",
                           remedy="search the recipe of one run, then use what it found")  # fmt: skip
     if recipe.data.metric != "accuracy":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tutelage.engine import RunDirectory
-from tutelage.engine.rundir import write_text
+from tutelage.files import write_text
 
 TEMPERATURES = (1, 2, 4, 8, 20)
 """At which a run keeps the similarity of classes."""

@@ -21,8 +21,8 @@ import yaml
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.data import Data
 from tutelage.engine import RunDirectory
-from tutelage.engine.rundir import write_text
 from tutelage.errors import RunDirectoryError
+from tutelage.files import write_text
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import Finished, load_data, read_summary, run_data
 from tutelage.workflows.statistics import paired, spread
@@ -92,7 +92,7 @@ def with_weights(teacher: Mapping[str, Any], stage: Path) -> dict[str, Any]:
     def ready(one: Mapping[str, Any], name: str) -> dict[str, Any]:
         if one.get("train") is None:
             return dict(one)
-        kept = {k: v for k, v in one.items() if k not in ("train", "trained")}
+        kept = {k: v for k, v in one.items() if k not in ("train", "trained", "learn")}
         return {**kept, "checkpoint": weights_of(stage, name)}
 
     if teacher.get("members") is None:

@@ -11,8 +11,12 @@ from types import FrameType
 
 
 @contextmanager
-def stopping(announce: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], bool]]:
+def stopping(
+    announce: Callable[[str], None] = lambda text: None, doing: str = "saving after this step"
+) -> Iterator[Callable[[], bool]]:
     """Gives a function that is true once a stop was asked for; a second Ctrl-C stops at once.
+
+    ``doing`` tells a person who asked what happens first.
 
     Only the main thread can receive signals; elsewhere the answer is always no.
     """
@@ -29,7 +33,7 @@ def stopping(announce: Callable[[str], None] = lambda text: None) -> Iterator[Ca
         if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
-        announce(f"{signal.Signals(number).name}: saving after this step; once more Ctrl-C stops at once")
+        announce(f"{signal.Signals(number).name}: {doing}; once more Ctrl-C stops at once")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -22,8 +22,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tutelage.config import SearchConfig
-from tutelage.engine.rundir import explained
 from tutelage.errors import RunDirectoryError
+from tutelage.files import explained
 from tutelage.workflows.space import Dimension, own_values
 
 STATES = {

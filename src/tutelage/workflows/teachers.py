@@ -12,7 +12,7 @@ from torch import nn
 from tutelage.config import SpeedConfig, TeacherSpeedConfig, TrainConfig
 from tutelage.data import Batch, Batches
 from tutelage.engine import evaluate_teacher
-from tutelage.errors import CapabilityError, ConfigError, nearest
+from tutelage.errors import CapabilityError, ConfigError, suggest
 from tutelage.teachers import Ensemble, EnsembleTeacher, LiveTeacher, learned_weights
 
 Trained = tuple[TrainConfig, Batches, int]
@@ -171,9 +171,8 @@ def routes(asked: Mapping[str, int | list[int]], values: Sequence[str]) -> list[
         )
     unknown = next((value for value in asked if value not in values), None)
     if unknown is not None:
-        close = nearest(unknown, list(values), 1)
         raise ConfigError(
-            f"no image has the value {unknown!r}" + (f" (did you mean {close[0]!r}?)" if close else ""),
+            f"no image has the value {unknown!r}" + suggest(unknown, list(values)),
             where="teacher.route",
             remedy=f"values of data.route: {', '.join(values[:20])}",
         )

@@ -39,6 +39,7 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     fields = config.model_dump(exclude={"kind", "metric", "tokenizer", "views", "workers", "classes"})
     classes = config.classes or _known(recipe)
     given: dict[str, Any] = {"classes": classes, "teacher_tokenizer": theirs, "progress": terminal.iterate}
+    given["align"] = recipe.method.aligns
     if recipe.student.vocabulary is None:
         return load_texts(**fields, **given, tokenizer=mine)
     asked = {k: fields[k] for k in ("source", "path", "options", "text", "teacher_text", "label", "route")}
@@ -123,6 +124,11 @@ def students_of(config: StudentConfig, data: TextData, teacher: nn.Module) -> Ca
     return student
 
 
+def as_the_teacher_reads(data: TextData) -> TextData:
+    """``data`` with the tokenizer that a teacher is saved with."""
+    return data if data.teacher_tokenizer is None else replace(data, tokenizer=data.teacher_tokenizer)
+
+
 def with_tokenizer(model: nn.Module, data: TextData) -> nn.Module:
     """``model``, which is saved with the tokenizer of its texts."""
     model.tokenizer = data.tokenizer
@@ -148,7 +154,7 @@ def facts(data: TextData) -> dict[str, Any]:
 
 KINDS = {
     "classes": "text-classifier", "multi-label": "text-classifier", "regression": "text-regressor",
-    "tokens": "token-classifier", "mlm": "masked-language-model", "embedding": "sentence-encoder",
-    "ranking": "bi-encoder",
+    "tokens": "token-classifier", "mlm": "masked-language-model", "causal": "language-model",
+    "embedding": "sentence-encoder", "ranking": "bi-encoder",
 }  # fmt: skip
 """What a model for a task is called."""

@@ -19,16 +19,12 @@ from tutelage.config import Recipe, dump_recipe
 from tutelage.data import Data
 from tutelage.engine import RunDirectory, Training, evaluate_teacher, fit, make_accelerator
 from tutelage.engine.loop import Silent
-from tutelage.engine.rundir import new_folder
 from tutelage.errors import NumericsError
+from tutelage.files import new_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
 from tutelage.teachers import MemoryTeacher, Teacher
-from tutelage.workflows.comparison import (
-    Comparison,
-    Context,
-    all_needs,
-    as_taught,
+from tutelage.workflows.checks import (
     check_labels,
     check_method_runs,
     check_optimizer,
@@ -36,17 +32,15 @@ from tutelage.workflows.comparison import (
     check_separate,
     check_taught,
     check_teachers,
-    fitted,
-    in_memory,
-    rememberable,
-    taught_by,
-    training_of,
 )
 from tutelage.workflows.folder import opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
+from tutelage.workflows.setting import Comparison, Context, fitted
 from tutelage.workflows.suggest import WHOLE_SEED, Result
 from tutelage.workflows.teachers import Member, ModelTeacher
+from tutelage.workflows.teaching import all_needs, as_taught, in_memory, rememberable, taught_by
+from tutelage.workflows.training import training_of
 
 Report = Callable[[int, float], bool]
 """Is told the number of an evaluation and its accuracy; true gives the trial up."""

@@ -1,0 +1,388 @@
+"""The section of a recipe that says what `tutelage generate` asks for, of whom, and for how much at most."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed
+
+RESERVED = ("model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop")
+"""Fields of a request's body that the recipe's own keys set."""
+
+
+Range = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class EndpointConfig(Section):
+    """A server that speaks OpenAI's chat completions: hosted, vLLM, llama.cpp, `transformers serve` ..."""
+
+    url: str
+    """Where ``/chat/completions`` is, most often ending in ``/v1``. A login in it is used and never written down."""
+    model: str
+    """The model's name, as the server knows it."""
+    key_env: str | None = None
+    """Name of the environment variable that holds the key, which never stands in a recipe. Default: none is sent."""
+    api: Literal["live", "batch"] = "live"
+    """``batch``: by files that are sent up, polled for and fetched, at half the price and within a day."""
+    concurrency: Count = 16
+    """The most requests in flight. The first goes alone; fewer where the server is overloaded."""
+    requests_per_minute: Count | None = None
+    """The provider's limit on requests."""
+    tokens_per_minute: Count | None = None
+    """The provider's limit on tokens; a request counts with a quarter of its bytes and all ``max_tokens``."""
+    timeout: Positive = 120.0
+    """Seconds that one request may take in all, however slowly it drips."""
+    attempts: Count = 6
+    """The most calls for one request, before it is set aside."""
+    patience: Positive = 300.0
+    """Seconds without any answer after which a server that fails call after call is given up; a tenth of it for one
+    that never answered."""
+    poll: Positive = 30.0
+    """Seconds between looks at a batch."""
+    limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls ``sampling.max_tokens``."""
+
+    _login: tuple[str, str] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> EndpointConfig:
+        try:
+            parts = urlsplit(self.url)
+            port = parts.port
+        except ValueError:
+            raise Misfit("url is no address; give one such as http://127.0.0.1:8000/v1", "url") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise Misfit("url is no http address; give one such as http://127.0.0.1:8000/v1", "url")
+        if parts.query or parts.fragment:
+            raise Misfit("url has a query; give the address without it, and the key by key_env", "url")
+        if parts.username is not None:
+            self._login = (parts.username, parts.password or "")
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        place = host if port is None else f"{host}:{port}"
+        self.url = urlunsplit((parts.scheme, place, parts.path.rstrip("/"), "", ""))
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            self.key_env = None
+            raise Misfit(
+                "key_env is no name of an environment variable; put the key into one and give the variable's name",
+                "key_env",
+            )
+        return self
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """User and password that stood in the address."""
+        return self._login
+
+
+class SamplingConfig(Section):
+    """How the model draws its answers."""
+
+    temperature: NotNegative | None = 0.7
+    """Of the model's distribution; ``null`` leaves it to the server."""
+    top_p: Fraction | None = None
+    """Draw from the smallest set of tokens with this mass. Default: the server's."""
+    max_tokens: Count = 512
+    """The most tokens of an answer. Budgets reckon with all of them before asking."""
+    stop: list[str] | None = None
+    """Texts at which an answer ends."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of the request, such as ``{top_k: 40}``."""
+
+    @model_validator(mode="after")
+    def _only_extra(self) -> SamplingConfig:
+        for key in self.extra:
+            if key in RESERVED:
+                raise Misfit(f"extra.{key} is set by the recipe's own keys; remove it", "extra")
+        return self
+
+
+class PriceConfig(Section):
+    """What a model's tokens cost, a million, in any currency."""
+
+    input: NotNegative
+    """A million tokens of prompts."""
+    output: NotNegative
+    """A million tokens of answers."""
+
+
+class BudgetConfig(Section):
+    """What may be spent, over all runs with one journal: no request is sent that could exceed it."""
+
+    max_requests: Count | None = None
+    """Calls, failed ones included."""
+    max_tokens: Count | None = None
+    """Tokens of prompts and answers."""
+    max_cost: Positive | None = None
+    """Money, by ``prices``."""
+    prices: dict[str, PriceConfig] = Field(default_factory=dict)
+    """By name of the model, such as ``{small: {input: 0.15, output: 0.60}}``."""
+
+
+class DecontaminateConfig(Section):
+    """A file whose texts must not get into the training data."""
+
+    path: str
+    """Texts to evaluate on: ``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.txt``. All columns of text count."""
+    words: Count = 10
+    """Items that share so many words in a row with one of its texts are rejected; shorter texts, if held whole."""
+
+
+class QualityConfig(Section):
+    """What is kept. Changing it reads the journal again and pays for nothing."""
+
+    instruction_words: Range = Field(default_factory=lambda: [3, 200])
+    """Fewest and most words of an instruction."""
+    answer_words: Range = Field(default_factory=lambda: [1, 2000])
+    """Fewest and most words of an answer."""
+    language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None = None
+    """Two letters, as in ``en``: texts in another language are rejected; those below five words are not judged."""
+    refusals: bool = False
+    """Keep answers that refuse."""
+    truncated: bool = False
+    """Keep answers that ran into ``max_tokens``."""
+    banned: list[str] = Field(default_factory=list)
+    """Regular expressions, whatever their case, that neither instruction nor answer may hold."""
+    near: Fraction | None = 0.7
+    """Instructions with a ROUGE-L of this or more to one kept before are rejected; ``null``: only equal ones."""
+    decontaminate: DecontaminateConfig | None = None
+    """What must not get into the data."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> QualityConfig:
+        for key in ("instruction_words", "answer_words"):
+            least, most = getattr(self, key)
+            if not 0 <= least <= most:
+                raise Misfit(f"{key} is [{least}, {most}]; give the fewest, then the most", key)
+        for pattern in self.banned:
+            check_pattern(pattern, "banned")
+        if self.near is not None and self.near <= 0:
+            raise Misfit("near is 0, and all texts are that near; give one above, or null", "near")
+        return self
+
+
+def check_pattern(pattern: str, key: str, *, groups: bool = False) -> None:
+    """Raise :class:`Misfit` unless ``pattern`` is a regular expression, with ``groups`` one that has some."""
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise Misfit(f"{key} {pattern!r} is no regular expression: {error}; correct it", key) from None
+    if groups and not found.groups:
+        raise Misfit(f"{key} {pattern!r} has no group; put brackets around what it looks for", key)
+
+
+def check_priced(budget: BudgetConfig, asked: list[EndpointConfig]) -> None:
+    """Raise :class:`Misfit` where money is limited and a model has no price."""
+    for endpoint in asked if budget.max_cost is not None else []:
+        if endpoint.model not in budget.prices:
+            raise Misfit(
+                f"budget.max_cost is set, and budget.prices has no {endpoint.model!r}; "
+                f"add {endpoint.model}: {{input: ..., output: ...}}",
+                "budget",
+            )
+
+
+JUDGE = """\
+How good is the answer to the request? Weigh whether it is correct, complete and clear.
+
+Request:
+{{ prompt }}
+
+Answer:
+{{ answer }}
+
+Reply with a whole number from 1 (useless) to 10 (excellent), and nothing else."""
+
+
+class BestConfig(Section):
+    """Which of several samples is kept."""
+
+    by: Literal["judge", "consistency"]
+    """``judge``: that with the highest score. ``consistency``: that of the most frequent result."""
+    judge: EndpointConfig | None = None
+    """Who judges. Default: the teacher itself."""
+    template: str = JUDGE
+    """What the judge is asked; it has ``prompt`` and ``answer``."""
+    score: str = r"\b(10|[1-9])\b"
+    """A regular expression whose first group, where it first matches, is the score."""
+    sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.0, max_tokens=8))
+    """How the judge answers."""
+    extract: str | None = None
+    """``consistency``: a regular expression whose first group, where it last matches, is an answer's result. Default:
+    there is none, and the answer that is most like all others by ROUGE-L is kept."""
+
+    @model_validator(mode="after")
+    def _patterns(self) -> BestConfig:
+        for key in ("score", "extract"):
+            pattern = getattr(self, key)
+            if pattern is not None:
+                check_pattern(pattern, key, groups=True)
+        return self
+
+
+class GenerateConfig(Section):
+    """What `tutelage generate` asks an endpoint for; a run takes no notice of it. Keys of all kinds:"""
+
+    endpoint: EndpointConfig
+    """The teacher. See below."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """How answers are drawn. See below."""
+    system: str | None = None
+    """A Jinja template of the system message. Default: none is sent."""
+    user: str = "{{ prompt }}"
+    """A Jinja template of the user's message."""
+    samples: Count = 1
+    """Answers to each prompt. All are kept unless ``best`` chooses."""
+    best: BestConfig | None = None
+    """How one of the samples is chosen. See below."""
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    """What may be spent. See below."""
+    quality: QualityConfig = Field(default_factory=QualityConfig)
+    """What is kept. See below."""
+    held_out: Annotated[int, Field(ge=0)] = 0
+    """Prompts whose conversations go to ``data/test``, away from those to learn from; drawn by what they say."""
+    format: Literal["parquet", "jsonl"] = "parquet"
+    """Of the files of kept conversations."""
+    seed: Seed = 0
+    """Of which examples and operations are drawn."""
+
+    @model_validator(mode="after")
+    def _affordable(self) -> GenerateConfig:
+        if self.best is not None and self.samples < 2:
+            raise Misfit("best chooses among samples, and there is one; set 'samples' to 2 or more", "best")
+        judges = [self.best.judge] if self.best is not None and self.best.judge else []
+        check_priced(self.budget, [self.endpoint, *judges])
+        return self
+
+
+class AnswerConfig(GenerateConfig):
+    """Answers to given prompts."""
+
+    kind: Literal["answer"] = "answer"
+    """What is asked for."""
+    prompts: str
+    """A file of prompts: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet``, whose columns templates can name, or
+    ``.txt`` with a ``prompt`` a line. A column ``id`` names them."""
+
+
+INSTRUCT = """\
+You write tasks for a course in which a language model learns to be useful. Here are tasks that were written before:
+
+{% for task in examples %}{{ loop.index }}. {{ task }}
+{% endfor %}
+Write {{ number }} more tasks. Each must differ from those above in topic and in kind of work, must be solvable by \
+text alone, and must hold all that is needed to solve it. One task a line, numbered from {{ examples|length + 1 }} \
+on, without solutions."""
+
+
+class SelfInstructConfig(GenerateConfig):
+    """New instructions in the manner of a few examples, and answers to them (Wang et al., 2023)."""
+
+    kind: Literal["self-instruct"] = "self-instruct"
+    """What is asked for."""
+    seeds: str | None = None
+    """A file of tasks with a column ``instruction``. Default: the 72 that come with tutelage."""
+    count: Count = 1000
+    """New instructions to keep, before they are answered."""
+    instruct: str = INSTRUCT
+    """What is asked for new tasks; it has ``examples``, a list of tasks, and ``number``."""
+    instruct_sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=1.0))
+    """How instructions are drawn."""
+    examples: Count = 8
+    """Tasks that each request shows: three of four from the seeds, the others from those that were kept."""
+    number: Count = 8
+    """Tasks that each request asks for."""
+    each_round: Count = 32
+    """Requests that are sent at a time, all with examples from what was kept before."""
+    rounds: Count = 1000
+    """The most rounds. Five in a row without a new instruction end it too."""
+
+
+DEEPEN = {
+    "constrain": "Add one more requirement that a good answer must meet.",
+    "deepen": "Make it ask about the matter more thoroughly, or more widely.",
+    "concretise": "Replace general notions by specific ones: names, numbers, circumstances.",
+    "reason": "Change it so that it takes several steps of thought where one would have done.",
+    "supply": "Give it something to work on: a short table, list, text, formula or piece of code.",
+}
+"""In-depth operations: how a task gets harder."""
+
+DEEPENED = """\
+Rewrite the task below so that it is a little harder, and a person can still understand and answer it. {how} At most \
+twenty words more than before. Reply with the rewritten task alone.
+
+Task:
+{{{{ instruction }}}}"""
+
+BROADEN = """\
+Write one new task of the same field as the task below, about something rarer, and about as long and as hard. Reply \
+with the new task alone.
+
+Task:
+{{ instruction }}"""
+
+
+class EvolveConfig(GenerateConfig):
+    """Instructions that get harder or branch off, round by round, and answers to all (Xu et al., 2024)."""
+
+    kind: Literal["evolve"] = "evolve"
+    """What is asked for."""
+    prompts: str | None = None
+    """A file of tasks with a column ``instruction``. Default: the 72 that come with tutelage."""
+    rounds: Count = 3
+    """How often each task is evolved. One whose evolution failed is tried again from where it stood."""
+    operations: Annotated[dict[str, str], Field(min_length=1)] = Field(
+        default_factory=lambda: {
+            **{name: DEEPENED.format(how=how) for name, how in DEEPEN.items()}, "broaden": BROADEN,
+        }
+    )  # fmt: skip
+    """Templates by name, drawn evenly; each has ``instruction``. Default: five in depth and one in breadth."""
+    evolve_sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=1.0))
+    """How instructions are drawn."""
+
+
+FOLLOW_UP = """\
+Below is a conversation between a user and an assistant.
+
+{% for message in messages %}{{ message.role|capitalize }}: {{ message.content }}
+
+{% endfor %}
+Write what the same user says next: a question or request that follows from the last answer, in one to three \
+sentences. Reply with the user's words alone."""
+
+
+class ConversationConfig(GenerateConfig):
+    """Conversations of several turns, in which the teacher also speaks for the user."""
+
+    kind: Literal["conversation"] = "conversation"
+    """What is asked for."""
+    prompts: str
+    """A file of first messages, as in ``kind: answer``."""
+    turns: Annotated[int, Field(ge=2)] = 3
+    """Answers in each conversation."""
+    follow_up: str = FOLLOW_UP
+    """What is asked for the user's next message; it has ``messages``, each with ``role`` and ``content``."""
+    follow_up_sampling: SamplingConfig = Field(
+        default_factory=lambda: SamplingConfig(temperature=1.0, max_tokens=128)
+    )
+    """How the user's messages are drawn."""
+
+    @model_validator(mode="after")
+    def _one_thread(self) -> ConversationConfig:
+        if self.samples > 1 and self.best is None:
+            raise Misfit("a conversation goes on from one answer, and there are several; add 'best'", "samples")
+        return self
+
+
+GENERATE_KINDS: dict[str, type[GenerateConfig]] = {
+    "answer": AnswerConfig,
+    "conversation": ConversationConfig,
+    "evolve": EvolveConfig,
+    "self-instruct": SelfInstructConfig,
+}
+"""Every kind of generation that a recipe can name, with its options."""
+
+Generations = AnswerConfig | ConversationConfig | EvolveConfig | SelfInstructConfig

@@ -1,0 +1,79 @@
+"""The section of a recipe that says who is compared with whom, before which judge."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from tutelage.config.base import Count, Misfit, Section
+from tutelage.config.generate import (
+    BudgetConfig,
+    EndpointConfig,
+    Generations,
+    SamplingConfig,
+    check_pattern,
+    check_priced,
+)
+
+VERDICT = """\
+Two assistants answered the same request. Which answer is better? Weigh whether it is correct, complete and clear, \
+not how long it is or which comes first.
+
+Request:
+{{ prompt }}
+
+Answer A:
+{{ first }}
+
+Answer B:
+{{ second }}
+
+Reply with A, B or tie, and nothing else."""
+
+GIVEN = "given"
+"""The answers in the file of prompts."""
+
+
+class JudgeConfig(Section):
+    """What `tutelage judge` compares: answers to held-out prompts, two by two, each pair in both orders."""
+
+    endpoint: EndpointConfig
+    """The judge. Keys as in ``generate.endpoint``."""
+    prompts: str
+    """A file of conversations, as ``generate`` writes them, or of prompts: ``.jsonl``, ``.json``, ``.csv``,
+    ``.parquet``, ``.txt``."""
+    answers: Annotated[dict[str, str], Field(min_length=2)]
+    """Who answers, by name: a language model with its tokenizer, as ``{after: hf:runs/mine/student}``, or ``given``:
+    the last answers in the file, which are the teacher's."""
+    count: Count = 100
+    """Prompts, the first of the file."""
+    max_tokens: Count = 192
+    """Of an answer. The most likely token is taken each time."""
+    template: str = VERDICT
+    """What the judge is asked; it has ``prompt``, ``first`` and ``second``."""
+    choice: str = r"\b(A|B|[Tt]ie)\b"
+    """A regular expression whose first group, where it first matches, is the verdict: A, B; all else is a tie."""
+    sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.0, max_tokens=8))
+    """How the judge answers. Keys as in ``generate.sampling``."""
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    """What may be spent. Keys as in ``generate.budget``."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> JudgeConfig:
+        check_pattern(self.choice, "choice", groups=True)
+        check_priced(self.budget, [self.endpoint])
+        for name, model in self.answers.items():
+            if model != GIVEN and model.partition(":")[0] not in ("hf", "package"):
+                raise Misfit(f"answers.{name} is {model!r}; name a model as hf:FOLDER, or 'given'", "answers")
+        if len(set(self.answers.values())) < len(self.answers):
+            raise Misfit("two of 'answers' are the same, and would tie; remove one", "answers")
+        return self
+
+
+class EndpointRecipe(Section):
+    """A recipe that trains nothing: it makes data, or compares answers."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    generate: Annotated[Generations, Field(discriminator="kind")] | None = None
+    judge: JudgeConfig | None = None

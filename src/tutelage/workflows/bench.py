@@ -1,0 +1,384 @@
+"""``tutelage bench``: teacher, student and any others, side by side: size, cost, speed, memory and quality."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage.data import Batch, Data
+from tutelage.deploy.check import drawn
+from tutelage.deploy.formats import convolves
+from tutelage.deploy.runtimes import AsModule, Run, input_names
+from tutelage.deploy.subject import Inputs, as_inputs
+from tutelage.deploy.timing import (
+    COLUMNS,
+    Cell,
+    attempted,
+    flops,
+    interleaved,
+    peak_memory,
+    runner,
+    summed,
+)
+from tutelage.engine import RunDirectory, evaluate
+from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
+from tutelage.files import write_text
+from tutelage.models import ModelSpec, build, load_weights, save_model
+from tutelage.workflows.exporting import CALIBRATION
+from tutelage.workflows.finished import Found, find, one_side, rows_of, whole_test
+from tutelage.workflows.measure import parameters
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import facts_of, model_spec, teacher_member
+
+BATCHES, ROUNDS = (1, 8, 32), 20
+"""Rows of a batch, and timed calls of each, where nobody says otherwise."""
+
+
+@dataclass
+class Contestant:
+    """A model that is measured.
+
+    Attributes:
+        name: in tables.
+        role: ``teacher``, ``student`` or ``other``.
+        model: in evaluation mode, on the CPU.
+        task: what it is for.
+        names: of its inputs.
+        data: what it reads; ``None`` where inputs are made up.
+        preprocessing: what it reads is like, where that is so.
+        vocabulary: of a model of texts.
+        card: how to build it again, so that a process of its own can.
+        quality: of the test split, as its run found it.
+    """
+
+    name: str
+    role: str
+    model: nn.Module
+    task: str
+    names: tuple[str, ...]
+    data: Data | None = None
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    vocabulary: int = 0
+    card: dict[str, Any] | None = None
+    quality: float | None = None
+    reads: str = "student"
+
+    def inputs(self, count: int) -> Inputs:
+        """A batch of so many rows; real ones where there are any."""
+        if self.data is None:
+            batch = drawn(self.task, self.preprocessing, self.names, self.vocabulary, 16)[0]
+            times = -(-count // len(batch[self.names[0]]))
+            return {name: torch.cat([batch[name]] * times)[:count] for name in self.names}
+        order = torch.randperm(len(self.data.test), generator=torch.Generator().manual_seed(0))
+        rows = order.repeat(-(-count // len(order)))[:count]
+        return self._named(self.data.test.fetch(rows))
+
+    def _named(self, batch: Batch) -> Inputs:
+        shown = batch.for_teacher() if self.reads == "teacher" else batch
+        given = as_inputs(shown.inputs)
+        return one_side(given) if self.task == "embedding" else given
+
+
+def bench(
+    sources: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    batch_sizes: Sequence[int] = BATCHES,
+    rounds: int = ROUNDS,
+    columns: Sequence[str] = COLUMNS,
+    quality: bool = True,
+    memory: bool = True,
+    terminal: Terminal | None = None,
+) -> dict[str, Any]:
+    """Measure models side by side, in one loop, and write what was found.
+
+    Args:
+        sources: runs, of which teacher and student are measured; folders of models; models as recipes name them.
+        out: the JSON file. Default: ``bench.json`` in the first run, else here.
+        batch_sizes: rows of a batch.
+        rounds: timed calls of each model, way to run it and batch.
+        columns: of ``eager``, ``compiled``, ``onnx`` and ``int8``.
+        quality: whether rounded models are tried on the test split.
+        memory: whether each is run in a process of its own besides, for its peak.
+        terminal: where progress is shown.
+
+    Raises:
+        TutelageError: one of its subclasses, with the remedy. A way to run a model that cannot be had is no error:
+            the result says why.
+    """
+    terminal = terminal or Terminal()
+    _check(sources, batch_sizes, rounds, columns)
+    found, place = contestants(sources, terminal)
+    threads = torch.get_num_threads()
+    metric = next((m for m in (place.get("metric"),) if m), "accuracy")
+    with ExitStack() as stack:
+        folders = {c.name: Path(stack.enter_context(tempfile.TemporaryDirectory())) for c in found}
+        runs: dict[tuple[str, str], tuple[Run, Path | None]] = {}
+        failed: dict[tuple[str, str], str] = {}
+        for c in found:
+            for column in columns:
+                terminal.say(f"preparing {c.name}, {column}")
+                made, why = attempted(partial(_ready, c, column, folders[c.name], batch_sizes))
+                if why is None:
+                    runs[c.name, column] = made
+                else:
+                    failed[c.name, column] = why
+        terminal.say(f"timing: {len(runs) * len(batch_sizes)} cells, {rounds} rounds")
+        cells: dict[Cell, Any] = {
+            (c.name, column, size): partial(runs[c.name, column][0], inputs)
+            for c in found
+            for size in batch_sizes
+            for inputs in [c.inputs(size)]
+            for column in columns
+            if (c.name, column) in runs
+        }
+        times = interleaved(cells, rounds)
+        rows = [
+            _row(c, columns, batch_sizes, runs, failed, times, found[0], folders[c.name], metric, quality, memory,
+                 threads)
+            for c in found
+        ]  # fmt: skip
+    result = {
+        "tutelage": version("tutelage"),
+        "machine": {
+            "processor": _processor(), "threads": threads, "torch": torch.__version__, "onnxruntime": _version(),
+        },
+        "rounds": rounds,
+        "batch_sizes": list(batch_sizes),
+        "metric": metric,
+        "base": found[0].name,
+        "models": rows,
+    }  # fmt: skip
+    path = Path(out) if out is not None else (place.get("run") or Path()) / "bench.json"
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    result["path"] = str(path)
+    return result
+
+
+def _check(sources: Sequence[Any], sizes: Sequence[int], rounds: int, columns: Sequence[str]) -> None:
+    if not sources:
+        raise ConfigError("there is nothing to measure", remedy="give runs, folders of models, or names of models")
+    if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
+        raise ConfigError(f"batch sizes {list(sizes)}", remedy="give different numbers from 1 on, as in 1,8,32")
+    if rounds < 1:
+        raise ConfigError(f"rounds {rounds}", remedy="give 1 or more")
+    for column in columns:
+        if column not in COLUMNS:
+            raise ConfigError(
+                f"there is no column {column!r}" + suggest(column, list(COLUMNS)),
+                remedy=f"allowed: {', '.join(COLUMNS)}",
+            )
+
+
+# Who is measured ---------------------------------------------------------------------------------------
+
+
+def contestants(sources: Sequence[str | Path], terminal: Terminal) -> tuple[list[Contestant], dict[str, Any]]:
+    """The models, teachers first; and the first run's folder and metric, where there is a run."""
+    found: list[Contestant] = []
+    place: dict[str, Any] = {}
+    for source in sources:
+        if not Path(source).exists() and (":" in str(source) or "/" not in str(source)):
+            found.append(_named(str(source), found))
+            continue
+        of = find(source, terminal)
+        data = of.data()
+        if of.run is not None and not place:
+            place = {"run": of.run, "metric": of.summary.get("metric")}
+        label = of.run.name if of.is_student and of.run is not None else of.folder.name
+        if of.is_student:
+            teacher = _teacher(of, data, f"{label} teacher")
+            found += [] if teacher is None else [teacher]
+        found.append(_student(of, data, f"{label} student" if of.is_student else label))
+    for c in found:
+        if [o.name for o in found].count(c.name) > 1:
+            c.name = f"{c.name} ({found.index(c) + 1})"
+    return sorted(found, key=lambda c: c.role != "teacher"), place
+
+
+def _student(of: Found, data: Data | None, name: str) -> Contestant:
+    subject = of.subject
+    names = input_names(subject.model, subject.task, subject.tokenizer)
+    card = {"task": subject.task, "classes": subject.classes} if hasattr(subject.model, "config") else None
+    return Contestant(
+        name, "student" if of.is_student else "other", subject.model, subject.task, names, data,
+        subject.preprocessing, len(subject.tokenizer) if subject.tokenizer is not None else 0,
+        card if card is not None else json.loads((of.folder / "model.json").read_text(encoding="utf-8")),
+        _quality(of),
+    )  # fmt: skip
+
+
+def _quality(of: Found) -> float | None:
+    """What the run found of this very model on the test split."""
+    if of.run is None:
+        return None
+    metric = str(of.summary.get("metric", "accuracy"))
+    training = of.summary.get("exported") if of.is_student else of.folder.name
+    stage, _, name = str(training).rpartition("/models/")
+    run = RunDirectory(of.run / stage if stage else of.run, writes=False)
+    result = run.result(name)
+    return None if result is None else result["best"].get(metric)
+
+
+def _teacher(of: Found, data: Data | None, name: str) -> Contestant | None:
+    """The teacher of a run, where it is one model that runs here."""
+    recipe, run = of.recipe, of.run
+    if recipe is None or run is None or data is None or recipe.teacher is None:
+        return None
+    if recipe.teacher.members is not None or recipe.teacher.endpoint is not None or recipe.workflow is not None:
+        of.terminal.say(f"note: the teacher of {run} is not one model that runs here, and is left out")
+        return None
+    member = teacher_member(recipe, recipe.teacher, 0, data, facts_of(data))
+    model = member.model()
+    if (run / "models" / "teacher").is_dir():
+        load_weights(model, run / "models" / "teacher")
+    spec = model_spec(recipe.teacher.each[0], data)
+    subject = of.subject
+    metric = str(of.summary.get("metric", "accuracy"))
+    value = (of.summary.get("teacher") or {}).get(metric)
+    return Contestant(
+        name, "teacher", model.cpu().eval(), subject.task,
+        input_names(model, subject.task, subject.tokenizer), data, subject.preprocessing,
+        len(subject.tokenizer) if subject.tokenizer is not None else 0,
+        {"spec": spec.to_dict(), **facts_of(data)}, value, reads="teacher",
+    )  # fmt: skip
+
+
+def _named(name: str, before: Sequence[Contestant]) -> Contestant:
+    """A model as recipes name it, untrained; for the images of the run before it, where there is one."""
+    first = next((c for c in before if c.task == "images" and c.data is not None), None)
+    texts = next((c for c in before if c.task != "images"), None)
+    if texts is not None:
+        raise ModelError(
+            f"{name}: beside a model of texts, only runs and folders can be measured",
+            remedy="give a folder with a model and its tokenizer",
+        )
+    library = name.partition(":")[0] in ("timm", "torchvision", "hf")
+    facts: dict[str, Any] = {"classes": 10, "channels": 3, "size": 224 if library else 32}
+    if first is not None and first.data is not None:
+        facts = dict(first.data.spec)
+    spec = ModelSpec(name, **facts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build(spec, where=name).eval()
+    if getattr(model, "main_input_name", "") == "input_ids":
+        raise ModelError(f"{name} is a model of texts", remedy="give a folder with it and its tokenizer")
+    data = None if first is None else first.data
+    return Contestant(name, "other", model, "images", ("image",), data, facts, card={"spec": spec.to_dict()})
+
+
+# One of them -------------------------------------------------------------------------------------------
+
+
+def _ready(c: Contestant, column: str, folder: Path, sizes: Sequence[int]) -> tuple[Run, Path | None]:
+    """A way to run a model, once it has run each batch size: what is compiled is compiled."""
+    calibration: list[Inputs] = []
+    if column == "int8" and convolves(c.model) and c.data is not None:
+        calibration = rows_of(c.data.validation, CALIBRATION, c.task)
+    run, path = runner(column, c.model, c.names, c.inputs(3), calibration, folder)
+    for size in sizes:
+        run(c.inputs(size))
+    return run, path
+
+
+def _row(
+    c: Contestant,
+    columns: Sequence[str],
+    sizes: Sequence[int],
+    runs: Mapping[tuple[str, str], tuple[Run, Path | None]],
+    failed: Mapping[tuple[str, str], str],
+    times: Mapping[Cell, list[float]],
+    base: Contestant,
+    folder: Path,
+    metric: str,
+    quality: bool,
+    memory: bool,
+    threads: int,
+) -> dict[str, Any]:
+    """Everything that is known of one model."""
+    saved, size = _saved(c, folder)
+    count, why = attempted(partial(flops, c.model, c.names, c.inputs(1)))
+    ways: dict[str, Any] = {}
+    for column in columns:
+        if (c.name, column) in failed:
+            ways[column] = {"failed": failed[c.name, column]}
+            continue
+        run, path = runs[c.name, column]
+        way: dict[str, Any] = {
+            "bytes": size if path is None else path.stat().st_size,
+            "quality": c.quality,
+            "batches": {
+                str(rows): summed(times[c.name, column, rows], rows, times.get((base.name, "eager", rows)))
+                for rows in sizes
+            },
+        }
+        if column == "int8":
+            way["quality"] = _rounded_quality(c, run, metric) if quality else None
+        if memory and column != "compiled" and (path is not None or saved is not None):
+            kind, file = ("onnx", path) if path is not None else ("model", saved)
+            assert file is not None
+            peak, reason = attempted(partial(peak_memory, kind, file, c.names, c.inputs(max(sizes)), threads))
+            way["memory"] = peak if reason is None else {"failed": reason}
+        ways[column] = way
+    return {
+        "name": c.name,
+        "role": c.role,
+        "parameters": parameters(c.model),
+        "flops": count if why is None else None,
+        "bytes": size,
+        "quality": c.quality,
+        "inputs": "made up" if c.data is None else f"the test split of {c.data.name}",
+        "columns": ways,
+    }
+
+
+def _saved(c: Contestant, folder: Path) -> tuple[Path | None, int]:
+    """A folder that holds the model, where a process of its own can load it from, and the bytes of its weights."""
+    if c.card is None:
+        return None, sum(p.numel() * p.element_size() for p in c.model.parameters())
+    saved = folder / "saved"
+    save_model(c.model, saved, c.card)
+    tokenizer = getattr(c.data, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(saved)
+    return saved, sum(p.stat().st_size for p in saved.glob("*.safetensors"))
+
+
+def _rounded_quality(c: Contestant, run: Run, metric: str) -> float | None:
+    """Of a rounded model on the test split, read once; ``None`` where nothing says what is right."""
+    if (
+        c.data is None
+        or c.quality is None
+        or (c.reads == "teacher" and c.data.test.fetch(torch.arange(1)).teacher_inputs)
+    ):
+        return None
+    try:
+        return evaluate(AsModule(run, c.names), whole_test(c.data), torch.device("cpu")).get(metric)
+    except (TutelageError, RuntimeError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _version() -> str | None:
+    try:
+        return version("onnxruntime")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,103 @@
+"""What language models write: teacher and students go on with the same texts of the test split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.data.batch import IGNORE, Batch
+from tutelage.methods.writing import write
+
+OPENING = 0.25
+"""The share of a text without a prompt that is given."""
+LONGEST = 32
+"""Most tokens of such a share."""
+READ = 512
+"""Most tokens of a prompt that are read, its last."""
+
+
+class Opening(NamedTuple):
+    """A text of the test split to go on with.
+
+    Args:
+        prompt: token ids, ``[P]``.
+        rest: what follows in the data, up to the end of the answer or of the text.
+    """
+
+    prompt: Tensor
+    rest: Tensor
+
+
+def opening(batch: Batch) -> Opening | None:
+    """Of a batch of one row; of packed texts the first is taken.
+
+    The prompt of a conversation is all before its last answer; that of a text which is learned whole is its first
+    quarter, at most :data:`LONGEST` tokens.
+
+    Returns:
+        ``None`` where nothing is learned of it.
+    """
+    assert isinstance(batch.inputs, dict)
+    ids, labels = batch.inputs["input_ids"][0], batch.labels[0]
+    if "attention_mask" in batch.inputs:
+        there = batch.inputs["attention_mask"][0].bool()
+        ids, labels = ids[there], labels[there]
+    elif "position_ids" in batch.inputs:
+        begins = (batch.inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+        stop = begins[1] if len(begins) > 1 else len(ids)
+        ids, labels = ids[:stop], labels[:stop]
+    learned = labels != IGNORE
+    starts = (learned & ~torch.cat([learned.new_zeros(1), learned[:-1]])).nonzero().flatten()
+    if not len(starts):
+        return None
+    begin = int(starts[-1]) + 1
+    end = int(learned.nonzero().max()) + 2
+    if begin <= 1:
+        begin = max(min(int(len(ids) * OPENING), LONGEST), 1)
+    return Opening(ids[:begin][-READ:], ids[begin:end])
+
+
+def drawn(test: Iterable[Batch], count: int) -> list[Batch]:
+    """``count`` rows from all over the split, each a batch of its own; the same ones whatever the batches."""
+    found: list[tuple[str, Batch]] = []
+    number = 0
+    for batch in test:
+        for at in range(len(batch)):
+            key, number = hashlib.sha256(str(number).encode()).hexdigest(), number + 1
+            if len(found) >= count and key > found[-1][0]:
+                continue
+            row = batch.rows(at, at + 1)
+            if opening(row) is not None and opening(row.for_teacher()) is not None:
+                found = sorted([*found, (key, row)], key=lambda one: one[0])[:count]
+    return [row for _, row in found]
+
+
+def continued(
+    models: Mapping[str, tuple[nn.Module, Any]], rows: Sequence[Batch], most: int, device: torch.device
+) -> list[dict[str, str]]:
+    """The rows as texts: ``prompt``, ``data`` (what follows there), and what each model writes, by its name.
+
+    Args:
+        models: each with its tokenizer. That named ``teacher`` reads what the teacher of the data reads.
+        rows: of :func:`drawn`.
+        most: tokens that each writes.
+        device: where the models are.
+    """
+    texts: list[dict[str, str]] = [{} for _ in rows]
+    for name, (model, tokenizer) in models.items():
+        openings = [found for row in rows if (found := opening(row.for_teacher() if name == "teacher" else row))]
+        prompts = [one.prompt.to(device) for one in openings]
+        said = write(model, prompts, longest=most, temperature=0)
+        for text, one, (ids, begin) in zip(texts, openings, said, strict=True):
+
+            def words(tokens: Tensor, cutter: Any = tokenizer) -> str:
+                return str(cutter.decode(tokens, skip_special_tokens=True)).strip()
+
+            text[name] = words(ids[begin:])
+            text.setdefault("prompt", words(one.prompt))
+            text.setdefault("data", words(one.rest[:most]))
+    return texts

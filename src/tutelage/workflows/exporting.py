@@ -1,0 +1,167 @@
+"""``tutelage export``: the student of a run, written for use and checked on the run's own test data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage.config import TextDataConfig
+from tutelage.data import Batch, Data, as_batch
+from tutelage.data.texts import listed
+from tutelage.deploy.check import ROWS, drawn
+from tutelage.deploy.export import Exported, check_format, free_folder, write_export
+from tutelage.deploy.runtimes import input_names
+from tutelage.deploy.subject import TASKS, Inputs, Subject, as_inputs, auto_class
+from tutelage.engine import evaluate
+from tutelage.errors import ConfigError, DataError
+from tutelage.workflows.finished import Found, checked_recipe, data_of, find, rows_of, whole_test
+from tutelage.workflows.progress import Terminal
+
+CALIBRATION = 256
+"""Rows of the validation split by which the ranges of activations are fixed."""
+
+
+def export(
+    source: str | Path | nn.Module,
+    to: str,
+    *,
+    out: str | Path | None = None,
+    data: str | Path | Iterable[Any] | None = None,
+    classes: list[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    to_batch: Callable[[Any], Batch] = as_batch,
+    terminal: Terminal | None = None,
+) -> Exported:
+    """Write a finished model in a format that runs elsewhere, and see there that it answers as before.
+
+    Args:
+        source: the folder of a run, whose student is meant; of a model; or a module, with ``data``.
+        to: ``safetensors``, ``hf``, ``onnx``, ``int8`` or ``torch-export``.
+        out: the folder. Default: ``export/FORMAT`` in the run's or the model's.
+        data: what it is checked on: a recipe, for a model without a run; a loader, for a module. Default: 256 rows of
+            the run's test split; inputs made up where there is none.
+        classes: label names, of a module.
+        preprocessing: ``size``, ``channels``, ``mean`` and ``std`` of a module's images, or ``max_length`` of texts.
+        to_batch: makes a :class:`tutelage.data.Batch` of what a loader yields.
+        terminal: where progress is shown.
+
+    Raises:
+        TutelageError: one of its subclasses, with the remedy; nothing is left of an export that is not right.
+    """
+    terminal = terminal or Terminal()
+    if isinstance(source, nn.Module):
+        return _of_module(source, to, out, data, classes, preprocessing, to_batch)
+    found = find(source, terminal)
+    subject = found.subject
+    check_format(to, subject.model)
+    place = Path(out) if out is not None else (found.run if found.is_student else found.folder) / "export" / to  # type: ignore[operator]
+    free_folder(place)
+    known = _data(found, data, terminal)
+    if known is None:
+        names = input_names(subject.model, subject.task, subject.tokenizer)
+        batches = drawn(subject.task, subject.preprocessing, names, _vocabulary(subject), ROWS)
+        read_from, calibration, measure = "made up, for no run says which data", [], None
+        terminal.say(f"note: {subject.source} is in no run: it is checked on inputs that are made up; --data RECIPE")
+    else:
+        batches = rows_of(known.test, ROWS, subject.task)
+        read_from = f"rows of the test split of {known.name}"
+        calibration = rows_of(known.validation, CALIBRATION, subject.task) if to == "int8" else []
+        measure = None if subject.task == "embedding" else partial(_measured, known)
+    facts = {"summary": found.summary if found.is_student else {}, "recipe": found.config,
+             "auto": auto_class(subject.task)}  # fmt: skip
+    return write_export(
+        subject,
+        to,
+        place,
+        batches,
+        read_from=read_from,
+        calibration=calibration,
+        facts=facts,
+        measure=measure,
+        pairs=_pairs(found),
+    )
+
+
+def _data(found: Found, given: Any, terminal: Terminal) -> Data | None:
+    if isinstance(given, (str, Path)):
+        return data_of(checked_recipe(given), found.subject, terminal)
+    if given is not None:
+        raise ConfigError(
+            f"export(data=...) is a {type(given).__name__}, and the source is a folder",
+            remedy="give the path of a recipe, or leave it out: the run's own data is read",
+        )
+    return found.data()
+
+
+def _pairs(found: Found) -> bool:
+    """Whether a row of the run's data is two texts that are read together."""
+    config = None if found.recipe is None else found.recipe.data
+    return (
+        isinstance(config, TextDataConfig)
+        and config.task not in ("causal", "ranking")
+        and len(listed(config.text)) == 2
+    )
+
+
+def _measured(data: Data, model: nn.Module) -> dict[str, Any]:
+    """Figures of the whole test split, read once."""
+    scores = evaluate(model, whole_test(data), torch.device("cpu"))
+    return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
+
+
+def _vocabulary(subject: Subject) -> int:
+    return len(subject.tokenizer) if subject.tokenizer is not None else 0
+
+
+def _of_module(
+    model: nn.Module,
+    to: str,
+    out: str | Path | None,
+    data: Any,
+    classes: list[str] | None,
+    preprocessing: Mapping[str, Any] | None,
+    to_batch: Callable[[Any], Batch],
+) -> Exported:
+    if out is None or data is None or isinstance(data, (str, Path)):
+        raise ConfigError(
+            "export(MODULE) needs a folder and inputs", remedy="give out=, and data=, a loader of test samples"
+        )
+    batches: list[Inputs] = []
+    rows = 0
+    for raw in data:
+        batch = to_batch(raw)
+        batches.append(as_inputs(batch.rows(0, min(len(batch), ROWS - rows)).to("cpu").inputs))
+        rows += len(batch)
+        if rows >= ROWS:
+            break
+    if not batches:
+        raise DataError("the loader yields no batches", where="export(data=...)", remedy="check its data set")
+    training = model.training
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    first = next(iter(batches[0].values()))
+    given = dict(preprocessing or {})
+    if "image" in batches[0] and first.ndim == 4:
+        given = {"size": first.shape[-1], "channels": first.shape[1], "crop": 1.0, "mean": [0.0] * first.shape[1],
+                 "std": [1.0] * first.shape[1]} | given  # fmt: skip
+    subject = Subject(
+        model=model.cpu().eval(),
+        task="images" if "image" in batches[0] else _task(model),
+        classes=list(classes or []),
+        preprocessing=given,
+        tokenizer=getattr(model, "tokenizer", None),
+        source=f"a {type(model).__name__}",
+    )
+    try:
+        return write_export(subject, to, Path(out), batches, read_from="rows of the given loader", facts={})
+    finally:
+        model.to(place).train(training)
+
+
+def _task(model: nn.Module) -> str:
+    name = type(model).__name__
+    return next((task for end, task in TASKS.items() if name.endswith(end)), "classes")

@@ -1,0 +1,177 @@
+"""What a finished run left, to go on with: its student, its recipe, its figures, its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tutelage.config import Recipe, TextDataConfig, build_recipe, load_recipe
+from tutelage.data import Data, InOrder, load_images, load_texts
+from tutelage.data.tokens import fingerprint
+from tutelage.deploy.subject import Inputs, Subject, as_inputs, read_subject
+from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, nearest
+from tutelage.models import MODEL_CARD
+from tutelage.models.files import read_card
+from tutelage.workflows.progress import Terminal
+from tutelage.workflows.run import read_summary
+
+SUMMARY, CONFIG, STUDENT = "summary.json", "config.yaml", "student"
+
+BATCH = 16
+"""Rows of a batch that is compared or calibrated with."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model in its folder, and the run that it is of.
+
+    Attributes:
+        folder: of the model.
+        run: of the run that it is in; ``None`` where it lies alone.
+        recipe: that run's; ``None`` where :func:`tutelage.distill` was called, or there is no run.
+        config: what ``config.yaml`` holds.
+        summary: what the run found.
+    """
+
+    folder: Path
+    run: Path | None
+    recipe: Recipe | None
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    terminal: Terminal
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The model."""
+        return read_subject(self.folder)
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is the student that its run exported."""
+        return self.run is not None and self.folder == self.run / STUDENT
+
+    def data(self) -> Data | None:
+        """The run's data, as this model reads it; ``None`` where no recipe says which.
+
+        Raises:
+            DataError: it is gone, or other data than the model's.
+        """
+        return None if self.recipe is None else data_of(self.recipe, self.subject, self.terminal)
+
+
+def find(path: str | Path, terminal: Terminal) -> Found:
+    """The student of a run, or the model in a folder, with the run that it is in.
+
+    Raises:
+        RunDirectoryError: no such folder, or a run that is not finished.
+        CheckpointError: the folder holds no model.
+    """
+    given = Path(path)
+    if not given.is_dir():
+        siblings = [str(p) for p in given.parent.glob("*")] if given.parent.is_dir() else []
+        close = nearest(str(given), siblings, 1)
+        raise RunDirectoryError(
+            "no such folder",
+            where=str(given),
+            remedy=f"did you mean {close[0]}?" if close else "give a run, or a folder with a model",
+        )
+    if (given / CONFIG).is_file():
+        if not (given / STUDENT).is_dir():
+            raise RunDirectoryError(
+                "has no student yet", where=str(given), remedy="finish the run first: tutelage run ... --resume"
+            )
+        return _found(given / STUDENT, given, terminal)
+    run = next((p for p in given.resolve().parents[:2] if (p / CONFIG).is_file() and (p / SUMMARY).is_file()), None)
+    return _found(given, run, terminal)
+
+
+def _found(folder: Path, run: Path | None, terminal: Terminal) -> Found:
+    if run is None:
+        return Found(folder, None, None, {}, {}, terminal)
+    try:
+        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunDirectoryError(
+            f"cannot be read: {str(error).splitlines()[0]}",
+            where=str(run / CONFIG),
+            remedy="give the folder of the model itself",
+        ) from None
+    recipe = build_recipe(config, name=str(run / CONFIG)) if "data" in config else None
+    summary = read_summary(run / SUMMARY) if (run / SUMMARY).is_file() else {}
+    return Found(folder, run, recipe, config, summary, terminal)
+
+
+def data_of(recipe: Recipe, subject: Subject, terminal: Terminal) -> Data:
+    """The data of a recipe as a model reads it: with its class order, and cut by its tokenizer.
+
+    Raises:
+        DataError: it cannot be read, or has other classes.
+        CheckpointError: the model has another tokenizer than it was trained with.
+    """
+    config = recipe.data
+    if not isinstance(config, TextDataConfig):
+        fields = config.model_dump(exclude={"kind", "workers", "views", "augment", "labels", "unlabeled"})
+        if subject.classes:
+            fields["classes"] = subject.classes
+        data = load_images(**fields, progress=terminal.iterate)
+        known, found = subject.preprocessing, data.preprocessing()
+        changed = [k for k in found if k in known and known[k] != found[k]]
+        if changed and subject.folder is not None and (subject.folder / MODEL_CARD).exists():
+            key = changed[0]
+            raise DataError(
+                f"not the images that the model was trained on: {key} is {found[key]}, and was {known[key]}",
+                where=str(config.path or config.source),
+                remedy="put the data back as it was when the run began",
+            )
+        return data
+    _check_tokenizer(subject)
+    unused = {"kind", "metric", "tokenizer", "views", "workers", "classes", "pack", "teacher_text", "labels",
+              "unlabeled", "route"}  # fmt: skip
+    fields = config.model_dump(exclude=unused)
+    return load_texts(
+        **fields, tokenizer=subject.tokenizer, classes=subject.classes or None, progress=terminal.iterate
+    )
+
+
+def _check_tokenizer(subject: Subject) -> None:
+    folder = subject.folder
+    if folder is None or not (folder / MODEL_CARD).exists():
+        return
+    known = (read_card(folder).get("preprocessing") or {}).get("tokenizer")
+    if known is not None and fingerprint(subject.tokenizer) != known:
+        raise CheckpointError(
+            "the tokenizer beside the model is another than it was trained with",
+            where=str(folder),
+            remedy="put back the files that the run wrote",
+        )
+
+
+def rows_of(split: Any, count: int, task: str) -> list[Inputs]:
+    """Inputs of so many rows of a split, drawn once and for all."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
+    batches = [as_inputs(split.fetch(rows).inputs) for rows in order.split(BATCH)]
+    return [one_side(inputs) for inputs in batches] if task == "embedding" else batches
+
+
+def one_side(inputs: Inputs) -> Inputs:
+    """Of a query and its answers the query."""
+    return {k: v for k, v in inputs.items() if not k.startswith(("positive_", "negative_"))}
+
+
+def whole_test(data: Data) -> InOrder:
+    """The test split, in batches, to be measured on."""
+    return InOrder(data.test)
+
+
+def checked_recipe(given: str | Path) -> Recipe:
+    """The recipe in a file, whose data a model without a run is tried on."""
+    if not Path(given).is_file():
+        raise ConfigError("no such recipe", where=str(given), remedy="give a YAML file whose data is read")
+    return load_recipe(given)

@@ -1,0 +1,122 @@
+"""Files of prompts, seed tasks and texts to evaluate on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import DataError, refusal
+
+Row = dict[str, Any]
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise DataError("is no JSON object", where=f"{path}:{number}", remedy="write one object a line")
+            yield row
+
+
+def _json(path: Path) -> Iterator[Row]:
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError("is no list of JSON objects", where=str(path), remedy="write [{...}, {...}]")
+    yield from rows
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    yield from pyarrow.parquet.read_table(path).to_pylist()
+
+
+def _txt(path: Path) -> Iterator[Row]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            yield {"prompt": line.strip()}
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".csv": _csv, ".json": _json, ".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt,
+}  # fmt: skip
+"""How a file is read, by the end of its name."""
+
+
+def rows_of(given: str, what: str) -> list[Row]:
+    """The rows of a file.
+
+    Args:
+        given: its path.
+        what: is in it, for messages: ``prompts``.
+
+    Raises:
+        DataError: it cannot be read, or is empty.
+    """
+    path = Path(given)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"is no file of {what}", where=given, remedy=f"its name must end in one of: {', '.join(READERS)}"
+        )
+    try:
+        rows = list(reader(path))
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"cannot be read: {refusal(error)}", where=given, remedy=f"give a file of {what}") from None
+    except Exception as error:  # noqa: BLE001  (pyarrow, csv and json have each their own)
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot be read: {reason}", where=given, remedy=f"give a file of {what}") from None
+    if not rows:
+        raise DataError(f"holds no {what}", where=given, remedy="it is empty; give one that is not")
+    return rows
+
+
+def named(rows: list[Row], given: str) -> list[str]:
+    """The name of each row: its column ``id``, or its number.
+
+    Raises:
+        DataError: two rows have the same.
+    """
+    names = [str(row["id"]) if row.get("id") is not None else str(i) for i, row in enumerate(rows)]
+    if len(set(names)) != len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise DataError(f"two rows have the id {twice!r}", where=given, remedy="give each its own, or none")
+    return names
+
+
+def tasks_of(given: str | None) -> list[str]:
+    """Seed tasks: of a file, or our own.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or a row has no ``instruction``.
+    """
+    if given is None:
+        text = resources.files(__package__).joinpath("seeds.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+    else:
+        rows = rows_of(given, "tasks")
+    tasks = []
+    for number, row in enumerate(rows, 1):
+        task = row.get("instruction", row.get("prompt"))
+        if not isinstance(task, str) or not task.strip():
+            raise DataError(
+                f"row {number} has no instruction", where=str(given), remedy="each needs a column 'instruction'"
+            )
+        more = row.get("input")
+        tasks.append(task.strip() + (f"\n\n{more.strip()}" if isinstance(more, str) and more.strip() else ""))
+    return tasks

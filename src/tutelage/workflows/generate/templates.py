@@ -1,0 +1,91 @@
+"""Prompts as Jinja templates of the recipe, checked before anything is asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, UndefinedError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tutelage.errors import ConfigError, DataError, suggest
+from tutelage.workflows.generate.requests import canonical
+
+Key = tuple[str | int, ...]
+
+
+class Templates:
+    """The templates of a recipe.
+
+    Args:
+        where: the file and line of a key of the recipe.
+    """
+
+    def __init__(self, where: Callable[[Key], str]) -> None:
+        self.where = where
+        self.texts: dict[str, str] = {}
+        self._rules = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+
+    def add(self, key: Key, text: str, given: Collection[str]) -> Render:
+        """A template, given what may stand in it.
+
+        Args:
+            key: of the recipe, such as ``("generate", "user")``.
+            text: the template.
+            given: names that it can use.
+
+        Raises:
+            ConfigError: it is no template, or uses another name; says where.
+        """
+        self.texts[".".join(str(part) for part in key)] = text
+        try:
+            tree = self._rules.parse(text)
+            template = self._rules.from_string(text)
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"is no Jinja template: {error.message}", where=self._line(key, text, error.lineno),
+                remedy="see https://jinja.palletsprojects.com for what templates may hold",
+            ) from None  # fmt: skip
+        unknown = sorted(meta.find_undeclared_variables(tree) - set(given))
+        if unknown:
+            line = next(n for n, row in enumerate(text.splitlines(), 1) if unknown[0] in row)
+            raise ConfigError(
+                f"unknown placeholder {unknown[0]!r}" + suggest(unknown[0], list(given)),
+                where=self._line(key, text, line), remedy=f"it can use: {', '.join(given)}",
+            )  # fmt: skip
+        return Render(template, self.where(key))
+
+    def _line(self, key: Key, text: str, number: int) -> str:
+        """Where a line of a template is; a text of several lines begins below its key."""
+        name, _, line = self.where(key).rpartition(":")
+        first = int(line) + 1 if "\n" in text else int(line) if line.isdecimal() else 0
+        place = f"{name}:{first + number - 1}" if line.isdecimal() else self.where(key)
+        return f"{place}: {'.'.join(str(part) for part in key)}"
+
+    @property
+    def version(self) -> str:
+        """A hash of all templates: data made with others has another."""
+        return hashlib.sha256(canonical(self.texts)).hexdigest()[:12]
+
+
+class Render:
+    """Fills in a template."""
+
+    def __init__(self, template: Template, where: str) -> None:
+        self._template, self._where = template, where
+
+    def __call__(self, values: Mapping[str, Any], what: str) -> str:
+        """The text with ``values``; ``what`` names them in messages.
+
+        Raises:
+            DataError: a value is missing, or the template cannot be filled in with it.
+        """
+        try:
+            return self._template.render(values).strip()
+        except UndefinedError as error:
+            raise DataError(f"{what}: {error.message}", where=self._where,
+                            remedy="give it a value, or write {{ name|default('') }}") from None  # fmt: skip
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, OverflowError) as error:
+            raise DataError(f"{what}: the template fails: {error}", where=self._where,
+                            remedy="correct the template or the value") from None  # fmt: skip

@@ -1,0 +1,228 @@
+"""What a run keeps of single samples of the test split, for its page: where teacher and student disagree."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tutelage.data.batch import IGNORE, Batch
+from tutelage.taps import Needs, observe
+
+MOST_CLASSES = 1_000
+"""With more classes than this, a run keeps no samples: their scores are most of the file."""
+PIXELS = 64
+"""Larger images are made as small as this."""
+CHARACTERS = 1_000
+"""Of a text."""
+PAIRS = 12
+"""Pairs of what the teacher and what the student says, the most frequent."""
+
+Show = Callable[[Batch], dict[str, str]]
+"""A batch of one row as a person sees it: an ``image`` (PNG as a data URI), a ``text``, or nothing."""
+
+
+@dataclass
+class Candidate:
+    """A row that may be kept."""
+
+    key: tuple[Any, ...]
+    number: int
+    row: Batch
+    logits: dict[str, Tensor]
+
+
+class Samples:
+    """The samples that are kept of a split, batch by batch.
+
+    Of the rows on which reference and student disagree, those come first where the student's distribution is
+    furthest from the reference's (KL); of those on which they agree, some from all over the split.
+
+    Args:
+        reference: which of the models the student is compared with.
+        student: which one that is.
+        count: most samples.
+    """
+
+    def __init__(self, reference: str, student: str, count: int) -> None:
+        self.reference, self.student, self.count = reference, student, count
+        self.n = 0
+        self.apart: list[Candidate] = []
+        self.alike: list[Candidate] = []
+        self.agree: dict[str, Tensor] = {}
+        self.right = torch.zeros(2, 2, dtype=torch.int64)
+        self.labels = self.confused = torch.zeros(0, dtype=torch.int64)
+
+    def add(self, batch: Batch, logits: Mapping[str, Tensor]) -> None:
+        """Add a batch.
+
+        Args:
+            batch: with labels ``[B]``.
+            logits: ``[B, C]`` of each model by its name, on the CPU.
+        """
+        theirs, mine = logits[self.reference].float(), logits[self.student].float()
+        classes = mine.shape[-1]
+        if not len(self.labels):
+            self.labels = torch.zeros(classes, dtype=torch.int64)
+            self.confused = torch.zeros(classes * classes, dtype=torch.int64)
+            self.agree = {name: torch.zeros(classes + 1, dtype=torch.int64) for name in logits}
+        said = {name: scores.argmax(-1) for name, scores in logits.items()}
+        first, second = said[self.reference], said[self.student]
+        known = batch.labels != IGNORE
+        labels = batch.labels[known]
+        self.labels += torch.bincount(labels, minlength=classes)
+        for name, each in said.items():  # unlabelled rows count at the end
+            self.agree[name] += torch.bincount(
+                torch.where(known, batch.labels, classes)[each == first], minlength=classes + 1
+            )
+        right = torch.stack([first[known] == labels, second[known] == labels], 1).long()
+        self.right += torch.bincount(right[:, 0] * 2 + right[:, 1], minlength=4).view(2, 2)
+        self.confused += torch.bincount(first * classes + second, minlength=classes * classes)
+        away = F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        for at in range(len(batch)):
+            number, same = self.n + at, bool(first[at] == second[at])
+            key = (hashlib.sha256(str(number).encode()).hexdigest(),) if same else (-float(away[at]), number)
+            kept = self.alike if same else self.apart
+            if len(kept) < self.count or key < kept[-1].key:
+                row = {name: scores[at].float() for name, scores in logits.items()}
+                kept.append(Candidate(key, number, batch.rows(at, at + 1).to("cpu"), row))
+                kept.sort(key=lambda one: one.key)
+                del kept[self.count :]
+        self.n += len(batch)
+
+    def chosen(self) -> list[Candidate]:
+        """Two of three disagree, where there are so many; these come first."""
+        many = min(len(self.apart), max(self.count - len(self.alike), -(-2 * self.count // 3)))
+        some = sorted(self.alike[: self.count - many], key=lambda one: one.number)
+        return [*self.apart[:many], *some]
+
+    def as_json(self, show: Show) -> dict[str, Any]:
+        """For the file."""
+        classes = len(self.labels)
+        pairs = self.confused.view(classes, classes).clone().fill_diagonal_(0).flatten()
+        most = pairs.argsort(descending=True, stable=True)[:PAIRS]
+        samples = []
+        for one in self.chosen():
+            label = int(one.row.labels[0])
+            samples.append(
+                {
+                    "row": one.number, "label": None if label == IGNORE else label, **show(one.row),
+                    "logits": {name: [_short(v) for v in row.tolist()] for name, row in one.logits.items()},
+                }
+            )  # fmt: skip
+        both = self.right.tolist()
+        return {
+            "n": self.n, "reference": self.reference, "student": self.student, "labelled": int(self.labels.sum()),
+            "agree": {name: int(each.sum()) for name, each in self.agree.items() if name != self.reference},
+            "right": {"both": both[1][1], "reference": both[1][0], "student": both[0][1], "neither": both[0][0]},
+            "by_class": {
+                "n": self.labels.tolist(),
+                **{name: each[:-1].tolist() for name, each in self.agree.items() if name != self.reference},
+            },
+            "pairs": [[int(i) // classes, int(i) % classes, int(pairs[i])] for i in most if pairs[i] > 0],
+            "samples": samples,
+        }  # fmt: skip
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def has_samples(batch: Batch, classes: int) -> bool:
+    """Whether a row is of one class out of few enough to be shown."""
+    return batch.task == "classes" and batch.labels.ndim == 1 and 1 < classes <= MOST_CLASSES
+
+
+@torch.no_grad()
+def collected(
+    test: Iterable[Batch],
+    said: Iterable[Tensor] | None,
+    students: Mapping[str, nn.Module],
+    count: int,
+    device: torch.device,
+) -> Samples:
+    """Samples of a split.
+
+    Args:
+        test: its batches.
+        said: the teacher's logits of each batch. ``None``: without a teacher, the first of the students is what the
+            last is compared with.
+        students: in evaluation mode, on ``device``, by name.
+        count: most samples.
+        device: of the students.
+    """
+    names = [*(["teacher"] if said is not None else []), *students]
+    samples = Samples(names[0], names[-1], count)
+    theirs = None if said is None else iter(said)
+    for batch in test:
+        logits = {} if theirs is None else {"teacher": next(theirs).cpu()}
+        there = batch.to(device)
+        for name, model in students.items():
+            scores = observe(model, there.inputs, Needs()).logits
+            assert scores is not None
+            logits[name] = scores.float().cpu()
+        samples.add(batch.to("cpu"), logits)
+    return samples
+
+
+# What a person sees ------------------------------------------------------------------------------------
+
+
+def unseen(batch: Batch) -> dict[str, str]:
+    """Of images of one or three channels a picture, its darkest and lightest values as black and white."""
+    x = batch.inputs
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):
+        return {}
+    x = x[0].float()
+    low, high = float(x.min()), float(x.max())
+    return {"image": png((x - low) / max(high - low, 1e-12))}
+
+
+def pictured(mean: Tensor, std: Tensor) -> Show:
+    """Shows images that were normalised so."""
+
+    def show(batch: Batch) -> dict[str, str]:
+        assert isinstance(batch.inputs, Tensor)
+        return {"image": png((batch.inputs * std + mean)[0])}
+
+    return show
+
+
+def worded(tokenizer: Any) -> Show:
+    """Shows the text that a model reads, as its tokenizer has it."""
+
+    def show(batch: Batch) -> dict[str, str]:
+        ids = batch.inputs.get("input_ids") if isinstance(batch.inputs, dict) else None
+        if ids is None:
+            return {}
+        return {"text": str(tokenizer.decode(ids[0], skip_special_tokens=True)).strip()[:CHARACTERS]}
+
+    return show
+
+
+def png(image: Tensor) -> str:
+    """A PNG as a data URI, of an image ``[C, H, W]`` in [0, 1] of one or three channels."""
+    longest = max(image.shape[1:])
+    if longest > PIXELS:
+        size = [max(1, round(side * PIXELS / longest)) for side in image.shape[1:]]
+        image = F.interpolate(image[None], size=size, mode="area")[0]
+    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    height, width, channels = pixels.shape
+    lines = b"".join(b"\0" + bytes(line.flatten().tolist()) for line in pixels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    whole = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    )
+    return f"data:image/png;base64,{base64.b64encode(whole).decode()}"
