@@ -11,9 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutelage import data, methods, models, objectives, teachers
+    from tutelage import data, deploy, methods, models, objectives, teachers
     from tutelage.api import Run, distill, run, search
+    from tutelage.deploy import predict
     from tutelage.errors import TutelageError
+    from tutelage.workflows.exporting import export
+    from tutelage.workflows.generate import generate, judge
 
 __version__ = "0.1.0"
 
@@ -21,12 +24,32 @@ _WHERE = {
     "Run": "tutelage.api",
     "TutelageError": "tutelage.errors",
     "distill": "tutelage.api",
+    "export": "tutelage.workflows.exporting",
+    "generate": "tutelage.workflows.generate",
+    "judge": "tutelage.workflows.generate",
+    "predict": "tutelage.deploy",
     "run": "tutelage.api",
     "search": "tutelage.api",
 }
-_ROOMS = ("config", "data", "engine", "methods", "models", "objectives", "reports", "taps", "teachers")
+_ROOMS = ("config", "data", "deploy", "engine", "methods", "models", "objectives", "reports", "taps", "teachers")
 
-__all__ = ["Run", "TutelageError", "data", "distill", "methods", "models", "objectives", "run", "search", "teachers"]
+__all__ = [
+    "Run",
+    "TutelageError",
+    "data",
+    "deploy",
+    "distill",
+    "export",
+    "generate",
+    "judge",
+    "methods",
+    "models",
+    "objectives",
+    "predict",
+    "run",
+    "search",
+    "teachers",
+]
 
 
 def __getattr__(name: str) -> Any:

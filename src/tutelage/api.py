@@ -8,11 +8,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from tutelage.config import Recipe, load_recipe
+from tutelage.config import Judgement, Recipe, load_recipe
 from tutelage.engine import leave as leave
 from tutelage.reports import verdict, write_report
 from tutelage.workflows.distill import Run as Run
 from tutelage.workflows.distill import distill as _distill
+from tutelage.workflows.generate import judge as _judge
+from tutelage.workflows.generate.verdicts import Judged as Judged
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import Finished
 from tutelage.workflows.search import Searched as Searched
@@ -88,6 +90,31 @@ def search(
         _report(searched.path / name)
     write_report([searched.path], searched.path / "search.html")
     return searched
+
+
+def judge(
+    recipe: Judgement | str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    out: str | Path | None = None,
+    terminal: Terminal | None = None,
+) -> Judged:
+    """Let models answer and an endpoint judge, and write the pages; what ``tutelage judge`` does.
+
+    Args:
+        recipe: the path of a YAML file, or a loaded one.
+        overrides: ``key=value``, for a path.
+        out: the folder. Default: ``runs/NAME-judge``.
+        terminal: where progress is shown.
+
+    Raises:
+        TutelageError: one of its subclasses, with the remedy.
+    """
+    judged = _judge(recipe, overrides, out=out, terminal=terminal)
+    write_report([judged.path], judged.path / "report.html")
+    for run in judged.runs:
+        _report(run)
+    return judged
 
 
 def is_main() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from tutelage.errors import ConfigError, Interrupted, TutelageError
+from tutelage import cli_deploy, cli_start
+from tutelage.errors import BudgetSpent, ConfigError, Interrupted, TutelageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,6 +49,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         _print(__version__)
         raise typer.Exit
+
+
+for command in (cli_start.init, cli_start.recipes, cli_deploy.bench, cli_deploy.export, cli_deploy.predict):
+    app.command()(command)
 
 
 @app.command()
@@ -121,6 +127,69 @@ def search(
         raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
     path = searched.path
     _print(f"\n{found_words(searched.found)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
+
+
+@app.command()
+def generate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder. Default: runs/NAME-generate.", show_default=False)
+    ] = None,
+) -> None:
+    """Ask an endpoint for text within a budget, and write what is good as data; the same command goes on."""
+    from tutelage.config import load_generation
+
+    loaded = load_generation(recipe, overrides or [])
+    from tutelage.workflows.generate import generate as carry_out
+
+    try:
+        made = carry_out(loaded, out=out)
+    except Interrupted as stop:
+        raise _go_on(stop, "generate", recipe, overrides, out) from None
+    found, spent = made.summary, made.summary["spent"]
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in found["rejected"].items())
+    cost = f", {spent['cost']:.4f} spent" if "cost" in spent else ""
+    _print(
+        f"{found['kept']:,} conversations kept" + (f"; not kept: {dropped}" if dropped else "") + "\n"
+        f"{found['calls']:,} calls now, {spent['requests']:,} in all, {spent['tokens']:,} tokens{cost}\n"
+        f"data: {made.path / 'data'}\ncard: {made.path / 'README.md'}"
+    )
+
+
+@app.command()
+def judge(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder. Default: runs/NAME-judge.", show_default=False)
+    ] = None,
+) -> None:
+    """Let models answer held-out prompts, and an endpoint say whose answers are better, in both orders."""
+    from tutelage.config import load_judgement
+
+    loaded = load_judgement(recipe, overrides or [])
+    from tutelage import api
+
+    try:
+        judged = api.judge(loaded, out=out)
+    except Interrupted as stop:
+        raise _go_on(stop, "judge", recipe, overrides, out) from None
+    for found in judged.summary["pairs"]:
+        first, second = found["pair"]
+        rate = "no verdict" if found["rate"] is None else f"{found['rate']:.1%}"
+        _print(f"{first} against {second}: {rate}, {found['wins']} won, {found['ties']} tied, {found['losses']} lost")
+    for page in (judged.path, *judged.runs):
+        _print(f"page: {page / 'report.html'}")
+
+
+def _go_on(
+    stop: Interrupted, command: str, recipe: Path, overrides: list[str] | None, out: Path | None
+) -> Interrupted:
+    """The same stop, with the command to go on with, without an endpoint's login."""
+    said = [re.sub(r"//[^/\s]*@", "//", text) for text in overrides or []]
+    words = ["tutelage", command, str(recipe), *said, *(["--out", str(out)] if out else [])]
+    return Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}")
 
 
 @app.command()
@@ -358,7 +427,8 @@ def lab(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs and searches.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, searches and judgements.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
@@ -426,12 +496,14 @@ def _fail(error: TutelageError, code: int) -> NoReturn:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one message and exit code 2, an interruption 130."""
+    """Run the command line; a user's mistake is one message and exit code 2, a spent budget 3, a stop 130."""
     command: Callable[..., Any] = app
     try:
         command(args)
     except Interrupted as stop:
         _fail(stop, 130)
+    except BudgetSpent as end:
+        _fail(end, 3)
     except TutelageError as error:
         _fail(error, 2)
     except KeyboardInterrupt:

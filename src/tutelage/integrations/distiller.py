@@ -1,0 +1,230 @@
+"""Student, method and teacher as one module, whose losses are those of our engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.data import Batch, as_batch
+from tutelage.errors import CapabilityError
+from tutelage.methods import LogitMethod, Method, Term, Trainee, adapted, built, check_capabilities, needs_of
+from tutelage.taps import Needs, observe
+from tutelage.teachers import LiveTeacher
+from tutelage.teachers.signal import Signal, Teacher
+
+EXAMPLE = 2
+"""Samples of the dry run that a method is fitted with, as in the engine."""
+
+
+class Distiller(Trainee):
+    r"""A student and what teaches it, for a loop of your own.
+
+    One optimizer step is a few micro-batches. Of each the loss is the sum over terms of
+
+    .. math:: w_k \, \frac{\sum_i \ell_{ki}}{n_k}
+
+    where :math:`n_k` counts what the term averages over in *all* micro-batches of the step, on all processes, so the
+    gradients add up to that of the whole step however it is cut. ::
+
+        distiller = Distiller(student, teacher, LogitMethod(), example=next(iter(loader)))
+        optimizer = torch.optim.AdamW(distiller.parameters())
+        distiller.begin(total=len(loader) * epochs)
+        for raw in loader:
+            for loss in distiller.losses(raw):  # several micro-batches: distiller.losses(first, second)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            distiller.after_step()
+
+    Its parameters are the student's and what the method learns beside it, never the teacher's. ``student`` is what to
+    save: the module that was given, or what the method made of it (SimKD).
+
+    Args:
+        student: any module; it is trained in place.
+        teacher: a module, which is frozen; anything with ``signal`` (:class:`tutelage.teachers.signal.Teacher`); or
+            ``None`` for a method that needs none.
+        method: default :class:`LogitMethod` at T = 4, alpha = 0.9. It is fitted to the models here.
+        example: a batch of the data, for a dry run; two samples of it are enough.
+        to_batch: makes a :class:`tutelage.data.Batch` of what the data yields; for causal language models
+            :func:`tutelage.data.causal_batch`.
+        seed: of what the method initialises.
+        ids: ``[N]``, sample ids of the training data, for a method that needs them (CRD).
+        peers: modules that are trained with the student, for a method that asks for some (mutual learning).
+        phases_done: the trainings that the method needs first (``method.phases()``) are done.
+
+    Raises:
+        CapabilityError: the teacher cannot give what the method needs, or the method needs something first.
+        ModelError: the models do not go together, or a tap is not there.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None,
+        method: Method | None = None,
+        *,
+        example: Any,
+        to_batch: Callable[[Any], Batch] = as_batch,
+        seed: int = 0,
+        ids: Tensor | None = None,
+        peers: Sequence[nn.Module] = (),
+        phases_done: bool = False,
+    ) -> None:
+        method = LogitMethod() if method is None else method
+        live: Teacher | None = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        check_capabilities(method, live)
+        _check_extras(method, ids, peers)
+        model = getattr(live, "model", None)
+        place = next((p.device for p in student.parameters()), torch.device("cpu"))
+        few = _batch(example, to_batch).rows(0, EXAMPLE).to(place)
+        if peers:
+            method.join(peers)
+        apprentice = adapted(method, student, model, few, seed)
+        built(method, apprentice, model, few, seed, ids)
+        if method.phases() and not phases_done:
+            names = ", ".join(phase.name for phase in method.phases())
+            raise CapabilityError(
+                f"{type(method).__name__} needs trainings before its own: {names}",
+                remedy="train each as a Distiller of its phase.method, then pass phases_done=True; or use "
+                "tutelage.distill, which does",
+            )
+        super().__init__(apprentice, method)
+        self.teacher, self.to_batch = live, to_batch
+        self.terms: dict[str, Term] = {}
+        self.open()
+
+    # A step ------------------------------------------------------------------------------------------
+
+    def begin(self, total: int, step: int = 0) -> None:
+        """To be called before the first step, and again where a training goes on.
+
+        Args:
+            total: optimizer steps in all.
+            step: those that are done.
+        """
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.to(self.device)
+        self.method.starts(self.student, step, total)
+
+    def losses(self, *micros: Any) -> Iterator[Tensor]:
+        """The loss of each micro-batch of one optimizer step; call ``backward`` on each before the next.
+
+        Args:
+            micros: what the data yields, or batches.
+
+        Yields:
+            Scalars, whose sum is the loss of the step.
+        """
+        batches = [self.batch(raw) for raw in micros]
+        scale = self.scales(batches)
+        for batch in batches:
+            yield self.loss(batch, scale)
+
+    def after_step(self) -> None:
+        """To be called after each optimizer step."""
+        self.method.after_step()
+
+    # Its parts, for loops that call them one by one ----------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return next((p.device for p in self.student.parameters()), torch.device("cpu"))
+
+    def batch(self, raw: Any) -> Batch:
+        """What the data yields as the batch that is learned from, on the student's device."""
+        batch = _batch(raw, self.to_batch).to(self.device)
+        return self.method.prepared(self.student, batch) if self.method.writes else batch
+
+    def counts(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """How many positions each term averages over in a step of these micro-batches, on all processes."""
+        counts: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, count in self.method.counts(batch).items():
+                counts[name] = counts[name] + count if name in counts else count
+        if _world() > 1:
+            summed = torch.stack([count.float() for count in counts.values()])
+            torch.distributed.all_reduce(summed)
+            counts = dict(zip(counts, summed.unbind(), strict=True))
+        return counts
+
+    def scales(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """By what each term's sum is multiplied in a step of these micro-batches; begins the step.
+
+        Where several processes average their gradients, as torch's DDP does, this makes up for it.
+        """
+        counts = self.counts(batches)
+        scale = {name: self.method.weights[name] * _world() / n.clamp(min=1) for name, n in counts.items()}
+        self.method.scales = scale
+        self.terms = {}
+        return scale
+
+    def signal(self, batch: Batch) -> Signal | None:
+        """The teacher's word on a batch, as far as the method needs it."""
+        needs = needs_of(self.method, self.teacher)
+        return None if needs is None or self.teacher is None else self.teacher.signal(batch, needs)
+
+    def loss(self, batch: Batch, scale: dict[str, Tensor], through: nn.Module | None = None) -> Tensor:
+        """The loss of one micro-batch.
+
+        Args:
+            batch: from :meth:`batch`.
+            scale: from :meth:`scales` of all micro-batches of the step.
+            through: what is called in the place of this module, such as its DDP wrapper.
+
+        Returns:
+            A scalar with a gradient. The terms are added to ``self.terms``.
+        """
+        terms: dict[str, Term] = (through or self)(batch, self.signal(batch))
+        if terms.keys() != scale.keys():
+            raise CapabilityError(
+                f"{type(self.method).__name__} counts {', '.join(scale)} and gives {', '.join(terms)}",
+                remedy="forward(), counts() and weights must name the same terms",
+            )
+        for name, (total, count) in terms.items():
+            before = self.terms.get(name)
+            now = Term(total.detach(), count)
+            self.terms[name] = now if before is None else Term(before.sum + now.sum, before.count + now.count)
+        return torch.stack([total * scale[name] for name, (total, _) in terms.items()]).sum()
+
+    @torch.no_grad()
+    def evaluated(self, batch: Batch) -> Tensor:
+        """The loss of a batch by itself, without gradient, on this process alone."""
+        terms: dict[str, Term] = self(batch, self.signal(batch))
+        weights = self.method.weights
+        return torch.stack([weights[k] * total / count.clamp(min=1) for k, (total, count) in terms.items()]).sum()
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """The student's logits, ``[B, C]`` or ``[B, L, C]``."""
+        seen = observe(self.student, batch.inputs, Needs()).logits
+        assert seen is not None
+        return seen
+
+    def values(self) -> dict[str, float]:
+        """The mean of each term over the micro-batches of this step so far, unweighted, on this process."""
+        return {name: float(total / count.clamp(min=1)) for name, (total, count) in self.terms.items()}
+
+
+def _world() -> int:
+    """Processes that train together."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def _batch(raw: Any, to_batch: Callable[[Any], Batch]) -> Batch:
+    return raw if isinstance(raw, Batch) else to_batch(raw)
+
+
+def _check_extras(method: Method, ids: Tensor | None, peers: Sequence[nn.Module]) -> None:
+    name = type(method).__name__
+    if method.needs_ids and ids is None:
+        raise CapabilityError(f"{name} needs the sample ids of the training data", remedy="pass ids=, int64 [N]")
+    if len(method.peers) != len(peers):
+        raise CapabilityError(
+            f"{name} trains {len(method.peers)} peers with the student, and {len(peers)} are given",
+            remedy="pass peers=, a module for each, none of them with the student's weights",
+        )

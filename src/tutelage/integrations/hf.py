@@ -1,0 +1,221 @@
+"""Distillation in Hugging Face's ``Trainer``: its arguments, callbacks and checkpoints, our methods and teachers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.data import Batch, as_batch
+from tutelage.errors import CapabilityError, CheckpointError, DataError, require
+from tutelage.integrations.distiller import EXAMPLE, Distiller
+from tutelage.methods import Method
+from tutelage.models import load_weights
+from tutelage.teachers.signal import Teacher
+
+require("transformers", "text", "tutelage.integrations.hf")
+
+from safetensors.torch import load_file, save_file, save_model  # noqa: E402
+from transformers import (  # noqa: E402
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+METHOD_WEIGHTS = "method.safetensors"
+"""What a method has learned, beside the student in a checkpoint's folder."""
+
+
+class DistillationTrainer(Trainer):
+    """``transformers.Trainer`` for any student, teacher and method.
+
+    The data, the collator, the arguments and the callbacks are Trainer's. The loss is the method's, divided over all
+    micro-batches of ``gradient_accumulation_steps`` and all processes together, as in our engine. A checkpoint is the
+    student, as ``save_pretrained`` writes it, and ``method.safetensors``, where the method learns something itself.
+
+    ``evaluate`` gives the method's loss on the data; ``compute_metrics`` gets the student's logits and the labels of
+    those positions, already shifted for causal language models.
+
+    Args:
+        student: a model of transformers, or any module that takes the data's columns.
+        teacher: as of :class:`tutelage.integrations.Distiller`.
+        method: default :class:`tutelage.methods.LogitMethod` at T = 4, alpha = 0.9.
+        args: Trainer's.
+        train_dataset: Trainer's; its first samples are the dry run's.
+        data_collator: Trainer's. Default: Trainer's own choice.
+        processing_class: Trainer's.
+        to_batch: makes a batch of what the collator yields; for causal language models
+            :func:`tutelage.data.causal_batch`.
+        ids: sample ids of the training data, for a method that needs them.
+        peers: modules that are trained with the student, for a method that asks for some.
+        phases_done: the trainings that the method needs first are done.
+        more: whatever else Trainer takes, but for ``model`` and its own ways to make a loss.
+
+    Raises:
+        CapabilityError: as of :class:`tutelage.integrations.Distiller`, or an argument that does not go with it.
+        DataError: there is no training data.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None,
+        method: Method | None = None,
+        *,
+        args: TrainingArguments,
+        train_dataset: Any,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        processing_class: Any = None,
+        to_batch: Callable[[Any], Batch] = as_batch,
+        ids: Tensor | None = None,
+        peers: Sequence[nn.Module] = (),
+        phases_done: bool = False,
+        **more: Any,
+    ) -> None:
+        for refused in ("model", "model_init", "compute_loss_func"):
+            if refused in more:
+                raise CapabilityError(
+                    f"DistillationTrainer takes no {refused}", remedy="give student, teacher and method in its place"
+                )
+        if getattr(args, "label_smoothing_factor", 0.0):
+            raise CapabilityError(
+                "label_smoothing_factor is of Trainer's own loss",
+                remedy="method=SupervisedMethod(label_smoothing=...)",
+            )
+        collator = data_collator or (
+            DataCollatorWithPadding(processing_class) if processing_class is not None else default_data_collator
+        )
+        columns = [*inspect.signature(student.forward).parameters, "labels", "label", "label_ids"]
+        kept = columns if args.remove_unused_columns else None
+        example = collator(_few(train_dataset, kept))
+        self.distiller = Distiller(
+            student, teacher, method, example=example, to_batch=to_batch, seed=args.seed, ids=ids, peers=peers,
+            phases_done=phases_done,
+        )  # fmt: skip
+        if args.gradient_checkpointing:
+            enable = getattr(student, "gradient_checkpointing_enable", None)
+            if enable is None:
+                raise CapabilityError(
+                    f"{type(student).__name__} cannot compute its layers again", remedy="gradient_checkpointing=False"
+                )
+            enable({"use_reentrant": False})
+            args.gradient_checkpointing = False  # done, and Trainer would ask the distiller for it
+        super().__init__(
+            model=self.distiller, args=args, train_dataset=train_dataset, data_collator=collator,
+            processing_class=processing_class, **more,
+        )  # fmt: skip
+        self._signature_columns = columns
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # our losses are of the whole step
+        self._scale: dict[str, Tensor] = {}
+        self._ready: list[Batch] = []
+        self.add_callback(_StepEnds(self.distiller))
+
+    # Training ----------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, counted before any of them runs; and a number that Trainer only passes on."""
+        samples = list(islice(epoch_iterator, num_batches))
+        if not samples:
+            return samples, None
+        self._ready = [self.distiller.batch(self._prepare_inputs(raw)) for raw in samples]
+        self._scale = self.distiller.scales(self._ready)
+        return samples, torch.tensor(len(samples), device=device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The method's loss of the next micro-batch of the step."""
+        with self.accelerator.autocast():
+            loss = self.distiller.loss(self._ready.pop(0), self._scale, through=model)
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's lines, with the value of each term in the last step beside the loss."""
+        if "loss" in logs:
+            logs = {**logs, **{f"term/{name}": value for name, value in self.distiller.values().items()}}
+        super().log(logs, start_time)
+
+    # Evaluation --------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The method's loss on a batch, the student's logits and their labels."""
+        with torch.no_grad(), self.accelerator.autocast():
+            batch = self.distiller.batch(self._prepare_inputs(inputs))
+            loss = self.distiller.evaluated(batch)
+            if prediction_loss_only:
+                return loss, None, None
+            logits = self.distiller.logits(batch).float()
+        return loss, logits, batch.labels if batch.targets is None else batch.targets
+
+    # Checkpoints -------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        student = self.distiller.student
+        if callable(getattr(student, "save_pretrained", None)):
+            student.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
+        else:
+            save_model(student, str(folder / "model.safetensors"))
+        learned = {k: v.detach().cpu().clone() for k, v in self.distiller.method.state_dict().items()}
+        if learned:
+            save_file(learned, folder / METHOD_WEIGHTS)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_weights(self.distiller.student, folder)
+        own = self.distiller.method.state_dict()
+        if not own:
+            return
+        if not (folder / METHOD_WEIGHTS).is_file():
+            raise CheckpointError(
+                f"has no {METHOD_WEIGHTS}, and {type(self.distiller.method).__name__} has learned something",
+                where=str(folder),
+                remedy="resume from a checkpoint of this trainer with the same method",
+            )
+        self.distiller.method.load_state_dict(load_file(folder / METHOD_WEIGHTS))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _few(dataset: Any, kept: Iterable[str] | None) -> list[Any]:
+    """The first samples, with the columns that models take."""
+    if dataset is None:
+        raise DataError("DistillationTrainer(train_dataset=None)", remedy="give what the student learns from")
+    found = list(islice(iter(dataset), EXAMPLE))
+    if not found:
+        raise DataError("the training data is empty", remedy="give at least two samples")
+    if kept is None or not all(isinstance(row, dict) for row in found):
+        return found
+    return [{k: v for k, v in row.items() if k in set(kept)} for row in found]
+
+
+class _StepEnds(TrainerCallback):
+    """Tells the method where the training is."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self.distiller = distiller
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.distiller.begin(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.distiller.after_step()

@@ -1,0 +1,376 @@
+"""What a user's data is: images by class, a table and which of its columns are what, conversations, plain text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tutelage.errors import ConfigError, DataError, nearest, suggest
+
+TASKS = ("images", "classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding")
+"""What ``--task`` can be: images by class, or a task of texts."""
+
+LABELLED = ("classes", "multi-label", "regression", "tokens")
+"""Tasks of texts that have labels."""
+
+NAMED = {"digits": (1_797, 8, False), "fashion-mnist": (70_000, 28, True)}
+"""Sources of images by name: how many there are, their side in pixels, and whether a test split comes with them."""
+
+CLASSES_OF_NAMED = 10
+
+TEXT_NAMES = ("text", "sentence", "review", "content", "body", "document", "message", "comment", "title", "question")
+LABEL_NAMES = ("label", "labels", "class", "category", "target", "tags", "ner_tags", "sentiment", "score", "rating",
+               "intent", "topic", "y")  # fmt: skip
+TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text_a", "text_b"))
+WORDS = ("tokens", "words")
+PROMPTS = ("prompt", "instruction", "question", "input", "query")
+ANSWERS = ("response", "output", "answer", "completion", "reply")
+MOST_CLASSES = 200
+LEAST = {"images": 3, "classes": 3}
+"""The fewest samples of a class: one for each split."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found.
+
+    Attributes:
+        task: one of :data:`TASKS`.
+        source: as a recipe's ``data.source``.
+        path: as a recipe's ``data.path``.
+        rows: samples in all; ``None`` where only a download would tell.
+        splits: which of train, validation and test the data has.
+        classes: how many samples each class has in the training split; empty where there are none, or nobody knows.
+        size: of images, the shorter side of the median one, in pixels.
+        channels: of images.
+        text: columns of the texts.
+        label: column of the labels.
+        length: characters of a long text: 95 of 100 are shorter.
+    """
+
+    task: str
+    source: str
+    path: str | dict[str, str] | None = None
+    rows: int | None = None
+    splits: tuple[str, ...] = ("train",)
+    classes: dict[str, int] | None = None
+    size: int | None = None
+    channels: int = 3
+    text: str | list[str] = "text"
+    label: str | None = None
+    length: int | None = None
+
+    def words(self) -> str:
+        """The same in one line."""
+        many = "an unknown number of" if self.rows is None else f"{self.rows:,}"
+        kinds = f" of {len(self.classes)} classes" if self.classes else ""
+        if self.task == "images":
+            side = f", {self.size} pixels on the shorter side" if self.size else ""
+            return f"{many} images{kinds}{side}"
+        columns = self.text if isinstance(self.text, str) else " and ".join(self.text)
+        of = "" if self.source == "plain" else f" in column {columns}"
+        told = f", labels in column {self.label}" if self.label else ""
+        return f"{many} texts{kinds}{of}{told}: task {self.task}"
+
+
+def look(data: str, *, task: str | None = None, text: Sequence[str] | None = None, label: str | None = None) -> Found:
+    """Find out what ``data`` is.
+
+    Args:
+        data: a folder of images with a sub-folder for each class (with or without train/ and test/ above these); a
+            CSV, TSV, JSON-lines or Parquet file, or a folder of train and test ones; a folder of .txt files; or a
+            recipe's ``data.source`` such as ``digits`` or ``hf:ID``.
+        task: one of :data:`TASKS`. Default: what the data looks like.
+        text: columns of the texts. Default: by name, else the longest.
+        label: column of the labels. Default: by name, else the one with few different values.
+
+    Raises:
+        DataError: nothing there, or nothing that can be learned from.
+        ConfigError: what is given does not fit the data, or it does not say enough; the remedy names the flag.
+    """
+    if task is not None and task not in TASKS:
+        close = nearest(task, list(TASKS), 1)
+        raise ConfigError(
+            f"--task {task}" + (f" (did you mean {close[0]}?)" if close else ""),
+            remedy=f"allowed: {', '.join(TASKS)}",
+        )
+    kind, colon, name = data.partition(":")
+    if data in NAMED or (colon and name and kind in ("hf", "torchvision")):
+        found = _named(data, task, text, label)
+    elif not (path := Path(data)).exists():
+        raise _missing(path)
+    elif path.is_file():
+        found = _table({"train": path}, data, task, text, label)
+    else:
+        found = _folder(path, task, text, label)
+    if found.task == "images" and (text or label):
+        raise ConfigError(f"{'--text' if text else '--label'} is for texts, and {data} is images", remedy="remove it")
+    for least in filter(None, [LEAST.get(found.task)]):
+        few = [(n, c) for c, n in (found.classes or {}).items() if n < least and "test" not in found.splits]
+        if few:
+            raise DataError(
+                f"class {min(few)[1]!r} has {min(few)[0]} {'images' if found.task == 'images' else 'texts'}",
+                where=data,
+                remedy=f"every class needs {least} at least: to train on, to choose on and to test on; "
+                "add some, or leave the class out",
+            )
+    if found.classes is not None and len(found.classes) == 1:
+        raise DataError(
+            f"has one class, {next(iter(found.classes))!r}", where=data, remedy="there must be two to tell apart"
+        )
+    return found
+
+
+def _missing(path: Path) -> DataError:
+    siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    close = nearest(str(path), [*siblings, *NAMED], 1)
+    return DataError(
+        "no such file or folder",
+        where=str(path),
+        remedy=f"did you mean {close[0]}?"
+        if close
+        else f"give a folder of images by class, a table, a folder of .txt files, or {', '.join(NAMED)}, hf:ID",
+    )
+
+
+def _named(data: str, task: str | None, text: Sequence[str] | None, label: str | None) -> Found:
+    if data in NAMED:
+        if task not in (None, "images"):
+            raise ConfigError(f"--task {task}, and {data} is images", remedy="remove --task")
+        rows, size, tested = NAMED[data]
+        counts = {str(i): rows // CLASSES_OF_NAMED for i in range(CLASSES_OF_NAMED)}
+        return Found("images", data, None, rows, ("train", "test") if tested else ("train",), counts, size, 1)
+    if data.startswith("torchvision:"):
+        task = task or "images"
+    if task is None:
+        raise ConfigError(
+            f"{data}: whether it is images or texts is only known once it is there",
+            remedy=f"say what to learn: --task, one of {', '.join(TASKS)}",
+        )
+    if task == "images":
+        return Found("images", data)
+    if data.startswith("torchvision:"):
+        raise ConfigError(f"--task {task}, and {data} is images", remedy="remove --task")
+    told = _given(text) or "text"
+    return Found(task, data, text=told, label=(label or "label") if task in LABELLED else None)
+
+
+def _given(text: Sequence[str] | None) -> str | list[str] | None:
+    return None if not text else text[0] if len(text) == 1 else list(text)
+
+
+# Folders -----------------------------------------------------------------------------------------------
+
+
+def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str | None) -> Found:
+    from tutelage.data.sources import EXTENSIONS, SPLIT_NAMES
+    from tutelage.data.text_sources import TABLES
+
+    tables = {
+        split: found
+        for split, names in SPLIT_NAMES.items()
+        for found in sorted(p for p in path.iterdir() if p.suffix in TABLES and p.stem.lower() in names)[:1]
+    }
+    every = sorted(p for p in path.iterdir() if p.suffix in TABLES)
+    if "train" in tables:
+        return _table(tables, str(path), task, text, label)
+    if len(every) == 1:
+        return _table({"train": every[0]}, str(every[0]), task, text, label)
+    suffixes = Counter(p.suffix.lower() for p in path.rglob("*") if p.is_file())
+    images = sum(suffixes[s] for s in EXTENSIONS)
+    if images and images >= suffixes[".txt"]:
+        if task not in (None, "images"):
+            raise ConfigError(f"--task {task}, and {path} holds images", remedy="remove --task, or give texts")
+        return _images(path)
+    if suffixes[".txt"]:
+        return _plain(path, task, text)
+    shown = ", ".join(f"{n} {s or 'without ending'}" for s, n in suffixes.most_common(4)) or "no files"
+    raise DataError(
+        f"holds nothing to learn from: {shown}",
+        where=str(path),
+        remedy="put images into one sub-folder for each class, or name a table: " + ", ".join(TABLES),
+    )
+
+
+def _images(path: Path) -> Found:
+    from tutelage.data.sources import imagefolder
+
+    raw = imagefolder(path, None)
+    train = raw.splits["train"]
+    counts = train.labels.bincount(minlength=len(raw.classes)).tolist()
+    assert train.open is not None
+    step = max(1, len(train.labels) // 20)
+    sides = [min(train.open(row).size) for row in range(0, len(train.labels), step)]
+    rows = sum(len(s.labels) for s in raw.splits.values())
+    classes = dict(zip(raw.classes, counts, strict=True))
+    return Found("images", "imagefolder", str(path), rows, tuple(raw.splits), classes, int(median(sides)))
+
+
+def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> Found:
+    from tutelage.data.text_sources import open_texts
+
+    task = task or "causal"
+    if task in (*LABELLED, "images"):
+        raise ConfigError(
+            f"--task {task}, and {path} holds plain text", remedy="plain text has no labels: causal, mlm or embedding"
+        )
+    if text:
+        raise ConfigError("--text names a column, and plain text has none", remedy="remove it")
+    rows = open_texts("plain", path=str(path), options={}, columns=["text"]).splits["train"]
+    return Found(task, "plain", str(path), rows.length, length=_long(rows.columns["text"]))
+
+
+# Tables ------------------------------------------------------------------------------------------------
+
+
+def _table(
+    files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None, label: str | None
+) -> Found:
+    from tutelage.data.text_sources import read_table
+
+    if task == "images":
+        raise ConfigError(
+            f"--task images, and {data} is a table", remedy="give a folder of images, or another --task"
+        )
+    tables = {split: read_table(file) for split, file in files.items()}
+    table = tables["train"]
+    if not table.num_rows:
+        raise DataError("has no rows", where=str(files["train"]), remedy="give a file with texts in it")
+    for column in [*(text or ()), *([label] if label else ())]:
+        if column not in table.column_names:
+            raise ConfigError(
+                f"has no column {column!r}" + suggest(column, table.column_names),
+                where=str(files["train"]),
+                remedy=f"its columns: {', '.join(table.column_names)}",
+            )
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    told, conversations = _text_columns(columns, text, label, str(files["train"]))
+    rest = {k: v for k, v in columns.items() if k not in ([told] if isinstance(told, str) else told)}
+    if conversations and task not in (None, "causal"):
+        raise ConfigError(
+            f"--task {task}, and column {told} holds conversations", remedy="remove --task, or name another --text"
+        )
+    if conversations or task not in (None, *LABELLED):
+        if label is not None:
+            raise ConfigError(f"--label {label}, and task {task or 'causal'} has no labels", remedy="remove it")
+        task, label = task or "causal", None
+    else:
+        task, label = _labels(rest, task, label, data, columns[told] if isinstance(told, str) else [])
+    classes = None
+    if task == "classes":
+        assert label is not None
+        classes = {str(k): n for k, n in Counter(v for v in rest[label] if v is not None).items()}
+    first = columns[told if isinstance(told, str) else told[0]]
+    path = str(files["train"]) if len(files) == 1 else {split: str(file) for split, file in files.items()}
+    rows = sum(t.num_rows for t in tables.values())
+    return Found(task, "table", path, rows, tuple(files), classes, text=told, label=label, length=_long(first))
+
+
+def _text_columns(
+    columns: dict[str, list[Any]], given: Sequence[str] | None, label: str | None, where: str
+) -> tuple[str | list[str], bool]:
+    """The columns of the texts, and whether these are conversations for a language model."""
+    if given:
+        told = _given(given)
+        assert told is not None
+        return told, isinstance(told, str) and _conversation(columns[told])
+    for name, values in columns.items():
+        if _conversation(values):
+            return name, True
+    lower = {name.lower(): name for name in columns}
+    strings = {n: v for n, v in columns.items() if n != label and _all(v, str)}
+    if label is None:
+        prompt = next((lower[n] for n in PROMPTS if n in lower and lower[n] in strings), None)
+        answer = next((lower[n] for n in ANSWERS if n in lower and lower[n] in strings), None)
+        if prompt and answer:
+            return [prompt, answer], True
+    for a, b in TEXT_PAIRS:
+        if a in lower and b in lower:
+            return [lower[a], lower[b]], False
+    lists = [n for n, v in columns.items() if n != label and _all(v, list)]
+    words = next((n for n in lists if n.lower() in WORDS or (not strings and n.lower() in TEXT_NAMES)), None)
+    if words is not None:
+        return words, False
+    named = next((lower[n] for n in TEXT_NAMES if n in lower and lower[n] in strings), None)
+    if named is None and strings:
+        named = max(strings, key=lambda n: sum(len(v or "") for v in strings[n]))
+    if named is None:
+        raise DataError(
+            f"has no column of texts, only {', '.join(columns)}", where=where, remedy="name it: --text COLUMN"
+        )
+    return named, False
+
+
+def _labels(
+    rest: dict[str, list[Any]], task: str | None, label: str | None, data: str, texts: list[Any]
+) -> tuple[str, str]:
+    """The task and the column of its labels."""
+    lower = {name.lower(): name for name in rest}
+    if label is None:
+        label = next((lower[n] for n in LABEL_NAMES if n in lower), None)
+    if label is None:
+        few = [n for n, v in rest.items() if 2 <= _kinds(v) <= min(MOST_CLASSES, max(2, len(v) // 3))]
+        if len(few) > 1:
+            raise ConfigError(
+                f"several columns may be the label: {', '.join(few)}", where=data,
+                remedy="say which: --label COLUMN; or --task causal, mlm or embedding, which need none",
+            )  # fmt: skip
+        label = few[0] if few else None
+    if label is None:
+        raise ConfigError(
+            "no column looks like labels", where=data,
+            remedy="name it: --label COLUMN; or --task causal (a language model), mlm (masked words) or embedding "
+            "(sentence embeddings), which need none",
+        )  # fmt: skip
+    values = [v for v in rest[label] if v is not None]
+    if not values:
+        raise DataError(f"column {label!r} is empty", where=data, remedy="name another: --label COLUMN")
+    if task is not None:
+        return task, label
+    if _all(values, list):
+        return ("tokens" if texts and isinstance(texts[0], list) else "multi-label"), label
+    numbers = all(isinstance(v, (int, float)) for v in values)
+    if numbers and not all(float(v).is_integer() for v in values):
+        return "regression", label
+    if _kinds(values) > min(MOST_CLASSES, max(2, len(values) // 3)):
+        if numbers:
+            return "regression", label
+        raise DataError(
+            f"column {label!r} has {_kinds(values):,} different values in {len(values):,} rows, too many for classes",
+            where=data,
+            remedy="name another: --label COLUMN",
+        )
+    return "classes", label
+
+
+def _kinds(values: list[Any]) -> int:
+    """How many different values; 0 of lists and the like."""
+    known = [v for v in values if v is not None]
+    return len(set(known)) if all(isinstance(v, (str, int, float, bool)) for v in known) else 0
+
+
+def _all(values: list[Any], kind: type) -> bool:
+    known = [v for v in values if v is not None]
+    return bool(known) and all(isinstance(v, kind) for v in known)
+
+
+def _conversation(values: list[Any]) -> bool:
+    return _all(values, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for v in values for m in (v or [])
+    )
+
+
+def _long(texts: Sequence[Any]) -> int:
+    """Characters of a long text."""
+
+    def size(value: Any) -> int:
+        if isinstance(value, str):
+            return len(value)
+        return sum(len(x) + 1 if isinstance(x, str) else len(str(x.get("content", ""))) + 20 for x in value)
+
+    sizes = sorted(size(t) for t in texts if t is not None)
+    return sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))] if sizes else 0
