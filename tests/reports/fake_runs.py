@@ -134,6 +134,12 @@ def make_metrics(summary: dict[str, Any], *, epochs: int = 30, logs: int = 4) ->
     return lines
 
 
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAO0lEQVR42mNgYDh/f/97BwYg+B8Q8D8AxDhfABFgWP9f"
+    "AUwrnJ+fAGY0BAi8BzMCGgT+gxkC8/83ACkA7y0SkesKpt4AAAAASUVORK5CYII="
+)
+"""A picture of 8 by 8 pixels."""
+
 TEMPERATURES = ("1", "2", "4", "8", "20")
 
 
@@ -160,6 +166,70 @@ def make_similarities(path: Path, summary: dict[str, Any]) -> None:
     for i, name in enumerate(names):
         found = similarity_file(classes, i + 1 if name.startswith("alone") else 0)
         (folder / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def make_samples(path: Path, summary: dict[str, Any], *, texts: bool = False, count: int = 12) -> None:
+    """``samples/test.json``: the first half disagree."""
+    rng = random.Random(11)
+    names = summary["classes"] or CLASSES
+    many = len(names)
+    models = ["teacher", *summary["students"]]
+    samples = []
+    for row in range(count):
+        logits = {name: [round(rng.gauss(0, 2), 3) for _ in range(many)] for name in models}
+        top = logits["teacher"].index(max(logits["teacher"]))
+        logits["distilled"][(top + (row < count // 2)) % many] = 9.0
+        shown = {"text": f"text {row} of {names[0]}"} if texts else {"image": PIXEL}
+        samples.append({"row": row, "label": top, **shown, "logits": logits})
+    found = {
+        "exported": "distilled-seed0", "n": 900, "reference": "teacher", "student": "distilled", "labelled": 900,
+        "agree": {name: 800 + i for i, name in enumerate(models[1:])},
+        "right": {"both": 790, "reference": 60, "student": 20, "neither": 30},
+        "by_class": {"n": [90] * many, **{name: [60 + i for i in range(many)] for name in models[1:]}},
+        "pairs": [[i, (i + 1) % many, 9 - i] for i in range(min(5, many))], "samples": samples,
+    }  # fmt: skip
+    (path / "samples").mkdir(exist_ok=True)
+    (path / "samples" / "test.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def make_written(path: Path, said: str = "It is 3.") -> None:
+    """``samples/written.json``."""
+    models = ["teacher", "alone", "distilled"]
+    texts = [
+        {
+            "prompt": f"What is {i} and 2?",
+            "data": f"It is {i + 2}.",
+            **{name: f"{said} ({name}, {i})" for name in models},
+        }
+        for i in range(10)
+    ]
+    found = {"exported": "distilled-seed0", "tokens": 48, "models": models, "texts": texts}
+    (path / "samples").mkdir(exist_ok=True)
+    (path / "samples" / "written.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def make_judged(file: Path, said: str = "It is 3.") -> None:
+    """``judged.json``: the student after its training against before, and against its teacher."""
+    roles = {"before": "alone", "after": "distilled", "teacher": "teacher"}
+    verdicts = [["loss", "loss"], ["loss", "tie"], ["win", "loss"], [None, "tie"]]
+    samples = [
+        {
+            "messages": [{"role": "user", "content": f"What is {i}? {said}"}],
+            "answers": {name: f"{said} says {name}, {i}" for name in roles},
+            "verdicts": {"before / after": verdicts[i % 4], "after / teacher": ["tie", "tie"]},
+        }
+        for i in range(11)
+    ]
+    pair = {"prompts": 100, "judged": 98, "wins": 12, "ties": 30, "losses": 56, "rate": 0.27, "low": 0.2,
+            "high": 0.34, "opposed": 7, "first_place": 0.55, "without_verdict": 3}  # fmt: skip
+    even = {**pair, "wins": 0, "ties": 98, "losses": 0, "rate": 0.5, "low": None, "high": None, "first_place": None}
+    found = {
+        "name": "alpaca", "judge": "gpt-nobody", "prompts": 100, "roles": roles,
+        "held_out_loss": {"before": 10.8, "after": 3.21},
+        "pairs": [{"pair": ["before", "after"], **pair}, {"pair": ["after", "teacher"], **even}], "samples": samples,
+    }  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found), encoding="utf-8")
 
 
 def make_run(path: Path, summary: dict[str, Any] | None = None, *, config: str = CONFIG, **metrics: int) -> Path:

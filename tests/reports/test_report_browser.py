@@ -12,7 +12,7 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from fake_runs import CLASSES, CONFIG, make_run, make_summary
+from fake_runs import CLASSES, CONFIG, make_judged, make_run, make_samples, make_summary, make_written
 
 from tutelage.reports import write_report
 
@@ -44,12 +44,35 @@ async function measure([page, width]) {
   const softer = [seen(), shown()];
   dark.querySelector("input[value=own]").click();
   const own = [seen(), shown()];
+  const explorer = doc.querySelector("form.explorer"), slider = explorer.querySelector("input[type=range]");
+  const bars = (part) => [...part.querySelectorAll(".bar")];
+  const shares = () => [...explorer.querySelectorAll("tbody tr")].map((line) =>
+    [line.querySelector("th").textContent, ...bars(line).map((bar) => parseFloat(bar.style.width))]);
+  const widest = () => Math.max(...bars(explorer).map((bar) => bar.getBoundingClientRect().width));
+  const output = explorer.querySelector("output");
+  const at = () => [output.textContent, slider.getAttribute("aria-valuetext"), shares(), widest()];
+  const soft = [at()];
+  for (const place of ["0", "100"]) {
+    slider.value = place;
+    slider.dispatchEvent(new Event("input", { bubbles: true }));
+    soft.push(at());
+  }
+  explorer.querySelector("[data-set='1']").click();
+  soft.push(at());
+  const cards = [...explorer.querySelectorAll(".card input")];
+  cards[7].click();
+  const large = explorer.querySelector(".sample");
+  const picked = [at(), large.textContent, large.querySelectorAll("img").length];
+  const reached = [slider, ...cards, ...explorer.querySelectorAll("button"), ...doc.querySelectorAll("summary")]
+    .filter((one) => { one.focus({ preventScroll: true }); return doc.activeElement !== one; }).length;
   found.push({
     page, width, drawn: root.classList.contains("drawn"), title: doc.title, inner: view.innerWidth,
     scroll: root.scrollWidth, background: view.getComputedStyle(doc.body).backgroundColor,
     plots: doc.querySelectorAll(".plot").length, svgs: doc.querySelectorAll("[data-figure] svg").length,
     resources: view.performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:")),
     wide: [...doc.querySelectorAll(".plot")].filter((p) => p.scrollWidth > p.clientWidth).length,
+    soft, picked, unreached: reached, answers: doc.querySelectorAll("article.asked").length,
+    images: [...doc.images].filter((image) => !image.complete || !image.naturalWidth).length,
     preset, softer, own, side: new Set(maps.map((m) => m.getBoundingClientRect().top)).size,
     ink: doc.querySelector(".plot text").style.fill, before, after: loss.data.map((trace) => trace.name),
   });
@@ -78,6 +101,11 @@ def site(tmp_path_factory):
     other = make_run(
         folder / ("long-name" * 12), hostile, config=f"# {'y' * 400}{HOSTILE}\n{CONFIG}".replace("4.0", "8.0")
     )
+    make_samples(plain, make_summary())
+    make_samples(other, hostile, texts=True)
+    for run, said in ((plain, "It is 3."), (other, HOSTILE)):
+        make_written(run, said)
+        make_judged(run / "judged" / "a.json", said)
     write_report([plain], folder / "one.html")
     write_report([plain, other], folder / "two.html")
     jobs = json.dumps([[page, width] for page in ("one.html", "two.html") for width in WIDTHS])
@@ -88,6 +116,21 @@ def site(tmp_path_factory):
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+def moved(states):
+    """What the slider did: as taught, at its lowest, at its highest, and back at T = 1 by the button."""
+    assert [state[0] for state in states] == ["T = 4", "T = 0.25", "T = 20", "T = 1"]
+    assert all(state[0] == state[1] for state in states)
+    rows = [state[2] for state in states]
+    assert len({tuple(row[0] for row in lines) for lines in rows}) == 1, "classes stay where they are"
+    for lines in rows:
+        for model in (1, 2, 3):
+            assert sum(row[model] for row in lines) == pytest.approx(100, abs=0.1)
+    taught, cold, hot, plain = (max(row[1] for row in lines) for lines in rows)
+    assert cold > plain > taught > hot > 100 / len(CLASSES)
+    assert hot < 20
+    assert states[1][3] > states[2][3] > 0, "the bars are drawn, and as wide as the shares"
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
@@ -122,6 +165,12 @@ def test_the_page_in_a_browser(site, scheme, tmp_path):
         assert f["before"] == ["kd", "ce", "loss (their sum)"]
         assert f["after"] == ["kd", "ce"]
         assert f["side"] == (1 if f["width"] == 1280 else 3)
+        assert f["images"] == f["unreached"] == 0
+        assert f["answers"] == 21 * (1 if f["page"] == "one.html" else 2)
+        moved(f["soft"])
+        assert f["picked"][0][2] != f["soft"][3][2], "another sample, other distributions"
+        assert "sample 7, agree" in f["picked"][1]
+        assert f["picked"][2] == 1
         for state, t in (("preset", "4"), ("softer", "20"), ("own", "20")):
             maps, shown = f[state]
             assert shown == [f"T={t}"]

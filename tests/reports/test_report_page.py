@@ -5,15 +5,19 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fake_runs import CLASSES, CONFIG, make_run, make_summary
 
+from tutelage.engine.rundir import RunDirectory
 from tutelage.errors import RunDirectoryError
+from tutelage.files import DRAFT
 from tutelage.reports import write_report
 from tutelage.reports.page import as_json
 from tutelage.reports.panel import plot_text, thinned
@@ -52,6 +56,7 @@ def test_the_verdict_comes_first_and_everything_is_there(tmp_path):
     assert at == sorted(at)
     assert "temperature: 4.0" in body
     assert len(figures_in(page)) == 8
+    assert len(page) < 6_000_000, "opened from a disk, it is there at once"
 
 
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
@@ -164,6 +169,16 @@ def test_an_old_report_stays_when_the_new_one_cannot_be_written(tmp_path):
     with pytest.raises(RunDirectoryError, match="cannot be written"):
         write_report([run], out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits", "folder"]
+
+
+def test_a_page_that_a_kill_leaves_half_written_is_known_for_a_draft(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "digits")
+    drafts = []
+    monkeypatch.setattr(os, "replace", lambda draft, path: drafts.append(Path(draft)))
+    write_report([run], run / "report.html")
+    assert [draft.name.startswith(DRAFT) for draft in drafts] == [True]
+    RunDirectory(run).sweep()
+    assert not drafts[0].exists()
 
 
 def test_reports_load_no_torch():

@@ -11,10 +11,10 @@ from browser import BROWSER, HOSTILE, looked_at
 from fake_runs import make_run
 
 from tutelage.errors import DataError
+from tutelage.files import write_text
 from tutelage.lab.judge import Figure, Finding, gain, point
 from tutelage.lab.page import lab_page, written
 from tutelage.reports import workflow_table, write_report
-from tutelage.reports.page import write_page
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_the_lab_in_markdown_shows_every_part_arm_and_picture() -> None:
 def test_pages_in_a_browser(tmp_path: Path, scheme: str) -> None:
     write_report([make_series(tmp_path / "s")], tmp_path / "series.html")
     write_report([tmp_path / "s", make_run(tmp_path / "run")], tmp_path / "both.html")
-    write_page(tmp_path / "lab.html", lab_page(make_lab()))
+    write_text(tmp_path / "lab.html", lab_page(make_lab()))
     found = looked_at(tmp_path, ["series.html", "both.html", "lab.html"], scheme)
     assert [f["title"] for f in found[::2]] == [
         "s – distillation report", "s and run – distillation report", "The lecture's claims, measured",

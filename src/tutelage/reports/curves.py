@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tutelage.reports.metric import named
 from tutelage.reports.panel import (
     COLOUR,
     DASH,
@@ -72,7 +73,7 @@ def _curve(name: str, lines: Sequence[Dots], y: Sequence[float], colour: str, da
 
 
 def validation_curves(run: Run) -> Panel | None:
-    """Validation accuracy of every training, and the finished teacher's as a level line."""
+    """Validation accuracy, or what else the run is judged by, of every training; the finished teacher's is level."""
     trainings: dict[str, list[dict[str, Any]]] = {}
     for line in run.metrics:
         if line.get("validation"):
@@ -80,7 +81,7 @@ def validation_curves(run: Run) -> Panel | None:
     if not trainings:
         return None
     data: list[Dots] = []
-    named: set[str] = set()
+    legend: set[str] = set()
     names = called_short(run.summary)
     late: list[float] = []
     best: dict[str, float] = {}
@@ -91,12 +92,12 @@ def validation_curves(run: Run) -> Panel | None:
         trace |= {
             "name": names.get(role, role),
             "legendgroup": role,
-            "showlegend": role not in named,
+            "showlegend": role not in legend,
             "opacity": 0.85,
         }
         trace |= {"hovertemplate": "%{y:.2%}, step %{customdata}<extra>" + plot_text(training) + "</extra>"}
         del trace["show"]
-        named.add(role)
+        legend.add(role)
         data.append(trace)
         late += y[len(y) // 4 :]
         best[role] = max(best.get(role, 0.0), *y)
@@ -118,8 +119,8 @@ def validation_curves(run: Run) -> Panel | None:
     pad = max(0.01, 0.08 * (max(late) - min(late)))
     scale = [max(-0.01, min(late) - pad), min(1.01, max(late) + pad)]
     tick = ".0%" if scale[1] - scale[0] > 0.08 else ".1%"
-    layout = axes("epoch", "validation accuracy", yaxis={"range": scale, "tickformat": tick})
+    layout = axes("epoch", f"validation {named(run.summary)}", yaxis={"range": scale, "tickformat": tick})
     says = ", ".join(f"{names.get(role, role)} {percent(value)}" for role, value in best.items())
     finished = "" if level is None else "; the level line is the finished teacher"
     note = f"A line for each seed{finished}. The axis does not begin at zero."
-    return Panel(run.label, f"Validation accuracy by epoch. Best: {says}.", data, layout, note=note)
+    return Panel(run.label, f"Validation {named(run.summary)} by epoch. Best: {says}.", data, layout, note=note)

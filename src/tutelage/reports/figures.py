@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tutelage.reports.curves import loss_curves, validation_curves
+from tutelage.reports.metric import judged_by
 from tutelage.reports.panel import COLOUR, DASH, ROLES, SYMBOL, Dots, Panel, axes, plot_text, short
 from tutelage.reports.read import Run
 from tutelage.reports.wording import UNTAUGHT, called_short, percent
@@ -15,7 +17,7 @@ FEW = 10
 
 
 def seed_by_seed(runs: Sequence[Run]) -> Panel:
-    """Test accuracy of every single student, with the teacher's; one row a run and arm."""
+    """Test accuracy, or what else runs are judged by, of every student and of the teacher; one row a run and arm."""
     data: list[Dots] = []
     rows: list[tuple[Run, str]] = [(run, arm) for run in runs for arm in run.arms]
     for role in ("alone", "distilled"):
@@ -77,6 +79,7 @@ def seed_by_seed(runs: Sequence[Run]) -> Panel:
                 "hovertemplate": "%{x:.2%}<extra>teacher</extra>",
             }
         )
+    metric = judged_by(run.summary for run in runs)
     shown = [called_short(run.summary)[arm] for run, arm in rows]
     names = [
         arm if len(runs) == 1 else f"{plot_text(run.label, 18)}, {arm}"
@@ -86,7 +89,7 @@ def seed_by_seed(runs: Sequence[Run]) -> Panel:
     low, high = min(values), max(values)
     pad = max(0.002, 0.06 * (high - low))
     layout = axes(
-        "accuracy on the test split",
+        f"{metric} on the test split",
         "",
         height=86 + 42 * len(rows),
         showlegend=False,
@@ -113,7 +116,7 @@ def seed_by_seed(runs: Sequence[Run]) -> Panel:
     note = "A mark for each seed; the upright stroke is their mean."
     there = {arm for _, arm in rows} | {"teacher" for run in runs if run.summary.get("teacher")}
     key = {role: " or ".join(names_of(runs)[role]) for role in ROLES if role in there}
-    return Panel("", f"Test accuracy, seed by seed. {says}.", data, layout, note=note, key=key)
+    return Panel("", f"Test {metric}, seed by seed. {says}.", data, layout, note=note, key=key)
 
 
 def names_of(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -213,8 +216,41 @@ def per_class(run: Run) -> Panel | None:
     rows = [(role, name, row["per_class"]) for role, name, row in _by_role(run) if row.get("per_class")]
     if not rows:
         return None
+    panel, weakest = _by_class(run, rows, "accuracy on the test split")
+    panel.says = f"Accuracy of each class. Weakest of {rows[-1][1]}: {weakest}."
+    whose = "distilled student" if run.summary.get("taught", True) else UNTAUGHT
+    panel.note = f"Weakest class of the {whose} first. First seed."
+    return panel
+
+
+def fidelity(run: Run) -> Panel | None:
+    """How often each student says what the teacher says, by the class of the label; where it does least, first."""
+    found = run.samples
+    if found is None or found["reference"] != "teacher" or not any(found["by_class"]["n"]):
+        return None
+    names, n = called_short(run.summary), found["by_class"]["n"]
+    rows = [
+        (
+            arm,
+            names[arm],
+            [agree / many if many else math.nan for agree, many in zip(found["by_class"][arm], n, strict=True)],
+        )
+        for arm in run.arms
+        if arm in found["by_class"]
+    ]
+    panel, least = _by_class(run, rows, "agreement with the teacher")
+    panel.says = f"Agreement with the teacher by class. Least of {rows[-1][1]}: {least}."
+    panel.note = (
+        f"Samples of each class, by its label, on which student and teacher say the same, right or wrong. Of "
+        f"{found['exported']}, which is exported" + (", and the student alone of its seed." if len(rows) > 1 else ".")
+    )
+    return panel
+
+
+def _by_class(run: Run, rows: Sequence[tuple[str, str, Sequence[float]]], x: str) -> tuple[Panel, str]:
+    """Bars of each class, the lowest of the last row first, and which that is."""
     shortest = min(len(values) for _, _, values in rows)
-    order = sorted(range(shortest), key=lambda i: rows[-1][2][i])
+    order = sorted(range(shortest), key=lambda i: (math.isnan(rows[-1][2][i]), rows[-1][2][i]))
     given = run.summary.get("classes") or []
     classes = [given[i] if i < len(given) else f"class {i}" for i in order]
     data = [
@@ -225,7 +261,7 @@ def per_class(run: Run) -> Panel | None:
             "x": [short(values[i]) for i in order],
             "y": list(range(shortest)),
             "marker": {"color": COLOUR[role]},
-            "text": [f"{100 * values[i]:.1f}" for i in order],
+            "text": ["" if math.isnan(values[i]) else f"{100 * values[i]:.1f}" for i in order],
             "textposition": "outside",
             "cliponaxis": False,
             "textfont": {"size": 10},
@@ -237,7 +273,7 @@ def per_class(run: Run) -> Panel | None:
     longest = min(16, max(map(len, classes), default=0))
     height = 70 + shortest * (14 * len(rows) + 8)
     layout = axes(
-        "accuracy on the test split",
+        x,
         "",
         height=height,
         barmode="group",
@@ -254,11 +290,9 @@ def per_class(run: Run) -> Panel | None:
         showlegend=False,
         margin={"l": 20 + 8 * longest, "r": 16, "t": 8, "b": 50},
     )
-    weakest = f"{classes[0]}, {percent(rows[-1][2][order[0]])}" if classes else "none"
-    says = f"Accuracy of each class. Weakest of {rows[-1][1]}: {weakest}."
-    whose = "distilled student" if run.summary.get("taught", True) else UNTAUGHT
-    note = f"Weakest class of the {whose} first. First seed."
-    return Panel(run.label, says, data, layout, tall=True, note=note, key={role: name for role, name, _ in rows})
+    lowest = f"{classes[0]}, {percent(rows[-1][2][order[0]])}" if classes else "none"
+    key = {role: name for role, name, _ in rows}
+    return Panel(run.label, "", data, layout, tall=True, key=key), lowest
 
 
 def _by_role(run: Run) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -269,9 +303,10 @@ def _by_role(run: Run) -> list[tuple[str, str, Mapping[str, Any]]]:
 
 
 FIGURES: dict[str, Callable[[Run], Panel | None]] = {
-    "Validation accuracy": validation_curves,
+    "Validation {metric}": validation_curves,
     "Loss": loss_curves,
     "Calibration": reliability,
     "Accuracy by class": per_class,
+    "Agreement with the teacher by class": fidelity,
 }
-"""Every figure that is drawn once for each run, under its heading."""
+"""Every figure that is drawn once for each run, under its heading; ``{metric}`` is what runs are judged by."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 TITLES = {
@@ -21,6 +21,11 @@ def metric_of(summary: Mapping[str, Any]) -> str:
 def named(summary: Mapping[str, Any]) -> str:
     """What a run is judged by, in a sentence."""
     return TITLES.get(metric_of(summary), metric_of(summary)).partition(",")[0]
+
+
+def judged_by(summaries: Iterable[Mapping[str, Any]]) -> str:
+    """What several runs are judged by."""
+    return " and ".join(dict.fromkeys(named(summary) for summary in summaries))
 
 
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:

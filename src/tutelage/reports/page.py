@@ -10,19 +10,22 @@ import base64
 import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import RunDirectoryError
+from tutelage.files import write_text
+from tutelage.reports import answers
+from tutelage.reports.cost import costs
 from tutelage.reports.dark import dark_knowledge
+from tutelage.reports.explore import EXPLORE
+from tutelage.reports.explorer import samples
 from tutelage.reports.figures import FIGURES, seed_by_seed
 from tutelage.reports.found import Search, is_search, read_search
+from tutelage.reports.metric import judged_by
 from tutelage.reports.panel import Panel
 from tutelage.reports.parts import comparison, configs, figure, final, headline
-from tutelage.reports.read import Run, Series, read_runs
+from tutelage.reports.read import Judgement, Run, Series, read_runs
 from tutelage.reports.script import SCRIPT
 from tutelage.reports.search import search_body
 from tutelage.reports.series import told
@@ -31,12 +34,12 @@ from tutelage.reports.wording import escaped
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write one HTML page about one run, workflow or search, or several side by side.
+    """Write one HTML page about one run, workflow, search or judgement, or several side by side.
 
     Beside others, a search stands for the runs in it that read the test split: the recipe as it was, and the chosen.
 
     Args:
-        runs: folders of finished runs, workflows and searches.
+        runs: folders of finished runs, workflows, searches and judgements.
         out: the page; replaced whole if it is there.
 
     Returns:
@@ -48,26 +51,30 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     out, paths = Path(out), [Path(run) for run in runs]
     if len(paths) == 1 and is_search(paths[0]):
-        write_page(out, search_page(read_search(paths[0])))
+        write_text(out, search_page(read_search(paths[0])))
         return out
     each = [run for path in paths for run in (read_search(path).runs if is_search(path) else [path])]
-    write_page(out, page(read_runs(each)))
+    write_text(out, page(read_runs(each)))
     return out
 
 
-def page(found: Sequence[Run | Series]) -> str:
+def page(found: Sequence[Run | Series | Judgement]) -> str:
     """The page's HTML."""
     runs = [run for run in found if isinstance(run, Run)]
     series = [one for one in found if isinstance(one, Series)]
     drawn: list[Panel] = []
+    explored: list[dict[str, Any]] = []
     parts = []
     if runs:
-        figures = _figures(runs, drawn) + dark_knowledge(runs, lambda panel: _number(panel, drawn))
-        parts = [headline(runs), comparison(runs), final(runs), figures]
+        parts = [headline(runs), comparison(runs), final(runs), costs(runs), answers.judged(runs)]
+        parts += [answers.written(runs), _figures(runs, drawn), samples(runs, explored)]
+        parts += [dark_knowledge(runs, lambda panel: _number(panel, drawn))]
     for one in series:
         parts.append(told(one, lambda panel: _number(panel, drawn), alone=len(found) == 1))
+    for judgement in (one for one in found if isinstance(one, Judgement)):
+        parts.append(answers.judgement(judgement.found, judgement.label, heading="h1" if len(found) == 1 else "h2"))
     title = " and ".join(one.label for one in found) if len(found) < 4 else f"{len(found)} runs"
-    return document(f"{title} – distillation report", "\n".join([*parts, configs(found)]), drawn)
+    return document(f"{title} – distillation report", "\n".join([*parts, configs(found)]), drawn, explored=explored)
 
 
 def search_page(search: Search) -> str:
@@ -77,7 +84,13 @@ def search_page(search: Search) -> str:
     return document(f"{search.label} – search", body, drawn)
 
 
-def document(title: str, body: str, drawn: Sequence[Panel], command: str = "tutelage report") -> str:
+def document(
+    title: str,
+    body: str,
+    drawn: Sequence[Panel],
+    command: str = "tutelage report",
+    explored: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """A complete page in itself.
 
     Args:
@@ -85,10 +98,12 @@ def document(title: str, body: str, drawn: Sequence[Panel], command: str = "tute
         body: HTML.
         drawn: the figures that the body has places for, in the order of their numbers.
         command: what wrote it.
+        explored: the samples that the body has explorers of, in the order of their numbers.
     """
     from plotly.offline import get_plotlyjs
 
-    library, script = (_normal(code) for code in (get_plotlyjs(), SCRIPT))
+    library, script = (_normal(code) for code in (get_plotlyjs(), SCRIPT + (EXPLORE if explored else "")))
+    data = f'<script type="application/json" id="samples">{as_json(list(explored))}</script>\n' if explored else ""
     policy = "; ".join(
         [
             "default-src 'none'",
@@ -116,7 +131,7 @@ def document(title: str, body: str, drawn: Sequence[Panel], command: str = "tute
 <footer>Written by <code>{escaped(command)}</code>. This page is complete in itself and needs no network.</footer>
 </main>
 <script type="application/json" id="figures">{as_json([p.plotted() for p in drawn])}</script>
-<script>{library}</script>
+{data}<script>{library}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -127,8 +142,11 @@ def _figures(runs: Sequence[Run], drawn: list[Panel]) -> str:
     def placed(panel: Panel, **more: Any) -> str:
         return figure(panel, _number(panel, drawn), **more)
 
-    parts = [placed(seed_by_seed(runs), heading="Test accuracy, seed by seed")]
-    by_heading = {heading: [p for run in runs if (p := draw(run))] for heading, draw in FIGURES.items()}
+    metric = judged_by(run.summary for run in runs)
+    parts = [placed(seed_by_seed(runs), heading=f"Test {metric}, seed by seed")]
+    by_heading = {
+        heading.format(metric=metric): [p for run in runs if (p := draw(run))] for heading, draw in FIGURES.items()
+    }
     if len(runs) == 1:
         figures = "".join(placed(panels[0], heading=heading) for heading, panels in by_heading.items() if panels)
         return "\n".join([*parts, f"<div class='panels'>{figures}</div>"])
@@ -175,27 +193,3 @@ def _normal(code: str) -> str:
 
 def _digest(code: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
-
-
-def write_page(out: Path, text: str) -> None:
-    """Write a page; replaced whole if it is there.
-
-    Raises:
-        RunDirectoryError: it cannot be written.
-    """
-    draft = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, out)
-    except OSError as error:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
-        raise RunDirectoryError(
-            f"the report cannot be written: {error.strerror}", where=str(out), remedy="choose another --out"
-        ) from error

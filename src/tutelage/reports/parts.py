@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from tutelage.reports.metric import metric_of, named
+from tutelage.reports.metric import judged_by, metric_of, named
 from tutelage.reports.panel import Panel
-from tutelage.reports.read import Run, Series
+from tutelage.reports.read import Judgement, Run, Series
 from tutelage.reports.wording import (
     ABSENT,
     ALONE,
@@ -27,6 +27,7 @@ from tutelage.reports.wording import (
     percent_spread,
     points,
     verdict,
+    wins,
 )
 
 COLUMNS = {
@@ -44,7 +45,7 @@ ROLE = {TEACHER: "teacher", ALONE: "alone", DISTILLED: "distilled", UNTAUGHT: "d
 """The colour of each model by what it is called."""
 
 NOTE = (
-    "All figures are of the test split. “Best on validation”: the weights with the best validation accuracy. "
+    "All figures are of the test split. “Best on validation”: the weights with the best validation score. "
     "± is the standard deviation over seeds. ECE: expected calibration error, 15 bins. Latency: one sample, models "
     "taking turns."
 )
@@ -71,7 +72,7 @@ def headline(runs: Sequence[Run]) -> str:
     title = name if name == run.label else f"{name} ({run.label})"
     return (
         f"<header><h1>{escaped(title)}</h1><p class='verdict'>{escaped(verdict(run.summary))}</p>"
-        f"{_formula(run, 'p')}<p class='note'>{escaped(_facts(run.summary))}</p>{_tiles(run.summary)}</header>"
+        f"{_formula(run, 'p')}<p class='note'>{escaped(_facts(run.summary))}</p>{_tiles(run)}</header>"
     )
 
 
@@ -102,8 +103,9 @@ def _samples(summary: Mapping[str, Any]) -> int:
     return int(sum(bins.get("count", [])))
 
 
-def _tiles(summary: Mapping[str, Any]) -> str:
-    tiles: list[tuple[str, str, str]] = []
+def _tiles(run: Run) -> str:
+    summary = run.summary
+    tiles: list[tuple[str, str, str]] = [tile for found in run.judged for tile in wins(found)]
     gain = (summary.get("gain") or {}).get("best")
     if gain:
         tiles.append(("Gain over the student alone", f"{points(gain['mean'])} points", interval(gain)))
@@ -111,13 +113,13 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     distilled = summary["students"]["distilled"]["best"]["accuracy"]["mean"]
     if teacher:
         ofs = f"{percent(distilled)} of {percent(teacher)}"
-        tiles.append(("Of the teacher's accuracy", percent(distilled / teacher), ofs))
+        tiles.append((f"Of the teacher's {named(summary)}", percent(distilled / teacher), ofs))
     sizes = summary["parameters"]
     if summary.get("teacher") is not None:
         ofs = f"{count(sizes['student'])} of {count(sizes['teacher'])}"
         tiles.append(("Of the teacher's parameters", percent(summary["capacity_ratio"]), ofs))
     else:
-        tiles.append(("Test accuracy", percent(distilled), called(summary)["distilled"]))
+        tiles.append((f"Test {named(summary)}", percent(distilled), called(summary)["distilled"]))
         tiles.append(("Parameters", count(sizes["student"]), "of the student; there is no teacher"))
     if speed := speed_up(summary):
         slow, fast = (milliseconds(summary["latency"][who]) for who in ("teacher", "student"))
@@ -170,7 +172,7 @@ def final(runs: Sequence[Run]) -> str:
         tables.append(table(caption, ["Model", *columns.values()], rows))
     note = NOTE + (NOTE_TEACHER if any(run.summary.get("teacher") for run in runs) else "")
     other = {named(run.summary) for run in runs if metric_of(run.summary) != "accuracy"}
-    note += f" What is called accuracy here is {' and '.join(sorted(other))}, times 100." if other else ""
+    note += f" {' and '.join(sorted(other))}: times 100." if other else ""
     note += NOTE_OTHERS if any(run.summary["students"]["distilled"].get("others") for run in runs) else ""
     return f"<section class='results'>{''.join(tables)}<p class='note'>{escaped(note)}</p></section>"
 
@@ -203,7 +205,7 @@ def comparison(runs: Sequence[Run]) -> str:
             speed_up(s) or ABSENT,
         ]
         rows.append([escaped(c) for c in cells])
-    return table("Runs, test accuracy", columns, rows) + _differences(runs)
+    return table(f"Runs, test {judged_by(run.summary for run in runs)}", columns, rows) + _differences(runs)
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -231,7 +233,7 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
     return {key: yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()}
 
 
-def configs(runs: Sequence[Run | Series]) -> str:
+def configs(runs: Sequence[Run | Series | Judgement]) -> str:
     """The resolved config of each run, as it is."""
     return (
         "<section><h2>Config</h2>"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tutelage.errors import DataError, RunDirectoryError
 from tutelage.reports.metric import judged, judged_line, metric_of
+from tutelage.reports.samples import JUDGED, judged_of, judgement_of, samples_of, written_of
 
 COPY_WHOLE = "a report needs the whole run directory: copy all of it"
 
@@ -27,6 +28,9 @@ class Run:
         metrics: the lines of ``metrics.jsonl``.
         config: the text of ``config.yaml``.
         similarity: how alike the classes are to each model, by its name; empty in runs before there was such a file.
+        samples: what teacher and students say of single samples of the test split.
+        written: what they go on with, where they are language models.
+        judged: what judges said of the student's answers.
     """
 
     label: str
@@ -35,6 +39,9 @@ class Run:
     metrics: list[dict[str, Any]]
     config: str
     similarity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: dict[str, Any] | None = None
+    written: dict[str, Any] | None = None
+    judged: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def arms(self) -> list[str]:
@@ -59,8 +66,25 @@ class Series:
     config: str
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run | Series]:
-    """The runs and the workflows in ``paths``, each once.
+@dataclass(frozen=True)
+class Judgement:
+    """What ``tutelage judge`` left.
+
+    Attributes:
+        label: as of :class:`Run`.
+        path: its folder.
+        found: of ``judged.json``.
+        config: the text of ``config.yaml``.
+    """
+
+    label: str
+    path: Path
+    found: dict[str, Any]
+    config: str
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run | Series | Judgement]:
+    """The runs, the workflows and the judgements in ``paths``, each once.
 
     Raises:
         RunDirectoryError: there is none, it is not finished, or a file of it is missing.
@@ -78,9 +102,11 @@ def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}" if (path.parent / "search.json").is_file() else path.name
 
 
-def _read_run(path: Path, label: str) -> Run | Series:
+def _read_run(path: Path, label: str) -> Run | Series | Judgement:
     if not path.is_dir():
         raise RunDirectoryError("there is no such run directory", where=str(path), remedy="check the path")
+    if (path / JUDGED).is_file():
+        return Judgement(label, path, judgement_of(path), read_text(path / "config.yaml"))
     if not (path / "summary.json").exists():
         if (path / "lab.json").exists():
             raise RunDirectoryError(
@@ -109,6 +135,9 @@ def _read_run(path: Path, label: str) -> Run | Series:
         metrics=_read_metrics(path / "metrics.jsonl", metric_of(summary)),
         config=read_text(path / "config.yaml"),
         similarity={file.stem: _read_similarity(file) for file in sorted((path / "similarity").glob("[!.]*.json"))},
+        samples=samples_of(path),
+        written=written_of(path),
+        judged=judged_of(path),
     )
 
 
@@ -290,6 +319,7 @@ class Speed(_Part):
     """Milliseconds of a forward pass."""
 
     p50_ms: float
+    p95_ms: float | None = None
 
 
 class Pair(_Part):
@@ -314,6 +344,8 @@ class Summary(_Part):
     capacity_ratio: float | None = None
     latency: dict[str, Speed] | None = None
     teacher: Teacher | None = None
+    served: dict[str, Any] | None = None
+    """What is known of a teacher behind a server, which is not measured."""
     students: Students
     gain: dict[str, Pair] | None = None
     device: str | None = None
@@ -324,7 +356,7 @@ class Summary(_Part):
     def _of_teacher(self) -> Summary:
         if self.teacher is not None and (self.parameters.teacher is None or self.capacity_ratio is None):
             raise ValueError("there is a teacher, and 'parameters.teacher' or 'capacity_ratio' is missing")
-        if self.teacher is None and self.taught:
+        if self.teacher is None and self.served is None and self.taught:
             raise ValueError("'teacher' is missing")
         return self
 

@@ -63,6 +63,9 @@ code { overflow-wrap: anywhere; }
 .maps > div { min-width: 0; }
 .finding { margin: 12px 4px 0; max-width: 90ch; }
 .pairs { border: 0; margin: 4px 0 0; max-width: 640px; }
+.narrow { max-width: 640px; }
+.narrow:not(.words) th:first-child { min-width: 8.5em; }
+section > .finding { margin-inline: 0; }
 .pairs thead th, .pairs th:first-child { min-width: 0; }
 .pairs th, .pairs td { padding-block: 6px; }
 .rank { display: inline-block; min-width: 3ch; color: var(--quiet); }
@@ -93,6 +96,58 @@ tbody tr:last-child > * { border-bottom: 0; }
 .key { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 4px; font-size: .8125rem; }
 .words th { text-align: left; }
 .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8em; }
+.explorer { padding: 12px 16px; }
+.pick { display: grid; grid-template-columns: minmax(0, 1fr); gap: 16px; margin-top: 8px; }
+@media (min-width: 900px) { .pick { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); } }
+.cards { border: 0; margin: 0; padding: 3px; min-width: 0; display: grid; gap: 8px; align-content: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)); max-height: 640px; overflow-y: auto; }
+.cards legend, .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.card { position: relative; display: flex; gap: 10px; align-items: center; padding: 6px 8px; min-width: 0;
+  border: 1px solid var(--rule); border-left-width: 4px; border-radius: 6px; cursor: pointer; font-size: .8125rem; }
+.card.apart { border-left-color: var(--distilled); }
+.card input { position: absolute; opacity: 0; inset: 0; width: 100%; height: 100%; cursor: pointer; }
+.card:has(:checked) { background: var(--page); box-shadow: 0 0 0 2px var(--distilled); }
+.card:has(:focus-visible) { outline: 3px solid var(--focus); outline-offset: 2px; }
+.card img, .sample img { image-rendering: pixelated; background: #000; border-radius: 4px; flex: none;
+  object-fit: contain; }
+.lines { display: grid; min-width: 0; overflow-wrap: anywhere; line-height: 1.35; }
+.lines q { color: var(--quiet); quotes: none; }
+.lines .swatch { width: 8px; height: 8px; margin-right: 5px; }
+.right { color: var(--quiet); font-weight: 400; }
+.wrong { color: var(--alone); font-weight: 600; }
+.shown { min-width: 0; }
+.sample { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: end; min-height: 40px; }
+.sample blockquote { margin: 0; padding-left: 12px; border-left: 4px solid var(--rule); white-space: pre-wrap;
+  max-height: 220px; overflow-y: auto; flex-basis: 100%; overflow-wrap: anywhere; }
+.temperature { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; margin: 12px 0 0; }
+.temperature label { font-weight: 650; }
+.temperature input { flex: 1 1 160px; min-width: 0; height: 24px; }
+.temperature output { min-width: 6ch; font-weight: 650; font-variant-numeric: tabular-nums; }
+.temperature button { font: inherit; font-size: .875rem; color: inherit; background: var(--page); cursor: pointer;
+  border: 1px solid var(--quiet); border-radius: 6px; padding: 3px 10px; }
+.shown .scroll { border: 0; margin: 8px 0 4px; }
+.soft th, .soft td { padding: 4px 8px; vertical-align: middle; }
+.soft { table-layout: fixed; }
+.soft thead th { min-width: 0; }
+.soft .role { white-space: normal; }
+.soft thead th:not(:first-child), .soft td { text-align: left; }
+.soft th:first-child { min-width: 0; padding-left: 4px; }
+.soft td { white-space: normal; }
+.track { display: block; height: 10px; background: var(--page); border-radius: 3px; overflow: hidden; }
+.bar { display: block; height: 100%; border-radius: 3px; min-width: 1px; print-color-adjust: exact; }
+.bar.teacher { background: var(--teacher); }
+.bar.alone { background: var(--alone); }
+.bar.distilled { background: var(--distilled); }
+.share { font-size: .75rem; color: var(--quiet); font-variant-numeric: tabular-nums; }
+.asked { padding: 12px 16px; }
+.asked .prompt { white-space: pre-wrap; font-weight: 600; max-width: 90ch; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 8px 20px;
+  margin-top: 10px; }
+.answers > div { min-width: 0; }
+.asked h4 { margin: 0 0 2px; font-size: .8125rem; font-weight: 600; color: var(--quiet); overflow-wrap: anywhere; }
+.asked .said { white-space: pre-wrap; font-size: .9rem; }
+.asked ul { margin: 10px 0 0; padding-left: 18px; }
+.won { margin-left: 6px; padding: 1px 7px; border-radius: 9px; background: var(--distilled); color: var(--card); }
 .swatch { display: inline-block; width: 11px; height: 11px; margin-right: 8px; border-radius: 3px; }
 .swatch.teacher { background: var(--teacher); transform: rotate(45deg) scale(.85); border-radius: 0; }
 .swatch.other { background: none; border: 2px solid var(--quiet); }
@@ -105,6 +160,9 @@ footer { margin-top: 32px; color: var(--quiet); font-size: .875rem; }
 @media (max-width: 640px) {
   main { padding: 20px 12px 32px; }
   .panel { padding: 10px 4px 4px; }
+  .asked, .explorer { padding: 10px; }
+  .cards { max-height: 330px; }
+  .soft th, .soft td { padding: 4px; }
   .tiles { grid-template-columns: 1fr 1fr; gap: 8px; }
   .tiles > div { padding: 10px 12px; }
   .tiles .big { font-size: 1.2rem; }
@@ -117,13 +175,18 @@ footer { margin-top: 32px; color: var(--quiet); font-size: .875rem; }
   @page { size: A4; margin: 14mm; }
   body { font-size: 11pt; }
   main { max-width: none; padding: 0; }
-  .panel, .tiles > div, tr, .verdicts li { break-inside: avoid; }
+  .panel, .tiles > div, tr, .verdicts li, .answers > div { break-inside: avoid; }
   h2, h3, caption { break-after: avoid; }
   .panels { display: block; }
   .panels .panel { margin-bottom: 12px; }
   .maps { grid-template-columns: 1fr 1fr; }
   .panel:has(.tall), .panel.dark { break-inside: auto; }
   .tall { max-height: none; overflow: visible; }
+  .explorer { break-inside: auto; }
+  .pick { display: block; }
+  .cards { max-height: none; overflow: visible; grid-template-columns: repeat(4, 1fr); margin-bottom: 12px; }
+  .card { break-inside: avoid; }
+  .card:nth-of-type(n+13), .temperature button { display: none; }
   .scroll { overflow: visible; }
   th, td { padding: 4px 5px; font-size: 7.5pt; }
   thead th, th:first-child { min-width: 0; font-size: 7.5pt; }

@@ -170,6 +170,27 @@ def _others(found: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def wins(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rates of wins of what a run trained: what, figure, how."""
+    told = []
+    for one in found["pairs"]:
+        first, second = one["pair"]
+        roles, rate, turned = found["roles"], one["rate"], False
+        if roles.get(first) != "distilled":
+            first, second, turned = second, first, True
+        if roles.get(first) != "distilled" or rate is None:
+            continue
+        share = percent(1 - rate if turned else rate)
+        held = ""
+        if one["low"] is not None:
+            ends = (1 - one["high"], 1 - one["low"]) if turned else (one["low"], one["high"])
+            held = f", 95 % interval {percent(ends[0])} to {percent(ends[1])}"
+        told.append(
+            (f"Wins of {first} over {second}", share, f"{one['judged']:,} prompts, judged by {found['judge']}{held}")
+        )
+    return told
+
+
 # Figures ------------------------------------------------------------------------------------------
 
 
