@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.data import Data, InOrder
-from tutelage.engine import RunDirectory
+from tutelage.engine import RunDirectory, evaluate
+from tutelage.lab import llm
 from tutelage.models import load_weights
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import build_model, load_data, model_spec, read_summary
@@ -32,13 +33,33 @@ SIZES: dict[str, dict[str, Any]] = {
 
 HINTS = {"hint": "hint", "attention": "attention_transfer"}
 
+TRIPLE: dict[str, dict[str, Any]] = {
+    "no-mlm": {"method": {"mlm": 0}},
+    "no-kd": {"method": {"kd": 0}},
+    "no-cosine": {"method": {"cosine": 0}},
+    "first-layers": {"student": {"map": "first"}},
+    "random-weights": {"student": {"initial": "random"}},
+}
+"""DistilBERT's loss without each of its parts, and other weights to start from."""
+
 SMALL: dict[str, Any] = {
     "data": {"source": "digits", "labels": 300}, "train": {"epochs": 15}, "seeds": [0, 1],
     "teacher": {"augment": [], "train": {"epochs": 8, "batch_size": 64}},
 }  # fmt: skip
 """What the small budget changes: data that needs no file, fewer steps, and two seeds, which show nothing."""
 
+SMALL_TEXTS: dict[str, Any] = {
+    "data": {"limit": 400}, "train": {"epochs": 1}, "teacher": {"train": {"epochs": 1}}, "seeds": [0, 1],
+}  # fmt: skip
+"""The same of texts."""
+
+SMALL_LLM: dict[str, Any] = {"train": {"steps": 20}, "seeds": [0, 1]}
+"""The same of a closed teacher's answers."""
+
 VIEWS = 30
+
+Bases = Mapping[str, Recipe]
+"""What arms start from, by the kind of data."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +69,18 @@ class Arm:
     Attributes:
         name: of its folder.
         changes: to the base recipe, section by section; a mapping is merged, ``None`` removes.
+        base: which of the base recipes it changes.
         cache: the cache of the teacher's word that such arms share; ``None`` where the teachers are many.
+        answers: of a closed teacher: ``own``, each to its prompt, or ``other``, each to another's.
         augmented: whether images are augmented as the teacher's were, and shifted by up to a pixel, in 30 views.
     """
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    base: str = "images"
     cache: str | None = "images"
     augmented: bool = False
+    answers: str | None = None
 
 
 def _student(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,12 +103,16 @@ ARMS: dict[str, Arm] = {
         *[Arm(name, _student(options)) for name, options in SIZES.items()],
         Arm("assistant", {**_student({"widths": SMALLEST}), "workflow": {"kind": "assistant-chain"}}, cache=None),
         Arm("augmented", cache="views", augmented=True),
+        Arm("triple", base="texts", cache=None),
+        *[Arm(name, {**changes, "baseline": False}, "texts", None) for name, changes in TRIPLE.items()],
+        Arm("closed", base="llm", cache=None, answers="own"),
+        Arm("closed-shuffled", base="llm", cache=None, answers="other"),
     ]
 }  # fmt: skip
 """Every arm that an experiment can ask for."""
 
-FIRST = "kd"
-"""The arm that trains the teacher, for all."""
+FIRST = {"images": "kd", "texts": "triple"}
+"""The arm that trains the teacher, for all of its base; a closed one is trained already."""
 
 
 def merged(base: Any, over: Any) -> Any:
@@ -95,11 +124,12 @@ def merged(base: Any, over: Any) -> Any:
     return over
 
 
-def recipe_of(base: Recipe, arm: Arm, out: Path) -> Recipe:
+def recipe_of(bases: Bases, arm: Arm, out: Path) -> Recipe:
     """The recipe of an arm; once the first arm is finished, with the teacher that it trained."""
+    base, first = bases[arm.base], FIRST.get(arm.base)
     raw: dict[str, Any] = yaml.safe_load(dump_recipe(base))
-    if arm.name != FIRST:
-        raw["teacher"] = with_weights(raw["teacher"], out / "arms" / FIRST)
+    if first is not None and arm.name != first:
+        raw["teacher"] = with_weights(raw["teacher"], out / "arms" / first)
     raw = merged(raw, arm.changes)
     raw["name"] = f"{base.name}-{arm.name}"
     if arm.augmented:
@@ -107,17 +137,19 @@ def recipe_of(base: Recipe, arm: Arm, out: Path) -> Recipe:
         raw["data"] |= {"augment": [*of_teacher, {"shift": 1}], "views": VIEWS}
     if arm.cache is not None:
         raw["teacher"]["cache"] = {"path": str(out / "cache" / arm.cache), "dtype": "fp32"}
+    if arm.answers is not None:
+        raw["data"] |= {"path": llm.paths(out, arm.answers), "tokenizer": f"hf:{llm.tokenizer_folder(out)}"}
     if raw.get("teacher") is None:
         raw.pop("teacher", None)
     return build_recipe(raw, name=f"arm {arm.name}")
 
 
-def run_arm(base: Recipe, name: str, out: Path, terminal: Terminal) -> dict[str, Any]:
+def run_arm(bases: Bases, name: str, out: Path, terminal: Terminal) -> dict[str, Any]:
     """An arm's summary: run, gone on with, or found finished."""
     folder = out / "arms" / name
     if (folder / "summary.json").exists():
         return read_summary(folder / "summary.json")
-    recipe = recipe_of(base, ARMS[name], out)
+    recipe = recipe_of(bases, ARMS[name], out)
     resume = (folder / "config.yaml").exists()
     return carry_out(recipe, out=folder, resume=resume, terminal=terminal).summary
 
@@ -126,12 +158,13 @@ class Results:
     """What the arms left, for the experiments to read.
 
     Args:
-        base: the recipe of all.
+        bases: what the arms start from.
         out: the lab's folder.
     """
 
-    def __init__(self, base: Recipe, out: Path) -> None:
-        self.base, self.out = base, out
+    def __init__(self, bases: Bases, out: Path) -> None:
+        self.bases, self.out = bases, out
+        self.base = bases["images"]
         self._data: Data | None = None
         self._logits: dict[str, list[Tensor]] = {}
 
@@ -139,10 +172,20 @@ class Results:
         """Of a finished arm."""
         return read_summary(self.out / "arms" / arm / "summary.json")
 
-    def accuracy(self, arm: str, which: str = "distilled", weights: str = "last") -> list[float]:
-        """Test accuracy of a run's students, a value a seed."""
-        values: list[float] = self.summary(arm)["students"][which][weights]["accuracy"]["values"]
+    def accuracy(
+        self, arm: str, which: str = "distilled", weights: str = "last", key: str = "accuracy"
+    ) -> list[float]:
+        """Test accuracy, or another figure, of a run's students, a value a seed."""
+        values: list[float] = self.summary(arm)["students"][which][weights][key]["values"]
         return values
+
+    def untrained(self, arm: str, key: str = "loss") -> list[float]:
+        """A figure of the students of a run before any training, on the test split, a value a seed."""
+        recipe = recipe_of(self.bases, ARMS[arm], self.out)
+        data = load_data(recipe, Terminal(speaks=False))
+        spec = model_spec(recipe.student, data)
+        nets = (build_model(recipe.student, spec, data, seed) for seed in recipe.seeds)
+        return [float(evaluate(net, InOrder(data.test), torch.device("cpu"))[key]) for net in nets]
 
     def row(self, arm: str, name: str, weights: str = "last") -> list[float]:
         """Test accuracy of a row of a workflow, a value a seed."""
@@ -158,7 +201,7 @@ class Results:
 
     def similarity(self, model: str, temperature: int) -> Tensor:
         """``sim[i, j]`` of a model of the first arm, of its pairs of classes, over the mass of both: ``[pairs]``."""
-        file = self.out / "arms" / FIRST / "similarity" / f"{model}.json"
+        file = self.out / "arms" / FIRST["images"] / "similarity" / f"{model}.json"
         raw = json.loads(file.read_text(encoding="utf-8"))
         many = raw["classes"]
         sim = torch.zeros(many, many, dtype=torch.float64)
@@ -172,7 +215,7 @@ class Results:
     def logits(self, model: str) -> Tensor:
         """What a model of the first arm (``teacher``, ``alone-seed0`` ...) says of the validation split, float64."""
         if model not in self._logits:
-            recipe = recipe_of(self.base, ARMS["T1"], self.out)
+            recipe = recipe_of(self.bases, ARMS["T1"], self.out)
             if self._data is None:
                 self._data = load_data(recipe, Terminal(speaks=False))
             data = self._data
@@ -180,7 +223,7 @@ class Results:
             spec = model_spec(config, data)
             net = build_model(config, spec, data, 0)
             if model != "teacher":
-                load_weights(net, self.out / "arms" / FIRST / "models" / model)
+                load_weights(net, self.out / "arms" / FIRST["images"] / "models" / model)
             net.eval()
             with torch.no_grad():
                 self._logits[model] = [net(batch.inputs).double() for batch in InOrder(data.validation)]

@@ -1,8 +1,9 @@
-"""The lecture's claims about images, each with its arms and its judgement."""
+"""The lecture's claims, each with its arms and its judgement."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tutelage import objectives
-from tutelage.lab.arms import SIZES, Results
+from tutelage.lab import llm
+from tutelage.lab.arms import SIZES, TRIPLE, Results
 from tutelage.lab.judge import Figure, Finding, Part, Point, exact, gain, point, within
 
 TEMPERATURES = (1, 2, 4, 8, 20)
@@ -195,10 +197,10 @@ def dark_knowledge(results: Results) -> Finding:
     return Finding(parts, [drawn], [note])
 
 
-def _more(says: str, treated: Sequence[float], control: Sequence[float]) -> Part:
+def _more(says: str, treated: Sequence[float], control: Sequence[float], unit: str = "") -> Part:
     """A claimed rise of something that is not an accuracy."""
     part = gain(says, treated, control, worth=0.0)
-    return Part(**{**part.__dict__, "unit": "", "rule": "reproduced above 0; not reproduced below"})
+    return Part(**{**part.__dict__, "unit": unit, "rule": "reproduced above 0; not reproduced below"})
 
 
 def _features(name: str, word: str) -> Callable[[Results], Finding]:
@@ -299,6 +301,67 @@ def augmentation(results: Results) -> Finding:
     return _compared(results, named, parts)
 
 
+def distilbert(results: Results) -> Finding:
+    """The triple loss and the teacher's every other layer, against the loss without each part and other weights."""
+    named = {
+        "all three, every other layer": "triple", "without masked words": "no-mlm", "without soft labels": "no-kd",
+        "without hidden states": "no-cosine", "from the first layers": "first-layers",
+        "from random weights": "random-weights",
+    }  # fmt: skip
+    found = _arms(results, {label: (arm, "distilled") for label, arm in named.items()})
+    found["masked words alone"] = {w: results.accuracy("triple", "alone", w) for w in ("last", "best")}
+    whole, *others = (values["last"] for values in found.values())
+    summary = results.summary("triple")
+    teacher = summary["teacher"]["accuracy"]
+    parts = [within("the student keeps 97 % of the teacher's accuracy", [x / teacher for x in whole], 0.97, math.inf)]
+    says = [
+        "the masked words' own loss helps", "soft labels help", "hidden states help",
+        "every other layer is a better beginning than the first ones", "and than random weights",
+        "the three together help over masked words alone",
+    ]  # fmt: skip
+    parts += [gain(text, whole, other) for text, other in zip(says, others, strict=True)]
+    sizes = summary["parameters"]
+    losses = ", ".join(
+        f"{label} {statistics.fmean(results.accuracy(arm, key='loss')):.3f}" for label, arm in named.items()
+    )
+    notes = [
+        f"Accuracy is of masked words of texts that nobody trained on; the teacher's is {teacher:.1%}. The student "
+        f"has {sizes['student']:,} of {sizes['teacher']:,} parameters, {sizes['student'] / sizes['teacher']:.0%}; "
+        "of BERT's, whose embeddings weigh less, half the layers leave 60 %.",
+        f"Loss (nats): {losses}.",
+    ]
+    return Finding(parts, [_bars(found)], notes, found)
+
+
+def closed_teacher(results: Results) -> Finding:
+    """Loss of a closed teacher's held-out answers: before, after learning its answers, and after shuffled ones."""
+    losses = {
+        "before training": results.untrained("closed"),
+        "trained on its answers": results.accuracy("closed", key="loss"),
+        "trained on its answers to other prompts": results.accuracy("closed-shuffled", key="loss"),
+    }
+    before, own, other = losses.values()
+    parts = [
+        _more("training on a teacher's answers lowers the loss of held-out ones of it", before, own, "nats a token"),
+        _more("it lowers it more than training on the same answers, each to another prompt", other, own,
+              "nats a token"),
+    ]  # fmt: skip
+    series = {"held-out loss": [point(label, values) for label, values in losses.items()]}
+    drawn = Figure(
+        "", "loss of held-out answers, nats a token", series, says="Loss of the teacher's held-out answers."
+    )
+    many = llm.known(results.out)
+    size = results.summary("closed")["parameters"]["student"]
+    right = _arms(results, {"its answers": ("closed", "distilled"), "shuffled": ("closed-shuffled", "distilled")})
+    notes = [
+        f"{many['pairs']:,} conversations to learn from and {many['held']:,} held out; the student has {size:,} "
+        "parameters, a tokenizer of its own and nothing of the teacher but its text. Both trainings see the same "
+        "prompts and the same answers in as many steps, so what differs is what an answer has to do with its prompt. "
+        "How good the answers are is another question: tutelage judge asks it.",
+    ]
+    return Finding(parts, [drawn], notes, right)
+
+
 CLAIMS: dict[str, Claim] = {
     "soft-labels": Claim(
         "A student learns more from the teacher's soft labels than from hard labels alone (72 to 76 % there).",
@@ -349,6 +412,18 @@ CLAIMS: dict[str, Claim] = {
         "Soft labels together with augmentation are best.",
         "Four cells: neither, either, both; the teacher sees the view that the student sees.",
         ["kd", "augmented"], augmentation,
+    ),
+    "distilbert": Claim(
+        "DistilBERT: half of an encoder's layers, every other one, keeps 97 % of what it can, by three losses: "
+        "masked words, soft labels and hidden states.",
+        "Masked words of held-out texts, each loss left out once, and two other beginnings.",
+        ["triple", *TRIPLE], distilbert,
+    ),
+    "llm": Claim(
+        "Alpaca: a student that has nothing of a closed teacher but its answers learns to answer as it does.",
+        "Loss of held-out answers: before training, after training on the teacher's answers, and after training on "
+        "the same answers shuffled among the prompts.",
+        ["closed", "closed-shuffled"], closed_teacher,
     ),
 }  # fmt: skip
 """Every experiment, by its id."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tutelage.errors import require
@@ -51,13 +52,30 @@ def decided(part: Mapping[str, Any]) -> str:
 
 
 def facts(found: Mapping[str, Any]) -> str:
-    """On what it was measured."""
-    recipe, seeds = found["recipe"], found["seeds"]
-    data = recipe["data"]
-    labels = f", {data['labels']:,} labelled images" if data.get("labels") else ""
-    train = recipe["train"]
+    """On what it was measured: the data of each kind that an experiment is of, and how long and often arms train."""
+    kinds = dict.fromkeys(base for e in found["experiments"].values() for base in e.get("bases", ["images"]))
+    recipes = {"images": found["recipe"], "texts": found.get("texts"), "llm": found.get("llm")}
+    told = [
+        _facts(kind, recipe, found["seeds"])
+        for kind, recipe in recipes.items()
+        if kind in kinds and recipe is not None
+    ]
+    return f"{'; '.join(told)}; budget {found['budget']}."
+
+
+def _facts(kind: str, recipe: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    data, train = recipe["data"], recipe["train"]
+    path = data.get("path")
+    file = path.get("train") if isinstance(path, Mapping) else path
+    what = data["source"] if file is None else Path(file).name
+    if kind == "llm":
+        what = f"a closed teacher's answers in {what}"
+    if data.get("labels"):
+        what += f", {data['labels']:,} labelled images"
+    elif data.get("limit"):
+        what += f", {data['limit']:,} texts"
     length = f"{train['epochs']} epochs" if train.get("epochs") else f"{train['steps']} steps"
-    return f"{data['source']}{labels}, {length}, {len(seeds)} seeds an arm, budget {found['budget']}."
+    return f"{what}, {length}, {len(recipe.get('seeds', seeds))} seeds an arm"
 
 
 def lab_page(found: Mapping[str, Any]) -> str:
