@@ -1,4 +1,4 @@
-"""Write docs/recipes.md from the classes that check recipes: `python docs/generate.py`."""
+"""Write docs/recipes.md and docs/recipe.schema.json from the classes that check recipes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from tutelage.methods.links import Site
 from tutelage.models import ZOO
 
 PAGE = Path(__file__).with_name("recipes.md")
+SCHEMA = Path(__file__).with_name("recipe.schema.json")
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": config.DataConfig,
     "data: kind: texts": config.TextDataConfig,
     "teacher": config.TeacherConfig,
     "teacher.members": config.MemberConfig,
+    "teacher.endpoint": config.ServedConfig,
     "teacher.speed": config.TeacherSpeedConfig,
     "teacher.cache": config.CacheConfig,
     "student": config.StudentConfig,
+    "student.lora": config.LowRankConfig,
     "workflow: kind: born-again": config.BornAgainConfig,
     "workflow: kind: assistant-chain": config.AssistantChainConfig,
     "method: kind: logit": config.LogitConfig,
@@ -40,6 +43,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "method: kind: patient": config.PatientConfig,
     "method: kind: embedding": config.EmbeddingConfig,
     "method: kind: byot": config.ByotConfig,
+    "method: kind: token": config.TokenConfig,
+    "method: kind: on-policy": config.OnPolicyConfig,
+    "method: kind: cross-tokenizer": config.CrossTokenizerConfig,
+    "method: kind: sequence": config.SequenceConfig,
     "method: kind: mutual": config.MutualConfig,
     "method: kind: supervised": config.SupervisedConfig,
     "method: kind: teacher-free": config.TeacherFreeConfig,
@@ -47,8 +54,23 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "train": config.TrainConfig,
     "train.optimizer": config.OptimizerConfig,
     "train.schedule": config.ScheduleConfig,
+    "samples": config.SamplesConfig,
+    "evaluate": config.EvaluateConfig,
     "search": config.SearchConfig,
     "search.space": config.KeySpace,
+    "generate": config.GenerateConfig,
+    "generate: kind: answer": config.AnswerConfig,
+    "generate: kind: self-instruct": config.SelfInstructConfig,
+    "generate: kind: evolve": config.EvolveConfig,
+    "generate: kind: conversation": config.ConversationConfig,
+    "generate.endpoint": config.EndpointConfig,
+    "generate.sampling": config.SamplingConfig,
+    "generate.best": config.BestConfig,
+    "generate.budget": config.BudgetConfig,
+    "generate.budget.prices": config.PriceConfig,
+    "generate.quality": config.QualityConfig,
+    "generate.quality.decontaminate": config.DecontaminateConfig,
+    "judge": config.JudgeConfig,
 }
 
 UNDOCUMENTED = {
@@ -201,7 +223,8 @@ def default_words(cls: type[BaseModel], name: str) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or isinstance(value, BaseModel):
         return "–"
-    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "a template of our own" if "\n" in text or "\\n" in text else f"`{text}`"
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
@@ -213,13 +236,15 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]
 
 
 def keys(cls: type[BaseModel]) -> Iterator[str]:
-    """The table of a section's keys."""
+    """The table of a section's keys, but for those of all kinds of generation."""
     schema = cls.model_json_schema()
+    shared = config.GenerateConfig.model_fields if config.GenerateConfig in cls.__bases__ else ()
     yield from table(
         ("key", "value", "default", "meaning"),
         (
             (f"`{name}`", type_words(part), default_words(cls, name), meaning(cls, name))
             for name, part in sorted(schema["properties"].items(), key=lambda item: item[0] != "kind")
+            if name not in shared
         ),
     )
 
@@ -446,5 +471,61 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+SHORT: dict[str, dict[str, Any]] = {
+    "Recipe.data": {"type": "string"},
+    "Recipe.teacher": {"type": "string"},
+    "Recipe.student": {"type": "string"},
+    "Recipe.method": {"type": "string"},
+    "Recipe.workflow": {"type": "string"},
+    "TrainConfig.optimizer": {"type": "string"},
+    "TrainConfig.schedule": {"type": "string"},
+    "TeacherConfig.cache": {"type": ["boolean", "string"]},
+    "TeacherConfig.members": {"type": "array", "items": {"type": ["string", "object"]}, "minItems": 2},
+    "ByotConfig.exits": {"type": "string"},
+    "FeatureConfig.pairs": {"type": "string"},
+    "SearchConfig.space": {"type": "object"},
+    "AssistantChainConfig.assistants": {"type": ["string", "array"]},
+    "MutualConfig.peers": {"type": "integer", "minimum": 1},
+    "StudentConfig.lora": {"type": "integer", "minimum": 1},
+}
+"""What may stand in the place of a section, which the classes themselves never see."""
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of recipes, for editors: every key with its meaning, and the short forms.
+
+    It knows types, names and ranges; what does not go together only `tutelage` itself says.
+    """
+    found = config.Recipe.model_json_schema()
+    classes = {cls.__name__: cls for cls in (config.Recipe, *SECTIONS.values())}
+    for name, part in [("Recipe", found), *found["$defs"].items()]:
+        for key, field in part.get("properties", {}).items():
+            if name in classes:
+                field["description"] = meaning(classes[name], key)
+            if one_of := field.pop("oneOf", None):
+                field["anyOf"] = one_of
+            for nested in field.get("anyOf", []):
+                if one_of := nested.pop("oneOf", None):
+                    nested["anyOf"] = one_of
+                nested.pop("discriminator", None)
+            field.pop("discriminator", None)
+            by_name = {"type": "string"} if key == "layers" and name != "StudentConfig" else None
+            if short := SHORT.get(f"{name}.{key}", by_name):
+                whole = {k: field.pop(k) for k in list(field) if k not in ("description", "default", "title")}
+                field["anyOf"] = [short, *(whole["anyOf"] if whole.keys() == {"anyOf"} else [whole])]
+        known = ("kind", "name", "method", "data", "student")  # all of these can be left out somewhere
+        part["required"] = [key for key in part.get("required", []) if key not in known]
+    found["properties"]["seed"] = {"type": "integer", "minimum": 0, "description": "Short for `seeds` of one."}
+    found["anyOf"] = [{"required": ["data", "student"]}, {"required": ["generate"]}, {"required": ["judge"]}]
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of tutelage"}
+    return {**about, **{k: v for k, v in found.items() if k not in about}}
+
+
+def schema_text() -> str:
+    """The same, as the file has it."""
+    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(schema_text(), encoding="utf-8")
