@@ -75,9 +75,9 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
     from tutelage.engine.optim import build_optimizer
     from tutelage.methods import SupervisedMethod, Trainee
     from tutelage.teachers import LiveTeacher
-    from tutelage.workflows.comparison import fitted
     from tutelage.workflows.progress import Terminal
     from tutelage.workflows.run import comparison, load_data
+    from tutelage.workflows.setting import fitted
 
     overrides = [] if method is None else [f"method={json.dumps(method)}"]
     loaded = load_recipe(recipe, overrides)

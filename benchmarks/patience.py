@@ -40,11 +40,13 @@ from tutelage.engine import make_accelerator
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Signal, Teacher
 from tutelage.workflows.caching import fill, open_cache
-from tutelage.workflows.comparison import Comparison, Context, References, as_taught, train_student
 from tutelage.workflows.folder import opened
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
+from tutelage.workflows.setting import Comparison, Context, References
 from tutelage.workflows.statistics import paired, spread
+from tutelage.workflows.teaching import as_taught
+from tutelage.workflows.training import train_student
 
 RECIPE = "recipes/fashion-mnist.yaml"
 AUGMENT = '["flip", {"shift": 1}]'
