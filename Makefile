@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint types clean
+# What needs the core and the extras vision, text and search alone.
+OLDEST_TESTS := tests/objectives tests/test_engine.py tests/test_run.py tests/test_start.py tests/test_taps.py \
+  tests/test_three_worlds.py tests/test_texts.py tests/test_cache.py tests/test_encoder_students.py tests/test_search.py
+
+.PHONY: quickstart test test-slow test-oldest dist newcomer docs lint types clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/tutelage run recipes/digits.yaml
@@ -13,6 +17,26 @@ test: lint types
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
+
+# The oldest versions that pyproject.toml allows, in an environment of their own.
+test-oldest: $(BIN)/python
+	rm -rf $(VENV)-oldest && $(PYTHON) -m venv $(VENV)-oldest
+	$(BIN)/python .ci/oldest.py > $(VENV)-oldest/oldest.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/oldest.txt --editable '.[vision,text,search]' \
+	  hypothesis pytest pytest-timeout pytest-xdist
+	$(VENV)-oldest/bin/python -m pytest -q $(OLDEST_TESTS)
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+
+# An empty environment, the built wheel, and what a newcomer types.
+newcomer: dist
+	.ci/newcomer dist/*.whl
+
+# The site, in build/site.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests examples benchmarks
@@ -37,4 +61,4 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 	@touch $@ $(VENV)/.core
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -18,10 +18,11 @@ from tutelage.engine import RunDirectory, make_accelerator
 from tutelage.errors import CapabilityError, Interrupted
 from tutelage.models import ModelSpec, build, load_model, save_model
 from tutelage.teachers import LiveTeacher
-from tutelage.workflows.comparison import Context, compare
+from tutelage.workflows.comparison import compare
 from tutelage.workflows.doctor import examine
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
+from tutelage.workflows.setting import Context
 from tutelage.workflows.similarity import class_similarity
 from tutelage.workflows.statistics import paired
 

@@ -1,0 +1,99 @@
+"""What is released: the wheel holds all that the package reads, its version is one, its dependencies are few."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tutelage
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sdist and wheel, built from a copy as a checkout has it, links included."""
+    pytest.importorskip("build", reason="needs the extra dev")
+    pytest.importorskip("setuptools", reason="needs the extra dev")
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("src", "recipes"):
+        unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=unwanted)
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(copy / "dist")],
+        cwd=copy, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return copy / "dist"
+
+
+def test_wheel_and_sdist_hold_every_file_of_the_package(built: Path) -> None:
+    files = [p for p in (ROOT / "src" / "tutelage").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files += list((ROOT / "src" / "tutelage" / "recipes").glob("*.yaml"))  # behind a link, which rglob does not enter
+    wanted = {p.relative_to(ROOT / "src").as_posix() for p in files}
+    (wheel,) = built.glob("*.whl")
+    (sdist,) = built.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        digits = archive.read("tutelage/recipes/digits.yaml")
+    assert wanted <= names, sorted(wanted - names)
+    assert digits == (ROOT / "recipes" / "digits.yaml").read_bytes()
+    with tarfile.open(sdist) as archive:
+        inside = {m.name.partition("/src/")[2] for m in archive.getmembers() if m.isfile()}
+    assert wanted <= inside, sorted(wanted - inside)
+    assert wheel.name == f"tutelage-{tutelage.__version__}-py3-none-any.whl"
+
+
+def test_core_has_under_fifteen_dependencies() -> None:
+    assert len(PROJECT["dependencies"]) < 15
+
+
+def test_every_dependency_names_its_oldest_version() -> None:
+    spec = importlib.util.spec_from_file_location("oldest", ROOT / ".ci" / "oldest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pins = module.pins(ROOT / "pyproject.toml")
+    extras = [d for extra, ds in PROJECT["optional-dependencies"].items() if extra not in module.KEPT for d in ds]
+    for requirement in [*PROJECT["dependencies"], *extras]:
+        name = re.split(r"[\[>=;]", requirement)[0]
+        assert name in pins or name == "tutelage", f"{requirement}: say the oldest version that is tested"
+
+
+def test_declared_pythons_are_those_that_are_required() -> None:
+    declared = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert f">={declared[0]}" == PROJECT["requires-python"]
+
+
+@pytest.mark.slow
+def test_a_newcomer_gets_from_the_wheel_to_an_answer_without_an_edit(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    reached = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path / "pip"), "typer"],
+        capture_output=True, timeout=120,
+    )  # fmt: skip
+    if reached.returncode:
+        pytest.skip("pip reaches no packages here")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [str(ROOT / ".ci" / "newcomer"), str(wheel), str(tmp_path / "work")],
+        env={**environment, "PYTHON": sys.executable}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (tmp_path / "work" / "digits.yaml").is_file()
+    for run in ("pictures", "reviews"):
+        for made in ("summary.json", "report.html", "bench.json", "export/onnx/model.onnx"):
+            assert (tmp_path / "work" / "runs" / run / made).is_file(), (run, made)
