@@ -101,8 +101,8 @@ def main(kind: str, steps: int) -> None:
         reference.zero_grad()
         del seen, term, x, value, want
         if step in (steps // 2, steps - 1):
-            at.append((tensors(), allocated()))
-    assert at[1][0] == at[0][0], at
+            at.append((tensors(most=at[0][0] if at else 0), allocated()))
+    assert at[1][0] <= at[0][0], at  # the first count may have come before a thread let go of one
     # In torch's own first few hundred steps each takes a little more, taps or not. One feature kept at each
     # evaluation would be twice this.
     assert steps < 1000 or at[1][1] - at[0][1] < steps / 2 / 7 * 64 * WIDTH * 4 / 2, at
