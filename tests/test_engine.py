@@ -14,7 +14,7 @@ from torch import nn
 from tutelage import config as settings
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator, optim, tracking
+from tutelage.engine import RunDirectory, Training, fit, make_accelerator, optim, precision_here, slow_bf16, tracking
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.engine.ema import EMA
 from tutelage.engine.evaluate import evaluate
@@ -299,6 +299,20 @@ def test_a_parameter_that_no_loss_reaches_does_not_stop_a_resume(tmp_path: Path)
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "t" / "step-000000012")
     resumed = train(tmp_path / "b", model=model(), checkpoint_every=5)
     assert all(torch.equal(whole.last[k], resumed.last[k]) for k in whole.last)
+
+
+@pytest.mark.parametrize(("instructions", "meant"), [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "no")])
+def test_auto_precision_is_what_the_processor_computes_in(
+    instructions: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dict.fromkeys(torch.cpu.get_capabilities(), False) | {instructions: True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    assert make_accelerator("auto").mixed_precision == meant
+    assert slow_bf16(make_accelerator("bf16")) == (meant == "no")
+    assert not slow_bf16(make_accelerator("auto"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert [precision_here(asked) for asked in ("auto", "no", None)] == [meant, "no", "bf16"]
 
 
 def test_a_precision_does_not_leak_into_the_next_run() -> None:

@@ -126,8 +126,9 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     clip: Positive | None = None
     """Largest norm of the gradient. Default: no clipping."""
-    precision: Literal["no", "bf16", "fp16"] | None = None
-    """Mixed precision. Default: what ``accelerate launch`` says, else none."""
+    precision: Literal["auto", "no", "bf16", "fp16"] | None = None
+    """Mixed precision; ``auto`` is ``bf16`` where the hardware computes in it, else none. Default: what
+    ``accelerate launch`` says, else none."""
     compile: bool = False
     """``torch.compile`` the student."""
     gradient_checkpointing: bool = False

@@ -1,7 +1,15 @@
 """The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
 
 from tutelage.engine.evaluate import Said, classes_of, evaluate, evaluate_teacher, said_at
-from tutelage.engine.launch import Accelerator, from_main, leave, make_accelerator, tracking
+from tutelage.engine.launch import (
+    Accelerator,
+    from_main,
+    leave,
+    make_accelerator,
+    precision_here,
+    slow_bf16,
+    tracking,
+)
 from tutelage.engine.loop import Outcome, Training, Watcher, fit
 from tutelage.engine.rundir import RunDirectory
 
@@ -19,6 +27,8 @@ __all__ = [
     "from_main",
     "leave",
     "make_accelerator",
+    "precision_here",
     "said_at",
+    "slow_bf16",
     "tracking",
 ]

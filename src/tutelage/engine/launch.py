@@ -25,7 +25,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
     """An accelerator under ``accelerate launch``, ``torchrun`` or neither.
 
     Args:
-        precision: ``no``, ``bf16``, ``fp16``; ``None`` for what the launcher says.
+        precision: see :func:`precision_here`.
         trackers: experiment trackers by accelerate's names.
 
     Raises:
@@ -41,7 +41,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
         )
     if world > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate takes each process of a launcher for the only one
-    precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = precision_here(precision)
     if AcceleratorState._shared_state and precision != AcceleratorState().mixed_precision:
         AcceleratorState._reset_state()  # a second run in one process may want another precision
     for tracker in trackers or ():
@@ -73,6 +73,35 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
     if world > 1:
         _end_slowly()
     return accelerator
+
+
+def precision_here(asked: str | None) -> str:
+    """``no``, ``bf16`` or ``fp16``: the mixed precision that is meant on this machine.
+
+    Args:
+        asked: one of these; ``auto`` for bf16 where the hardware computes in it, else none; ``None`` for what the
+            launcher says, else none.
+    """
+    if asked == "auto":
+        return "bf16" if _has_bf16() else "no"
+    return asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def slow_bf16(accelerator: Accelerator) -> bool:
+    """Whether this run computes in bf16 on a CPU that has no instructions for it."""
+    return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_has_bf16()
+
+
+def _has_bf16() -> bool:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return _cpu_has_bf16()
+    return device.type != "mps" and (device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 itself: x86's AVX-512 and AMX, and ARM's, have it in the feature's name."""
+    return any(found for name, found in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def leave() -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from tutelage.config import CacheConfig, DataConfig, Recipe
 from tutelage.data import Batch, Data, InOrder
-from tutelage.engine import Accelerator, make_accelerator
+from tutelage.engine import Accelerator, make_accelerator, precision_here
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.methods import Method
 from tutelage.students import feature_shapes
@@ -176,7 +176,7 @@ def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | ServedTeacher
         "views": recipe.data.views if data.train.augmented else None,
         # an image that is mixed with others depends on which there are
         "rows": hashlib.sha256(data.train.ids.numpy().tobytes()).hexdigest()[:16] if data.train.mixes else None,
-        "precision": recipe.train.precision,
+        "precision": precision_here(recipe.train.precision),
     }
 
 
@@ -207,7 +207,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         CacheError: the folder's cache was made from something else, is damaged, or cannot be written.
         Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
     """
-    from tutelage.workflows.checks import check_output, check_teachers
+    from tutelage.workflows.checks import check_output, check_teachers, warn_of_precision
     from tutelage.workflows.run import comparison, load_data
     from tutelage.workflows.setting import fitted
     from tutelage.workflows.teaching import as_taught, is_taught, served_by
@@ -230,6 +230,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     accelerator = make_accelerator(recipe.train.precision, [])
     terminal.speaks = terminal.speaks and accelerator.is_main_process
     terminal.live = terminal.live and accelerator.is_main_process
+    warn_of_precision(accelerator, terminal)
     data = load_data(recipe, terminal)
     c = comparison(recipe, data)
     teacher: ModelTeacher | None = None

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from tutelage.engine import Accelerator, slow_bf16
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
 from tutelage.methods import Method, Trainee, check_task
 from tutelage.models import label_names
 from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers import Ensemble, LiveTeacher, Teacher
+from tutelage.workflows.progress import Terminal
 from tutelage.workflows.setting import Comparison, Context, example_of
 from tutelage.workflows.teachers import Member, check_agree
 from tutelage.workflows.training import said
@@ -168,6 +170,15 @@ def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
         )
     if accuracy < chance + noise:
         ctx.terminal.say(f"warning: {shown} ({n} samples); it has hardly anything to teach")
+
+
+def warn_of_precision(accelerator: Accelerator, terminal: Terminal) -> None:
+    """Say where bf16 makes a run slower, and not faster."""
+    if slow_bf16(accelerator):
+        terminal.say(
+            "warning: this CPU has no instructions for bf16, in which a step can take ten times as long; set "
+            "train.precision to auto or no"
+        )
 
 
 def check_method_runs(

@@ -24,11 +24,12 @@ from tutelage.config import (
 )
 from tutelage.config.schema import cache_section
 from tutelage.data import Batch, InOrder, LoaderBatches, as_batch
-from tutelage.engine import from_main, make_accelerator, tracking
+from tutelage.engine import from_main, make_accelerator, precision_here, tracking
 from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, ModelError
 from tutelage.methods import LogitMethod, Method
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
 from tutelage.workflows.caching import open_own_cache
+from tutelage.workflows.checks import warn_of_precision
 from tutelage.workflows.comparison import compare
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.measure import class_name, fingerprint
@@ -225,6 +226,7 @@ def distill(
     accelerator = make_accelerator(config.precision, list(config.trackers))
     path = from_main(accelerator, lambda: choose(out, "distill", resume))
     terminal = Terminal(speaks=verbose and accelerator.is_main_process)
+    warn_of_precision(accelerator, terminal)
     text = yaml.safe_dump(described, sort_keys=False)
     tracked = tracking(accelerator, path / "trackers", {"distill": text})
     with (
@@ -275,7 +277,7 @@ def _made_from(
     return {
         "data": samples(loader, to_batch, shown),
         "preprocessing": {} if known is None else {"tokenizer": known},
-        "precision": precision,
+        "precision": precision_here(precision),
     }
 
 

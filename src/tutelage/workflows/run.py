@@ -34,6 +34,7 @@ from tutelage.models.files import read_card
 from tutelage.students import low_rank, rounded
 from tutelage.teachers import ServedTeacher
 from tutelage.workflows.caching import open_cache
+from tutelage.workflows.checks import warn_of_precision
 from tutelage.workflows.comparison import compare
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.harness import harness
@@ -88,6 +89,7 @@ def prepared(
     terminal = terminal or Terminal()
     terminal.speaks = terminal.speaks and accelerator.is_main_process
     terminal.live = terminal.live and accelerator.is_main_process
+    warn_of_precision(accelerator, terminal)
     return path, accelerator, terminal
 
 
