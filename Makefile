@@ -20,10 +20,10 @@ test-slow: $(VENV)/.dev
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest: $(BIN)/python
-	rm -rf $(VENV)-oldest && $(PYTHON) -m venv $(VENV)-oldest
-	$(BIN)/python .ci/oldest.py > $(VENV)-oldest/oldest.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/oldest.txt --editable '.[vision,text,search]' \
-	  hypothesis pytest pytest-timeout pytest-xdist
+	$(BIN)/python -m pip install --quiet uv
+	rm -rf $(VENV)-oldest && $(BIN)/uv venv --quiet --python $(BIN)/python $(VENV)-oldest
+	$(BIN)/uv pip install --quiet --resolution lowest-direct --python $(VENV)-oldest/bin/python \
+	  --editable '.[vision,text,search,test]'
 	$(VENV)-oldest/bin/python -m pytest -q $(OLDEST_TESTS)
 
 dist: $(VENV)/.dev

@@ -2,10 +2,10 @@
 
     python benchmarks/language_speed.py data/debian-sections-train.parquet
 
-A model of random weights with SmolLM2's vocabulary teaches its half, packed rows of 256 tokens, KL at every token and
-a tenth of cross-entropy. The loop by hand calls ``objectives.linear_divergence`` on what both models put into their
-heads. Then the same student is taught from a cache of 40 bytes a token, against a loop by hand that fine-tunes it by
-``objectives.linear_cross_entropy``, on the same rows.
+A model of random weights with SmolLM2's shape and vocabulary teaches its half, packed rows of 256 tokens, KL at every
+token and a tenth of cross-entropy. The loop by hand calls ``objectives.linear_divergence`` on what both models put
+into their heads. Then the same student is taught from a cache of 40 bytes a token, against a loop by hand that
+fine-tunes it by ``objectives.linear_cross_entropy``, on the same rows.
 
 A step of the engine and one by hand take turns, on batches that are the same; what the engine does before the first
 and after the last step (checks, the export) is in no figure. Seconds are of the processor, of all threads, which
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tutelage import objectives
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import PlannedBatches, Share, load_texts
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator
+from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
 from tutelage.methods import SequenceMethod, TokenMethod, built
 from tutelage.models import tokenizer_of
 from tutelage.students import cut
@@ -93,13 +93,15 @@ class InTurn:
         return {**out, "steps": len(self.tokens[some]), "tokens_a_step": statistics.mean(self.tokens[some])}
 
 
-def by_hand(student: nn.Module, batches: Iterator[Any], loss: Callable[[Any, Any, Tensor], Tensor]) -> Iterator[int]:
+def by_hand(
+    student: nn.Module, batches: Iterator[Any], loss: Callable[[Any, Any, Tensor], Tensor], precision: str
+) -> Iterator[int]:
     """The loop that anybody would write who has the chunked losses; yields the tokens of each step."""
     model: Any = student
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     student.train()
     for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
             value = loss(batch, model, hidden)
         optimizer.zero_grad()
@@ -133,7 +135,8 @@ def models(vocabulary: int, width: int, layers: int) -> tuple[Any, Any]:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        num_key_value_heads=1, intermediate_size=3 * width, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+        num_key_value_heads=max(width // 192, 1), intermediate_size=width // 3 * 8, tie_word_embeddings=True,
+        max_position_embeddings=LENGTH,
     )  # fmt: skip
     teacher: Any = transformers.LlamaForCausalLM(config)
     return teacher, cut(teacher, layers=layers // 2).model.requires_grad_(True)
@@ -144,7 +147,8 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Tokens a second of the engine on language models",
         "",
-        f"{found['model']}; {found['rows']} packed rows of {LENGTH} tokens a step, bf16, {found['threads']} threads.",
+        f"{found['model']}; {found['rows']} packed rows of {LENGTH} tokens a step, "
+        f"{'bf16' if found['precision'] == 'bf16' else 'float32'}, threads: {found['threads']}.",
         "A step of the engine and one by hand take turns on the same batches. `python benchmarks/language_speed.py`.",
         "",
         "| taught by | against | clock | tokens a second | by hand | ratio of sums | median of steps | wanted |",
@@ -166,10 +170,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--width", type=int, default=576, help="a multiple of 192")
+    parser.add_argument("--layers", type=int, default=30)
     args = parser.parse_args()
+    precision = precision_here("auto")
     tokenizer = tokenizer_of(MODEL)
     data = load_texts(
         "table", tokenizer=tokenizer, path=args.path, task="causal", pack=True, max_length=LENGTH, limit=2000
@@ -183,15 +188,16 @@ def main() -> None:
         method: Any, taught: Any, loss: Callable[[Any, Any, Tensor], Tensor], folder: Path
     ) -> dict[str, Any]:
         mine = copy.deepcopy(student)
-        watcher = InTurn(by_hand(copy.deepcopy(student), (b for (b,) in planned.epoch(0, Share())), loss))
+        batches = (b for (b,) in planned.epoch(0, Share()))
+        watcher = InTurn(by_hand(copy.deepcopy(student), batches, loss, precision))
         config = TrainConfig(
-            steps=steps, batch_size=args.rows, precision="bf16", optimizer=OptimizerConfig(kind="adamw", lr=1e-5)
+            steps=steps, batch_size=args.rows, precision=precision, optimizer=OptimizerConfig(kind="adamw", lr=1e-5)
         )
         training = Training(
             "speed", mine, built(method, mine, teacher, example, seed=0), planned, config, RunDirectory(folder),
             teacher=taught, watcher=watcher,
         )  # fmt: skip
-        fit(training, make_accelerator("bf16"))
+        fit(training, make_accelerator(precision))
         return watcher.found()
 
     layout = Layout(keep="rounded", draws=50, classes=len(tokenizer), temperatures=(1.0,), tokens=True)
@@ -210,7 +216,7 @@ def main() -> None:
         figures["nobody"] = {"against": "CE by hand", **measured(SequenceMethod(), None, hard, top / "alone")}
     found = {
         "model": f"{args.layers} layers of {args.width}, half of them the student's, {len(tokenizer):,} tokens",
-        "rows": args.rows, "threads": torch.get_num_threads(), "figures": figures,
+        "rows": args.rows, "precision": precision, "threads": torch.get_num_threads(), "figures": figures,
     }  # fmt: skip
     print(page(found))
     (RESULTS / "language-speed.json").write_text(json.dumps(found, indent=1) + "\n")
