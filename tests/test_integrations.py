@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from test_distribution import launch
 from tutelage import objectives
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import LoaderBatches
@@ -254,6 +256,14 @@ def test_how_a_step_is_cut_does_not_change_its_gradient() -> None:
         gradients.append([p.grad for p in distiller.parameters() if p.grad is not None])
     for cut in gradients[1:]:
         torch.testing.assert_close(cut, gradients[0], rtol=1e-5, atol=1e-7)
+
+
+def test_two_processes_by_hand_are_one(tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        launch(processes, "distiller_job.py", str(tmp_path / f"{processes}.safetensors"))
+        found.append(load_file(tmp_path / f"{processes}.safetensors"))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
 def test_the_teacher_is_out_of_reach() -> None:
