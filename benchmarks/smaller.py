@@ -1,12 +1,14 @@
 """How small a student may be, and what it keeps: several runs of one teacher, as a table and a frontier.
 
-    tutelage run recipes/classify-text.yaml --out runs/half
-    tutelage run recipes/classify-text.yaml student.vocabulary=corpus --out runs/half-trimmed \\
-        teacher.checkpoint=runs/half/models/teacher teacher.train=null
-    python benchmarks/smaller.py "3 of 6 layers=runs/half" "3 layers, trimmed vocabulary=runs/half-trimmed"
+    set -- student.vocabulary=corpus data.max_length=48 train.epochs=1 baseline=false
+    tutelage run recipes/classify-text.yaml "$@" teacher.train.epochs=2 --out runs/half
+    tutelage run recipes/classify-text.yaml "$@" teacher.train=null "method={kind: supervised}" --out runs/alone
+    python benchmarks/smaller.py "3 layers, trimmed vocabulary=runs/half,runs/alone" ...
 
 Reads what the runs wrote: accuracy of the test split for the weights chosen on validation. Retention is the student's
-accuracy over the teacher's, seed by seed, with Student's 95 % interval where there are several. Puts the figures into
+accuracy over the teacher's, seed by seed, with Student's 95 % interval where there are several. A run after a comma
+is of the same student without a teacher: the same layers of the pretrained model, fine-tuned on the labels for as
+many steps; without one, the gain is over the same initial weights, where the run has that. Puts the figures into
 ``results/smaller.json`` and ``.md``, and the frontier into ``results/smaller.svg``.
 """
 
@@ -22,15 +24,22 @@ from tutelage.workflows.statistics import paired
 RESULTS = Path("results")
 
 
-def student(run: Path) -> dict[str, Any]:
-    """Parameters, accuracy by seed and retention of a run's distilled student."""
+def student(run: Path, alone: Path | None) -> dict[str, Any]:
+    """Parameters, accuracy by seed and retention of a run's student, and its gain over one without a teacher."""
     summary = json.loads((run / "summary.json").read_text())
+    gain = summary.get("gain", {}).get("best")
+    without = None if alone is None else json.loads((alone / "summary.json").read_text())
     scores, teacher = summary["students"]["distilled"]["best"]["accuracy"]["values"], summary["teacher"]["accuracy"]
     sizes = summary["parameters"]
+    if without is not None:
+        assert without["seeds"] == summary["seeds"]
+        assert without["parameters"]["student"] == sizes["student"]
+        others = without["students"]["distilled"]["best"]["accuracy"]["values"]
+        gain = {**paired(scores, others), "alone": others}
     return {
         "parameters": sizes["student"], "smaller": 1 - sizes["student"] / sizes["teacher"], "accuracy": scores,
         "retention": paired([score / teacher for score in scores], [0.0] * len(scores)),
-        "gain": summary.get("gain", {}).get("best"),
+        "gain": gain,
         "teacher": {"parameters": sizes["teacher"], "accuracy": teacher},
     }  # fmt: skip
 
@@ -99,9 +108,13 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Read the runs, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN[,ALONE]")
     args = parser.parse_args()
-    rows = {name: student(Path(run)) for name, _, run in (given.partition("=") for given in args.runs)}
+    rows = {}
+    for given in args.runs:
+        name, _, runs = given.partition("=")
+        run, _, alone = runs.partition(",")
+        rows[name] = student(Path(run), Path(alone) if alone else None)
     command = "python benchmarks/smaller.py " + " ".join(f'"{given}"' for given in args.runs)
     (RESULTS / "smaller.json").write_text(json.dumps({"command": command, "students": rows}, indent=1) + "\n")
     text = table(rows, command)
