@@ -1,0 +1,16 @@
+"""From a student's features to its teacher's: what is learned for that, and what compares them."""
+
+from tutelage.methods.links.base import Link, Setting, Site, Where, token_positions
+from tutelage.methods.links.compared import Compared
+from tutelage.methods.links.registry import FEATURE_OBJECTIVES, FeatureObjective
+
+__all__ = [
+    "FEATURE_OBJECTIVES",
+    "Compared",
+    "FeatureObjective",
+    "Link",
+    "Setting",
+    "Site",
+    "Where",
+    "token_positions",
+]
