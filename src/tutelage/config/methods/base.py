@@ -1,0 +1,78 @@
+"""What every method's section has, and checks that several of them make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BeforeValidator
+
+from tutelage.config.base import Count, Misfit, Section
+from tutelage.errors import suggest
+
+
+class MethodConfig(Section):
+    """What every method has."""
+
+    taught: ClassVar[bool] = True
+    """Whether it needs a teacher."""
+    aligns: ClassVar[bool] = False
+    """Whether teacher and student may cut texts into other tokens, which are then aligned."""
+    served: ClassVar[bool] = False
+    """Whether the likeliest next tokens, which a server gives, are enough of a teacher."""
+
+
+def known(what: str, table: Mapping[str, Any]) -> AfterValidator:
+    """A name must be one of ``table``."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"unknown {what} {name!r}{suggest(name, table)}; allowed: {', '.join(table)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def check_known_options(
+    name: str, options: Mapping[str, Any], table: Mapping[str, tuple[str, ...]], key: str
+) -> None:
+    """Raise :class:`Misfit` where ``options`` holds one that ``name`` does not take."""
+    for option in options:
+        if option not in table[name]:
+            raise Misfit(
+                f"{name} has no option {option!r}{suggest(option, table[name])}; "
+                f"its options: {', '.join(table[name]) or 'none'}",
+                key,
+            )
+
+
+def check_labels_weight(alpha: float, hard: float | None) -> None:
+    """Raise :class:`Misfit` where the labels are to weigh what ``alpha`` leaves of 1, and that is below 0."""
+    if hard is None and alpha > 1:
+        raise Misfit(
+            f"alpha: {alpha:g} leaves {1 - alpha:g} for the labels; give at most 1, or 'hard' too",
+            "alpha",
+        )
+
+
+def auto_or_list(of: str, example: str) -> BeforeValidator:
+    """``auto`` is ``None``; all else must be a list of what ``of`` says."""
+
+    def check(given: Any) -> Any:
+        if given is None or given == "auto":
+            return None
+        if not isinstance(given, list) or not given:
+            raise ValueError(f"{given!r} is no list of {of}; allowed: auto, or {example}")
+        return given
+
+    return BeforeValidator(check)
+
+
+def _layers(given: Any) -> Any:
+    listed = isinstance(given, list) and given
+    if not isinstance(given, str) and not listed:
+        raise ValueError(f"{given!r} is neither the name of a map of layers nor a list such as [4, 8, 12]")
+    return given
+
+
+Layers = Annotated[list[Count | None], BeforeValidator(_layers)]

@@ -1,0 +1,139 @@
+"""Methods of text encoders."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tutelage.config.base import Count, Misfit, NotNegative, Positive
+from tutelage.config.methods.base import Layers, MethodConfig, check_labels_weight
+
+
+class TripleConfig(MethodConfig):
+    """DistilBERT: 5 * T^2 * KL to the teacher's word for each token + 2 * CE with the masked ones + 1 * the cosine
+    distance of the last hidden states. A term with weight 0 is not computed."""
+
+    kind: Literal["triple"]
+    """For models and data of masked language modelling."""
+    mlm: NotNegative = 2.0
+    """Weight of the cross-entropy with the masked tokens."""
+    kd: NotNegative = 5.0
+    """Weight of the soft labels."""
+    cosine: NotNegative = 1.0
+    """Weight of the last hidden states. Where widths differ the student's go through a linear layer first."""
+    temperature: Positive = 2.0
+    """T of the soft labels."""
+    positions: Literal["counted", "masked"] = "counted"
+    """Where soft labels are learned: ``counted``, at all tokens, as in the authors' code; ``masked``, where the
+    labels are, which costs about a seventh."""
+
+
+class TinybertConfig(MethodConfig):
+    """TinyBERT: embeddings, hidden states and attention of mapped layers first, and then the predictions."""
+
+    kind: Literal["tinybert"]
+    """For text encoders of one tokenizer, of any depths and widths."""
+    layers: Literal["uniform", "last"] | Layers = "uniform"
+    """The teacher's layer for each of the student's: ``uniform``, m * N / M, rounded; ``last``, the last M; or a
+    list, counted from 1, where ``null`` leaves a layer out."""
+    embedding: NotNegative = 1.0
+    """Weight of the mean square between what goes into the first layers."""
+    hidden: NotNegative = 1.0
+    """Weight of the mean square between what layers give, summed over them; through linear layers where widths
+    differ."""
+    attention: NotNegative = 1.0
+    """Weight of the attention, summed over layers."""
+    prediction: NotNegative = 1.0
+    """Weight of the soft labels. 0 for TinyBERT's general distillation, of texts without labels."""
+    temperature: Positive = 1.0
+    """T of the soft labels."""
+    first: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Share of all steps in which the layers alone are learned; the rest then goes without them. Default: 0.87, the
+    paper's 20 epochs of 23; 0: both together."""
+    scores: Literal["scores", "probabilities"] = "scores"
+    """``scores``: attention before the softmax and before any mask, by squares, as in the paper; ``probabilities``:
+    after it, by KL."""
+    heads: Literal["each", "mean"] = "each"
+    """Attention head by head, or the mean over heads, whose numbers may then differ."""
+
+    @model_validator(mode="after")
+    def _staged(self) -> TinybertConfig:
+        if self.first and not (self.prediction and (self.embedding or self.hidden or self.attention)):
+            raise Misfit(f"first: {self.first:g}, and one of its two stages weighs nothing; leave it out", "first")
+        return self
+
+
+class MinilmConfig(MethodConfig):
+    """MiniLM: the distributions of one layer's attention, or relations between its queries, keys and values. Learns
+    from texts without labels; depths and widths are free."""
+
+    kind: Literal["minilm"]
+    """For text encoders of one tokenizer."""
+    version: Literal[1, 2] = 2
+    """1: attention and relations of values; 2: relations of queries, of keys and of values."""
+    layer: Count | None = None
+    """The teacher's, counted from 1; the student's is its last. Default: the last. The paper has 21 of 24 for
+    BERT-large."""
+    relation_heads: Count | None = None
+    """Heads into which vectors are split. Default: in version 1 the teacher's heads of attention, in version 2 the
+    published 48; where that does not divide both widths, the most up to it (64) that does."""
+    attention: NotNegative | None = None
+    """Weight of the attention, in version 1. Default: 1."""
+    queries: NotNegative | None = None
+    """Weight of the relations of queries, in version 2. Default: 1."""
+    keys: NotNegative | None = None
+    """Weight of the relations of keys, in version 2. Default: 1."""
+    values: NotNegative | None = None
+    """Weight of the relations of values. Default: 1."""
+    heads: Literal["each", "mean"] = "each"
+    """Attention head by head, or the mean over heads, whose numbers may then differ."""
+    temperature: Positive = 1.0
+    """T of all these distributions."""
+
+    @model_validator(mode="after")
+    def _versioned(self) -> MinilmConfig:
+        for name in ("queries", "keys") if self.version == 1 else ("attention",):
+            if getattr(self, name) is not None:
+                raise Misfit(f"version {self.version} has no term {name!r}; leave it out", name)
+        return self
+
+
+class PatientConfig(MethodConfig):
+    """Patient knowledge distillation: alpha * KD + (1 - alpha) * CE + beta * the distance of mapped layers' [CLS]
+    states, each divided by its norm."""
+
+    kind: Literal["patient"]
+    """For text encoders that read the same first token."""
+    layers: Literal["skip", "last"] | Layers = "skip"
+    """The teacher's layer for each of the student's but its last: ``skip``, m * N / M; ``last``, those before the
+    teacher's last; or a list, counted from 1, where ``null`` leaves a layer out."""
+    temperature: Positive = 10.0
+    """T of the soft labels. The paper searched 5, 10 and 20."""
+    alpha: NotNegative = 0.5
+    """Weight of the soft labels; at most 1 unless ``hard`` is given. The paper searched 0.2, 0.5 and 0.7."""
+    hard: NotNegative | None = None
+    """Weight of the hard labels. Default: 1 - alpha."""
+    beta: NotNegative = 100.0
+    """Weight of the states. The paper searched 10, 100, 500 and 1000."""
+    variant: Literal["authors", "paper"] = "authors"
+    """``authors``: mean over elements and layers, to which these weights belong; ``paper``: their sums."""
+
+    @model_validator(mode="after")
+    def _weighed(self) -> PatientConfig:
+        check_labels_weight(self.alpha, self.hard)
+        return self
+
+
+class EmbeddingConfig(MethodConfig):
+    """Sentence embeddings: the teacher's vector of a text, or of its source where the student reads a translation,
+    and the similarities within a batch. Learns from texts without labels."""
+
+    kind: Literal["embedding"]
+    """For models that give one vector for each text."""
+    mse: NotNegative = 1.0
+    """Weight of the mean square to the teacher's vector. Where widths differ the student's go through a linear layer
+    first."""
+    similarity: NotNegative = 1.0
+    """Weight of the squared gaps between the cosines of all pairs of a micro-batch, of any widths. The paper has
+    0."""

@@ -1,0 +1,150 @@
+"""Methods of language models."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive
+from tutelage.config.methods.base import Layers, MethodConfig, check_labels_weight
+
+Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "tvd"]
+
+
+class TokenConfig(MethodConfig):
+    """Language models, token by token: alpha * T^2 * D(teacher, student) + (1 - alpha) * CE with the next tokens.
+    The scores of all tokens never exist at once."""
+
+    served: ClassVar[bool] = True
+    kind: Literal["token"]
+    """For causal language models of one tokenizer and data of task causal."""
+    divergence: Divergence = "kl"
+    """D: ``kl``; ``reverse_kl`` (MiniLLM's); ``js`` with ``beta`` (GKD's); ``skew_kl`` with ``skew`` and ``reverse``
+    (DistiLLM's); ``tvd``."""
+    temperature: Positive = 1.0
+    """T of the soft labels."""
+    alpha: NotNegative = 0.9
+    """Weight of the soft labels; at most 1 unless ``hard`` is given."""
+    hard: NotNegative | None = None
+    """Weight of the next tokens. Default: 1 - alpha."""
+    beta: Fraction | None = None
+    """Of ``js``: 0 is like ``kl``, 1 like ``reverse_kl``. Default: 0.5."""
+    skew: Fraction | None = None
+    """Of ``skew_kl``: the other side's share of the mixture. Default: 0.1."""
+    reverse: bool | None = None
+    """Of ``skew_kl``: from the student to the mixture. Default: from the teacher."""
+    hidden: NotNegative = 0.0
+    """Weight of 1 - cosine of mapped layers' hidden states, through linear layers where widths differ."""
+    layers: Literal["uniform", "last"] | Layers = "uniform"
+    """The teacher's layer for each of the student's, of ``hidden``; or a list, counted from 1, where ``null`` leaves
+    a layer out."""
+
+    @model_validator(mode="after")
+    def _weighed(self) -> TokenConfig:
+        check_divergence(self)
+        return self
+
+
+class OnPolicyConfig(TokenConfig):
+    """Language models, taught on what the student itself writes: with probability lambda a batch's answers are its
+    own, and the teacher scores them (GKD). Not with a cache, nor with packed rows."""
+
+    served: ClassVar[bool] = False
+    kind: Literal["on-policy"]  # type: ignore[assignment]
+    """For causal language models of one tokenizer and data of task causal with prompts: conversations, or pairs."""
+    lmbda: Fraction = 0.5
+    """Share of batches that the student writes: 0 is like ``token``, 1 is all."""
+    divergence: Divergence = "js"
+    """D, as in ``token``. With ``reverse_kl`` and ``lmbda: 1`` MiniLLM's, of one step."""
+    alpha: NotNegative = 1.0
+    """Weight of the soft labels; at most 1 unless ``hard`` is given."""
+    max_new: Count = 128
+    """Most tokens that the student writes for a prompt."""
+    max_prompt: Count = 512
+    """Most tokens of a prompt; of a longer one its last are read."""
+    sampling: NotNegative = 1.0
+    """Temperature at which it writes; 0 takes the likeliest token."""
+    replay: Annotated[int, Field(ge=0)] = 0
+    """How many answers are kept and used again (DistiLLM); 0: none."""
+    reuse: Fraction | Literal["rising"] = 0.5
+    """Share of what it writes that is drawn from those kept, once there are enough; ``rising``: from 0 at the first
+    step to 1 at the last (DistiLLM)."""
+    long: NotNegative = 0.0
+    """Weight of MiniLLM's long part, what a token leads to; for ``reverse_kl`` at temperature, sampling 1 and replay
+    0."""
+    mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The teacher's share of the distribution that answers are drawn from (MiniLLM: 0.2); each token's loss is
+    weighted by the student's probability over the mixture's. For sampling 1 and replay 0."""
+    adaptive: Fraction = 0.0
+    """By how much lambda grows at an evaluation whose loss is ``slack`` above that at which it grew last (DistiLLM:
+    0.1, with ``lmbda: 0``). Needs validation data."""
+    slack: NotNegative = 0.1
+    """Of ``adaptive``, in nats."""
+
+    @model_validator(mode="after")
+    def _long(self) -> OnPolicyConfig:
+        alone = (self.divergence, self.temperature, self.sampling, self.replay)
+        if self.long and alone != ("reverse_kl", 1.0, 1.0, 0):
+            raise Misfit(
+                "'long' belongs to divergence: reverse_kl with temperature: 1, sampling: 1 and replay: 0", "long"
+            )
+        if self.mix and (self.sampling, self.replay) != (1.0, 0):
+            raise Misfit("'mix' goes with sampling: 1 and replay: 0", "mix")
+        return self
+
+
+class CrossTokenizerConfig(MethodConfig):
+    """A language model taught by one with another tokenizer: alpha * soft + (1 - alpha) * CE with the next tokens.
+    Tokens of both are aligned by the bytes that they stand for; what chat templates and tokenizers put around a text
+    may differ."""
+
+    aligns: ClassVar[bool] = True
+    kind: Literal["cross-tokenizer"]
+    """For causal language models and data of task causal, whose rows are not packed."""
+    compare: Literal["spans", "uld"] = "spans"
+    """``spans``: T^2 * D over the entries that both vocabularies have, where both go on with the same one; where not,
+    D of the probabilities of the stretch of text, products over its tokens. ``uld``: sorted probabilities (Boizard et
+    al.), whatever tokens they are of."""
+    divergence: Divergence = "kl"
+    """D, of ``spans``; as for ``token``."""
+    temperature: Positive = 1.0
+    """T of the soft labels."""
+    alpha: Positive = 0.9
+    """Weight of the soft labels; at most 1 unless ``hard`` is given."""
+    hard: NotNegative | None = None
+    """Weight of the next tokens. Default: 1 - alpha."""
+    rest: Literal["bucket", "uld"] = "bucket"
+    """Of ``spans``: what the entries are that only one vocabulary has: ``bucket``, one outcome; ``uld``: besides,
+    their sorted probabilities are compared."""
+    beta: Fraction | None = None
+    """Of ``js``. Default: 0.5."""
+    skew: Fraction | None = None
+    """Of ``skew_kl``. Default: 0.1."""
+    reverse: bool | None = None
+    """Of ``skew_kl``: from the student to the mixture."""
+
+    @model_validator(mode="after")
+    def _weighed(self) -> CrossTokenizerConfig:
+        check_divergence(self)
+        if self.compare == "uld" and (self.divergence, self.rest) != ("kl", "bucket"):
+            raise Misfit("'divergence' and 'rest' are for compare: spans, this is uld; leave them out", "compare")
+        return self
+
+
+def check_divergence(config: TokenConfig | CrossTokenizerConfig) -> None:
+    """Raise where an option is of another divergence, or the weights leave nothing for the labels."""
+    for name, owner in (("beta", "js"), ("skew", "skew_kl"), ("reverse", "skew_kl")):
+        if getattr(config, name) is not None and config.divergence != owner:
+            raise Misfit(f"{name!r} is for divergence {owner}, this is {config.divergence}; leave it out", name)
+    check_labels_weight(config.alpha, config.hard)
+
+
+class SequenceConfig(MethodConfig):
+    """Maximum likelihood of the next tokens: of a teacher's answers, sequence-level distillation (Alpaca). No teacher
+    is asked."""
+
+    kind: Literal["sequence"]
+    """For causal language models and data of task causal."""
+
+    taught: ClassVar[bool] = False

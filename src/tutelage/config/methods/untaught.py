@@ -1,0 +1,93 @@
+"""Methods without a teacher: students that teach each other or themselves, and controls."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from tutelage.config.base import Count, Fraction, NotNegative, Positive
+from tutelage.config.methods.base import MethodConfig, auto_or_list
+from tutelage.config.models import ModelConfig
+
+
+def _peers(given: Any) -> Any:
+    if isinstance(given, int) and not isinstance(given, bool):
+        if given < 1:
+            raise ValueError(f"{given} peers, and a student alone has nobody to learn from; give 1 or more")
+        return [None] * given
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{given!r} is neither a number nor a list of models; for example 2, or [convnet, mlp]")
+    return [{"model": one} if isinstance(one, str) else one for one in given]
+
+
+class MutualConfig(MethodConfig):
+    """Students that teach each other: of each, CE + weight * the mean over its peers of T^2 * KL(p_peer || p). Deep
+    mutual learning; with `target: mean`, `refresh` and `burn_in` codistillation. The recipe's student is one of them,
+    the one that is exported and compared with itself alone; its peers are saved in `models/` and measured too."""
+
+    taught: ClassVar[bool] = False
+    kind: Literal["mutual"]
+    """Learns from peers that are trained along; the teacher, where there is one, is only compared with."""
+    peers: Annotated[list[ModelConfig | None], BeforeValidator(_peers)] = 1  # type: ignore[assignment]
+    """Whom the student learns with, beside itself: a number of copies of its architecture with other
+    initialisations, or a list of models such as ``[{model: convnet, options: {widths: [8, 16]}}, mlp]``, where
+    ``null`` is a copy. Default: one copy, so two students in all."""
+    temperature: Positive = 1.0
+    """T, of all students alike."""
+    weight: NotNegative = 1.0
+    """Of what the peers say."""
+    target: Literal["each", "mean"] = "each"
+    """``each``: the mean of the losses to each peer; ``mean``: the loss to the mean of their probabilities."""
+    refresh: Count | None = None
+    """Learn from copies of the peers that are renewed every so many steps. Default: from the peers as they are."""
+    burn_in: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the steps in which the labels alone are learned."""
+
+
+class ByotConfig(MethodConfig):
+    """Be your own teacher: exits at the student's stages learn from the labels and from its own deepest classifier.
+    Exits are trained along, measured and not exported."""
+
+    taught: ClassVar[bool] = False
+    kind: Literal["byot"]
+    """The network teaches itself; the teacher, where there is one, is only compared with."""
+    exits: Annotated[list[str] | None, auto_or_list("taps", "for example [stages.0, stages.1]")] = None
+    """``auto``, the default: the last feature map of each resolution but the deepest. Or a list of taps, as
+    ``tutelage taps RECIPE`` shows them."""
+    alpha: Fraction = 0.3
+    """Of an exit: (1 - alpha) * CE + alpha * KL to the deepest, without T^2."""
+    temperature: Positive = 3.0
+    """T of that KL."""
+    hint: NotNegative = 0.03
+    """Weight of the squared distance of an exit's feature to what goes into the student's head."""
+    factor: Count = 4
+    """By how much an exit's bottleneck is narrower than that."""
+
+
+class SupervisedConfig(MethodConfig):
+    """The labels alone, smoothed or not, in place of a teacher's: a control. Learns from labelled images only."""
+
+    taught: ClassVar[bool] = False
+    kind: Literal["supervised"]
+    """Cross-entropy; the teacher, where there is one, is only compared with."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the target that is spread evenly over all classes; 0.1 is usual."""
+
+
+class TeacherFreeConfig(MethodConfig):
+    """Tf-KD: (1 - alpha) * CE + alpha * soft labels of a teacher that nobody trained. Learns from labelled images
+    only."""
+
+    taught: ClassVar[bool] = False
+    kind: Literal["teacher-free"]
+    """Soft labels made by hand, a control; the teacher, where there is one, is only compared with."""
+    alpha: Fraction = 0.1
+    """Weight of those soft labels."""
+    temperature: Positive = 20.0
+    """T at which they are softened; the paper has 20 or more."""
+    correct: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    """Probability of the label before that; the others share the rest. Above one over the number of classes."""
+    variant: Literal["authors", "paper"] = "authors"
+    """``authors``: KL(softmax(p / T) || student), the code to which the published numbers and alpha belong, close to
+    label smoothing; ``paper``: T^2 * KL of both at T."""
