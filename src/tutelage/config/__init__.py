@@ -16,6 +16,7 @@ from tutelage.config.data import (
     DataConfig,
     TextDataConfig,
 )
+from tutelage.config.evaluate import EvaluateConfig
 from tutelage.config.generate import (
     GENERATE_KINDS,
     AnswerConfig,
@@ -69,25 +70,26 @@ from tutelage.config.methods import (
     TripleConfig,
 )
 from tutelage.config.models import MODELS, LowRankConfig, ModelConfig, StudentConfig
+from tutelage.config.recipe import Recipe
 from tutelage.config.samples import SamplesConfig
-from tutelage.config.schema import (
-    OPTIMIZERS,
-    SCHEDULES,
-    TRACKERS,
+from tutelage.config.search import KeySpace, SearchConfig
+from tutelage.config.teachers import (
     CacheConfig,
     EnsembleConfig,
-    EvaluateConfig,
     MemberConfig,
-    OptimizerConfig,
-    Recipe,
-    ScheduleConfig,
     ServedConfig,
     SpeedConfig,
     TeacherConfig,
     TeacherSpeedConfig,
+)
+from tutelage.config.train import (
+    OPTIMIZERS,
+    SCHEDULES,
+    TRACKERS,
+    OptimizerConfig,
+    ScheduleConfig,
     TrainConfig,
 )
-from tutelage.config.search import KeySpace, SearchConfig
 from tutelage.config.workflows import WORKFLOW_KINDS, AssistantChainConfig, BornAgainConfig
 
 __all__ = [

@@ -17,7 +17,7 @@ from tutelage.config.judge import EndpointRecipe, JudgeConfig
 from tutelage.config.lines import Key, Loader, Place, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
 from tutelage.config.methods import METHOD_KINDS, SOFT_OF_TASK
-from tutelage.config.schema import Recipe
+from tutelage.config.recipe import Recipe
 from tutelage.config.workflows import WORKFLOW_KINDS
 from tutelage.errors import ConfigError, nearest, suggest
 

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from tutelage.config.base import Misfit, Section
 from tutelage.config.lines import Key, Place
-from tutelage.config.schema import Recipe
+from tutelage.config.recipe import Recipe
 from tutelage.errors import suggest
 
 SECRET = re.compile(r"key|secret|passw|auth|credential|bearer|^(api_?|access_?)?token$", re.IGNORECASE)

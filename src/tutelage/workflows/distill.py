@@ -22,7 +22,7 @@ from tutelage.config import (
     TeacherSpeedConfig,
     TrainConfig,
 )
-from tutelage.config.schema import cache_section
+from tutelage.config.teachers import cache_section
 from tutelage.data import Batch, InOrder, LoaderBatches, as_batch
 from tutelage.engine import from_main, make_accelerator, precision_here, tracking
 from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, ModelError
