@@ -21,6 +21,16 @@ Task = Literal["classes", "multi-label", "regression", "embedding", "ranking"]
 """What labels are: one class of several, any number of them, numbers, or none: the teacher says an embedding, or
 scores of two answers."""
 
+TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding", "ranking"]
+"""What is done with texts: one class, any number of classes, numbers, a class for each word, words that are masked,
+the next token, an embedding, scores of a query's answers."""
+
+LABELS: dict[TextTask, Task] = {
+    "classes": "classes", "multi-label": "multi-label", "regression": "regression", "tokens": "classes",
+    "mlm": "classes", "causal": "classes", "embedding": "embedding", "ranking": "ranking",
+}  # fmt: skip
+"""What the labels of a batch are."""
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -10,62 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage.data.batch import IGNORE, Batch, Task
+from tutelage.data.batch import IGNORE, LABELS, Batch, TextTask
 from tutelage.data.chat import Learn
 from tutelage.data.images import stratified
+from tutelage.data.masking import Masking, masking_for
 from tutelage.data.spans import NOWHERE, predicted
+from tutelage.data.text_labels import class_names, labels_of
 from tutelage.data.text_sources import Paths, RawText, RawTexts, open_texts
 from tutelage.data.tokens import Progress, Tokens, cut, fingerprint
-from tutelage.data.views import uniform, view_seeds
-from tutelage.errors import DataError, nearest
-
-TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding", "ranking"]
-"""What is done with texts: one class, any number of classes, numbers, a class for each word, words that are masked,
-the next token, an embedding, scores of a query's answers."""
-
-LABELS: dict[TextTask, Task] = {
-    "classes": "classes", "multi-label": "multi-label", "regression": "regression", "tokens": "classes",
-    "mlm": "classes", "causal": "classes", "embedding": "embedding", "ranking": "ranking",
-}  # fmt: skip
-"""What the labels of a batch are."""
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Masked language modelling: which tokens a view hides, as a function of its seed.
-
-    Attributes:
-        share: of the tokens of the text that are to be guessed.
-        mask: id of the mask token, which 8 of 10 of them become.
-        ids: ids that 1 of 10 of them become one of; 1 of 10 stays.
-
-    Reference: Devlin et al., BERT (2019), section 3.1, task 1, which has a share of 0.15.
-    """
-
-    share: float
-    mask: int
-    ids: Tensor
-
-    def __call__(self, ids: Tensor, counted: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids with some hidden, and labels: the hidden ones, -100 elsewhere.
-
-        Args:
-            ids: ``[B, L]``.
-            counted: ``[B, L]``, true for tokens of the text.
-            seeds: ``[B]`` int64.
-        """
-        where = torch.arange(ids.shape[1])
-        places = torch.from_numpy(np.stack([view_seeds(int(seed), 0, where).numpy() for seed in seeds]))
-        draw = [torch.from_numpy(uniform(places.flatten(), stream)).view_as(ids) for stream in (101, 102, 103)]
-        chosen = (draw[0] < self.share) & counted
-        # A text without any would teach nothing: its likeliest is taken.
-        least = torch.where(counted, draw[0], torch.inf).argmin(1)
-        none = ~chosen.any(1) & counted.any(1)
-        chosen[none, least[none]] = True
-        labels = ids.masked_fill(~chosen, IGNORE)
-        other = self.ids[(draw[2] * len(self.ids)).long()]
-        seen = torch.where(chosen & (draw[1] < 0.8), torch.full_like(ids, self.mask), ids)
-        return torch.where(chosen & (draw[1] >= 0.9), other, seen), labels
+from tutelage.data.views import view_seeds
+from tutelage.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -274,7 +228,7 @@ def load_texts(
             source, path=path, options=options, text=text, teacher_text=teacher_text, label=label, route=route
         )
     raw = _without_empty(raw, dict.fromkeys([*columns, *theirs]), empty)
-    names = _class_names(raw, wanted, task, classes)
+    names = class_names(raw, wanted, task, classes)
     key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
     other = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
     differs = theirs != columns or fingerprint(other) != fingerprint(tokenizer)
@@ -318,7 +272,7 @@ def load_texts(
 
         ranks = task == "ranking"  # the student reads each text by itself, the teacher an answer with its query
         found = tokens([[c] for c in columns] if ranks else [columns], tokenizer, "texts")
-        given, targets, tags = _labels(raw, rows, wanted, task, names, split)
+        given, targets, tags = labels_of(raw, rows, wanted, task, names, split)
         count = len(found[0])
         packed = pack and task in ("mlm", "causal")
         sets[split] = TextSet(
@@ -329,7 +283,7 @@ def load_texts(
             task,
             targets,
             tags,
-            _masking(tokenizer, mask) if task == "mlm" else None,
+            masking_for(tokenizer, mask) if task == "mlm" else None,
             tokens([[theirs[0], c] for c in theirs[1:]] if ranks else [theirs], other, "teacher's texts")
             if differs or ranks
             else (),
@@ -423,99 +377,6 @@ def _blank(text: Any) -> bool:
     return text is None or not (text.strip() if isinstance(text, str) else text)
 
 
-# Labels ------------------------------------------------------------------------------------------------
-
-
-def _class_names(raw: RawText, label: Sequence[str], task: TextTask, classes: Sequence[str] | None) -> list[str]:
-    """Names in the order of the logits: as given, as the source numbers them, or sorted.
-
-    Raises:
-        DataError: names that differ from those of the data.
-    """
-    if task in ("regression", "mlm", "causal", "embedding", "ranking"):
-        return list(label) if task == "regression" else []
-    if task == "multi-label" and len(label) > 1:
-        found = list(label)
-    elif label and label[0] in raw.names:
-        found = raw.names[label[0]]
-    else:
-        values = [v for rows in raw.splits.values() for v in rows.columns[label[0]]]
-        flat = values if task == "classes" else [x for v in values for x in (v or [])]
-        found = _sorted({_name(v) for v in flat if v is not None})
-    if classes is None:
-        return found
-    missing, unknown = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
-    if missing:
-        close = nearest(missing[0], unknown, 1)
-        raise DataError(
-            f"the data has labels that are not among the classes given: {', '.join(map(repr, missing[:5]))}"
-            + (f" (is {missing[0]!r} what is called {close[0]!r} there?)" if close else ""),
-            where="label map",
-            remedy=f"classes are matched by name; given: {', '.join(list(classes)[:20])}",
-        )
-    return list(classes)
-
-
-def _sorted(names: set[str]) -> list[str]:
-    """Numbers by value, names by letter."""
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return sorted(names)
-
-
-def _name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, (bool, float)) and value == int(value) else str(value)
-
-
-def _labels(
-    raw: RawText, rows: RawTexts, label: Sequence[str], task: TextTask, names: list[str], split: str
-) -> tuple[Tensor, Tensor | None, list[list[int]] | None]:
-    """Class indices, targets and tags of a split."""
-    known, values = {name: i for i, name in enumerate(names)}, [rows.columns[c] for c in label]
-    numbered = raw.names.get(label[0]) if label else None
-
-    def index(value: Any) -> int:
-        return known[numbered[value] if numbered is not None else _name(value)]
-
-    def has(value: Any) -> bool:
-        return value is not None and not (numbered is not None and isinstance(value, int) and value < 0)
-
-    if task == "classes":
-        return torch.tensor([index(v) if has(v) else IGNORE for v in values[0]], dtype=torch.int64), None, None
-    none = torch.full((rows.length,), IGNORE)
-    if task == "tokens":
-        tags = [[index(v) if has(v) else IGNORE for v in (row or [])] for row in values[0]]
-        return torch.zeros_like(none), None, tags
-    if task == "multi-label":
-        if len(label) > 1:
-            table = [[_number(v, c, raw, split) for v in values[i]] for i, c in enumerate(label)]
-            targets = torch.tensor(table).T.contiguous()
-        else:
-            targets = torch.zeros(rows.length, len(names))
-            for i, row in enumerate(values[0]):
-                targets[i, [index(v) for v in (row or [])]] = 1.0
-        return torch.zeros_like(none), targets, None
-    if task == "regression":
-        table = [[_number(v, c, raw, split) for v in values[i]] for i, c in enumerate(label)]
-        targets = torch.tensor(table).T.contiguous()
-        return torch.where(targets.isnan().any(1), none, 0), targets.nan_to_num(0.0), None
-    return none, None, None
-
-
-def _number(value: Any, column: str, raw: RawText, split: str) -> float:
-    if value is None:
-        return float("nan")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise DataError(
-            f"column {column!r} of the {split} split holds {value!r}, not a number",
-            where=raw.name,
-            remedy="give numbers, or another data.task",
-        ) from None
-
-
 def _numbers(columns: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[int]]]:
     """The values that are in any of several columns, sorted, and each column as their numbers."""
     names = sorted({str(v) for column in columns for v in column})
@@ -569,14 +430,3 @@ ALIGNED_ON = 64
 def _by_length(texts: TextSet) -> TextSet:
     """For evaluation: in the order of their lengths, so that little is padded."""
     return texts.select(texts.lengths.argsort(stable=True, descending=True))
-
-
-def _masking(tokenizer: Any, share: float) -> Masking:
-    if tokenizer.mask_token_id is None:
-        raise DataError(
-            f"the tokenizer, a {type(tokenizer).__name__}, has no mask token",
-            remedy="masked language modelling is for encoders: use another teacher, or another task",
-        )
-    special = set(tokenizer.all_special_ids)
-    ids = torch.tensor([i for i in sorted(tokenizer.get_vocab().values()) if i not in special])
-    return Masking(share, tokenizer.mask_token_id, ids)

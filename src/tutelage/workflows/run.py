@@ -24,8 +24,7 @@ from tutelage.config import (
     dump_recipe,
 )
 from tutelage.data import Data, ImageData, InOrder, PlannedBatches, TextData, load_images
-from tutelage.data.batch import IGNORE
-from tutelage.data.texts import LABELS
+from tutelage.data.batch import IGNORE, LABELS
 from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
 from tutelage.errors import ConfigError, RunDirectoryError
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
