@@ -35,18 +35,8 @@ from tutelage.objectives.maps import attention_transfer, nst, review
 from tutelage.objectives.relations import correlation, pkt, rkd_angle, rkd_distance, similarity
 from tutelage.objectives.sparse import sampled_kd, topk_kd
 from tutelage.objectives.structured import dist, dkd, mlkd
-from tutelage.objectives.tokens import (
-    Crossed,
-    Hard,
-    Sampled,
-    Soft,
-    Teaching,
-    TopK,
-    check_divergence,
-    linear_cross_entropy,
-    linear_divergence,
-    linear_sums,
-)
+from tutelage.objectives.terms import Crossed, Hard, Sampled, Soft, Teaching, TopK, check_divergence
+from tutelage.objectives.tokens import linear_cross_entropy, linear_divergence, linear_sums
 from tutelage.objectives.vectors import cosine, cosine_matrix, margin_mse, patient
 
 __all__ = [
