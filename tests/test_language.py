@@ -21,7 +21,7 @@ from tutelage.data import IGNORE, Batch, load_texts
 from tutelage.data.chat import encoded
 from tutelage.data.tokens import cut
 from tutelage.engine import evaluate
-from tutelage.engine.loop import recompute
+from tutelage.engine.recompute import recompute
 from tutelage.errors import CacheError, CapabilityError, DataError
 from tutelage.methods import METHODS, Method, Term, Trainee, built
 from tutelage.methods.token import check_apart

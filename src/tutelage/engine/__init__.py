@@ -10,8 +10,9 @@ from tutelage.engine.launch import (
     slow_bf16,
     tracking,
 )
-from tutelage.engine.loop import Outcome, Training, Watcher, fit
+from tutelage.engine.loop import Outcome, Training, fit
 from tutelage.engine.rundir import RunDirectory
+from tutelage.engine.watcher import Watcher
 
 __all__ = [
     "Accelerator",

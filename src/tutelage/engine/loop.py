@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,9 @@ from tutelage.engine import checkpoint
 from tutelage.engine.ema import EMA
 from tutelage.engine.evaluate import Said, evaluate
 from tutelage.engine.optim import build_optimizer, build_schedule
+from tutelage.engine.recompute import recompute
 from tutelage.engine.rundir import RunDirectory
+from tutelage.engine.watcher import Silent, Watcher
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.methods.base import Method, Term, Trainee, needs_of
 from tutelage.taps import compile_apart
@@ -34,35 +36,6 @@ EVALUATIONS = 100
 
 CHECKPOINT_SECONDS = 20.0
 """Without ``checkpoint_every``, an evaluation is followed by a checkpoint at most this often."""
-
-
-class Watcher(Protocol):
-    """Somebody who is told how a training goes."""
-
-    def started(self, name: str, step: int, total: int) -> None:
-        """A training begins, or goes on from ``step``."""
-        ...
-
-    def stepped(self, step: int) -> None:
-        """An optimizer step is done."""
-        ...
-
-    def logged(self, line: dict[str, Any]) -> None:
-        """A line went to the metrics."""
-        ...
-
-
-class Silent:
-    """A watcher that says nothing."""
-
-    def started(self, name: str, step: int, total: int) -> None:
-        """Nothing."""
-
-    def stepped(self, step: int) -> None:
-        """Nothing."""
-
-    def logged(self, line: dict[str, Any]) -> None:
-        """Nothing."""
 
 
 @dataclass
@@ -506,25 +479,6 @@ class _State:
         best = self.best if self.best is not None else last
         of_method = _part(last, "method."), _part(best, "method.")
         return Outcome(_part(last, "student."), _part(best, "student."), *of_method, self.at)
-
-
-def recompute(student: nn.Module) -> None:
-    """Let a model of transformers compute its layers again in the backward pass.
-
-    Raises:
-        CapabilityError: it is of another kind.
-    """
-    model: Any = getattr(student, "model", student) if hasattr(student, "weights_prefix") else student
-    older = getattr(model, "gradient_checkpointing_enable", None)  # transformers has called it both
-    enable = getattr(model, "activation_checkpointing_enable", older)
-    if not callable(enable) or not getattr(model, "supports_gradient_checkpointing", False):
-        raise CapabilityError(
-            f"{type(student).__name__} cannot compute its layers again",
-            where="train.gradient_checkpointing",
-            remedy="leave it out; it is for models of transformers",
-        )
-    # Not re-entrant: in that one what is tapped inside a layer would get no gradient.
-    enable({"use_reentrant": False})
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
