@@ -432,7 +432,7 @@ def test_asking_imports_nothing_that_trains(runs: Runs, cnn: Path) -> None:
     made = runs.export("cnn", "onnx")
     files, _ = digits(cnn, 1)
     code = (
-        "import sys; from tutelage.cli_deploy import predict; predict(sys.argv[1], [sys.argv[2]]); "
+        "import sys; from tutelage.cli.deploy import predict; predict(sys.argv[1], [sys.argv[2]]); "
         "rooms = ('engine', 'methods', 'teachers', 'workflows', 'objectives', 'config'); "
         "print([r for r in rooms if f'tutelage.{r}' in sys.modules], 'accelerate' in sys.modules)"
     )

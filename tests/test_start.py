@@ -193,7 +193,7 @@ def test_nothing_is_asked_where_nobody_can_answer(tmp_path: Path) -> None:
 
 def test_who_sits_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(["digits", str(tmp_path / "asked.yaml"), "", "mlp"])
-    monkeypatch.setattr("tutelage.cli_start.typer.prompt", lambda *_, **__: next(answers))
+    monkeypatch.setattr("tutelage.cli.start.typer.prompt", lambda *_, **__: next(answers))
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda _: True})())
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert init() == 0

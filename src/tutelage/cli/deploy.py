@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tutelage.cli.base import say
 from tutelage.errors import ConfigError, DataError
 
 FORMATS = ("safetensors", "hf", "onnx", "int8", "torch-export")
@@ -37,15 +38,15 @@ def export(
         said = f"differs from the student by at most {check['greatest']:.2g} (allowed {check['tolerance']:g})"
     else:
         said = f"{check['alike']:.2%} like the student"
-    _print(f"export: {made.path}, {made.manifest['bytes']:,} bytes")
-    _print(f"check:  {said} on {check['rows']} inputs, {check['inputs']}")
+    say(f"export: {made.path}, {made.manifest['bytes']:,} bytes")
+    say(f"check:  {said} on {check['rows']} inputs, {check['inputs']}")
     measured = made.manifest.get("measured")
     for key in ("accuracy", "f1", "spearman", "perplexity"):
         if measured and key in measured["source"] and key in measured["export"]:
-            _print(f"{key}: {measured['source'][key]:.4g} before, {measured['export'][key]:.4g} rounded")
+            say(f"{key}: {measured['source'][key]:.4g} before, {measured['export'][key]:.4g} rounded")
             break
     example = "IMAGE" if made.manifest["task"] == "images" else "TEXT"
-    _print(f"card:   {made.path / 'README.md'}\nask it: tutelage predict {made.path} {example}")
+    say(f"card:   {made.path / 'README.md'}\nask it: tutelage predict {made.path} {example}")
 
 
 def predict(
@@ -72,7 +73,7 @@ def predict(
     from tutelage.deploy.runtimes import open_export
 
     for found in predictions(open_export(source), given, top=top, tokens=tokens):
-        _print(json.dumps(found, ensure_ascii=False) if as_json else _said(found))
+        say(json.dumps(found, ensure_ascii=False) if as_json else _said(found))
 
 
 def _inputs(given: list[str], file: Path | None) -> Iterator[str]:
@@ -109,10 +110,6 @@ def _said(found: dict[str, Any]) -> str:
     else:
         lines.append(f"  {found['text']}")
     return "\n".join(lines)
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
 
 
 def bench(
@@ -162,4 +159,4 @@ def bench(
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     path = Path(found["path"])
     page = write_bench(found, path.with_suffix(".html"))
-    _print(f"\n{verdict(found)}\nfigures: {path}\npage:    {page}")
+    say(f"\n{verdict(found)}\nfigures: {path}\npage:    {page}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tutelage.cli.base import say
 from tutelage.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ def init(
         target = Path(typer.prompt("Recipe to write", default=str(target)))
     _free(target, force)
     found = look(data, task=task, text=text, label=label)
-    _say(f"found:  {found.words()}")
+    say(f"found:  {found.words()}")
     if asks:
         teacher, student = _asked(found, teacher, student)
     _write(target, first_recipe(found, teacher=teacher, student=student, checkpoint=checkpoint))
-    _say(f"recipe: {target}\nnext:   tutelage run {target}")
+    say(f"recipe: {target}\nnext:   tutelage run {target}")
 
 
 def recipes(
@@ -88,7 +89,7 @@ def recipes(
         known = shipped()
         width = max(map(len, known))
         for each, about in known.items():
-            _say(f"{each:<{width}}  {about}")
+            say(f"{each:<{width}}  {about}")
         return
     text = recipe_text(name)
     if out is None:
@@ -96,7 +97,7 @@ def recipes(
         return
     _free(out, force)
     _write(out, text)
-    _say(f"recipe: {out}")
+    say(f"recipe: {out}")
 
 
 def _asked(found: Found, teacher: str | None, student: str | None) -> tuple[str | None, str | None]:
@@ -124,7 +125,3 @@ def _write(path: Path, text: str) -> None:
     from tutelage.files import write_text
 
     write_text(path, text)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
