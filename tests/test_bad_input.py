@@ -129,7 +129,7 @@ TEXT = [
     Case("empty-tag", ["recipe.yaml", "not YAML", "without tags"], {"steps: 2": "steps: !!int ''"}),
     Case("impossible-tag", ["recipe.yaml", "not YAML", "without tags"], {"steps: 2": "steps: !!int many"}),
     Case("number-too-long", ["recipe.yaml", "not YAML", "shorter"], {"steps: 2": "steps: " + "7" * 5000}),
-    Case("too-deep", ["recipe.yaml", "too deeply"], {"steps: 2": "steps: " + "[" * 600 + "]" * 600}),
+    Case("too-deep", ["recipe.yaml", "too deeply"], {"steps: 2": "steps: " + "[" * 3000 + "]" * 3000}),
     Case("alias-of-itself", ["recipe.yaml:11", "train.steps", "valid integer"], {"steps: 2": "steps: &a [*a]"}),
     Case("recipe-is-a-folder", ["teacher", "cannot be read", "YAML file"], recipe="teacher"),
     Case("recipe-missing", ["recipes.yaml", "no such recipe", "did you mean recipe.yaml"], recipe="recipes.yaml"),

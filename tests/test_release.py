@@ -8,9 +8,13 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import tutelage
 
@@ -69,6 +73,54 @@ def test_every_dependency_names_its_oldest_version() -> None:
 def test_declared_pythons_are_those_that_are_required() -> None:
     declared = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     assert f">={declared[0]}" == PROJECT["requires-python"]
+
+
+def core_alone() -> set[str]:
+    """Distributions that an installation without any extra has."""
+    found: set[str] = set()
+    wanted = list(PROJECT["dependencies"])
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        with suppress(metadata.PackageNotFoundError):
+            wanted += metadata.requires(name) or []
+    return found
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+class CoreAlone:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {missing} else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [CoreAlone(finder) for finder in sys.meta_path]
+from tutelage.cli import main
+main({command})
+"""
+
+
+def test_quickstart_runs_on_the_core_alone(tmp_path: Path) -> None:
+    core = core_alone()
+    missing = {
+        module
+        for module, names in metadata.packages_distributions().items()
+        if not core & {canonicalize_name(n) for n in names} and module != "tutelage"
+    }
+    assert {"rapidfuzz", "transformers", "timm", "PIL"} & missing, "nothing is taken away"
+    command = ["run", str(ROOT / "recipes" / "digits.yaml"), "seeds=[0]", "--out", str(tmp_path / "run")]
+    command += ["teacher.train.epochs=null", "teacher.train.steps=40", "train.epochs=null", "train.steps=2"]
+    script = WITHOUT_EXTRAS.format(missing=missing, command=command)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -8,9 +8,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from rapidfuzz import process
-from rapidfuzz.distance import Indel
-
 from tutelage.config import Generations
 from tutelage.workflows.generate.desk import Wave
 from tutelage.workflows.generate.duplicates import words
@@ -149,6 +146,9 @@ def _most_frequent(found: Sequence[Answer], pattern: re.Pattern[str]) -> list[Ch
 
 def _central(texts: Sequence[str]) -> int:
     """The text with the highest mean ROUGE-L to all."""
+    from rapidfuzz import process
+    from rapidfuzz.distance import Indel
+
     split = [words(text) for text in texts]
     near = process.cdist(split, split, scorer=Indel.normalized_similarity)
     return int(near.mean(axis=1).argmax())

@@ -13,8 +13,6 @@ from array import array
 from collections import Counter, defaultdict
 
 import numpy as np
-from rapidfuzz import process
-from rapidfuzz.distance import Indel
 
 WORD = re.compile(r"\w+")
 SLACK = 1e-9
@@ -60,6 +58,9 @@ class Near:
         return "".join(chr(codes.setdefault(w, FIRST_CODE + len(codes) % 0x100000)) for w in words(text))
 
     def _like(self, coded: str) -> int | None:
+        from rapidfuzz import process
+        from rapidfuzz.distance import Indel
+
         if not coded:
             return next((i for i, kept in enumerate(self.texts) if not kept), None)
         posts = [found for word in self._prefix(coded) if (found := self._posts.get(word)) is not None]
