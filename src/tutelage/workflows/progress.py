@@ -16,7 +16,12 @@ T = TypeVar("T")
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} steps/s" if task.speed else "", style="progress.data.speed")
+        return Text(show_rate(task.speed) if task.speed else "", style="progress.data.speed")
+
+
+def show_rate(rate: float) -> str:
+    """``12 steps/s``, or ``2.3 s/step`` where a step takes longer than a second."""
+    return f"{rate:.0f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
 
 
 def show_terms(line: dict[str, Any]) -> str:
@@ -39,7 +44,7 @@ class Terminal:
         self.live = speaks and self.console.is_terminal
         self.progress: Progress | None = None
         self.name, self.total, self.terms, self.validation = "", 0, "", ""
-        self.shown = self.began = 0.0
+        self.shown = self.began = self.drawn = 0.0
         self.first = 0
 
     def say(self, text: str) -> None:
@@ -65,13 +70,16 @@ class Terminal:
                 transient=True,
                 expand=True,
                 refresh_per_second=5,
+                speed_estimate_period=120,
             )
             self.task = self.progress.add_task(name, total=total, completed=step, terms="")
             self.progress.start()
 
     def stepped(self, step: int) -> None:
         """An optimizer step is done."""
-        if self.progress is not None and (step % 20 == 0 or step == self.total):
+        now = time.monotonic()
+        if self.progress is not None and (step % 20 == 0 or step == self.total or now - self.drawn > 0.5):
+            self.drawn = now
             self.progress.update(self.task, completed=step, terms=f"{self.validation}  {self.terms}".strip())
 
     def logged(self, line: dict[str, Any]) -> None:
@@ -86,7 +94,7 @@ class Terminal:
                 done, left = line["step"] - self.first, self.total - line["step"]
                 rate = done / (now - self.began)
                 self.say(
-                    f"{self.name}: step {line['step']}/{self.total}, {rate:.0f} steps/s, "
+                    f"{self.name}: step {line['step']}/{self.total}, {show_rate(rate)}, "
                     f"{left / rate:.0f} s left, {self.terms}, {self.validation}"
                 )
 
