@@ -30,6 +30,7 @@ from tutelage.reports.script import SCRIPT
 from tutelage.reports.search import search_body
 from tutelage.reports.series import told
 from tutelage.reports.style import STYLE
+from tutelage.reports.tasks import by_tasks
 from tutelage.reports.wording import escaped
 
 
@@ -66,7 +67,7 @@ def page(found: Sequence[Run | Series | Judgement]) -> str:
     explored: list[dict[str, Any]] = []
     parts = []
     if runs:
-        parts = [headline(runs), comparison(runs), final(runs), costs(runs), answers.judged(runs)]
+        parts = [headline(runs), comparison(runs), final(runs), by_tasks(runs), costs(runs), answers.judged(runs)]
         parts += [answers.written(runs), _figures(runs, drawn), samples(runs, explored)]
         parts += [dark_knowledge(runs, lambda panel: _number(panel, drawn))]
     for one in series:

@@ -348,6 +348,8 @@ class Summary(_Part):
     """What is known of a teacher behind a server, which is not measured."""
     students: Students
     gain: dict[str, Pair] | None = None
+    tasks: dict[str, dict[str, dict[str, float]]] | None = None
+    """Of each model and task of lm-evaluation-harness the metrics, by name."""
     device: str | None = None
     processes: int | None = None
     exported: str | None = None
