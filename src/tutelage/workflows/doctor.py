@@ -40,8 +40,9 @@ class Finding:
 
 
 def _bad(topic: str, error: TutelageError) -> Finding:
-    """What was raised, with the file or key that it names."""
-    return Finding("bad", topic, f"{error.where}: {error.what}" if error.where else error.what, error.remedy)
+    """What was raised, with the file or key that it names, unless that is the topic."""
+    named = error.where not in (None, "", topic)
+    return Finding("bad", topic, f"{error.where}: {error.what}" if named else error.what, error.remedy)
 
 
 def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
