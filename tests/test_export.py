@@ -145,6 +145,16 @@ def test_eight_bits_say_what_they_cost(runs: Runs, world: str) -> None:
     assert "eight bits" in (made / "README.md").read_text()
 
 
+@pytest.mark.parametrize("world", ["cnn", "bert"])
+def test_no_weight_of_eight_bits_is_signed(runs: Runs, world: str) -> None:
+    import onnx
+
+    weights = onnx.load(runs.export(world, "int8") / "model.onnx").graph.initializer
+    kinds = {onnx.TensorProto.DataType.Name(w.data_type) for w in weights if len(w.dims) > 1}
+    assert "UINT8" in kinds
+    assert "INT8" not in kinds
+
+
 def test_a_graph_says_nothing_of_the_files_it_was_made_in(runs: Runs) -> None:
     content = (runs.export("cnn", "onnx") / "model.onnx").read_bytes()
     assert b"site-packages" not in content
@@ -303,8 +313,14 @@ def test_other_tasks_of_texts_are_exported_and_asked(task: str, tmp_path: Path) 
     folder = text_worlds.encoder(tmp_path / "model", kinds[task], **more)
     card = {"task": task, "classes": ["a", "b", "c"] if more else [], "preprocessing": {"max_length": 24}}
     (folder / "model.json").write_text(json.dumps(card))
-    to = "onnx" if task == "embedding" else "torch-export"
+    to = "torch-export" if task in ("tokens", "regression") else "onnx"
     made = export(folder, to, out="made", terminal=deployed.QUIET)
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession("made/model.onnx")
+        assert [output.name for output in session.get_outputs()] == [made.manifest["output"]]
+        assert [given.name for given in session.get_inputs()] == made.manifest["inputs"]
     assert "made up" in made.manifest["check"]["inputs"]
     text = "the [MASK] is a proxy" if task == "mlm" else "the matrix is a proxy"
     (found,) = predict("made", [text], top=2)

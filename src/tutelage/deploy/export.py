@@ -21,7 +21,7 @@ from torch import nn
 
 from tutelage.deploy.card import model_card
 from tutelage.deploy.check import TOLERANCE, compare
-from tutelage.deploy.formats import FORMATS, few_rows
+from tutelage.deploy.formats import FORMATS, few_rows, output_name
 from tutelage.deploy.runtimes import MANIFEST, AsModule, input_names, open_export
 from tutelage.deploy.subject import Graph, Inputs, Subject, is_transformers
 from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, suggest
@@ -109,7 +109,7 @@ def write_export(
             "format": to,
             "task": subject.task,
             "inputs": list(names),
-            "output": "embedding" if subject.task == "embedding" else "logits",
+            "output": output_name(subject.task),
             "classes": subject.classes,
             "preprocessing": subject.preprocessing,
             "source": subject.source,
