@@ -2,13 +2,15 @@
 
     set -- student.vocabulary=corpus data.max_length=48 train.epochs=1 baseline=false
     tutelage run recipes/classify-text.yaml "$@" teacher.train.epochs=2 --out runs/half
-    tutelage run recipes/classify-text.yaml "$@" teacher.train=null "method={kind: supervised}" --out runs/alone
-    python benchmarks/smaller.py "3 layers, trimmed vocabulary=runs/half,runs/alone" ...
+    set -- "$@" "method={kind: supervised}" teacher.train=null
+    tutelage run recipes/classify-text.yaml "$@" --out runs/alone
+    tutelage run recipes/classify-text.yaml "$@" teacher.checkpoint=runs/half/models/teacher --out runs/labels
+    python benchmarks/smaller.py "3 layers, trimmed vocabulary=runs/half,runs/alone,runs/labels" ...
 
 Reads what the runs wrote: accuracy of the test split for the weights chosen on validation. Retention is the student's
-accuracy over the teacher's, seed by seed, with Student's 95 % interval where there are several. A run after a comma
-is of the same student without a teacher: the same layers of the pretrained model, fine-tuned on the labels for as
-many steps; without one, the gain is over the same initial weights, where the run has that. Puts the figures into
+accuracy over the teacher's, seed by seed, with Student's 95 % interval where there are several. After commas, and if
+they are there, two runs of the same student for as many steps on the labels: one from the layers of the pretrained
+model, which never saw the teacher, and one from the teacher's own layers. Puts the figures into
 ``results/smaller.json`` and ``.md``, and the frontier into ``results/smaller.svg``.
 """
 
@@ -24,24 +26,31 @@ from tutelage.workflows.statistics import paired
 RESULTS = Path("results")
 
 
-def student(run: Path, alone: Path | None) -> dict[str, Any]:
-    """Parameters, accuracy by seed and retention of a run's student, and its gain over one without a teacher."""
+CONTROLS = ("without a teacher", "the teacher's layers, labels alone")
+
+
+def student(run: Path, *controls: Path) -> dict[str, Any]:
+    """Parameters, accuracy by seed and retention of a run's student, and what it gained over each control."""
     summary = json.loads((run / "summary.json").read_text())
-    gain = summary.get("gain", {}).get("best")
-    without = None if alone is None else json.loads((alone / "summary.json").read_text())
-    scores, teacher = summary["students"]["distilled"]["best"]["accuracy"]["values"], summary["teacher"]["accuracy"]
+    scores, teacher = distilled(summary), summary["teacher"]["accuracy"]
     sizes = summary["parameters"]
-    if without is not None:
-        assert without["seeds"] == summary["seeds"]
-        assert without["parameters"]["student"] == sizes["student"]
-        others = without["students"]["distilled"]["best"]["accuracy"]["values"]
-        gain = {**paired(scores, others), "alone": others}
+    gains = {}
+    for name, control in zip(CONTROLS, controls, strict=False):
+        other = json.loads((control / "summary.json").read_text())
+        assert other["seeds"] == summary["seeds"]
+        assert other["parameters"]["student"] == sizes["student"]
+        gains[name] = {**paired(scores, distilled(other)), "accuracy": distilled(other)}
     return {
         "parameters": sizes["student"], "smaller": 1 - sizes["student"] / sizes["teacher"], "accuracy": scores,
-        "retention": paired([score / teacher for score in scores], [0.0] * len(scores)),
-        "gain": gain,
+        "retention": paired([score / teacher for score in scores], [0.0] * len(scores)), "gains": gains,
         "teacher": {"parameters": sizes["teacher"], "accuracy": teacher},
     }  # fmt: skip
+
+
+def distilled(summary: dict[str, Any]) -> list[float]:
+    """Accuracy of a run's students by seed."""
+    scores: list[float] = summary["students"]["distilled"]["best"]["accuracy"]["values"]
+    return scores
 
 
 def within(figure: dict[str, Any], unit: float = 100, signed: str = "") -> str:
@@ -61,15 +70,16 @@ def table(rows: dict[str, dict[str, Any]], command: str) -> str:
         "# How small a student may be", "",
         f"Sections of Debian's packages; teacher of {teacher['parameters']:,} parameters, accuracy "
         f"{100 * teacher['accuracy']:.1f} % of the held-out file. `{command}`", "",
-        "| student | parameters | fewer | seeds | accuracy, % | keeps, % (95 %) | over it alone, points (95 %) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| student | parameters | fewer | seeds | accuracy, % | keeps, % (95 %) "
+        + "".join(f"| over {name}, points (95 %) " for name in CONTROLS) + "|",
+        "| --- " * (6 + len(CONTROLS)) + "|",
     ]  # fmt: skip
     for name, row in rows.items():
         mean = sum(row["accuracy"]) / len(row["accuracy"])
-        gain = "" if row["gain"] is None else within(row["gain"], signed="+")
+        gains = [within(row["gains"][name], signed="+") if name in row["gains"] else "" for name in CONTROLS]
         lines.append(
             f"| {name} | {row['parameters']:,} | {100 * row['smaller']:.1f} % | {len(row['accuracy'])} "
-            f"| {100 * mean:.1f} | {within(row['retention'])} | {gain} |"
+            f"| {100 * mean:.1f} | {within(row['retention'])} | {' | '.join(gains)} |"
         )
     return "\n".join([*lines, "", "![Accuracy kept against parameters](smaller.svg)", ""])
 
@@ -108,13 +118,12 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Read the runs, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN[,ALONE]")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN[,ALONE[,LABELS]]")
     args = parser.parse_args()
     rows = {}
     for given in args.runs:
         name, _, runs = given.partition("=")
-        run, _, alone = runs.partition(",")
-        rows[name] = student(Path(run), Path(alone) if alone else None)
+        rows[name] = student(*(Path(run) for run in runs.split(",")))
     command = "python benchmarks/smaller.py " + " ".join(f'"{given}"' for given in args.runs)
     (RESULTS / "smaller.json").write_text(json.dumps({"command": command, "students": rows}, indent=1) + "\n")
     text = table(rows, command)
