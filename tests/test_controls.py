@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import tutelage
-from tutelage import api, cli, objectives
+from tutelage import api, objectives
+from tutelage.cli.run import _show
 from tutelage.config import METHOD_KINDS, build_recipe, load_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError
@@ -171,7 +172,7 @@ def test_without_a_teacher_nothing_is_said_of_one(untaught: api.Finished) -> Non
 
 
 def test_the_terminals_table_has_no_empty_columns(untaught: api.Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    cli._show(untaught.summary, untaught.path)
+    _show(untaught.summary, untaught.path)
     shown = capsys.readouterr().out
     assert "accuracy" in shown
     assert "agreement" not in shown
