@@ -416,8 +416,10 @@ def test_a_recipe_s_speed_reaches_the_teacher(tmp_path: Path, speed: dict[str, A
     fast = api.run(build_recipe(recipe(**speed)), out=tmp_path / "fast", terminal=quiet)
     a, b = (p.summary["students"]["distilled"]["last"]["loss"]["mean"] for p in (plain, fast))
     assert a == b if speed.keys() & {"overlap", "process"} else a == pytest.approx(b, abs=0.02)
-    # batches of another size are added up in another order on some processors
-    same = plain.summary["teacher"]["loss"] == pytest.approx(fast.summary["teacher"]["loss"], rel=1e-6)
+    loss = fast.summary["teacher"]["loss"]
+    if "batch_size" in speed:  # batches of another size are added up in another order on some processors
+        loss = pytest.approx(loss, rel=1e-6)
+    same = plain.summary["teacher"]["loss"] == loss
     assert same != ("dtype" in speed), "the teacher's figures are of it as it runs"
 
 
