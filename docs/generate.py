@@ -45,6 +45,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "method: kind: byot": config.ByotConfig,
     "method: kind: token": config.TokenConfig,
     "method: kind: on-policy": config.OnPolicyConfig,
+    "method.rollouts": config.RolloutsConfig,
     "method: kind: cross-tokenizer": config.CrossTokenizerConfig,
     "method: kind: sequence": config.SequenceConfig,
     "method: kind: mutual": config.MutualConfig,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import language_worlds as worlds
+import served_worlds
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import IGNORE, Batch, PlannedBatches
 from tutelage.data.tokens import cut
@@ -115,6 +117,18 @@ def language_model(width: int, layers: int, seed: int) -> nn.Module:
     return found
 
 
+def written_by(accelerator: Accelerator) -> str:
+    """The address of a server of the main process, whose weights are another student's."""
+    found = [""]
+    if accelerator.is_main_process:
+        server = served_worlds.Server(language_model(16, 2, seed=9), worlds.tokenizer())
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = [f"{server.url}/v1"]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
 class Snapshots:
     """A watcher that keeps the weights after every step."""
 
@@ -168,7 +182,9 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         data = Sentences(pack=False)
         student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)
         student.generation_config.eos_token_id = list(range(0, 300, 5))  # type: ignore[union-attr]
-        method = built(OnPolicyMethod(1.0, sampling=0.0, max_new=9), student, teacher, data.fetch(data.ids), seed=4)
+        rollouts = {"url": written_by(accelerator), "every": 1} if "served" in kind else None
+        own = OnPolicyMethod(1.0, sampling=0.0, max_new=9, rollouts=rollouts)
+        method = built(own, student, teacher, data.fetch(data.ids), seed=4)
     if "token" in kind:
         data = Sentences(pack=kind.endswith("packed"))
         student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)

@@ -25,6 +25,8 @@ class Server(ThreadingHTTPServer):
         self.model, self.tokenizer, self.most, self.longest = model.eval(), tokenizer, most, longest
         self.faults: list[Fault | None] = []
         self.asked: list[Any] = []
+        self.told: list[tuple[str, Any]] = []
+        self.takes = True
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
 
@@ -48,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
     def reply(self, status: int, body: Any, **headers: str) -> None:
-        raw = json.dumps(body).encode()
+        raw = b"" if body is None else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"content-length": str(len(raw)), "content-type": "application/json", **headers}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -68,6 +70,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path in ("/collective_rpc", "/reset_prefix_cache"):
+            with self.server.lock:
+                self.server.told.append((self.path, body))
+            if not self.server.takes:
+                self.reply(404, {"error": {"message": "not found"}})
+                return
+            self.reload(body) if self.path == "/collective_rpc" else self.reply(200, None)
+            return
         if self.path == "/tokenize":
             text = body.get("prompt", body.get("content"))
             self.reply(200, {"tokens": self.server.tokenizer(text, add_special_tokens=False)["input_ids"]})
@@ -82,7 +92,36 @@ class Handler(BaseHTTPRequestHandler):
         if answer is not None:
             self.reply(200, answer)
 
+    def reload(self, body: Any) -> None:
+        """`collective_rpc` of vLLM's development mode, of the one method that is called here."""
+        from transformers import AutoModelForCausalLM
+
+        assert body["method"] == "reload_weights"
+        with self.server.lock:
+            self.server.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
+        self.reply(200, {"results": [None]})
+
+    def written(self, body: Any) -> Any:
+        """A completion of token ids, its end among them, drawn as vLLM does where a request says all of it."""
+        assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, -1, 0.0, 1.0)
+        ids, warm = torch.tensor([body["prompt"]]), body["temperature"] > 0
+        drawing = (
+            {"do_sample": True, "temperature": body["temperature"], "top_k": 0} if warm else {"do_sample": False}
+        )
+        with self.server.lock, torch.no_grad():
+            said = self.server.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=body["max_tokens"],
+                eos_token_id=body["stop_token_ids"] or None, pad_token_id=0, **drawing,
+            )[0, ids.shape[1] :].tolist()  # fmt: skip
+        ended = said[-1] in body["stop_token_ids"]
+        choice = {"index": 0, "text": "?", "finish_reason": "stop" if ended else "length"}
+        return {"id": "cmpl-2", "object": "text_completion", "model": body["model"], "choices": [
+            {**choice, **({"token_ids": said} if body.get("return_token_ids") else {})},
+        ]}  # fmt: skip
+
     def vllm(self, body: Any) -> Any:
+        if "prompt_logprobs" not in body:
+            return self.written(body)
         k = body["prompt_logprobs"]
         if k > self.server.most:
             message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.server.most}"

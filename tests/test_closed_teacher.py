@@ -33,15 +33,21 @@ pytestmark = pytest.mark.skipif(
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """`transformers serve` on a model's folder; gives its address."""
+def served(folder: Path | None, place: Path) -> Iterator[str]:
+    """`transformers serve` on a model's folder, or on what it is asked for; gives its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [str(Path(sys.executable).with_name("transformers")), "serve", folder.name, "--device", "cpu"]
-    log = open(folder.parent / "serve.log", "wb")  # noqa: SIM115
+    words = [
+        str(Path(sys.executable).with_name("transformers")),
+        "serve",
+        *([] if folder is None else [folder.name]),
+        "--device",
+        "cpu",
+    ]
+    log = open(place / "serve.log", "wb")  # noqa: SIM115
     process = subprocess.Popen(
-        [*words, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log, cwd=folder.parent,
+        [*words, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log, cwd=place,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     try:
@@ -53,7 +59,7 @@ def served(folder: Path) -> Iterator[str]:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
         else:
-            pytest.fail((folder.parent / "serve.log").read_text()[-2000:])
+            pytest.fail((place / "serve.log").read_text()[-2000:])
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.kill()
@@ -116,7 +122,10 @@ def test_from_a_real_server_through_faults_to_a_student_before_a_judge(
             "answers": {"before": "hf:fresh", "after": "hf:runs/small/student", "teacher": "given"},
         },
     }  # fmt: skip
-    with served(tmp_path / teacher) as url, Closed(upstream=url, model=teacher, rate=0.3, slow=3.0) as proxy:
+    with (
+        served(tmp_path / teacher, tmp_path) as url,
+        Closed(upstream=url, model=teacher, rate=0.3, slow=3.0) as proxy,
+    ):
         endpoint = {"url": proxy.url, "model": teacher, "concurrency": 4, "timeout": 60}
         recipe["generate"]["endpoint"] = {**endpoint, "timeout": 2 if teacher == "tiny" else 60}  # type: ignore[index]
         recipe["judge"]["endpoint"] = endpoint  # type: ignore[index]

@@ -77,10 +77,11 @@ def test_a_language_model_learns_the_same_however_its_texts_are_packed_and_split
 
 def test_a_sharded_student_writes_what_a_whole_one_does(tmp_path: Path) -> None:
     one = steps(tmp_path / "one", 1, 1, "on-policy", count=2)
-    two = steps(tmp_path / "two", 2, 2, "fsdp-on-policy", count=2)
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for kind in ("fsdp-on-policy", "fsdp-served-on-policy"):  # or a server that has its weights
+        two = steps(tmp_path / kind, 2, 2, kind, count=2)
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_memory_of_a_contrast_moves_by_what_all_processes_saw(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ import served_worlds as servers
 import tutelage
 from language_worlds import cutter, folder
 from test_language import causal, model, total
+from tutelage import servers as asking
 from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CacheError, CapabilityError, ConfigError, EndpointError
 from tutelage.methods import METHODS, built, check_capabilities
 from tutelage.taps import Needs, observe
-from tutelage.teachers import ServedTeacher, served
+from tutelage.teachers import ServedTeacher
 from tutelage.teachers.cache import info
 from tutelage.teachers.signal import Signal, Sparse
 from tutelage.workflows.caching import fill
@@ -39,7 +40,7 @@ K = 12
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "FIRST_WAIT", 0.005)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.005)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 

@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all, and what an operating system says when it refuses, in words."""
+"""Files that appear whole or not at all, what an operating system says when it refuses, in words, and libraries that
+say nothing while they read and write."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -94,3 +96,22 @@ def locked(handle: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its bars and its remarks on new heads, which are said better elsewhere."""
+    if importlib.util.find_spec("transformers") is None:  # whatever has save_pretrained without it
+        yield
+        return
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

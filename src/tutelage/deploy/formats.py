@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tutelage.deploy.runtimes import ONNX, PROGRAM
 from tutelage.deploy.subject import IMAGE, Graph, Inputs, Subject, is_transformers
 from tutelage.errors import CapabilityError, ModelError, TutelageError, require
+from tutelage.files import quiet
 from tutelage.models import MODEL_CARD, WEIGHTS, save_model
 from tutelage.models.files import read_card
-from tutelage.models.texts import quiet
 
 Writer = Callable[[Subject, Path, tuple[str, ...], Inputs, Sequence[Inputs]], dict[str, Any]]
 """Writes a model to a folder, given the names of its inputs, a few rows of them, and others to calibrate with;

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tutelage.deploy.subject import Graph, Inputs, auto_class, read_subject
 from tutelage.errors import CheckpointError, nearest, require
+from tutelage.files import quiet
 from tutelage.models import load_model, tokenizer_of
-from tutelage.models.texts import SentenceEncoder, quiet
+from tutelage.models.texts import SentenceEncoder
 
 MANIFEST = "export.json"
 """What an export holds and needs, as JSON."""

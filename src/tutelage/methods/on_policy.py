@@ -13,6 +13,7 @@ from tutelage import objectives
 from tutelage.data.batch import IGNORE, Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Term
+from tutelage.methods.rollouts import Rollouts
 from tutelage.methods.texts import linear_head
 from tutelage.methods.token import Divergence, TokenMethod
 from tutelage.methods.writing import Answer, write
@@ -60,6 +61,8 @@ class OnPolicyMethod(TokenMethod):
         adaptive: by how much lambda grows, up to 1, at an evaluation whose loss is above that at which it grew last
             (first: that of the first evaluation) by ``slack`` or more. DistiLLM: 0.1, from ``lmbda`` 0.
         slack: in nats.
+        rollouts: arguments of :class:`Rollouts`, a server that writes in the student's place. Default: the student
+            writes in this process.
         task: what labels are.
 
     Raises:
@@ -95,6 +98,7 @@ class OnPolicyMethod(TokenMethod):
         mix: float = 0.0,
         adaptive: float = 0.0,
         slack: float = 0.1,
+        rollouts: Mapping[str, Any] | None = None,
         task: Task = "classes",
     ) -> None:
         super().__init__(
@@ -121,6 +125,12 @@ class OnPolicyMethod(TokenMethod):
                 f"mix={mix:g} with sampling={sampling:g}, replay={replay}",
                 remedy="weights of mixed answers are known of what was just written: below 1, sampling 1, replay 0",
             )
+        if rollouts is not None and (long or mix):
+            raise ConfigError(
+                f"rollouts with long={long:g}, mix={mix:g}",
+                remedy="both know the probabilities of what the student itself has just written; leave rollouts out",
+            )
+        self.rollouts = None if rollouts is None else Rollouts(**rollouts)
         self.lmbda, self.max_new, self.max_prompt = lmbda, max_new, max_prompt
         self.sampling, self.reuse, self.mix, self.adaptive, self.slack = sampling, reuse, mix, adaptive, slack
         self.validates = adaptive > 0
@@ -172,6 +182,8 @@ class OnPolicyMethod(TokenMethod):
                     remedy="leave mix out, or use a live teacher",
                 )
             self._mixed = teacher, self.mix
+        if self.rollouts is not None:
+            self.rollouts.shape(student)
 
     def starts(self, student: nn.Module, step: int, total: int) -> None:
         """Where the training stands, of which the share of kept answers may be a function."""
@@ -196,6 +208,8 @@ class OnPolicyMethod(TokenMethod):
 
     def prepared(self, student: nn.Module, batch: Batch) -> Batch:
         """With probability lambda the batch with answers of the student's own, new or kept."""
+        if self.rollouts is not None:
+            self.rollouts.take(student, self._step, self.sampling)
         device, together = batch.labels.device, any(isinstance(m, FSDPModule) for m in student.modules())
         filled = min(int(self.written), len(self.kept))
         enough, draws = torch.tensor(float(filled >= len(batch)), device=device), torch.rand(2, device=device)
@@ -213,10 +227,14 @@ class OnPolicyMethod(TokenMethod):
             ]
             return _answered(rows, device)
         counted = batch.mask.any(1).tolist() if batch.mask is not None else [True] * len(batch)
-        rows = write(
-            student, list(_prompts(batch, self.max_prompt)), longest=self.max_new, temperature=self.sampling,
-            mixed=self._mixed, together=together,
-        )  # fmt: skip
+        prompts = list(_prompts(batch, self.max_prompt))
+        if self.rollouts is None:
+            rows = write(
+                student, prompts, longest=self.max_new, temperature=self.sampling, mixed=self._mixed,
+                together=together,
+            )  # fmt: skip
+        else:
+            rows = self.rollouts.write(student, prompts, longest=self.max_new, temperature=self.sampling)
         for row, counts in zip(rows, counted, strict=True):
             if counts and len(self.kept):
                 self._keep(*row)
@@ -282,7 +300,8 @@ class OnPolicyMethod(TokenMethod):
         kept = f", {share} of them from the last {len(self.kept)} answers" if len(self.kept) else ""
         grows = f", lambda grows by {self.adaptive:g} where the loss does by {self.slack:g}" if self.adaptive else ""
         whose = f"answers of {1 - self.mix:g} student and {self.mix:g} teacher" if self.mix else "its own answers"
-        return f"{super().formula()}, on {whose} ({drawn}{kept}{grows})"
+        served = f", written by {self.rollouts.url}" if self.rollouts is not None else ""
+        return f"{super().formula()}, on {whose} ({drawn}{kept}{grows}{served})"
 
 
 def next_tokens(batch: Batch) -> Tensor:

@@ -23,8 +23,9 @@ from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
 from tutelage.errors import CheckpointError, nearest
+from tutelage.files import quiet
 from tutelage.models.build import ModelSpec, build
-from tutelage.models.texts import pretrained, quiet
+from tutelage.models.texts import pretrained
 
 WEIGHTS = "model.safetensors"
 MODEL_CARD = "model.json"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import CapabilityError, ConfigError, ModelError, require
+from tutelage.files import quiet
 
 # torchao, which transformers imports wherever it is installed, has torch remark on how it registers its types
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
@@ -147,25 +147,6 @@ def _whole(model: nn.Module) -> nn.Module:
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without its bars and its remarks on new heads, which are said better elsewhere."""
-    if importlib.util.find_spec("transformers") is None:  # whatever has save_pretrained without it
-        yield
-        return
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _marked(model: nn.Module, fresh: list[str]) -> nn.Module:

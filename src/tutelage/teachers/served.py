@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import random
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -19,15 +17,11 @@ import numpy.typing as npt
 import torch
 
 from tutelage.data.batch import Batch
-from tutelage.errors import CapabilityError, EndpointError, require
+from tutelage.errors import CapabilityError, EndpointError
+from tutelage.servers import Fault, Post, Server, models_of
 from tutelage.taps import Needs
 from tutelage.teachers.signal import Signal, Sparse
 
-FIRST_WAIT = 0.5
-"""Seconds before a second attempt, about; doubled for each further one."""
-LONGEST_WAIT = 30.0
-ATTEMPTS = 4
-"""Times that a server that is well may give an answer that is not whole."""
 PREFIXES = 16
 """Beginnings of a text that a llama.cpp server is asked about in one request."""
 FORCED = "a"
@@ -46,29 +40,6 @@ class Told(NamedTuple):
 
     tokens: npt.NDArray[np.int64]
     log_probs: npt.NDArray[np.float32]
-
-
-class Fault(Exception):
-    """What may be better next time.
-
-    Args:
-        what: happened.
-        after: seconds that the server asks to wait.
-        answered: whether the server is well, and only its answer is not.
-    """
-
-    def __init__(self, what: str, *, after: float = 0.0, answered: bool = False) -> None:
-        super().__init__(what)
-        self.what, self.after, self.answered = what, after, answered
-
-
-class Post(Protocol):
-    """Sends JSON to a path of a server, from its root (``/``) or from the address that was given, and returns its
-    JSON; without a body asks for what is there."""
-
-    def __call__(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The reply."""
-        ...
 
 
 class Dialect(Protocol):
@@ -135,23 +106,16 @@ class ServedTeacher:
         timeout: float = 120.0,
         patience: float = 300.0,
     ) -> None:
-        require("httpx2", "language", "a teacher behind a server")
-        import httpx2
-
         if not 1 <= k <= classes:
             raise CapabilityError(f"k={k} of {classes} tokens", remedy=f"give 1 to {classes}")
-        if key_env is not None and key_env not in os.environ:
-            raise EndpointError(
-                f"the environment variable {key_env} is not set", where=url, remedy="put the key into it"
-            )
-        self.url, self.k, self.classes, self.patience = url.rstrip("/"), k, classes, patience
+        self.url, self.k, self.classes = url.rstrip("/"), k, classes
         self.dialect = SERVERS[server]
-        headers = {} if key_env is None else {"authorization": f"Bearer {os.environ[key_env]}"}
-        self._client = httpx2.Client(headers=headers, timeout=timeout)
-        self._threads = ThreadPoolExecutor(concurrency, "served")
-        self._dice = random.Random(0)  # of waits only
+        self._server = Server(
+            url, "teacher.endpoint", key_env=key_env, concurrency=concurrency, timeout=timeout, patience=patience
+        )
         try:
-            self.facts = {"server": server} | self._insist(lambda: self.dialect.facts(self._post, model))
+            facts = self._server.insist(lambda: self.dialect.facts(self._server.post, model))
+            self.facts = {"server": server} | facts
             self.model = self.facts["model"]
             self._check(tokenizer, longest)
         except BaseException:
@@ -166,8 +130,7 @@ class ServedTeacher:
 
     def close(self) -> None:
         """End all connections; what was asked and not answered is dropped."""
-        self._threads.shutdown(cancel_futures=True)
-        self._client.close()
+        self._server.close()
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         """What the server says of the tokens that count.
@@ -190,7 +153,7 @@ class ServedTeacher:
         index = torch.arange(self.k).expand(*counted.shape, self.k).clone()
         values = torch.full((*counted.shape, self.k), -math.log(self.classes))
         texts = [text for text in texts_of(batch) if text.at]
-        asked = [self._threads.submit(self._told, text) for text in texts]
+        asked = [self._server.soon(partial(self._told, text)) for text in texts]
         try:
             for text, answer in zip(texts, asked, strict=True):
                 told = answer.result()
@@ -206,54 +169,13 @@ class ServedTeacher:
     # Asking ----------------------------------------------------------------------------------------------
 
     def _told(self, text: Text) -> Told:
-        told: Told = self._insist(lambda: self.dialect.ask(self._post, self.model, text.ids, text.at, self.k))
+        told = self.dialect.ask(self._server.post, self.model, text.ids, text.at, self.k)
         if int(told.tokens.max()) >= self.classes:
             raise EndpointError(
                 f"names a token {int(told.tokens.max())}, the student scores 0 to {self.classes - 1}",
                 where=self.url, remedy="student and teacher must have one tokenizer",
             )  # fmt: skip
         return told
-
-    def _insist(self, ask: Callable[[], Any]) -> Any:
-        """What is asked for, asked again where that may help."""
-        began, wait, odd = time.monotonic(), FIRST_WAIT, 0
-        while True:
-            try:
-                return ask()
-            except Fault as fault:
-                odd += fault.answered
-                pause = max(wait * self._dice.uniform(0.5, 1.5), fault.after)
-                if odd >= ATTEMPTS or time.monotonic() + pause - began > self.patience:
-                    tried = f"{odd} times" if odd >= ATTEMPTS else f"for {time.monotonic() - began:.0f} s"
-                    raise EndpointError(
-                        f"{fault.what}, asked {tried}", where=self.url,
-                        remedy="see whether the server runs, and what it says; then go on with the same command",
-                    ) from None  # fmt: skip
-            time.sleep(pause)
-            wait = min(2 * wait, LONGEST_WAIT)
-
-    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        import httpx2
-
-        root = self.url.removesuffix("/v1") if path.startswith("/") else f"{self.url}/"
-        try:
-            reply = self._client.request("GET" if body is None else "POST", root + path, json=body)
-        except httpx2.TimeoutException:
-            raise Fault("does not answer in time") from None
-        except (httpx2.HTTPError, OSError) as error:
-            raise Fault(f"cannot be reached: {str(error)[:200] or type(error).__name__}") from None
-        if reply.status_code in (408, 409, 425, 429) or reply.status_code >= 500:
-            raise Fault(
-                f"answers {reply.status_code}: {_said(reply)}", after=_after(reply.headers.get("retry-after"))
-            )
-        if reply.status_code >= 400:
-            raise EndpointError(
-                f"refuses ({reply.status_code}): {_said(reply)}", where=root + path, remedy=_remedy(reply)
-            )
-        try:
-            return reply.json()
-        except ValueError:
-            raise Fault(f"answers no JSON: {reply.text[:80]!r}", answered=True) from None
 
     # Before anything is trained --------------------------------------------------------------------------------
 
@@ -272,13 +194,13 @@ class ServedTeacher:
         ids = [0, 1, 2]
         if tokenizer is not None:
             ids = list(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
-            there = self._insist(lambda: self.dialect.cut(self._post, self.model, SAMPLE))
+            there = self._server.insist(lambda: self.dialect.cut(self._server.post, self.model, SAMPLE))
             if there is not None and there != ids:
                 raise CapabilityError(
                     f"the server's tokenizer cuts a text into {there[:6]} ..., the student's into {ids[:6]} ...",
                     where=self.url, remedy="student and teacher must have one tokenizer",
                 )  # fmt: skip
-        self._told(Text(0, 0, ids, list(range(len(ids) - 1))))
+        self._server.insist(lambda: self._told(Text(0, 0, ids, list(range(len(ids) - 1)))))
 
 
 class Text(NamedTuple):
@@ -327,7 +249,7 @@ class Vllm:
 
     def facts(self, post: Post, model: str | None) -> dict[str, Any]:
         """From its list of models."""
-        there = {str(each["id"]): each for each in _listed(post)}
+        there = {str(each["id"]): each for each in models_of(post)}
         name = model if model is not None else next(iter(there), None)
         if name not in there:
             raise EndpointError(
@@ -379,7 +301,7 @@ class LlamaCpp:
 
     def facts(self, post: Post, model: str | None) -> dict[str, Any]:
         """From its list of models, and its properties."""
-        (one, *_) = _listed(post) or [{}]
+        (one, *_) = models_of(post) or [{}]
         meta, props = one.get("meta") or {}, post("/props")
         longest = props.get("default_generation_settings", {}).get("n_ctx") if isinstance(props, dict) else None
         name = model or os.path.basename(str(one.get("id", "")))
@@ -437,14 +359,6 @@ def likeliest(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> Tol
     return Told(index, np.minimum(logs, 0.0))
 
 
-def _listed(post: Post) -> list[dict[str, Any]]:
-    reply = post("/v1/models")
-    try:
-        return list(reply["data"])
-    except (LookupError, TypeError):
-        raise Fault(f"lists no models: {str(reply)[:80]}", answered=True) from None
-
-
 def _tokens(post: Post, body: Mapping[str, Any]) -> list[int] | None:
     try:
         reply = post("/tokenize", body)
@@ -452,28 +366,3 @@ def _tokens(post: Post, body: Mapping[str, Any]) -> list[int] | None:
         return None
     found = reply.get("tokens") if isinstance(reply, dict) else None
     return [int(x) for x in found] if isinstance(found, list) else None
-
-
-def _said(reply: Any) -> str:
-    try:
-        told = reply.json()
-        error = told.get("error", told)
-        text = error.get("message", error) if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
-        text = reply.text
-    return " ".join(str(text).split())[:300]
-
-
-def _after(header: str | None) -> float:
-    try:
-        return min(max(float(header or 0), 0.0), 600.0)
-    except ValueError:
-        return 0.0
-
-
-def _remedy(reply: Any) -> str:
-    if reply.status_code in (401, 403):
-        return "give the key: teacher.endpoint.key_env"
-    if "logprobs" in _said(reply):
-        return "set teacher.endpoint.k to what the server allows, or start it with --max-logprobs"
-    return "correct teacher.endpoint, or how the server was started"

@@ -11,7 +11,13 @@ from tutelage.config.methods.encoders import (
     TripleConfig,
 )
 from tutelage.config.methods.feature import FEATURE_OBJECTIVES, PROJECTORS, FeatureConfig, PairConfig, SimkdConfig
-from tutelage.config.methods.language import CrossTokenizerConfig, OnPolicyConfig, SequenceConfig, TokenConfig
+from tutelage.config.methods.language import (
+    CrossTokenizerConfig,
+    OnPolicyConfig,
+    RolloutsConfig,
+    SequenceConfig,
+    TokenConfig,
+)
 from tutelage.config.methods.logit import SOFT_OBJECTIVES, SOFT_OF_TASK, SOFT_TEMPERATURES, LogitConfig, SoftConfig
 from tutelage.config.methods.untaught import ByotConfig, MutualConfig, SupervisedConfig, TeacherFreeConfig
 
@@ -53,6 +59,7 @@ __all__ = [
     "OnPolicyConfig",
     "PairConfig",
     "PatientConfig",
+    "RolloutsConfig",
     "SequenceConfig",
     "SimkdConfig",
     "SoftConfig",

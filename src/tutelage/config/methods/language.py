@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive
+from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section
 from tutelage.config.methods.base import Layers, MethodConfig, check_labels_weight
 
 Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "tvd"]
@@ -46,6 +46,43 @@ class TokenConfig(MethodConfig):
         return self
 
 
+class RolloutsConfig(Section):
+    """A server that writes in the student's place. Every few steps it gets the student's weights, as a folder that it
+    must be able to read."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
+    """Where it is, most often with ``/v1`` at its end."""
+    kind: Literal["vllm", "openai"] = "vllm"
+    """``vllm`` gets and gives token ids and reloads its weights, for which it is started with
+    ``VLLM_SERVER_DEV_MODE=1``. ``openai``: any with ``/v1/completions``, which get and give text, and load a model by
+    the path of its folder, as ``transformers serve`` does."""
+    model: str | None = None
+    """The name to ask for. Default: of ``vllm`` the first that it serves, of ``openai`` the student's folder."""
+    every: Count | None = 10
+    """Steps after which it gets the weights anew; 1: before each. ``null``: never, so that it writes as what it
+    serves; of ``openai`` with ``model``."""
+    folder: str | None = None
+    """Where weights are written for it. Default: a temporary folder of this machine."""
+    key_env: str | None = None
+    """Name of the environment variable that holds the key. Default: none is sent."""
+    concurrency: Count = 16
+    """The most prompts that it is asked at once."""
+    timeout: Positive = 600.0
+    """Seconds that an answer may take, or loading weights."""
+    patience: Positive = 300.0
+    """Seconds after which a server that does not answer is given up."""
+
+    @model_validator(mode="after")
+    def _named(self) -> RolloutsConfig:
+        if self.kind == "openai" and (self.every is None) != (self.model is not None):
+            raise Misfit(
+                "kind: openai has new weights under the name of their folder: leave 'model' out, or set every: null "
+                "and name the model that is to write",
+                "model",
+            )
+        return self
+
+
 class OnPolicyConfig(TokenConfig):
     """Language models, taught on what the student itself writes: with probability lambda a batch's answers are its
     own, and the teacher scores them (GKD). Not with a cache, nor with packed rows."""
@@ -81,6 +118,8 @@ class OnPolicyConfig(TokenConfig):
     0.1, with ``lmbda: 0``). Needs validation data."""
     slack: NotNegative = 0.1
     """Of ``adaptive``, in nats."""
+    rollouts: RolloutsConfig | None = None
+    """A server that writes in the student's place. Default: the student writes in this process. See below."""
 
     @model_validator(mode="after")
     def _long(self) -> OnPolicyConfig:
@@ -91,6 +130,9 @@ class OnPolicyConfig(TokenConfig):
             )
         if self.mix and (self.sampling, self.replay) != (1.0, 0):
             raise Misfit("'mix' goes with sampling: 1 and replay: 0", "mix")
+        for key in ("long", "mix"):
+            if getattr(self, key) and self.rollouts is not None:
+                raise Misfit(f"{key!r} is of what the student itself has just written; remove 'rollouts'", "rollouts")
         return self
 
 
