@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 import language_worlds as worlds
 import served_worlds
@@ -129,6 +128,20 @@ def written_by(accelerator: Accelerator) -> str:
     return found[0]
 
 
+def check_parts(live: LiveTeacher, processes: int) -> None:
+    """Each process has its share of the blocks and no more, all of the rest, and the whole model as it was."""
+    from torch.distributed.tensor import DTensor
+
+    assert not any(isinstance(p, DTensor) for p in live.model.parameters())
+    (runs,) = {id(o.model): o.model for o in live._observers.values()}.values()
+    for name, parameter in runs.named_parameters():
+        whole = live.model.get_parameter(name)
+        assert isinstance(parameter, DTensor) == ("layers." in name), name
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        share = processes if isinstance(parameter, DTensor) else 1
+        assert held.numel() <= -(-whole.shape[0] // share) * whole[0].numel(), name
+
+
 class Snapshots:
     """A watcher that keeps the weights after every step."""
 
@@ -189,9 +202,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         data = Sentences(pack=kind.endswith("packed"))
         student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)
         method = built(TokenMethod("js", 2.0, 0.7, hidden=0.5), student, teacher, data.fetch(data.ids), seed=4)
-    if kind.endswith("sharded-teacher"):
-        for unit in (*teacher.model.layers, teacher.lm_head, teacher):  # type: ignore[union-attr, misc]
-            fully_shard(unit)
+    live = LiveTeacher(teacher, sharded=kind.endswith("sharded-teacher")).to("cpu")
     config = TrainConfig(
         steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0,
         ema=0.9 if kind == "ema" else None, checkpoint_every=2, log_every=1,
@@ -199,7 +210,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
     )  # fmt: skip
     training = Training(
         "job", student, method, PlannedBatches(data, BATCH, seed=3), config,
-        RunDirectory(out, writes=accelerator.is_main_process), teacher=LiveTeacher(teacher),
+        RunDirectory(out, writes=accelerator.is_main_process), teacher=live,
         validation=[data.fetch(data.ids[:37])], watcher=watcher,
     )  # fmt: skip
     prepare = accelerator.prepare
@@ -211,6 +222,8 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
 
     accelerator.prepare = remember  # type: ignore[method-assign]
     outcome = fit(training, accelerator)
+    if live.sharded:
+        check_parts(live, accelerator.num_processes)
     if kind.startswith("fsdp"):
         from torch.distributed.tensor import DTensor
 

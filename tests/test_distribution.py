@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import language_worlds as worlds
+
 HERE = Path(__file__).parent
 # As a user's shell is: nothing tells accelerate to stay on the CPU but the lack of anything else.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
@@ -155,3 +157,30 @@ def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:
     assert (tmp_path / "2" / "report.html").exists()
     found = [json.loads((tmp_path / p / "summary.json").read_text())["processes"] for p in "12"]
     assert found == [1, 2]
+
+
+def test_a_recipe_shards_its_teacher(tmp_path: Path) -> None:
+    """Students are cut from it, compared with it and taught by it as by a whole one."""
+    cutter = worlds.tokenizer()
+    worlds.llama(tmp_path / "teacher", cutter=cutter)
+    rows = worlds.conversations(60)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        "data: {source: table, path: chats.jsonl, task: causal, text: messages, max_length: 64}\n"
+        "teacher: {model: 'hf:teacher', speed: {sharded: true}}\nstudent: {model: teacher, layers: 2}\n"
+        "method: {kind: token, hidden: 0.1}\nbaseline: false\n"
+        "train: {steps: 6, batch_size: 8, optimizer: {kind: sgd, lr: 0.1}}\n"
+    )
+    for processes in (1, 2):
+        launch(processes, "-m", "tutelage", "run", str(recipe), "--out", str(tmp_path / str(processes)), cwd=tmp_path)
+    one, two = (load_file(str(tmp_path / p / "student" / "model.safetensors")) for p in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    first, second = (json.loads((tmp_path / p / "summary.json").read_text()) for p in "12")
+    assert second["teacher"]["loss"] == pytest.approx(first["teacher"]["loss"], rel=1e-5)
+    kl = [s["students"]["distilled"]["last"]["kl"]["mean"] for s in (first, second)]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-3)
+    assert set(second["latency"]) == {"student"}
+    assert "teacher" in json.loads((tmp_path / "2" / "samples" / "written.json").read_text())["models"]
+    assert (tmp_path / "2" / "report.html").exists()

@@ -66,11 +66,20 @@ class TeacherSpeedConfig(SpeedConfig):
     a thread, for which a core should be free. Without use where the teacher's word is remembered."""
     process: bool = False
     """The same from a process of its own, for a teacher whose Python holds the student up. Batches are copied."""
+    sharded: bool = False
+    """Where several processes train, each keeps a part of the teacher's blocks where it runs, and they gather one
+    block at a time (FSDP2), for a teacher that does not fit each GPU. It stays whole in main memory. Not with a
+    cache."""
 
     @model_validator(mode="after")
     def _one(self) -> TeacherSpeedConfig:
         if self.overlap and self.process:
             raise Misfit("a process of its own overlaps anyway; remove 'overlap'", "overlap")
+        if self.sharded:
+            given = {**self.model_dump(exclude_none=True), "dtype": self.dtype == "int8"}
+            for key in ("overlap", "process", "compile", "batch_size", "device", "dtype"):
+                if given.get(key):
+                    raise Misfit(f"a sharded teacher runs on all processes at once, as it is; remove {key!r}", key)
         return self
 
 
@@ -180,6 +189,14 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
         if self.cache is not None and self.speed is not None and (self.speed.overlap or self.speed.process):
             key = "process" if self.speed.process else "overlap"
             raise Misfit(f"a teacher whose word is read from disk is not asked ahead; remove {key!r}", "speed")
+        if self.speed is not None and self.speed.sharded:
+            asked = {
+                "cache": self.cache is not None,
+                "members": self.members is not None,
+                "mode": self.mode != "eval",
+            }
+            for key in (key for key, there in asked.items() if there):
+                raise Misfit(f"all processes ask a sharded teacher at once, as it is; remove {key!r}", key)
         if self.members is None:
             for key in ("combine", "weights", "average_at", "route"):
                 if getattr(self, key) is not None:

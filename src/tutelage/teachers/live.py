@@ -15,6 +15,7 @@ from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
 from tutelage.taps import Needs, Observer, compile_apart
 from tutelage.teachers.int8 import quantised
+from tutelage.teachers.sharding import blocks_of, several, sharded
 from tutelage.teachers.signal import Signal
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -44,10 +45,12 @@ class LiveTeacher:
         compile: ``torch.compile`` what runs.
         batch_size: most rows that run at once; a longer batch is cut and what is said of its parts put together.
         device: where it runs. Default: where :meth:`to` put it.
+        sharded: where a launcher started several processes, each keeps a part of its blocks' weights (FSDP2) where it
+            runs; ``model`` stays whole where it is, on the CPU. The processes must ask it the same number of times.
 
     Raises:
         CapabilityError: unknown mode or dtype, ``train_bn`` without batch norm or in parts of a batch, ``int8``
-            without a linear layer or on a GPU.
+            without a linear layer or on a GPU; ``sharded`` with what runs another way, or without blocks.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class LiveTeacher:
         compile: bool = False,
         batch_size: int | None = None,
         device: torch.device | str | None = None,
+        sharded: bool = False,
     ) -> None:
         if mode not in ("eval", "train_bn"):
             raise CapabilityError(f"unknown teacher mode {mode!r}", remedy="allowed: eval, train_bn")
@@ -66,6 +70,14 @@ class LiveTeacher:
             raise CapabilityError(f"unknown dtype {dtype!r} of a teacher", remedy="allowed: bf16, fp16, int8")
         if batch_size is not None and batch_size < 1:
             raise CapabilityError(f"batch_size={batch_size} of a teacher", remedy="give at least 1")
+        others = {"mode": mode == "train_bn", "dtype": dtype == "int8", "compile": compile, "batch_size": batch_size,
+                  "device": device}  # fmt: skip
+        if sharded and any(others.values()):
+            key = next(k for k, given in others.items() if given)
+            raise CapabilityError(f"a sharded teacher runs as it is, and {key} is set", remedy=f"leave {key} out")
+        if sharded:
+            blocks_of(model)
+        self.sharded = sharded
         self.model = model.requires_grad_(False).eval()
         self.model.zero_grad(set_to_none=True)  # what its own training left
         self.mode, self.dtype, self.compile, self.batch_size = mode, dtype, compile, batch_size
@@ -73,6 +85,8 @@ class LiveTeacher:
         self.provides = frozenset({"logits", "hidden"} if dtype == "int8" else {"logits", "hidden", "head"})
         self._observers: dict[Needs, Observer] = {}
         self._modules: list[nn.Module] = []
+        self._parts: nn.Module | None = None
+        self._here = torch.device("cpu")
         if mode == "train_bn" and not any(isinstance(m, _BatchNorm) for m in model.modules()):
             raise CapabilityError(
                 f"teacher mode 'train_bn', but {type(model).__name__} has no batch norm", remedy="use mode: eval"
@@ -90,7 +104,9 @@ class LiveTeacher:
     def to(self, device: torch.device | str) -> Self:
         """This teacher, its model moved to ``device`` unless it has one of its own."""
         self.close()
-        self.model.to(self.device or device)
+        self._here = torch.device(device)
+        if not (self.sharded and several()):
+            self.model.to(self.device or device)
         return self
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
@@ -112,11 +128,11 @@ class LiveTeacher:
         """Take the taps off the model, and drop its copies; the next signal makes them again."""
         while self._observers:
             self._observers.popitem()[1].close()
-        self._modules = []
+        self._modules, self._parts = [], None
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to another process: taps are put on there."""
-        return {**self.__dict__, "_observers": {}, "_modules": []}
+        return {**self.__dict__, "_observers": {}, "_modules": [], "_parts": None}
 
     def _run(self, batch: Batch, needs: Needs) -> Signal:
         observer = self._observers.get(needs)
@@ -162,6 +178,8 @@ class LiveTeacher:
         elif self.compile:  # a copy with the same weights, so that the caller's module is not compiled
             tensors = [*runs.parameters(), *runs.buffers()]
             runs = copy.deepcopy(runs, {id(x): x for x in tensors})
+        if self.sharded and several():
+            self._parts = runs = self._parts or sharded(runs, self._here)
         observer = Observer(runs, needs)
         if self.compile:  # after the taps, which a compiled model would ignore
             compile_apart(runs)

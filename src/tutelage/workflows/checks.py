@@ -28,6 +28,8 @@ def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> N
     single = Member("teacher", c.teacher, c.train_teacher, speed=c.speed)
     members = [single] if c.ensemble is None else c.ensemble.members
     models = list(teacher.children()) if isinstance(teacher, Ensemble) else [teacher]
+    if c.speed.get("sharded"):  # whole in main memory alone
+        device = torch.device("cpu")
     for member, model in zip(members, models, strict=True):
         check_output(c, device, model, member.name)
         if any(m.train is not None for m in members):  # before hours of training; a copy, for it is frozen

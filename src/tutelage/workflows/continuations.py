@@ -85,12 +85,13 @@ def continued(
         models: each with its tokenizer. That named ``teacher`` reads what the teacher of the data reads.
         rows: of :func:`drawn`.
         most: tokens that each writes.
-        device: where the models are.
+        device: where models without parameters are.
     """
     texts: list[dict[str, str]] = [{} for _ in rows]
     for name, (model, tokenizer) in models.items():
         openings = [found for row in rows if (found := opening(row.for_teacher() if name == "teacher" else row))]
-        prompts = [one.prompt.to(device) for one in openings]
+        first = next(model.parameters(), None)
+        prompts = [one.prompt.to(device if first is None else first.device) for one in openings]
         said = write(model, prompts, longest=most, temperature=0)
         for text, one, (ids, begin) in zip(texts, openings, said, strict=True):
 

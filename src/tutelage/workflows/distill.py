@@ -180,7 +180,7 @@ def distill(
         raise ConfigError(
             f"distill(ensemble={ensemble!r}), and there is one teacher", remedy="give a list of modules as teacher"
         )
-    kept = _cache(cache, teacher_mode, ahead)
+    kept = _cache(cache, teacher_mode, "sharded" if live.get("sharded") else ahead)
     described = {
         "teacher": _fingerprints(teacher),
         "student": fingerprint(make_student(seeds[0])),
@@ -256,8 +256,9 @@ def _cache(given: Any, mode: str, ahead: str | None) -> CacheConfig | None:
         )
     if ahead is not None:
         raise ConfigError(
-            f"distill(cache={given!r}, speed=...): a teacher whose word is read from disk is not asked ahead",
-            remedy="leave overlap and process out of speed, or cache",
+            f"distill(cache={given!r}, speed=...): a teacher whose word is read from disk is asked neither ahead "
+            "nor by all processes at once",
+            remedy="leave overlap, process and sharded out of speed, or cache",
         )
     return config
 

@@ -141,7 +141,8 @@ def model_of(teacher: ModelTeacher | None) -> nn.Module | None:
 class References:
     """The teacher's logits for every test batch, to compare students with; iterated once for each model.
 
-    Kept in memory as long as they fit :data:`MEMORY_BYTES`; else the teacher is asked again each time.
+    Kept in memory as long as they fit :data:`MEMORY_BYTES`; else the teacher is asked again each time. Of a sharded
+    teacher, which no process can ask alone, all are kept.
     """
 
     def __init__(self, teacher: Teacher, test: Iterable[Batch], ctx: Context) -> None:
@@ -151,7 +152,7 @@ class References:
         for said in until_stopped(ctx.terminal.iterate(self._ask(), "teacher on test"), ctx):
             own = said if isinstance(said, Tensor) else said.inputs  # a head's weights are the teacher's own
             self.classes, size = classes_of(said), size + 4 * own.numel()
-            if size > MEMORY_BYTES:
+            if size > MEMORY_BYTES and not getattr(teacher, "sharded", False):
                 self.kept = None
                 break
             self.kept.append(said)

@@ -14,6 +14,7 @@ from tutelage.methods import Method
 from tutelage.models import load_weights
 from tutelage.models.files import read_card
 from tutelage.students import ReusedHead, plain
+from tutelage.teachers import LiveTeacher
 from tutelage.workflows.continuations import continued, drawn
 from tutelage.workflows.measure import latencies, parameters
 from tutelage.workflows.setting import FIGURES, Comparison, Context, References, example_of, projectors
@@ -39,6 +40,8 @@ def summarise(
     models = {"student": student} if teacher is None else {"teacher": teacher.model, "student": student}
     example = next(iter(c.test))
     seen = {name: (model, example.for_teacher() if name == "teacher" else example) for name, model in models.items()}
+    if isinstance(teacher, LiveTeacher) and teacher.sharded:
+        seen.pop("teacher")  # whole it is in main memory alone, where it is as slow as it never runs
     speed = latencies(seen, ctx.device)
     sizes = {name: parameters(model) for name, model in models.items()}
 

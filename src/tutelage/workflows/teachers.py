@@ -93,6 +93,8 @@ def live_options(*sections: SpeedConfig | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for section in sections:
         given |= section.model_dump(exclude_none=True, include=set(SpeedConfig.model_fields)) if section else {}
+        if isinstance(section, TeacherSpeedConfig) and section.sharded:
+            given["sharded"] = True
     return given
 
 

@@ -214,6 +214,8 @@ def rememberable(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Met
     needs = all_needs(method)
     if c.remember is None or method.needs is None or needs.head or c.teacher_mode != "eval":
         return False
+    if isinstance(teacher, LiveTeacher) and teacher.sharded:
+        return False
     example = example_of(c)
     if example.labels.ndim > 1 or (needs.hidden and isinstance(example.inputs, dict)):
         return False  # as many rows as a text has tokens

@@ -1,0 +1,60 @@
+"""A teacher of which each process keeps a part: its blocks, whose weights are gathered one block at a time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from tutelage.errors import CapabilityError
+
+
+def several() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that follow one another: those that it says are not to be split, else its longest list.
+
+    Raises:
+        CapabilityError: it has neither.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [m for m in model.modules() if type(m).__name__ in names]
+    lists = [list(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    found = found or max(lists, key=len, default=[])
+    if not found:
+        raise CapabilityError(
+            f"{type(model).__name__} has no list of layers that could be kept in parts",
+            where="teacher.speed.sharded",
+            remedy="leave it out, or put the teacher behind a server (teacher.endpoint)",
+        )
+    return found
+
+
+def sharded(model: nn.Module, device: torch.device) -> nn.Module:
+    """What runs in the place of ``model``: the same weights, of each block this process's part alone on ``device``.
+
+    Embeddings, norms and the output head are whole on every process. All processes must run it together. ``model``
+    stays as it is, where it is.
+    """
+    own = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    memo: dict[int, Any] = own | {id(b): b for b in model.buffers()}  # the same numbers, until they are moved
+    runs = copy.deepcopy(model, memo)
+    blocks = blocks_of(runs)
+    inside = {p for block in blocks for p in block.parameters()}
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=True)
+    rest = {p for p in runs.parameters() if p not in inside and not hasattr(p, "placements")}
+    fully_shard(runs, reshard_after_forward=True, ignored_params=rest)
+    for parameter in rest:
+        parameter.data = parameter.data.to(device)
+    for module in runs.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(device)
+    return runs
