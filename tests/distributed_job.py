@@ -170,7 +170,22 @@ def sharded(accelerator: Accelerator, units: int) -> Accelerator:
     return accelerator
 
 
+def deepspeed_on_cpus() -> None:
+    """Let accelerate see the processes of a launcher under DeepSpeed, which it does on GPUs alone itself."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState()
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    PartialState._shared_state.update(
+        num_processes=world, process_index=rank, local_process_index=rank, backend="gloo",
+        distributed_type=DistributedType.DEEPSPEED,
+    )  # fmt: skip
+
+
 def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
+    if kind.startswith("zero"):
+        deepspeed_on_cpus()
     accelerator = make_accelerator()
     if kind.startswith("fsdp"):  # in units of 20 parameters, or all in the root
         sharded(accelerator, 20 if kind == "fsdp" else 10**9)
@@ -217,7 +232,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
 
     def remember(*objects: Any) -> Any:
         prepared = prepare(*objects)
-        watcher.module = prepared[0]
+        watcher.module = prepared[0].module if kind.startswith("zero") else prepared[0]
         return prepared
 
     accelerator.prepare = remember  # type: ignore[method-assign]

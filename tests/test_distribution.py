@@ -22,17 +22,26 @@ for name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_A
     ENVIRONMENT.pop(name, None)
 
 
-def launch(processes: int, *command: str, cwd: Path = HERE) -> None:
+def launch(processes: int, *command: str, cwd: Path = HERE, **environment: str) -> None:
     prefix = [sys.executable]
     if processes > 1:
         prefix += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
         prefix += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    done = subprocess.run([*prefix, *command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*prefix, *command],
+        cwd=cwd,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=int(environment.get("PATIENCE", 300)),
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def steps(out: Path, processes: int, accumulate: int, kind: str = "plain", count: int = 3) -> dict[str, Tensor]:
-    launch(processes, "distributed_job.py", str(out), str(accumulate), kind, str(count))
+def steps(
+    out: Path, processes: int, accumulate: int, kind: str = "plain", count: int = 3, **environment: str
+) -> dict[str, Tensor]:
+    launch(processes, "distributed_job.py", str(out), str(accumulate), kind, str(count), **environment)
     return load_file(str(out / "steps.safetensors"))
 
 

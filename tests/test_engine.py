@@ -18,7 +18,7 @@ from tutelage.engine import RunDirectory, Training, fit, make_accelerator, optim
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.engine.ema import EMA
 from tutelage.engine.evaluate import evaluate
-from tutelage.errors import CapabilityError, NumericsError
+from tutelage.errors import CapabilityError, MissingDependencyError, NumericsError
 from tutelage.methods import METHODS, LogitMethod, Method, SupervisedMethod, Term
 from tutelage.teachers import LiveTeacher
 
@@ -320,9 +320,10 @@ def test_a_precision_does_not_leak_into_the_next_run() -> None:
     assert make_accelerator(None).mixed_precision == "no"
 
 
-def test_a_launcher_that_asks_for_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_asks_for_deepspeed_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(CapabilityError, match="DeepSpeed") as refused:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install deepspeed") as refused:
         make_accelerator()
     assert "FSDP" in str(refused.value)
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from tutelage.engine.zero import Zero
 from tutelage.errors import CheckpointError
 from tutelage.files import DRAFT, new_folder
 
@@ -34,11 +35,13 @@ STATE = "state.json"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def full_model_state(module: nn.Module) -> dict[str, Tensor]:
+def full_model_state(module: nn.Module, zero: Zero | None = None) -> dict[str, Tensor]:
     """A copy of all weights and buffers, unsharded, on the CPU, by the names of the unwrapped module.
 
     Every process must call it; only the main one gets any.
     """
+    if zero is not None:
+        return zero.model()
     state = get_model_state_dict(module, options=_WHOLE)
     return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}  # on a CPU it is no copy yet
 
@@ -101,16 +104,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].to(torch.uint8))
 
 
-def capture_training(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def capture_training(module: nn.Module, optimizer: torch.optim.Optimizer, zero: Zero | None = None) -> dict[str, Any]:
     """Weights and optimizer state, unsharded; every process must call it."""
+    if zero is not None:
+        return {"model": zero.model(), "optimizer": zero.state()}
     return {
         "model": full_model_state(module),
         "optimizer": get_optimizer_state_dict(module, optimizer, options=_WHOLE),
     }
 
 
-def restore_training(module: nn.Module, optimizer: torch.optim.Optimizer, captured: dict[str, Any]) -> None:
+def restore_training(
+    module: nn.Module, optimizer: torch.optim.Optimizer, captured: dict[str, Any], zero: Zero | None = None
+) -> None:
     """Put back what :func:`capture_training` gave; every process must call it with the same."""
+    if zero is not None:
+        zero.restore(captured)
+        return
     set_model_state_dict(module, captured["model"], options=StateDictOptions(full_state_dict=True))
     # torch cannot spread a full state without any tensor over processes; SGD without momentum has such a one.
     holds = any(

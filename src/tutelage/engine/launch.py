@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, LoggerType, broadcast_object_list
 
+from tutelage.engine import zero
 from tutelage.errors import CapabilityError, MissingDependencyError
 
 T = TypeVar("T")
@@ -29,17 +30,13 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
         trackers: experiment trackers by accelerate's names.
 
     Raises:
-        CapabilityError: this machine cannot compute in that precision, or the launcher asks for DeepSpeed.
-        MissingDependencyError: a tracker is not installed.
+        CapabilityError: this machine cannot compute in that precision.
+        MissingDependencyError: a tracker is not installed, or DeepSpeed, for which the launcher asks.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise CapabilityError(
-            "the launcher's configuration asks for DeepSpeed, whose partitioned weights and optimizer state "
-            "cannot be checkpointed and exported here yet",
-            remedy="`accelerate config` with FSDP (version 2) shards the same; DDP where the student fits one GPU",
-        )
-    if world > 1 and not torch.accelerator.is_available():
+    if zero.wanted():
+        zero.check_installed()
+    elif world > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate takes each process of a launcher for the only one
     precision = precision_here(precision)
     if AcceleratorState._shared_state and precision != AcceleratorState().mixed_precision:

@@ -26,6 +26,7 @@ from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.recompute import recompute
 from tutelage.engine.rundir import RunDirectory
 from tutelage.engine.watcher import Silent, Watcher
+from tutelage.engine.zero import Zero
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.methods.base import Method, Term, Trainee, needs_of
 from tutelage.taps import compile_apart
@@ -175,7 +176,10 @@ class _State:
             recompute(t.student)
         if t.config.compile:
             compile_apart(t.student)
-        self.trainee, prepared = accelerator.prepare(trainee, build_optimizer(trainee, t.config.optimizer))
+        optimizer = build_optimizer(trainee, t.config.optimizer)
+        deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
+        self.zero = Zero(accelerator, t.config, trainee, optimizer) if deepspeed else None
+        self.trainee, prepared = accelerator.prepare(trainee, optimizer)
         self.bare: Trainee = accelerator.unwrap_model(self.trainee)
         if t.method.validates and t.validation is None:
             raise CapabilityError(
@@ -183,9 +187,11 @@ class _State:
                 remedy="give validation data, or leave adaptive out",
             )
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)
+        if self.zero is not None:  # its own wrapper steps, in backward
+            self.zero.outer, self.bare_optimizer = self.bare_optimizer, optimizer
         # accelerate's wrapper looks for optional packages on disk at every step, 0.2 ms; where it would only pass
         # the call on, we make it ourselves.
-        wrapped = accelerator.scaler is not None or accelerator.distributed_type.value == "XLA"
+        wrapped = accelerator.scaler is not None or deepspeed or accelerator.distributed_type.value == "XLA"
         self.optimizer = prepared if wrapped else self.bare_optimizer
         self.schedule = build_schedule(self.bare_optimizer, t.config.schedule, t.steps, t.epoch_length)
         self.ema = EMA(self.bare, t.config.ema) if t.config.ema is not None else None
@@ -380,7 +386,7 @@ class _State:
             score = [scores[t.metric], -scores["loss"], float(at.step)]
             if at.best is None or score[:2] > at.best[:2]:
                 at.best, at.stale = score, 0
-                self.best = checkpoint.full_model_state(self.trainee)
+                self.best = checkpoint.full_model_state(self.trainee, self.zero)
             else:
                 at.stale += 1
         self.bare.method.validated(scores)
@@ -426,7 +432,7 @@ class _State:
         t, accelerator = self.t, self.accelerator
         self.at.seconds += time.monotonic() - self.clock
         self.clock = self.saved_at = time.monotonic()
-        captured = checkpoint.capture_training(self.trainee, self.bare_optimizer)
+        captured = checkpoint.capture_training(self.trainee, self.bare_optimizer, self.zero)
         ema = None if self.ema is None else self.ema.state()
         generators = [checkpoint.rng_state()]
         if self.share.world > 1:
@@ -454,7 +460,7 @@ class _State:
             return
         parts = checkpoint.load_checkpoint(folder)
         try:
-            checkpoint.restore_training(self.trainee, self.bare_optimizer, parts)
+            checkpoint.restore_training(self.trainee, self.bare_optimizer, parts, self.zero)
             if self.ema is not None:
                 self.ema.load(parts["ema"])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -474,7 +480,7 @@ class _State:
 
     def finish(self) -> Outcome:
         with self.averaged():
-            last = checkpoint.full_model_state(self.trainee)
+            last = checkpoint.full_model_state(self.trainee, self.zero)
         self.accelerator.free_memory()
         best = self.best if self.best is not None else last
         of_method = _part(last, "method."), _part(best, "method.")

@@ -1,0 +1,161 @@
+"""DeepSpeed's ZeRO, stages 1 and 2: processes share the optimizer's state, and gradients.
+
+What a checkpoint holds is whole, as without it, and under the same names, so that a run goes on with or without
+DeepSpeed, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tutelage.config import TrainConfig
+from tutelage.errors import CapabilityError, MissingDependencyError
+
+STAGES = (1, 2)
+
+
+def wanted() -> bool:
+    """Whether the launcher's configuration asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def check_installed() -> None:
+    """Raise :class:`MissingDependencyError` where it is not."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingDependencyError(
+            "the launcher's configuration asks for DeepSpeed, which is not installed",
+            remedy="pip install deepspeed, or `accelerate config` with FSDP (version 2)",
+        )
+
+
+class Zero:
+    """What of a training DeepSpeed does in the engine's place.
+
+    Args:
+        accelerator: of a launcher that asks for DeepSpeed; its settings become those of the training.
+        config: of the training.
+        module: that is trained.
+        optimizer: of it.
+
+    Raises:
+        CapabilityError: another stage, or an option that the shared state does not go with.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, config: TrainConfig, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        plugin = accelerator.state.deepspeed_plugin
+        settings = plugin.deepspeed_config
+        stage = settings.get("zero_optimization", {}).get("stage")
+        offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        for given, what, remedy in (
+            (stage not in STAGES, f"ZeRO stage {stage}", "FSDP (version 2) keeps weights in parts too"),
+            (offload != "none", f"an optimizer offloaded to {offload}", "leave offload_optimizer out"),
+            (config.ema is not None, "train.ema", "leave it out"),
+            (config.optimizer.kind == "adafactor", "adafactor", "use adamw: ZeRO keeps weights as one vector"),
+            (accelerator.mixed_precision == "fp16", "train.precision: fp16", "use bf16"),
+        ):
+            if given:
+                raise CapabilityError(
+                    f"{what} under DeepSpeed, of which stages 1 and 2 are known here", remedy=remedy
+                )
+        settings.update(
+            train_micro_batch_size_per_gpu=1,  # of no use here: our batches are planned
+            gradient_accumulation_steps=config.accumulate,
+            train_batch_size=config.accumulate * accelerator.num_processes,
+            gradient_clipping=config.clip or 0.0,
+            zero_allow_untested_optimizer=True,
+        )
+        settings.pop("optimizer", None)
+        settings.pop("scheduler", None)
+        names = {p: name for name, p in module.named_parameters()}
+        self.groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+        self.optimizer, self.module = optimizer, module
+        self.outer: Any = None
+        """DeepSpeed's own optimizer, around ``optimizer``; once it is made."""
+
+    def model(self) -> dict[str, Tensor]:
+        """All weights and buffers on the CPU, of those that learn the exact ones; every process must call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        state = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
+        for name, parameter in self._learning().items():
+            whole = safe_get_full_fp32_param(parameter)
+            if whole is not None:
+                state[name] = whole.detach().cpu().clone()
+        return state
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state by parameter, as of one process; every process must call it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        kept, steps = self._kept()
+        learning, found = self._learning(), dict[str, dict[str, Tensor]]()
+        for name, parameter in learning.items():
+            found[name] = {
+                key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in kept
+            } | {key: value.clone() for key, value in steps.items()}  # fmt: skip
+        groups = [
+            {**{k: v for k, v in group.items() if k != "params"}, "params": names}
+            for group, names in zip(self.optimizer.param_groups, self.groups, strict=True)
+        ]
+        return {"state": found if kept or steps else {}, "param_groups": groups}
+
+    def restore(self, captured: Mapping[str, Any]) -> None:
+        """Put back what :meth:`model` and :meth:`state` gave; every process must call it with the same."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        learning = self._learning()
+        self.module.load_state_dict(captured["model"])
+        for name, parameter in learning.items():
+            safe_set_full_fp32_param(parameter, captured["model"][name].float().to(parameter.device))
+        known = captured["optimizer"]["state"]
+        if known:
+            self._make_state()
+            kept, _ = self._kept()
+            for name, parameter in learning.items():
+                for key in kept:
+                    if key in known.get(name, {}):
+                        safe_set_full_optimizer_state(parameter, known[name][key].to(parameter.device), key)
+            first: Mapping[str, Any] = next(iter(known.values()))
+            for state in self.optimizer.state.values():
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.dim() == 0 and key in first:
+                        value.copy_(first[key])
+        for group, saved in zip(self.optimizer.param_groups, captured["optimizer"]["param_groups"], strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+
+    def _learning(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def _kept(self) -> tuple[list[str], dict[str, Tensor]]:
+        """What the optimizer keeps of each weight, and what it counts.
+
+        DeepSpeed finds it by parameter as it was after the first group's first step, when the others had none.
+        """
+        if self.optimizer.state:
+            self.outer._hp_optimizer_states_linked = False
+            self.outer._lazy_init_hp_params_optimizer_state()
+        first: Mapping[str, Any] = next(iter(self.optimizer.state.values()), {})
+        tensors = {key: value for key, value in first.items() if isinstance(value, Tensor)}
+        return [k for k, v in tensors.items() if v.dim()], {k: v.cpu() for k, v in tensors.items() if not v.dim()}
+
+    def _make_state(self) -> None:
+        """Have the optimizer make what it keeps, by a step that moves nothing."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+            for flat in group["params"]:
+                flat.grad = torch.zeros_like(flat)
+        self.optimizer.step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+            for flat in group["params"]:
+                flat.grad = None

@@ -1,0 +1,84 @@
+"""DeepSpeed's ZeRO gives the steps and the checkpoints of one process. It compiles a part of itself at first."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import language_worlds as worlds
+from test_distribution import HERE, assert_same, launch, steps
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install deepspeed"),
+]
+
+
+def zero(stage: int) -> dict[str, str]:
+    """What `accelerate launch` would set, on CPUs."""
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "DS_ACCELERATOR": "cpu",
+        "PATIENCE": "1200",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return steps(tmp_path_factory.mktemp("one"), 1, 1, count=5)
+
+
+@pytest.mark.parametrize(("stage", "accumulate"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_training_under_zero_makes_the_steps_of_one_process(
+    stage: int, accumulate: int, whole: dict[str, Tensor], tmp_path: Path
+) -> None:
+    found = steps(tmp_path, 2, accumulate, f"zero{stage}", **zero(stage))
+    assert_same({k: v for k, v in whole.items() if k.split("/")[0] in "123"}, found, 1e-5)
+    exported = load_file(str(tmp_path / "student.safetensors"))
+    assert exported.keys() == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
+
+
+@pytest.mark.parametrize("first", ["zero1", "zero2", "plain"])
+def test_its_checkpoint_goes_on_without_it_and_the_other_way_round(
+    first: str, whole: dict[str, Tensor], tmp_path: Path
+) -> None:
+    stages = {"zero1": zero(1), "zero2": zero(2), "plain": dict[str, str]()}
+    second = "zero2" if first == "plain" else "plain"
+    steps(tmp_path, 1 if first == "plain" else 2, 1, first, count=2, **stages[first])
+    resumed = steps(tmp_path, 1 if second == "plain" else 2, 1, second, count=5, **stages[second])
+    assert {k.split("/")[0] for k in resumed} == {"3", "4", "5"}
+    assert_same({k: v for k, v in whole.items() if k.split("/")[0] in "345"}, resumed, 1e-5)
+
+
+def test_a_recipe_of_a_language_model_runs_under_it(tmp_path: Path) -> None:
+    cutter = worlds.tokenizer()
+    worlds.llama(tmp_path / "teacher", cutter=cutter)
+    rows = worlds.conversations(60)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        "data: {source: table, path: chats.jsonl, task: causal, text: messages, max_length: 64, pack: true}\n"
+        "teacher: {model: 'hf:teacher'}\nstudent: {model: teacher, layers: 2}\nmethod: token\nbaseline: false\n"
+        "train: {steps: 6, batch_size: 8, accumulate: 2, clip: 1.0, optimizer: {kind: adamw, lr: 1e-3}}\n"
+    )
+    words = ("run", str(recipe), "--out")
+    launch(1, "-m", "tutelage", *words, str(tmp_path / "one"), cwd=tmp_path)
+    script = tmp_path / "zero.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport distributed_job\n"
+        "distributed_job.deepspeed_on_cpus()\nimport runpy\nrunpy.run_module('tutelage', run_name='__main__')\n"
+    )
+    launch(2, str(script), *words, str(tmp_path / "two"), cwd=tmp_path, **zero(2))
+    one, two = (load_file(str(tmp_path / p / "student" / "model.safetensors")) for p in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_it_does_not_go_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ZeRO stage 3 under DeepSpeed"):
+        steps(tmp_path, 2, 1, "zero3", **zero(3))
