@@ -43,6 +43,14 @@ def test_a_training_under_zero_makes_the_steps_of_one_process(
     assert exported.keys() == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
 
 
+def test_weights_stay_whole_numbers_of_32_bits_where_sums_run_in_bf16(tmp_path: Path) -> None:
+    one = steps(tmp_path / "one", 1, 1, ACCELERATE_MIXED_PRECISION="bf16")
+    two = steps(tmp_path / "two", 2, 1, "zero2", ACCELERATE_MIXED_PRECISION="bf16", **zero(2))
+    assert_same(one, two, 2e-2)
+    assert all(x.dtype == torch.float32 for x in two.values())
+    assert any(bool((x != x.bfloat16().float()).any()) for x in two.values())
+
+
 @pytest.mark.parametrize("first", ["zero1", "zero2", "plain"])
 def test_its_checkpoint_goes_on_without_it_and_the_other_way_round(
     first: str, whole: dict[str, Tensor], tmp_path: Path

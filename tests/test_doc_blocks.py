@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ BLOCK = re.compile(r"(?:^(Not run in the tests: [^\n]+)\n\n)?^```(\w*)([^\n]*)\n
 NOT_RUN = {
     "README.md": 4,
     "tutorials/language-models.md": 1,
-    "how-to/larger-models.md": 1,
+    "how-to/larger-models.md": 2,
     "how-to/served-teacher.md": 1,
 }
 """Blocks that only say what to type, by page."""
@@ -159,6 +159,20 @@ NEEDS = {
 """What a page takes for granted."""
 
 
+PREPARED: dict[Callable[[Path], None], Path] = {}
+"""What several pages take for granted is made once."""
+
+
+def prepared(make: Callable[[Path], None], factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which ``make`` has been."""
+    if make not in PREPARED:
+        folder = factory.mktemp(make.__name__)
+        monkeypatch.chdir(folder)
+        make(folder)
+        PREPARED[make] = folder
+    return PREPARED[make]
+
+
 def says(prompt: str) -> str:
     """What the closed model says: an answer, or the judge's verdict for the longer one."""
     first, found, second = prompt.partition("\n\nAnswer B:\n")
@@ -225,8 +239,9 @@ def parsed(line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_of_a_page_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     found, name = blocks(page), name_of(page)
     assert sum(bool(why) for why, *_ in found) == NOT_RUN.get(name, 0)
     if not any(language in ("python", "sh") for _, language, *_ in found):
@@ -236,9 +251,9 @@ def test_blocks_of_a_page_run(
         return
     for module in EXTRAS.get(name, []):
         pytest.importorskip(module, reason="needs its extra")
-    monkeypatch.chdir(tmp_path)
     for prepare in NEEDS.get(name, []):
-        prepare(tmp_path)
+        shutil.copytree(prepared(prepare, tmp_path_factory, monkeypatch), tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     shown = ""
     with SERVERS.get(name, closed)(tmp_path) as url, warnings.catch_warnings():

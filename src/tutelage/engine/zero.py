@@ -73,6 +73,9 @@ class Zero:
             gradient_clipping=config.clip or 0.0,
             zero_allow_untested_optimizer=True,
         )
+        if accelerator.mixed_precision == "bf16":  # as without it: weights stay in float32, and sums run in bf16
+            settings["bf16"] = {"enabled": False}
+            module.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(module.forward)
         settings.pop("optimizer", None)
         settings.pop("scheduler", None)
         names = {p: name for name, p in module.named_parameters()}
@@ -86,10 +89,12 @@ class Zero:
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
-        for name, parameter in self._learning().items():
-            whole = safe_get_full_fp32_param(parameter)
-            if whole is not None:
-                state[name] = whole.detach().cpu().clone()
+        whole: dict[nn.Parameter, Tensor] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad and name in state:
+                if parameter not in whole:
+                    whole[parameter] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
+                state[name] = whole[parameter]
         return state
 
     def state(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from tutelage.errors import CapabilityError, ConfigError, EndpointError
-from tutelage.files import quiet
+from tutelage.files import explained, quiet
 from tutelage.methods.writing import Answer, ends_of
 from tutelage.servers import Fault, Server, models_of
 from tutelage.students import plain
@@ -187,16 +187,17 @@ class Rollouts:
 
             drawn = {"temperature": sampling, "top_k": 0, "top_p": 1.0} if sampling else {}
             model.generation_config = GenerationConfig(do_sample=sampling > 0, eos_token_id=ends or None, **drawn)
-        with quiet():
+        with explained(folder), quiet():
             model.save_pretrained(folder)
             if (tokenizer := getattr(model, "tokenizer", None)) is not None:
                 tokenizer.save_pretrained(folder)
 
     def _place(self, step: int) -> Path:
         if self._top is None:
-            if self.folder is not None:
-                Path(self.folder).mkdir(parents=True, exist_ok=True)
-            self._top = Path(tempfile.mkdtemp(prefix="tutelage-rollouts-", dir=self.folder)).resolve()
+            with explained(Path(self.folder or tempfile.gettempdir())):
+                if self.folder is not None:
+                    Path(self.folder).mkdir(parents=True, exist_ok=True)
+                self._top = Path(tempfile.mkdtemp(prefix="tutelage-rollouts-", dir=self.folder)).resolve()
             weakref.finalize(self, shutil.rmtree, self._top, ignore_errors=True)
         return self._top / f"step-{step:09d}"
 
