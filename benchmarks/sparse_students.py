@@ -142,7 +142,7 @@ def main() -> None:
         max_length=LENGTH, limit=4000, validation=0.0,
     )  # fmt: skip
     held = [batch for (batch,) in PlannedBatches(data.test, ROWS, 0).epoch(0, Share())][: HELD // ROWS]
-    live = LiveTeacher(teacher)
+    live, accelerator = LiveTeacher(teacher), make_accelerator(precision)
     words = [said_at(live, batch) for batch in held]
     student = cut(teacher, layers=LAYERS).model
 
@@ -151,6 +151,8 @@ def main() -> None:
         return {key: float(found[key]) for key in ("kl", "loss", "agreement", "accuracy")}
 
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"arms": {}, "bytes": {}}
+    if found.get("steps", args.steps) != args.steps or found.get("precision", precision) != precision:
+        raise SystemExit(f"{file} is of {found['steps']} steps in {found['precision']}; move it away first")
     found |= {
         "steps": args.steps, "precision": precision, "tokens": sum(int(b.counted().sum()) for b in held),
         "teacher": float(evaluate(teacher, held, torch.device("cpu"))["loss"]),
@@ -158,6 +160,8 @@ def main() -> None:
     found.setdefault("before", measured(student))
     for seed in args.seeds:
         planned = PlannedBatches(data.train, ROWS, seed=seed)
+        if args.steps > planned.steps_per_epoch:
+            parser.error(f"there are texts for {planned.steps_per_epoch} steps")
         left = [name for name in ARMS if str(seed) not in found["arms"].get(name, {})]
         layouts = {
             str(kept.options): Layout(**kept.options, classes=len(cutter), temperatures=(1.0,), tokens=True)
@@ -165,7 +169,8 @@ def main() -> None:
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as place:
             folders = {key: Path(place) / str(i) for i, key in enumerate(layouts)}
-            fill(folders, layouts, live, planned, args.steps)
+            with accelerator.autocast():
+                fill(folders, layouts, live, planned, args.steps)
             for name in left:
                 kept, method = ARMS[name], TokenMethod(alpha=1.0)
                 opened = None

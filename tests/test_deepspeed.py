@@ -43,12 +43,15 @@ def test_a_training_under_zero_makes_the_steps_of_one_process(
     assert exported.keys() == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
 
 
-def test_weights_stay_whole_numbers_of_32_bits_where_sums_run_in_bf16(tmp_path: Path) -> None:
+def test_weights_stay_whole_numbers_of_32_bits_where_sums_run_in_bf16(
+    whole: dict[str, Tensor], tmp_path: Path
+) -> None:
     one = steps(tmp_path / "one", 1, 1, ACCELERATE_MIXED_PRECISION="bf16")
     two = steps(tmp_path / "two", 2, 1, "zero2", ACCELERATE_MIXED_PRECISION="bf16", **zero(2))
     assert_same(one, two, 2e-2)
     assert all(x.dtype == torch.float32 for x in two.values())
     assert any(bool((x != x.bfloat16().float()).any()) for x in two.values())
+    assert any(bool((x - whole[k]).abs().max() > 1e-5) for k, x in two.items()), "nothing was in bf16"
 
 
 @pytest.mark.parametrize("first", ["zero1", "zero2", "plain"])
@@ -71,7 +74,7 @@ def test_a_recipe_of_a_language_model_runs_under_it(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         "data: {source: table, path: chats.jsonl, task: causal, text: messages, max_length: 64, pack: true}\n"
-        "teacher: {model: 'hf:teacher'}\nstudent: {model: teacher, layers: 2}\nmethod: token\nbaseline: false\n"
+        "teacher: {model: 'hf:teacher'}\nstudent: {model: teacher, layers: 2}\nmethod: token\n"
         "train: {steps: 6, batch_size: 8, accumulate: 2, clip: 1.0, optimizer: {kind: adamw, lr: 1e-3}}\n"
     )
     words = ("run", str(recipe), "--out")

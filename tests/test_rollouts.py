@@ -100,6 +100,7 @@ def test_it_writes_as_the_student_was_at_most_so_many_steps_ago(
     assert [path for path, _ in server.told] == ["/collective_rpc", "/reset_prefix_cache"] * 2
     assert not places[0].exists()
     assert places[1].exists()
+    assert places[1].parent.stat().st_mode & 0o777 == 0o755  # the server may be somebody else's
     del method
     assert not places[1].parent.exists()
 
@@ -189,8 +190,9 @@ def test_a_server_that_takes_no_weights_is_an_error(server: servers.Server, cutt
     student, teacher = model(folder, 2), model(folder)
     server.takes = False
     method = ready(student, teacher, batch, rollouts=of(server))
-    with pytest.raises(EndpointError, match="404"):
+    with pytest.raises(EndpointError, match=r"does not take the student's weights: refuses \(404\)") as refused:
         method.prepared(student, batch)
+    assert "VLLM_SERVER_DEV_MODE=1" in str(refused.value)
 
 
 def test_what_does_not_go_together_is_refused(server: servers.Server, cutter: Any, folder: Path) -> None:
@@ -230,8 +232,19 @@ def test_a_recipe_is_written_for_by_a_server(server: servers.Server, recipe: dic
     tutelage.run(build_recipe(recipe), out=tmp_path / "run")
     assert server.asked
     places = [body["kwargs"]["weights_path"] for path, body in server.told if path == "/collective_rpc"]
-    assert len(set(places)) == recipe["train"]["steps"]
+    assert len(set(places)) == recipe["train"]["steps"] + 1  # and before it, to see whether it does
     assert all(place.startswith(str(tmp_path / "weights")) for place in places)
+
+
+def test_a_server_that_is_not_there_is_missed_before_anything_is_trained(
+    server: servers.Server, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["data"].pop("pack")
+    recipe["method"] = {"kind": "on-policy", "lmbda": 0.01, "rollouts": of(server, patience=0.2)}
+    server.faults[:] = [servers.breaks] * 50
+    with pytest.raises(EndpointError, match="out of memory"):
+        tutelage.run(build_recipe(recipe), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("template", list(worlds.TEMPLATES))

@@ -11,6 +11,7 @@ from tutelage.errors import CapabilityError
 from tutelage.methods import LogitMethod, Trainee, check_capabilities
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher
+from tutelage.teachers.sharding import blocks_of
 from worlds import unsettled
 
 
@@ -96,3 +97,20 @@ def test_hidden_states_are_remembered_row_by_row() -> None:
     assert memory.signal(batch, Needs(logits=False, hidden=("stages.0",))).logits is None
     with pytest.raises(CapabilityError, match=r"stages\.1 of the teacher is not remembered"):
         memory.signal(batch, Needs(hidden=("stages.1",)))
+
+
+def test_the_blocks_of_a_teacher_share_nothing_and_hold_no_head() -> None:
+    pytest.importorskip("transformers")
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+    )
+    bert = BertForMaskedLM(config)  # says that its embeddings are not to be split, which are tied to the head
+    assert blocks_of(bert) == list(bert.bert.encoder.layer)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert blocks_of(plain) == [plain[0], plain[2]]
+    with pytest.raises(CapabilityError, match="no list of layers"):
+        blocks_of(nn.Linear(4, 3))
+    with pytest.raises(CapabilityError, match="batch_size is set"):
+        LiveTeacher(plain, sharded=True, batch_size=2)

@@ -153,7 +153,7 @@ class Server:
     def _remedy(self, reply: Any) -> str:
         if reply.status_code in (401, 403):
             return f"give the key: {self.where}.key_env"
-        if "logprobs" in _said(reply):
+        if "logprobs" in _said(reply) and self.where == "teacher.endpoint":
             return f"set {self.where}.k to what the server allows, or start it with --max-logprobs"
         return f"correct {self.where}, or how the server was started"
 

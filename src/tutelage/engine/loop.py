@@ -179,7 +179,8 @@ class _State:
         optimizer = build_optimizer(trainee, t.config.optimizer)
         deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
         self.zero = Zero(accelerator, t.config, trainee, optimizer) if deepspeed else None
-        self.trainee, prepared = accelerator.prepare(trainee, optimizer)
+        with nullcontext() if self.zero is None else self.zero.as_without():
+            self.trainee, prepared = accelerator.prepare(trainee, optimizer)
         self.bare: Trainee = accelerator.unwrap_model(self.trainee)
         if t.method.validates and t.validation is None:
             raise CapabilityError(
@@ -242,7 +243,7 @@ class _State:
     def prepared(self, batch: Batch) -> Batch:
         if not self.t.method.writes:
             return batch
-        with self.accelerator.autocast():
+        with self.autocast():
             trainee: Any = self.trainee
             if isinstance(trainee, FSDPModule):
                 written: Batch = trainee(batch, None, writing=True)  # type: ignore[operator]
@@ -253,12 +254,12 @@ class _State:
         needs = needs_of(self.t.method, self.t.teacher)
         if needs is None or self.t.teacher is None:
             return None
-        with self.accelerator.autocast():
+        with self.autocast():
             return self.t.teacher.signal(batch, needs)
 
     def ask(self, batch: Batch) -> Callable[[], Signal | None]:
         teacher: Any = self.t.teacher
-        with self.accelerator.autocast():
+        with self.autocast():
             return teacher.ask(batch, needs_of(self.t.method, teacher))
 
     def scales(self, micros: list[Batch]) -> dict[str, Tensor]:
@@ -373,7 +374,7 @@ class _State:
     def validate(self) -> None:
         t, at = self.t, self.at
         assert t.validation is not None
-        with self.accelerator.autocast(), self.averaged():
+        with self.autocast(), self.averaged():
             with self.whole():
                 scores = evaluate(
                     self.bare.student,
@@ -403,6 +404,9 @@ class _State:
     def sum_over_processes(self, x: Tensor) -> Tensor:
         out: Tensor = self.accelerator.reduce(x, "sum")
         return out
+
+    def autocast(self) -> Any:
+        return self.accelerator.autocast() if self.zero is None else self.zero.autocast()
 
     def averaged(self) -> Any:
         return nullcontext() if self.ema is None else self.ema.applied()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from tutelage.config import TrainConfig
 from tutelage.errors import CapabilityError, MissingDependencyError
 
 STAGES = (1, 2)
+ODD = ("adafactor", "adagrad")
+"""Optimizers that look at a weight's rows and columns, where ZeRO has one vector; and one that DeepSpeed replaces."""
 
 
 def wanted() -> bool:
@@ -59,13 +62,15 @@ class Zero:
             (stage not in STAGES, f"ZeRO stage {stage}", "FSDP (version 2) keeps weights in parts too"),
             (offload != "none", f"an optimizer offloaded to {offload}", "leave offload_optimizer out"),
             (config.ema is not None, "train.ema", "leave it out"),
-            (config.optimizer.kind == "adafactor", "adafactor", "use adamw: ZeRO keeps weights as one vector"),
+            (config.optimizer.kind in ODD, config.optimizer.kind, "use adamw"),
             (accelerator.mixed_precision == "fp16", "train.precision: fp16", "use bf16"),
         ):
             if given:
                 raise CapabilityError(
                     f"{what} under DeepSpeed, of which stages 1 and 2 are known here", remedy=remedy
                 )
+        self.precision = accelerator.mixed_precision
+        self.settings = settings
         settings.update(
             train_micro_batch_size_per_gpu=1,  # of no use here: our batches are planned
             gradient_accumulation_steps=config.accumulate,
@@ -73,40 +78,58 @@ class Zero:
             gradient_clipping=config.clip or 0.0,
             zero_allow_untested_optimizer=True,
         )
-        if accelerator.mixed_precision == "bf16":  # as without it: weights stay in float32, and sums run in bf16
-            settings["bf16"] = {"enabled": False}
-            module.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(module.forward)
         settings.pop("optimizer", None)
         settings.pop("scheduler", None)
+        self.device = accelerator.device
+        if self.precision == "bf16":
+            module.forward = self.autocast()(module.forward)
         names = {p: name for name, p in module.named_parameters()}
         self.groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         self.optimizer, self.module = optimizer, module
         self.outer: Any = None
         """DeepSpeed's own optimizer, around ``optimizer``; once it is made."""
 
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, which accelerate leaves to DeepSpeed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextmanager
+    def as_without(self) -> Iterator[None]:
+        """While DeepSpeed takes the model over, it is not told of bf16: weights stay in float32, as without it."""
+        told = self.settings.pop("bf16", None)
+        self.settings["bf16"] = {"enabled": False}
+        try:
+            yield
+        finally:
+            self.settings["bf16"] = told or {"enabled": False}  # the next training's accelerator reads it here
+
     def model(self) -> dict[str, Tensor]:
-        """All weights and buffers on the CPU, of those that learn the exact ones; every process must call it."""
+        """All weights and buffers on the CPU, of those that learn the exact ones. Every process must call it; only
+        the main one gets any."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        state = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
-        whole: dict[nn.Parameter, Tensor] = {}
+        state = {k: v.detach() for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
+        main, whole = _main(), dict[nn.Parameter, Tensor]()
+        found = {k: v.cpu().clone() for k, v in state.items()} if main else {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.requires_grad and name in state:
                 if parameter not in whole:
-                    whole[parameter] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
-                state[name] = whole[parameter]
-        return state
+                    exact = safe_get_full_fp32_param(parameter).detach()
+                    whole[parameter] = exact.cpu().clone() if main else exact.new_empty(0)
+                if main:
+                    found[name] = whole[parameter]
+        return found
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's state by parameter, as of one process; every process must call it."""
+        """The optimizer's state by parameter, as of one process, for the main one. Every process must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         kept, steps = self._kept()
         learning, found = self._learning(), dict[str, dict[str, Tensor]]()
         for name, parameter in learning.items():
-            found[name] = {
-                key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in kept
-            } | {key: value.clone() for key, value in steps.items()}  # fmt: skip
+            parts = {key: safe_get_full_optimizer_state(parameter, key) for key in kept}
+            if _main():
+                found[name] = {k: v.detach().cpu().clone() for k, v in (parts | steps).items()}
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": names}
             for group, names in zip(self.optimizer.param_groups, self.groups, strict=True)
@@ -164,3 +187,7 @@ class Zero:
             group["lr"] = rate
             for flat in group["params"]:
                 flat.grad = None
+
+
+def _main() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

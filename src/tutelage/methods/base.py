@@ -112,6 +112,9 @@ class Method(nn.Module):
         """
         return batch
 
+    def rehearse(self, student: nn.Module, batch: Batch) -> None:
+        """Try what :meth:`prepared` depends on beside the models, such as a server; before anything is trained."""
+
     def after_step(self) -> None:
         """Called after each optimizer step, before any evaluation or checkpoint."""
 
@@ -300,6 +303,12 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
         raise CapabilityError(
             f"{name} asks about what the student has just written, and {type(teacher).__name__} knows the data only",
             remedy="use a live teacher, or a method that learns from the data, such as kind: token",
+        )
+    if getattr(teacher, "sharded", False) and getattr(method, "mix", 0):
+        raise CapabilityError(
+            "answers are drawn from student and teacher together, and the teacher is in parts",
+            where="method.mix",
+            remedy="leave mix out, or teacher.speed.sharded",
         )
     needs = needs_of(method, teacher)
     assert needs is not None

@@ -185,6 +185,15 @@ class OnPolicyMethod(TokenMethod):
         if self.rollouts is not None:
             self.rollouts.shape(student)
 
+    def rehearse(self, student: nn.Module, batch: Batch) -> None:
+        """Whether the server takes the student's weights and writes.
+
+        Raises:
+            EndpointError: it does not.
+        """
+        if self.rollouts is not None:
+            self.rollouts.check(student, next(_prompts(batch, self.max_prompt)), self.sampling)
+
     def starts(self, student: nn.Module, step: int, total: int) -> None:
         """Where the training stands, of which the share of kept answers may be a function."""
         self._step, self._total = step, total

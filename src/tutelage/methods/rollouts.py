@@ -59,8 +59,8 @@ class Rollouts:
         folder: str | None = None,
         key_env: str | None = None,
         concurrency: int = 16,
-        timeout: float = 600.0,
-        patience: float = 300.0,
+        timeout: float = 300.0,
+        patience: float = 200.0,
     ) -> None:
         if kind == "openai" and (every is None) != (model is not None):
             raise ConfigError(
@@ -108,6 +108,11 @@ class Rollouts:
             top = [None if self._top is None else str(self._top)]
             dist.broadcast_object_list(top)
             self._top = Path(str(top[0]))
+
+    def check(self, student: nn.Module, prompt: Tensor, sampling: float) -> None:
+        """Hand the weights over and have a token written; raises as both do."""
+        self.take(student, 0, sampling)
+        self.write(student, [prompt], longest=1, temperature=sampling)
 
     def write(
         self, student: nn.Module, prompts: Sequence[Tensor], *, longest: int, temperature: float
@@ -173,8 +178,16 @@ class Rollouts:
     def _reload(self, folder: Path) -> None:
         server = self._opened()
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        server.insist(lambda: server.tell("/collective_rpc", body))
-        server.insist(lambda: server.tell("/reset_prefix_cache", {}))
+        try:
+            server.insist(lambda: server.tell("/collective_rpc", body))
+            server.insist(lambda: server.tell("/reset_prefix_cache", {}))
+        except EndpointError as error:
+            raise EndpointError(
+                f"does not take the student's weights: {error.what}",
+                where=self.url,
+                remedy="start vLLM, a version whose reload_weights takes weights_path, with VLLM_SERVER_DEV_MODE=1; "
+                f"it must be able to read {folder}",
+            ) from None
 
     # Weights -----------------------------------------------------------------------------------------------------
 
@@ -198,6 +211,7 @@ class Rollouts:
                 if self.folder is not None:
                     Path(self.folder).mkdir(parents=True, exist_ok=True)
                 self._top = Path(tempfile.mkdtemp(prefix="tutelage-rollouts-", dir=self.folder)).resolve()
+                self._top.chmod(0o755)  # the server may be somebody else's
             weakref.finalize(self, shutil.rmtree, self._top, ignore_errors=True)
         return self._top / f"step-{step:09d}"
 

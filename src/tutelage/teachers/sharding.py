@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from tutelage.errors import CapabilityError
+from tutelage.errors import CapabilityError, ModelError
+from tutelage.taps import output_head
 
 
 def several() -> bool:
@@ -19,15 +21,27 @@ def several() -> bool:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that follow one another: those that it says are not to be split, else its longest list.
+    """The layers of a model that follow one another: of its lists those that it says are not to be split, else the
+    longest list; without its output head and what shares a weight with something else.
 
     Raises:
-        CapabilityError: it has neither.
+        CapabilityError: it has none.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [m for m in model.modules() if type(m).__name__ in names]
     lists = [list(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-    found = found or max(lists, key=len, default=[])
+    found = [m for each in lists for m in each if type(m).__name__ in names] or max(lists, key=len, default=[])
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    try:
+        head: nn.Module | None = output_head(model)
+    except ModelError:
+        head = None
+    found = [
+        block
+        for block in found
+        if any(True for _ in block.parameters())
+        and all(places[id(p)] == 1 for p in block.parameters())
+        and all(m is not head for m in block.modules())
+    ]
     if not found:
         raise CapabilityError(
             f"{type(model).__name__} has no list of layers that could be kept in parts",
@@ -44,7 +58,7 @@ def sharded(model: nn.Module, device: torch.device) -> nn.Module:
     stays as it is, where it is.
     """
     own = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
-    memo: dict[int, Any] = own | {id(b): b for b in model.buffers()}  # the same numbers, until they are moved
+    memo: dict[int, Any] = dict(own)  # the same numbers, until they are moved
     runs = copy.deepcopy(model, memo)
     blocks = blocks_of(runs)
     inside = {p for block in blocks for p in block.parameters()}

@@ -196,3 +196,4 @@ def check_method_runs(
             signal = said(teacher, each, batch)
             seen = Observation() if each.student_needs is None else observe(student, batch.inputs, each.student_needs)
             each(seen, batch, signal)
+            each.rehearse(student, batch)

@@ -168,6 +168,10 @@ def distill(
     if speed:
         wanted = _checked(TeacherSpeedConfig, speed, "speed")
         live, ahead = live_options(wanted), asks_ahead(wanted)
+    if many and live.get("sharded"):
+        raise ConfigError(
+            "distill(speed={'sharded': True}) of several teachers", remedy="it is for one; leave it out"
+        )
     if many:
         assert isinstance(teacher, Sequence)
         plan = _plan(teacher, dict(ensemble or {}), live)

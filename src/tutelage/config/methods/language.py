@@ -67,9 +67,9 @@ class RolloutsConfig(Section):
     """Name of the environment variable that holds the key. Default: none is sent."""
     concurrency: Count = 16
     """The most prompts that it is asked at once."""
-    timeout: Positive = 600.0
-    """Seconds that an answer may take, or loading weights."""
-    patience: Positive = 300.0
+    timeout: Positive = 300.0
+    """Seconds that an answer may take, or loading weights, while other processes wait."""
+    patience: Positive = 200.0
     """Seconds after which a server that does not answer is given up."""
 
     @model_validator(mode="after")
