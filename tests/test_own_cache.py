@@ -166,10 +166,11 @@ def constant(raw: Any) -> Batch:
         (lambda d: DataLoader(WithIds(d), 16), {"to_batch": with_views}, CapabilityError, "are augmented"),
         (lambda d: DataLoader(WithIds(d), 12, drop_last=True), {}, DataError, "drop_last=False"),
         (lambda d: DataLoader(WithIds(d), 16), {"cache": {"keeps": "topk"}}, ConfigError, "keeps='topk'"),
-        (lambda d: DataLoader(WithIds(d), 16), {"speed": {"overlap": True}}, ConfigError, "not asked ahead"),
+        (lambda d: DataLoader(WithIds(d), 16), {"speed": {"overlap": True}}, ConfigError, "asked neither ahead"),
+        (lambda d: DataLoader(WithIds(d), 16), {"speed": {"sharded": True}}, ConfigError, "nor by all processes"),
         (lambda d: DataLoader(WithIds(d), 16), {"teacher_mode": "train_bn"}, ConfigError, "teacher_mode='eval'"),
     ],
-    ids=["no-ids", "augmented", "one-id", "views", "drop-last", "unknown-key", "ahead", "train-bn"],
+    ids=["no-ids", "augmented", "one-id", "views", "drop-last", "unknown-key", "ahead", "sharded", "train-bn"],
 )
 def test_what_a_cache_cannot_keep_is_refused_before_any_training(
     loader: Callable[[Any], Any], more: dict[str, Any], error: type[Exception], says: str, tmp_path: Path
