@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import language_worlds as worlds
-from test_distribution import HERE, assert_same, launch, steps
+from test_distribution import HERE, assert_same, language_world, launch, same_students, steps
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,10 +65,7 @@ def test_its_checkpoint_goes_on_without_it_and_the_other_way_round(
 
 
 def test_a_recipe_of_a_language_model_runs_under_it(tmp_path: Path) -> None:
-    cutter = worlds.tokenizer()
-    worlds.llama(tmp_path / "teacher", cutter=cutter)
-    rows = worlds.conversations(60)
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    language_world(tmp_path)
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         "data: {source: table, path: chats.jsonl, task: causal, text: messages, max_length: 64, pack: true}\n"
@@ -85,9 +80,7 @@ def test_a_recipe_of_a_language_model_runs_under_it(tmp_path: Path) -> None:
         "distributed_job.deepspeed_on_cpus()\nimport runpy\nrunpy.run_module('tutelage', run_name='__main__')\n"
     )
     launch(2, str(script), *words, str(tmp_path / "two"), cwd=tmp_path, **zero(2))
-    one, two = (load_file(str(tmp_path / p / "student" / "model.safetensors")) for p in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+    same_students(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
 
 
 def test_what_it_does_not_go_with_is_refused(tmp_path: Path) -> None:

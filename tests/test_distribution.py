@@ -151,6 +151,20 @@ def test_averages_go_on_with_another_number_of_processes(tmp_path: Path) -> None
         torch.testing.assert_close(whole[name], cut[name], rtol=1e-5, atol=1e-6)
 
 
+def same_students(first: Path, second: Path, *, rtol: float, atol: float) -> None:
+    """Of two runs."""
+    one, two = (load_file(str(run / "student" / "model.safetensors")) for run in (first, second))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=rtol, atol=atol)
+
+
+def language_world(folder: Path) -> None:
+    """A small language model in ``teacher``, and conversations in ``chats.jsonl``."""
+    worlds.llama(folder / "teacher")
+    rows = worlds.conversations(60)
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
@@ -160,9 +174,7 @@ def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:
     )
     for processes in (1, 2):
         launch(processes, "-m", "tutelage", "run", str(recipe), "--out", str(tmp_path / str(processes)), cwd=tmp_path)
-    one, two = (load_file(str(tmp_path / p / "student" / "model.safetensors")) for p in "12")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+    same_students(tmp_path / "1", tmp_path / "2", rtol=1e-3, atol=1e-4)
     assert (tmp_path / "2" / "report.html").exists()
     found = [json.loads((tmp_path / p / "summary.json").read_text())["processes"] for p in "12"]
     assert found == [1, 2]
@@ -170,10 +182,7 @@ def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:
 
 def test_a_recipe_shards_its_teacher(tmp_path: Path) -> None:
     """Students are cut from it, compared with it and taught by it as by a whole one."""
-    cutter = worlds.tokenizer()
-    worlds.llama(tmp_path / "teacher", cutter=cutter)
-    rows = worlds.conversations(60)
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    language_world(tmp_path)
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         "data: {source: table, path: chats.jsonl, task: causal, text: messages, max_length: 64}\n"
@@ -183,9 +192,7 @@ def test_a_recipe_shards_its_teacher(tmp_path: Path) -> None:
     )
     for processes in (1, 2):
         launch(processes, "-m", "tutelage", "run", str(recipe), "--out", str(tmp_path / str(processes)), cwd=tmp_path)
-    one, two = (load_file(str(tmp_path / p / "student" / "model.safetensors")) for p in "12")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    same_students(tmp_path / "1", tmp_path / "2", rtol=1e-4, atol=1e-5)
     first, second = (json.loads((tmp_path / p / "summary.json").read_text()) for p in "12")
     assert second["teacher"]["loss"] == pytest.approx(first["teacher"]["loss"], rel=1e-5)
     kl = [s["students"]["distilled"]["last"]["kl"]["mean"] for s in (first, second)]

@@ -195,8 +195,9 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
                 "members": self.members is not None,
                 "mode": self.mode != "eval",
             }
-            for key in (key for key, there in asked.items() if there):
-                raise Misfit(f"all processes ask a sharded teacher at once, as it is; remove {key!r}", key)
+            for key, there in asked.items():
+                if there:
+                    raise Misfit(f"all processes ask a sharded teacher at once, as it is; remove {key!r}", key)
         if self.members is None:
             for key in ("combine", "weights", "average_at", "route"):
                 if getattr(self, key) is not None:

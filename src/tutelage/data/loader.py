@@ -56,6 +56,12 @@ class Share:
         return parts[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
 
 
+def here() -> Share:
+    """This process among those that a launcher started and that see each other; alone without one."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return Share(torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else Share()
+
+
 class Batches(Protocol):
     """The training data of one run, step by step."""
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tutelage.config import TrainConfig
+from tutelage.data.loader import here
 from tutelage.errors import CapabilityError, MissingDependencyError
 
 STAGES = (1, 2)
@@ -109,7 +110,7 @@ class Zero:
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {k: v.detach() for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
-        main, whole = _main(), dict[nn.Parameter, Tensor]()
+        main, whole = here().rank == 0, dict[nn.Parameter, Tensor]()
         found = {k: v.cpu().clone() for k, v in state.items()} if main else {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.requires_grad and name in state:
@@ -128,7 +129,7 @@ class Zero:
         learning, found = self._learning(), dict[str, dict[str, Tensor]]()
         for name, parameter in learning.items():
             parts = {key: safe_get_full_optimizer_state(parameter, key) for key in kept}
-            if _main():
+            if here().rank == 0:
                 found[name] = {k: v.detach().cpu().clone() for k, v in (parts | steps).items()}
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": names}
@@ -187,7 +188,3 @@ class Zero:
             group["lr"] = rate
             for flat in group["params"]:
                 flat.grad = None
-
-
-def _main() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

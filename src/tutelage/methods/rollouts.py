@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from tutelage.data.loader import here
 from tutelage.errors import CapabilityError, ConfigError, EndpointError
 from tutelage.files import explained, quiet
 from tutelage.methods.writing import Answer, ends_of
@@ -80,7 +81,7 @@ class Rollouts:
 
     def shape(self, student: nn.Module) -> None:
         """Keep a copy of the student, for the names and kinds of its weights; on the main process."""
-        if self.every is not None and _first():
+        if self.every is not None and here().rank == 0:
             self._mold = (copy.deepcopy(student).cpu(),)
 
     def take(self, student: nn.Module, step: int, sampling: float) -> None:
@@ -98,13 +99,13 @@ class Rollouts:
             return
         state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         before, self._handed = self._handed, step
-        if _first():
+        if here().rank == 0:
             self._write(state, self._place(step), ends_of(student), sampling)
             if self.kind == "vllm":
                 self._reload(self._place(step))
             if before is not None:
                 shutil.rmtree(self._place(before), ignore_errors=True)
-        if _several():
+        if here().world > 1:
             top = [None if self._top is None else str(self._top)]
             dist.broadcast_object_list(top)
             self._top = Path(str(top[0]))
@@ -271,11 +272,3 @@ def _whole(ids: list[int], choice: dict[str, Any], ends: list[int]) -> list[int]
     if not ids:
         raise Fault("writes nothing", answered=True)
     return ids
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _first() -> bool:
-    return not _several() or dist.get_rank() == 0

@@ -7,17 +7,11 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.taps import output_head
-
-
-def several() -> bool:
-    """Whether this process is one of several that a launcher started."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
