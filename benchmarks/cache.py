@@ -32,7 +32,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.config import OptimizerConfig
 from tutelage.data import Batch, PlannedBatches, Share, load_images
 from tutelage.engine.optim import build_optimizer
@@ -342,9 +342,9 @@ def _gradient(s: Tensor, signal: Signal, temperature: float) -> Tensor:
     with torch.enable_grad():
         x = s.detach().requires_grad_()
         if signal.sparse is None:
-            loss = objectives.kd(x, signal.dense(), temperature=temperature, reduction="sum")
+            loss = losses.kd(x, signal.dense(), temperature=temperature, reduction="sum")
         else:
-            function = objectives.topk_kd if signal.sparse.kind == "topk" else objectives.sampled_kd
+            function = losses.topk_kd if signal.sparse.kind == "topk" else losses.sampled_kd
             loss = function(x, signal.sparse.index, signal.sparse.values, temperature=temperature, reduction="sum")
         return torch.autograd.grad(loss, x)[0]
 

@@ -3,9 +3,9 @@
     python benchmarks/language_speed.py data/debian-sections-train.parquet
 
 A model of random weights with SmolLM2's shape and vocabulary teaches its half, packed rows of 256 tokens, KL at every
-token and a tenth of cross-entropy. The loop by hand calls ``objectives.linear_divergence`` on what both models put
+token and a tenth of cross-entropy. The loop by hand calls ``losses.linear_divergence`` on what both models put
 into their heads. Then the same student is taught from a cache of 40 bytes a token, against a loop by hand that
-fine-tunes it by ``objectives.linear_cross_entropy``, on the same rows.
+fine-tunes it by ``losses.linear_cross_entropy``, on the same rows.
 
 A step of the engine and one by hand take turns, on batches that are the same; what the engine does before the first
 and after the last step (checks, the export) is in no figure. Seconds are of the processor, of all threads, which
@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import PlannedBatches, Share, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
@@ -117,7 +117,7 @@ def soft(teacher: Any) -> Callable[[Any, Any, Tensor], Tensor]:
     def loss(batch: Any, student: Any, hidden: Tensor) -> Tensor:
         with torch.no_grad():
             said = teacher.model(**batch.inputs, use_cache=False).last_hidden_state
-        return 0.9 * objectives.linear_divergence(
+        return 0.9 * losses.linear_divergence(
             hidden, student.lm_head.weight, (said, teacher.lm_head.weight), labels=batch.labels, ce_weight=1 / 9,
             mask=batch.mask,
         )  # fmt: skip
@@ -127,7 +127,7 @@ def soft(teacher: Any) -> Callable[[Any, Any, Tensor], Tensor]:
 
 def hard(batch: Any, student: Any, hidden: Tensor) -> Tensor:
     """Cross-entropy with the next tokens."""
-    return objectives.linear_cross_entropy(hidden, student.lm_head.weight, batch.labels, mask=batch.mask)
+    return losses.linear_cross_entropy(hidden, student.lm_head.weight, batch.labels, mask=batch.mask)
 
 
 def models(vocabulary: int, width: int, layers: int) -> tuple[Any, Any]:

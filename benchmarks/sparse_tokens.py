@@ -15,7 +15,7 @@ student that somebody trained.
 
 For each estimator, what it keeps of the teacher's distribution at T = 1 is encoded and decoded by the cache's own
 code, and the gradient of the student's output head, [vocabulary, hidden], is accumulated over tokens as its
-objective has it; the angle is that to the gradient of KD against all logits. The closed forms that this accumulates
+loss has it; the angle is that to the gradient of KD against all logits. The closed forms that this accumulates
 are compared with autograd on the first tokens. Bytes are those of the columns a token, whose share of a row's own is
 in them. No more than one row's logits exist at a time, and a matrix for each estimator: 3.5 GB in all, 1.5 with
 ``--few``.
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.teachers import Layout, Signal, Sparse
 from tutelage.teachers.cache.columns import nbytes
 
@@ -64,7 +64,7 @@ class Estimator:
 
     Attributes:
         options: of the layout.
-        change: what is done to the part before the objective has it.
+        change: what is done to the part before the loss has it.
     """
 
     options: dict[str, Any]
@@ -213,8 +213,8 @@ class Target:
 
 
 def check(part: Sparse, student: Tensor, hidden: Tensor) -> None:
-    """Compare :class:`Target` with autograd through the objective."""
-    loss = objectives.topk_kd if part.kind == "topk" else objectives.sampled_kd
+    """Compare :class:`Target` with autograd through the loss."""
+    loss = losses.topk_kd if part.kind == "topk" else losses.sampled_kd
     with torch.enable_grad():
         x = student.clone().requires_grad_()
         value = loss(x, part.index, part.values, temperature=1.0, reduction="sum")
@@ -224,7 +224,7 @@ def check(part: Sparse, student: Tensor, hidden: Tensor) -> None:
     found.add(part, q, hidden)
     off = (q.T @ hidden - found.total() - gradient.T @ hidden).norm() / (gradient.T @ hidden).norm()
     if off > 1e-3:
-        raise SystemExit(f"the closed form of {part.kind} is off by {off:.2g} of its objective's gradient")
+        raise SystemExit(f"the closed form of {part.kind} is off by {off:.2g} of its loss's gradient")
 
 
 def angle(a: Tensor, b: Tensor) -> float:

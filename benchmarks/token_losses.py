@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tutelage import objectives
-from tutelage.objectives import kernels
+from tutelage import losses
+from tutelage.losses import kernels
 
 TABLE = Path("results/token-losses.json")
 HIDDEN, VOCABULARY, TEMPERATURE = 576, 49_152, 2.0
@@ -49,12 +49,12 @@ def dense(hidden: Tensor, head: Tensor, said: Tensor, other: Tensor) -> Tensor:
     """All scores at once."""
     with torch.no_grad():
         teacher = F.linear(said, other)
-    return objectives.kd(F.linear(hidden, head), teacher, temperature=TEMPERATURE)
+    return losses.kd(F.linear(hidden, head), teacher, temperature=TEMPERATURE)
 
 
 def ours(hidden: Tensor, head: Tensor, said: Tensor, other: Tensor) -> Tensor:
     """Some tokens at a time."""
-    return objectives.linear_divergence(hidden, head, (said, other), divergence="kl", temperature=TEMPERATURE)
+    return losses.linear_divergence(hidden, head, (said, other), divergence="kl", temperature=TEMPERATURE)
 
 
 def plain(hidden: Tensor, head: Tensor, said: Tensor, other: Tensor) -> Tensor:

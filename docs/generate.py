@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tutelage import config, objectives
+from tutelage import config, losses
 from tutelage.data import views
 from tutelage.engine import optim
 from tutelage.errors import ConfigError
-from tutelage.methods import FEATURE_OBJECTIVES, SOFT_OBJECTIVES
+from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES
 from tutelage.methods.links import Site
 from tutelage.models import ZOO
 
@@ -143,8 +143,8 @@ unless `teacher.train` asks for fine-tuning; see
 
 
 ABOUT_LINKS = """\
-Weights that were published for a mean over elements are restated for objectives that sum them, so that the loss is
-the same. What an objective learns beside the student is trained along and not exported:
+Weights that were published for a mean over elements are restated for losses that sum them, so that the loss is
+the same. What a loss learns beside the student is trained along and not exported:
 
 - `hint`: a projector, where channels differ. The paper guides one stage; `auto` guides every one that both have.
   `first: 0.3` trains on the hints alone for 30 % of the steps and then goes on without them, as FitNets does.
@@ -327,7 +327,7 @@ def schedules() -> Iterator[str]:
 
 def soft_objectives() -> Iterator[str]:
     """What `soft` can name."""
-    yield "### Objectives on logits: `soft`"
+    yield "### Losses on logits: `soft`"
     yield ""
     yield from table(
         ("soft", "T where none is given", "options (default)"),
@@ -337,7 +337,7 @@ def soft_objectives() -> Iterator[str]:
                 "none" if entry.temperature is None else f"{entry.temperature:g}",
                 options_of(name, entry.options),
             )
-            for name, entry in SOFT_OBJECTIVES.items()
+            for name, entry in LOGIT_LOSSES.items()
         ),
     )
     yield "Published weights: `alpha: 1, hard: 1` for `dkd` (whose numbers come with a warm-up of 20 epochs, which is"
@@ -356,12 +356,12 @@ PLACES = {
 
 def feature_objectives() -> Iterator[str]:
     """What `objective` can name."""
-    yield "### Objectives on features: `objective`"
+    yield "### Losses on features: `objective`"
     yield ""
     student, teacher = (2, 8, 8, 8), (2, 16, 8, 8)
     site = Site("student", "teacher", student, teacher, False)
     rows = []
-    for name, entry in FEATURE_OBJECTIVES.items():
+    for name, entry in FEATURE_LOSSES.items():
         weight = f"{entry.weight(site, {}):.4g}" if callable(entry.weight) else f"{entry.weight:g}"
         if callable(entry.weight) and name != "pkt":
             weight += " for 16 channels of 8x8"
@@ -381,8 +381,8 @@ OF_LINKS = {
 
 
 def options_of(name: str, options: Iterable[str]) -> str:
-    """Options of an objective with their defaults."""
-    known = inspect.signature(getattr(objectives, name)).parameters
+    """Options of a loss with their defaults."""
+    known = inspect.signature(getattr(losses, name)).parameters
     own = OF_LINKS.get(name, {})
     return ", ".join(f"`{o}` ({own[o] if o in own else json.dumps(known[o].default)})" for o in options) or "–"
 

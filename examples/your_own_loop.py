@@ -1,10 +1,10 @@
-"""An objective and a frozen teacher of tutelage in a plain PyTorch loop."""
+"""A loss and a frozen teacher of tutelage in a plain PyTorch loop."""
 
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data import as_batch
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher
@@ -18,10 +18,10 @@ for name, model in (("teacher", big), ("student", small)):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
     for _ in range(30):
         for x, y in torch.utils.data.DataLoader(data, batch_size=32, shuffle=True):
-            loss = objectives.cross_entropy(logits := model(x), y)
+            loss = losses.cross_entropy(logits := model(x), y)
             if teacher is not None:
                 soft = teacher.signal(as_batch((x, y)), Needs()).dense()
-                loss = 0.1 * loss + 0.9 * objectives.kd(logits, soft, temperature=4.0)
+                loss = 0.1 * loss + 0.9 * losses.kd(logits, soft, temperature=4.0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -21,6 +21,7 @@ from tutelage.data import IGNORE, Batch, PlannedBatches
 from tutelage.data.tokens import cut
 from tutelage.engine import Accelerator, RunDirectory, Training, fit, leave, make_accelerator
 from tutelage.engine.checkpoint import full_model_state
+from tutelage.losses import kd
 from tutelage.methods import (
     FeatureMethod,
     LogitMethod,
@@ -31,7 +32,6 @@ from tutelage.methods import (
     TokenMethod,
     built,
 )
-from tutelage.objectives import kd
 from tutelage.taps import Needs, Observation
 from tutelage.teachers import LiveTeacher, Signal
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from tutelage import api, objectives
+from tutelage import api, losses
 from tutelage.cli import main
 from tutelage.config import build_recipe
 from tutelage.data import Batch, InOrder, PlannedBatches, Share, load_images
@@ -235,10 +235,10 @@ def test_all_classes_are_the_whole_and_fewer_keep_the_tail() -> None:
     s, t = torch.randn(6, 9, dtype=torch.float64, requires_grad=True), torch.randn(6, 9, dtype=torch.float64)
     log_p = (t / 3).log_softmax(-1)
     index = log_p.topk(9).indices
-    whole = objectives.topk_kd(s, index, log_p.gather(-1, index), temperature=3.0)
-    torch.testing.assert_close(whole, objectives.kd(s, t, temperature=3.0))
+    whole = losses.topk_kd(s, index, log_p.gather(-1, index), temperature=3.0)
+    torch.testing.assert_close(whole, losses.kd(s, t, temperature=3.0))
     for k in (1, 4):
-        part = objectives.topk_kd(s, index[:, :k], log_p.gather(-1, index[:, :k]), temperature=3.0)
+        part = losses.topk_kd(s, index[:, :k], log_p.gather(-1, index[:, :k]), temperature=3.0)
         p, q = log_p.exp(), (s / 3).softmax(-1)
         expected = 0.0
         for row in range(6):
@@ -259,8 +259,8 @@ def test_sparse_objectives_obey_the_laws() -> None:
     index = log_p.topk(3).indices
     mask = torch.tensor([True, False, True, True, False])
     for loss, values in (
-        (objectives.topk_kd, log_p.gather(-1, index)),
-        (objectives.sampled_kd, log_p.gather(-1, index).exp()),
+        (losses.topk_kd, log_p.gather(-1, index)),
+        (losses.sampled_kd, log_p.gather(-1, index).exp()),
     ):
         masked = loss(s, index, values, temperature=2.0, mask=mask)
         torch.testing.assert_close(masked, loss(s[mask], index[mask], values[mask], temperature=2.0))
@@ -277,7 +277,7 @@ def test_sparse_objectives_obey_the_laws() -> None:
             assert bool(torch.isfinite(loss(extreme, index, values.to(dtype))))
         with pytest.raises(ValueError, match="of one shape"):
             loss(s, index[:3], values[:3])
-    exact = objectives.topk_kd(t.requires_grad_(), index, log_p.gather(-1, index), temperature=2.0)
+    exact = losses.topk_kd(t.requires_grad_(), index, log_p.gather(-1, index), temperature=2.0)
     assert exact.abs() < 1e-12
 
 

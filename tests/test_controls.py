@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import tutelage
-from tutelage import api, objectives
+from tutelage import api, losses
 from tutelage.cli.run import _show
 from tutelage.config import METHOD_KINDS, build_recipe, load_recipe
 from tutelage.data import Batch
@@ -68,9 +68,9 @@ def test_terms_are_those_of_the_objectives_and_leave_out_rows_without_a_label(me
     assert {name: int(n) for name, n in method.counts(batch).items()} == dict.fromkeys(method.weights, 2)
     rows, labels = logits[[0, 2]], torch.tensor([1, 4])
     smoothing = getattr(method, "label_smoothing", 0.0)
-    expected = {"ce": objectives.cross_entropy(rows, labels, label_smoothing=smoothing, reduction="sum")}
+    expected = {"ce": losses.cross_entropy(rows, labels, label_smoothing=smoothing, reduction="sum")}
     if isinstance(method, TeacherFreeMethod):
-        expected["teacher_free"] = objectives.teacher_free(
+        expected["teacher_free"] = losses.teacher_free(
             rows, labels, correct=method.correct, temperature=method.temperature, variant=method.variant,
             reduction="sum",
         )  # fmt: skip

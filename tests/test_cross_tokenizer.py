@@ -15,13 +15,13 @@ from torch.nn import functional as F
 import language_worlds as worlds
 import tutelage
 from test_language import TURNS, gradients, model, passed, total
-from tutelage import objectives
+from tutelage import losses
 from tutelage.config import build_recipe
 from tutelage.data import IGNORE, Batch, load_texts
 from tutelage.data.spans import Measure, aligned, predicted, shared_entries, token_bytes
 from tutelage.errors import CapabilityError, DataError
+from tutelage.losses import Crossed, LinearHead, linear_sums
 from tutelage.methods import METHODS, built
-from tutelage.objectives import Crossed, LinearHead, linear_sums
 from tutelage.teachers import LiveTeacher
 
 ODD = "Ann 😀 naïve  café\n\nhas 12 plums, and it's done. "
@@ -169,8 +169,8 @@ def test_shared_entries_are_compared_as_the_dense_objectives_compare_coarse_logi
     s, p = (hidden @ weight.T)[mask] / t, (inputs @ head.T)[mask] / t
     name = {"kl": "kd"}.get(options["divergence"], options["divergence"])
     more = {k: v for k, v in options.items() if k not in ("divergence", "temperature")}
-    dense = getattr(objectives, name)(
-        objectives.coarse(s, own), objectives.coarse(p, other), reduction="sum", temperature=1.0, **more
+    dense = getattr(losses, name)(
+        losses.coarse(s, own), losses.coarse(p, other), reduction="sum", temperature=1.0, **more
     )
     if rest == "uld":
         out = [x.softmax(-1).index_fill(-1, kept, 0.0).sort(-1, descending=True).values
@@ -187,7 +187,7 @@ def test_chunked_sorted_distances_are_the_dense_ones(sizes: tuple[int, int]) -> 
     hidden, weight, inputs, head = sides(7, *sizes)
     found = linear_sums(hidden, weight, [Crossed((inputs, head), temperature=2.0)], weights=[1.0], chunk=2)[0]
     grads = torch.autograd.grad(found, (hidden, weight))
-    dense = objectives.uld(hidden @ weight.T, inputs @ head.T, temperature=2.0, reduction="sum")
+    dense = losses.uld(hidden @ weight.T, inputs @ head.T, temperature=2.0, reduction="sum")
     torch.testing.assert_close(found, dense)
     for a, b in zip(grads, torch.autograd.grad(dense, (hidden, weight)), strict=True):
         torch.testing.assert_close(a, b)
@@ -265,15 +265,13 @@ def test_chains_are_compared_by_the_products_of_their_probabilities(tmp_path: Pa
             count += 1
             if len(i) == len(j) == 1 and there.get(int(x)) == int(y):
                 expected += float(
-                    objectives.kd(
-                        objectives.coarse(q[row, i], own), objectives.coarse(p[row, j], other), temperature=1.0
-                    )
+                    losses.kd(losses.coarse(q[row, i], own), losses.coarse(p[row, j], other), temperature=1.0)
                 )
                 continue
             chains += 1
             lq, lp = float(q[row, i, x].sum()), float(p[row, j, y].sum())
             both = [torch.tensor([[v, np.log1p(-np.exp(v))]]) for v in (lq, lp)]
-            expected += float(objectives.kd(*both, temperature=1.0))
+            expected += float(losses.kd(*both, temperature=1.0))
     assert int(found.count) == count
     assert 0 < chains < count
     assert found.sum.item() == pytest.approx(expected, rel=1e-4)
@@ -329,8 +327,8 @@ def test_a_student_with_another_tokenizer_is_taught_by_a_recipe(
     assert "kl" not in found.summary["students"]["distilled"]["last"]  # of other tokens there is none
     assert found.summary["teacher"]["n"] > 0
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [x["loss"] for x in lines if x.get("training") == "distilled-seed0" and "loss" in x and "lr" in x]
-    assert len(losses) >= 6
-    assert losses[-1] < losses[0]
+    logged = [x["loss"] for x in lines if x.get("training") == "distilled-seed0" and "loss" in x and "lr" in x]
+    assert len(logged) >= 6
+    assert logged[-1] < logged[0]
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
     assert len(saved) == len(worlds.tokenizer())

@@ -95,13 +95,13 @@ def test_no_file_grows_into_several_unnoticed() -> None:
 # Public names ------------------------------------------------------------------------------------------
 
 ROOMS = (
-    "tutelage", "tutelage.objectives", "tutelage.methods", "tutelage.teachers", "tutelage.students", "tutelage.taps",
+    "tutelage", "tutelage.losses", "tutelage.methods", "tutelage.teachers", "tutelage.students", "tutelage.taps",
     "tutelage.data", "tutelage.models", "tutelage.engine", "tutelage.reports", "tutelage.lab", "tutelage.start",
     "tutelage.config", "tutelage.integrations", "tutelage.integrations.hf", "tutelage.integrations.lightning",
     "tutelage.workflows.generate",
 )  # fmt: skip
 NOT_LOSSES = {"check_divergence", "coarse", "linear_sums"}
-"""Functions among the objectives that give no loss of one student and one teacher."""
+"""Functions among the losses that give no loss of one student and one teacher."""
 
 
 def public(room: str) -> list[tuple[str, object]]:
@@ -129,7 +129,7 @@ def test_every_public_name_says_what_it_takes_and_returns(room: str) -> None:
 
 
 def test_every_objective_has_shapes_and_a_source() -> None:
-    for name, value in public("tutelage.objectives"):
+    for name, value in public("tutelage.losses"):
         text = inspect.getdoc(value) or ""
         if not inspect.isfunction(value) or name in NOT_LOSSES:
             continue
@@ -175,8 +175,8 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
         cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for page in ("index.html", "tutorials/images/index.html", "api/objectives/index.html", "recipe.schema.json"):
+    for page in ("index.html", "tutorials/images/index.html", "api/losses/index.html", "recipe.schema.json"):
         assert (tmp_path / "site" / page).is_file()
-    objectives = (tmp_path / "site" / "api" / "objectives" / "index.html").read_text(encoding="utf-8")
-    missing = [name for name, _ in public("tutelage.objectives") if f"tutelage.objectives.{name}" not in objectives]
+    losses = (tmp_path / "site" / "api" / "losses" / "index.html").read_text(encoding="utf-8")
+    missing = [name for name, _ in public("tutelage.losses") if f"tutelage.losses.{name}" not in losses]
     assert not missing

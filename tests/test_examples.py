@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tutelage.config import build_recipe, load_recipe
-from tutelage.methods import FEATURE_OBJECTIVES, METHODS, SOFT_OBJECTIVES
+from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES, METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,8 +68,8 @@ def test_methods_of_the_readme_and_of_the_benchmark_are_methods() -> None:
     compared = {m["objective"] for m in named if isinstance(m, dict) and "objective" in m}
     compared |= {p["objective"] for m in named if isinstance(m, dict) for p in m.get("pairs", [])}
     only_text = {"attention_kl", "attention_mse", "value_relation"}
-    assert compared == set(FEATURE_OBJECTIVES) - only_text
-    assert {m.get("soft", "kd") for m in named if isinstance(m, dict)} == set(SOFT_OBJECTIVES) - {"binary_kd"}
+    assert compared == set(FEATURE_LOSSES) - only_text
+    assert {m.get("soft", "kd") for m in named if isinstance(m, dict)} == set(LOGIT_LOSSES) - {"binary_kd"}
     for path in (ROOT / "benchmarks").glob("*.yaml"):
         if path.stem != "methods":
             load_recipe(path)

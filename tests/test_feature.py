@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import tutelage
-from tutelage import api, config, objectives
+from tutelage import api, config, losses
 from tutelage.config import build_recipe, dump_recipe
 from tutelage.data import Batch
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, ModelError
-from tutelage.methods import FEATURE_OBJECTIVES, SOFT_OBJECTIVES, FeatureMethod, Method, built
+from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES, FeatureMethod, Method, built
 from tutelage.methods.links import Compared
 from tutelage.models.small import ConvNet
 from tutelage.students import PROJECTORS
@@ -43,13 +43,13 @@ def batch(n: int = 6) -> Batch:
 
 
 def test_schema_and_registry_name_the_same() -> None:
-    assert {k: v.options for k, v in FEATURE_OBJECTIVES.items()} == config.FEATURE_OBJECTIVES
-    assert {k: v.options for k, v in SOFT_OBJECTIVES.items()} == config.SOFT_OBJECTIVES
-    assert {k: v.temperature for k, v in SOFT_OBJECTIVES.items()} == config.SOFT_TEMPERATURES
+    assert {k: v.options for k, v in FEATURE_LOSSES.items()} == config.FEATURE_LOSSES
+    assert {k: v.options for k, v in LOGIT_LOSSES.items()} == config.LOGIT_LOSSES
+    assert {k: v.temperature for k, v in LOGIT_LOSSES.items()} == config.SOFT_TEMPERATURES
     assert set(config.PROJECTORS) == set(PROJECTORS)
 
 
-PLAIN = [name for name, entry in FEATURE_OBJECTIVES.items() if issubclass(entry.link, Compared)]
+PLAIN = [name for name, entry in FEATURE_LOSSES.items() if issubclass(entry.link, Compared)]
 PAIRS = [{"student": f"stages.{i}", "teacher": f"stages.{i}"} for i in range(2)]
 
 
@@ -69,7 +69,7 @@ def test_a_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
         s, t = (m.stages[: i + 1](b.inputs[mask]) for m in (student, teacher))
         if projects:
             s = method.hidden.links[i].projector(s, t)
-        torch.testing.assert_close(term.sum / term.count, getattr(objectives, name)(s, t), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(term.sum / term.count, getattr(losses, name)(s, t), rtol=1e-4, atol=1e-6)
     assert bool(list(method.parameters())) == projects
 
 

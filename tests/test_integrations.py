@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from test_distribution import launch
-from tutelage import objectives
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import LoaderBatches
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
@@ -236,7 +235,7 @@ def test_by_hand_without_anything_of_ours_but_objectives(tmp_path: Path) -> None
         logits = student(x)
         with torch.no_grad():
             said = teacher(x)
-        soft = objectives.kd(logits, said, temperature=3.0)
+        soft = losses.kd(logits, said, temperature=3.0)
         loss = 0.7 * soft + 0.3 * nn.functional.cross_entropy(logits, y)  # torch ignores -100 as we do
         optimizer.zero_grad()
         loss.backward()

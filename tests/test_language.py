@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import language_worlds as worlds
 import tutelage
 from language_worlds import cutter, folder
-from tutelage import objectives
+from tutelage import losses
 from tutelage.config import build_recipe, load_recipe
 from tutelage.data import IGNORE, Batch, load_texts
 from tutelage.data.chat import encoded
@@ -281,12 +281,12 @@ def test_evaluation_token_by_token_equals_that_of_all_scores(cutter: Any, folder
 @pytest.mark.parametrize(
     ("options", "dense"),
     [
-        ({"divergence": "kl", "temperature": 2.0}, lambda s, t: objectives.kd(s, t, temperature=2.0)),
-        ({"divergence": "reverse_kl"}, objectives.reverse_kl),
-        ({"divergence": "js", "beta": 0.3}, lambda s, t: objectives.js(s, t, beta=0.3)),
+        ({"divergence": "kl", "temperature": 2.0}, lambda s, t: losses.kd(s, t, temperature=2.0)),
+        ({"divergence": "reverse_kl"}, losses.reverse_kl),
+        ({"divergence": "js", "beta": 0.3}, lambda s, t: losses.js(s, t, beta=0.3)),
         ({"divergence": "skew_kl", "skew": 0.2, "reverse": True},
-         lambda s, t: objectives.skew_kl(s, t, alpha=0.2, reverse=True)),
-        ({"divergence": "tvd"}, objectives.tvd),
+         lambda s, t: losses.skew_kl(s, t, alpha=0.2, reverse=True)),
+        ({"divergence": "tvd"}, losses.tvd),
     ],
 )  # fmt: skip
 def test_the_soft_term_is_the_dense_objective_over_tokens_that_count(

@@ -12,7 +12,7 @@ import language_worlds as worlds
 import tutelage
 from language_worlds import cutter, folder
 from test_language import causal, model, recipe, total
-from tutelage import objectives
+from tutelage import losses
 from tutelage.config import build_recipe
 from tutelage.engine import evaluate
 from tutelage.errors import ConfigError
@@ -88,8 +88,8 @@ def test_the_head_learns_by_its_adapter_without_the_scores(bits: Any, cutter: An
             loss = total(student, method, batch, said)
         else:
             dense, theirs = student(**batch.inputs).logits, teacher(**batch.inputs).logits
-            loss = 0.8 * objectives.kd(dense, theirs, temperature=2.0, mask=batch.mask)
-            loss = loss + 0.2 * objectives.cross_entropy(dense, batch.labels, mask=batch.mask)
+            loss = 0.8 * losses.kd(dense, theirs, temperature=2.0, mask=batch.mask)
+            loss = loss + 0.2 * losses.cross_entropy(dense, batch.labels, mask=batch.mask)
         loss.backward()
         gradients.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
     assert any("lm_head.lora_A" in name for name in gradients[0])
@@ -99,7 +99,7 @@ def test_the_head_learns_by_its_adapter_without_the_scores(bits: Any, cutter: An
         torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
     found = evaluate(student, [batch], torch.device("cpu"))
     with torch.no_grad():
-        right = objectives.cross_entropy(student(**batch.inputs).logits, batch.labels)
+        right = losses.cross_entropy(student(**batch.inputs).logits, batch.labels)
     assert found["loss"] == pytest.approx(float(right), rel=1e-4)
     before = student(IDS).logits.detach()
     plain = merged(student)

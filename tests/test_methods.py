@@ -12,15 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import tutelage
-from tutelage import api, objectives
+from tutelage import api, losses
 from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.data.batch import Task
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import (
-    FEATURE_OBJECTIVES,
-    SOFT_OBJECTIVES,
+    FEATURE_LOSSES,
+    LOGIT_LOSSES,
     FeatureMethod,
     LogitMethod,
     Method,
@@ -39,7 +39,7 @@ from tutelage.teachers import LiveTeacher
 from tutelage.workflows.progress import Terminal
 from worlds import Shuffled, images, teacher_for, texts
 
-OF_IMAGES = [n for n in FEATURE_OBJECTIVES if n not in ("attention_kl", "attention_mse", "value_relation")]
+OF_IMAGES = [n for n in FEATURE_LOSSES if n not in ("attention_kl", "attention_mse", "value_relation")]
 
 
 def pair(resnet: bool = False) -> tuple[nn.Module, nn.Module]:
@@ -61,7 +61,7 @@ def fit(method: Method, student: nn.Module, teacher: nn.Module, b: Batch) -> Met
 # Logits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, o in SOFT_OBJECTIVES.items() if "classes" in o.tasks])
+@pytest.mark.parametrize("name", [name for name, o in LOGIT_LOSSES.items() if "classes" in o.tasks])
 def test_a_soft_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     student, teacher = (m.eval() for m in pair())
     b = batch(mask=torch.arange(12) != 4)
@@ -69,10 +69,10 @@ def test_a_soft_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     options = {"alpha": 2.0, "beta": 3.0} if name == "dkd" else {}
     method = LogitMethod(soft=name, alpha=0.7, soft_options=options)
     terms = method(observe(student, b.inputs, Needs()), b, LiveTeacher(teacher).signal(b, Needs()))
-    labels = SOFT_OBJECTIVES[name].labels
+    labels = LOGIT_LOSSES[name].labels
     rows = b.labelled() if labels else b.counted()
     s, t = student(b.inputs)[rows], teacher(b.inputs)[rows]
-    expected = getattr(objectives, name)(*((s, t, b.labels[rows]) if labels else (s, t)), **options)
+    expected = getattr(losses, name)(*((s, t, b.labels[rows]) if labels else (s, t)), **options)
     assert int(terms[name].count) == int(method.counts(b)[name]) == (10 if labels else 11)
     torch.testing.assert_close(terms[name].sum / terms[name].count, expected)
     assert method.weights == {name: 0.7, "ce": pytest.approx(0.3)}
@@ -99,7 +99,7 @@ def test_labels_that_are_several_or_numbers(task: Task, soft: str, term: str) ->
     assert b.targets is not None
     each = F.binary_cross_entropy_with_logits if task == "multi-label" else F.mse_loss
     torch.testing.assert_close(terms[term].sum, each(s[has], b.targets[has], reduction="sum"))
-    torch.testing.assert_close(terms[soft].sum, getattr(objectives, soft)(s, t, mask=b.mask, reduction="sum"))
+    torch.testing.assert_close(terms[soft].sum, getattr(losses, soft)(s, t, mask=b.mask, reduction="sum"))
     assert {name: int(count) for name, count in method.counts(b).items()} == {soft: 11, term: 10}
     assert method.weights == {soft: 0.7, term: pytest.approx(0.3)}
     alone = SupervisedMethod(task=task)
@@ -139,7 +139,7 @@ def test_formulas_say_temperature_options_and_weights() -> None:
 def test_a_wrong_soft_term_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         LogitMethod(**options)
-    if says != "js with":  # a value that only the objective itself can judge
+    if says != "js with":  # a value that only the loss itself can judge
         with pytest.raises(ConfigError):
             build_recipe({**RECIPE, "method": {"kind": "logit", **options}})
 
@@ -156,17 +156,17 @@ def test_every_objective_pairs_by_itself_and_teaches(name: str, resnet: bool) ->
     trainee, live = Trainee(student, method).train(), LiveTeacher(teacher)
     (first, *_) = (n for n in method.weights if n.startswith(name))
     optimizer = torch.optim.Adam([p for p in trainee.parameters() if p.requires_grad], lr=5e-3)
-    losses = []
+    values = []
     for _ in range(25):
         terms = trainee(b, live.signal(b, method.needs))
         loss = sum(method.weights[k] * t.sum / t.count for k, t in terms.items())
-        losses.append(terms[first].sum.item())
+        values.append(terms[first].sum.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         method.after_step()
     assert all(m.grad is not None for m in method.parameters() if m.requires_grad)
-    assert losses[-1] < losses[0], losses
+    assert values[-1] < values[0], values
     assert f"{method.weights[first]:g} * {first}" in method.formula()
     trainee.close()
 
@@ -196,7 +196,7 @@ def test_margins_are_those_of_the_norm_before_the_relu() -> None:
     assert [s.teacher for s in link.sites] == ["stages.0.5:input", "stages.1.5:input"]
     for i in range(2):
         norm = teacher.stages[i][4]
-        torch.testing.assert_close(link.get_buffer(f"margin{i}"), objectives.overhaul_margin(norm.weight, norm.bias))
+        torch.testing.assert_close(link.get_buffer(f"margin{i}"), losses.overhaul_margin(norm.weight, norm.bias))
 
 
 @pytest.mark.parametrize(

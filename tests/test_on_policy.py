@@ -13,7 +13,7 @@ import language_worlds as worlds
 import tutelage
 from language_worlds import cutter, folder
 from test_language import TURNS, causal, model, passed, recipe, total
-from tutelage import objectives
+from tutelage import losses
 from tutelage.config import build_recipe
 from tutelage.data import IGNORE, Batch
 from tutelage.errors import CapabilityError, ConfigError, Interrupted
@@ -107,7 +107,7 @@ def test_the_loss_of_what_it_wrote_is_the_divergence_from_the_teacher_there(cutt
     written = method.prepared(student, batch)
     found = total(student, method, written, LiveTeacher(teacher).signal(written, method.needs))
     mine, theirs = (m(**written.inputs).logits[written.mask] for m in (student, teacher))
-    torch.testing.assert_close(found, 0.8 * objectives.js(mine, theirs.detach(), beta=0.1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, 0.8 * losses.js(mine, theirs.detach(), beta=0.1), rtol=1e-5, atol=1e-6)
     assert int(method.counts(written)["ce"]) == 0
 
 

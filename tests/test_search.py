@@ -314,7 +314,7 @@ def test_what_a_killed_process_reported_is_not_judged_before_its_last(tmp_path: 
         ("method.temperature=0:20:log", ["logarithmic", "above 0"]),
         ("method.temperature=20:1", ["low must be below high"]),
         ("method.kind=logit,featur", ["refuses method.kind", "did you mean 'feature'"]),
-        ("method.soft=kd,dkd,kld", ["unknown soft objective 'kld'"]),
+        ("method.soft=kd,dkd,kld", ["unknown soft loss 'kld'"]),
         ("train.batch_size=16:64.5", ["refuses train.batch_size=64.5", "integer"]),
         ("method.alpha=0.5", ["nothing to choose from", "method.alpha=0.5"]),
         ("method.alpha", ["does not say what the key may be"]),

@@ -1,4 +1,4 @@
-"""Parts of a language model's distributions: coded, drawn, read back, and what an objective makes of them."""
+"""Parts of a language model's distributions: coded, drawn, read back, and what a loss makes of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data import IGNORE, Batch
 from tutelage.errors import CacheError, CapabilityError, ConfigError
 from tutelage.taps import Head, Needs
@@ -141,7 +141,7 @@ def test_the_head_of_a_sample_is_exact() -> None:
     torch.testing.assert_close(found.sum(-1), torch.ones(6, 2, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
-# Objectives ----------------------------------------------------------------------------------------------
+# Losses ----------------------------------------------------------------------------------------------
 
 
 def slope(loss: Any, student: Tensor, *rest: Any, **options: Any) -> Tensor:
@@ -155,14 +155,14 @@ def test_weights_of_the_whole_distribution_give_the_gradient_of_kd(temperature: 
     student, teacher = scores(4, seed=1), scores(4, seed=2).double()
     p = (teacher / temperature).softmax(-1)
     index = torch.arange(CLASSES).expand(4, -1)
-    found = slope(objectives.sampled_kd, student, index, p, temperature=temperature)
-    torch.testing.assert_close(found, slope(objectives.kd, student, teacher, temperature=temperature))
+    found = slope(losses.sampled_kd, student, index, p, temperature=temperature)
+    torch.testing.assert_close(found, slope(losses.kd, student, teacher, temperature=temperature))
 
 
 def test_weights_that_make_up_one_only_on_average_leave_the_students_own_distribution_whole() -> None:
     student = scores(3, seed=1)
     index, w = torch.tensor([[1, 5], [2, 2], [0, 9]]), torch.tensor([[0.5, 0.9], [0.1, 0.2], [0.0, 0.0]]).double()
-    found = slope(objectives.sampled_kd, student, index, w, temperature=1.0, reduction="sum")
+    found = slope(losses.sampled_kd, student, index, w, temperature=1.0, reduction="sum")
     spare = (1 - w.sum(-1, keepdim=True)) / CLASSES
     expected = student.double().softmax(-1) - torch.zeros(3, CLASSES).double().scatter_add(-1, index, w) - spare
     torch.testing.assert_close(found, expected)
@@ -190,18 +190,18 @@ def test_the_noise_of_a_sample_averages_out_and_the_error_of_a_truncation_stays(
 
     def angles(n: int) -> dict[str, float]:
         t, s, h = teacher[:, :n], student[:, :n], hidden[:, :n]
-        full = slope(objectives.kd, s.flatten(0, 1), t.double().flatten(0, 1), temperature=1.0, reduction="sum")
+        full = slope(losses.kd, s.flatten(0, 1), t.double().flatten(0, 1), temperature=1.0, reduction="sum")
         whole = full.T @ h.flatten(0, 1)
         few = part(layout("topk", k=4), t)
         return {
-            name: angle(head_gradient(objectives.sampled_kd, s, h, part(SAMPLES[name], t)), whole)
+            name: angle(head_gradient(losses.sampled_kd, s, h, part(SAMPLES[name], t)), whole)
             for name in ("draws", "head", "rounded")
         } | {
             "renormalised": angle(
-                head_gradient(objectives.sampled_kd, s, h, few, lambda w: w.exp() / w.exp().sum(-1, keepdim=True)),
+                head_gradient(losses.sampled_kd, s, h, few, lambda w: w.exp() / w.exp().sum(-1, keepdim=True)),
                 whole,
             ),
-            "tail": angle(head_gradient(objectives.topk_kd, s, h, few), whole),
+            "tail": angle(head_gradient(losses.topk_kd, s, h, few), whole),
         }
 
     short, long = angles(256), angles(tokens)  # noise falls by the square root of 32

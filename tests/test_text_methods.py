@@ -32,10 +32,12 @@ from transformers import (
 )
 
 import tutelage
-from tutelage import objectives
+from tutelage import losses
 from tutelage.config import METHOD_KINDS, build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError, ModelError
+from tutelage.losses import chunked
+from tutelage.losses.heads import Scores
 from tutelage.methods import (
     METHODS,
     EmbeddingMethod,
@@ -50,8 +52,6 @@ from tutelage.methods import (
     built,
 )
 from tutelage.methods.layers import find_layers, mapped
-from tutelage.objectives import chunked
-from tutelage.objectives.heads import Scores
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 
@@ -233,7 +233,7 @@ def test_patient_is_what_transformers_outputs_give(variant: Any) -> None:
     stacked = torch.stack(gaps)
     by_hand = stacked.mean() if variant == "authors" else stacked.sum((0, 2)).mean()
     torch.testing.assert_close(means["patient"], by_hand)
-    torch.testing.assert_close(means["kd"], objectives.kd(s.logits, t.logits, temperature=10.0))
+    torch.testing.assert_close(means["kd"], losses.kd(s.logits, t.logits, temperature=10.0))
     torch.testing.assert_close(means["ce"], F.cross_entropy(s.logits, b.labels))
 
 
@@ -269,10 +269,10 @@ def test_margin_mse_trains_a_bi_encoder_on_a_cross_encoder() -> None:
     means = seen(student, teacher, method, b)
     s, t = student(**inputs), teacher(**inputs)
     torch.testing.assert_close(means["margin_mse"], F.mse_loss(s[:, 0] - s[:, 1], t[:, 0] - t[:, 1]))
-    shifted = objectives.margin_mse(s + 5, t - torch.arange(3.0).unsqueeze(-1))
+    shifted = losses.margin_mse(s + 5, t - torch.arange(3.0).unsqueeze(-1))
     torch.testing.assert_close(shifted, means["margin_mse"])
     with pytest.raises(ValueError, match="fewer than two passages"):
-        objectives.margin_mse(s[:, :1], t[:, :1])
+        losses.margin_mse(s[:, :1], t[:, :1])
 
 
 # Padding and special tokens ------------------------------------------------------------------------------------
@@ -465,8 +465,8 @@ def test_gradients_made_in_parts_are_those_of_all_scores_at_once(
                 with torch.no_grad():
                     said = teacher(**b.inputs).logits
                 logits = student(**b.inputs).logits
-                loss = 2 * objectives.cross_entropy(logits, b.labels, mask=b.mask)
-                loss = loss + 5 * objectives.kd(logits, said, temperature=2.0, mask=b.mask)
+                loss = 2 * losses.cross_entropy(logits, b.labels, mask=b.mask)
+                loss = loss + 5 * losses.kd(logits, said, temperature=2.0, mask=b.mask)
         (0.5 * loss).backward()
         gradients.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -509,7 +509,7 @@ def test_a_term_that_weighs_nothing_is_not_computed(
         raise AssertionError("computed")
 
     for name in never:
-        monkeypatch.setattr(objectives, name, refuse)
+        monkeypatch.setattr(losses, name, refuse)
     ready = fit(method(), student, teacher, b)
     assert seen(student, teacher, ready, b)
 

@@ -1,7 +1,7 @@
 """Knowledge distillation: a teacher that is too big becomes a student that is small, fast and yours.
 
 ``tutelage.distill(teacher, student, train_loader, eval_data=...)`` compares the student with and without
-its teacher; ``tutelage.objectives`` are losses for anybody's own loop. Names load when they are used, so
+its teacher; ``tutelage.losses`` are losses for anybody's own loop. Names load when they are used, so
 that the command line starts without torch.
 """
 
@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutelage import data, deploy, methods, models, objectives, teachers
+    from tutelage import data, deploy, losses, methods, models, teachers
     from tutelage.api import Run, distill, run, search
     from tutelage.deploy import predict
     from tutelage.errors import TutelageError
@@ -31,7 +31,7 @@ _WHERE = {
     "run": "tutelage.api",
     "search": "tutelage.api",
 }
-_ROOMS = ("config", "data", "deploy", "engine", "methods", "models", "objectives", "reports", "taps", "teachers")
+_ROOMS = ("config", "data", "deploy", "engine", "methods", "models", "losses", "reports", "taps", "teachers")
 
 __all__ = [
     "Run",
@@ -42,9 +42,9 @@ __all__ = [
     "export",
     "generate",
     "judge",
+    "losses",
     "methods",
     "models",
-    "objectives",
     "predict",
     "run",
     "search",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.lab import llm
 from tutelage.lab.arms import SIZES, TRIPLE, Results
 from tutelage.lab.judge import Figure, Finding, Part, Point, exact, gain, point, within
@@ -99,7 +99,7 @@ def temperature(results: Results) -> Finding:
 def _soft_gradient(student: Tensor, teacher: Tensor, t: float, *, squared: bool) -> Tensor:
     """Of the soft loss by the student's logits, row by row, with or without the factor T^2."""
     x = student.clone().requires_grad_()
-    loss = objectives.kd(x, teacher, temperature=t, reduction="sum")
+    loss = losses.kd(x, teacher, temperature=t, reduction="sum")
     (grad,) = torch.autograd.grad(loss, x)
     return grad if squared else grad / t**2
 
@@ -321,32 +321,32 @@ def distilbert(results: Results) -> Finding:
     ]  # fmt: skip
     parts += [gain(text, whole, other) for text, other in zip(says, others, strict=True)]
     sizes = summary["parameters"]
-    losses = ", ".join(
+    held_out = ", ".join(
         f"{label} {statistics.fmean(results.accuracy(arm, key='loss')):.3f}" for label, arm in named.items()
     )
     notes = [
         f"Accuracy is of masked words of texts that nobody trained on; the teacher's is {teacher:.1%}. The student "
         f"has {sizes['student']:,} of {sizes['teacher']:,} parameters, {sizes['student'] / sizes['teacher']:.0%}; "
         "of BERT's, whose embeddings weigh less, half the layers leave 60 %.",
-        f"Loss (nats): {losses}.",
+        f"Loss (nats): {held_out}.",
     ]
     return Finding(parts, [_bars(found)], notes, found)
 
 
 def closed_teacher(results: Results) -> Finding:
     """Loss of a closed teacher's held-out answers: before, after learning its answers, and after shuffled ones."""
-    losses = {
+    held_out = {
         "before training": results.untrained("closed"),
         "trained on its answers": results.accuracy("closed", key="loss"),
         "trained on its answers to other prompts": results.accuracy("closed-shuffled", key="loss"),
     }
-    before, own, other = losses.values()
+    before, own, other = held_out.values()
     parts = [
         _more("training on a teacher's answers lowers the loss of held-out ones of it", before, own, "nats a token"),
         _more("it lowers it more than training on the same answers, each to another prompt", other, own,
               "nats a token"),
     ]  # fmt: skip
-    series = {"held-out loss": [point(label, values) for label, values in losses.items()]}
+    series = {"held-out loss": [point(label, values) for label, values in held_out.items()]}
     drawn = Figure(
         "", "loss of held-out answers, nats a token", series, says="Loss of the teacher's held-out answers."
     )

@@ -15,8 +15,8 @@ from tutelage.methods.byot import ByotMethod
 from tutelage.methods.cross import CrossTokenizerMethod
 from tutelage.methods.embedding import EmbeddingMethod
 from tutelage.methods.feature import FeatureMethod, PairsMethod
-from tutelage.methods.links import FEATURE_OBJECTIVES
-from tutelage.methods.logit import SOFT_OBJECTIVES, LogitMethod, SupervisedMethod, TeacherFreeMethod
+from tutelage.methods.links import FEATURE_LOSSES
+from tutelage.methods.logit import LOGIT_LOSSES, LogitMethod, SupervisedMethod, TeacherFreeMethod
 from tutelage.methods.minilm import MinilmMethod
 from tutelage.methods.mutual import MutualMethod
 from tutelage.methods.on_policy import OnPolicyMethod
@@ -47,9 +47,9 @@ METHODS: dict[str, type[Method]] = {
 """Every method that a recipe can name. ``tutelage.config.METHOD_KINDS`` has their options."""
 
 __all__ = [
-    "FEATURE_OBJECTIVES",
+    "FEATURE_LOSSES",
+    "LOGIT_LOSSES",
     "METHODS",
-    "SOFT_OBJECTIVES",
     "ByotMethod",
     "CrossTokenizerMethod",
     "EmbeddingMethod",

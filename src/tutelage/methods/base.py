@@ -32,7 +32,7 @@ class Term(NamedTuple):
 
 
 class Method(nn.Module):
-    """What is the loss of this batch: wires the student's and the teacher's word to objectives.
+    """What is the loss of this batch: wires the student's and the teacher's word to losses.
 
     A method is a module so that what it learns besides the student (projectors) is trained,
     synchronised, clipped and saved with it.

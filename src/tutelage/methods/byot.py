@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, ModelError
 from tutelage.methods.base import Method, Term
@@ -25,8 +25,8 @@ class ByotMethod(Method):
     a bottleneck, which brings a stage's map to the size and channels of the last one and averages it to :math:`F_i`,
     and a linear classifier. Exits are trained along, measured, and not exported: the student stays the plain network.
 
-    There is no :math:`T^2`, as in the authors' code: :func:`tutelage.objectives.kd` has it, so the term ``kd`` weighs
-    :math:`\alpha / T^2`. And :func:`tutelage.objectives.hint` is a mean over the D elements, so ``hint`` weighs
+    There is no :math:`T^2`, as in the authors' code: :func:`tutelage.losses.kd` has it, so the term ``kd`` weighs
+    :math:`\alpha / T^2`. And :func:`tutelage.losses.hint` is a mean over the D elements, so ``hint`` weighs
     :math:`\lambda D`. Images without a label teach the exits alone.
 
     Args:
@@ -135,14 +135,14 @@ class ByotMethod(Method):
         """``ce`` of the network, and ``ce``, ``kd`` and ``hint`` of each exit by its tap."""
         assert student.logits is not None
         word, feature = student.logits.detach(), student.hidden[self.deepest].detach()
-        sums = {"ce": objectives.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")}
+        sums = {"ce": losses.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")}
         for tap, leave in zip(self.taps, self.exits, strict=True):
             mine, logits = leave(student.hidden[tap])
-            sums[f"ce({tap})"] = objectives.cross_entropy(logits, batch.labels, mask=batch.mask, reduction="sum")
-            sums[f"kd({tap})"] = objectives.kd(
+            sums[f"ce({tap})"] = losses.cross_entropy(logits, batch.labels, mask=batch.mask, reduction="sum")
+            sums[f"kd({tap})"] = losses.kd(
                 logits, word, temperature=self.temperature, mask=batch.mask, reduction="sum"
             )
-            sums[f"hint({tap})"] = objectives.hint(mine, feature, mask=batch.mask, reduction="sum")
+            sums[f"hint({tap})"] = losses.hint(mine, feature, mask=batch.mask, reduction="sum")
         counts = self.counts(batch)
         return {name: Term(total, counts[name]) for name, total in sums.items()}
 

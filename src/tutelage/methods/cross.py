@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.data.spans import NOWHERE, shared_entries
 from tutelage.errors import CapabilityError, ConfigError
@@ -158,14 +158,14 @@ class CrossTokenizerMethod(TokenMethod):
         mask = torch.zeros_like(masks["soft"])
         said[single.mine] = inputs[single.theirs]
         mask.view(-1)[single.mine] = True
-        asked: dict[str, objectives.Crossed | objectives.Hard] = {
-            "soft": objectives.Crossed(
+        asked: dict[str, losses.Crossed | losses.Hard] = {
+            "soft": losses.Crossed(
                 (said.view(*mask.shape, -1), linear_head(theirs)), self.shared, self.rest, self.divergence,
                 self.temperature, mask=mask, **self.options,
             )
         }  # fmt: skip
         if "ce" in masks:
-            asked["ce"] = objectives.Hard(batch.labels, masks["ce"])
+            asked["ce"] = losses.Hard(batch.labels, masks["ce"])
         counts = {name: each.sum() for name, each in masks.items()}
         counts["soft"] = counts["soft"].new_tensor(spans.count)
         terms = head_terms(self, student.head, asked, counts)
@@ -213,8 +213,8 @@ class CrossTokenizerMethod(TokenMethod):
 
 
 COMPARED: dict[str, Any] = {
-    "kl": objectives.kd, "reverse_kl": objectives.reverse_kl, "js": objectives.js, "skew_kl": objectives.skew_kl,
-    "tvd": objectives.tvd,
+    "kl": losses.kd, "reverse_kl": losses.reverse_kl, "js": losses.js, "skew_kl": losses.skew_kl,
+    "tvd": losses.tvd,
 }  # fmt: skip
 """Divergences of two outcomes."""
 
@@ -267,8 +267,8 @@ def _counterpart(shared: tuple[Tensor, Tensor], ids: Tensor) -> Tensor:
 def _product(head: Head, at: Tensor, labels: Tensor, of: Tensor, count: int) -> Tensor:
     """``[count, 2]`` logits whose softmax is the probability of each span, and of anything else."""
     hidden = head.inputs.flatten(0, -2)[at]
-    losses = objectives.linear_cross_entropy(hidden, linear_head(head), labels[at], reduction="none")
-    log = losses.new_zeros(count).index_add(0, of, -losses).clamp(max=-torch.finfo(losses.dtype).eps)
+    per_token = losses.linear_cross_entropy(hidden, linear_head(head), labels[at], reduction="none")
+    log = per_token.new_zeros(count).index_add(0, of, -per_token).clamp(max=-torch.finfo(per_token.dtype).eps)
     return torch.stack([log, torch.log(-torch.expm1(log))], -1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.methods.base import Method, Term
@@ -32,7 +32,7 @@ class EmbeddingMethod(Method):
         ConfigError: a weight below 0, or no term left.
 
     Reference: Reimers and Gurevych, Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation
-    (EMNLP 2020), equation 1; the second term is ours, see :func:`tutelage.objectives.cosine_matrix`.
+    (EMNLP 2020), equation 1; the second term is ours, see :func:`tutelage.losses.cosine_matrix`.
     """
 
     def __init__(self, mse: float = 1.0, similarity: float = 1.0, *, task: Task = "classes") -> None:
@@ -63,9 +63,9 @@ class EmbeddingMethod(Method):
         terms: dict[str, Term] = {}
         if "mse" in self.weights:
             projected = s if self.projector is None else self.projector(s, t)
-            terms["mse"] = Term(objectives.hint(projected, t, mask=mask, reduction="sum"), mask.sum())
+            terms["mse"] = Term(losses.hint(projected, t, mask=mask, reduction="sum"), mask.sum())
         if "similarity" in self.weights:
-            terms["similarity"] = Term(objectives.cosine_matrix(s, t, mask=mask, reduction="sum"), mask.sum())
+            terms["similarity"] = Term(losses.cosine_matrix(s, t, mask=mask, reduction="sum"), mask.sum())
         return terms
 
 

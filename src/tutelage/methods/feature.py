@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.methods.base import Method, Phase, Term
-from tutelage.methods.links import FEATURE_OBJECTIVES, Compared, Link, Setting, Site, Where, token_positions
+from tutelage.methods.links import FEATURE_LOSSES, Compared, Link, Setting, Site, Where, token_positions
 from tutelage.methods.logit import LogitMethod
 from tutelage.students import before_activations, embedding, feature_shapes, stages
 from tutelage.students.projectors import Shape
@@ -28,10 +28,10 @@ class PairsMethod(Method):
         pairs: a list of ``{student: TAP, teacher: TAP}``, each with what of the following it has of its own;
             or ``auto``.
         shared: ``objective``, ``weight``, ``projector``, ``norm`` of each pair.
-        options: of the objective.
+        options: of the loss.
 
     Raises:
-        ConfigError: unknown objective, option or value.
+        ConfigError: unknown loss, option or value.
     """
 
     def __init__(self, pairs: Pairs, shared: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
@@ -47,7 +47,7 @@ class PairsMethod(Method):
             plain = {k: v for k, v in own.items() if k != "options"}
             self.given.append({**shared, **inherited, **own.get("options", {}), **plain})
             _check(self.given[-1], f"method.pairs[{i}]", paths=not self.auto)
-        self.needs_ids = any(FEATURE_OBJECTIVES[p["objective"]].link.needs_ids for p in self.given)
+        self.needs_ids = any(FEATURE_LOSSES[p["objective"]].link.needs_ids for p in self.given)
         self.links = nn.ModuleList()
         self.names: list[str] = []
         self.weights = {}
@@ -61,7 +61,7 @@ class PairsMethod(Method):
         assert teacher is not None
         given = self.given
         if self.auto:
-            where = FEATURE_OBJECTIVES[given[0]["objective"]].where
+            where = FEATURE_LOSSES[given[0]["objective"]].where
             found = MATCHES[where](student, teacher, example)
             given = [{**given[0], "student": mine, "teacher": theirs} for mine, theirs in found]
         for i, pair in enumerate(given):
@@ -76,7 +76,7 @@ class PairsMethod(Method):
         self.links, self.names, self.weights = nn.ModuleList(), [], {}
         for indices in _groups(given):
             first = given[indices[0]]
-            entry = FEATURE_OBJECTIVES[first["objective"]]
+            entry = FEATURE_LOSSES[first["objective"]]
             options = {k: v for k, v in first.items() if k not in _KEYS}
             if issubclass(entry.link, Compared) and entry.link.projects:
                 options |= {"projector": first["projector"], "norm": first["norm"]}
@@ -143,34 +143,34 @@ class PairsMethod(Method):
 
 
 class FeatureMethod(Method):
-    r"""Pairs of hidden states beside soft and hard labels: :class:`LogitMethod` plus a weighted sum of objectives.
+    r"""Pairs of hidden states beside soft and hard labels: :class:`LogitMethod` plus a weighted sum of losses.
 
-    Each pair is a term named for its objective and the student's module, as ``hint(stages.1)``; of ``overhaul`` and
-    ``review`` all pairs are one term. Where an objective compares element by element, the student's feature goes
-    through a projector first, which is trained along. An objective on relations compares the examples of a
+    Each pair is a term named for its loss and the student's module, as ``hint(stages.1)``; of ``overhaul`` and
+    ``review`` all pairs are one term. Where a loss compares element by element, the student's feature goes
+    through a projector first, which is trained along. A loss on relations compares the examples of a
     micro-batch: for it the split of a batch does matter.
 
     Args:
         pairs: a list of ``{student: TAP, teacher: TAP}``, each with ``objective``, ``weight``, ``projector``,
-            ``norm`` and options of the objective where they differ from those below; or ``auto``, which pairs what
-            the objective's paper does: the last feature maps of each resolution that both models have (or the last
+            ``norm`` and options of the loss where they differ from those below; or ``auto``, which pairs what
+            the loss's paper does: the last feature maps of each resolution that both models have (or the last
             alone, or these before their activation), or what goes into the output heads.
         temperature: T of the soft labels.
         alpha: weight of the soft labels.
         hard: weight of the hard ones; default 1 - alpha.
-        soft: one of :data:`SOFT_OBJECTIVES`.
+        soft: one of :data:`LOGIT_LOSSES`.
         soft_options: of that.
         task: what labels are.
-        objective: one of :data:`FEATURE_OBJECTIVES`.
-        weight: of each pair. Default: that of the objective.
+        objective: one of :data:`FEATURE_LOSSES`.
+        weight: of each pair. Default: that of the loss.
         projector: one of :data:`tutelage.students.PROJECTORS`.
         norm: batch norm in the projector.
-        options: of the objective.
+        options: of the loss.
         first: share of the steps in which the pairs alone are learned, and after which they are dropped: the
             two stages of FitNets. Default 0: both together.
 
     Raises:
-        ConfigError: unknown objective, option or value.
+        ConfigError: unknown loss, option or value.
     """
 
     def __init__(
@@ -253,10 +253,10 @@ _KEYS = ("student", "teacher", "objective", "weight", "projector", "norm")
 
 
 def _groups(given: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Indices of pairs that make one link each: those of a joint objective together."""
+    """Indices of pairs that make one link each: those of a joint loss together."""
 
     def key(i: int) -> Any:
-        joint = FEATURE_OBJECTIVES[given[i]["objective"]].joint
+        joint = FEATURE_LOSSES[given[i]["objective"]].joint
         return given[i]["objective"] if joint else i
 
     return [list(indices) for _, indices in groupby(range(len(given)), key)]
@@ -270,15 +270,15 @@ def _site(example: Batch, pair: Mapping[str, Any], mine: Mapping[str, Shape], th
 def _check(pair: Mapping[str, Any], where: str, *, paths: bool) -> None:
     """Raise :class:`ConfigError` unless a pair names what there is."""
     name = pair["objective"]
-    if name not in FEATURE_OBJECTIVES:
+    if name not in FEATURE_LOSSES:
         raise ConfigError(
-            f"unknown objective {name!r}" + suggest(str(name), list(FEATURE_OBJECTIVES)),
-            where=where, remedy=f"allowed: {', '.join(FEATURE_OBJECTIVES)}",
+            f"unknown loss {name!r}" + suggest(str(name), list(FEATURE_LOSSES)),
+            where=where, remedy=f"allowed: {', '.join(FEATURE_LOSSES)}",
         )  # fmt: skip
     missing = [k for k in ("student", "teacher") if paths and not isinstance(pair.get(k), str)]
     if missing:
         raise ConfigError(f"has no tap {missing[0]!r}", where=where, remedy="give {student: TAP, teacher: TAP}")
-    entry = FEATURE_OBJECTIVES[name]
+    entry = FEATURE_LOSSES[name]
     projects = issubclass(entry.link, Compared) and entry.link.projects
     if not projects and (pair["projector"] != "auto" or pair["norm"]):
         raise ConfigError(f"{name} takes no projector", where=where, remedy="leave out projector and norm")
@@ -333,7 +333,7 @@ def _embeddings(student: nn.Module, teacher: nn.Module, example: Batch) -> list[
 
 def _named(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
     raise ModelError(
-        "this objective compares what only a name can find", where="method.pairs",
+        "this loss compares what only a name can find", where="method.pairs",
         remedy="name the modules: pairs: [{student: TAP, teacher: TAP}]",
     )  # fmt: skip
 
@@ -345,7 +345,7 @@ MATCHES: dict[Where, Callable[[nn.Module, nn.Module, Batch], list[tuple[str, str
     "named": _named,
     "stages": _by_resolution(stages, "feature maps"),
 }
-"""What ``auto`` pairs, by the kind of place that an objective compares."""
+"""What ``auto`` pairs, by the kind of place that a loss compares."""
 
 
 def _tokens(example: Batch, student: Shape, teacher: Shape) -> bool:

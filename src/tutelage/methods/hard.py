@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 
@@ -18,7 +18,7 @@ class HardLoss(NamedTuple):
     Attributes:
         term: its name.
         loss: ``(logits, batch, label_smoothing)`` -> the sum over positions with a label.
-        soft: the objective on logits that goes with it where none is given.
+        soft: the loss on logits that goes with it where none is given.
     """
 
     term: str
@@ -27,17 +27,17 @@ class HardLoss(NamedTuple):
 
 
 def _classes(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    return objectives.cross_entropy(logits, batch.labels, label_smoothing=smoothing, mask=batch.mask, reduction="sum")
+    return losses.cross_entropy(logits, batch.labels, label_smoothing=smoothing, mask=batch.mask, reduction="sum")
 
 
 def _multi_label(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     targets = _targets(logits, batch)
     smooth = targets * (1 - smoothing) + smoothing / 2
-    return objectives.binary_cross_entropy(logits, smooth, mask=batch.labelled(), reduction="sum")
+    return losses.binary_cross_entropy(logits, smooth, mask=batch.labelled(), reduction="sum")
 
 
 def _regression(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    return objectives.mse(logits, _targets(logits, batch), mask=batch.labelled(), reduction="sum")
+    return losses.mse(logits, _targets(logits, batch), mask=batch.labelled(), reduction="sum")
 
 
 def _targets(logits: Tensor, batch: Batch) -> Tensor:

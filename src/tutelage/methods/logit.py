@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError, suggest
 from tutelage.methods.base import Method, Term
@@ -19,13 +19,13 @@ from tutelage.teachers.signal import Signal, Sparse
 
 
 @dataclass(frozen=True)
-class SoftObjective:
-    """An objective on the logits of teacher and student.
+class LogitLoss:
+    """A loss on the logits of teacher and student.
 
     Attributes:
         loss: the function of tensors.
         options: what it takes beside tensors and the temperature.
-        temperature: T where none is given; ``None`` for an objective without one.
+        temperature: T where none is given; ``None`` for a loss without one.
         labels: whether it needs the target class too, and so counts rows with a label only.
         tasks: what labels may be.
     """
@@ -37,21 +37,21 @@ class SoftObjective:
     tasks: tuple[Task, ...] = ("classes",)
 
 
-SOFT_OBJECTIVES: dict[str, SoftObjective] = {
-    "binary_kd": SoftObjective(objectives.binary_kd, tasks=("multi-label",)),
-    "dist": SoftObjective(objectives.dist, ("beta", "gamma"), temperature=1.0),
-    "dkd": SoftObjective(objectives.dkd, ("alpha", "beta"), labels=True),
-    "js": SoftObjective(objectives.js, ("beta",), temperature=1.0),
-    "kd": SoftObjective(objectives.kd, ("standardize",)),
-    "margin_mse": SoftObjective(objectives.margin_mse, temperature=None, tasks=("classes", "ranking")),
-    "mlkd": SoftObjective(objectives.mlkd, ("temperatures", "instance", "batch", "classes"), temperature=None),
-    "mse": SoftObjective(objectives.mse, temperature=None, tasks=("classes", "multi-label", "regression")),
-    "reverse_kl": SoftObjective(objectives.reverse_kl, temperature=1.0),
-    "skew_kl": SoftObjective(objectives.skew_kl, ("alpha", "reverse"), temperature=1.0),
-    "soft_cross_entropy": SoftObjective(objectives.soft_cross_entropy),
-    "tvd": SoftObjective(objectives.tvd, temperature=1.0),
+LOGIT_LOSSES: dict[str, LogitLoss] = {
+    "binary_kd": LogitLoss(losses.binary_kd, tasks=("multi-label",)),
+    "dist": LogitLoss(losses.dist, ("beta", "gamma"), temperature=1.0),
+    "dkd": LogitLoss(losses.dkd, ("alpha", "beta"), labels=True),
+    "js": LogitLoss(losses.js, ("beta",), temperature=1.0),
+    "kd": LogitLoss(losses.kd, ("standardize",)),
+    "margin_mse": LogitLoss(losses.margin_mse, temperature=None, tasks=("classes", "ranking")),
+    "mlkd": LogitLoss(losses.mlkd, ("temperatures", "instance", "batch", "classes"), temperature=None),
+    "mse": LogitLoss(losses.mse, temperature=None, tasks=("classes", "multi-label", "regression")),
+    "reverse_kl": LogitLoss(losses.reverse_kl, temperature=1.0),
+    "skew_kl": LogitLoss(losses.skew_kl, ("alpha", "reverse"), temperature=1.0),
+    "soft_cross_entropy": LogitLoss(losses.soft_cross_entropy),
+    "tvd": LogitLoss(losses.tvd, temperature=1.0),
 }
-"""Every objective that a recipe's ``soft`` can name. ``tutelage.config.SOFT_OBJECTIVES`` has their options."""
+"""Every loss that a recipe's ``soft`` can name. ``tutelage.config.LOGIT_LOSSES`` has their options."""
 
 
 class SupervisedMethod(Method):
@@ -108,7 +108,7 @@ class TeacherFreeMethod(Method):
         alpha: weight of the virtual teacher's soft labels, in [0, 1].
         temperature: T, above 0.
         correct: the virtual teacher's probability of the label, below 1.
-        variant: as in :func:`tutelage.objectives.teacher_free`. ``authors`` is what the published numbers belong to.
+        variant: as in :func:`tutelage.losses.teacher_free`. ``authors`` is what the published numbers belong to.
 
     Raises:
         ConfigError: a value out of range.
@@ -157,11 +157,11 @@ class TeacherFreeMethod(Method):
                 f"correct={self.correct:g} of {logits.shape[-1]} classes", where="method.correct",
                 remedy="must be above 1/C, or the label is not the likeliest class; the paper has 0.9 or more",
             )  # fmt: skip
-        soft = objectives.teacher_free(
+        soft = losses.teacher_free(
             logits, batch.labels, correct=self.correct, temperature=self.temperature, variant=self.variant,
             mask=batch.mask, reduction="sum",
         )  # fmt: skip
-        hard = objectives.cross_entropy(logits, batch.labels, mask=batch.mask, reduction="sum")
+        hard = losses.cross_entropy(logits, batch.labels, mask=batch.mask, reduction="sum")
         return {"teacher_free": Term(soft, count), "ce": Term(hard, count)}
 
     def formula(self) -> str:
@@ -179,19 +179,19 @@ class LogitMethod(Method):
     nothing from those; ``dist`` and ``mlkd`` compare the rows of a micro-batch: for them its size matters.
 
     Args:
-        temperature: T, above 0. Default: that of the objective, 4 for ``kd``.
+        temperature: T, above 0. Default: that of the loss, 4 for ``kd``.
         alpha: weight of the soft term; at most 1 unless ``hard`` is given. Default 0.9.
         hard: weight of the labels. Default 1 - alpha.
-        soft: one of :data:`SOFT_OBJECTIVES`. Default: that of the task, ``kd``, ``binary_kd`` or ``mse``.
-        soft_options: of that objective, such as ``{"beta": 8}`` for ``dkd``.
+        soft: one of :data:`LOGIT_LOSSES`. Default: that of the task, ``kd``, ``binary_kd`` or ``mse``.
+        soft_options: of that loss, such as ``{"beta": 8}`` for ``dkd``.
         task: what labels are: one class of several (``classes``), any number of them (``multi-label``), or numbers
             (``regression``).
 
     Raises:
-        ConfigError: a value out of range, an unknown objective or option, or one that is not of the task.
+        ConfigError: a value out of range, an unknown loss or option, or one that is not of the task.
 
     Reference: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (2015), section 2; those of
-    the objectives. Published weights: ``dkd`` and ``dist`` have alpha = hard = 1 (``dist`` with beta = gamma = 2
+    the losses. Published weights: ``dkd`` and ``dist`` have alpha = hard = 1 (``dist`` with beta = gamma = 2
     on CIFAR).
     """
 
@@ -208,10 +208,10 @@ class LogitMethod(Method):
         super().__init__()
         self.task, self.labels = task, hard_of(task)
         soft = self.labels.soft if soft is None else soft
-        if soft not in SOFT_OBJECTIVES:
+        if soft not in LOGIT_LOSSES:
             raise ConfigError(
-                f"soft={soft!r}" + suggest(str(soft), list(SOFT_OBJECTIVES)),
-                remedy=f"allowed: {', '.join(SOFT_OBJECTIVES)}",
+                f"soft={soft!r}" + suggest(str(soft), list(LOGIT_LOSSES)),
+                remedy=f"allowed: {', '.join(LOGIT_LOSSES)}",
             )
         if temperature is not None and not temperature > 0:
             raise ConfigError(f"temperature={temperature}", remedy="must be above 0; 4 is a good start")
@@ -222,11 +222,11 @@ class LogitMethod(Method):
             )
         if hard is not None and not hard >= 0:
             raise ConfigError(f"hard={hard}", remedy="must be 0 or more: the weight of the labels")
-        self.soft, self.objective, self.alpha = soft, SOFT_OBJECTIVES[soft], alpha
+        self.soft, self.objective, self.alpha = soft, LOGIT_LOSSES[soft], alpha
         if task not in self.objective.tasks:
-            fitting = [name for name, known in SOFT_OBJECTIVES.items() if task in known.tasks]
+            fitting = [name for name, known in LOGIT_LOSSES.items() if task in known.tasks]
             raise ConfigError(
-                f"soft={soft!r} is for {' and '.join(self.objective.tasks)}, and the labels are {task}",
+                f"soft={soft!r} is for {' and '.join(self.loss.tasks)}, and the labels are {task}",
                 remedy=f"use {' or '.join(fitting)}",
             )
         self.hard = 1.0 - alpha if hard is None else hard
@@ -244,7 +244,7 @@ class LogitMethod(Method):
             if key not in self.objective.options:
                 raise ConfigError(
                     f"{self.soft} has no option {key!r}",
-                    remedy=f"its options: {', '.join(self.objective.options) or 'none'}",
+                    remedy=f"its options: {', '.join(self.loss.options) or 'none'}",
                 )
         probe = torch.zeros(2, 3)
         try:
@@ -263,7 +263,7 @@ class LogitMethod(Method):
         return {self.soft: labelled if self.objective.labels else batch.counted().sum(), self.labels.term: labelled}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The soft term, by the name of its objective, and the hard one.
+        """The soft term, by the name of its loss, and the hard one.
 
         Raises:
             CapabilityError: teacher and student have different numbers of classes.
@@ -301,7 +301,7 @@ class LogitMethod(Method):
                 f"the teacher's distribution is at T = {part.temperature:g}, the method's T is {self.temperature}",
                 remedy="a part of a distribution cannot be softened afterwards: use one temperature",
             )
-        loss = objectives.topk_kd if part.kind == "topk" else objectives.sampled_kd
+        loss = losses.topk_kd if part.kind == "topk" else losses.sampled_kd
         return loss(logits, part.index, part.values, temperature=part.temperature, mask=mask, reduction="sum")
 
     def formula(self) -> str:

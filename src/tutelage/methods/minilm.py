@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError, ModelError
 from tutelage.methods.base import Method, Term
@@ -180,13 +180,13 @@ class MinilmMethod(Method):
                     theirs.queries.of(signal.hidden), theirs.keys.of(signal.hidden), theirs.heads or 1
                 )
                 check_same_tokens(s.transpose(1, 2), t.transpose(1, 2))
-                loss = objectives.attention_kl(
+                loss = losses.attention_kl(
                     s, t, heads=self.heads, temperature=self.temperature, mask=visible, reduction="sum"
                 )
             else:
                 s, t = getattr(mine, name).of(student.hidden), getattr(theirs, name).of(signal.hidden)
                 check_same_tokens(s, t)
-                loss = objectives.value_relation(
+                loss = losses.value_relation(
                     s, t, heads=self.relation_heads or 1, temperature=self.temperature, mask=visible, reduction="sum"
                 )
             terms[name] = Term(loss, count)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
@@ -162,7 +162,7 @@ class MutualMethod(Method):
         said = None if self._step < self.burn_in * self._total else self._said(logits, batch)
         counts, terms = self.counts(batch), {}
         for i, (of, z) in enumerate(zip(self.names, logits, strict=True)):
-            ce = objectives.cross_entropy(z, batch.labels, mask=batch.mask, reduction="sum")
+            ce = losses.cross_entropy(z, batch.labels, mask=batch.mask, reduction="sum")
             terms[f"ce{of}"] = Term(ce, counts[f"ce{of}"])
             soft = torch.zeros_like(ce) if said is None else self._soft(z, said[:i] + said[i + 1 :], batch)
             terms[f"mutual{of}"] = Term(soft, counts[f"mutual{of}"])
@@ -181,10 +181,10 @@ class MutualMethod(Method):
     def _soft(self, mine: Tensor, theirs: list[Tensor], batch: Batch) -> Tensor:
         if self.target == "mean" and len(theirs) > 1:
             theirs = [self.mean(theirs)]
-        losses = [
-            objectives.kd(mine, z, temperature=self.temperature, mask=batch.mask, reduction="sum") for z in theirs
+        peer_losses = [
+            losses.kd(mine, z, temperature=self.temperature, mask=batch.mask, reduction="sum") for z in theirs
         ]
-        return torch.stack(losses).mean()
+        return torch.stack(peer_losses).mean()
 
     def mean(self, logits: Sequence[Tensor]) -> Tensor:
         """Logits whose probabilities at T are the mean of those of ``logits`` at T."""

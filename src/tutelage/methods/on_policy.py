@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import IGNORE, Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Term
@@ -287,7 +287,7 @@ class OnPolicyMethod(TokenMethod):
         tokens = next_tokens(batch)
         with torch.no_grad():
             mine, theirs = (
-                -objectives.linear_cross_entropy(h.inputs, linear_head(h), tokens, mask=own, reduction="none")
+                -losses.linear_cross_entropy(h.inputs, linear_head(h), tokens, mask=own, reduction="none")
                 for h in (student.head, signal.head)
             )
         ahead = (theirs - mine) * own
@@ -296,7 +296,7 @@ class OnPolicyMethod(TokenMethod):
         if "long" not in masks:
             return terms
         mask, lead = masks["long"], weights * after_mean(ahead, own)
-        total = objectives.linear_cross_entropy(
+        total = losses.linear_cross_entropy(
             student.head.inputs, linear_head(student.head), tokens, token_weights=lead, mask=mask, reduction="sum",
         )  # fmt: skip
         terms["long"] = Term(total, mask.sum())

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError
 from tutelage.methods.base import Method, Term
@@ -124,7 +124,7 @@ class PatientMethod(Method):
             for mine, theirs in self.pairs:
                 s, t = student.hidden[mine][rows, first], signal.hidden[theirs][rows, first]
                 s = s if self.projector is None else self.projector(s, t)
-                parts.append(objectives.patient(s, t, variant=self.variant, mask=counted, reduction="sum"))
+                parts.append(losses.patient(s, t, variant=self.variant, mask=counted, reduction="sum"))
             total = torch.stack(parts)
             terms["patient"] = Term(total.mean() if self.variant == "authors" else total.sum(), counted.sum())
         return terms

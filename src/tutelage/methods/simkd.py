@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError
 from tutelage.methods.base import Method, Term
@@ -86,7 +86,7 @@ class SimkdMethod(Method):
         if s.ndim == 4 and s.shape[2:] != t.shape[2:]:
             size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
             s, t = nn.functional.adaptive_avg_pool2d(s, size), nn.functional.adaptive_avg_pool2d(t, size)
-        loss = objectives.simkd(s, t, variant=self.variant, mask=counted, reduction="sum")
+        loss = losses.simkd(s, t, variant=self.variant, mask=counted, reduction="sum")
         return {**terms, "simkd": Term(loss, counted.sum())}
 
     def formula(self) -> str:

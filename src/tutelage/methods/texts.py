@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError, ModelError
 from tutelage.methods.base import Method, Term
 from tutelage.methods.hard import hard_of
-from tutelage.methods.logit import SOFT_OBJECTIVES
+from tutelage.methods.logit import LOGIT_LOSSES
 from tutelage.students.projectors import device_of
 from tutelage.taps import Head, Needs, as_linear, evaluating, observe, output_head
 from tutelage.teachers.signal import Signal
@@ -67,16 +67,16 @@ def vocabulary_head(model: nn.Module) -> nn.Linear | None:
     return last if embedded and last.out_features == max(e.num_embeddings for e in embedded) else None
 
 
-def linear_head(head: Head) -> objectives.LinearHead:
+def linear_head(head: Head) -> losses.LinearHead:
     """A head that was seen, as the chunked losses take it."""
-    beside = None if head.adapter is None else objectives.LoRA(*head.adapter)
-    return objectives.LinearHead(head.weight, head.bias, head.scale, head.softcap, beside)
+    beside = None if head.adapter is None else losses.LoRA(*head.adapter)
+    return losses.LinearHead(head.weight, head.bias, head.scale, head.softcap, beside)
 
 
 def head_terms(
     method: Method,
     head: Head,
-    asked: Mapping[str, objectives.Hard | objectives.Soft | objectives.Crossed],
+    asked: Mapping[str, losses.Hard | losses.Soft | losses.Crossed],
     counts: Mapping[str, Tensor],
 ) -> dict[str, Term]:
     """Terms of what a head scores, from one projection and with one gradient, by what the engine will multiply each.
@@ -88,11 +88,11 @@ def head_terms(
         counts: how many tokens each term averages over.
 
     Raises:
-        ValueError: as :func:`tutelage.objectives.linear_sums`.
+        ValueError: as :func:`tutelage.losses.linear_sums`.
     """
     shares = method.scales or {name: method.weights[name] / counts[name].clamp(min=1) for name in asked}
     weights = [shares[name] for name in asked]
-    sums = objectives.linear_sums(head.inputs, linear_head(head), list(asked.values()), weights=weights)
+    sums = losses.linear_sums(head.inputs, linear_head(head), list(asked.values()), weights=weights)
     return {name: Term(total, counts[name]) for name, total in zip(asked, sums, strict=True)}
 
 
@@ -152,8 +152,8 @@ class Outputs:
         alpha: weight of the soft labels.
         hard: weight of the hard ones.
         temperature: T of the soft labels of classes.
-        soft: the objective on logits of classes; of the other tasks it is their own.
-        name: of the soft term; default its objective's.
+        soft: the loss on logits of classes; of the other tasks it is their own.
+        name: of the soft term; default its loss's.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Outputs:
     ) -> None:
         self.labels = hard_of(task)
         self.soft = soft if task == "classes" else self.labels.soft
-        self.objective = SOFT_OBJECTIVES[self.soft]
+        self.objective = LOGIT_LOSSES[self.soft]
         self.temperature = None if self.objective.temperature is None else temperature
         self.name = self.soft if name is None else name
         given = {self.name: alpha, self.labels.term: hard}

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError, ModelError
 from tutelage.methods.base import Method, Phase, Term
@@ -29,8 +29,8 @@ from tutelage.teachers.signal import Signal
 Scores = Literal["scores", "probabilities"]
 
 COMPARED: dict[str, Callable[..., Tensor]] = {
-    "probabilities": objectives.attention_kl,
-    "scores": objectives.attention_mse,
+    "probabilities": losses.attention_kl,
+    "scores": losses.attention_mse,
 }
 """How attention is compared: scores by squares, or what the softmax makes of them by KL."""
 
@@ -109,7 +109,7 @@ class LayersMethod(Method):
     def _state(self, name: str, student: Tensor, teacher: Tensor, positions: Tensor) -> Tensor:
         check_same_tokens(student, teacher)
         s, t = student[positions], teacher[positions]
-        return objectives.hint(self.projectors[name](s, t), t, reduction="sum")
+        return losses.hint(self.projectors[name](s, t), t, reduction="sum")
 
     def _attention(
         self, mine: Attention, theirs: Attention, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor],

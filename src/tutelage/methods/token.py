@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
@@ -33,7 +33,7 @@ class TokenMethod(Method):
     r"""A language model taught token by token: :math:`\alpha\,T^2 D(p^T, p^S) + (1-\alpha)\,\mathrm{CE}`.
 
     Only tokens that count are compared, some at a time: scores ``[B, L, V]`` never exist
-    (:func:`tutelage.objectives.linear_sums`). The teacher may give its last hidden states and head, dense logits, or
+    (:func:`tutelage.losses.linear_sums`). The teacher may give its last hidden states and head, dense logits, or
     part of its distribution.
 
     Args:
@@ -83,7 +83,7 @@ class TokenMethod(Method):
         if hard is None and alpha > 1:
             raise ConfigError(f"alpha={alpha}", remedy="must lie in [0, 1]; above 1 with hard=... only")
         try:
-            objectives.check_divergence(divergence, beta, skew, reverse)
+            losses.check_divergence(divergence, beta, skew, reverse)
         except ValueError as error:
             raise ConfigError(f"divergence={divergence!r}: {error}", remedy="see docs/recipes.md") from None
         check_layers(layers, ("uniform", "last"))
@@ -174,13 +174,13 @@ class TokenMethod(Method):
                 remedy="use one tokenizer, or kind: cross-tokenizer",
             )
         assert student.head is not None
-        asked: dict[str, objectives.Hard | objectives.Soft] = {}
+        asked: dict[str, losses.Hard | losses.Soft] = {}
         for name in ("soft", "ce"):
             if name in masks:
                 asked[name] = (
-                    objectives.Hard(batch.labels, masks[name])
+                    losses.Hard(batch.labels, masks[name])
                     if name == "ce"
-                    else objectives.Soft(
+                    else losses.Soft(
                         teaching(signal or Signal(), student.head.inputs, self.temperature),
                         self.divergence, self.temperature, mask=masks[name], token_weights=token_weights,
                         **self.options,
@@ -201,7 +201,7 @@ class TokenMethod(Method):
                 check_same_tokens(s, t)
                 s, t = s[mask], t[mask]
                 s = self.projectors[i](s, t) if len(self.projectors) else s
-                parts.append(objectives.cosine(s, t, reduction="sum"))
+                parts.append(losses.cosine(s, t, reduction="sum"))
             terms["hidden"] = Term(torch.stack(parts).mean(), mask.sum())
         return terms
 
@@ -229,7 +229,7 @@ class SequenceMethod(TokenMethod):
         super().__init__(alpha=0.0, task=task)
 
 
-def teaching(signal: Signal, student: Tensor, temperature: float) -> objectives.Teaching:
+def teaching(signal: Signal, student: Tensor, temperature: float) -> losses.Teaching:
     """What a teacher's signal says of ``[B, L]`` tokens, as the chunked losses take it.
 
     Args:
@@ -258,8 +258,8 @@ def teaching(signal: Signal, student: Tensor, temperature: float) -> objectives.
     return PARTS[sparse.kind](sparse.index, sparse.values)
 
 
-PARTS: dict[str, type[objectives.TopK] | type[objectives.Sampled]] = {
-    "topk": objectives.TopK, "sampled": objectives.Sampled,
+PARTS: dict[str, type[losses.TopK] | type[losses.Sampled]] = {
+    "topk": losses.TopK, "sampled": losses.Sampled,
 }  # fmt: skip
 """What a part of a distribution is to the chunked losses."""
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
@@ -143,20 +143,20 @@ class TripleMethod(Method):
             check_same_tokens(s, t)
             s, t = s[masks["cosine"]], t[masks["cosine"]]
             s = s if self.projector is None else self.projector(s, t)
-            terms["cosine"] = Term(objectives.cosine(s, t, reduction="sum"), masks["cosine"].sum())
+            terms["cosine"] = Term(losses.cosine(s, t, reduction="sum"), masks["cosine"].sum())
         return terms
 
     def _of_head(self, mine: Head, theirs: Head | None, labels: Tensor, masks: dict[str, Tensor]) -> dict[str, Term]:
         """``mlm`` and ``kd``, as far as wanted."""
-        terms: dict[str, objectives.Hard | objectives.Soft] = {}
+        terms: dict[str, losses.Hard | losses.Soft] = {}
         if "mlm" in masks:
-            terms["mlm"] = objectives.Hard(labels, masks["mlm"])
+            terms["mlm"] = losses.Hard(labels, masks["mlm"])
         if "kd" in masks:
             assert theirs is not None
             check_same_tokens(mine.inputs, theirs.inputs)
             _check_vocabularies(mine.weight.shape[0], theirs.weight.shape[0])
             said = (theirs.inputs, linear_head(theirs))
-            terms["kd"] = objectives.Soft(said, temperature=self.temperature, mask=masks["kd"])
+            terms["kd"] = losses.Soft(said, temperature=self.temperature, mask=masks["kd"])
         return head_terms(self, mine, terms, {name: masks[name].sum() for name in terms})
 
     def formula(self) -> str:

@@ -47,7 +47,7 @@ def search_body(search: Search, place: Place) -> str:
 def _headline(search: Search) -> str:
     found = search.found
     facts = [
-        f"{found['objective'].capitalize()}; seeds {', '.join(map(str, found['seeds']))}",
+        f"{found['loss'].capitalize()}; seeds {', '.join(map(str, found['seeds']))}",
         f"search seed {found['settings'].get('seed', 0)}",
         f"trials took {seconds(found['seconds'])}",
     ]

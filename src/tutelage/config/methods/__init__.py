@@ -10,7 +10,7 @@ from tutelage.config.methods.encoders import (
     TinybertConfig,
     TripleConfig,
 )
-from tutelage.config.methods.feature import FEATURE_OBJECTIVES, PROJECTORS, FeatureConfig, PairConfig, SimkdConfig
+from tutelage.config.methods.feature import FEATURE_LOSSES, PROJECTORS, FeatureConfig, PairConfig, SimkdConfig
 from tutelage.config.methods.language import (
     CrossTokenizerConfig,
     OnPolicyConfig,
@@ -18,7 +18,7 @@ from tutelage.config.methods.language import (
     SequenceConfig,
     TokenConfig,
 )
-from tutelage.config.methods.logit import SOFT_OBJECTIVES, SOFT_OF_TASK, SOFT_TEMPERATURES, LogitConfig, SoftConfig
+from tutelage.config.methods.logit import LOGIT_LOSSES, SOFT_OF_TASK, SOFT_TEMPERATURES, LogitConfig, SoftConfig
 from tutelage.config.methods.untaught import ByotConfig, MutualConfig, SupervisedConfig, TeacherFreeConfig
 
 METHOD_KINDS: dict[str, type[MethodConfig]] = {
@@ -42,10 +42,10 @@ METHOD_KINDS: dict[str, type[MethodConfig]] = {
 """Every method that a recipe can name, with its options."""
 
 __all__ = [
-    "FEATURE_OBJECTIVES",
+    "FEATURE_LOSSES",
+    "LOGIT_LOSSES",
     "METHOD_KINDS",
     "PROJECTORS",
-    "SOFT_OBJECTIVES",
     "SOFT_OF_TASK",
     "SOFT_TEMPERATURES",
     "ByotConfig",

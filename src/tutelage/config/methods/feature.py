@@ -10,7 +10,7 @@ from tutelage.config.base import NotNegative, Section
 from tutelage.config.methods.base import auto_or_list, check_known_options, known
 from tutelage.config.methods.logit import SoftConfig
 
-FEATURE_OBJECTIVES: dict[str, tuple[str, ...]] = {
+FEATURE_LOSSES: dict[str, tuple[str, ...]] = {
     "attention_kl": ("heads", "inputs", "temperature"),
     "attention_mse": ("heads",),
     "attention_transfer": ("variant",),
@@ -28,12 +28,12 @@ FEATURE_OBJECTIVES: dict[str, tuple[str, ...]] = {
     "value_relation": ("heads", "temperature"),
     "vid": ("variant",),
 }
-"""Objectives on a pair of hidden states by name, each with its options."""
+"""Losses on a pair of hidden states by name, each with its options."""
 
 PROJECTORS = ("auto", "conv1x1", "identity", "linear", "mlp")
 """Kinds of projectors."""
 
-FeatureObjective = Annotated[str, known("objective", FEATURE_OBJECTIVES)]
+FeatureLossName = Annotated[str, known("objective", FEATURE_LOSSES)]
 
 
 class PairConfig(Section):
@@ -43,7 +43,7 @@ class PairConfig(Section):
     """Tap of the student, such as ``stages.1``; ``head:input`` for what goes into a module."""
     teacher: str
     """Tap of the teacher."""
-    objective: FeatureObjective | None = None
+    objective: FeatureLossName | None = None
     """What compares them."""
     weight: NotNegative | None = None
     """Weight of this pair."""
@@ -52,38 +52,38 @@ class PairConfig(Section):
     norm: bool | None = None
     """Batch norm after the projector."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the objective."""
+    """Options of the loss."""
 
 
 class FeatureConfig(SoftConfig):
-    """Hidden states beside soft labels: alpha * kd + (1 - alpha) * ce + an objective over pairs, weighted."""
+    """Hidden states beside soft labels: alpha * kd + (1 - alpha) * ce + a loss over pairs, weighted."""
 
     kind: Literal["feature"]
-    """Matches hidden states of teacher and student, through what the objective learns for that."""
+    """Matches hidden states of teacher and student, through what the loss learns for that."""
     pairs: Annotated[list[PairConfig] | None, auto_or_list("pairs", "[{student: PATH, teacher: PATH}, ...]")] = None
-    """``auto``, the default: what the objective's paper compares, as the table of objectives below says. Or a list of
+    """``auto``, the default: what the loss's paper compares, as the table of losses below says. Or a list of
     ``{student: TAP, teacher: TAP}``, each with ``objective``, ``weight``, ``projector``, ``norm`` and ``options``
     of its own where wanted. ``tutelage taps RECIPE`` lists what there is to tap."""
-    objective: FeatureObjective = "hint"
-    """One of the table of objectives below."""
+    objective: FeatureLossName = "hint"
+    """One of the table of losses below."""
     weight: NotNegative | None = None
-    """Weight of each pair. Default: the published one of the objective, as the run prints it."""
+    """Weight of each pair. Default: the published one of the loss, as the run prints it."""
     projector: Literal[PROJECTORS] = "auto"  # type: ignore[valid-type]
     """Brings the student's feature to the teacher's channels, for ``hint``. ``auto``: a linear one (``conv1x1`` on
     maps) where they differ. Sizes are matched by pooling or interpolation."""
     norm: bool = False
     """Batch norm after the projector."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the objective, as in the table below."""
+    """Options of the loss, as in the table below."""
     first: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of all steps in which the pairs alone are learned, up to the tapped modules; the rest then goes without
     them. The two stages of FitNets, each with its own optimizer and schedule. Default 0: both together."""
 
     @model_validator(mode="after")
     def _taken(self) -> FeatureConfig:
-        check_known_options(self.objective, self.options, FEATURE_OBJECTIVES, "options")
+        check_known_options(self.objective, self.options, FEATURE_LOSSES, "options")
         for pair in self.pairs or []:
-            check_known_options(pair.objective or self.objective, pair.options, FEATURE_OBJECTIVES, "pairs")
+            check_known_options(pair.objective or self.objective, pair.options, FEATURE_LOSSES, "pairs")
         return self
 
 

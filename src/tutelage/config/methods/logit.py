@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tutelage.config.base import Misfit, NotNegative, Positive
 from tutelage.config.methods.base import MethodConfig, check_known_options, check_labels_weight, known
 
-SOFT_OBJECTIVES: dict[str, tuple[str, ...]] = {
+LOGIT_LOSSES: dict[str, tuple[str, ...]] = {
     "binary_kd": (),
     "dist": ("beta", "gamma"),
     "dkd": ("alpha", "beta"),
@@ -23,7 +23,7 @@ SOFT_OBJECTIVES: dict[str, tuple[str, ...]] = {
     "soft_cross_entropy": (),
     "tvd": (),
 }
-"""Objectives on logits by name, each with its options."""
+"""Losses on logits by name, each with its options."""
 
 SOFT_TEMPERATURES: dict[str, float | None] = {
     "binary_kd": 4.0, "dist": 1.0, "dkd": 4.0, "js": 1.0, "kd": 4.0, "margin_mse": None, "mlkd": None, "mse": None,
@@ -32,7 +32,7 @@ SOFT_TEMPERATURES: dict[str, float | None] = {
 """T of each where none is given; none for those that take none."""
 
 SOFT_OF_TASK = {"classes": "kd", "multi-label": "binary_kd", "regression": "mse", "ranking": "margin_mse"}
-"""The objective on logits that goes with what labels are, where none is given."""
+"""The loss on logits that goes with what labels are, where none is given."""
 
 
 class SoftConfig(MethodConfig):
@@ -45,7 +45,7 @@ class SoftConfig(MethodConfig):
     """Weight of the soft labels; at most 1 unless ``hard`` is given."""
     hard: NotNegative | None = None
     """Weight of the hard labels. Default: 1 - alpha."""
-    soft: Annotated[str, known("soft objective", SOFT_OBJECTIVES)] = "kd"
+    soft: Annotated[str, known("soft loss", LOGIT_LOSSES)] = "kd"
     """How the soft labels are compared: ``dist``, ``dkd``, ``js``, ``kd``, ``mlkd``, ``mse``, ``reverse_kl``,
     ``skew_kl``, ``soft_cross_entropy`` or ``tvd``. Where labels are several or numbers: ``binary_kd``, ``mse``.
     Where logits are a query's scores of passages, the relevant one first: ``margin_mse``."""
@@ -55,7 +55,7 @@ class SoftConfig(MethodConfig):
     @model_validator(mode="after")
     def _weighed(self) -> SoftConfig:
         check_labels_weight(self.alpha, self.hard)
-        check_known_options(self.soft, self.soft_options, SOFT_OBJECTIVES, "soft_options")
+        check_known_options(self.soft, self.soft_options, LOGIT_LOSSES, "soft_options")
         usual = SOFT_TEMPERATURES[self.soft]
         if self.temperature is not None and usual is None:
             raise Misfit(f"{self.soft} has no temperature, given {self.temperature:g}; leave it out", "temperature")

@@ -2,12 +2,12 @@
 
 from tutelage.methods.links.base import Link, Setting, Site, Where, token_positions
 from tutelage.methods.links.compared import Compared
-from tutelage.methods.links.registry import FEATURE_OBJECTIVES, FeatureObjective
+from tutelage.methods.links.registry import FEATURE_LOSSES, FeatureLossName
 
 __all__ = [
-    "FEATURE_OBJECTIVES",
+    "FEATURE_LOSSES",
     "Compared",
-    "FeatureObjective",
+    "FeatureLossName",
     "Link",
     "Setting",
     "Site",

@@ -41,7 +41,7 @@ class Link(nn.Module):
     Args:
         sites: the pairs.
         setting: the models.
-        options: of the objective.
+        options: of the loss.
 
     Raises:
         ModelError: features that do not go together.
@@ -60,7 +60,7 @@ class Link(nn.Module):
         for site in sites:
             if self.maps and not len(site.student_shape) == len(site.teacher_shape) == 4:
                 raise ModelError(
-                    f"this objective compares feature maps, and these are {list(site.student_shape)} and "
+                    f"this loss compares feature maps, and these are {list(site.student_shape)} and "
                     f"{list(site.teacher_shape)}",
                     remedy="tap modules that give [B, C, H, W], or use hint or a relation",
                 )
@@ -73,12 +73,12 @@ class Link(nn.Module):
         return counted_rows(batch)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
-        """The sum of the objective over what counts; one feature of each for every pair."""
+        """The sum of the loss over what counts; one feature of each for every pair."""
         raise NotImplementedError
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` or ``TypeError`` for an option's value that the objective does not take."""
+        """Raise ``ValueError`` or ``TypeError`` for an option's value that the loss does not take."""
 
     def phases(self) -> Sequence[Phase]:
         """What has to be trained first."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.links.base import Link, Setting, Site, mean_over, token_positions
@@ -40,7 +40,7 @@ class Compared(Link):
         cls.loss(probe, probe, **options)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
-        """The sum of the objective over what counts."""
+        """The sum of the loss over what counts."""
         s, t = student[0], teacher[0]
         if self.projector is not None:
             s = self.projector(s, t)
@@ -53,61 +53,61 @@ class Compared(Link):
 class Hint(Compared):
     """FitNets' regressor, and the mean square."""
 
-    loss = staticmethod(objectives.hint)
+    loss = staticmethod(losses.hint)
     projects = True
 
 
 class AttentionTransfer(Compared):
     """Maps of activation."""
 
-    loss = staticmethod(objectives.attention_transfer)
+    loss = staticmethod(losses.attention_transfer)
     maps = True
 
 
 class SelectivityTransfer(Compared):
     """Sets of channels."""
 
-    loss = staticmethod(objectives.nst)
+    loss = staticmethod(losses.nst)
     maps = True
 
 
 class Correlation(Compared):
     """Kernels between examples."""
 
-    loss = staticmethod(objectives.correlation)
+    loss = staticmethod(losses.correlation)
     relation = True
 
 
 class ProbabilisticTransfer(Compared):
     """Distributions over neighbours."""
 
-    loss = staticmethod(objectives.pkt)
+    loss = staticmethod(losses.pkt)
     relation = True
 
 
 class Angles(Compared):
     """Angles of triples of examples."""
 
-    loss = staticmethod(objectives.rkd_angle)
+    loss = staticmethod(losses.rkd_angle)
     relation = True
 
 
 class Distances(Compared):
     """Distances of pairs of examples."""
 
-    loss = staticmethod(objectives.rkd_distance)
+    loss = staticmethod(losses.rkd_distance)
     relation = True
 
 
 class Similarity(Compared):
     """Inner products of pairs of examples."""
 
-    loss = staticmethod(objectives.similarity)
+    loss = staticmethod(losses.similarity)
     relation = True
 
 
 class TokenRelation(Compared):
-    """Base of objectives whose examples are the query tokens of an attention."""
+    """Base of losses whose examples are the query tokens of an attention."""
 
     heads_first: ClassVar[bool] = True
     remedy: ClassVar[str] = (
@@ -122,7 +122,7 @@ class TokenRelation(Compared):
         square = not self.heads_first or (s[-1:] == s[-2:-1] and t[-1:] == t[-2:-1])
         if not len(s) == len(t) == wanted or not square:
             raise ModelError(
-                f"this objective compares {kind}, and these are {list(s)} and {list(t)}",
+                f"this loss compares {kind}, and these are {list(s)} and {list(t)}",
                 remedy=self.remedy,
             )
 
@@ -138,13 +138,13 @@ class TokenRelation(Compared):
 class AttentionSquares(TokenRelation):
     """Attention, compared by squares. TinyBERT's loss where the tap gives scores; on probabilities it is another."""
 
-    loss = staticmethod(objectives.attention_mse)
+    loss = staticmethod(losses.attention_mse)
 
 
 class AttentionDivergence(TokenRelation):
     """Attention, compared as distributions. What a tap gives is taken for probabilities unless ``inputs: scores``."""
 
-    loss = staticmethod(objectives.attention_kl)
+    loss = staticmethod(losses.attention_kl)
 
     def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
         super().__init__(sites, setting, {"inputs": "probabilities", **options})
@@ -153,7 +153,7 @@ class AttentionDivergence(TokenRelation):
 class ValueRelation(TokenRelation):
     """Relations between values."""
 
-    loss = staticmethod(objectives.value_relation)
+    loss = staticmethod(losses.value_relation)
     heads_first = False
     remedy = "tap the layer that makes values (or queries, or keys)"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.links.base import Link, Setting, Site, counted_rows, mean_over, token_positions
@@ -25,7 +25,7 @@ class Contrast(Link):
         sites: one pair of vectors; maps are averaged over positions.
         setting: the models, and the sample ids of the training data.
         options: ``width`` of the heads, default 128; ``negatives``, default 16384 or as many as there are others;
-            ``momentum`` of the memory, default 0.5; ``temperature`` and ``variant`` of the objective, by default
+            ``momentum`` of the memory, default 0.5; ``temperature`` and ``variant`` of the loss, by default
             ``authors``, to which the weight belongs.
 
     Raises:
@@ -55,7 +55,7 @@ class Contrast(Link):
         )
         self.register_buffer("ids", setting.ids.sort().values)
         try:
-            self.memory = objectives.ContrastiveMemory(len(setting.ids), width, momentum=momentum)
+            self.memory = losses.ContrastiveMemory(len(setting.ids), width, momentum=momentum)
         except ValueError as error:
             raise ConfigError(f"crd: {error}", remedy="give more training examples, or other options") from None
         self.negatives = min(negatives, len(setting.ids) - 1)
@@ -68,7 +68,7 @@ class Contrast(Link):
             number = options.get(key, 1)
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"{key} must be a whole number above 0")
-        objectives.ContrastiveMemory(2, 1, momentum=options.get("momentum", 0.5))
+        losses.ContrastiveMemory(2, 1, momentum=options.get("momentum", 0.5))
         if not options.get("temperature", 1.0) > 0:
             raise ValueError("temperature must be above 0")
         if options.get("variant", "paper") not in ("paper", "authors"):
@@ -88,7 +88,7 @@ class Contrast(Link):
             self.seen.append((index, s.detach(), t.detach(), mask))
         elif not self.memory.scales.all():  # nothing is measured outside training
             options = {**options, "variant": "paper"}
-        return objectives.crd(s, t, index, negatives, self.memory, mask=mask, reduction="sum", **options)
+        return losses.crd(s, t, index, negatives, self.memory, mask=mask, reduction="sum", **options)
 
     def after_step(self) -> None:
         """Move the memory by what all processes have seen in this step."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tutelage import objectives
+from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Phase, Term
@@ -56,14 +56,14 @@ class Variational(Link):
     def check(cls, options: Mapping[str, Any]) -> None:
         """Try the options on features of ones."""
         probe = torch.ones(2, 2)
-        objectives.vid(probe, probe, torch.ones(2), **options)
+        losses.vid(probe, probe, torch.ones(2), **options)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum of the negative log-likelihood over what counts."""
         s, t, mask = self.mean(student[0], teacher[0]), teacher[0], self.counted(batch)
         if s.ndim == 3:  # tokens: each is an example of one vector
             s, t, mask = s.flatten(0, 1), t.flatten(0, 1), mask.flatten()
-        return objectives.vid(
+        return losses.vid(
             s, t, self.spread, epsilon=self.epsilon, mask=mask, reduction="sum", **self.options
         )  # fmt: skip
 
@@ -97,7 +97,7 @@ class Overhaul(Link):
                     f"no batch norm gives what the teacher has at {site.teacher!r}, to take the margins from",
                     remedy="overhaul is for teachers with batch norm: use hint or vid",
                 )
-            self.register_buffer(f"margin{i}", objectives.overhaul_margin(norm.weight, norm.bias))
+            self.register_buffer(f"margin{i}", losses.overhaul_margin(norm.weight, norm.bias))
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum of the partial squares over what counts."""
@@ -105,7 +105,7 @@ class Overhaul(Link):
         mask = self.counted(batch)
         for i, (connector, s, t) in enumerate(zip(self.connectors, student, teacher, strict=True)):
             margin = self.get_buffer(f"margin{i}")
-            value = objectives.overhaul(connector(s, t), t, margin, mask=mask, reduction="sum")
+            value = losses.overhaul(connector(s, t), t, margin, mask=mask, reduction="sum")
             total = total + value / 2 ** (len(self.sites) - 1 - i)
         return total
 
@@ -117,7 +117,7 @@ class FactorTransfer(Link):
         sites: one pair of maps, or of vectors.
         setting: the models.
         options: ``rate``, of the factor's channels to the teacher's, default 0.5; ``share`` of the steps for the
-            paraphraser, default 0.1; ``variant`` of the objective.
+            paraphraser, default 0.1; ``variant`` of the loss.
 
     Reference: Kim, Park, Kwak, Paraphrasing Complex Network (NeurIPS 2018), section 3: three convolutions with
     leaky ReLU, and as many transposed ones to reconstruct.
@@ -147,13 +147,13 @@ class FactorTransfer(Link):
         rate, share = given.pop("rate", 0.5), given.pop("share", 0.1)
         if not rate > 0 or not 0 < share < 1:
             raise ValueError("rate must be above 0, and share between 0 and 1")
-        objectives.factor_transfer(torch.ones(2, 2), torch.ones(2, 2), **given)
+        losses.factor_transfer(torch.ones(2, 2), torch.ones(2, 2), **given)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum over what counts of the distance between the factors."""
         factor = self.paraphraser.encoder(fitting(self.paraphraser, teacher[0]))
         mine = self.translator(fitting(self.translator, resize(student[0], teacher[0])))
-        return objectives.factor_transfer(mine, factor, mask=self.counted(batch), reduction="sum", **self.options)
+        return losses.factor_transfer(mine, factor, mask=self.counted(batch), reduction="sum", **self.options)
 
     def phases(self) -> Sequence[Phase]:
         """The paraphraser."""
@@ -205,7 +205,7 @@ class Paraphrasing(Method):
         """The mean square between the feature and its reconstruction."""
         assert signal is not None
         feature, rows = fitting(self.paraphraser, signal.hidden[self.tap]), counted_rows(batch)
-        loss = objectives.hint(self.paraphraser(feature), feature, mask=rows, reduction="sum")
+        loss = losses.hint(self.paraphraser(feature), feature, mask=rows, reduction="sum")
         return {"reconstruction": Term(loss, rows.sum())}
 
 
@@ -238,7 +238,7 @@ class Review(Link):
     Args:
         sites: pairs of maps, from the shallowest to the deepest.
         setting: the models.
-        options: ``width`` of the fusion, default the student's deepest, at most 512; ``levels`` of the objective.
+        options: ``width`` of the fusion, default the student's deepest, at most 512; ``levels`` of the loss.
 
     Reference: Chen et al., Distilling Knowledge via Knowledge Review (CVPR 2021).
     """
@@ -268,5 +268,5 @@ class Review(Link):
         mask = self.counted(batch)
         for i in reversed(range(len(self.sites))):
             fused, deeper = self.fusions[i](student[i], deeper, teacher[i].shape[2:])
-            total = total + objectives.review(fused, teacher[i], mask=mask, reduction="sum", **self.options)
+            total = total + losses.review(fused, teacher[i], mask=mask, reduction="sum", **self.options)
         return total

@@ -1,4 +1,4 @@
-"""What a recipe can name: every objective on features, with its link and its published weight."""
+"""What a recipe can name: every loss on features, with its link and its published weight."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tutelage.methods.links.learned import FactorTransfer, Overhaul, Review, Var
 
 
 @dataclass(frozen=True)
-class FeatureObjective:
-    """An objective on features, as a recipe names it.
+class FeatureLossName:
+    """A loss on features, as a recipe names it.
 
     Attributes:
         link: what compares.
@@ -71,32 +71,32 @@ def _of_factor(site: Site, options: Mapping[str, Any]) -> float:
     return 500.0 if options.get("variant") == "authors" else 500.0 / elements
 
 
-FEATURE_OBJECTIVES: dict[str, FeatureObjective] = {
-    "attention_kl": FeatureObjective(AttentionDivergence, ("heads", "inputs", "temperature"), 1.0, "named"),
-    "attention_mse": FeatureObjective(AttentionSquares, ("heads",), 1.0, "named"),
-    "attention_transfer": FeatureObjective(
+FEATURE_LOSSES: dict[str, FeatureLossName] = {
+    "attention_kl": FeatureLossName(AttentionDivergence, ("heads", "inputs", "temperature"), 1.0, "named"),
+    "attention_mse": FeatureLossName(AttentionSquares, ("heads",), 1.0, "named"),
+    "attention_transfer": FeatureLossName(
         AttentionTransfer, ("variant",), _by_elements(1000.0, "authors", _positions), source="Zagoruyko and Komodakis"
     ),
-    "correlation": FeatureObjective(Correlation, ("gamma", "order"), 100.0, "embedding"),
-    "crd": FeatureObjective(
+    "correlation": FeatureLossName(Correlation, ("gamma", "order"), 100.0, "embedding"),
+    "crd": FeatureLossName(
         Contrast, ("negatives", "temperature", "variant", "width", "momentum"), 0.8, "embedding", source="Tian et al."
     ),
-    "factor_transfer": FeatureObjective(
+    "factor_transfer": FeatureLossName(
         FactorTransfer, ("rate", "share", "variant"), _of_factor, "last", source="Kim et al.",
     ),
-    "hint": FeatureObjective(Hint, (), 100.0, source="Tian et al."),
-    "nst": FeatureObjective(SelectivityTransfer, ("kernel",), 50.0, source="Tian et al., after Huang and Wang"),
-    "overhaul": FeatureObjective(Overhaul, (), 1e-3, "activations", joint=True, source="Heo et al. on CIFAR"),
-    "pkt": FeatureObjective(
+    "hint": FeatureLossName(Hint, (), 100.0, source="Tian et al."),
+    "nst": FeatureLossName(SelectivityTransfer, ("kernel",), 50.0, source="Tian et al., after Huang and Wang"),
+    "overhaul": FeatureLossName(Overhaul, (), 1e-3, "activations", joint=True, source="Heo et al. on CIFAR"),
+    "pkt": FeatureLossName(
         ProbabilisticTransfer, ("variant",),
         lambda site, options: 30000.0 if options.get("variant") == "authors" else 30000.0 / 64,
         "embedding", source="Tian et al., batch 64",
     ),
-    "review": FeatureObjective(Review, ("levels", "width"), 1.0, joint=True, source="Chen et al., who use 0.6 to 8"),
-    "rkd_angle": FeatureObjective(Angles, (), 50.0, "embedding", source="Tian et al., after Park et al."),
-    "rkd_distance": FeatureObjective(Distances, (), 25.0, "embedding", source="Tian et al., after Park et al."),
-    "similarity": FeatureObjective(Similarity, (), 3000.0, "last", source="Tung and Mori"),
-    "value_relation": FeatureObjective(ValueRelation, ("heads", "temperature"), 1.0, "named"),
-    "vid": FeatureObjective(Variational, ("variant",), _by_elements(1.0, "authors", _elements), source="Tian et al."),
+    "review": FeatureLossName(Review, ("levels", "width"), 1.0, joint=True, source="Chen et al., who use 0.6 to 8"),
+    "rkd_angle": FeatureLossName(Angles, (), 50.0, "embedding", source="Tian et al., after Park et al."),
+    "rkd_distance": FeatureLossName(Distances, (), 25.0, "embedding", source="Tian et al., after Park et al."),
+    "similarity": FeatureLossName(Similarity, (), 3000.0, "last", source="Tung and Mori"),
+    "value_relation": FeatureLossName(ValueRelation, ("heads", "temperature"), 1.0, "named"),
+    "vid": FeatureLossName(Variational, ("variant",), _by_elements(1.0, "authors", _elements), source="Tian et al."),
 }  # fmt: skip
-"""Every objective that a pair can name. ``tutelage.config.FEATURE_OBJECTIVES`` has their options."""
+"""Every loss that a pair can name. ``tutelage.config.FEATURE_LOSSES`` has their options."""

@@ -1,0 +1,237 @@
+"""Losses on the attention of transformers.
+
+Scores are ``[B, H, L, L]``: query by key, before the softmax and before any mask is added.
+An example is a query token, so that a loss is averaged over the tokens that count, in the
+whole batch. ``mask`` is ``[B, L]``, true at tokens and false at padding, which then counts
+neither as query nor as key; or ``[B, L, L]``, true where a query may see a key, for causal
+attention. ``reduction="none"`` gives ``[B, L]``. float32 inside (float64 where that comes
+in), no gradient to the teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tutelage.losses.common import (
+    Reduction,
+    as_float,
+    check_batch,
+    check_choice,
+    check_temperature,
+    precise,
+    reduce,
+)
+from tutelage.losses.logits import divergence
+
+Heads = Literal["each", "mean"]
+
+HIDDEN = -1e30
+"""Score of a key that is not seen. Finite: minus infinity on both sides gives NaN."""
+
+
+@precise
+def attention_mse(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    heads: Heads = "each",
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""TinyBERT's attention loss: :math:`\tfrac1H \sum_h \mathrm{MSE}(A^S_h, A^T_h)` of the scores.
+
+    Args:
+        student: scores ``[B, H, L, L]``.
+        teacher: scores ``[B, H, L, L]``; receives no gradient.
+        heads: ``each`` compares head by head; ``mean`` the scores averaged over heads, of which
+            student and teacher may then have different numbers.
+        mask: ``[B, L]`` or ``[B, L, L]``, see above. Pairs that it leaves out do not count.
+        reduction: ``mean`` over query tokens that count, ``sum``, or ``none`` for ``[B, L]``.
+
+    Returns:
+        Mean square over heads and keys; zero, with zero gradient, when student equals teacher.
+
+    Raises:
+        ValueError: shapes differ, or head counts under ``heads="each"``.
+
+    Reference: Jiao et al., TinyBERT (EMNLP Findings 2020), equation 7: unnormalised scores.
+    """
+    student, teacher = _scores(student, teacher, heads)
+    pairs, tokens = _visible(mask, student)
+    if pairs is None:
+        return reduce((student - teacher).square().mean((1, -1)), None, reduction)
+    hidden = ~pairs.unsqueeze(1)
+    gap = student.masked_fill(hidden, 0.0) - teacher.masked_fill(hidden, 0.0)
+    value = gap.square().mean(1).sum(-1) / pairs.sum(-1).clamp(min=1)
+    return reduce(value, tokens, reduction)
+
+
+@precise
+def attention_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    heads: Heads = "each",
+    inputs: Literal["scores", "probabilities"] = "scores",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""MiniLM's attention transfer: :math:`\tfrac1H \sum_h T^2\,\mathrm{KL}(A^T_h \| A^S_h)` of each query.
+
+    Args:
+        student: scores ``[B, H, L, L]``, over the root of the head width.
+        teacher: scores ``[B, H, L, L]``; receives no gradient.
+        heads: ``each`` compares head by head; ``mean`` the distributions averaged over heads, of
+            which student and teacher may then have different numbers.
+        inputs: ``probabilities`` where the values are attention after the softmax, as a Hugging
+            Face model's ``attentions`` are. As scores they would be nearly uniform.
+        temperature: T of the softmax, above 0.
+        mask: ``[B, L]`` or ``[B, L, L]``, see above. Keys that it leaves out get probability 0.
+        reduction: ``mean`` over query tokens that count, ``sum``, or ``none`` for ``[B, L]``.
+
+    Returns:
+        Nats times T^2; zero, with zero gradient, when student equals teacher.
+
+    Raises:
+        ValueError: shapes differ, head counts differ under ``heads="each"``, unknown ``inputs``,
+            temperature not above 0.
+
+    Reference: Wang et al., MiniLM (NeurIPS 2020), self-attention distribution transfer, with T = 1.
+    """
+    check_choice("inputs", inputs, "scores", "probabilities")
+    check_temperature(temperature)
+    student, teacher = _scores(student, teacher, heads, average=False)
+    pairs, tokens = _visible(mask, student)
+    if pairs is not None:
+        hidden = ~pairs.unsqueeze(1)
+        student, teacher = student.masked_fill(hidden, 1.0), teacher.masked_fill(hidden, 1.0)
+    if inputs == "probabilities":
+        student, teacher = (x.clamp(min=torch.finfo(x.dtype).tiny).log() for x in (student, teacher))
+    value = _relation_kl(student, teacher, pairs, temperature, average=heads == "mean")
+    return reduce(value, tokens, reduction)
+
+
+@precise
+def value_relation(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    heads: int = 12,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""MiniLM's relation loss: KL between :math:`\mathrm{softmax}(V V^\top/\sqrt{d})` of teacher and student.
+
+    For values (v1), and as well for queries and keys (v2). The vectors of all heads are joined and
+    split again into ``heads`` relation heads, so that neither the widths nor the numbers of
+    attention heads have to agree: a relation is ``[L, L]`` whatever they are.
+
+    Args:
+        student: values ``[B, L, D]`` of a layer, heads joined.
+        teacher: values ``[B, L, D']``; receives no gradient.
+        heads: relation heads; must divide D and D'. v1: the number of attention heads, equal in
+            both. The published v2 numbers belong to 48 (base) and 64 (large teachers).
+        temperature: T of the softmax, above 0.
+        mask: ``[B, L]`` or ``[B, L, L]``, see above.
+        reduction: ``mean`` over tokens that count, ``sum``, or ``none`` for ``[B, L]``.
+
+    Returns:
+        Nats times T^2, averaged over relation heads; zero, with zero gradient, when student
+        equals teacher.
+
+    Raises:
+        ValueError: shapes differ but for the width, a width that ``heads`` does not divide,
+            temperature not above 0.
+
+    Reference: Wang et al., MiniLM (NeurIPS 2020), value-relation transfer; MiniLMv2 (ACL Findings 2021).
+    """
+    check_temperature(temperature)
+    if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be values [B, L, D] of "
+            "the same tokens, heads joined: join [B, H, L, d] with transpose(1, 2).flatten(2)"
+        )
+    for name, x in (("student", student), ("teacher", teacher)):
+        if heads < 1 or x.shape[-1] % heads:
+            raise ValueError(
+                f"heads={heads} does not divide the {name}'s width {x.shape[-1]}: vectors would be cut "
+                "unevenly; choose a common divisor of both widths"
+            )
+    student, teacher = as_float(student), as_float(teacher).detach()
+    pairs, tokens = _visible(mask, student.unsqueeze(1))
+    if tokens is not None:
+        # what a padded token holds, NaN included, would reach the others through the products
+        hidden = ~_present(mask, tokens).unsqueeze(-1)
+        student, teacher = student.masked_fill(hidden, 0.0), teacher.masked_fill(hidden, 0.0)
+    value = _relation_kl(_products(student, heads), _products(teacher, heads), pairs, temperature)
+    return reduce(value, tokens, reduction)
+
+
+def _products(x: Tensor, heads: int) -> Tensor:
+    """``[B, heads, L, L]`` scaled inner products of tokens."""
+    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x @ x.mT / x.shape[-1] ** 0.5
+
+
+def _relation_kl(
+    student: Tensor, teacher: Tensor, pairs: Tensor | None, temperature: float, average: bool = False
+) -> Tensor:
+    """``[B, L]`` T^2 times the KL of each query's distribution over the keys it sees, mean over heads."""
+
+    def log_attention(scores: Tensor) -> Tensor:
+        if pairs is not None:
+            scores = scores.masked_fill(~pairs.unsqueeze(1), HIDDEN)
+        log_p = F.log_softmax(scores.clamp(min=HIDDEN) / temperature, dim=-1)
+        if average:
+            log_p = log_p.logsumexp(1, keepdim=True) - math.log(scores.shape[1])
+        return log_p
+
+    return divergence(log_attention(teacher), log_attention(student)).mean(1) * temperature**2
+
+
+def _scores(student: Tensor, teacher: Tensor, heads: Heads, average: bool = True) -> tuple[Tensor, Tensor]:
+    """Scores in working precision; with one head where they are to be averaged."""
+    check_choice("heads", heads, "each", "mean")
+    check_batch(student, teacher)
+    if student.ndim != 4 or teacher.ndim != 4 or student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be attention "
+            "[B, H, L, L] over the same tokens; with different tokenizers there is nothing to compare"
+        )
+    if heads == "each" and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student has {student.shape[1]} heads and teacher {teacher.shape[1]}: head by head there is no "
+            'pairing; use heads="mean", or value_relation, which needs none'
+        )
+    student, teacher = as_float(student), as_float(teacher).detach()
+    if average and heads == "mean":
+        student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+    return student, teacher
+
+
+def _visible(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys each query sees, ``[B, L, L]``, and which queries count, ``[B, L]``."""
+    if mask is None:
+        return None, None
+    batch, length = x.shape[0], x.shape[-2]
+    if mask.shape == (batch, length):
+        tokens = mask.bool()
+        return tokens.unsqueeze(-1) & tokens.unsqueeze(-2), tokens
+    if mask.shape == (batch, length, length):
+        return mask.bool(), mask.bool().any(-1)
+    raise ValueError(
+        f"mask {tuple(mask.shape)} must be [B, L], true at tokens, or [B, L, L], true where a query sees a "
+        f"key, here with B = {batch} and L = {length}"
+    )
+
+
+def _present(mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """Tokens that are query or key of a pair that counts, ``[B, L]``."""
+    return tokens if mask is None or mask.ndim == 2 else tokens | mask.bool().any(-2)

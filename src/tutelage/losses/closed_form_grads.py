@@ -1,0 +1,177 @@
+"""Token losses with their gradient in closed form, for a few rows of scores at a time.
+
+Each takes log-probabilities, which it may overwrite, and gives the value of each row and, where it is wanted, the
+gradient by the student's softened scores. They are what :mod:`tutelage.losses.chunked` is made of; values and
+gradients are those of the losses of the same name, T^2 left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot
+
+from tutelage.losses.divergences import mix
+
+
+class Sloped(NamedTuple):
+    """A loss of rows, and its gradient.
+
+    Attributes:
+        value: ``[n]``, in nats.
+        slope: ``[n, V]``, or ``None`` where it is not wanted.
+    """
+
+    value: Tensor
+    slope: Tensor | None
+
+
+Divergence = Callable[[Tensor, Tensor, bool], Sloped]
+"""(student's log-probabilities ``[n, V]``, the teacher's, whether the gradient is wanted)."""
+
+
+def through_softmax(q: Tensor, by_log_q: Tensor) -> Tensor:
+    """The gradient by scores, of that by log q over q: ``q (g - <q, g>)``, in the place of g."""
+    return by_log_q.sub_(vecdot(q, by_log_q).unsqueeze(-1)).mul_(q)
+
+
+# ---------------------------------------------------- dense teachers
+
+
+def kl() -> Divergence:
+    """``KL(p || q)``."""
+
+    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+        p = log_p.exp()
+        value = vecdot(p, log_p.sub_(log_q))
+        return Sloped(value, log_q.exp_().sub_(p) if learns else None)
+
+    return compare
+
+
+def reverse_kl() -> Divergence:
+    """``KL(q || p)``."""
+
+    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+        gap = torch.sub(log_q, log_p, out=log_p)
+        q = log_q.exp_()
+        value = vecdot(q, gap)
+        return Sloped(value, gap.sub_(value.unsqueeze(-1)).mul_(q) if learns else None)
+
+    return compare
+
+
+def js(beta: float = 0.5) -> Divergence:
+    """Generalised Jensen-Shannon, with its limits at 0 and 1.
+
+    Raises:
+        ValueError: beta outside [0, 1].
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta={beta}: must lie in [0, 1]; it is the teacher's share of the mixture")
+    if beta in (0.0, 1.0):
+        return reverse_kl() if beta else kl()
+
+    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+        log_m = mix(log_p, log_q, beta)
+        p, gap = log_p.exp(), log_q - log_m
+        q = log_q.exp_()
+        value = beta * vecdot(p, log_p.sub_(log_m)) + (1.0 - beta) * vecdot(q, gap)
+        return Sloped(value, through_softmax(q, gap.mul_(1.0 - beta)) if learns else None)
+
+    return compare
+
+
+def skew_kl(alpha: float = 0.1, reverse: bool = False) -> Divergence:
+    """KL against a mixture, forward or reverse.
+
+    Raises:
+        ValueError: alpha outside [0, 1).
+    """
+    if not 0.0 <= alpha < 1.0:
+        raise ValueError(
+            f"alpha={alpha}: must lie in [0, 1); at 1 both sides are the same distribution and nothing is learned"
+        )
+    if not alpha:
+        return reverse_kl() if reverse else kl()
+
+    def forward(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+        gap = log_p - mix(log_p, log_q, alpha)
+        value = vecdot(log_p.exp_(), gap)
+        if not learns:
+            return Sloped(value, None)
+        by_score = gap.add_(log_q).exp_().mul_(alpha - 1.0)  # p q / m: neither p / m nor q is lost where one is 0
+        return Sloped(value, by_score.sub_(log_q.exp_().mul_(by_score.sum(-1, keepdim=True))))
+
+    def backward(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+        gap = log_q - mix(log_q, log_p, alpha)
+        q = log_q.exp_()
+        value = vecdot(q, gap)
+        return Sloped(value, through_softmax(q, gap.sub_(gap.exp(), alpha=alpha)) if learns else None)
+
+    return backward if reverse else forward
+
+
+def tvd() -> Divergence:
+    """Total variation distance."""
+
+    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+        q = log_q.exp_()
+        gap = torch.sub(q, log_p.exp_(), out=log_p)
+        value = 0.5 * gap.abs().sum(-1)
+        return Sloped(value, through_softmax(q, gap.sign_().mul_(0.5)) if learns else None)
+
+    return compare
+
+
+DIVERGENCES: dict[str, Callable[..., Divergence]] = {
+    "kl": kl,
+    "reverse_kl": reverse_kl,
+    "js": js,
+    "skew_kl": skew_kl,
+    "tvd": tvd,
+}
+"""By name; each is made with the options of the loss (``kl``: of ``kd``)."""
+
+
+# ---------------------------------------------- parts of a teacher, and labels
+
+
+def topk(log_q: Tensor, index: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+    """:func:`tutelage.losses.topk_kd` over T^2, of ``index`` and ``log_p`` ``[n, k]``."""
+    p = log_p.exp()
+    value = vecdot(p, log_p - log_q.gather(-1, index))
+    whole = index.shape[-1] == log_q.shape[-1]
+    if whole:
+        share = p.sum(-1, keepdim=True)
+        return Sloped(value, (log_q.exp_() * share).scatter_add_(-1, index, -p) if learns else None)
+    mass = (1.0 - p.sum(-1, keepdim=True)).clamp(min=0.0)
+    rest = log_q.scatter(-1, index, -torch.inf)
+    log_rest = rest.logsumexp(-1, keepdim=True)
+    value = value + (torch.xlogy(mass, mass) - mass * log_rest).squeeze(-1)
+    if not learns:
+        return Sloped(value, None)
+    slope = log_q.exp_().mul_(p.sum(-1, keepdim=True) + mass).sub_(rest.sub_(log_rest).exp_().mul_(mass))
+    return Sloped(value, slope.scatter_add_(-1, index, -p))
+
+
+def sampled(log_q: Tensor, index: Tensor, weights: Tensor, learns: bool) -> Sloped:
+    """:func:`tutelage.losses.sampled_kd` over T^2, of ``index`` and ``weights`` ``[n, k]``."""
+    rest = 1.0 - weights.sum(-1)
+    value = -vecdot(weights, log_q.gather(-1, index)) - rest * log_q.mean(-1)
+    if not learns:
+        return Sloped(value, None)
+    even = rest.unsqueeze(-1) / log_q.shape[-1]
+    return Sloped(value, log_q.exp_().sub_(even).scatter_add_(-1, index, -weights))
+
+
+def labelled(log_q: Tensor, labels: Tensor, learns: bool) -> Sloped:
+    """Cross-entropy with ``labels`` ``[n]``."""
+    index = labels.unsqueeze(-1)
+    value = -log_q.gather(-1, index).squeeze(-1)
+    if not learns:
+        return Sloped(value, None)
+    return Sloped(value, log_q.exp_().scatter_add_(-1, index, log_q.new_full((), -1.0).expand(index.shape)))

@@ -1,0 +1,221 @@
+"""Losses on the structure of predictions: the target against the rest, classes across a batch.
+
+Student and teacher are logits ``[..., C]``. :func:`dkd` has a value per row. :func:`dist` and
+:func:`mlkd` compare what classes do across the batch: they are relations, so that ``mask``
+deletes rows and ``reduction="none"`` is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tutelage.losses.common import (
+    Reduction,
+    batch_rows,
+    centre,
+    check_labels,
+    check_mask,
+    check_pair,
+    check_temperature,
+    precise,
+    reduce,
+    reduce_batch,
+    rows,
+    unit,
+)
+from tutelage.losses.logits import IGNORE, divergence, soften
+
+
+@precise
+def dkd(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Decoupled KD: :math:`T^2 (\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD})`.
+
+    TCKD is the KL between (target, all others) pairs of probabilities, NCKD the KL between the
+    distributions over the classes other than the target. KL = TCKD + (1 - p_target) NCKD, so that
+    :func:`kd` mutes NCKD where the teacher is confident; here it keeps its own weight.
+
+    With two classes one class is left besides the target: NCKD is identically zero, ``beta``
+    does nothing, and what remains is alpha times :func:`kd`.
+
+    Args:
+        student: logits ``[..., C]``, C at least 2.
+        teacher: logits of the same shape; receives no gradient.
+        labels: target class ``[...]``; rows with -100 do not count.
+        alpha: weight of TCKD.
+        beta: weight of NCKD.
+        temperature: T, above 0.
+        mask: ``[...]``, true where the row counts.
+        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
+
+    Returns:
+        Nats times T^2; zero, with zero gradient, when student equals teacher.
+
+    Raises:
+        ValueError: shapes differ, fewer than 2 classes, or the temperature is not above 0.
+
+    Reference: Zhao et al., Decoupled Knowledge Distillation (CVPR 2022), equations 6 and 7. The
+    published CIFAR numbers use T = 4 with T^2 on both parts, as here.
+    """
+    check_labels(labels, student)
+    if student.shape[-1] < 2:
+        raise ValueError(
+            f"student {tuple(student.shape)} has {student.shape[-1]} class: there is no other class to "
+            "decouple the target from, and the loss would be identically zero; use binary_kd for one logit"
+        )
+    counts = labels != IGNORE
+    if mask is not None:
+        counts = counts & check_mask(mask, labels.shape)
+    student, teacher = rows(student, teacher, counts)
+    target = labels.masked_fill(~counts, 0).unsqueeze(-1)
+    target_q, rest_q, others_q = _decouple(student, target, temperature)
+    target_p, rest_p, others_p = _decouple(teacher, target, temperature)
+    tckd = divergence(torch.cat([target_p, rest_p], -1), torch.cat([target_q, rest_q], -1))
+    nckd = divergence(others_p, others_q)
+    return reduce((alpha * tckd + beta * nckd) * temperature**2, counts, reduction)
+
+
+def _decouple(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the target, of all others together, and of each other among the others."""
+    log_p = soften(logits, temperature)
+    position = torch.arange(logits.shape[-1] - 1, device=logits.device)
+    others = log_p.gather(-1, position + (position >= target).long())
+    rest = others.logsumexp(-1, keepdim=True)
+    return log_p.gather(-1, target), rest, F.log_softmax(others, dim=-1)
+
+
+@precise
+def dist(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""DIST: :math:`T^2(\beta\,L_{inter} + \gamma\,L_{intra})`, with :math:`1 - \rho` as distance.
+
+    :math:`\rho` is Pearson's correlation of the probabilities: of each row across classes (inter),
+    and of each class across the rows of the batch (intra). A relation.
+
+    A vector that is constant (a class with the same probability in every row, a batch of one) has
+    no correlation: its distance is 0 when the other is constant too, else 1, without gradient.
+
+    Args:
+        student: logits ``[..., C]``.
+        teacher: logits of the same shape; receives no gradient.
+        beta: weight of the inter-class part.
+        gamma: weight of the intra-class part.
+        temperature: T, above 0.
+        mask: ``[...]``, true where the row counts; the others are deleted.
+        reduction: ``mean``, or ``sum``: the mean times the rows that count.
+
+    Returns:
+        In [0, 2 (beta + gamma) T^2]; zero, with zero gradient, when student equals teacher.
+
+    Raises:
+        ValueError: shapes differ, temperature not above 0, ``reduction="none"``.
+
+    Reference: Huang et al., Knowledge Distillation from A Stronger Teacher (NeurIPS 2022), the
+    inter-class and intra-class relations of section 4. Their ImageNet numbers belong to
+    beta = gamma = T = 1; T^2 is as in their code, and changes nothing there.
+    """
+    student, teacher = _class_rows(student, teacher, mask, reduction)
+    q, p = soften(student, temperature).exp(), soften(teacher, temperature).exp()
+    if not len(q):
+        return q.sum()
+    inter, intra = _pearson_distance(q, p, -1).mean(), _pearson_distance(q, p, 0).mean()
+    return reduce_batch((beta * inter + gamma * intra) * temperature**2, len(q), reduction)
+
+
+def _class_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, reduction: Reduction) -> tuple[Tensor, Tensor]:
+    """``[N, C]`` logits of all rows that count, for a loss over the batch."""
+    check_pair(student, teacher)
+    if mask is not None:
+        mask = check_mask(mask, student.shape[:-1]).reshape(-1)
+    count = student.shape[:-1].numel()
+    shape = (count, student.shape[-1])
+    return batch_rows(student.reshape(shape), teacher.reshape(shape), mask, reduction)
+
+
+def _pearson_distance(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    """``1 - rho`` along ``dim``."""
+    x, y = unit(centre(x, dim), dim), unit(centre(y, dim), dim)
+    # half the squared distance of unit vectors is 1 - x.y, but exactly 0 where they are equal
+    value = 0.5 * (x - y).square().sum(dim)
+    return value.masked_fill(x.detach().any(dim) != y.any(dim), 1.0)
+
+
+@precise
+def mlkd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    instance: float = 1.0,
+    batch: float = 1.0,
+    classes: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Multi-level logit distillation, summed over several temperatures.
+
+    With P the ``[N, C]`` probabilities at one temperature, for student and teacher:
+
+    - instance: :math:`T^2\,KL` of each row, averaged over rows;
+    - batch: :math:`\tfrac1N \|P_S P_S^\top - P_T P_T^\top\|_F^2`;
+    - class: :math:`\tfrac1C \|P_S^\top P_S - P_T^\top P_T\|_F^2`.
+
+    T^2 belongs to the divergence only; the two others are squared distances of matrices. A
+    relation: the batch and class parts grow with N.
+
+    Args:
+        student: logits ``[..., C]``.
+        teacher: logits of the same shape; receives no gradient.
+        temperatures: every T to augment the predictions with, each above 0.
+        instance: weight of the instance part.
+        batch: weight of the batch part.
+        classes: weight of the class part.
+        mask: ``[...]``, true where the row counts; the others are deleted.
+        reduction: ``mean``, or ``sum``: the mean times the rows that count.
+
+    Returns:
+        Zero, with zero gradient, when student equals teacher.
+
+    Raises:
+        ValueError: shapes differ, no temperature or one not above 0, ``reduction="none"``.
+
+    Reference: Jin, Wang, Lin, Multi-Level Logit Distillation (CVPR 2023), instance-, batch- and
+    class-level alignment with prediction augmentation. The published numbers come from the
+    authors' code, with these five temperatures, which besides trains on two views and scales batch- and
+    class-level parts by the share, about a half, of rows and classes of which the teacher is least sure.
+    """
+    if not temperatures:
+        raise ValueError("temperatures is empty: the loss would be identically zero; give at least one")
+    student, teacher = _class_rows(student, teacher, mask, reduction)
+    count, width = student.shape
+    total = student[:0].sum()
+    if not count:
+        return total
+    for t in temperatures:
+        log_q, log_p = soften(student, check_temperature(t)), soften(teacher, t)
+        q, p = log_q.exp(), log_p.exp()
+        total = total + instance * divergence(log_p, log_q).mean() * t**2
+        total = total + batch * (q @ q.T - p @ p.T).square().sum() / count
+        total = total + classes * (q.T @ q - p.T @ p).square().sum() / width
+    return reduce_batch(total, count, reduction)

@@ -1,0 +1,162 @@
+"""Losses on the directions of vectors ``[..., D]``: of hidden states, and of the embeddings of texts.
+
+Lengths do not matter. Every function works in float32 (float64 where that comes in) and sends no gradient to the
+teacher.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tutelage.losses.common import (
+    Reduction,
+    batch_rows,
+    check_choice,
+    precise,
+    reduce,
+    reduce_batch,
+    rows,
+    unit,
+)
+
+
+@precise
+def cosine(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""DistilBERT's loss of hidden states: :math:`1 - \cos(h^S, h^T)` of each vector.
+
+    Computed as half the squared distance of the vectors divided by their norms, which is the same and exact near 0.
+    A vector of zeros has no direction, and 0.5 between it and any other.
+
+    Args:
+        student: vectors ``[..., D]``, such as the hidden states ``[B, L, D]`` of tokens.
+        teacher: the same shape; receives no gradient.
+        mask: ``[...]``, true where the vector counts.
+        reduction: ``mean`` over vectors that count, ``sum``, or ``none`` for ``[...]``.
+
+    Returns:
+        Between 0 and 2; zero, with zero gradient, when student equals teacher, in any positive scale.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Reference: Sanh et al., DistilBERT (2019), section 2, the cosine embedding loss of the last hidden states.
+    """
+    student, teacher = rows(student, teacher, mask)
+    return reduce(0.5 * (unit(student) - unit(teacher)).square().sum(-1), mask, reduction)
+
+
+@precise
+def patient(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    variant: Literal["paper", "authors"] = "paper",
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Patient knowledge distillation: :math:`\| h^S/\|h^S\|_2 - h^T/\|h^T\|_2 \|_2^2` of a layer's [CLS] state.
+
+    Args:
+        student: states ``[..., D]``, one for each text.
+        teacher: the same shape; receives no gradient.
+        variant: ``paper`` sums over the elements of a state; ``authors``, their code, to which the published
+            weights (10 to 1000) belong, averages over them.
+        mask: ``[...]``, true where the text counts.
+        reduction: ``mean`` over texts that count, ``sum``, or ``none`` for ``[...]``.
+
+    Returns:
+        ``paper``: between 0 and 4, twice :func:`cosine`. Zero, with zero gradient, when student equals teacher.
+
+    Raises:
+        ValueError: shapes differ, unknown variant.
+
+    Reference: Sun et al., Patient Knowledge Distillation for BERT Model Compression (EMNLP 2019), the loss of the
+    patient teacher.
+    """
+    check_choice("variant", variant, "paper", "authors")
+    student, teacher = rows(student, teacher, mask)
+    gap = (unit(student) - unit(teacher)).square()
+    return reduce(gap.sum(-1) if variant == "paper" else gap.mean(-1), mask, reduction)
+
+
+@precise
+def cosine_matrix(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Similarities of embeddings: :math:`\tfrac{1}{B(B-1)} \sum_{i \ne j} (\cos^S_{ij} - \cos^T_{ij})^2`.
+
+    What a search by embeddings ranks by. A text's similarity with itself is 1 in both, and left out.
+
+    Args:
+        student: embeddings ``[B, D]``.
+        teacher: embeddings ``[B, D']`` of the same texts, of any width; receives no gradient.
+        mask: ``[B]``, true where the text counts; the others are deleted.
+        reduction: ``mean`` is the formula above; ``sum`` is B times that.
+
+    Returns:
+        Zero, with zero gradient, when student equals teacher, in any rotation. Fewer than two texts have no pair,
+        and give 0.
+
+    Raises:
+        ValueError: other batch size, ``reduction="none"``.
+
+    Reference: the pairwise similarities of Tung and Mori (ICCV 2019), of unit vectors and without their row norms, as
+    sentence embeddings are compared (Reimers and Gurevych, Sentence-BERT, EMNLP 2019).
+    """
+    student, teacher = batch_rows(student, teacher, mask, reduction)
+    count = len(student)
+    student, teacher = unit(student), unit(teacher)
+    gap = (student @ student.T - teacher @ teacher.T).square()
+    others = gap.masked_fill(torch.eye(count, dtype=torch.bool, device=gap.device), 0.0)
+    return reduce_batch(others.sum() / max(count * (count - 1), 1), count, reduction)
+
+
+@precise
+def margin_mse(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Margin-MSE: :math:`\tfrac{1}{P-1} \sum_{j>0} ((s^S_0 - s^S_j) - (s^T_0 - s^T_j))^2` of a query's scores.
+
+    For a ranker of any scale of scores taught by one of another, such as a bi-encoder by a cross-encoder: only the
+    differences to the passage that is relevant are compared.
+
+    Args:
+        student: scores ``[..., P]`` of a query's passages; the first is the relevant one.
+        teacher: the same shape; receives no gradient.
+        mask: ``[...]``, true where the query counts.
+        reduction: ``mean`` over queries that count, ``sum``, or ``none`` for ``[...]``.
+
+    Returns:
+        Zero, with zero gradient, when student equals teacher, up to a constant for each query.
+
+    Raises:
+        ValueError: shapes differ, fewer than two passages.
+
+    Reference: Hofstaetter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
+    Distillation (2020), section 3, with one passage that is not relevant.
+    """
+    if student.ndim < 1 or student.shape[-1] < 2:
+        raise ValueError(
+            f"scores {tuple(student.shape)} hold fewer than two passages for a query, and a margin is between two: "
+            "give [..., P], the relevant one first"
+        )
+    student, teacher = rows(student, teacher, mask)
+    gap = student - teacher
+    return reduce((gap[..., :1] - gap[..., 1:]).square().mean(-1), mask, reduction)
