@@ -22,9 +22,9 @@ import torch
 
 from tutelage import api
 from tutelage.config import load_recipe
-from tutelage.deploy.timing import Cell, interleaved, runner, summed
+from tutelage.export.timing import Cell, interleaved, runner, summed
 from tutelage.files import write_text
-from tutelage.workflows.exporting import CALIBRATION, export
+from tutelage.workflows.exporting import CALIBRATION, export_student
 from tutelage.workflows.finished import find, rows_of
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.statistics import paired, spread
@@ -65,7 +65,7 @@ def measure(recipe: str, overrides: list[str], work: Path) -> dict[str, Any]:
     for seed in seeds:
         for run, before, after in ((whole, "whole", "after"), (rounded, "unrounded", "during")):
             folder = run.path / "models" / f"distilled-seed{seed}"
-            manifest = export(folder, "int8", terminal=terminal).manifest
+            manifest = export_student(folder, "int8", terminal=terminal).manifest
             rows[before].append(manifest["measured"]["source"]["accuracy"])
             rows[after].append(manifest["measured"]["export"]["accuracy"])
             alike[after].append(manifest["check"]["alike"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import deployed
-from tutelage.deploy.timing import flops, interleaved, peak_memory, runner, summed
+import exported
 from tutelage.errors import ConfigError, MissingDependencyError, RunDirectoryError
+from tutelage.export.timing import flops, interleaved, peak_memory, runner, summed
 from tutelage.models import ModelSpec, build, save_model
 from tutelage.reports.bench import Point, _even, _mega, _on_log, frontier, table, write_bench
 from tutelage.workflows.bench import bench
@@ -23,7 +23,7 @@ pytest.importorskip("onnxscript")
 
 @pytest.fixture(scope="module")
 def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return deployed.images(tmp_path_factory.mktemp("images"))
+    return exported.images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_small_counts_are_not_nought() -> None:
 def test_teacher_and_student_of_a_run_and_another_are_measured(cnn: Path) -> None:
     found = bench(
         [cnn, "mlp", cnn / "models" / "alone-seed0"], batch_sizes=(1, 4), rounds=3, columns=("eager", "onnx", "int8"),
-        memory=False, terminal=deployed.QUIET,
+        memory=False, terminal=exported.QUIET,
     )  # fmt: skip
     written = json.loads((cnn / "bench.json").read_text())
     assert written["models"] == found["models"]
@@ -121,14 +121,14 @@ def test_teacher_and_student_of_a_run_and_another_are_measured(cnn: Path) -> Non
 
 
 def test_a_way_that_cannot_be_had_says_why(cnn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tutelage.deploy import timing
+    from tutelage.export import timing
 
     def refused(*args: Any) -> None:
         raise MissingDependencyError("an ONNX graph needs the package onnxscript, which is not installed")
 
     monkeypatch.setattr(timing, "write_onnx", refused)
     found = bench(["mlp"], out="b.json", batch_sizes=(2,), rounds=1, columns=("eager", "onnx"), memory=False,
-                  terminal=deployed.QUIET)  # fmt: skip
+                  terminal=exported.QUIET)  # fmt: skip
     ways = found["models"][0]["columns"]
     assert "onnxscript" in ways["onnx"]["failed"]
     assert "failed" not in ways["eager"]
@@ -183,7 +183,7 @@ def test_the_command_prints_a_table_and_writes_a_page(capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 def test_compiled_is_measured_too(cnn: Path) -> None:
-    found = bench([cnn], batch_sizes=(1, 8), rounds=2, columns=("eager", "compiled"), terminal=deployed.QUIET)
+    found = bench([cnn], batch_sizes=(1, 8), rounds=2, columns=("eager", "compiled"), terminal=exported.QUIET)
     for model in found["models"]:
         assert "failed" not in model["columns"]["compiled"]
 
@@ -201,4 +201,4 @@ def test_what_is_wrong_is_said(
     sources: list[str], options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        bench(sources, terminal=deployed.QUIET, **options)
+        bench(sources, terminal=exported.QUIET, **options)

@@ -13,12 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-import deployed
+import exported
 import tutelage
 from tutelage.cli import main
 from tutelage.data import as_batch
-from tutelage.deploy import Export, formats, open_export, predict
-from tutelage.deploy.runtimes import MANIFEST
 from tutelage.errors import (
     CapabilityError,
     CheckpointError,
@@ -28,18 +26,20 @@ from tutelage.errors import (
     NumericsError,
     RunDirectoryError,
 )
+from tutelage.export import Export, formats, open_export, predict
+from tutelage.export.runtimes import MANIFEST
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet
-from tutelage.workflows.exporting import export
+from tutelage.workflows.exporting import export_student
 from tutelage.workflows.finished import find, rows_of
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 WORLDS = {
-    "cnn": deployed.images,
-    "bert": lambda folder: deployed.texts(folder),
-    "llama": lambda folder: deployed.conversations(folder),
+    "cnn": exported.images,
+    "bert": lambda folder: exported.texts(folder),
+    "llama": lambda folder: exported.conversations(folder),
 }
 GRAPHS = ("onnx", "torch-export", "safetensors")
 
@@ -55,12 +55,12 @@ class Runs:
             self.known[world] = WORLDS[world](self.base.mktemp(world))
         return self.known[world]
 
-    def export(self, world: str, to: str) -> Path:
+    def export_student(self, world: str, to: str) -> Path:
         run = self.run(world)
         made = run / "export" / to
         if not made.exists():
-            with deployed.inside(run.parent):
-                assert export(run, to, terminal=deployed.QUIET).path == made
+            with exported.inside(run.parent):
+                assert export_student(run, to, terminal=exported.QUIET).path == made
         return made
 
 
@@ -88,7 +88,7 @@ def digits(folder: Path, count: int = 5) -> tuple[list[Path], torch.Tensor]:
     """Image files of digits, and their pixels as a model takes them."""
     from PIL import Image
 
-    found = find(folder, deployed.QUIET)
+    found = find(folder, exported.QUIET)
     data: Any = found.data()
     folder = Path("pictures")
     folder.mkdir()
@@ -108,7 +108,7 @@ def test_every_format_answers_as_the_student_on_256_rows_of_the_test_split(runs:
     run = runs.run(world)
     if to == "hf" and world == "cnn":
         with pytest.raises(CapabilityError, match="no model of transformers") as caught:
-            export(run, "hf", terminal=deployed.QUIET)
+            export_student(run, "hf", terminal=exported.QUIET)
         assert "onnx" in str(caught.value)
         assert not (run / "export" / "hf").exists()
         return
@@ -116,8 +116,8 @@ def test_every_format_answers_as_the_student_on_256_rows_of_the_test_split(runs:
     check = json.loads((made / MANIFEST).read_text())["check"]
     assert check["rows"] == 256
     assert check["greatest"] <= 1e-4
-    with deployed.inside(run.parent):
-        found = find(run, deployed.QUIET)
+    with exported.inside(run.parent):
+        found = find(run, exported.QUIET)
         data: Any = found.data()
     held = rows_of(data.test, 256, found.subject.task)
     assert sum(len(next(iter(inputs.values()))) for inputs in held) == 256
@@ -173,25 +173,25 @@ def test_a_difference_is_an_error_and_leaves_nothing(cnn: Path, monkeypatch: pyt
 
     monkeypatch.setitem(formats.FORMATS, "torch-export", slightly_off)
     with pytest.raises(NumericsError, match=r"up to 0\.0002 on 256 inputs"):
-        export(cnn, "torch-export", out="there", terminal=deployed.QUIET)
+        export_student(cnn, "torch-export", out="there", terminal=exported.QUIET)
     assert not Path("there").exists()
     assert not list(Path().glob(".tutelage-tmp*"))
 
 
 def test_an_export_replaces_an_export_and_nothing_else(cnn: Path) -> None:
     for _ in range(2):
-        export(cnn, "safetensors", out="mine", terminal=deployed.QUIET)
+        export_student(cnn, "safetensors", out="mine", terminal=exported.QUIET)
     Path("theirs").mkdir()
     Path("theirs/letter.txt").write_text("dear")
     with pytest.raises(RunDirectoryError, match="no export"):
-        export(cnn, "safetensors", out="theirs", terminal=deployed.QUIET)
+        export_student(cnn, "safetensors", out="theirs", terminal=exported.QUIET)
     assert Path("theirs/letter.txt").read_text() == "dear"
 
 
 def test_a_module_of_ones_own_is_exported_with_ones_own_data() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     loader = [(torch.randn(40, 3, 2, 2), torch.zeros(40, dtype=torch.long)) for _ in range(10)]
-    made = tutelage.export(model, "onnx", out="mine", data=loader, classes=list("abcde"))
+    made = tutelage.export_student(model, "onnx", out="mine", data=loader, classes=list("abcde"))
     assert made.manifest["check"]["rows"] == 256
     assert model.training
     batch = as_batch(loader[0]).inputs
@@ -314,7 +314,7 @@ def test_other_tasks_of_texts_are_exported_and_asked(task: str, tmp_path: Path) 
     card = {"task": task, "classes": ["a", "b", "c"] if more else [], "preprocessing": {"max_length": 24}}
     (folder / "model.json").write_text(json.dumps(card))
     to = "torch-export" if task in ("tokens", "regression") else "onnx"
-    made = export(folder, to, out="made", terminal=deployed.QUIET)
+    made = export_student(folder, to, out="made", terminal=exported.QUIET)
     if to == "onnx":
         import onnxruntime
 
@@ -353,9 +353,9 @@ def test_what_is_wrong_is_said(runs: Runs, cnn: Path, tmp_path: Path) -> None:
         with pytest.raises(error, match=says):
             predict(source, ["a"])
     with pytest.raises(RunDirectoryError, match="no such folder"):
-        export("nowhere", "onnx")
+        export_student("nowhere", "onnx")
     with pytest.raises(ConfigError, match="did you mean 'onnx'"):
-        export(cnn, "onx", terminal=deployed.QUIET)
+        export_student(cnn, "onx", terminal=exported.QUIET)
     Path("letter.png").write_text("dear")
     Path("empty").mkdir()
     for given, says in (
@@ -381,7 +381,7 @@ def test_an_empty_text_and_no_mask_are_said(bert: Path) -> None:
 
 def test_two_texts_are_read_together_and_one_is_refused() -> None:
     import text_worlds
-    from tutelage.deploy.answers import encode
+    from tutelage.export.answers import encode
 
     cutter = text_worlds.tokenizer()
     names = ["input_ids", "attention_mask", "token_type_ids"]
@@ -400,7 +400,10 @@ def test_a_missing_runtime_names_the_extra(runs: Runs, cnn: Path, monkeypatch: p
     made = runs.export("cnn", "onnx")
     real = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *a: None if name == "onnxruntime" else real(name, *a))
-    for call in (lambda: open_export(made), lambda: export(cnn, "onnx", out="other", terminal=deployed.QUIET)):
+    for call in (
+        lambda: open_export(made),
+        lambda: export_student(cnn, "onnx", out="other", terminal=exported.QUIET),
+    ):
         with pytest.raises(MissingDependencyError, match="onnxruntime") as caught:
             call()
         assert "tutelage[export]" in str(caught.value)
@@ -448,7 +451,7 @@ def test_asking_imports_nothing_that_trains(runs: Runs, cnn: Path) -> None:
     made = runs.export("cnn", "onnx")
     files, _ = digits(cnn, 1)
     code = (
-        "import sys; from tutelage.cli.deploy import predict; predict(sys.argv[1], [sys.argv[2]]); "
+        "import sys; from tutelage.cli.export import predict; predict(sys.argv[1], [sys.argv[2]]); "
         "rooms = ('engine', 'methods', 'teachers', 'workflows', 'losses', 'config'); "
         "print([r for r in rooms if f'tutelage.{r}' in sys.modules], 'accelerate' in sys.modules)"
     )

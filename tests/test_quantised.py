@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import deployed
+import exported
 from tutelage.config import build_recipe
 from tutelage.engine import evaluate
 from tutelage.errors import ConfigError, ModelError
@@ -88,12 +88,12 @@ def test_what_cannot_be_rounded_is_said() -> None:
 
 
 def test_a_run_measures_the_rounded_student_and_saves_a_plain_one(tmp_path: Path) -> None:
-    run = deployed.images(tmp_path, rounded="int8")
+    run = exported.images(tmp_path, rounded="int8")
     summary = json.loads((run / "summary.json").read_text())
     student = load_model(run / "student")
     assert type(student) is ConvNet
     assert not is_rounded(student)
-    found = find(run, deployed.QUIET)
+    found = find(run, exported.QUIET)
     data = found.data()
     assert data is not None
     held = whole_test(data)

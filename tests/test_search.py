@@ -63,7 +63,7 @@ def timeless(found: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> api.Searched:
-    return api.search(recipe(), out=tmp_path_factory.mktemp("search") / "small", terminal=SILENT)
+    return api.run_search(recipe(), out=tmp_path_factory.mktemp("search") / "small", terminal=SILENT)
 
 
 def test_what_a_search_leaves(searched: api.Searched) -> None:

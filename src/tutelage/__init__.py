@@ -11,11 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutelage import data, deploy, losses, methods, models, teachers
-    from tutelage.api import Run, distill, run, search
-    from tutelage.deploy import predict
+    from tutelage import data, losses, methods, models, teachers
+    from tutelage.api import Run, distill, run, run_search
     from tutelage.errors import TutelageError
-    from tutelage.workflows.exporting import export
+    from tutelage.export import predict
+    from tutelage.workflows.exporting import export_student
     from tutelage.workflows.generate import generate, judge
 
 __version__ = "0.1.0"
@@ -24,22 +24,21 @@ _WHERE = {
     "Run": "tutelage.api",
     "TutelageError": "tutelage.errors",
     "distill": "tutelage.api",
-    "export": "tutelage.workflows.exporting",
+    "export_student": "tutelage.workflows.exporting",
     "generate": "tutelage.workflows.generate",
     "judge": "tutelage.workflows.generate",
-    "predict": "tutelage.deploy",
+    "predict": "tutelage.export",
     "run": "tutelage.api",
-    "search": "tutelage.api",
+    "run_search": "tutelage.api",
 }
-_ROOMS = ("config", "data", "deploy", "engine", "methods", "models", "losses", "reports", "taps", "teachers")
+_ROOMS = ("config", "data", "export", "engine", "methods", "models", "losses", "reports", "taps", "teachers")
 
 __all__ = [
     "Run",
     "TutelageError",
     "data",
-    "deploy",
     "distill",
-    "export",
+    "export_student",
     "generate",
     "judge",
     "losses",
@@ -47,7 +46,7 @@ __all__ = [
     "models",
     "predict",
     "run",
-    "search",
+    "run_search",
     "teachers",
 ]
 

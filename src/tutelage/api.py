@@ -58,7 +58,7 @@ def run(
     return finished
 
 
-def search(
+def run_search(
     recipe: Recipe | str | Path,
     overrides: Iterable[str] = (),
     *,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tutelage.cli import deploy, generate, inspect, run, start
+from tutelage.cli import export, generate, inspect, run, start
 from tutelage.cli.base import say
 from tutelage.errors import BudgetSpent, Interrupted, TutelageError
 
@@ -33,9 +33,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 for command in (
     start.init,
     start.recipes,
-    deploy.bench,
-    deploy.export,
-    deploy.predict,
+    export.bench,
+    export.export,
+    export.predict,
     run.run,
     run.search,
     generate.generate,

@@ -79,7 +79,7 @@ def search(
     from tutelage.reports import found_words
 
     try:
-        searched = api.search(loaded, trials=trials, keys=key or (), workers=workers, out=out, resume=resume)
+        searched = api.run_search(loaded, trials=trials, keys=key or (), workers=workers, out=out, resume=resume)
     except Interrupted as stop:
         words = [
             *("tutelage", "search", str(recipe), *(overrides or [])),

@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from tutelage.data import Batch, Data
-from tutelage.deploy.check import drawn
-from tutelage.deploy.formats import convolves
-from tutelage.deploy.runtimes import AsModule, Run, input_names
-from tutelage.deploy.subject import Inputs, as_inputs
-from tutelage.deploy.timing import (
+from tutelage.engine import RunDirectory, evaluate
+from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
+from tutelage.export.check import drawn
+from tutelage.export.formats import convolves
+from tutelage.export.runtimes import AsModule, Run, input_names
+from tutelage.export.subject import Inputs, as_inputs
+from tutelage.export.timing import (
     COLUMNS,
     Cell,
     attempted,
@@ -31,8 +33,6 @@ from tutelage.deploy.timing import (
     runner,
     summed,
 )
-from tutelage.engine import RunDirectory, evaluate
-from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.files import write_text
 from tutelage.models import ModelSpec, build, load_weights, save_model
 from tutelage.workflows.exporting import CALIBRATION

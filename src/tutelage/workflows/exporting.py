@@ -13,12 +13,12 @@ from torch import nn
 from tutelage.config import TextDataConfig
 from tutelage.data import Batch, Data, as_batch
 from tutelage.data.texts import listed
-from tutelage.deploy.check import ROWS, drawn
-from tutelage.deploy.export import Exported, check_format, free_folder, write_export
-from tutelage.deploy.runtimes import input_names
-from tutelage.deploy.subject import TASKS, Inputs, Subject, as_inputs, auto_class
 from tutelage.engine import evaluate
 from tutelage.errors import ConfigError, DataError
+from tutelage.export.check import ROWS, drawn
+from tutelage.export.export import Exported, check_format, free_folder, write_export
+from tutelage.export.runtimes import input_names
+from tutelage.export.subject import TASKS, Inputs, Subject, as_inputs, auto_class
 from tutelage.workflows.finished import Found, checked_recipe, data_of, find, rows_of, whole_test
 from tutelage.workflows.progress import Terminal
 
@@ -26,7 +26,7 @@ CALIBRATION = 256
 """Rows of the validation split by which the ranges of activations are fixed."""
 
 
-def export(
+def export_student(
     source: str | Path | nn.Module,
     to: str,
     *,
@@ -92,7 +92,7 @@ def _data(found: Found, given: Any, terminal: Terminal) -> Data | None:
         return data_of(checked_recipe(given), found.subject, terminal)
     if given is not None:
         raise ConfigError(
-            f"export(data=...) is a {type(given).__name__}, and the source is a folder",
+            f"export_student(data=...) is a {type(given).__name__}, and the source is a folder",
             remedy="give the path of a recipe, or leave it out: the run's own data is read",
         )
     return found.data()
@@ -129,7 +129,8 @@ def _of_module(
 ) -> Exported:
     if out is None or data is None or isinstance(data, (str, Path)):
         raise ConfigError(
-            "export(MODULE) needs a folder and inputs", remedy="give out=, and data=, a loader of test samples"
+            "export_student(MODULE) needs a folder and inputs",
+            remedy="give out=, and data=, a loader of test samples",
         )
     batches: list[Inputs] = []
     rows = 0
@@ -140,7 +141,7 @@ def _of_module(
         if rows >= ROWS:
             break
     if not batches:
-        raise DataError("the loader yields no batches", where="export(data=...)", remedy="check its data set")
+        raise DataError("the loader yields no batches", where="export_student(data=...)", remedy="check its data set")
     training = model.training
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     first = next(iter(batches[0].values()))

@@ -13,8 +13,8 @@ import yaml
 from tutelage.config import Recipe, TextDataConfig, build_recipe, load_recipe
 from tutelage.data import Data, InOrder, load_images, load_texts
 from tutelage.data.tokens import fingerprint
-from tutelage.deploy.subject import Inputs, Subject, as_inputs, read_subject
 from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, nearest
+from tutelage.export.subject import Inputs, Subject, as_inputs, read_subject
 from tutelage.models import MODEL_CARD
 from tutelage.models.files import read_card
 from tutelage.workflows.progress import Terminal

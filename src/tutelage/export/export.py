@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import nn
 
-from tutelage.deploy.card import model_card
-from tutelage.deploy.check import TOLERANCE, compare
-from tutelage.deploy.formats import FORMATS, few_rows, output_name
-from tutelage.deploy.runtimes import MANIFEST, AsModule, input_names, open_export
-from tutelage.deploy.subject import Graph, Inputs, Subject, is_transformers
 from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, suggest
+from tutelage.export.card import model_card
+from tutelage.export.check import TOLERANCE, compare
+from tutelage.export.formats import FORMATS, few_rows, output_name
+from tutelage.export.runtimes import MANIFEST, AsModule, input_names, open_export
+from tutelage.export.subject import Graph, Inputs, Subject, is_transformers
 from tutelage.files import new_folder
 
 ROUNDED = ("int8",)

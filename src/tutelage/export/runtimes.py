@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.deploy.subject import Graph, Inputs, auto_class, read_subject
 from tutelage.errors import CheckpointError, nearest, require
+from tutelage.export.subject import Graph, Inputs, auto_class, read_subject
 from tutelage.files import quiet
 from tutelage.models import load_model, tokenizer_of
 from tutelage.models.texts import SentenceEncoder

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tutelage.deploy.formats import few_rows, quantise_onnx, write_onnx
-from tutelage.deploy.runtimes import Run, onnx_session
-from tutelage.deploy.subject import Graph, Inputs
 from tutelage.errors import TutelageError
+from tutelage.export.formats import few_rows, quantise_onnx, write_onnx
+from tutelage.export.runtimes import Run, onnx_session
+from tutelage.export.subject import Graph, Inputs
 from tutelage.taps import compile_apart
 
 COLUMNS = ("eager", "compiled", "onnx", "int8")
@@ -171,7 +171,7 @@ def peak_memory(kind: str, path: Path, names: tuple[str, ...], inputs: Inputs, t
         np.savez(given, **arrays)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(
-            [sys.executable, "-m", "tutelage.deploy.child", kind, str(path), str(given), str(threads)],
+            [sys.executable, "-m", "tutelage.export.child", kind, str(path), str(given), str(threads)],
             capture_output=True, text=True, env=environment, check=False,
         )  # fmt: skip
     if done.returncode != 0:

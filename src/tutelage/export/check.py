@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.deploy.subject import IMAGE, Inputs
 from tutelage.errors import NumericsError
+from tutelage.export.subject import IMAGE, Inputs
 
 TOLERANCE = 1e-4
 """Most by which any logit may differ."""

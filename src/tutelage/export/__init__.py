@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutelage.deploy.answers import predict
-    from tutelage.deploy.export import Exported, write_export
-    from tutelage.deploy.runtimes import Export, open_export
-    from tutelage.deploy.subject import Subject
+    from tutelage.export.answers import predict
+    from tutelage.export.export import Exported, write_export
+    from tutelage.export.runtimes import Export, open_export
+    from tutelage.export.subject import Subject
 
 _WHERE = {
     "Export": "runtimes",
@@ -28,5 +28,5 @@ __all__ = ["Export", "Exported", "Subject", "open_export", "predict", "write_exp
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
-        return getattr(importlib.import_module(f"tutelage.deploy.{_WHERE[name]}"), name)
-    raise AttributeError(f"module 'tutelage.deploy' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"tutelage.export.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'tutelage.export' has no attribute {name!r}")

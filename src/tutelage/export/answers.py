@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tutelage.data.images import to_pixels
-from tutelage.deploy.runtimes import Export, open_export
-from tutelage.deploy.subject import IMAGE, Inputs
 from tutelage.errors import CheckpointError, DataError, require
+from tutelage.export.runtimes import Export, open_export
+from tutelage.export.subject import IMAGE, Inputs
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """Files of a folder that are taken for images."""

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
-from tutelage.deploy.runtimes import ONNX, PROGRAM
-from tutelage.deploy.subject import IMAGE, Graph, Inputs, Subject, is_transformers
 from tutelage.errors import CapabilityError, ModelError, TutelageError, require
+from tutelage.export.runtimes import ONNX, PROGRAM
+from tutelage.export.subject import IMAGE, Graph, Inputs, Subject, is_transformers
 from tutelage.files import quiet
 from tutelage.models import MODEL_CARD, WEIGHTS, save_model
 from tutelage.models.files import read_card

@@ -1,6 +1,6 @@
 """A process that loads one model, runs it three times, and says how much memory it had resident at most.
 
-``python -m tutelage.deploy.child model|onnx PATH INPUTS.npz THREADS``; of ONNX Runtime, torch is not imported.
+``python -m tutelage.export.child model|onnx PATH INPUTS.npz THREADS``; of ONNX Runtime, torch is not imported.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _onnx(path: str, threads: int) -> Callable[[dict[str, Any]], object]:
 def _model(path: str, threads: int) -> Callable[[dict[str, Any]], object]:
     import torch
 
-    from tutelage.deploy.subject import Graph, read_subject
+    from tutelage.export.subject import Graph, read_subject
 
     torch.set_num_threads(threads)
 

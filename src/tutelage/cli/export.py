@@ -30,9 +30,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a finished student in a format that runs elsewhere, and check there that it answers as before."""
-    from tutelage.workflows.exporting import export as write
+    from tutelage.workflows.exporting import export_student
 
-    made = write(source, to, out=out, data=data)
+    made = export_student(source, to, out=out, data=data)
     check = made.manifest["check"]
     if "tolerance" in check:
         said = f"differs from the student by at most {check['greatest']:.2g} (allowed {check['tolerance']:g})"
@@ -69,8 +69,8 @@ def predict(
 ) -> None:  # fmt: skip
     """Ask an exported model about images or texts."""
     given = list(_inputs(inputs or [], file))
-    from tutelage.deploy.answers import predictions
-    from tutelage.deploy.runtimes import open_export
+    from tutelage.export.answers import predictions
+    from tutelage.export.runtimes import open_export
 
     for found in predictions(open_export(source), given, top=top, tokens=tokens):
         say(json.dumps(found, ensure_ascii=False) if as_json else _said(found))
