@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What needs the core and the extras vision, text and search alone.
-OLDEST_TESTS := tests/losses tests/test_engine.py tests/test_run.py tests/test_start.py tests/test_taps.py \
+OLDEST_TESTS := tests/losses tests/test_engine.py tests/test_run.py tests/test_init.py tests/test_taps.py \
   tests/test_three_worlds.py tests/test_texts.py tests/test_cache.py tests/test_encoder_students.py tests/test_search.py
 
 .PHONY: quickstart test test-slow test-oldest dist newcomer docs lint types clean

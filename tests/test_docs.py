@@ -96,7 +96,7 @@ def test_no_file_grows_into_several_unnoticed() -> None:
 
 ROOMS = (
     "tutelage", "tutelage.losses", "tutelage.methods", "tutelage.teachers", "tutelage.students", "tutelage.taps",
-    "tutelage.data", "tutelage.models", "tutelage.engine", "tutelage.reports", "tutelage.lab", "tutelage.start",
+    "tutelage.data", "tutelage.models", "tutelage.engine", "tutelage.reports", "tutelage.lab", "tutelage.init",
     "tutelage.config", "tutelage.integrations", "tutelage.integrations.hf", "tutelage.integrations.lightning",
     "tutelage.workflows.generate",
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tutelage.cli import export, generate, inspect, run, start
+from tutelage.cli import export, generate, init, inspect, run
 from tutelage.cli.base import say
 from tutelage.errors import BudgetSpent, Interrupted, TutelageError
 
@@ -31,8 +31,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 for command in (
-    start.init,
-    start.recipes,
+    init.init,
+    init.recipes,
     export.bench,
     export.export,
     export.predict,

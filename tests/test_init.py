@@ -14,7 +14,7 @@ import text_worlds
 from tutelage import api, cli
 from tutelage.config import load_recipe
 from tutelage.errors import ConfigError, DataError
-from tutelage.start import TASKS, first_recipe, look, recipe_text, shipped
+from tutelage.init import TASKS, first_recipe, look, recipe_text, shipped
 from tutelage.workflows.progress import Terminal
 
 ROOT = Path(__file__).parents[1]
@@ -262,10 +262,10 @@ def test_conversations_need_a_teacher_with_a_chat_template(tmp_path: Path) -> No
 
 
 def test_without_a_network_a_missing_teacher_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tutelage.start.written.find_spec", lambda name: None)
+    monkeypatch.setattr("tutelage.init.recipe_template.find_spec", lambda name: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr("tutelage.start.written._config", lambda named: None)
+    monkeypatch.setattr("tutelage.init.recipe_template._config", lambda named: None)
     path = text_worlds.table(tmp_path / "t.jsonl", text_worlds.sentences(30))
     with pytest.raises(ConfigError, match="no teacher on this machine"):
         first_recipe(look(str(path)))

@@ -12,7 +12,7 @@ from tutelage.cli.base import say
 from tutelage.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tutelage.start import Found
+    from tutelage.init import Found
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the file where it is there already.")]
 
@@ -52,7 +52,7 @@ def init(
     force: Force = False,
 ) -> None:  # fmt: skip
     """Write a commented recipe for your data; asks what is not said where there is somebody to ask."""
-    from tutelage.start import first_recipe, look
+    from tutelage.init import first_recipe, look
 
     asks = sys.stdin.isatty() and sys.stdout.isatty()
     if data is None:
@@ -81,7 +81,7 @@ def recipes(
     force: Force = False,
 ) -> None:
     """List the recipes that ship, or print one."""
-    from tutelage.start import recipe_text, shipped
+    from tutelage.init import recipe_text, shipped
 
     if name is None:
         if out is not None:

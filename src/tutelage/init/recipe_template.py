@@ -15,7 +15,7 @@ from tutelage.config import MODELS, build_recipe
 from tutelage.config.lines import parse_yaml
 from tutelage.config.models import known_model, known_student
 from tutelage.errors import ConfigError, DataError, require
-from tutelage.start.found import CLASSES_OF_NAMED, LABELLED, NAMED, Found
+from tutelage.init.detect_data import CLASSES_OF_NAMED, LABELLED, NAMED, Found
 
 STEPS = 1_500
 """Optimizer steps that a student on images is given, as far as 10 to 60 epochs allow."""
