@@ -32,11 +32,11 @@ from rich.console import Console
 
 from tutelage.config import EndpointConfig, SamplingConfig
 from tutelage.errors import BudgetSpent
-from tutelage.workflows.generate import generate, live
-from tutelage.workflows.generate.duplicates import Near
-from tutelage.workflows.generate.journal import Journal
-from tutelage.workflows.generate.prompts import tasks_of
-from tutelage.workflows.generate.requests import Manner, Request, canonical
+from tutelage.generation import generate, live
+from tutelage.generation.duplicates import Near
+from tutelage.generation.journal import Journal
+from tutelage.generation.prompts import tasks_of
+from tutelage.generation.requests import Manner, Request, canonical
 from tutelage.workflows.progress import Terminal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

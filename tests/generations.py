@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from closed_teacher import Closed
-from tutelage.workflows.generate import Generated, generate
+from tutelage.generation import Generated, generate
 from tutelage.workflows.progress import Terminal
 
 TOPICS = ["bread", "rivers", "chess", "moss", "thunder", "glass", "bees", "tides", "copper", "maps"]

@@ -23,7 +23,7 @@ import language_worlds
 import tutelage
 from closed_teacher import FAULTS, Closed
 from generations import kept, rejected
-from tutelage.workflows.generate import generate, judge, live
+from tutelage.generation import generate, judge, live
 from tutelage.workflows.progress import Terminal
 
 pytestmark = pytest.mark.skipif(

@@ -98,7 +98,7 @@ ROOMS = (
     "tutelage", "tutelage.losses", "tutelage.methods", "tutelage.teachers", "tutelage.students", "tutelage.taps",
     "tutelage.data", "tutelage.models", "tutelage.engine", "tutelage.reports", "tutelage.lab", "tutelage.init",
     "tutelage.config", "tutelage.integrations", "tutelage.integrations.hf", "tutelage.integrations.lightning",
-    "tutelage.workflows.generate",
+    "tutelage.generation",
 )  # fmt: skip
 NOT_LOSSES = {"check_divergence", "coarse", "linear_sums"}
 """Functions among the losses that give no loss of one student and one teacher."""

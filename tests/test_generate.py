@@ -18,14 +18,14 @@ from closed_teacher import FAULTS, Closed
 from generations import calls_made, command, in_flight, journal, kept, killed, made, prompts, recipe, rejected
 from tutelage.config import EndpointConfig
 from tutelage.errors import BudgetSpent, EndpointError
-from tutelage.workflows.generate import live
-from tutelage.workflows.generate.faults import Stop, judged
-from tutelage.workflows.generate.pace import Minute
+from tutelage.generation import client
+from tutelage.generation.rate_limit import Minute
+from tutelage.generation.response_errors import Stop, judged
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
 
 
 def asked_of(out: Path) -> list[str]:
@@ -240,7 +240,7 @@ def test_an_answer_counts_once_it_is_synced(tmp_path: Path, monkeypatch: pytest.
         real(handle)
         synced["size"] = size
 
-    from tutelage.workflows.generate.desk import Desk
+    from tutelage.generation.scheduler import Desk
 
     counted = Desk._done
 
@@ -300,7 +300,7 @@ def test_ctrl_c_waits_for_what_is_in_flight_and_says_how_to_go_on(tmp_path: Path
 
 
 def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tutelage.workflows.generate import progress
+    from tutelage.generation import progress
 
     monkeypatch.setattr(progress, "SELDOM", 0.05)
     with Closed(rate=0.2, faults=["500"], delay=0.05) as server:
@@ -312,7 +312,7 @@ def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         from rich.console import Console
 
-        from tutelage.workflows.generate import generate
+        from tutelage.generation import generate
         from tutelage.workflows.progress import Terminal
 
         heard = io.StringIO()

@@ -19,7 +19,7 @@ from generations import journal, made, prompts, recipe
 from tutelage import errors
 from tutelage.cli import main
 from tutelage.errors import JournalError, TutelageError
-from tutelage.workflows.generate import live
+from tutelage.generation import client
 
 CANARY = "sk-canary-4f1d0b7c9e"
 
@@ -257,7 +257,7 @@ FAILURES = {
 def test_the_key_is_nowhere_after_any_failure(
     failure: str, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.0)
     monkeypatch.setenv("THE_KEY", CANARY)
     out, words = tmp_path / "out", []
     with Closed(**FAILURES[failure], echo=True) as server:  # type: ignore[arg-type]
@@ -288,7 +288,7 @@ def test_the_key_is_in_no_traceback_of_a_fault_of_our_own(
     def broken(*_: object) -> None:
         raise RuntimeError("a fault of our own")
 
-    monkeypatch.setattr(live, "judged", broken)
+    monkeypatch.setattr(client, "judged", broken)
     with Closed(echo=True) as server:
         address = server.url if way == "variable" else server.url.replace("//", f"//me:{CANARY}@")
         endpoint = {"url": address, **({"key_env": "THE_KEY"} if way == "variable" else {})}

@@ -16,15 +16,15 @@ import pytest
 from closed_teacher import WORDS, Closed, said
 from generations import journal, kept, made, prompts, recipe, rejected
 from tutelage.errors import BudgetSpent, Interrupted
-from tutelage.workflows.generate import live
-from tutelage.workflows.generate.duplicates import Near
-from tutelage.workflows.generate.modes import listed
-from tutelage.workflows.generate.prompts import tasks_of
+from tutelage.generation import client
+from tutelage.generation.duplicates import Near
+from tutelage.generation.prompts import tasks_of
+from tutelage.generation.strategies import listed
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
 
 
 # Self-instruct -------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_batches_give_the_same_for_half_the_price(tmp_path: Path, rate: float) -
 def test_a_batch_is_found_again_and_not_paid_for_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    from tutelage.workflows.generate.batch import Batch
+    from tutelage.generation.batch import Batch
 
     class Dead(BaseException):
         """As if the process were gone."""
@@ -326,7 +326,7 @@ def _raises(error: type[BaseException]) -> Any:
 
 
 def test_a_person_may_leave_a_batch_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tutelage.workflows.generate import carry
+    from tutelage.generation import carry
 
     @contextmanager
     def asked_to_stop(*_: Any) -> Iterator[Callable[[], bool]]:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from closed_teacher import WORDS, Closed
 from generations import kept, made, recipe, rejected
 from tutelage.config import QualityConfig
-from tutelage.workflows.generate.checks import REFUSAL, sifted
-from tutelage.workflows.generate.diversity import diversity, verb_noun
-from tutelage.workflows.generate.duplicates import Near, words
-from tutelage.workflows.generate.items import Item
+from tutelage.generation.checks import REFUSAL, sifted
+from tutelage.generation.diversity import diversity, verb_noun
+from tutelage.generation.duplicates import Near, words
+from tutelage.generation.items import Item
 
 QUESTION = "How does a lighthouse keep ships away from the rocks at night?"
 ANSWER = "Its lamp turns behind a lens, and the beam is seen for many miles, so that ships know where rocks are."

@@ -13,8 +13,8 @@ import language_worlds
 from closed_teacher import Closed
 from tutelage.cli import main
 from tutelage.errors import BudgetSpent, DataError
-from tutelage.workflows.generate import judge
-from tutelage.workflows.generate.verdicts import figures
+from tutelage.generation import judge
+from tutelage.generation.judge import figures
 from tutelage.workflows.progress import Terminal
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from tutelage.api import Run, distill, run, run_search
     from tutelage.errors import TutelageError
     from tutelage.export import predict
+    from tutelage.generation import generate, judge
     from tutelage.workflows.exporting import export_student
-    from tutelage.workflows.generate import generate, judge
 
 __version__ = "0.1.0"
 
@@ -25,8 +25,8 @@ _WHERE = {
     "TutelageError": "tutelage.errors",
     "distill": "tutelage.api",
     "export_student": "tutelage.workflows.exporting",
-    "generate": "tutelage.workflows.generate",
-    "judge": "tutelage.workflows.generate",
+    "generate": "tutelage.generation",
+    "judge": "tutelage.generation",
     "predict": "tutelage.export",
     "run": "tutelage.api",
     "run_search": "tutelage.api",

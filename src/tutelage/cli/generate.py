@@ -24,7 +24,7 @@ def generate(
     from tutelage.config import load_generation
 
     loaded = load_generation(recipe, overrides or [])
-    from tutelage.workflows.generate import generate as carry_out
+    from tutelage.generation import generate as carry_out
 
     try:
         made = carry_out(loaded, out=out)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from tutelage.config import Generations
-from tutelage.workflows.generate.desk import Wave
-from tutelage.workflows.generate.duplicates import words
-from tutelage.workflows.generate.requests import Answer, Aside, Manner, Message, Outcome, Request
-from tutelage.workflows.generate.templates import Render, Templates
+from tutelage.generation.duplicates import words
+from tutelage.generation.requests import Answer, Aside, Manner, Message, Outcome, Request
+from tutelage.generation.scheduler import Wave
+from tutelage.generation.templates import Render, Templates
 
 T = TypeVar("T")
 Steps = Generator[Wave, list[Outcome], T]

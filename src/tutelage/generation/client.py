@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import EndpointError, RunDirectoryError
-from tutelage.workflows.generate.desk import Desk, Job, Secret
-from tutelage.workflows.generate.faults import Good, Retry, SetAside, Stop, Verdict, judged
-from tutelage.workflows.generate.pace import Minute, Pace
+from tutelage.generation.rate_limit import Minute, Pace
+from tutelage.generation.response_errors import Good, Retry, SetAside, Stop, Verdict, judged
+from tutelage.generation.scheduler import Desk, Job, Secret
 
 if TYPE_CHECKING:
     import ssl

@@ -19,14 +19,14 @@ from tutelage.config import (
 )
 from tutelage.errors import BudgetSpent, require
 from tutelage.files import write_text
-from tutelage.workflows.generate.answers import Kit
-from tutelage.workflows.generate.carry import carry_out, opened, spent_of
-from tutelage.workflows.generate.checks import Checks, sifted
-from tutelage.workflows.generate.modes import MODES
-from tutelage.workflows.generate.output import write
-from tutelage.workflows.generate.prompts import rows_of
-from tutelage.workflows.generate.requests import Manner
-from tutelage.workflows.generate.templates import Templates
+from tutelage.generation.answers import Kit
+from tutelage.generation.carry import carry_out, opened, spent_of
+from tutelage.generation.checks import Checks, sifted
+from tutelage.generation.output import write
+from tutelage.generation.prompts import rows_of
+from tutelage.generation.requests import Manner
+from tutelage.generation.strategies import MODES
+from tutelage.generation.templates import Templates
 from tutelage.workflows.progress import Terminal
 
 

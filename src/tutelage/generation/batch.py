@@ -15,10 +15,10 @@ from typing import Any
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import EndpointError
-from tutelage.workflows.generate.desk import Desk, Job, Secret
-from tutelage.workflows.generate.faults import Good, Retry, SetAside, Stop, judged
-from tutelage.workflows.generate.live import FIRST_WAIT, LONGEST_WAIT, Lines
-from tutelage.workflows.generate.requests import canonical
+from tutelage.generation.client import FIRST_WAIT, LONGEST_WAIT, Lines
+from tutelage.generation.requests import canonical
+from tutelage.generation.response_errors import Good, Retry, SetAside, Stop, judged
+from tutelage.generation.scheduler import Desk, Job, Secret
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 90_000_000

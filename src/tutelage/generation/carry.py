@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from tutelage.config import BudgetConfig, EndpointConfig
 from tutelage.errors import Interrupted, JournalError, RunDirectoryError
 from tutelage.files import explained
-from tutelage.workflows.generate.answers import Steps
-from tutelage.workflows.generate.batch import Batch
-from tutelage.workflows.generate.budget import UNIT, Budget
-from tutelage.workflows.generate.desk import Desk, Endpoint, Wave
-from tutelage.workflows.generate.journal import Journal
-from tutelage.workflows.generate.live import Live
-from tutelage.workflows.generate.progress import Sight, shown
+from tutelage.generation.answers import Steps
+from tutelage.generation.batch import Batch
+from tutelage.generation.budget import UNIT, Budget
+from tutelage.generation.client import Live
+from tutelage.generation.journal import Journal
+from tutelage.generation.progress import Sight, shown
+from tutelage.generation.scheduler import Desk, Endpoint, Wave
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.stop import stopping
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from tutelage.config import GIVEN, EndpointRecipe, JudgeConfig, Judgement, dump_recipe, load_judgement
 from tutelage.errors import BudgetSpent, DataError, RunDirectoryError, require
 from tutelage.files import write_text
-from tutelage.workflows.generate.answers import Steps
-from tutelage.workflows.generate.carry import carry_out, opened, spent_of
-from tutelage.workflows.generate.desk import Wave
-from tutelage.workflows.generate.prompts import Row, rows_of
-from tutelage.workflows.generate.requests import Answer, Manner, Message, Outcome, Request
-from tutelage.workflows.generate.templates import Render, Templates
+from tutelage.generation.answers import Steps
+from tutelage.generation.carry import carry_out, opened, spent_of
+from tutelage.generation.prompts import Row, rows_of
+from tutelage.generation.requests import Answer, Manner, Message, Outcome, Request
+from tutelage.generation.scheduler import Wave
+from tutelage.generation.templates import Render, Templates
 from tutelage.workflows.progress import Terminal
 from tutelage.workflows.statistics import paired
 
@@ -80,7 +80,7 @@ def judge(
     require("httpx2", "generate", "asking a judge")
     loaded = recipe if isinstance(recipe, Judgement) else load_judgement(recipe, overrides)
     settings, terminal = loaded.settings, terminal or Terminal()
-    from tutelage.workflows.generate.writing import Writer  # imports torch, which generating does without
+    from tutelage.generation.writing import Writer  # imports torch, which generating does without
 
     path = Path(out) if out is not None else Path("runs") / f"{loaded.name}-judge"
     template = Templates(loaded.where).add(("judge", "template"), settings.template, ("prompt", "first", "second"))

@@ -27,7 +27,7 @@ from pydantic_core import from_json
 
 from tutelage.errors import JournalError
 from tutelage.files import explained, locked
-from tutelage.workflows.generate.requests import Answer, Aside, Outcome, Request, canonical
+from tutelage.generation.requests import Answer, Aside, Outcome, Request, canonical
 
 FORMAT = 1
 GATHER = 0.01

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from tutelage.config import DecontaminateConfig, QualityConfig
 from tutelage.errors import require
-from tutelage.workflows.generate.duplicates import Near, words
-from tutelage.workflows.generate.items import Item, Rejected
-from tutelage.workflows.generate.prompts import rows_of
+from tutelage.generation.duplicates import Near, words
+from tutelage.generation.items import Item, Rejected
+from tutelage.generation.prompts import rows_of
 
 REFUSAL = re.compile(
     r"""^\W*(?:

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 from rich.live import Live
 from rich.text import Text
 
-from tutelage.workflows.generate.budget import UNIT
-from tutelage.workflows.generate.desk import Desk
+from tutelage.generation.budget import UNIT
+from tutelage.generation.scheduler import Desk
 from tutelage.workflows.progress import Terminal
 
 EVERY = 0.25

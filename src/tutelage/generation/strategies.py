@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tutelage.config import AnswerConfig, ConversationConfig, EvolveConfig, SelfInstructConfig
-from tutelage.workflows.generate.answers import Choice, Kit, Steps, answers
-from tutelage.workflows.generate.checks import Checks
-from tutelage.workflows.generate.desk import Wave
-from tutelage.workflows.generate.duplicates import Near
-from tutelage.workflows.generate.items import Item, Made, Rejected
-from tutelage.workflows.generate.prompts import Row, named, rows_of, tasks_of
-from tutelage.workflows.generate.requests import UNASKED, Answer, Aside, Manner, Message, Request, canonical
+from tutelage.generation.answers import Choice, Kit, Steps, answers
+from tutelage.generation.checks import Checks
+from tutelage.generation.duplicates import Near
+from tutelage.generation.items import Item, Made, Rejected
+from tutelage.generation.prompts import Row, named, rows_of, tasks_of
+from tutelage.generation.requests import UNASKED, Answer, Aside, Manner, Message, Request, canonical
+from tutelage.generation.scheduler import Wave
 
 NO_YIELD = 5
 """Rounds without a new instruction after which there will be none."""

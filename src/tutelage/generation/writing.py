@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from tutelage.data.chat import encoded
 from tutelage.errors import ModelError
+from tutelage.generation.requests import Message
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained
-from tutelage.workflows.generate.requests import Message
 from tutelage.workflows.progress import Terminal
 
 BATCH = 16

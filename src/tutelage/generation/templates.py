@@ -10,7 +10,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tutelage.errors import ConfigError, DataError, suggest
-from tutelage.workflows.generate.requests import canonical
+from tutelage.generation.requests import canonical
 
 Key = tuple[str | int, ...]
 

@@ -18,8 +18,8 @@ import yaml
 
 from tutelage.config import Generations
 from tutelage.files import new_folder, write_text
-from tutelage.workflows.generate.diversity import diversity
-from tutelage.workflows.generate.items import Item, Rejected
+from tutelage.generation.diversity import diversity
+from tutelage.generation.items import Item, Rejected
 
 SCHEMA = pa.schema([
     ("id", pa.string()),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tutelage.workflows.generate.requests import UNASKED, Aside, Message
+from tutelage.generation.requests import UNASKED, Aside, Message
 
 
 @dataclass

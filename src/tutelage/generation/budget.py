@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tutelage.config import BudgetConfig
-from tutelage.workflows.generate.journal import Spent
+from tutelage.generation.journal import Spent
 
 UNIT = 10**12
 """Costs are whole numbers of a millionth of a millionth, so that sums are exact."""

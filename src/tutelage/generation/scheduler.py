@@ -9,10 +9,10 @@ from typing import NamedTuple, Protocol
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import ConfigError, Interrupted
-from tutelage.workflows.generate.budget import Budget
-from tutelage.workflows.generate.faults import Good, Retry, SetAside
-from tutelage.workflows.generate.journal import Journal
-from tutelage.workflows.generate.requests import UNASKED, Aside, Outcome, Request, canonical
+from tutelage.generation.budget import Budget
+from tutelage.generation.journal import Journal
+from tutelage.generation.requests import UNASKED, Aside, Outcome, Request, canonical
+from tutelage.generation.response_errors import Good, Retry, SetAside
 
 
 class Wave(NamedTuple):
