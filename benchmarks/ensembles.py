@@ -19,7 +19,7 @@ from typing import Any
 
 from tutelage import api
 from tutelage.config import build_recipe, dump_recipe, load_recipe
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 from tutelage.workflows.statistics import paired
 
 RECIPE = Path(__file__).with_suffix(".yaml")

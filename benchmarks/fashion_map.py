@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import api
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 RECIPE = "recipes/fashion-mnist.yaml"
 

@@ -37,7 +37,7 @@ from tutelage.generation.duplicates import Near
 from tutelage.generation.journal import Journal
 from tutelage.generation.prompts import tasks_of
 from tutelage.generation.requests import Manner, Request, canonical
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 RESULTS = Path("results/generate.json")

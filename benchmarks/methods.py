@@ -74,8 +74,8 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
     from tutelage.data import Share
     from tutelage.engine.optim import build_optimizer
     from tutelage.methods import SupervisedMethod, Trainee
+    from tutelage.progress import Terminal
     from tutelage.teachers import LiveTeacher
-    from tutelage.workflows.progress import Terminal
     from tutelage.workflows.run import comparison, load_data
     from tutelage.workflows.setting import fitted
 

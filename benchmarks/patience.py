@@ -37,11 +37,11 @@ import torch
 from tutelage.config import Recipe, dump_recipe, load_recipe
 from tutelage.data import Batch, ImageData, InOrder
 from tutelage.engine import make_accelerator
+from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Signal, Teacher
 from tutelage.workflows.caching import fill, open_cache
 from tutelage.workflows.folder import opened
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
 from tutelage.workflows.setting import Comparison, Context, References
 from tutelage.workflows.statistics import paired, spread

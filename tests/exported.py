@@ -12,7 +12,7 @@ import language_worlds
 import text_worlds
 from tutelage import api
 from tutelage.config import build_recipe
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 QUIET = Terminal(speaks=False)
 

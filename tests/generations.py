@@ -18,7 +18,7 @@ from rich.console import Console
 
 from closed_teacher import Closed
 from tutelage.generation import Generated, generate
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 TOPICS = ["bread", "rivers", "chess", "moss", "thunder", "glass", "bees", "tides", "copper", "maps"]
 

@@ -19,8 +19,8 @@ from tutelage.errors import ConfigError, Interrupted, ModelError
 from tutelage.methods import ByotMethod, Trainee, built
 from tutelage.models import load_model
 from tutelage.models.small import MLP, ConvNet, ResNet
+from tutelage.progress import Terminal
 from tutelage.workflows.doctor import examine
-from tutelage.workflows.progress import Terminal
 from worlds import Shuffled, images, texts, tokens
 
 SILENT = Terminal(speaks=False)

@@ -23,11 +23,11 @@ from tutelage.config import build_recipe
 from tutelage.data import Batch, InOrder, PlannedBatches, Share, load_images
 from tutelage.errors import CacheError, CapabilityError, ConfigError, NumericsError
 from tutelage.models.small import ConvNet
+from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
 from tutelage.teachers.cache import Reader, Writer, compact, info, verify
 from tutelage.teachers.cache.columns import taken
-from tutelage.workflows.progress import Terminal
 
 SILENT = Terminal(speaks=False)
 FROM = {"teacher": {"weights": "abc"}, "preprocessing": {"mean": [0.5]}, "augment": [], "views": None}

@@ -24,7 +24,7 @@ import tutelage
 from closed_teacher import FAULTS, Closed
 from generations import kept, rejected
 from tutelage.generation import generate, judge, live
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None,

@@ -19,12 +19,12 @@ from tutelage.config import METHOD_KINDS, build_recipe, load_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods import METHODS, LogitMethod, SupervisedMethod, TeacherFreeMethod
+from tutelage.progress import Terminal
 from tutelage.reports import final_table, verdict, write_report
 from tutelage.taps import Observation
 from tutelage.workflows.caching import fill
 from tutelage.workflows.doctor import examine
 from tutelage.workflows.inspect import survey_recipe
-from tutelage.workflows.progress import Terminal
 from worlds import images
 
 RECIPE: dict[str, Any] = {

@@ -21,6 +21,7 @@ from tutelage.data import Batch, InOrder, load_images
 from tutelage.errors import CacheError, CapabilityError, ConfigError, DataError, ModelError
 from tutelage.methods import FeatureMethod, LogitMethod, SimkdMethod, built
 from tutelage.models.small import ConvNet
+from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import (
     CachedTeacher,
@@ -32,7 +33,6 @@ from tutelage.teachers import (
     learned_weights,
 )
 from tutelage.workflows.doctor import examine
-from tutelage.workflows.progress import Terminal
 
 QUIET = Terminal(speaks=False)
 

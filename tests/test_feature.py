@@ -18,10 +18,10 @@ from tutelage.errors import CapabilityError, ConfigError, Interrupted, ModelErro
 from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES, FeatureMethod, Method, built
 from tutelage.methods.links import Compared
 from tutelage.models.small import ConvNet
+from tutelage.progress import Terminal
 from tutelage.students import PROJECTORS
 from tutelage.taps import observe
 from tutelage.teachers import LiveTeacher
-from tutelage.workflows.progress import Terminal
 from worlds import Shuffled, images, teacher_for, texts
 
 RECIPE: dict[str, Any] = {

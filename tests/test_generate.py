@@ -313,7 +313,7 @@ def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
         from rich.console import Console
 
         from tutelage.generation import generate
-        from tutelage.workflows.progress import Terminal
+        from tutelage.progress import Terminal
 
         heard = io.StringIO()
         generate(path, out=tmp_path / "out", terminal=Terminal(Console(file=heard, width=200)))

@@ -15,7 +15,7 @@ from tutelage import api, cli
 from tutelage.config import load_recipe
 from tutelage.errors import ConfigError, DataError
 from tutelage.init import TASKS, first_recipe, look, recipe_text, shipped
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 ROOT = Path(__file__).parents[1]
 

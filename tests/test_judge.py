@@ -15,7 +15,7 @@ from tutelage.cli import main
 from tutelage.errors import BudgetSpent, DataError
 from tutelage.generation import judge
 from tutelage.generation.judge import figures
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 
 def told(prompt: str) -> tuple[str, str]:

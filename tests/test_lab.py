@@ -21,9 +21,9 @@ from tutelage.lab.arms import ARMS, FIRST, Results, recipe_of
 from tutelage.lab.bench import base_recipes, lacking
 from tutelage.lab.judge import Finding, exact, gain, needed, within
 from tutelage.lab.page import facts
+from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher
 from tutelage.teachers.cache import info
-from tutelage.workflows.progress import Terminal
 
 TINY = (
     "data.labels=300", "train.epochs=3", "teacher.train.epochs=3", "teacher.model=mlp",

@@ -33,10 +33,10 @@ from tutelage.methods import (
 )
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet, ResNet
+from tutelage.progress import Terminal
 from tutelage.students import ReusedHead, last_norm
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
-from tutelage.workflows.progress import Terminal
 from worlds import Shuffled, images, teacher_for, texts
 
 OF_IMAGES = [n for n in FEATURE_LOSSES if n not in ("attention_kl", "attention_mse", "value_relation")]

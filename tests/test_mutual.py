@@ -19,8 +19,8 @@ from tutelage.data import Batch, load_images
 from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import MutualMethod, Trainee
 from tutelage.models import load_model
+from tutelage.progress import Terminal
 from tutelage.workflows.doctor import examine
-from tutelage.workflows.progress import Terminal
 from worlds import Shuffled, images, state
 
 SILENT = Terminal(speaks=False)

@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
-from tutelage.workflows.progress import Terminal, show_rate
+from tutelage.progress import Terminal, show_rate
 
 
 class Clock:

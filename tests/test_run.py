@@ -17,10 +17,10 @@ from tutelage.data import load_images
 from tutelage.engine import RunDirectory, make_accelerator
 from tutelage.errors import CapabilityError, Interrupted
 from tutelage.models import ModelSpec, build, load_model, save_model
+from tutelage.progress import Terminal
 from tutelage.teachers import LiveTeacher
 from tutelage.workflows.comparison import compare
 from tutelage.workflows.doctor import examine
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
 from tutelage.workflows.setting import Context
 from tutelage.workflows.similarity import class_similarity

@@ -22,11 +22,11 @@ from tutelage.cli import main
 from tutelage.config import Recipe, build_recipe, load_recipe
 from tutelage.data.images import ImageSet
 from tutelage.errors import ConfigError, MissingDependencyError, NumericsError, RunDirectoryError
+from tutelage.progress import Terminal
 from tutelage.workflows import run as run_module
 from tutelage.workflows import search as search_module
 from tutelage.workflows import space as space_module
 from tutelage.workflows import trials as trials_module
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.suggest import Result, Suggestions, Ticket
 
 RECIPE: dict[str, Any] = {

@@ -22,10 +22,10 @@ from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.methods import FeatureMethod, LogitMethod, SupervisedMethod, built
 from tutelage.models.small import MLP
+from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import AheadTeacher, EnsembleTeacher, LiveTeacher, Signal
 from tutelage.teachers.int8 import Int8Linear, quantised
-from tutelage.workflows.progress import Terminal
 from worlds import unsettled
 
 COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")

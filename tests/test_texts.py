@@ -21,7 +21,7 @@ from tutelage.engine.scores import of_confusion
 from tutelage.errors import ConfigError, DataError, TutelageError
 from tutelage.methods.hard import HARD
 from tutelage.models import load_model
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 from tutelage.workflows.search import search
 from tutelage.workflows.texts import load_text_data
 

@@ -21,9 +21,9 @@ from tutelage.data import ImageData, InOrder
 from tutelage.engine import evaluate
 from tutelage.errors import ConfigError
 from tutelage.models import load_weights
+from tutelage.progress import Terminal
 from tutelage.workflows.assistants import chosen, needed
 from tutelage.workflows.born_again import born
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import build_model, load_data, model_spec
 from tutelage.workflows.series import first_stage
 

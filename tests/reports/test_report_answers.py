@@ -16,9 +16,9 @@ import language_worlds
 from closed_teacher import Closed
 from tutelage import api
 from tutelage.errors import DataError
+from tutelage.progress import Terminal
 from tutelage.reports import write_report
 from tutelage.reports.answers import verdict_words
-from tutelage.workflows.progress import Terminal
 
 HOSTILE = "</p></script><script>alert(1)</script><img src=x onerror=alert(1)>"
 

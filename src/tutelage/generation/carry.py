@@ -17,8 +17,8 @@ from tutelage.generation.client import Live
 from tutelage.generation.journal import Journal
 from tutelage.generation.progress import Sight, shown
 from tutelage.generation.scheduler import Desk, Endpoint, Wave
-from tutelage.workflows.progress import Terminal
-from tutelage.workflows.stop import stopping
+from tutelage.progress import Terminal
+from tutelage.signals import stopping
 
 APIS: dict[str, Callable[..., Endpoint]] = {"batch": Batch, "live": Live}
 """How an endpoint is asked."""

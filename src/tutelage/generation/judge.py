@@ -20,7 +20,7 @@ from tutelage.generation.prompts import Row, rows_of
 from tutelage.generation.requests import Answer, Manner, Message, Outcome, Request
 from tutelage.generation.scheduler import Wave
 from tutelage.generation.templates import Render, Templates
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 from tutelage.workflows.statistics import paired
 
 SHOWN = 12

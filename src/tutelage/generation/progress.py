@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tutelage.generation.budget import UNIT
 from tutelage.generation.scheduler import Desk
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 EVERY = 0.25
 """Seconds between two looks in a terminal."""

@@ -27,7 +27,7 @@ from tutelage.generation.prompts import rows_of
 from tutelage.generation.requests import Manner
 from tutelage.generation.strategies import MODES
 from tutelage.generation.templates import Templates
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 
 class Generated(NamedTuple):

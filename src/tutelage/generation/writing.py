@@ -13,7 +13,7 @@ from tutelage.errors import ModelError
 from tutelage.generation.requests import Message
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 
 BATCH = 16
 """Prompts at a time."""

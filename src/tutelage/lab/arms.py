@@ -17,7 +17,7 @@ from tutelage.data import Data, InOrder
 from tutelage.engine import RunDirectory, evaluate
 from tutelage.lab import llm
 from tutelage.models import load_weights
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 from tutelage.workflows.run import build_model, load_data, model_spec, read_summary
 from tutelage.workflows.series import carry_out
 from tutelage.workflows.stages import with_weights

@@ -23,9 +23,9 @@ from tutelage.lab import llm
 from tutelage.lab.arms import ARMS, FIRST, SMALL, SMALL_LLM, SMALL_TEXTS, Bases, Results, merged, run_arm
 from tutelage.lab.claims import CLAIMS
 from tutelage.lab.page import lab_page, written
+from tutelage.progress import Terminal
+from tutelage.signals import stopping
 from tutelage.workflows.folder import opened
-from tutelage.workflows.progress import Terminal
-from tutelage.workflows.stop import stopping
 
 Budget = Literal["small", "full"]
 

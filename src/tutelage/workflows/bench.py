@@ -35,10 +35,10 @@ from tutelage.export.timing import (
 )
 from tutelage.files import write_text
 from tutelage.models import ModelSpec, build, load_weights, save_model
+from tutelage.progress import Terminal
 from tutelage.workflows.exporting import CALIBRATION
 from tutelage.workflows.finished import Found, find, one_side, rows_of, whole_test
 from tutelage.workflows.measure import parameters
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import facts_of, model_spec, teacher_member
 
 BATCHES, ROUNDS = (1, 8, 32), 20

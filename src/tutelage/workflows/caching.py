@@ -18,13 +18,13 @@ from tutelage.data import Batch, Data, InOrder
 from tutelage.engine import Accelerator, make_accelerator, precision_here
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.methods import Method
+from tutelage.progress import Terminal
+from tutelage.signals import stopping
 from tutelage.students import feature_shapes
 from tutelage.taps import output_head
 from tutelage.teachers import CachedTeacher, Layout, ServedTeacher
 from tutelage.teachers.cache import compact, info, verify
 from tutelage.workflows.measure import fingerprint
-from tutelage.workflows.progress import Terminal
-from tutelage.workflows.stop import stopping
 from tutelage.workflows.teachers import ModelTeacher, as_it_runs
 
 FOLDER = Path("runs") / "cache"

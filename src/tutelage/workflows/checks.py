@@ -14,9 +14,9 @@ from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
 from tutelage.methods import Method, Trainee, check_task
 from tutelage.models import label_names
+from tutelage.progress import Terminal
 from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers import Ensemble, LiveTeacher, Teacher
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.setting import Comparison, Context, example_of
 from tutelage.workflows.teachers import Member, check_agree
 from tutelage.workflows.training import said

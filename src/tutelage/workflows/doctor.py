@@ -16,11 +16,11 @@ from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import DataError, TutelageError
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
+from tutelage.progress import Terminal
 from tutelage.taps import find
 from tutelage.teachers import Teacher
 from tutelage.workflows.checks import check_labels, check_output, check_separate
 from tutelage.workflows.measure import parameters
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import ONE_VIEW, comparison, load_data
 from tutelage.workflows.series import first_stage
 from tutelage.workflows.setting import Comparison, fitted, model_of, taught_on

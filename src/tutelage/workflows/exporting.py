@@ -19,8 +19,8 @@ from tutelage.export.check import ROWS, drawn
 from tutelage.export.export import Exported, check_format, free_folder, write_export
 from tutelage.export.runtimes import input_names
 from tutelage.export.subject import TASKS, Inputs, Subject, as_inputs, auto_class
+from tutelage.progress import Terminal
 from tutelage.workflows.finished import Found, checked_recipe, data_of, find, rows_of, whole_test
-from tutelage.workflows.progress import Terminal
 
 CALIBRATION = 256
 """Rows of the validation split by which the ranges of activations are fixed."""

@@ -17,7 +17,7 @@ from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirector
 from tutelage.export.subject import Inputs, Subject, as_inputs, read_subject
 from tutelage.models import MODEL_CARD
 from tutelage.models.files import read_card
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 from tutelage.workflows.run import read_summary
 
 SUMMARY, CONFIG, STUDENT = "summary.json", "config.yaml", "student"

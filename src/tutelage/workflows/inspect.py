@@ -15,11 +15,11 @@ from tutelage.data import Batch
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models import ModelSpec, build, load_model
 from tutelage.models.files import read_card
+from tutelage.progress import Terminal
 from tutelage.students import stages, untouched
 from tutelage.taps import Needs, observe
 from tutelage.taps.tap import contents
 from tutelage.workflows.measure import parameters
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
 
 ROWS = 3

@@ -30,6 +30,8 @@ from tutelage.errors import ConfigError, RunDirectoryError
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
+from tutelage.progress import Terminal
+from tutelage.signals import stopping
 from tutelage.students import low_rank, rounded
 from tutelage.teachers import ServedTeacher
 from tutelage.workflows.caching import open_cache
@@ -37,10 +39,8 @@ from tutelage.workflows.checks import warn_of_precision
 from tutelage.workflows.comparison import compare
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.harness import harness
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.setting import Arm, Comparison, Context
 from tutelage.workflows.showcase import pictured, worded
-from tutelage.workflows.stop import stopping
 from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
 from tutelage.workflows.texts import as_the_teacher_reads, facts, load_text_data, students_of, with_tokenizer
 

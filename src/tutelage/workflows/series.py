@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from tutelage.config import Recipe, dump_recipe
+from tutelage.progress import Terminal
 from tutelage.workflows.assistants import assistant_chain
 from tutelage.workflows.born_again import born_again, untaught
 from tutelage.workflows.folder import opened
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import Finished, prepared, read_summary, run_recipe
 from tutelage.workflows.stages import Stages, staged
 

@@ -14,9 +14,9 @@ from tutelage.data import Batch, Batches
 from tutelage.engine import Accelerator, RunDirectory, Said, classes_of, said_at
 from tutelage.errors import ConfigError, Interrupted
 from tutelage.methods import Method, SupervisedMethod, adapted, built
+from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher, ServedTeacher, Teacher
 from tutelage.workflows.measure import parameters
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.showcase import Show, unseen
 from tutelage.workflows.teachers import EnsemblePlan, ModelTeacher
 

@@ -23,7 +23,7 @@ from tutelage.data import Data
 from tutelage.engine import RunDirectory
 from tutelage.errors import RunDirectoryError
 from tutelage.files import write_text
-from tutelage.workflows.progress import Terminal
+from tutelage.progress import Terminal
 from tutelage.workflows.run import Finished, load_data, read_summary, run_data
 from tutelage.workflows.statistics import paired, spread
 

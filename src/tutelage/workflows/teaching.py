@@ -17,6 +17,7 @@ from tutelage.engine import Training, evaluate_teacher, from_main
 from tutelage.errors import ConfigError
 from tutelage.methods import Method, check_capabilities, needs_of
 from tutelage.models import load_weights
+from tutelage.progress import Terminal
 from tutelage.students import feature_shapes
 from tutelage.taps import Needs
 from tutelage.teachers import (
@@ -29,7 +30,6 @@ from tutelage.teachers import (
     Teacher,
 )
 from tutelage.workflows.checks import check_taught
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.setting import Comparison, Context, References, example_of, until_stopped
 from tutelage.workflows.similarity import Similarities
 from tutelage.workflows.teachers import Member, ModelTeacher, described

@@ -18,8 +18,8 @@ from tutelage.data.texts import listed
 from tutelage.errors import ConfigError
 from tutelage.models import known_classes, tokenizer_of
 from tutelage.models.texts import CrossEncoder, SentenceEncoder
+from tutelage.progress import Terminal
 from tutelage.students import block_influence, cut, trim, trim_embeddings
-from tutelage.workflows.progress import Terminal
 
 RANKED_ON = 256
 """Training texts on which the influence of layers is measured."""

@@ -23,6 +23,7 @@ from tutelage.errors import NumericsError
 from tutelage.files import new_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
+from tutelage.progress import Terminal
 from tutelage.teachers import MemoryTeacher, Teacher
 from tutelage.workflows.checks import (
     check_labels,
@@ -34,7 +35,6 @@ from tutelage.workflows.checks import (
     check_teachers,
 )
 from tutelage.workflows.folder import opened
-from tutelage.workflows.progress import Terminal
 from tutelage.workflows.run import comparison, load_data
 from tutelage.workflows.setting import Comparison, Context, fitted
 from tutelage.workflows.suggest import WHOLE_SEED, Result
