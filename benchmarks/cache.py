@@ -36,6 +36,7 @@ from tutelage import losses
 from tutelage.config import OptimizerConfig
 from tutelage.data import Batch, PlannedBatches, Share, load_images
 from tutelage.engine.optim import build_optimizer
+from tutelage.evaluation.statistics import paired
 from tutelage.methods import LogitMethod, Method, SupervisedMethod, Trainee
 from tutelage.models.small import ConvNet
 from tutelage.taps import Needs
@@ -43,7 +44,6 @@ from tutelage.teachers import CachedTeacher, Layout, LiveTeacher, Signal, Teache
 from tutelage.teachers.cache import Reader, Writer, info
 from tutelage.teachers.cache import reader as reader_module
 from tutelage.teachers.cache.files import write_manifest
-from tutelage.workflows.statistics import paired
 
 RESULTS = Path("results/cache.json")
 FROM: dict[str, Any] = {"benchmark": True}

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tutelage.evaluation.statistics import paired
 from tutelage.models import load_model
-from tutelage.workflows.statistics import paired
 
 RESULTS = Path("results/encoders.json")
 LENGTH = 128

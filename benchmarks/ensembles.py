@@ -19,8 +19,8 @@ from typing import Any
 
 from tutelage import api
 from tutelage.config import build_recipe, dump_recipe, load_recipe
+from tutelage.evaluation.statistics import paired
 from tutelage.progress import Terminal
-from tutelage.workflows.statistics import paired
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 

@@ -124,7 +124,7 @@ def cost(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """What the finished rows found."""
-    from tutelage.workflows.statistics import paired, spread
+    from tutelage.evaluation.statistics import paired, spread
 
     rows: dict[str, Any] = {}
     for name, method in methods():

@@ -37,6 +37,7 @@ import torch
 from tutelage.config import Recipe, dump_recipe, load_recipe
 from tutelage.data import Batch, ImageData, InOrder
 from tutelage.engine import make_accelerator
+from tutelage.evaluation.statistics import paired, spread
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Signal, Teacher
@@ -44,7 +45,6 @@ from tutelage.workflows.caching import fill, open_cache
 from tutelage.workflows.folder import opened
 from tutelage.workflows.run import comparison, load_data
 from tutelage.workflows.setting import Comparison, Context, References
-from tutelage.workflows.statistics import paired, spread
 from tutelage.workflows.teaching import as_taught
 from tutelage.workflows.training import train_student
 

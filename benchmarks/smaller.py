@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tutelage.workflows.statistics import paired
+from tutelage.evaluation.statistics import paired
 
 RESULTS = Path("results")
 

@@ -26,8 +26,8 @@ import torch
 from tutelage import api
 from tutelage.config import load_recipe
 from tutelage.data import PlannedBatches, Share, load_texts
-from tutelage.engine import evaluate
-from tutelage.engine.evaluate import said_at
+from tutelage.evaluation import evaluate
+from tutelage.evaluation.evaluate import said_at
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained
 from tutelage.students import cut

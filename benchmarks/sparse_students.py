@@ -29,8 +29,9 @@ import torch
 
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, PlannedBatches, Share, load_texts
-from tutelage.engine import RunDirectory, Training, evaluate, fit, make_accelerator, precision_here
-from tutelage.engine.evaluate import said_at
+from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
+from tutelage.evaluation import evaluate
+from tutelage.evaluation.evaluate import said_at
 from tutelage.methods import SequenceMethod, TokenMethod, built
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained

@@ -21,7 +21,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
-from tutelage.workflows.statistics import paired
+from tutelage.evaluation.statistics import paired
 
 RESULTS = Path("results")
 ARMS = {

@@ -17,8 +17,8 @@ from tutelage.data import Batch, LoaderBatches
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator, optim, precision_here, slow_bf16, tracking
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.engine.ema import EMA
-from tutelage.engine.evaluate import evaluate
 from tutelage.errors import CapabilityError, MissingDependencyError, NumericsError
+from tutelage.evaluation.evaluate import evaluate
 from tutelage.methods import METHODS, LogitMethod, Method, SupervisedMethod, Term
 from tutelage.teachers import LiveTeacher
 

@@ -33,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_our_seeds_are_many_and_differ() -> None:
     rows = [
         json.loads(line)
-        for line in (Path(live.__file__).parent / "seeds.jsonl").read_text(encoding="utf-8").splitlines()
+        for line in (Path(client.__file__).parent / "seeds.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert len(rows) == len(tasks_of(None)) >= 60
     assert len({row["id"] for row in rows}) == len(rows)

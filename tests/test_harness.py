@@ -14,8 +14,8 @@ from language_worlds import cutter, folder
 from test_language import model, recipe
 from tutelage.config import EvaluateConfig, build_recipe
 from tutelage.errors import ConfigError, MissingDependencyError
+from tutelage.evaluation.harness import harness
 from tutelage.models import load_model
-from tutelage.workflows.harness import harness
 
 __all__ = ["cutter", "folder", "recipe"]
 

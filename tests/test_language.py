@@ -20,9 +20,9 @@ from tutelage.config import build_recipe, load_recipe
 from tutelage.data import IGNORE, Batch, load_texts
 from tutelage.data.chat import encoded
 from tutelage.data.tokens import cut
-from tutelage.engine import evaluate
 from tutelage.engine.recompute import recompute
 from tutelage.errors import CacheError, CapabilityError, DataError
+from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, Method, Term, Trainee, built
 from tutelage.methods.token import check_apart
 from tutelage.models import ModelSpec, build

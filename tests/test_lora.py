@@ -14,8 +14,8 @@ from language_worlds import cutter, folder
 from test_language import causal, model, recipe, total
 from tutelage import losses
 from tutelage.config import build_recipe
-from tutelage.engine import evaluate
 from tutelage.errors import ConfigError
+from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, built
 from tutelage.models import load_model
 from tutelage.students import has_adapters, low_rank, merged

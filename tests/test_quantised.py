@@ -12,8 +12,8 @@ from torch import nn
 
 import exported
 from tutelage.config import build_recipe
-from tutelage.engine import evaluate
 from tutelage.errors import ConfigError, ModelError
+from tutelage.evaluation import evaluate
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet
 from tutelage.students import is_rounded, plain, rounded

@@ -16,6 +16,7 @@ from tutelage.config import build_recipe, dump_recipe, load_recipe
 from tutelage.data import load_images
 from tutelage.engine import RunDirectory, make_accelerator
 from tutelage.errors import CapabilityError, Interrupted
+from tutelage.evaluation.statistics import paired
 from tutelage.models import ModelSpec, build, load_model, save_model
 from tutelage.progress import Terminal
 from tutelage.teachers import LiveTeacher
@@ -24,7 +25,6 @@ from tutelage.workflows.doctor import examine
 from tutelage.workflows.run import comparison, load_data
 from tutelage.workflows.setting import Context
 from tutelage.workflows.similarity import class_similarity
-from tutelage.workflows.statistics import paired
 
 RECIPE: dict[str, Any] = {
     "name": "small",

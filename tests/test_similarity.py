@@ -12,7 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from tutelage.data import Batch
-from tutelage.engine import RunDirectory, evaluate
+from tutelage.engine import RunDirectory
+from tutelage.evaluation import evaluate
 from tutelage.workflows.similarity import MOST_CLASSES, TEMPERATURES, Similarities, class_similarity
 
 EXACT = {"rtol": 0, "atol": 1e-12}

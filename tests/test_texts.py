@@ -17,8 +17,8 @@ from tutelage import api
 from tutelage.config import SOFT_OF_TASK, Recipe, build_recipe, load_recipe
 from tutelage.data import PlannedBatches, Share, TextData, load_texts
 from tutelage.data import tokens as tokens_module
-from tutelage.engine.scores import of_confusion
 from tutelage.errors import ConfigError, DataError, TutelageError
+from tutelage.evaluation.metrics import of_confusion
 from tutelage.methods.hard import HARD
 from tutelage.models import load_model
 from tutelage.progress import Terminal

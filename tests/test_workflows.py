@@ -18,8 +18,8 @@ import torch
 from tutelage import api
 from tutelage.config import build_recipe
 from tutelage.data import ImageData, InOrder
-from tutelage.engine import evaluate
 from tutelage.errors import ConfigError
+from tutelage.evaluation import evaluate
 from tutelage.models import load_weights
 from tutelage.progress import Terminal
 from tutelage.workflows.assistants import chosen, needed

@@ -1,6 +1,5 @@
 """The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
 
-from tutelage.engine.evaluate import Said, classes_of, evaluate, evaluate_teacher, said_at
 from tutelage.engine.launch import (
     Accelerator,
     from_main,
@@ -18,18 +17,13 @@ __all__ = [
     "Accelerator",
     "Outcome",
     "RunDirectory",
-    "Said",
     "Training",
     "Watcher",
-    "classes_of",
-    "evaluate",
-    "evaluate_teacher",
     "fit",
     "from_main",
     "leave",
     "make_accelerator",
     "precision_here",
-    "said_at",
     "slow_bf16",
     "tracking",
 ]

@@ -21,13 +21,13 @@ from tutelage.data.batch import IGNORE, Batch
 from tutelage.data.loader import Batches, Share
 from tutelage.engine import checkpoint
 from tutelage.engine.ema import EMA
-from tutelage.engine.evaluate import Said, evaluate
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.recompute import recompute
 from tutelage.engine.rundir import RunDirectory
 from tutelage.engine.watcher import Silent, Watcher
 from tutelage.engine.zero import Zero
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
+from tutelage.evaluation.evaluate import Said, evaluate
 from tutelage.methods.base import Method, Term, Trainee, needs_of
 from tutelage.taps import compile_apart
 from tutelage.teachers.signal import Signal, Teacher

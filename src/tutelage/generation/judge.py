@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tutelage.config import GIVEN, EndpointRecipe, JudgeConfig, Judgement, dump_recipe, load_judgement
 from tutelage.errors import BudgetSpent, DataError, RunDirectoryError, require
+from tutelage.evaluation.statistics import paired
 from tutelage.files import write_text
 from tutelage.generation.answers import Steps
 from tutelage.generation.carry import carry_out, opened, spent_of
@@ -21,7 +22,6 @@ from tutelage.generation.requests import Answer, Manner, Message, Outcome, Reque
 from tutelage.generation.scheduler import Wave
 from tutelage.generation.templates import Render, Templates
 from tutelage.progress import Terminal
-from tutelage.workflows.statistics import paired
 
 SHOWN = 12
 """Prompts whose answers stand side by side on the page."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.data import Data, InOrder
-from tutelage.engine import RunDirectory, evaluate
+from tutelage.engine import RunDirectory
+from tutelage.evaluation import evaluate
 from tutelage.lab import llm
 from tutelage.models import load_weights
 from tutelage.progress import Terminal

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from tutelage.workflows.statistics import paired
+from tutelage.evaluation.statistics import paired
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 

@@ -205,7 +205,7 @@ def written(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _percent(values: Sequence[float]) -> str:
-    from tutelage.workflows.statistics import spread
+    from tutelage.evaluation.statistics import spread
 
     found = spread(values)
     deviation = "" if found["std"] is None else f" ± {100 * found['std']:.2f}"

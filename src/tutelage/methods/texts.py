@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from tutelage import losses
 from tutelage.data.batch import Batch, Task
-from tutelage.errors import CapabilityError, ConfigError, ModelError
+from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
 from tutelage.methods.hard import hard_of
 from tutelage.methods.logit import LOGIT_LOSSES
 from tutelage.students.projectors import device_of
-from tutelage.taps import Head, Needs, as_linear, evaluating, observe, output_head
+from tutelage.taps import Head, Needs, evaluating, observe
 from tutelage.teachers.signal import Signal
 
 # Which tokens count ------------------------------------------------------------------------------------------------
@@ -49,22 +49,6 @@ def text_positions(batch: Batch) -> Tensor:
 def counted_outputs(batch: Batch) -> Tensor:
     """Positions of the logits that count, in the shape of the labels; of tokens never padding."""
     return batch.counted() if batch.labels.ndim == 1 else text_positions(batch)
-
-
-def vocabulary_head(model: nn.Module) -> nn.Linear | None:
-    """The layer that scores a vocabulary for each position; ``None`` for a model without one."""
-    getter = getattr(model, "get_output_embeddings", None)
-    named = as_linear(getter() if callable(getter) else None)
-    if named is not None:
-        return named
-    if callable(getter):  # transformers says that it has none
-        return None
-    try:
-        last = output_head(model)
-    except ModelError:
-        return None
-    embedded = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    return last if embedded and last.out_features == max(e.num_embeddings for e in embedded) else None
 
 
 def linear_head(head: Head) -> losses.LinearHead:

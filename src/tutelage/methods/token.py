@@ -13,17 +13,10 @@ from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
 from tutelage.methods.layers import check_layers, find_layers, mapped
-from tutelage.methods.texts import (
-    check_same_tokens,
-    check_weights,
-    head_terms,
-    linear_head,
-    text_positions,
-    vocabulary_head,
-)
+from tutelage.methods.texts import check_same_tokens, check_weights, head_terms, linear_head, text_positions
 from tutelage.students import build_projector, untouched
 from tutelage.students.projectors import device_of
-from tutelage.taps import Needs, Observation, observe
+from tutelage.taps import Needs, Observation, observe, vocabulary_head
 from tutelage.teachers.signal import Signal
 
 Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "tvd"]

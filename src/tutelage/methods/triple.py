@@ -19,10 +19,9 @@ from tutelage.methods.texts import (
     linear_head,
     quiet_needs,
     text_positions,
-    vocabulary_head,
 )
 from tutelage.students import Projector, build_projector
-from tutelage.taps import Head, Needs, Observation
+from tutelage.taps import Head, Needs, Observation, vocabulary_head
 from tutelage.teachers.signal import Signal
 
 

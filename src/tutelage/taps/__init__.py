@@ -17,6 +17,7 @@ from tutelage.taps.observe import (
     logits_of,
     observe,
     output_head,
+    vocabulary_head,
 )
 from tutelage.taps.tap import Tap, find, parse
 
@@ -35,4 +36,5 @@ __all__ = [
     "observe",
     "output_head",
     "parse",
+    "vocabulary_head",
 ]

@@ -402,3 +402,19 @@ def observe(model: nn.Module, inputs: Tensor | Mapping[str, Tensor], needs: Need
         return Observation()
     with Observer(model, needs) as observer:
         return observer(inputs)
+
+
+def vocabulary_head(model: nn.Module) -> nn.Linear | None:
+    """The layer that scores a vocabulary for each position; ``None`` for a model without one."""
+    getter = getattr(model, "get_output_embeddings", None)
+    named = as_linear(getter() if callable(getter) else None)
+    if named is not None:
+        return named
+    if callable(getter):  # transformers says that it has none
+        return None
+    try:
+        last = output_head(model)
+    except ModelError:
+        return None
+    embedded = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return last if embedded and last.out_features == max(e.num_embeddings for e in embedded) else None

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from tutelage.data import Batch, Data
-from tutelage.engine import RunDirectory, evaluate
+from tutelage.engine import RunDirectory
 from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
+from tutelage.evaluation import evaluate
 from tutelage.export.check import drawn
 from tutelage.export.formats import convolves
 from tutelage.export.runtimes import AsModule, Run, input_names

@@ -10,7 +10,7 @@ import torch
 
 from tutelage.config import BornAgainConfig, Recipe
 from tutelage.data import InOrder
-from tutelage.engine import evaluate_teacher
+from tutelage.evaluation import evaluate_teacher
 from tutelage.models import load_weights
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
 from tutelage.workflows.run import build_model, decoding, model_spec

@@ -11,9 +11,9 @@ import torch
 from tutelage.config import Recipe
 from tutelage.data import Batch, Data, ImageData, TextData
 from tutelage.data.batch import IGNORE
-from tutelage.engine import evaluate_teacher
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import DataError, TutelageError
+from tutelage.evaluation import evaluate_teacher
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.progress import Terminal

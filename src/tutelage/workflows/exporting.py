@@ -13,8 +13,8 @@ from torch import nn
 from tutelage.config import TextDataConfig
 from tutelage.data import Batch, Data, as_batch
 from tutelage.data.texts import listed
-from tutelage.engine import evaluate
 from tutelage.errors import ConfigError, DataError
+from tutelage.evaluation import evaluate
 from tutelage.export.check import ROWS, drawn
 from tutelage.export.export import Exported, check_format, free_folder, write_export
 from tutelage.export.runtimes import input_names

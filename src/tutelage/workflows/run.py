@@ -27,6 +27,7 @@ from tutelage.data import Data, ImageData, InOrder, PlannedBatches, TextData, lo
 from tutelage.data.batch import IGNORE, LABELS
 from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
 from tutelage.errors import ConfigError, RunDirectoryError
+from tutelage.evaluation.harness import harness
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
@@ -38,7 +39,6 @@ from tutelage.workflows.caching import open_cache
 from tutelage.workflows.checks import warn_of_precision
 from tutelage.workflows.comparison import compare
 from tutelage.workflows.folder import choose, opened
-from tutelage.workflows.harness import harness
 from tutelage.workflows.setting import Arm, Comparison, Context
 from tutelage.workflows.showcase import pictured, worded
 from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes

@@ -20,13 +20,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tutelage.config import Recipe, dump_recipe
 from tutelage.engine import RunDirectory
 from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, TutelageError, require
+from tutelage.evaluation.statistics import paired
 from tutelage.files import write_text
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.run import run_recipe
 from tutelage.workflows.space import Dimension, asked, check_values, dimensions, own_values, with_values
-from tutelage.workflows.statistics import paired
 
 FOUND = "search.json"
 """What a search found."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tutelage.config import SamplesConfig, TrainConfig
 from tutelage.data import Batch, Batches
-from tutelage.engine import Accelerator, RunDirectory, Said, classes_of, said_at
+from tutelage.engine import Accelerator, RunDirectory
 from tutelage.errors import ConfigError, Interrupted
+from tutelage.evaluation import Said, classes_of, said_at
 from tutelage.methods import Method, SupervisedMethod, adapted, built
 from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher, ServedTeacher, Teacher

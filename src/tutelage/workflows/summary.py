@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tutelage.evaluation.statistics import paired, spread
 from tutelage.files import write_text
 from tutelage.methods import Method
 from tutelage.models import load_weights
@@ -19,7 +20,6 @@ from tutelage.workflows.continuations import continued, drawn
 from tutelage.workflows.measure import latencies, parameters
 from tutelage.workflows.setting import FIGURES, Comparison, Context, References, example_of, projectors
 from tutelage.workflows.showcase import collected, has_samples
-from tutelage.workflows.statistics import paired, spread
 from tutelage.workflows.teachers import ModelTeacher
 from tutelage.workflows.teaching import is_taught
 

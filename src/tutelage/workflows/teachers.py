@@ -11,8 +11,8 @@ from torch import nn
 
 from tutelage.config import SpeedConfig, TeacherSpeedConfig, TrainConfig
 from tutelage.data import Batch, Batches
-from tutelage.engine import evaluate_teacher
 from tutelage.errors import CapabilityError, ConfigError, suggest
+from tutelage.evaluation import evaluate_teacher
 from tutelage.teachers import Ensemble, EnsembleTeacher, LiveTeacher, learned_weights
 
 Trained = tuple[TrainConfig, Batches, int]

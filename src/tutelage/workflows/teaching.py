@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from tutelage.data import Batch
-from tutelage.engine import Training, evaluate_teacher, from_main
+from tutelage.engine import Training, from_main
 from tutelage.errors import ConfigError
+from tutelage.evaluation import evaluate_teacher
 from tutelage.methods import Method, check_capabilities, needs_of
 from tutelage.models import load_weights
 from tutelage.progress import Terminal

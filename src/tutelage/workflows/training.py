@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.data import Batch
-from tutelage.engine import Outcome, Training, evaluate, fit, from_main
+from tutelage.engine import Outcome, Training, fit, from_main
+from tutelage.evaluation import evaluate
 from tutelage.files import new_folder
 from tutelage.methods import Method, Trainee, adapted, needs_of
 from tutelage.models import save_model

@@ -17,9 +17,10 @@ from torch import nn
 
 from tutelage.config import Recipe, dump_recipe
 from tutelage.data import Data
-from tutelage.engine import RunDirectory, Training, evaluate_teacher, fit, make_accelerator
+from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.engine.watcher import Silent
 from tutelage.errors import NumericsError
+from tutelage.evaluation import evaluate_teacher
 from tutelage.files import new_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
 from tutelage.models import MODEL_CARD, save_model

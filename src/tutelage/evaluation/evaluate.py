@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch, spans
 from tutelage.data.loader import Share
-from tutelage.engine.scores import METRICS, Metrics
 from tutelage.errors import CapabilityError, DataError
-from tutelage.methods.texts import vocabulary_head
-from tutelage.taps import Head, Needs, evaluating, observe
+from tutelage.evaluation.metrics import METRICS, Metrics
+from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head
 from tutelage.teachers.signal import Teacher
 
 
