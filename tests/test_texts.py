@@ -22,7 +22,7 @@ from tutelage.evaluation.metrics import of_confusion
 from tutelage.methods.hard import HARD
 from tutelage.models import load_model
 from tutelage.progress import Terminal
-from tutelage.workflows.search import search
+from tutelage.search.search import search
 from tutelage.workflows.texts import load_text_data
 
 transformers = pytest.importorskip("transformers")

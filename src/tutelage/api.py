@@ -14,11 +14,11 @@ from tutelage.generation import judge as _judge
 from tutelage.generation.judge import Judged as Judged
 from tutelage.progress import Terminal
 from tutelage.reports import verdict, write_report
+from tutelage.search.search import Searched as Searched
+from tutelage.search.search import search as _search
 from tutelage.workflows.distill import Run as Run
 from tutelage.workflows.distill import distill as _distill
 from tutelage.workflows.run import Finished
-from tutelage.workflows.search import Searched as Searched
-from tutelage.workflows.search import search as _search
 from tutelage.workflows.series import carry_out
 
 

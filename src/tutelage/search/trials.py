@@ -25,6 +25,7 @@ from tutelage.files import new_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
 from tutelage.progress import Terminal
+from tutelage.search.study import WHOLE_SEED, Result
 from tutelage.teachers import MemoryTeacher, Teacher
 from tutelage.workflows.checks import (
     check_labels,
@@ -38,7 +39,6 @@ from tutelage.workflows.checks import (
 from tutelage.workflows.folder import opened
 from tutelage.workflows.run import comparison, load_data
 from tutelage.workflows.setting import Comparison, Context, fitted
-from tutelage.workflows.suggest import WHOLE_SEED, Result
 from tutelage.workflows.teachers import Member, ModelTeacher
 from tutelage.workflows.teaching import all_needs, as_taught, in_memory, rememberable, taught_by
 from tutelage.workflows.training import training_of

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tutelage.config import SearchConfig
 from tutelage.errors import RunDirectoryError
 from tutelage.files import explained
-from tutelage.workflows.space import Dimension, own_values
+from tutelage.search.search_space import Dimension, own_values
 
 STATES = {
     "finished": TrialState.COMPLETE,

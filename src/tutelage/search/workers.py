@@ -15,8 +15,8 @@ import torch
 
 from tutelage.config import Recipe
 from tutelage.errors import CapabilityError, Interrupted, TutelageError
-from tutelage.workflows.suggest import Result, Ticket
-from tutelage.workflows.trials import SILENT, Bench
+from tutelage.search.study import Result, Ticket
+from tutelage.search.trials import SILENT, Bench
 
 
 class Pool:

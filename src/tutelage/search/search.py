@@ -23,10 +23,10 @@ from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, Tut
 from tutelage.evaluation.statistics import paired
 from tutelage.files import write_text
 from tutelage.progress import Terminal
+from tutelage.search.search_space import Dimension, asked, check_values, dimensions, own_values, with_values
 from tutelage.signals import stopping
 from tutelage.workflows.folder import choose, opened
 from tutelage.workflows.run import run_recipe
-from tutelage.workflows.space import Dimension, asked, check_values, dimensions, own_values, with_values
 
 FOUND = "search.json"
 """What a search found."""
@@ -139,8 +139,8 @@ class _Search:
     def __init__(
         self, run: RunDirectory, recipe: Recipe, space: list[Dimension], terminal: Terminal, should_stop: Any
     ) -> None:
-        from tutelage.workflows.suggest import Suggestions
-        from tutelage.workflows.trials import Bench
+        from tutelage.search.study import Suggestions
+        from tutelage.search.trials import Bench
 
         assert recipe.search is not None
         self.run, self.recipe, self.space, self.terminal = run, recipe, space, terminal
@@ -190,7 +190,7 @@ class _Search:
                 self._over(ticket.number, ticket.values, result, show)
 
     def _in_pool(self, workers: int, show: Any) -> None:
-        from tutelage.workflows.pool import Pool
+        from tutelage.search.workers import Pool
 
         pool = Pool(workers, self.config.warmup)
         try:
@@ -209,7 +209,7 @@ class _Search:
     def _failed(self, values: Mapping[str, Any], error: TutelageError) -> Any:
         """A failed trial; the error itself where it is not of these values alone."""
         from tutelage.errors import Interrupted
-        from tutelage.workflows.suggest import Result
+        from tutelage.search.study import Result
 
         if isinstance(error, Interrupted | RunDirectoryError) or values == self.own:
             raise error
@@ -308,7 +308,7 @@ class _Search:
         return {which: arm[which]["accuracy"] for which in ("best", "last")}
 
     def _last_validations(self, name: str) -> list[float]:
-        from tutelage.workflows.trials import validations
+        from tutelage.search.trials import validations
 
         run = RunDirectory(self.run.path / name)
         return [validations(run, f"distilled-seed{seed}")[-1]["validation"]["accuracy"] for seed in self.recipe.seeds]
