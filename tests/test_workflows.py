@@ -21,11 +21,11 @@ from tutelage.data import ImageData, InOrder
 from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate
 from tutelage.models import load_weights
+from tutelage.multistage.assistants import chosen, needed
+from tutelage.multistage.born_again import born
+from tutelage.multistage.series import first_stage
 from tutelage.progress import Terminal
-from tutelage.workflows.assistants import chosen, needed
-from tutelage.workflows.born_again import born
 from tutelage.workflows.run import build_model, load_data, model_spec
-from tutelage.workflows.series import first_stage
 
 SMALL = {
     "name": "small", "data": {"source": "digits"}, "student": {"model": "mlp", "options": {"hidden": [8]}},

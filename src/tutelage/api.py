@@ -12,6 +12,7 @@ from tutelage.config import Judgement, Recipe, load_recipe
 from tutelage.engine import leave as leave
 from tutelage.generation import judge as _judge
 from tutelage.generation.judge import Judged as Judged
+from tutelage.multistage.series import carry_out
 from tutelage.progress import Terminal
 from tutelage.reports import verdict, write_report
 from tutelage.search.search import Searched as Searched
@@ -19,7 +20,6 @@ from tutelage.search.search import search as _search
 from tutelage.workflows.distill import Run as Run
 from tutelage.workflows.distill import distill as _distill
 from tutelage.workflows.run import Finished
-from tutelage.workflows.series import carry_out
 
 
 @wraps(_distill)

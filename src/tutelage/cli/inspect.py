@@ -73,8 +73,8 @@ def taps(
         if of not in (None, "student", "teacher"):
             raise ConfigError(f"--of {of}: a recipe has no such model", remedy="allowed: student, teacher")
         recipe = load_recipe(model, option or [])
+        from tutelage.multistage.series import first_stage
         from tutelage.workflows.inspect import survey_recipe
-        from tutelage.workflows.series import first_stage
 
         surveys = survey_recipe(first_stage(recipe), (of,) if of else ("student", "teacher"))
     else:

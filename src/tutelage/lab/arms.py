@@ -18,10 +18,10 @@ from tutelage.engine import RunDirectory
 from tutelage.evaluation import evaluate
 from tutelage.lab import llm
 from tutelage.models import load_weights
+from tutelage.multistage.series import carry_out
+from tutelage.multistage.stages import with_weights
 from tutelage.progress import Terminal
 from tutelage.workflows.run import build_model, load_data, model_spec, read_summary
-from tutelage.workflows.series import carry_out
-from tutelage.workflows.stages import with_weights
 
 SMALLEST = [2, 2, 2, 3]
 SIZES: dict[str, dict[str, Any]] = {
