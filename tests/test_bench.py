@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import exported
+from tutelage.cli.bench_models import bench
 from tutelage.errors import ConfigError, MissingDependencyError, RunDirectoryError
 from tutelage.export.timing import flops, interleaved, peak_memory, runner, summed
 from tutelage.models import ModelSpec, build, save_model
 from tutelage.reports.bench import Point, _even, _mega, _on_log, frontier, table, write_bench
-from tutelage.workflows.bench import bench
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

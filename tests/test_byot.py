@@ -12,6 +12,7 @@ from torch import nn
 
 import tutelage
 from tutelage import api
+from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe, load_recipe
 from tutelage.data import Batch, load_images
 from tutelage.engine.checkpoint import load_checkpoint, newest
@@ -20,7 +21,6 @@ from tutelage.methods import ByotMethod, Trainee, built
 from tutelage.models import load_model
 from tutelage.models.small import MLP, ConvNet, ResNet
 from tutelage.progress import Terminal
-from tutelage.workflows.doctor import examine
 from worlds import Shuffled, images, texts, tokens
 
 SILENT = Terminal(speaks=False)

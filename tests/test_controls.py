@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 import tutelage
 from tutelage import api, losses
+from tutelage.cli.doctor_checks import examine
 from tutelage.cli.run import _show
+from tutelage.cli.taps_survey import survey_recipe
 from tutelage.config import METHOD_KINDS, build_recipe, load_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError
@@ -23,8 +25,6 @@ from tutelage.progress import Terminal
 from tutelage.reports import final_table, verdict, write_report
 from tutelage.taps import Observation
 from tutelage.workflows.caching import fill
-from tutelage.workflows.doctor import examine
-from tutelage.workflows.inspect import survey_recipe
 from worlds import images
 
 RECIPE: dict[str, Any] = {

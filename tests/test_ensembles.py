@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import tutelage
 from tutelage import api
+from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe, dump_recipe
 from tutelage.data import Batch, InOrder, load_images
 from tutelage.errors import CacheError, CapabilityError, ConfigError, DataError, ModelError
@@ -32,7 +33,6 @@ from tutelage.teachers import (
     MemoryTeacher,
     learned_weights,
 )
-from tutelage.workflows.doctor import examine
 
 QUIET = Terminal(speaks=False)
 

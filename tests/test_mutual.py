@@ -14,13 +14,13 @@ from torch import nn
 
 import tutelage
 from tutelage import api
+from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe, load_recipe
 from tutelage.data import Batch, load_images
 from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import MutualMethod, Trainee
 from tutelage.models import load_model
 from tutelage.progress import Terminal
-from tutelage.workflows.doctor import examine
 from worlds import Shuffled, images, state
 
 SILENT = Terminal(speaks=False)

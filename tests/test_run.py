@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import tutelage
 from tutelage import api
+from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe, dump_recipe, load_recipe
 from tutelage.data import load_images
 from tutelage.engine import RunDirectory, make_accelerator
@@ -21,7 +22,6 @@ from tutelage.models import ModelSpec, build, load_model, save_model
 from tutelage.progress import Terminal
 from tutelage.teachers import LiveTeacher
 from tutelage.workflows.comparison import compare
-from tutelage.workflows.doctor import examine
 from tutelage.workflows.run import comparison, load_data
 from tutelage.workflows.setting import Context
 from tutelage.workflows.similarity import class_similarity

@@ -21,6 +21,7 @@ import tutelage
 from language_worlds import cutter, folder
 from test_language import causal, model, total
 from tutelage import servers as asking
+from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CacheError, CapabilityError, ConfigError, EndpointError
@@ -30,7 +31,6 @@ from tutelage.teachers import ServedTeacher
 from tutelage.teachers.cache import info
 from tutelage.teachers.signal import Signal, Sparse
 from tutelage.workflows.caching import fill
-from tutelage.workflows.doctor import examine
 
 __all__ = ["cutter", "folder"]
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import bad_input_files as broken
 from numbered import Halves, hooks
+from tutelage.cli.taps_survey import survey, survey_model
 from tutelage.data import Batch
 from tutelage.models import ModelSpec, build, save_model
 from tutelage.taps import Needs, observe
-from tutelage.workflows.inspect import survey, survey_model
 from worlds import WORLDS
 
 Command = Callable[..., tuple[int, str, str]]

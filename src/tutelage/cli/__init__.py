@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tutelage.cli import export, generate, init, inspect, run
+from tutelage.cli import doctor, export, generate, init, run, taps
 from tutelage.cli.base import say
 from tutelage.errors import BudgetSpent, Interrupted, TutelageError
 
@@ -40,8 +40,8 @@ for command in (
     run.search,
     generate.generate,
     generate.judge,
-    inspect.doctor,
-    inspect.taps,
+    doctor.doctor,
+    taps.taps,
     run.cache,
     run.lab,
     run.report,

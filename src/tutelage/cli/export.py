@@ -141,8 +141,8 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
+    from tutelage.cli.bench_models import bench as measure
     from tutelage.reports.bench import notes, table, verdict, write_bench
-    from tutelage.workflows.bench import bench as measure
 
     found = measure(sources, out=out, batch_sizes=sizes, rounds=rounds, columns=columns.split(","), memory=memory)
     head, rows = table(found)

@@ -14,7 +14,7 @@ from tutelage.methods.base import Method, Term
 from tutelage.methods.hard import hard_of
 from tutelage.methods.logit import LOGIT_LOSSES
 from tutelage.students.projectors import device_of
-from tutelage.taps import Head, Needs, evaluating, observe
+from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head
 from tutelage.teachers.signal import Signal
 
 # Which tokens count ------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Experiments of several runs, each a stage: born-again generations and chains of assistants."""

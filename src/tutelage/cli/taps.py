@@ -1,4 +1,4 @@
-"""The commands that look before anything is trained: ``tutelage doctor`` and ``tutelage taps``."""
+"""``tutelage taps``: what there is to compare in a model."""
 
 from __future__ import annotations
 
@@ -7,32 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tutelage.cli.base import Overrides, RecipeArgument
 from tutelage.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tutelage.workflows.inspect import Survey
-
-
-def doctor(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Load everything, run one batch, and print what will go wrong before it does."""
-    from tutelage.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    from tutelage.workflows.doctor import examine
-
-    findings = examine(loaded)
-    marks = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(soft_wrap=True)
-    for finding in findings:
-        console.print(f"{marks[finding.level]} {escape(finding.topic)}: {escape(finding.text)}", highlight=False)
-        if finding.remedy:
-            console.print(f"       -> {escape(finding.remedy)}", highlight=False)
-    if any(f.level == "bad" for f in findings):
-        raise typer.Exit(2)
+    from tutelage.cli.taps_survey import Survey
 
 
 def taps(
@@ -73,15 +51,15 @@ def taps(
         if of not in (None, "student", "teacher"):
             raise ConfigError(f"--of {of}: a recipe has no such model", remedy="allowed: student, teacher")
         recipe = load_recipe(model, option or [])
+        from tutelage.cli.taps_survey import survey_recipe
         from tutelage.multistage.series import first_stage
-        from tutelage.workflows.inspect import survey_recipe
 
         surveys = survey_recipe(first_stage(recipe), (of,) if of else ("student", "teacher"))
     else:
         if of is not None:
             raise ConfigError(f"--of {of} is for recipes, and {model} is none", remedy="leave it out")
         size, options = _size(shape), _options(option or [])
-        from tutelage.workflows.inspect import survey_model
+        from tutelage.cli.taps_survey import survey_model
 
         surveys = [survey_model(model, size=size, classes=classes, options=options)]
     _show_taps(surveys, depth)
