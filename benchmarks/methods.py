@@ -73,11 +73,11 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
     from tutelage.config import load_recipe
     from tutelage.data import Share
     from tutelage.engine.optim import build_optimizer
+    from tutelage.experiment.run import comparison, load_data
+    from tutelage.experiment.spec import fitted
     from tutelage.methods import SupervisedMethod, Trainee
     from tutelage.progress import Terminal
     from tutelage.teachers import LiveTeacher
-    from tutelage.workflows.run import comparison, load_data
-    from tutelage.workflows.setting import fitted
 
     overrides = [] if method is None else [f"method={json.dumps(method)}"]
     loaded = load_recipe(recipe, overrides)

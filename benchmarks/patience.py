@@ -38,15 +38,15 @@ from tutelage.config import Recipe, dump_recipe, load_recipe
 from tutelage.data import Batch, ImageData, InOrder
 from tutelage.engine import make_accelerator
 from tutelage.evaluation.statistics import paired, spread
+from tutelage.experiment.caching import fill, open_cache
+from tutelage.experiment.run import comparison, load_data
+from tutelage.experiment.run_directory import opened
+from tutelage.experiment.spec import Comparison, Context, References
+from tutelage.experiment.teacher_setup import as_taught
+from tutelage.experiment.trainer import train_student
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Signal, Teacher
-from tutelage.workflows.caching import fill, open_cache
-from tutelage.workflows.folder import opened
-from tutelage.workflows.run import comparison, load_data
-from tutelage.workflows.setting import Comparison, Context, References
-from tutelage.workflows.teaching import as_taught
-from tutelage.workflows.training import train_student
 
 RECIPE = "recipes/fashion-mnist.yaml"
 AUGMENT = '["flip", {"shift": 1}]'

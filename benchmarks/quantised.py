@@ -23,11 +23,11 @@ import torch
 from tutelage import api
 from tutelage.config import load_recipe
 from tutelage.evaluation.statistics import paired, spread
+from tutelage.experiment.export_student import CALIBRATION, export_student
+from tutelage.experiment.run_artifacts import find, rows_of
 from tutelage.export.timing import Cell, interleaved, runner, summed
 from tutelage.files import write_text
 from tutelage.progress import Terminal
-from tutelage.workflows.exporting import CALIBRATION, export_student
-from tutelage.workflows.finished import find, rows_of
 
 BATCHES, ROUNDS = (1, 64), 200
 

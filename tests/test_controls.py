@@ -20,11 +20,11 @@ from tutelage.cli.taps_survey import survey_recipe
 from tutelage.config import METHOD_KINDS, build_recipe, load_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError
+from tutelage.experiment.caching import fill
 from tutelage.methods import METHODS, LogitMethod, SupervisedMethod, TeacherFreeMethod
 from tutelage.progress import Terminal
 from tutelage.reports import final_table, verdict, write_report
 from tutelage.taps import Observation
-from tutelage.workflows.caching import fill
 from worlds import images
 
 RECIPE: dict[str, Any] = {

@@ -26,12 +26,12 @@ from tutelage.errors import (
     NumericsError,
     RunDirectoryError,
 )
+from tutelage.experiment.export_student import export_student
+from tutelage.experiment.run_artifacts import find, rows_of
 from tutelage.export import Export, formats, open_export, predict
 from tutelage.export.runtimes import MANIFEST
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet
-from tutelage.workflows.exporting import export_student
-from tutelage.workflows.finished import find, rows_of
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

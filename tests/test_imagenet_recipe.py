@@ -7,10 +7,10 @@ import torch
 
 from tutelage import api
 from tutelage.config import load_recipe
+from tutelage.experiment.run import load_data
 from tutelage.models import load_model
 from tutelage.progress import Terminal
 from tutelage.taps import Needs, observe
-from tutelage.workflows.run import load_data
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "imagenet-resnet34-resnet18.yaml"
 SMALL = [

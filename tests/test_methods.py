@@ -338,7 +338,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def run(method: dict[str, Any], out: Path, **changes: Any) -> tutelage.workflows.run.Finished:
+def run(method: dict[str, Any], out: Path, **changes: Any) -> tutelage.experiment.run.Finished:
     recipe = {k: dict(v) if isinstance(v, dict) else v for k, v in {**RECIPE, **changes}.items()}
     return api.run(build_recipe({**recipe, "method": method}), out=out, terminal=Terminal(speaks=False))
 

@@ -14,10 +14,10 @@ import exported
 from tutelage.config import build_recipe
 from tutelage.errors import ConfigError, ModelError
 from tutelage.evaluation import evaluate
+from tutelage.experiment.run_artifacts import find, whole_test
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet
 from tutelage.students import is_rounded, plain, rounded
-from tutelage.workflows.finished import find, whole_test
 
 pytest.importorskip("torchao")
 

@@ -18,13 +18,13 @@ from tutelage.data import load_images
 from tutelage.engine import RunDirectory, make_accelerator
 from tutelage.errors import CapabilityError, Interrupted
 from tutelage.evaluation.statistics import paired
+from tutelage.experiment.compare import compare
+from tutelage.experiment.run import comparison, load_data
+from tutelage.experiment.similarity import class_similarity
+from tutelage.experiment.spec import Context
 from tutelage.models import ModelSpec, build, load_model, save_model
 from tutelage.progress import Terminal
 from tutelage.teachers import LiveTeacher
-from tutelage.workflows.comparison import compare
-from tutelage.workflows.run import comparison, load_data
-from tutelage.workflows.setting import Context
-from tutelage.workflows.similarity import class_similarity
 
 RECIPE: dict[str, Any] = {
     "name": "small",
@@ -119,7 +119,7 @@ def test_a_run_again_shows_what_it_found_and_a_second_place_is_free(finished: ap
     again = api.run(recipe(), out=finished.path, resume=True, terminal=Terminal(speaks=False))
     assert again.summary == json.loads((finished.path / "summary.json").read_text())
     assert (finished.path / "student" / "model.safetensors").stat().st_mtime_ns == before
-    from tutelage.workflows.folder import choose
+    from tutelage.experiment.run_directory import choose
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

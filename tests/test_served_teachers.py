@@ -25,12 +25,12 @@ from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CacheError, CapabilityError, ConfigError, EndpointError
+from tutelage.experiment.caching import fill
 from tutelage.methods import METHODS, built, check_capabilities
 from tutelage.taps import Needs, observe
 from tutelage.teachers import ServedTeacher
 from tutelage.teachers.cache import info
 from tutelage.teachers.signal import Signal, Sparse
-from tutelage.workflows.caching import fill
 
 __all__ = ["cutter", "folder"]
 

@@ -18,9 +18,9 @@ import tutelage
 from tutelage.config import build_recipe
 from tutelage.data import IGNORE, Batch
 from tutelage.data.tokens import cut
+from tutelage.experiment.continuations import continued, drawn, opening
+from tutelage.experiment.sample_predictions import PIXELS, Samples, collected, png, unseen
 from tutelage.models import ModelSpec, build
-from tutelage.workflows.continuations import continued, drawn, opening
-from tutelage.workflows.showcase import PIXELS, Samples, collected, png, unseen
 
 DIGITS: dict[str, Any] = {
     "name": "tiny", "data": {"source": "digits", "labels": 200},

@@ -428,7 +428,7 @@ def test_members_take_their_speed_from_the_teacher_unless_they_have_one(tmp_path
     member = {"model": "mlp", "options": {"hidden": [24]}}
     given["teacher"] = {"members": [member, {**member, "speed": {"dtype": "bf16"}}],
                         "speed": {"dtype": "int8", "batch_size": 9, "overlap": True}}  # fmt: skip
-    from tutelage.workflows.run import comparison, load_data
+    from tutelage.experiment.run import comparison, load_data
 
     loaded = build_recipe(given)
     c = comparison(loaded, load_data(loaded, Terminal(speaks=False)))

@@ -19,11 +19,11 @@ from tutelage.data import PlannedBatches, Share, TextData, load_texts
 from tutelage.data import tokens as tokens_module
 from tutelage.errors import ConfigError, DataError, TutelageError
 from tutelage.evaluation.metrics import of_confusion
+from tutelage.experiment.texts import load_text_data
 from tutelage.methods.hard import HARD
 from tutelage.models import load_model
 from tutelage.progress import Terminal
 from tutelage.search.search import search
-from tutelage.workflows.texts import load_text_data
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,12 +20,12 @@ from tutelage.config import build_recipe
 from tutelage.data import ImageData, InOrder
 from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate
+from tutelage.experiment.run import build_model, load_data, model_spec
 from tutelage.models import load_weights
 from tutelage.multistage.assistants import chosen, needed
 from tutelage.multistage.born_again import born
 from tutelage.multistage.series import first_stage
 from tutelage.progress import Terminal
-from tutelage.workflows.run import build_model, load_data, model_spec
 
 SMALL = {
     "name": "small", "data": {"source": "digits"}, "student": {"model": "mlp", "options": {"hidden": [8]}},

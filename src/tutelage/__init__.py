@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from tutelage import data, losses, methods, models, teachers
     from tutelage.api import Run, distill, run, run_search
     from tutelage.errors import TutelageError
+    from tutelage.experiment.export_student import export_student
     from tutelage.export import predict
     from tutelage.generation import generate, judge
-    from tutelage.workflows.exporting import export_student
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _WHERE = {
     "Run": "tutelage.api",
     "TutelageError": "tutelage.errors",
     "distill": "tutelage.api",
-    "export_student": "tutelage.workflows.exporting",
+    "export_student": "tutelage.experiment.export_student",
     "generate": "tutelage.generation",
     "judge": "tutelage.generation",
     "predict": "tutelage.export",

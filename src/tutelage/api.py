@@ -10,6 +10,9 @@ from typing import Any
 
 from tutelage.config import Judgement, Recipe, load_recipe
 from tutelage.engine import leave as leave
+from tutelage.experiment.distill import Run as Run
+from tutelage.experiment.distill import distill as _distill
+from tutelage.experiment.run import Finished
 from tutelage.generation import judge as _judge
 from tutelage.generation.judge import Judged as Judged
 from tutelage.multistage.series import carry_out
@@ -17,14 +20,11 @@ from tutelage.progress import Terminal
 from tutelage.reports import verdict, write_report
 from tutelage.search.search import Searched as Searched
 from tutelage.search.search import search as _search
-from tutelage.workflows.distill import Run as Run
-from tutelage.workflows.distill import distill as _distill
-from tutelage.workflows.run import Finished
 
 
 @wraps(_distill)
 def distill(*args: Any, **kwargs: Any) -> Run:
-    """See :func:`tutelage.workflows.distill.distill`; writes ``report.html`` and says what was found besides."""
+    """See :func:`tutelage.experiment.distill.distill`; writes ``report.html`` and says what was found besides."""
     run = _distill(*args, **kwargs)
     _report(run.path)
     terminal = Terminal(speaks=kwargs.get("verbose", True) and is_main())

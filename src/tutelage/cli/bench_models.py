@@ -20,6 +20,10 @@ from tutelage.data import Batch, Data
 from tutelage.engine import RunDirectory
 from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.evaluation import evaluate
+from tutelage.experiment.export_student import CALIBRATION
+from tutelage.experiment.measure import parameters
+from tutelage.experiment.run import facts_of, model_spec, teacher_member
+from tutelage.experiment.run_artifacts import Found, find, one_side, rows_of, whole_test
 from tutelage.export.check import drawn
 from tutelage.export.formats import convolves
 from tutelage.export.runtimes import AsModule, Run, input_names
@@ -37,10 +41,6 @@ from tutelage.export.timing import (
 from tutelage.files import write_text
 from tutelage.models import ModelSpec, build, load_weights, save_model
 from tutelage.progress import Terminal
-from tutelage.workflows.exporting import CALIBRATION
-from tutelage.workflows.finished import Found, find, one_side, rows_of, whole_test
-from tutelage.workflows.measure import parameters
-from tutelage.workflows.run import facts_of, model_spec, teacher_member
 
 BATCHES, ROUNDS = (1, 8, 32), 20
 """Rows of a batch, and timed calls of each, where nobody says otherwise."""

@@ -14,19 +14,19 @@ from tutelage.data.batch import IGNORE
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import DataError, TutelageError
 from tutelage.evaluation import evaluate_teacher
+from tutelage.experiment.checks import check_labels, check_output, check_separate
+from tutelage.experiment.measure import parameters
+from tutelage.experiment.run import ONE_VIEW, comparison, load_data
+from tutelage.experiment.spec import Comparison, fitted, model_of, taught_on
+from tutelage.experiment.teacher_setup import as_taught, is_taught, served_by
+from tutelage.experiment.teachers import ModelTeacher
+from tutelage.experiment.trainer import said
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import Trainee
 from tutelage.multistage.series import first_stage
 from tutelage.progress import Terminal
 from tutelage.taps import find
 from tutelage.teachers import Teacher
-from tutelage.workflows.checks import check_labels, check_output, check_separate
-from tutelage.workflows.measure import parameters
-from tutelage.workflows.run import ONE_VIEW, comparison, load_data
-from tutelage.workflows.setting import Comparison, fitted, model_of, taught_on
-from tutelage.workflows.teachers import ModelTeacher
-from tutelage.workflows.teaching import as_taught, is_taught, served_by
-from tutelage.workflows.training import said
 
 
 @dataclass(frozen=True)

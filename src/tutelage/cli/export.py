@@ -30,7 +30,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a finished student in a format that runs elsewhere, and check there that it answers as before."""
-    from tutelage.workflows.exporting import export_student
+    from tutelage.experiment.export_student import export_student
 
     made = export_student(source, to, out=out, data=data)
     check = made.manifest["check"]

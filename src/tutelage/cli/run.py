@@ -109,7 +109,7 @@ def cache(
     if what in CACHE_ACTIONS:
         if len(rest or []) != 1 or out is not None:
             raise ConfigError(f"tutelage cache {what} takes one folder", remedy=f"tutelage cache {what} DIR")
-        from tutelage.workflows.caching import compacted, described, verified
+        from tutelage.experiment.caching import compacted, described, verified
 
         action = {"verify": verified, "info": described, "compact": compacted}[what]
         say(action(Path((rest or [])[0])))
@@ -118,7 +118,7 @@ def cache(
 
     loaded = load_recipe(what, rest or [])
     from tutelage.api import leave
-    from tutelage.workflows.caching import fill
+    from tutelage.experiment.caching import fill
 
     filled = fill(loaded, out=out)
     rate = filled.computed / filled.seconds if filled.seconds else 0.0

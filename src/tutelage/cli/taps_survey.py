@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from tutelage.config import Recipe
 from tutelage.data import Batch
 from tutelage.errors import ConfigError, ModelError
+from tutelage.experiment.measure import parameters
+from tutelage.experiment.run import comparison, load_data
 from tutelage.models import ModelSpec, build, load_model
 from tutelage.models.files import read_card
 from tutelage.progress import Terminal
 from tutelage.students import stages, untouched
 from tutelage.taps import Needs, observe
 from tutelage.taps.tap import contents
-from tutelage.workflows.measure import parameters
-from tutelage.workflows.run import comparison, load_data
 
 ROWS = 3
 """Examples in the dry run; a first dimension of this size is shown as B."""

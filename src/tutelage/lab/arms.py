@@ -16,12 +16,12 @@ from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.data import Data, InOrder
 from tutelage.engine import RunDirectory
 from tutelage.evaluation import evaluate
+from tutelage.experiment.run import build_model, load_data, model_spec, read_summary
 from tutelage.lab import llm
 from tutelage.models import load_weights
 from tutelage.multistage.series import carry_out
 from tutelage.multistage.stages import with_weights
 from tutelage.progress import Terminal
-from tutelage.workflows.run import build_model, load_data, model_spec, read_summary
 
 SMALLEST = [2, 2, 2, 3]
 SIZES: dict[str, dict[str, Any]] = {

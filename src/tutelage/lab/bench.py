@@ -18,6 +18,7 @@ import yaml
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.errors import ConfigError, Interrupted, RunDirectoryError, suggest
+from tutelage.experiment.run_directory import opened
 from tutelage.files import write_text
 from tutelage.lab import llm
 from tutelage.lab.arms import ARMS, FIRST, SMALL, SMALL_LLM, SMALL_TEXTS, Bases, Results, merged, run_arm
@@ -25,7 +26,6 @@ from tutelage.lab.claims import CLAIMS
 from tutelage.lab.page import lab_page, written
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
-from tutelage.workflows.folder import opened
 
 Budget = Literal["small", "full"]
 

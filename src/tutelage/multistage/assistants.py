@@ -13,10 +13,10 @@ import yaml
 from tutelage.config import AssistantChainConfig, ModelConfig, Recipe, dump_recipe
 from tutelage.data import Data
 from tutelage.errors import ConfigError
+from tutelage.experiment.measure import parameters
+from tutelage.experiment.run import model_spec
 from tutelage.models import build
 from tutelage.multistage.stages import Row, Stages, best_of, conclude, result_of, signed, weights_of, with_weights
-from tutelage.workflows.measure import parameters
-from tutelage.workflows.run import model_spec
 
 FAMILIES: dict[tuple[str, str], tuple[str, Any]] = {
     ("convnet", "width"): ("widths", (32, 64, 128)),

@@ -11,10 +11,10 @@ import torch
 from tutelage.config import BornAgainConfig, Recipe
 from tutelage.data import InOrder
 from tutelage.evaluation import evaluate_teacher
+from tutelage.experiment.run import build_model, decoding, model_spec
 from tutelage.models import load_weights
 from tutelage.multistage.stages import Row, Stages, best_of, conclude, result_of, signed, weights_of
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
-from tutelage.workflows.run import build_model, decoding, model_spec
 
 OTHER_WEIGHTS = 100_003
 """Between the seeds of one generation and the next, so that each starts from weights of its own."""

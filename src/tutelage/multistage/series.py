@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from tutelage.config import Recipe, dump_recipe
+from tutelage.experiment.run import Finished, prepared, read_summary, run_recipe
+from tutelage.experiment.run_directory import opened
 from tutelage.multistage.assistants import assistant_chain
 from tutelage.multistage.born_again import born_again, untaught
 from tutelage.multistage.stages import Stages, staged
 from tutelage.progress import Terminal
-from tutelage.workflows.folder import opened
-from tutelage.workflows.run import Finished, prepared, read_summary, run_recipe
 
 WORKFLOWS: dict[str, Callable[[Stages, torch.device], dict[str, Any]]] = {
     "assistant-chain": assistant_chain,

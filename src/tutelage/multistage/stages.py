@@ -23,9 +23,9 @@ from tutelage.data import Data
 from tutelage.engine import RunDirectory
 from tutelage.errors import RunDirectoryError
 from tutelage.evaluation.statistics import paired, spread
+from tutelage.experiment.run import Finished, load_data, read_summary, run_data
 from tutelage.files import write_text
 from tutelage.progress import Terminal
-from tutelage.workflows.run import Finished, load_data, read_summary, run_data
 
 
 @dataclass

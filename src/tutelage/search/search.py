@@ -21,12 +21,12 @@ from tutelage.config import Recipe, dump_recipe
 from tutelage.engine import RunDirectory
 from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, TutelageError, require
 from tutelage.evaluation.statistics import paired
+from tutelage.experiment.run import run_recipe
+from tutelage.experiment.run_directory import choose, opened
 from tutelage.files import write_text
 from tutelage.progress import Terminal
 from tutelage.search.search_space import Dimension, asked, check_values, dimensions, own_values, with_values
 from tutelage.signals import stopping
-from tutelage.workflows.folder import choose, opened
-from tutelage.workflows.run import run_recipe
 
 FOUND = "search.json"
 """What a search found."""

@@ -21,13 +21,7 @@ from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.engine.watcher import Silent
 from tutelage.errors import NumericsError
 from tutelage.evaluation import evaluate_teacher
-from tutelage.files import new_folder
-from tutelage.methods import Method, SupervisedMethod, check_capabilities
-from tutelage.models import MODEL_CARD, save_model
-from tutelage.progress import Terminal
-from tutelage.search.study import WHOLE_SEED, Result
-from tutelage.teachers import MemoryTeacher, Teacher
-from tutelage.workflows.checks import (
+from tutelage.experiment.checks import (
     check_labels,
     check_method_runs,
     check_optimizer,
@@ -36,12 +30,18 @@ from tutelage.workflows.checks import (
     check_taught,
     check_teachers,
 )
-from tutelage.workflows.folder import opened
-from tutelage.workflows.run import comparison, load_data
-from tutelage.workflows.setting import Comparison, Context, fitted
-from tutelage.workflows.teachers import Member, ModelTeacher
-from tutelage.workflows.teaching import all_needs, as_taught, in_memory, rememberable, taught_by
-from tutelage.workflows.training import training_of
+from tutelage.experiment.run import comparison, load_data
+from tutelage.experiment.run_directory import opened
+from tutelage.experiment.spec import Comparison, Context, fitted
+from tutelage.experiment.teacher_setup import all_needs, as_taught, in_memory, rememberable, taught_by
+from tutelage.experiment.teachers import Member, ModelTeacher
+from tutelage.experiment.trainer import training_of
+from tutelage.files import new_folder
+from tutelage.methods import Method, SupervisedMethod, check_capabilities
+from tutelage.models import MODEL_CARD, save_model
+from tutelage.progress import Terminal
+from tutelage.search.study import WHOLE_SEED, Result
+from tutelage.teachers import MemoryTeacher, Teacher
 
 Report = Callable[[int, float], bool]
 """Is told the number of an evaluation and its accuracy; true gives the trial up."""

@@ -28,6 +28,14 @@ from tutelage.data.batch import IGNORE, LABELS
 from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
 from tutelage.errors import ConfigError, RunDirectoryError
 from tutelage.evaluation.harness import harness
+from tutelage.experiment.caching import open_cache
+from tutelage.experiment.checks import warn_of_precision
+from tutelage.experiment.compare import compare
+from tutelage.experiment.run_directory import choose, opened
+from tutelage.experiment.sample_predictions import pictured, worded
+from tutelage.experiment.spec import Arm, Comparison, Context
+from tutelage.experiment.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
+from tutelage.experiment.texts import as_the_teacher_reads, facts, load_text_data, students_of, with_tokenizer
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
@@ -35,14 +43,6 @@ from tutelage.progress import Terminal
 from tutelage.signals import stopping
 from tutelage.students import low_rank, rounded
 from tutelage.teachers import ServedTeacher
-from tutelage.workflows.caching import open_cache
-from tutelage.workflows.checks import warn_of_precision
-from tutelage.workflows.comparison import compare
-from tutelage.workflows.folder import choose, opened
-from tutelage.workflows.setting import Arm, Comparison, Context
-from tutelage.workflows.showcase import pictured, worded
-from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
-from tutelage.workflows.texts import as_the_teacher_reads, facts, load_text_data, students_of, with_tokenizer
 
 ONE_VIEW = (
     "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "

@@ -15,12 +15,12 @@ from tutelage.data import Batch, Data, as_batch
 from tutelage.data.texts import listed
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation import evaluate
+from tutelage.experiment.run_artifacts import Found, checked_recipe, data_of, find, rows_of, whole_test
 from tutelage.export.check import ROWS, drawn
 from tutelage.export.export import Exported, check_format, free_folder, write_export
 from tutelage.export.runtimes import input_names
 from tutelage.export.subject import TASKS, Inputs, Subject, as_inputs, auto_class
 from tutelage.progress import Terminal
-from tutelage.workflows.finished import Found, checked_recipe, data_of, find, rows_of, whole_test
 
 CALIBRATION = 256
 """Rows of the validation split by which the ranges of activations are fixed."""

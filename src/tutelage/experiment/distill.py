@@ -26,19 +26,19 @@ from tutelage.config.teachers import cache_section
 from tutelage.data import Batch, InOrder, LoaderBatches, as_batch
 from tutelage.engine import from_main, make_accelerator, precision_here, tracking
 from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, ModelError
+from tutelage.experiment.caching import open_own_cache
+from tutelage.experiment.checks import warn_of_precision
+from tutelage.experiment.compare import compare
+from tutelage.experiment.dataset_fingerprint import samples, tokenizer
+from tutelage.experiment.measure import class_name, fingerprint
+from tutelage.experiment.run_directory import choose, opened
+from tutelage.experiment.spec import Arm, Comparison, Context, example_of
+from tutelage.experiment.summary import exported_student
+from tutelage.experiment.teachers import EnsemblePlan, Member, asks_ahead, live_options
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
-from tutelage.workflows.caching import open_own_cache
-from tutelage.workflows.checks import warn_of_precision
-from tutelage.workflows.comparison import compare
-from tutelage.workflows.folder import choose, opened
-from tutelage.workflows.measure import class_name, fingerprint
-from tutelage.workflows.samples import samples, tokenizer
-from tutelage.workflows.setting import Arm, Comparison, Context, example_of
-from tutelage.workflows.summary import exported_student
-from tutelage.workflows.teachers import EnsemblePlan, Member, asks_ahead, live_options
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ from tutelage.data import Batch
 from tutelage.engine import Training, from_main
 from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate_teacher
+from tutelage.experiment.checks import check_taught
+from tutelage.experiment.similarity import Similarities
+from tutelage.experiment.spec import Comparison, Context, References, example_of, until_stopped
+from tutelage.experiment.teachers import Member, ModelTeacher, described
+from tutelage.experiment.trainer import train_and_keep
 from tutelage.methods import Method, check_capabilities, needs_of
 from tutelage.models import load_weights
 from tutelage.progress import Terminal
@@ -30,11 +35,6 @@ from tutelage.teachers import (
     ServedTeacher,
     Teacher,
 )
-from tutelage.workflows.checks import check_taught
-from tutelage.workflows.setting import Comparison, Context, References, example_of, until_stopped
-from tutelage.workflows.similarity import Similarities
-from tutelage.workflows.teachers import Member, ModelTeacher, described
-from tutelage.workflows.training import train_and_keep
 
 
 def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> ModelTeacher:

@@ -14,12 +14,12 @@ from tutelage.data import Batch, Batches
 from tutelage.engine import Accelerator, RunDirectory
 from tutelage.errors import ConfigError, Interrupted
 from tutelage.evaluation import Said, classes_of, said_at
+from tutelage.experiment.measure import parameters
+from tutelage.experiment.sample_predictions import Show, unseen
+from tutelage.experiment.teachers import EnsemblePlan, ModelTeacher
 from tutelage.methods import Method, SupervisedMethod, adapted, built
 from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher, ServedTeacher, Teacher
-from tutelage.workflows.measure import parameters
-from tutelage.workflows.showcase import Show, unseen
-from tutelage.workflows.teachers import EnsemblePlan, ModelTeacher
 
 MEMORY_BYTES = 2**29
 """Teacher logits of the test split up to this size are kept in memory."""

@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from tutelage.evaluation.statistics import paired, spread
+from tutelage.experiment.continuations import continued, drawn
+from tutelage.experiment.measure import latencies, parameters
+from tutelage.experiment.sample_predictions import collected, has_samples
+from tutelage.experiment.spec import FIGURES, Comparison, Context, References, example_of, projectors
+from tutelage.experiment.teacher_setup import is_taught
+from tutelage.experiment.teachers import ModelTeacher
 from tutelage.files import write_text
 from tutelage.methods import Method
 from tutelage.models import load_weights
 from tutelage.models.files import read_card
 from tutelage.students import ReusedHead, plain
 from tutelage.teachers import LiveTeacher
-from tutelage.workflows.continuations import continued, drawn
-from tutelage.workflows.measure import latencies, parameters
-from tutelage.workflows.setting import FIGURES, Comparison, Context, References, example_of, projectors
-from tutelage.workflows.showcase import collected, has_samples
-from tutelage.workflows.teachers import ModelTeacher
-from tutelage.workflows.teaching import is_taught
 
 
 def summarise(

@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from tutelage.data import Batch
 from tutelage.engine import Outcome, Training, fit, from_main
 from tutelage.evaluation import evaluate
-from tutelage.files import new_folder
-from tutelage.methods import Method, Trainee, adapted, needs_of
-from tutelage.models import save_model
-from tutelage.students import ReusedHead, plain
-from tutelage.teachers import Signal, Teacher
-from tutelage.workflows.measure import reached
-from tutelage.workflows.setting import (
+from tutelage.experiment.measure import reached
+from tutelage.experiment.similarity import Similarities
+from tutelage.experiment.spec import (
     FIGURES,
     Arm,
     Comparison,
@@ -31,8 +27,12 @@ from tutelage.workflows.setting import (
     model_of,
     taught_on,
 )
-from tutelage.workflows.similarity import Similarities
-from tutelage.workflows.teachers import ModelTeacher
+from tutelage.experiment.teachers import ModelTeacher
+from tutelage.files import new_folder
+from tutelage.methods import Method, Trainee, adapted, needs_of
+from tutelage.models import save_model
+from tutelage.students import ReusedHead, plain
+from tutelage.teachers import Signal, Teacher
 
 
 def train_student(

@@ -17,6 +17,8 @@ from tutelage.config import CacheConfig, DataConfig, Recipe
 from tutelage.data import Batch, Data, InOrder
 from tutelage.engine import Accelerator, make_accelerator, precision_here
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
+from tutelage.experiment.measure import fingerprint
+from tutelage.experiment.teachers import ModelTeacher, as_it_runs
 from tutelage.methods import Method
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
@@ -24,8 +26,6 @@ from tutelage.students import feature_shapes
 from tutelage.taps import output_head
 from tutelage.teachers import CachedTeacher, Layout, ServedTeacher
 from tutelage.teachers.cache import compact, info, verify
-from tutelage.workflows.measure import fingerprint
-from tutelage.workflows.teachers import ModelTeacher, as_it_runs
 
 FOLDER = Path("runs") / "cache"
 
@@ -111,7 +111,7 @@ def _opened(
     method: Method,
     accelerator: Accelerator,
 ) -> CachedTeacher:
-    from tutelage.workflows.teaching import all_needs
+    from tutelage.experiment.teacher_setup import all_needs
 
     needs = all_needs(method)
     if needs.head and config.keep != "hidden" and not method.takes_sparse:
@@ -207,10 +207,10 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         CacheError: the folder's cache was made from something else, is damaged, or cannot be written.
         Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
     """
-    from tutelage.workflows.checks import check_output, check_teachers, warn_of_precision
-    from tutelage.workflows.run import comparison, load_data
-    from tutelage.workflows.setting import fitted
-    from tutelage.workflows.teaching import as_taught, is_taught, served_by
+    from tutelage.experiment.checks import check_output, check_teachers, warn_of_precision
+    from tutelage.experiment.run import comparison, load_data
+    from tutelage.experiment.spec import fitted
+    from tutelage.experiment.teacher_setup import as_taught, is_taught, served_by
 
     if recipe.teacher is None:
         raise ConfigError(

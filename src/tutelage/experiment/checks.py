@@ -12,14 +12,14 @@ from torch import nn
 from tutelage.engine import Accelerator, slow_bf16
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
+from tutelage.experiment.spec import Comparison, Context, example_of
+from tutelage.experiment.teachers import Member, check_agree
+from tutelage.experiment.trainer import said
 from tutelage.methods import Method, Trainee, check_task
 from tutelage.models import label_names
 from tutelage.progress import Terminal
 from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers import Ensemble, LiveTeacher, Teacher
-from tutelage.workflows.setting import Comparison, Context, example_of
-from tutelage.workflows.teachers import Member, check_agree
-from tutelage.workflows.training import said
 
 
 def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> None:

@@ -14,11 +14,11 @@ from tutelage.config import Recipe, TextDataConfig, build_recipe, load_recipe
 from tutelage.data import Data, InOrder, load_images, load_texts
 from tutelage.data.tokens import fingerprint
 from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, nearest
+from tutelage.experiment.run import read_summary
 from tutelage.export.subject import Inputs, Subject, as_inputs, read_subject
 from tutelage.models import MODEL_CARD
 from tutelage.models.files import read_card
 from tutelage.progress import Terminal
-from tutelage.workflows.run import read_summary
 
 SUMMARY, CONFIG, STUDENT = "summary.json", "config.yaml", "student"
 

@@ -6,9 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tutelage.errors import CapabilityError
-from tutelage.methods import check_capabilities
-from tutelage.students import has_adapters, is_rounded, plain
-from tutelage.workflows.checks import (
+from tutelage.experiment.checks import (
     check_labels,
     check_method_runs,
     check_optimizer,
@@ -17,11 +15,13 @@ from tutelage.workflows.checks import (
     check_teachers,
     check_written,
 )
-from tutelage.workflows.measure import parameters
-from tutelage.workflows.setting import Arm, Comparison, Context, References, fitted, model_of, projectors
-from tutelage.workflows.summary import best_on_validation, keep_samples, keep_written, summarise
-from tutelage.workflows.teaching import examined, live_teacher, served_by, taught_by
-from tutelage.workflows.training import train_student
+from tutelage.experiment.measure import parameters
+from tutelage.experiment.spec import Arm, Comparison, Context, References, fitted, model_of, projectors
+from tutelage.experiment.summary import best_on_validation, keep_samples, keep_written, summarise
+from tutelage.experiment.teacher_setup import examined, live_teacher, served_by, taught_by
+from tutelage.experiment.trainer import train_student
+from tutelage.methods import check_capabilities
+from tutelage.students import has_adapters, is_rounded, plain
 
 
 def compare(c: Comparison, ctx: Context) -> dict[str, Any]:

@@ -1,1 +1,0 @@
-"""Workflows: anything that trains more than once, or makes data first."""
