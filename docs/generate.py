@@ -16,7 +16,7 @@ from tutelage.data import views
 from tutelage.engine import optim
 from tutelage.errors import ConfigError
 from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES
-from tutelage.methods.links import Site
+from tutelage.methods.features import Site
 from tutelage.models import ZOO
 
 PAGE = Path(__file__).with_name("recipes.md")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.students import block_influence, cut, layer_map
-from tutelage.students.axes import anatomy
 from tutelage.students.layers import layer_stack
 from tutelage.students.probing import pattern
+from tutelage.students.width_pruning import anatomy
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,

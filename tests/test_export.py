@@ -452,7 +452,7 @@ def test_asking_imports_nothing_that_trains(runs: Runs, cnn: Path) -> None:
     files, _ = digits(cnn, 1)
     code = (
         "import sys; from tutelage.cli.export import predict; predict(sys.argv[1], [sys.argv[2]]); "
-        "rooms = ('engine', 'methods', 'teachers', 'workflows', 'losses', 'config'); "
+        "rooms = ('engine', 'methods', 'teachers', 'experiment', 'losses', 'config'); "
         "print([r for r in rooms if f'tutelage.{r}' in sys.modules], 'accelerate' in sys.modules)"
     )
     done = subprocess.run(

@@ -16,7 +16,7 @@ from tutelage.data import Batch
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, ModelError
 from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES, FeatureMethod, Method, built
-from tutelage.methods.links import Compared
+from tutelage.methods.features import Compared
 from tutelage.models.small import ConvNet
 from tutelage.progress import Terminal
 from tutelage.students import PROJECTORS

@@ -20,7 +20,7 @@ from tutelage.config import build_recipe, load_recipe
 from tutelage.data import IGNORE, Batch, load_texts
 from tutelage.data.chat import encoded
 from tutelage.data.tokens import cut
-from tutelage.engine.recompute import recompute
+from tutelage.engine.gradient_checkpointing import recompute
 from tutelage.errors import CacheError, CapabilityError, DataError
 from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, Method, Term, Trainee, built

@@ -22,12 +22,12 @@ from tutelage.cli import main
 from tutelage.config import Recipe, build_recipe, load_recipe
 from tutelage.data.images import ImageSet
 from tutelage.errors import ConfigError, MissingDependencyError, NumericsError, RunDirectoryError
+from tutelage.experiment import run as run_module
 from tutelage.progress import Terminal
 from tutelage.search import search as search_module
 from tutelage.search import search_space as space_module
 from tutelage.search import trials as trials_module
 from tutelage.search.study import Result, Suggestions, Ticket
-from tutelage.workflows import run as run_module
 
 RECIPE: dict[str, Any] = {
     "name": "small",

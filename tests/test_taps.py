@@ -19,7 +19,7 @@ from test_distribution import launch
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
-from tutelage.engine.watcher import Silent
+from tutelage.engine.callbacks import Silent
 from tutelage.errors import ModelError
 from tutelage.methods import FeatureMethod, Method, Term, Trainee, built
 from tutelage.models.small import ConvNet

@@ -20,7 +20,7 @@ from tutelage.data import tokens as tokens_module
 from tutelage.errors import ConfigError, DataError, TutelageError
 from tutelage.evaluation.metrics import of_confusion
 from tutelage.experiment.texts import load_text_data
-from tutelage.methods.hard import HARD
+from tutelage.methods.label_losses import HARD
 from tutelage.models import load_model
 from tutelage.progress import Terminal
 from tutelage.search.search import search

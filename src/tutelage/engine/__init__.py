@@ -1,5 +1,6 @@
 """The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
 
+from tutelage.engine.callbacks import Watcher
 from tutelage.engine.launch import (
     Accelerator,
     from_main,
@@ -11,7 +12,6 @@ from tutelage.engine.launch import (
 )
 from tutelage.engine.loop import Outcome, Training, fit
 from tutelage.engine.rundir import RunDirectory
-from tutelage.engine.watcher import Watcher
 
 __all__ = [
     "Accelerator",

@@ -20,11 +20,11 @@ from tutelage.config import TrainConfig
 from tutelage.data.batch import IGNORE, Batch
 from tutelage.data.loader import Batches, Share
 from tutelage.engine import checkpoint
+from tutelage.engine.callbacks import Silent, Watcher
 from tutelage.engine.ema import EMA
+from tutelage.engine.gradient_checkpointing import recompute
 from tutelage.engine.optim import build_optimizer, build_schedule
-from tutelage.engine.recompute import recompute
 from tutelage.engine.rundir import RunDirectory
-from tutelage.engine.watcher import Silent, Watcher
 from tutelage.engine.zero import Zero
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.evaluation.evaluate import Said, evaluate

@@ -1,1 +1,1 @@
-"""One comparison: the student without and with its teacher, over seeds, from a recipe or from the caller's modules."""
+"""One comparison: a student without and with its teacher, over seeds, from a recipe or from the caller's modules."""

@@ -15,7 +15,7 @@ from tutelage.methods.byot import ByotMethod
 from tutelage.methods.cross import CrossTokenizerMethod
 from tutelage.methods.embedding import EmbeddingMethod
 from tutelage.methods.feature import FeatureMethod, PairsMethod
-from tutelage.methods.links import FEATURE_LOSSES
+from tutelage.methods.features import FEATURE_LOSSES
 from tutelage.methods.logit import LOGIT_LOSSES, LogitMethod, SupervisedMethod, TeacherFreeMethod
 from tutelage.methods.minilm import MinilmMethod
 from tutelage.methods.mutual import MutualMethod

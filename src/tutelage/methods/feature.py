@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.methods.base import Method, Phase, Term
-from tutelage.methods.links import FEATURE_LOSSES, Compared, Link, Setting, Site, Where, token_positions
+from tutelage.methods.features import FEATURE_LOSSES, Compared, Link, Setting, Site, Where, token_positions
 from tutelage.methods.logit import LogitMethod
 from tutelage.students import before_activations, embedding, feature_shapes, stages
 from tutelage.students.projectors import Shape

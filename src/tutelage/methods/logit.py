@@ -13,7 +13,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError, suggest
 from tutelage.methods.base import Method, Term
-from tutelage.methods.hard import hard_of
+from tutelage.methods.label_losses import hard_of
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal, Sparse
 

@@ -11,7 +11,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.hard import hard_of
+from tutelage.methods.label_losses import hard_of
 from tutelage.methods.logit import LOGIT_LOSSES
 from tutelage.students.projectors import device_of
 from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head

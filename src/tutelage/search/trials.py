@@ -18,7 +18,7 @@ from torch import nn
 from tutelage.config import Recipe, dump_recipe
 from tutelage.data import Data
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
-from tutelage.engine.watcher import Silent
+from tutelage.engine.callbacks import Silent
 from tutelage.errors import NumericsError
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.checks import (

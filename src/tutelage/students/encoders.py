@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, ModelError
-from tutelage.students.axes import Anatomy, anatomy
 from tutelage.students.copying import built, transplant
 from tutelage.students.embeddings import factorise
 from tutelage.students.layers import config_of, layer_map, layer_stack
 from tutelage.students.probing import pattern, shortened, varied
+from tutelage.students.width_pruning import Anatomy, anatomy
 
 Units = dict[tuple[str, str], Tensor]
 """Units by role and layer, ascending; hidden units have no layer."""

@@ -1,10 +1,10 @@
 """Teachers: anything that gives one typed signal for a batch."""
 
-from tutelage.teachers.ahead import AheadTeacher
 from tutelage.teachers.cache import CachedTeacher, Layout
 from tutelage.teachers.ensemble import Ensemble, EnsembleTeacher, learned_weights
 from tutelage.teachers.live import LiveTeacher
 from tutelage.teachers.memory import MemoryTeacher
+from tutelage.teachers.prefetching import AheadTeacher
 from tutelage.teachers.served import ServedTeacher
 from tutelage.teachers.signal import Signal, Sparse, Teacher
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from tutelage.data.batch import Batch
 from tutelage.errors import CacheError, CapabilityError
 from tutelage.taps import Needs
-from tutelage.teachers.ahead import answered, precision_of
 from tutelage.teachers.cache.columns import Array, Columns, taken
 from tutelage.teachers.cache.files import MANIFEST, has_output, hashed, read_output, write_manifest, write_output
 from tutelage.teachers.cache.layout import Layout, OutputLayer, tokens_of
 from tutelage.teachers.cache.reader import Reader
 from tutelage.teachers.cache.writer import Writer
+from tutelage.teachers.prefetching import answered, precision_of
 from tutelage.teachers.signal import Signal, Teacher
 
 LOOK_SECONDS = 2.0

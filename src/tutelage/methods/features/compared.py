@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
-from tutelage.methods.links.base import Link, Setting, Site, mean_over, token_positions
+from tutelage.methods.features.base import Link, Setting, Site, mean_over, token_positions
 from tutelage.students import build_projector
 
 

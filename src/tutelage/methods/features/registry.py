@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.methods.links.base import Link, Site, Where
-from tutelage.methods.links.compared import (
+from tutelage.methods.features.base import Link, Site, Where
+from tutelage.methods.features.compared import (
     Angles,
     AttentionDivergence,
     AttentionSquares,
@@ -21,8 +21,8 @@ from tutelage.methods.links.compared import (
     Similarity,
     ValueRelation,
 )
-from tutelage.methods.links.contrast import Contrast
-from tutelage.methods.links.learned import FactorTransfer, Overhaul, Review, Variational
+from tutelage.methods.features.contrast import Contrast
+from tutelage.methods.features.learned import FactorTransfer, Overhaul, Review, Variational
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Phase, Term
-from tutelage.methods.links.base import Link, Setting, Site, counted_rows
+from tutelage.methods.features.base import Link, Setting, Site, counted_rows
 from tutelage.students import Projector, build_projector, fitting, last_norm, resize
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
