@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from tutelage import losses
 from tutelage.config import OptimizerConfig
-from tutelage.data import Batch, PlannedBatches, Share, load_images
+from tutelage.data import Batch, PlannedBatches, RankSlice, load_images
 from tutelage.engine.optim import build_optimizer
 from tutelage.evaluation.statistics import paired
-from tutelage.methods import LogitMethod, Method, SupervisedMethod, Trainee
+from tutelage.methods import DistillationModule, LogitMethod, Method, SupervisedMethod
 from tutelage.models.small import ConvNet
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher, Signal, Teacher
@@ -64,7 +64,7 @@ def epoch(pairs: int) -> dict[str, Any]:
             layout = Layout("dense", 10, "fp16")
             batches = PlannedBatches(data.train, 64, seed=0, views=1)
             with CachedTeacher(folder, layout, FROM, teacher) as cache:
-                for (batch,) in batches.epoch(0, Share()):
+                for (batch,) in batches.epoch(0, RankSlice()):
                     cache.fill(batch)
             cached = CachedTeacher(folder, layout, FROM)
             arms: dict[str, tuple[Method, Teacher | None]] = {
@@ -76,7 +76,7 @@ def epoch(pairs: int) -> dict[str, Any]:
             for run in runs.values():
                 run()
             # The teacher's share is its forward pass alone: drawing the images is paid by every arm.
-            runs["forward"] = partial(_forward, teacher, list(batches.epoch(0, Share())))
+            runs["forward"] = partial(_forward, teacher, list(batches.epoch(0, RankSlice())))
             rounds = [{arm: _timed(run) for arm, run in runs.items()} for _ in range(pairs)]
         saved = [(r["live"] - r["cached"]) / r["forward"] for r in rounds]
         interval = paired(saved, [0.0] * len(saved))
@@ -99,11 +99,11 @@ def _trainer(
     widths: tuple[int, ...], method: Method, asked: Teacher | None, batches: PlannedBatches
 ) -> Callable[[], None]:
     torch.manual_seed(1)
-    trainee = Trainee(ConvNet(classes=10, channels=1, widths=widths), method).train()
+    trainee = DistillationModule(ConvNet(classes=10, channels=1, widths=widths), method).train()
     optimizer = build_optimizer(trainee, OptimizerConfig(kind="sgd", lr=0.01))
 
     def run() -> None:
-        for (batch,) in batches.epoch(0, Share()):
+        for (batch,) in batches.epoch(0, RankSlice()):
             signal = None if asked is None or method.needs is None else asked.signal(batch, method.needs)
             terms = trainee(batch, signal)
             torch.stack([method.weights[k] * t.sum / t.count for k, t in terms.items()]).sum().backward()
@@ -132,7 +132,7 @@ def write(rounds: int) -> dict[str, Any]:
     data = load_images("fashion-mnist", limit=4_000)
     torch.manual_seed(0)
     teacher = LiveTeacher(ConvNet(classes=1000, channels=1, widths=(32, 64, 128)))
-    batches = list(PlannedBatches(data.train, 128, seed=0).epoch(0, Share()))
+    batches = list(PlannedBatches(data.train, 128, seed=0).epoch(0, RankSlice()))
 
     def bare() -> None:
         for (batch,) in batches:

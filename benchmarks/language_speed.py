@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from tutelage import losses
 from tutelage.config import OptimizerConfig, TrainConfig
-from tutelage.data import PlannedBatches, Share, load_texts
+from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
 from tutelage.methods import SequenceMethod, TokenMethod, built
 from tutelage.models import tokenizer_of
@@ -182,13 +182,13 @@ def main() -> None:
     teacher, student = models(len(tokenizer), args.width, args.layers)
     planned = PlannedBatches(data.train, args.rows, seed=0)
     steps = args.steps + FIRST + 1
-    example = next(iter(planned.epoch(0, Share())))[0]
+    example = next(iter(planned.epoch(0, RankSlice())))[0]
 
     def measured(
         method: Any, taught: Any, loss: Callable[[Any, Any, Tensor], Tensor], folder: Path
     ) -> dict[str, Any]:
         mine = copy.deepcopy(student)
-        batches = (b for (b,) in planned.epoch(0, Share()))
+        batches = (b for (b,) in planned.epoch(0, RankSlice()))
         watcher = InTurn(by_hand(copy.deepcopy(student), batches, loss, precision))
         config = TrainConfig(
             steps=steps, batch_size=args.rows, precision=precision, optimizer=OptimizerConfig(kind="adamw", lr=1e-5)
@@ -209,7 +209,7 @@ def main() -> None:
             **measured(TokenMethod(), LiveTeacher(teacher), soft(copy.deepcopy(teacher)), top / "live"),
         }
         with CachedTeacher(top / "cache", layout, {"teacher": "random"}, LiveTeacher(teacher)) as writing:
-            for _, (batch,) in zip(range(steps), planned.epoch(0, Share()), strict=False):
+            for _, (batch,) in zip(range(steps), planned.epoch(0, RankSlice()), strict=False):
                 writing.fill(batch)
         with CachedTeacher(top / "cache", layout, {"teacher": "random"}) as cached:
             figures["cache"] = {"against": "CE by hand", **measured(TokenMethod(), cached, hard, top / "cached")}

@@ -45,11 +45,11 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     from tutelage.methods import (
         FEATURE_LOSSES,
         LOGIT_LOSSES,
+        DistillationModule,
         FeatureMethod,
         LogitMethod,
         SimkdMethod,
         SupervisedMethod,
-        Trainee,
         adapted,
         built,
     )
@@ -68,7 +68,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
         method = FeatureMethod(objective=name)
     else:
         method = None
-    plain = Trainee(student, SupervisedMethod()).train()
+    plain = DistillationModule(student, SupervisedMethod()).train()
     start = peak()
 
     def step() -> None:
@@ -129,7 +129,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
             times.append(time.perf_counter() - before)
         pairs.append(times)
     if method is not None and name != "simkd":  # both at once, for what memory they need together
-        trainee = Trainee(student, method).train()
+        trainee = DistillationModule(student, method).train()
         for _ in range(2):
             found = trainee(batch, signal)
             torch.stack([t.sum / t.count.clamp(min=1) for t in found.values()]).sum().backward()

@@ -71,11 +71,11 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
     import torch
 
     from tutelage.config import load_recipe
-    from tutelage.data import Share
+    from tutelage.data import RankSlice
     from tutelage.engine.optim import build_optimizer
     from tutelage.experiment.run import comparison, load_data
     from tutelage.experiment.spec import fitted
-    from tutelage.methods import SupervisedMethod, Trainee
+    from tutelage.methods import DistillationModule, SupervisedMethod
     from tutelage.progress import Terminal
     from tutelage.teachers import LiveTeacher
 
@@ -86,11 +86,11 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
     student, taught = c.student(0), SupervisedMethod()
     if method is not None:
         student, taught = fitted(c, student, teacher.model, 0)  # type: ignore[assignment]
-    trainee = Trainee(student, taught).train()
+    trainee = DistillationModule(student, taught).train()
     optimizer = build_optimizer(trainee, loaded.train.optimizer)
     times: list[float] = []
     torch.manual_seed(0)
-    for micros in c.batches("distilled", 0).epoch(0, Share()):
+    for micros in c.batches("distilled", 0).epoch(0, RankSlice()):
         start = time.perf_counter()
         (batch,) = micros
         signal = teacher.signal(batch, taught.needs) if taught.needs is not None else None

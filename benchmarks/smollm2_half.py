@@ -25,7 +25,7 @@ import torch
 
 from tutelage import api
 from tutelage.config import load_recipe
-from tutelage.data import PlannedBatches, Share, load_texts
+from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.evaluation import evaluate
 from tutelage.evaluation.evaluate import said_at
 from tutelage.models import tokenizer_of
@@ -126,7 +126,7 @@ def before() -> dict[str, float]:
         "table", path={"train": str(FOLDER / "train.jsonl"), "test": str(FOLDER / "held-out.jsonl")}, task="causal",
         text="messages", max_length=LENGTH, pack=True, validation=0.04, tokenizer=tokenizer_of(MODEL),
     ).test  # fmt: skip
-    batches = [batch for (batch,) in PlannedBatches(held, 8, 0).epoch(0, Share())]
+    batches = [batch for (batch,) in PlannedBatches(held, 8, 0).epoch(0, RankSlice())]
     half = cut(teacher, layers=15, map="every-other").model
     said = [said_at(LiveTeacher(teacher), batch) for batch in batches]
     found = evaluate(half, batches, torch.device("cpu"), said)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from tutelage.data import Batch, PlannedBatches, Share, load_texts
+from tutelage.data import Batch, PlannedBatches, RankSlice, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
 from tutelage.evaluation import evaluate
 from tutelage.evaluation.evaluate import said_at
@@ -142,7 +142,7 @@ def main() -> None:
         "table", tokenizer=cutter, path={"train": args.train, "test": args.held_out}, task="causal", pack=True,
         max_length=LENGTH, limit=4000, validation=0.0,
     )  # fmt: skip
-    held = [batch for (batch,) in PlannedBatches(data.test, ROWS, 0).epoch(0, Share())][: HELD // ROWS]
+    held = [batch for (batch,) in PlannedBatches(data.test, ROWS, 0).epoch(0, RankSlice())][: HELD // ROWS]
     live, accelerator = LiveTeacher(teacher), make_accelerator(precision)
     words = [said_at(live, batch) for batch in held]
     student = cut(teacher, layers=LAYERS).model
@@ -224,7 +224,7 @@ def rows(planned: PlannedBatches) -> Iterator[Batch]:
     """Batches of all epochs."""
     epoch = 0
     while True:
-        for (batch,) in planned.epoch(epoch, Share()):
+        for (batch,) in planned.epoch(epoch, RankSlice()):
             yield batch
         epoch += 1
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from tutelage.config import OptimizerConfig, TrainConfig
-from tutelage.data import PlannedBatches, Share, load_texts
+from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.methods import LogitMethod
 from tutelage.models import tokenizer_of
@@ -95,7 +95,7 @@ def main() -> None:
     planned = PlannedBatches(data.train, BATCH, seed=0)
 
     def same() -> Iterator[Any]:
-        for (batch,) in planned.epoch(0, Share()):
+        for (batch,) in planned.epoch(0, RankSlice()):
             yield {**batch.inputs, "labels": batch.labels}  # type: ignore[dict-item]
 
     rows = [
@@ -117,7 +117,7 @@ def main() -> None:
     tokens = {"engine": watcher.tokens["same batches by hand"], **watcher.tokens}
     rates = {n: sum(tokens[n][2:-1]) / sum(watcher.seconds[n][2:-1]) for n in tokens}
     mine, hand = watcher.seconds["engine"][2:-1], watcher.seconds["same batches by hand"][2:-1]
-    padded = sum(int(b.inputs["attention_mask"].numel()) for (b,) in planned.epoch(0, Share()))  # type: ignore[index]
+    padded = sum(int(b.inputs["attention_mask"].numel()) for (b,) in planned.epoch(0, RankSlice()))  # type: ignore[index]
     found = {
         "tokens_a_second": rates,
         "engine_over_shuffled": rates["engine"] / rates["shuffled by hand"],

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from numbered import TAPS, WIDTH, Numbered, allocated, hooks, numbered, tensors
 from tutelage.data import Batch
 from tutelage.engine import leave
-from tutelage.methods import Method, Term, Trainee
+from tutelage.methods import DistillationModule, Method, Term
 from tutelage.taps import Needs, Observation
 from tutelage.teachers import Signal
 
@@ -47,7 +47,7 @@ class Kept(Method):
         return {"hint": Term(loss_of(student.logits, dict(student.hidden), self.project), self.counts(batch)["hint"])}
 
 
-def wrapped(kind: str, trainee: Trainee) -> nn.Module:
+def wrapped(kind: str, trainee: DistillationModule) -> nn.Module:
     if kind == "fsdp":
         for unit in (trainee.student.one, trainee.student.shared):
             fully_shard(unit)
@@ -63,7 +63,7 @@ def batch_of(i: int) -> Batch:
 
 def main(kind: str, steps: int) -> None:
     torch.manual_seed(0)
-    trainee = Trainee(Numbered(), Kept())
+    trainee = DistillationModule(Numbered(), Kept())
     reference = copy.deepcopy(trainee)  # never wrapped: sees the batches of both processes
     trainee.open()
     model = wrapped(kind, trainee)

@@ -17,7 +17,7 @@ from tutelage.config import build_recipe, load_recipe
 from tutelage.data import Batch, load_images
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import ConfigError, Interrupted, ModelError
-from tutelage.methods import ByotMethod, Trainee, built
+from tutelage.methods import ByotMethod, DistillationModule, built
 from tutelage.models import load_model
 from tutelage.models.small import MLP, ConvNet, ResNet
 from tutelage.progress import Terminal
@@ -36,9 +36,9 @@ def network() -> nn.Module:
     return ConvNet(classes=4, channels=1, widths=(3, 5, 8), depth=1)
 
 
-def fit(student: nn.Module, **options: Any) -> Trainee:
+def fit(student: nn.Module, **options: Any) -> DistillationModule:
     example = batch(2)
-    return Trainee(student, built(ByotMethod(**options), student, None, example, 0)).train()
+    return DistillationModule(student, built(ByotMethod(**options), student, None, example, 0)).train()
 
 
 def test_terms_are_those_of_the_paper() -> None:

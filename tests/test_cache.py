@@ -20,7 +20,7 @@ from torch import nn
 from tutelage import api, losses
 from tutelage.cli import main
 from tutelage.config import build_recipe
-from tutelage.data import Batch, InOrder, PlannedBatches, Share, load_images
+from tutelage.data import Batch, InOrder, PlannedBatches, RankSlice, load_images
 from tutelage.errors import CacheError, CapabilityError, ConfigError, NumericsError
 from tutelage.models.small import ConvNet
 from tutelage.progress import Terminal
@@ -98,7 +98,7 @@ def test_views_are_kept_apart_and_are_the_live_teachers(tmp_path: Path) -> None:
     assert len(cache.reader) == 180
     for seed in (0, 7):
         for epoch in range(4):
-            for (batch,) in PlannedBatches(data.train, 16, seed, views=3).epoch(epoch, Share()):
+            for (batch,) in PlannedBatches(data.train, 16, seed, views=3).epoch(epoch, RankSlice()):
                 expected = live.signal(batch, Needs()).dense()
                 torch.testing.assert_close(cache.signal(batch, Needs()).dense(), expected, rtol=1e-5, atol=1e-5)
     assert cache.asked == 0

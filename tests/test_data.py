@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.data import Batch, InOrder, LoaderBatches, PlannedBatches, Share, as_batch, causal_batch, load_images
+from tutelage.data import (
+    Batch,
+    InOrder,
+    LoaderBatches,
+    PlannedBatches,
+    RankSlice,
+    as_batch,
+    causal_batch,
+    load_images,
+)
 from tutelage.data.batch import IGNORE, spans
 from tutelage.data.views import drawn, flip, shift, uniform, view_seeds
 from tutelage.errors import ConfigError, DataError
@@ -82,8 +91,8 @@ def test_drawn_restores_the_generators() -> None:
 def test_shares_of_all_processes_make_the_batch_and_nothing_twice(world: int, accumulate: int) -> None:
     data = load_images("digits", limit=75).train
     plan = PlannedBatches(data, 32, seed=1)
-    whole = [m[0].ids for m in plan.epoch(2, Share())]
-    shares = [list(plan.epoch(2, Share(rank, world, accumulate))) for rank in range(world)]
+    whole = [m[0].ids for m in plan.epoch(2, RankSlice())]
+    shares = [list(plan.epoch(2, RankSlice(rank, world, accumulate))) for rank in range(world)]
     for step, ids in enumerate(whole):
         counted = [m.ids[m.counted()] for share in shares for m in share[step]]
         assert torch.equal(torch.cat(counted), ids)
@@ -103,15 +112,15 @@ def test_a_process_without_a_row_gets_a_stand_in_that_does_not_count() -> None:
 
 def test_skipping_steps_gives_the_same_batches_as_going_through_them() -> None:
     plan = PlannedBatches(load_images("digits", limit=100, augment=["flip"]).train, 16, seed=0)
-    whole, later = list(plan.epoch(1, Share())), list(plan.epoch(1, Share(), skip=3))
+    whole, later = list(plan.epoch(1, RankSlice())), list(plan.epoch(1, RankSlice(), skip=3))
     for (a,), (b,) in zip(whole[3:], later, strict=True):
         assert torch.equal(a.inputs, b.inputs)
 
 
 def test_worker_processes_give_the_same_batches() -> None:
     data = load_images("digits", limit=64, augment=["flip"]).train
-    here = list(PlannedBatches(data, 16, seed=0).epoch(0, Share()))
-    there = list(PlannedBatches(data, 16, seed=0, workers=2).epoch(0, Share()))
+    here = list(PlannedBatches(data, 16, seed=0).epoch(0, RankSlice()))
+    there = list(PlannedBatches(data, 16, seed=0, workers=2).epoch(0, RankSlice()))
     assert all(torch.equal(a[0].inputs, b[0].inputs) for a, b in zip(here, there, strict=True))
 
 
@@ -121,13 +130,13 @@ def test_a_shuffling_loader_repeats_its_order_and_leaves_the_global_generator_al
     )
     batches = LoaderBatches(loader, seed=5)
     torch.manual_seed(1)
-    first = [m[0].inputs for m in batches.epoch(0, Share())]
+    first = [m[0].inputs for m in batches.epoch(0, RankSlice())]
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(1))
-    again = [m[0].inputs for m in batches.epoch(0, Share(), skip=2)]
+    again = [m[0].inputs for m in batches.epoch(0, RankSlice(), skip=2)]
     assert all(torch.equal(a, b) for a, b in zip(first[2:], again, strict=True))
-    assert not torch.equal(torch.cat(first), torch.cat([m[0].inputs for m in batches.epoch(1, Share())]))
+    assert not torch.equal(torch.cat(first), torch.cat([m[0].inputs for m in batches.epoch(1, RankSlice())]))
 
 
 def test_in_order_gives_every_row_once() -> None:
@@ -146,7 +155,7 @@ def test_a_loader_whose_length_lies_is_an_error_and_not_an_endless_epoch(given: 
             return iter([(torch.zeros(2, 3), torch.zeros(2).long())] * given)
 
     with pytest.raises(DataError, match="length is 5"):
-        list(LoaderBatches(Loader(), seed=0).epoch(0, Share()))
+        list(LoaderBatches(Loader(), seed=0).epoch(0, RankSlice()))
 
 
 @pytest.mark.parametrize("source", ["torch", "python", "numpy", "own"])
@@ -168,25 +177,25 @@ def test_a_loader_draws_from_a_stream_of_its_own_whatever_it_draws_with(source: 
                 yield draw().float().view(1, 1), torch.zeros(1).long()
 
     batches = LoaderBatches(Loader(), seed=1)
-    whole = [float(m[0].inputs) for m in batches.epoch(0, Share())]
+    whole = [float(m[0].inputs) for m in batches.epoch(0, RankSlice())]
     random.random(), np.random.rand(), torch.rand(1)
     before = random.getstate(), torch.get_rng_state()
-    assert [float(m[0].inputs) for m in batches.epoch(0, Share(), skip=4)] == whole[4:]
+    assert [float(m[0].inputs) for m in batches.epoch(0, RankSlice(), skip=4)] == whole[4:]
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
-    assert [float(m[0].inputs) for m in batches.epoch(1, Share())] != whole
+    assert [float(m[0].inputs) for m in batches.epoch(1, RankSlice())] != whole
 
 
 def test_fetching_processes_leave_the_global_generator_alone() -> None:
     plan = PlannedBatches(load_images("digits", limit=40).train, 16, seed=0, workers=1)
     before = torch.get_rng_state()
-    list(plan.epoch(0, Share()))
+    list(plan.epoch(0, RankSlice()))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_last_row_all_by_itself_joins_the_batch_before() -> None:
     plan = PlannedBatches(load_images("digits", limit=33).train, 16, seed=0)
-    assert [len(m[0]) for m in plan.epoch(0, Share())] == [16, 17]
+    assert [len(m[0]) for m in plan.epoch(0, RankSlice())] == [16, 17]
     assert plan.steps_per_epoch == 2
 
 

@@ -115,10 +115,10 @@ def test_peers_and_their_stale_copies_agree_too(tmp_path: Path) -> None:
 def test_mean_of_means_would_differ(alone: dict[str, Tensor]) -> None:
     """The guard of the guard: averaging micro-batch means moves the weights by far more than the tolerance."""
     from distributed_job import BATCH, Rows
-    from tutelage.data import Share
+    from tutelage.data import RankSlice
     from tutelage.data.loader import PlannedBatches
 
-    last = list(PlannedBatches(Rows(), BATCH, seed=3).epoch(0, Share(accumulate=4)))[-1]
+    last = list(PlannedBatches(Rows(), BATCH, seed=3).epoch(0, RankSlice(accumulate=4)))[-1]
     counts = [int(b.labelled().sum()) for b in last]
     assert len(set(counts)) > 1, "the last batch must be uneven for the test above to mean anything"
 

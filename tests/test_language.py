@@ -23,7 +23,7 @@ from tutelage.data.tokens import cut
 from tutelage.engine.gradient_checkpointing import recompute
 from tutelage.errors import CacheError, CapabilityError, DataError
 from tutelage.evaluation import evaluate
-from tutelage.methods import METHODS, Method, Term, Trainee, built
+from tutelage.methods import METHODS, DistillationModule, Method, Term, built
 from tutelage.methods.token import check_apart
 from tutelage.models import ModelSpec, build
 from tutelage.models.texts import _whole as whole_of
@@ -158,7 +158,7 @@ def test_conversations_need_a_chat_template() -> None:
 
 def passed(student: Any, method: Method, batch: Batch, signal: Signal | None) -> dict[str, Term]:
     """The terms of a batch."""
-    with closing(Trainee(student, method)) as trainee:
+    with closing(DistillationModule(student, method)) as trainee:
         trainee.open()
         terms: dict[str, Term] = trainee(batch, signal)
     return terms

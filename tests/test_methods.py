@@ -21,13 +21,13 @@ from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import (
     FEATURE_LOSSES,
     LOGIT_LOSSES,
+    DistillationModule,
     FeatureMethod,
     LogitMethod,
     Method,
     SimkdMethod,
     SupervisedMethod,
     TeacherFreeMethod,
-    Trainee,
     adapted,
     built,
 )
@@ -109,7 +109,7 @@ def test_labels_that_are_several_or_numbers(task: Task, soft: str, term: str) ->
 def test_labels_of_another_task_are_an_error() -> None:
     student, _ = pair()
     with pytest.raises(CapabilityError, match=r"learns from classes.*multi-label"):
-        Trainee(student, TeacherFreeMethod())(several(batch(), "multi-label"), None)
+        DistillationModule(student, TeacherFreeMethod())(several(batch(), "multi-label"), None)
     with pytest.raises(ConfigError, match=r"'kd' is for classes, and the labels are regression"):
         LogitMethod(soft="kd", task="regression")
 
@@ -153,7 +153,7 @@ def test_every_objective_pairs_by_itself_and_teaches(name: str, resnet: bool) ->
     student, teacher = pair(resnet)
     b = batch()
     method = fit(FeatureMethod(objective=name, alpha=0.0, hard=0.0), student, teacher, b)
-    trainee, live = Trainee(student, method).train(), LiveTeacher(teacher)
+    trainee, live = DistillationModule(student, method).train(), LiveTeacher(teacher)
     (first, *_) = (n for n in method.weights if n.startswith(name))
     optimizer = torch.optim.Adam([p for p in trainee.parameters() if p.requires_grad], lr=5e-3)
     values = []
@@ -282,7 +282,7 @@ def test_the_contrast_remembers_whom_it_saw_after_the_step_and_not_before() -> N
     b = batch()
     method = fit(FeatureMethod(objective="crd", options={"negatives": 5, "width": 7}), student, teacher, b)
     link = method.hidden.links[0]
-    trainee, half = Trainee(student, method).train(), b.rows(0, 6)
+    trainee, half = DistillationModule(student, method).train(), b.rows(0, 6)
     before = link.memory.student.clone()
     terms = trainee(half, LiveTeacher(teacher).signal(half, method.needs))
     assert torch.equal(link.memory.student, before)
@@ -316,7 +316,7 @@ def test_attention_and_value_relations_of_encoders() -> None:
         {"student": values, "teacher": values, "objective": "value_relation", "options": {"heads": 4}},
     ]  # fmt: skip
     method = fit(FeatureMethod(pairs), student, teacher, b)
-    trainee = Trainee(student, method).train()
+    trainee = DistillationModule(student, method).train()
     terms = trainee(b, LiveTeacher(teacher).signal(b, method.needs))
     for name in list(terms)[2:]:
         assert int(terms[name].count) == int(b.inputs["attention_mask"].sum())
@@ -447,7 +447,7 @@ def test_simkd_on_vectors_where_the_map_is_not_averaged() -> None:
     method = SimkdMethod(hard=1.0, alpha=1.0)
     reused = adapted(method, student, teacher, b.rows(0, 2), 0)
     method = built(method, reused, teacher, b.rows(0, 2), 0)
-    trainee = Trainee(reused, method).train()
+    trainee = DistillationModule(reused, method).train()
     terms = trainee(b, LiveTeacher(teacher).signal(b, method.needs))
     assert set(terms) == {"kd", "ce", "simkd"} == set(method.weights) == set(method.counts(b))
     sum(t.sum for t in terms.values()).backward()

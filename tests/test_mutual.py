@@ -18,7 +18,7 @@ from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe, load_recipe
 from tutelage.data import Batch, load_images
 from tutelage.errors import CapabilityError, ConfigError, Interrupted
-from tutelage.methods import MutualMethod, Trainee
+from tutelage.methods import DistillationModule, MutualMethod
 from tutelage.models import load_model
 from tutelage.progress import Terminal
 from worlds import Shuffled, images, state
@@ -48,15 +48,15 @@ def batch(size: int = 7) -> Batch:
     return Batch(torch.randn(size, 6), labels)
 
 
-def trio(**options: Any) -> Trainee:
+def trio(**options: Any) -> DistillationModule:
     method = MutualMethod(2, **options)
     method.join([network(1), network(2)])
     student = network(0)
     method.build(student, None, batch(2))
-    return Trainee(student, method).train()
+    return DistillationModule(student, method).train()
 
 
-def students(trainee: Trainee) -> list[nn.Module]:
+def students(trainee: DistillationModule) -> list[nn.Module]:
     return [trainee.student, *trainee.method.members]  # type: ignore[misc]
 
 
@@ -124,7 +124,7 @@ def test_stale_peers_speak_in_evaluation_mode_and_stay_in_it() -> None:
     student, peer = (nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 4)) for _ in range(2))
     method.join([peer])
     method.build(student, None, batch(2))
-    trainee, b = Trainee(student, method).train(), batch()
+    trainee, b = DistillationModule(student, method).train(), batch()
     before = {k: v.clone() for k, v in method.stale.state_dict().items()}
     with torch.no_grad():
         said = method._said([], b)

@@ -21,7 +21,7 @@ from tutelage.data import Batch, LoaderBatches
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.engine.callbacks import Silent
 from tutelage.errors import ModelError
-from tutelage.methods import FeatureMethod, Method, Term, Trainee, built
+from tutelage.methods import DistillationModule, FeatureMethod, Method, Term, built
 from tutelage.models.small import ConvNet
 from tutelage.taps import Needs, Observation, Observer, compile_apart, find, logits_of, observe, output_head, parse
 from tutelage.teachers import LiveTeacher, Signal
@@ -614,7 +614,7 @@ def test_a_method_that_needs_nothing_of_the_student_does_not_run_it() -> None:
             assert student == Observation()
             return {"norm": Term(torch.zeros((), requires_grad=True), self.counts(batch)["norm"])}
 
-    trainee = Trainee(nn.Linear(2, 2), Alone())
+    trainee = DistillationModule(nn.Linear(2, 2), Alone())
     trainee.open()
     assert trainee(Batch(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)), None)["norm"].count == 3
 
@@ -622,7 +622,7 @@ def test_a_method_that_needs_nothing_of_the_student_does_not_run_it() -> None:
 def test_a_trainee_follows_its_method_when_it_needs_something_else() -> None:
     world = WORLDS["cnn"]()
     batch, method = world.to_batch(world.train[0]), Watching()
-    trainee = Trainee(world.make(4), method)
+    trainee = DistillationModule(world.make(4), method)
     trainee(batch, None)
     method.student_needs = Needs(hidden=(":input", "stages.0", "stages.1"))
     trainee(batch, None)

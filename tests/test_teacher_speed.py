@@ -24,7 +24,7 @@ from tutelage.methods import FeatureMethod, LogitMethod, SupervisedMethod, built
 from tutelage.models.small import MLP
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
-from tutelage.teachers import AheadTeacher, EnsembleTeacher, LiveTeacher, Signal
+from tutelage.teachers import EnsembleTeacher, LiveTeacher, PrefetchingTeacher, Signal
 from tutelage.teachers.int8 import Int8Linear, quantised
 from worlds import unsettled
 
@@ -222,10 +222,10 @@ def test_hidden_states_can_be_saved_for_backward() -> None:
         FeatureMethod(pairs=[{"student": "stages.0", "teacher": "stages.0"}]), network(1), network(), batch(), 0
     )
     student = network(1)
-    from tutelage.methods import Trainee
+    from tutelage.methods import DistillationModule
 
     for options in ({}, {"dtype": "bf16"}, {"batch_size": 2}):
-        trainee = Trainee(student, method)
+        trainee = DistillationModule(student, method)
         said = LiveTeacher(network(), **options).signal(batch(), method.needs)  # type: ignore[arg-type]
         sum(term.sum for term in trainee(batch(), said).values()).backward()
     assert all(p.grad is not None for p in student.parameters())
@@ -236,7 +236,7 @@ def test_hidden_states_can_be_saved_for_backward() -> None:
 
 @pytest.mark.parametrize("process", [False, True])
 def test_asked_ahead_it_says_the_same_in_order_and_out_of_it(process: bool) -> None:
-    plain, teacher = LiveTeacher(network()), AheadTeacher(LiveTeacher(network()), process=process)
+    plain, teacher = LiveTeacher(network()), PrefetchingTeacher(LiveTeacher(network()), process=process)
     try:
         given = [batch(n) for n in (3, 5, 7, 2)]
         waits = [teacher.ask(b, TAPS) for b in given]
@@ -255,7 +255,7 @@ def test_asked_ahead_it_says_the_same_in_order_and_out_of_it(process: bool) -> N
 
 def test_it_computes_beside_the_student() -> None:
     model = Noting()
-    teacher = AheadTeacher(LiveTeacher(model))
+    teacher = PrefetchingTeacher(LiveTeacher(model))
     teacher.signal(Batch(torch.randn(2, 4), torch.zeros(2).long()), Needs())
     teacher.close()
     assert model.seen[0][2].startswith("teacher")
@@ -276,7 +276,7 @@ class Slow(nn.Module):
 
 def test_waiting_for_the_teacher_and_the_student_s_step_overlap() -> None:
     given = Batch(torch.randn(2, 4), torch.zeros(2).long())
-    teacher = AheadTeacher(LiveTeacher(Slow()))
+    teacher = PrefetchingTeacher(LiveTeacher(Slow()))
     start = time.perf_counter()
     wait = teacher.ask(given, Needs())
     for _ in range(8):
@@ -313,7 +313,7 @@ class Failing(nn.Module):
     ],
 )
 def test_what_goes_wrong_elsewhere_is_raised_here(how: str, process: bool, error: Any, says: str) -> None:
-    teacher = AheadTeacher(LiveTeacher(Failing(how)), process=process)
+    teacher = PrefetchingTeacher(LiveTeacher(Failing(how)), process=process)
     try:
         with pytest.raises(error, match=says):
             teacher.signal(Batch(torch.randn(2, 4), torch.zeros(2).long()), Needs())
@@ -327,14 +327,14 @@ def test_a_teacher_that_cannot_be_sent_is_refused() -> None:
             return x
 
     with pytest.raises(CapabilityError, match="cannot be sent") as error:
-        AheadTeacher(LiveTeacher(Local()), process=True)
+        PrefetchingTeacher(LiveTeacher(Local()), process=True)
     assert "define its class in a module" in str(error.value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_stream_of_its_own_it_says_the_same() -> None:
     plain = LiveTeacher(network()).to("cuda")
-    teacher = AheadTeacher(LiveTeacher(network()).to("cuda"))
+    teacher = PrefetchingTeacher(LiveTeacher(network()).to("cuda"))
     given = [batch(n).to("cuda") for n in (64, 32, 16)]
     for wait, b in zip([teacher.ask(b, TAPS) for b in given], given, strict=True):
         torch.testing.assert_close(wait().dense(), plain.signal(b, TAPS).dense())
@@ -376,7 +376,7 @@ def trained(teacher: Any, tmp_path: Path, **config: Any) -> tuple[dict[str, Tens
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_student_taught_ahead_gets_the_same_bits(tmp_path: Path, process: bool, accumulate: int) -> None:
     plain, drawn = trained(LiveTeacher(network()), tmp_path / "a", accumulate=accumulate)
-    ahead = AheadTeacher(LiveTeacher(network()), process=process)
+    ahead = PrefetchingTeacher(LiveTeacher(network()), process=process)
     said, drawn_ahead = trained(ahead, tmp_path / "b", accumulate=accumulate)
     ahead.close()
     assert all(torch.equal(x, said[k]) for k, x in plain.items())
@@ -393,7 +393,7 @@ def test_a_method_without_a_teacher_asks_nobody_ahead(tmp_path: Path) -> None:
 
     training = Training(
         "student", student, SupervisedMethod(), Steps(), TrainConfig(steps=3), RunDirectory(tmp_path),
-        teacher=AheadTeacher(Never(network())),
+        teacher=PrefetchingTeacher(Never(network())),
     )  # fmt: skip
     fit(training, make_accelerator(None, []))
 
@@ -456,6 +456,6 @@ def test_distill_takes_a_speed(tmp_path: Path) -> None:
 def test_an_ensemble_is_asked_ahead_as_a_whole() -> None:
     members = [LiveTeacher(network(seed)) for seed in range(2)]
     for process in (False, True):
-        ahead = AheadTeacher(EnsembleTeacher(members), process=process)
+        ahead = PrefetchingTeacher(EnsembleTeacher(members), process=process)
         assert same(ahead.signal(batch(), Needs()), EnsembleTeacher(members).signal(batch(), Needs()))
         ahead.close()

@@ -8,7 +8,7 @@ from torch import nn
 
 from tutelage.data import Batch, InOrder, load_images
 from tutelage.errors import CapabilityError
-from tutelage.methods import LogitMethod, Trainee, check_capabilities
+from tutelage.methods import DistillationModule, LogitMethod, check_capabilities
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher
 from tutelage.teachers.sharding import blocks_of
@@ -45,7 +45,7 @@ def test_train_bn_uses_the_batch_and_moves_nothing() -> None:
 
 def test_no_gradient_and_out_of_the_student_s_reach() -> None:
     teacher, student = LiveTeacher(unsettled()), unsettled()
-    trainee = Trainee(student, LogitMethod())
+    trainee = DistillationModule(student, LogitMethod())
     terms = trainee(batch(), teacher.signal(batch(), Needs()))
     sum(t.sum for t in terms.values()).backward()
     assert all(p.grad is None for p in teacher.model.parameters())

@@ -40,13 +40,13 @@ from tutelage.losses import chunked
 from tutelage.losses.heads import Scores
 from tutelage.methods import (
     METHODS,
+    DistillationModule,
     EmbeddingMethod,
     LogitMethod,
     Method,
     MinilmMethod,
     PatientMethod,
     TinybertMethod,
-    Trainee,
     TripleMethod,
     adapted,
     built,
@@ -103,7 +103,7 @@ def batch(task: str = "mlm", extra: int = 0, seed: int = 0) -> Batch:
 
 def seen(student: nn.Module, teacher: nn.Module, method: Method, b: Batch) -> Terms:
     """Means of the terms of a built method."""
-    trainee = Trainee(student, method)
+    trainee = DistillationModule(student, method)
     terms = trainee(b, None if method.needs is None else LiveTeacher(teacher).signal(b, method.needs))
     trainee.close()
     counts = method.counts(b)
@@ -359,7 +359,7 @@ def test_a_text_with_nothing_that_counts_gives_zero_and_no_nan() -> None:
         b = batch(task)
         method = fit(factory(), student, teacher, b)
         empty = b.rows(0, 0)
-        trainee = Trainee(student, method)
+        trainee = DistillationModule(student, method)
         terms = trainee(empty, LiveTeacher(teacher).signal(empty, method.needs))
         torch.stack([t.sum for t in terms.values()]).sum().backward()
         assert all(float(t.sum.detach()) == 0.0 and int(t.count) == 0 for t in terms.values())
@@ -664,7 +664,7 @@ def test_every_method_trains_and_its_terms_fall(name: str) -> None:
     student, teacher = models(kind)
     b = batch(task)
     method = fit(factory(), student, teacher, b)
-    trainee = Trainee(student, method)
+    trainee = DistillationModule(student, method)
     signal = LiveTeacher(teacher).signal(b, method.needs)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=5e-3)
     totals: list[float] = []

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from text_worlds import FILLER, encoder, sentences, table, tokenizer
 from tutelage import api
 from tutelage.config import SOFT_OF_TASK, Recipe, build_recipe, load_recipe
-from tutelage.data import PlannedBatches, Share, TextData, load_texts
+from tutelage.data import PlannedBatches, RankSlice, TextData, load_texts
 from tutelage.data import tokens as tokens_module
 from tutelage.errors import ConfigError, DataError, TutelageError
 from tutelage.evaluation.metrics import of_confusion
@@ -90,7 +90,7 @@ def test_bucketing_pads_little_and_loses_nothing() -> None:
     data = load(sentences(2_000))
     plan = PlannedBatches(data.train, 16, seed=3)
     seen, padding, total = [], 0, 0
-    for (batch,) in plan.epoch(0, Share()):
+    for (batch,) in plan.epoch(0, RankSlice()):
         seen += batch.ids.tolist()
         attention = batch.inputs["attention_mask"]
         padding, total = padding + int((attention == 0).sum()), total + attention.numel()

@@ -9,7 +9,7 @@ from test_tokens import OTHER, TOKENS, World, gradients, same
 from torch import Tensor
 
 from tutelage.losses import LinearHead, kernels
-from tutelage.losses.closed_form_grads import Sloped
+from tutelage.losses.closed_form_grads import LossAndGrad
 
 MASK = torch.arange(TOKENS) % 3 > 0
 FULL: dict[str, Any] = {"bias": True, "lora": True, "scale": 0.3, "softcap": 2.5}
@@ -30,7 +30,7 @@ def main() -> None:
     found = kernels.liger_kl()
     assert found is not None
 
-    def watched(scores: Tensor, said: Tensor, t: float, learns: bool) -> Sloped:
+    def watched(scores: Tensor, said: Tensor, t: float, learns: bool) -> LossAndGrad:
         before = scores.clone()
         calls.append(scores)
         result = found(scores, said, t, learns)

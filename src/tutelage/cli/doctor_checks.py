@@ -22,7 +22,7 @@ from tutelage.experiment.teacher_setup import as_taught, is_taught, served_by
 from tutelage.experiment.teachers import ModelTeacher
 from tutelage.experiment.trainer import said
 from tutelage.methods import check_capabilities
-from tutelage.methods.base import Trainee
+from tutelage.methods.base import DistillationModule
 from tutelage.multistage.series import first_stage
 from tutelage.progress import Terminal
 from tutelage.taps import find
@@ -130,7 +130,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     if any(f.level == "bad" for f in found):
         return found
     try:
-        found += one_step(recipe, c, data, Trainee(student, method), teacher, device)
+        found += one_step(recipe, c, data, DistillationModule(student, method), teacher, device)
     except TutelageError as error:
         found.append(_bad("one batch", error))
     return found
@@ -238,12 +238,12 @@ def one_step(
     recipe: Recipe,
     c: Comparison,
     data: Data,
-    trainee: Trainee,
+    trainee: DistillationModule,
     teacher: ModelTeacher | None,
     device: torch.device,
 ) -> list[Finding]:
     """Three optimizer steps on a throw-away student: finite terms, time and memory."""
-    from tutelage.data import Share
+    from tutelage.data import RankSlice
 
     config = recipe.train
     batches = taught_on(c, trainee.method, recipe.seeds[0])
@@ -256,7 +256,7 @@ def one_step(
         torch.cuda.reset_peak_memory_stats(device)
     times: list[float] = []
     values: dict[str, float] = {}
-    for step, micros in enumerate(batches.epoch(0, Share(accumulate=config.accumulate))):
+    for step, micros in enumerate(batches.epoch(0, RankSlice(accumulate=config.accumulate))):
         start = time.perf_counter()
         for micro in micros:
             values = _step(trainee, teacher, micro.to(device))
@@ -294,7 +294,7 @@ def one_step(
     return found
 
 
-def _step(trainee: Trainee, teacher: Teacher | None, batch: Batch) -> dict[str, float]:
+def _step(trainee: DistillationModule, teacher: Teacher | None, batch: Batch) -> dict[str, float]:
     terms = trainee(batch, said(teacher, trainee.method, batch))
     means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}
     sum(trainee.method.weights[name] * mean for name, mean in means.items()).backward()

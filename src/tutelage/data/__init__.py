@@ -2,7 +2,7 @@
 
 from tutelage.data.batch import IGNORE, Batch, WithIds, as_batch, causal_batch
 from tutelage.data.images import ImageData, ImageSet, load_images
-from tutelage.data.loader import Batches, InOrder, LoaderBatches, PlannedBatches, Rows, Share
+from tutelage.data.loader import Batches, InOrder, LoaderBatches, PlannedBatches, RankSlice, Rows
 from tutelage.data.texts import TextData, TextSet, load_texts, read_texts
 from tutelage.data.views import view_seeds
 
@@ -19,8 +19,8 @@ __all__ = [
     "InOrder",
     "LoaderBatches",
     "PlannedBatches",
+    "RankSlice",
     "Rows",
-    "Share",
     "TextData",
     "TextSet",
     "WithIds",

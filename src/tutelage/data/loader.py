@@ -43,7 +43,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Share:
+class RankSlice:
     """Which part of every batch is this process's."""
 
     rank: int = 0
@@ -56,10 +56,10 @@ class Share:
         return parts[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
 
 
-def here() -> Share:
+def here() -> RankSlice:
     """This process among those that a launcher started and that see each other; alone without one."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return Share(torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else Share()
+    return RankSlice(torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else RankSlice()
 
 
 class Batches(Protocol):
@@ -72,7 +72,7 @@ class Batches(Protocol):
         """The sample ids of an epoch, where samples have any."""
         ...
 
-    def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int, share: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
         ...
 
@@ -138,7 +138,7 @@ class PlannedBatches:
         steps = self.cut(torch.cat(windows))
         return [steps[i] for i in order(len(steps), self.seed + 1, epoch)]
 
-    def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int, share: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
         rows = self.plan(epoch)[skip:]
         view, seed = (epoch, self.seed) if self.views is None else (epoch % self.views, SHARED_VIEWS)
@@ -281,13 +281,13 @@ class LoaderBatches:
         """
         self.check_whole()
         found = []
-        for (batch,) in self.epoch(0, Share()):
+        for (batch,) in self.epoch(0, RankSlice()):
             if batch.ids is None:
                 return None
             found.append(batch.ids)
         return torch.cat(found).unique()
 
-    def epoch(self, epoch: int, share: Share, skip: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int, share: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
         stream = _Stream((self.seed * 1_000_003 + epoch) & (2**63 - 1), self.loader)
         with stream.drawing():

@@ -1,6 +1,6 @@
 """The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
 
-from tutelage.engine.callbacks import Watcher
+from tutelage.engine.callbacks import TrainingCallback
 from tutelage.engine.launch import (
     Accelerator,
     from_main,
@@ -18,7 +18,7 @@ __all__ = [
     "Outcome",
     "RunDirectory",
     "Training",
-    "Watcher",
+    "TrainingCallback",
     "fit",
     "from_main",
     "leave",

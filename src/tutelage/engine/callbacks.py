@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 
-class Watcher(Protocol):
+class TrainingCallback(Protocol):
     """Somebody who is told how a training goes."""
 
     def started(self, name: str, step: int, total: int) -> None:

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from tutelage.config import TrainConfig
 from tutelage.data.batch import IGNORE, Batch
-from tutelage.data.loader import Batches, Share
+from tutelage.data.loader import Batches, RankSlice
 from tutelage.engine import checkpoint
-from tutelage.engine.callbacks import Silent, Watcher
+from tutelage.engine.callbacks import Silent, TrainingCallback
 from tutelage.engine.ema import EMA
 from tutelage.engine.gradient_checkpointing import recompute
 from tutelage.engine.optim import build_optimizer, build_schedule
@@ -28,7 +28,7 @@ from tutelage.engine.rundir import RunDirectory
 from tutelage.engine.zero import Zero
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.evaluation.evaluate import Said, evaluate
-from tutelage.methods.base import Method, Term, Trainee, needs_of
+from tutelage.methods.base import DistillationModule, Method, Term, needs_of
 from tutelage.taps import compile_apart
 from tutelage.teachers.signal import Signal, Teacher
 
@@ -72,7 +72,7 @@ class Training:
     validation: Iterable[Batch] | None = None
     seed: int = 0
     should_stop: Callable[[], bool] = lambda: False
-    watcher: Watcher = field(default_factory=Silent)
+    watcher: TrainingCallback = field(default_factory=Silent)
     epoch_steps: int | None = None
     classes: int | None = None
     metric: str = "accuracy"
@@ -130,7 +130,7 @@ def fit(t: Training, accelerator: Accelerator) -> Outcome:
         CheckpointError: the newest checkpoint is damaged.
         ModelError: a tap that the student has no module for, or that gives nothing to learn from.
     """
-    trainee = Trainee(t.student, t.method).train()
+    trainee = DistillationModule(t.student, t.method).train()
     with closing(trainee):  # its taps leave the caller's module however the training ends
         trainee.open()  # before anything compiles or wraps the student
         return _train(t, accelerator, _State(t, accelerator, trainee))
@@ -164,13 +164,13 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
 class _State:
     """What :func:`fit` keeps between steps, and the bookkeeping around them."""
 
-    def __init__(self, t: Training, accelerator: Accelerator, trainee: Trainee) -> None:
+    def __init__(self, t: Training, accelerator: Accelerator, trainee: DistillationModule) -> None:
         self.t, self.accelerator = t, accelerator
         accelerator.gradient_state.plugin_kwargs.update(num_steps=t.config.accumulate, sync_with_dataloader=False)
         accelerator.step = 0
         if accelerator.scaler is not None:  # one for all trainings of a run: each starts from torch's defaults
             accelerator.scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
-        self.share = Share(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
+        self.share = RankSlice(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
         torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
         if t.config.gradient_checkpointing:
             recompute(t.student)
@@ -181,7 +181,7 @@ class _State:
         self.zero = Zero(accelerator, t.config, trainee, optimizer) if deepspeed else None
         with nullcontext() if self.zero is None else self.zero.as_without():
             self.trainee, prepared = accelerator.prepare(trainee, optimizer)
-        self.bare: Trainee = accelerator.unwrap_model(self.trainee)
+        self.bare: DistillationModule = accelerator.unwrap_model(self.trainee)
         if t.method.validates and t.validation is None:
             raise CapabilityError(
                 f"{type(t.method).__name__} adapts to the loss on validation data, and there is none",

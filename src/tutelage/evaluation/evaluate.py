@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.data.batch import Batch, spans
-from tutelage.data.loader import Share
+from tutelage.data.loader import RankSlice
 from tutelage.errors import CapabilityError, DataError
 from tutelage.evaluation.metrics import METRICS, Metrics
 from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head
@@ -21,7 +21,7 @@ def evaluate(
     batches: Iterable[Batch],
     device: torch.device,
     teacher: Iterable[Said] | None = None,
-    share: Share = Share(),  # noqa: B008 - frozen
+    share: RankSlice = RankSlice(),  # noqa: B008 - frozen
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
     watch: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _scored(
     batches: Iterable[Batch],
     device: torch.device,
     teacher: Iterable[Said] | None = None,
-    share: Share = Share(),  # noqa: B008 - frozen
+    share: RankSlice = RankSlice(),  # noqa: B008 - frozen
     watch: Callable[[Tensor], object] | None = None,
 ) -> Metrics:
     scores: Metrics | None = None

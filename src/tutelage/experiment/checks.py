@@ -15,7 +15,7 @@ from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsErr
 from tutelage.experiment.spec import Comparison, Context, example_of
 from tutelage.experiment.teachers import Member, check_agree
 from tutelage.experiment.trainer import said
-from tutelage.methods import Method, Trainee, check_task
+from tutelage.methods import DistillationModule, Method, check_task
 from tutelage.models import label_names
 from tutelage.progress import Terminal
 from tutelage.taps import Needs, Observation, observe
@@ -101,7 +101,7 @@ def check_written(c: Comparison, method: Method) -> None:
 
 def check_optimizer(c: Comparison, student: nn.Module, method: Method) -> None:
     """Raise :class:`ConfigError` when the optimizer or the schedule refuses an option."""
-    optimizer = build_optimizer(Trainee(student, method), c.config.optimizer)
+    optimizer = build_optimizer(DistillationModule(student, method), c.config.optimizer)
     schedule = build_schedule(optimizer, c.config.schedule, 1, 1)
     try:
         optimizer.step()  # nothing has a gradient, so nothing moves

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage.data import Batch, LoaderBatches, Share
+from tutelage.data import Batch, LoaderBatches, RankSlice
 from tutelage.errors import CapabilityError, DataError
 from tutelage.teachers.cache import digest
 
@@ -42,7 +42,7 @@ def samples(
     batches.check_whole()
     ids, digests = [], []
     for (batch,) in itertools.chain(
-        shown(batches.epoch(0, Share())), itertools.islice(batches.epoch(1, Share()), AGAIN)
+        shown(batches.epoch(0, RankSlice())), itertools.islice(batches.epoch(1, RankSlice()), AGAIN)
     ):
         ids.append(_ids(batch))
         digests.append(np.array([digest(batch, row) for row in range(len(batch))], dtype=np.uint64))

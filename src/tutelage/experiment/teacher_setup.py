@@ -27,11 +27,11 @@ from tutelage.progress import Terminal
 from tutelage.students import feature_shapes
 from tutelage.taps import Needs
 from tutelage.teachers import (
-    AheadTeacher,
     Ensemble,
     EnsembleTeacher,
     LiveTeacher,
     MemoryTeacher,
+    PrefetchingTeacher,
     ServedTeacher,
     Teacher,
 )
@@ -172,7 +172,7 @@ def taught_by(
         if c.ahead is None or known is not teacher:
             yield known
             return
-        with closing(AheadTeacher(teacher, process=c.ahead == "process")) as ahead:
+        with closing(PrefetchingTeacher(teacher, process=c.ahead == "process")) as ahead:
             yield ahead
         return
     with c.cache(teacher, classes, method, ctx.accelerator) as cached:

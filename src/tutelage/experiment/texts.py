@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tutelage.config import Recipe, StudentConfig, TextDataConfig
-from tutelage.data import PlannedBatches, Share, TextData, load_texts, read_texts
+from tutelage.data import PlannedBatches, RankSlice, TextData, load_texts, read_texts
 from tutelage.data.batch import Batch
 from tutelage.data.text_sources import RawText
 from tutelage.data.texts import listed
@@ -138,7 +138,7 @@ def with_tokenizer(model: nn.Module, data: TextData) -> nn.Module:
 def _some(data: TextData) -> Iterator[Batch]:
     """A few training texts as the teacher sees them."""
     rows = data.for_teacher.select(torch.arange(min(RANKED_ON, len(data.for_teacher))))
-    for (batch,) in PlannedBatches(rows, 32, 0).epoch(0, Share()):
+    for (batch,) in PlannedBatches(rows, 32, 0).epoch(0, RankSlice()):
         yield batch
 
 

@@ -29,7 +29,7 @@ from tutelage.experiment.spec import (
 )
 from tutelage.experiment.teachers import ModelTeacher
 from tutelage.files import new_folder
-from tutelage.methods import Method, Trainee, adapted, needs_of
+from tutelage.methods import DistillationModule, Method, adapted, needs_of
 from tutelage.models import save_model
 from tutelage.students import ReusedHead, plain
 from tutelage.teachers import Signal, Teacher
@@ -159,7 +159,7 @@ def keep_reached(
 ) -> None:
     """Freeze what of student and method gets no gradient from the method, by one pass in evaluation mode."""
     method.requires_grad_(True)
-    trainee, batch = Trainee(student, method).to(device).eval(), example.to(device)
+    trainee, batch = DistillationModule(student, method).to(device).eval(), example.to(device)
     terms = trainee(batch, said(teacher, method, batch))
     torch.stack([term.sum for term in terms.values()]).sum().backward()
     for parameter in trainee.parameters():

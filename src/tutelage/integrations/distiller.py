@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from tutelage.data import Batch, as_batch
 from tutelage.errors import CapabilityError
-from tutelage.methods import LogitMethod, Method, Term, Trainee, adapted, built, check_capabilities, needs_of
+from tutelage.methods import (
+    DistillationModule,
+    LogitMethod,
+    Method,
+    Term,
+    adapted,
+    built,
+    check_capabilities,
+    needs_of,
+)
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 from tutelage.teachers.signal import Signal, Teacher
@@ -19,7 +28,7 @@ EXAMPLE = 2
 """Samples of the dry run that a method is fitted with, as in the engine."""
 
 
-class Distiller(Trainee):
+class Distiller(DistillationModule):
     r"""A student and what teaches it, for a loop of your own.
 
     One optimizer step is a few micro-batches. Of each the loss is the sum over terms of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tutelage.losses.closed_form_grads import Sloped
+from tutelage.losses.closed_form_grads import LossAndGrad
 from tutelage.losses.heads import Gradients, LinearHead, Scores
 
 CHUNK = {"cpu": 1 << 24}
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
     mask: Tensor | None
     open: Callable[[], Callable[[Rows], tuple[Tensor, ...]]]
-    compare: Callable[[Tensor, tuple[Tensor, ...], bool], Sloped]
+    compare: Callable[[Tensor, tuple[Tensor, ...], bool], LossAndGrad]
     few: Callable[[Tensor, tuple[Tensor, ...]], Few] | None = None
 
 

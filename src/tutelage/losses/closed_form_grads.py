@@ -17,7 +17,7 @@ from torch.linalg import vecdot
 from tutelage.losses.divergences import mix
 
 
-class Sloped(NamedTuple):
+class LossAndGrad(NamedTuple):
     """A loss of rows, and its gradient.
 
     Attributes:
@@ -29,7 +29,7 @@ class Sloped(NamedTuple):
     slope: Tensor | None
 
 
-Divergence = Callable[[Tensor, Tensor, bool], Sloped]
+Divergence = Callable[[Tensor, Tensor, bool], LossAndGrad]
 """(student's log-probabilities ``[n, V]``, the teacher's, whether the gradient is wanted)."""
 
 
@@ -44,10 +44,10 @@ def through_softmax(q: Tensor, by_log_q: Tensor) -> Tensor:
 def kl() -> Divergence:
     """``KL(p || q)``."""
 
-    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> LossAndGrad:
         p = log_p.exp()
         value = vecdot(p, log_p.sub_(log_q))
-        return Sloped(value, log_q.exp_().sub_(p) if learns else None)
+        return LossAndGrad(value, log_q.exp_().sub_(p) if learns else None)
 
     return compare
 
@@ -55,11 +55,11 @@ def kl() -> Divergence:
 def reverse_kl() -> Divergence:
     """``KL(q || p)``."""
 
-    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> LossAndGrad:
         gap = torch.sub(log_q, log_p, out=log_p)
         q = log_q.exp_()
         value = vecdot(q, gap)
-        return Sloped(value, gap.sub_(value.unsqueeze(-1)).mul_(q) if learns else None)
+        return LossAndGrad(value, gap.sub_(value.unsqueeze(-1)).mul_(q) if learns else None)
 
     return compare
 
@@ -75,12 +75,12 @@ def js(beta: float = 0.5) -> Divergence:
     if beta in (0.0, 1.0):
         return reverse_kl() if beta else kl()
 
-    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> LossAndGrad:
         log_m = mix(log_p, log_q, beta)
         p, gap = log_p.exp(), log_q - log_m
         q = log_q.exp_()
         value = beta * vecdot(p, log_p.sub_(log_m)) + (1.0 - beta) * vecdot(q, gap)
-        return Sloped(value, through_softmax(q, gap.mul_(1.0 - beta)) if learns else None)
+        return LossAndGrad(value, through_softmax(q, gap.mul_(1.0 - beta)) if learns else None)
 
     return compare
 
@@ -98,19 +98,19 @@ def skew_kl(alpha: float = 0.1, reverse: bool = False) -> Divergence:
     if not alpha:
         return reverse_kl() if reverse else kl()
 
-    def forward(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+    def forward(log_q: Tensor, log_p: Tensor, learns: bool) -> LossAndGrad:
         gap = log_p - mix(log_p, log_q, alpha)
         value = vecdot(log_p.exp_(), gap)
         if not learns:
-            return Sloped(value, None)
+            return LossAndGrad(value, None)
         by_score = gap.add_(log_q).exp_().mul_(alpha - 1.0)  # p q / m: neither p / m nor q is lost where one is 0
-        return Sloped(value, by_score.sub_(log_q.exp_().mul_(by_score.sum(-1, keepdim=True))))
+        return LossAndGrad(value, by_score.sub_(log_q.exp_().mul_(by_score.sum(-1, keepdim=True))))
 
-    def backward(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+    def backward(log_q: Tensor, log_p: Tensor, learns: bool) -> LossAndGrad:
         gap = log_q - mix(log_q, log_p, alpha)
         q = log_q.exp_()
         value = vecdot(q, gap)
-        return Sloped(value, through_softmax(q, gap.sub_(gap.exp(), alpha=alpha)) if learns else None)
+        return LossAndGrad(value, through_softmax(q, gap.sub_(gap.exp(), alpha=alpha)) if learns else None)
 
     return backward if reverse else forward
 
@@ -118,11 +118,11 @@ def skew_kl(alpha: float = 0.1, reverse: bool = False) -> Divergence:
 def tvd() -> Divergence:
     """Total variation distance."""
 
-    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+    def compare(log_q: Tensor, log_p: Tensor, learns: bool) -> LossAndGrad:
         q = log_q.exp_()
         gap = torch.sub(q, log_p.exp_(), out=log_p)
         value = 0.5 * gap.abs().sum(-1)
-        return Sloped(value, through_softmax(q, gap.sign_().mul_(0.5)) if learns else None)
+        return LossAndGrad(value, through_softmax(q, gap.sign_().mul_(0.5)) if learns else None)
 
     return compare
 
@@ -140,38 +140,38 @@ DIVERGENCES: dict[str, Callable[..., Divergence]] = {
 # ---------------------------------------------- parts of a teacher, and labels
 
 
-def topk(log_q: Tensor, index: Tensor, log_p: Tensor, learns: bool) -> Sloped:
+def topk(log_q: Tensor, index: Tensor, log_p: Tensor, learns: bool) -> LossAndGrad:
     """:func:`tutelage.losses.topk_kd` over T^2, of ``index`` and ``log_p`` ``[n, k]``."""
     p = log_p.exp()
     value = vecdot(p, log_p - log_q.gather(-1, index))
     whole = index.shape[-1] == log_q.shape[-1]
     if whole:
         share = p.sum(-1, keepdim=True)
-        return Sloped(value, (log_q.exp_() * share).scatter_add_(-1, index, -p) if learns else None)
+        return LossAndGrad(value, (log_q.exp_() * share).scatter_add_(-1, index, -p) if learns else None)
     mass = (1.0 - p.sum(-1, keepdim=True)).clamp(min=0.0)
     rest = log_q.scatter(-1, index, -torch.inf)
     log_rest = rest.logsumexp(-1, keepdim=True)
     value = value + (torch.xlogy(mass, mass) - mass * log_rest).squeeze(-1)
     if not learns:
-        return Sloped(value, None)
+        return LossAndGrad(value, None)
     slope = log_q.exp_().mul_(p.sum(-1, keepdim=True) + mass).sub_(rest.sub_(log_rest).exp_().mul_(mass))
-    return Sloped(value, slope.scatter_add_(-1, index, -p))
+    return LossAndGrad(value, slope.scatter_add_(-1, index, -p))
 
 
-def sampled(log_q: Tensor, index: Tensor, weights: Tensor, learns: bool) -> Sloped:
+def sampled(log_q: Tensor, index: Tensor, weights: Tensor, learns: bool) -> LossAndGrad:
     """:func:`tutelage.losses.sampled_kd` over T^2, of ``index`` and ``weights`` ``[n, k]``."""
     rest = 1.0 - weights.sum(-1)
     value = -vecdot(weights, log_q.gather(-1, index)) - rest * log_q.mean(-1)
     if not learns:
-        return Sloped(value, None)
+        return LossAndGrad(value, None)
     even = rest.unsqueeze(-1) / log_q.shape[-1]
-    return Sloped(value, log_q.exp_().sub_(even).scatter_add_(-1, index, -weights))
+    return LossAndGrad(value, log_q.exp_().sub_(even).scatter_add_(-1, index, -weights))
 
 
-def labelled(log_q: Tensor, labels: Tensor, learns: bool) -> Sloped:
+def labelled(log_q: Tensor, labels: Tensor, learns: bool) -> LossAndGrad:
     """Cross-entropy with ``labels`` ``[n]``."""
     index = labels.unsqueeze(-1)
     value = -log_q.gather(-1, index).squeeze(-1)
     if not learns:
-        return Sloped(value, None)
-    return Sloped(value, log_q.exp_().scatter_add_(-1, index, log_q.new_full((), -1.0).expand(index.shape)))
+        return LossAndGrad(value, None)
+    return LossAndGrad(value, log_q.exp_().scatter_add_(-1, index, log_q.new_full((), -1.0).expand(index.shape)))

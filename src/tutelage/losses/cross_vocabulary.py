@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tutelage.losses.closed_form_grads import Divergence, Sloped, through_softmax
+from tutelage.losses.closed_form_grads import Divergence, LossAndGrad, through_softmax
 from tutelage.losses.common import Reduction, as_float, check_mask, check_temperature, precise, reduce
 
 Rest = Literal["bucket", "uld"]
@@ -78,7 +78,7 @@ def uld(
 
 # ---------------------------------------------------------------- with slopes
 
-Comparison = Callable[[Tensor, Tensor, bool], Sloped]
+Comparison = Callable[[Tensor, Tensor, bool], LossAndGrad]
 """(the student's softened scores ``[n, C]``, the teacher's ``[n, C']``, whether the gradient is wanted); leaves both
 as they are."""
 
@@ -86,10 +86,10 @@ as they are."""
 def sorted_distance() -> Comparison:
     """:func:`uld` over T^2."""
 
-    def compare(scores: Tensor, said: Tensor, learns: bool) -> Sloped:
+    def compare(scores: Tensor, said: Tensor, learns: bool) -> LossAndGrad:
         q, p = scores.softmax(-1), said.softmax(-1)
         value, by_q = _sorted_gap(q, p, learns)
-        return Sloped(value, None if by_q is None else through_softmax(q, by_q))
+        return LossAndGrad(value, None if by_q is None else through_softmax(q, by_q))
 
     return compare
 
@@ -104,11 +104,13 @@ def over_shared(divergence: Divergence, own: Tensor, theirs: Tensor, rest: Rest 
         rest: with ``uld``, the sorted probabilities of the entries that only one has are compared too.
     """
 
-    def compare(scores: Tensor, said: Tensor, learns: bool) -> Sloped:
+    def compare(scores: Tensor, said: Tensor, learns: bool) -> LossAndGrad:
         mine, others = own.to(scores.device), theirs.to(scores.device)
         if len(mine) == scores.shape[-1]:  # there is no other outcome: the teacher's word on those that there are
             value, slope = divergence(scores[:, mine].log_softmax(-1), said[:, others].log_softmax(-1), learns)
-            return Sloped(value, None if slope is None else torch.empty_like(scores).index_copy_(-1, mine, slope))
+            return LossAndGrad(
+                value, None if slope is None else torch.empty_like(scores).index_copy_(-1, mine, slope)
+            )
         left, right = scores.index_fill(-1, mine, -torch.inf), said.index_fill(-1, others, -torch.inf)
         log_q, log_p = _log_coarse(scores[:, mine], left), _log_coarse(said[:, others], right)
         bucket = log_q[:, -1:].clone()
@@ -125,7 +127,7 @@ def over_shared(divergence: Divergence, own: Tensor, theirs: Tensor, rest: Rest 
             if out is not None and by_q is not None:  # q is a part of a softmax, all of whose scores share in it
                 by_q.mul_(q)
                 out.add_(by_q).sub_(scores.softmax(-1).mul_(by_q.sum(-1, keepdim=True)))
-        return Sloped(value, out)
+        return LossAndGrad(value, out)
 
     return compare
 

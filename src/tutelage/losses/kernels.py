@@ -13,12 +13,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tutelage.losses.closed_form_grads import Sloped
+from tutelage.losses.closed_form_grads import LossAndGrad
 
 DEVICES = {"cuda"}
 """Types of devices on which kernels are looked for."""
 
-Kernel = Callable[[Tensor, Tensor, float, bool], Sloped]
+Kernel = Callable[[Tensor, Tensor, float, bool], LossAndGrad]
 """(student's scores ``[n, V]``, which it leaves as they are, the teacher's, T, whether the gradient is wanted)."""
 
 
@@ -44,11 +44,11 @@ def liger_kl() -> Kernel | None:
         return None
     least = torch.finfo(torch.float32).tiny  # of a probability, below which the kernel takes its logarithm as that
 
-    def compare(scores: Tensor, said: Tensor, t: float, learns: bool) -> Sloped:
+    def compare(scores: Tensor, said: Tensor, t: float, learns: bool) -> LossAndGrad:
         p = (said if t == 1.0 else said / t).softmax(-1)
         with torch.cuda.device_of(scores):
             value, slope = dispatch("kl_loss_and_grad", scores.clone(), p, None, -100, t, least, t**2)
-        return Sloped(value, slope if learns else None)
+        return LossAndGrad(value, slope if learns else None)
 
     return compare
 

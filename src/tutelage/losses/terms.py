@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.losses.chunked import Few, Part, Problem, Rows
-from tutelage.losses.closed_form_grads import DIVERGENCES, Divergence, Sloped, labelled, sampled, topk
+from tutelage.losses.closed_form_grads import DIVERGENCES, Divergence, LossAndGrad, labelled, sampled, topk
 from tutelage.losses.common import check_choice, check_mask, check_temperature
 from tutelage.losses.cross_vocabulary import Comparison, Rest, over_shared, sorted_distance
 from tutelage.losses.heads import LinearHead, Scores, as_head
@@ -144,7 +144,7 @@ def _hard(term: Hard, shape: torch.Size, *_: object) -> Part:
     if term.mask is not None:
         mask = mask & check_mask(term.mask, shape)
 
-    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> Sloped:
+    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
         return labelled(scores.log_softmax(-1), own[0], learns)
 
     def few(log_q: Tensor, own: tuple[Tensor, ...]) -> Few:
@@ -167,10 +167,10 @@ def _weighted(part: Part, weights: Tensor | None, shape: torch.Size) -> Part:
         take = part.open()
         return lambda rows: (*take(rows), flat[rows])
 
-    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> Sloped:
+    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
         value, slope = part.compare(scores, own[:-1], learns)
         by = own[-1].to(value.dtype)
-        return Sloped(value * by, None if slope is None else slope.mul_(by.to(slope.dtype).unsqueeze(-1)))
+        return LossAndGrad(value * by, None if slope is None else slope.mul_(by.to(slope.dtype).unsqueeze(-1)))
 
     return part._replace(open=opened, compare=compare, few=None)
 
@@ -216,7 +216,7 @@ def _crossed(term: Crossed, shape: torch.Size, size: int, vocabulary: int | None
         _check_shared(term.shared, size, theirs)
         against = over_shared(divergence, *term.shared, term.rest)
 
-    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> Sloped:
+    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
         raw = (own[0] if head is None else head.finished(own[0])).to(scores.dtype)
         return _scaled(against(scores if t == 1.0 else scores / t, raw if t == 1.0 else raw / t, learns), t)
 
@@ -236,7 +236,7 @@ def _check_shared(shared: tuple[Tensor, Tensor], student: int, teacher: int) -> 
 _PARTS: dict[type, Callable[..., Part]] = {Crossed: _crossed, Hard: _hard, Soft: _soft}
 
 Open = Callable[[], Callable[[Rows], tuple[Tensor, ...]]]
-Against = Callable[[Tensor, tuple[Tensor, ...], bool], Sloped]
+Against = Callable[[Tensor, tuple[Tensor, ...], bool], LossAndGrad]
 
 
 def check_divergence(
@@ -272,16 +272,16 @@ def _softened(scores: Tensor, t: float) -> Tensor:
     return (scores if t == 1.0 else scores / t).log_softmax(-1)
 
 
-def _scaled(found: Sloped, t: float) -> Sloped:
+def _scaled(found: LossAndGrad, t: float) -> LossAndGrad:
     """By T^2, with the gradient by scores that are not softened."""
-    return Sloped(found.value.mul_(t**2), None if found.slope is None else found.slope.mul_(t))
+    return LossAndGrad(found.value.mul_(t**2), None if found.slope is None else found.slope.mul_(t))
 
 
 def _dense(term: Soft, divergence: Divergence, head: LinearHead | None) -> Against:
     """Against the teacher's raw scores."""
     t = term.temperature
 
-    def against(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> Sloped:
+    def against(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
         said = (own[0] if head is None else head.finished(own[0])).to(scores.dtype)
         kernel = kernel_for(term.divergence, scores)
         if kernel is not None:
@@ -328,7 +328,7 @@ def _sparse(term: Soft, teacher: TopK | Sampled, shape: torch.Size) -> tuple[Ope
             f"positions {tuple(shape)}: a few classes for each"
         )
 
-    def against(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> Sloped:
+    def against(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
         found = loss(_softened(scores, term.temperature), own[0], own[1].to(scores.dtype), learns)
         return _scaled(found, term.temperature)
 

@@ -1,10 +1,10 @@
 """Methods: what is the loss of this batch."""
 
 from tutelage.methods.base import (
+    DistillationModule,
     Method,
     Phase,
     Term,
-    Trainee,
     adapted,
     built,
     check_capabilities,
@@ -52,6 +52,7 @@ __all__ = [
     "METHODS",
     "ByotMethod",
     "CrossTokenizerMethod",
+    "DistillationModule",
     "EmbeddingMethod",
     "FeatureMethod",
     "LogitMethod",
@@ -70,7 +71,6 @@ __all__ = [
     "Term",
     "TinybertMethod",
     "TokenMethod",
-    "Trainee",
     "TripleMethod",
     "adapted",
     "built",

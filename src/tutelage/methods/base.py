@@ -198,7 +198,7 @@ def _stream(seed: int) -> Iterator[None]:
         yield
 
 
-class Trainee(nn.Module):
+class DistillationModule(nn.Module):
     """Student and method as one module with one forward.
 
     Distributed wrappers, mixed precision, clipping and checkpoints see every parameter that is

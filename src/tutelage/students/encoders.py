@@ -14,7 +14,7 @@ from tutelage.students.copying import built, transplant
 from tutelage.students.embeddings import factorise
 from tutelage.students.layers import config_of, layer_map, layer_stack
 from tutelage.students.probing import pattern, shortened, varied
-from tutelage.students.width_pruning import Anatomy, anatomy
+from tutelage.students.width_pruning import WeightLayout, anatomy
 
 Units = dict[tuple[str, str], Tensor]
 """Units by role and layer, ascending; hidden units have no layer."""
@@ -80,7 +80,7 @@ def cut(
     chosen = _layers(layers, map, len(stack), importance)
     config = shortened(model, chosen) if chosen != list(range(len(stack))) else varied(config_of(model))
     units: Units = {}
-    parts: Anatomy | None = None
+    parts: WeightLayout | None = None
     if (width, heads, intermediate) != (None, None, None):
         parts = anatomy(model)
         units = _kept(model, path, parts, _sizes(config, parts, width, heads, intermediate, type(model).__name__))
@@ -136,7 +136,7 @@ def _left(teacher: nn.Module, student: nn.Module, path: str, layers: Sequence[in
 
 
 def _sizes(
-    config: Any, parts: Anatomy, width: int | None, heads: int | None, intermediate: int | None, family: str
+    config: Any, parts: WeightLayout, width: int | None, heads: int | None, intermediate: int | None, family: str
 ) -> dict[str, int]:
     """How many units of each role are kept; ``config`` is changed to say so."""
     hidden, total = int(config.hidden_size), int(config.num_attention_heads)
@@ -188,7 +188,7 @@ def _layer_of(name: str, path: str) -> str:
     return name[len(path) + 1 :].split(".", 1)[0] if name.startswith(f"{path}.") else ""
 
 
-def _kept(model: nn.Module, path: str, parts: Anatomy, sizes: dict[str, int]) -> Units:
+def _kept(model: nn.Module, path: str, parts: WeightLayout, sizes: dict[str, int]) -> Units:
     """The units of highest importance."""
     sums: dict[tuple[str, str], list[Tensor | float]] = {}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -213,7 +213,7 @@ def _kept(model: nn.Module, path: str, parts: Anatomy, sizes: dict[str, int]) ->
     return units
 
 
-def _selected(name: str, value: Tensor, path: str, parts: Anatomy, units: Units) -> Tensor:
+def _selected(name: str, value: Tensor, path: str, parts: WeightLayout, units: Units) -> Tensor:
     """The kept units along all dimensions of a weight."""
     for i in range(value.ndim):
         axis = parts.axes.get((pattern(name, path), i))

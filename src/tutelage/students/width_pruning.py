@@ -55,7 +55,7 @@ class Axis(NamedTuple):
         return torch.cat([inner + block * units * self.size for block in range(self.stacked)])
 
 
-class Anatomy(NamedTuple):
+class WeightLayout(NamedTuple):
     """What is known of a model's widths.
 
     Attributes:
@@ -80,7 +80,7 @@ class Anatomy(NamedTuple):
 # Reading a model -------------------------------------------------------------------------------------
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: nn.Module) -> WeightLayout:
     """What each dimension of a model's weights counts.
 
     Raises:
@@ -118,7 +118,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         axes = {**fixed, **reading}
         wrong = _violations(kind, config, path, axes, units)
         if not wrong:
-            return Anatomy(axes, units, head, group, tied, field, companions)
+            return WeightLayout(axes, units, head, group, tied, field, companions)
     raise ModelError(
         f"how {family} lays out its {' and '.join(wrong)} was not found: in another order it gives other outputs",
         remedy="cut its depth, layers=..., which needs no such knowledge",

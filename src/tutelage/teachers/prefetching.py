@@ -23,7 +23,7 @@ WAITING = 4
 """Batches that may wait for a teacher in a process of its own."""
 
 
-class AheadTeacher:
+class PrefetchingTeacher:
     """Another teacher, asked ahead: :meth:`ask` starts, and what it returns waits for the answer.
 
     Batches on a GPU are put on a stream of their own, beside the student's; on a CPU a thread computes, since torch's
