@@ -118,11 +118,19 @@ def refusal(error: OSError) -> str:
     return REFUSALS.get(error.errno or 0, str(error))
 
 
+def shorten(value: Any, limit: int = 80) -> str:
+    """``repr(value)`` on one line of at most ``limit`` characters, for messages that show a given value."""
+    text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
+    if "\n" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def nearest(given: str, allowed: list[str], count: int = 3) -> list[str]:
     """The ``count`` names in ``allowed`` that are spelled most like ``given``."""
     import difflib
 
-    return difflib.get_close_matches(given, allowed, n=count, cutoff=0.4)
+    return difflib.get_close_matches(given[:80], allowed, n=count, cutoff=0.4)
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, Section, Seed
-from tutelage.errors import suggest
+from tutelage.errors import shorten, suggest
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
 """What ``data.source`` can be."""
@@ -46,7 +46,8 @@ TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "cau
 def _text_source(name: str) -> str:
     if name not in TEXT_SOURCES[:2] and not (name.startswith("hf:") and name[3:]):
         raise ValueError(
-            f"unknown source of texts {name!r}{suggest(name, TEXT_SOURCES)}; allowed: {', '.join(TEXT_SOURCES)}"
+            f"unknown source of texts {shorten(name)}{suggest(name, TEXT_SOURCES)}; "
+            f"allowed: {', '.join(TEXT_SOURCES)}"
         )
     return name
 
@@ -54,7 +55,7 @@ def _text_source(name: str) -> str:
 def _source(name: str) -> str:
     kind, _, rest = name.partition(":")
     if name not in SOURCES[:3] and not (rest and kind in ("torchvision", "hf")):
-        raise ValueError(f"unknown source {name!r}{suggest(name, SOURCES)}; allowed: {', '.join(SOURCES)}")
+        raise ValueError(f"unknown source {shorten(name)}{suggest(name, SOURCES)}; allowed: {', '.join(SOURCES)}")
     return name
 
 
@@ -63,10 +64,10 @@ def _augment(entry: Any) -> Any:
     form = "an augmentation is a name, or one name with its options, as in {shift: 2}"
     names = [entry] if isinstance(entry, str) else list(entry) if isinstance(entry, dict) else []
     if len(names) != 1 or not isinstance(names[0], str):
-        raise ValueError(f"{entry!r} is not an augmentation; {form}")
+        raise ValueError(f"{shorten(entry)} is not an augmentation; {form}")
     if names[0] not in AUGMENTS:
         raise ValueError(
-            f"unknown augmentation {names[0]!r}{suggest(names[0], AUGMENTS)}; allowed: {', '.join(AUGMENTS)}"
+            f"unknown augmentation {shorten(names[0])}{suggest(names[0], AUGMENTS)}; allowed: {', '.join(AUGMENTS)}"
         )
     return entry
 
@@ -133,13 +134,16 @@ class DataConfig(SplitsConfig):
     def _consistent(self) -> DataConfig:
         kind = self.source.partition(":")[0]
         if self.options and kind not in ("torchvision", "hf"):
-            raise Misfit(f"source {self.source!r} takes no options, given {self.options}; remove them", "options")
+            raise Misfit(
+                f"source {shorten(self.source)} takes no options, given {shorten(self.options)}; remove them",
+                "options",
+            )
         for key in ("image_column", "label_column"):
             if getattr(self, key) is not None and kind != "hf":
-                raise Misfit(f"source {self.source!r} has no columns; remove {key!r}", key)
+                raise Misfit(f"source {shorten(self.source)} has no columns; remove {key!r}", key)
         if self.route is not None and kind != "hf" and (self.source, self.route) != ("imagefolder", "folder"):
             raise Misfit(
-                f"source {self.source!r} has no column {self.route!r} to choose teachers by; "
+                f"source {shorten(self.source)} has no column {shorten(self.route)} to choose teachers by; "
                 "allowed: a column of an hf data set, or folder with imagefolder",
                 "route",
             )
@@ -154,7 +158,7 @@ class DataConfig(SplitsConfig):
                 f"views: {self.views}, and nothing augments the images; remove it, or set 'augment'", "views"
             )
         if self.std is not None and min(self.std, default=1.0) <= 0:
-            raise Misfit(f"std {self.std} has a value of 0; every one must be above 0", "std")
+            raise Misfit(f"std {shorten(self.std)} has a value of 0; every one must be above 0", "std")
         return self
 
     @property
@@ -221,9 +225,9 @@ class TextDataConfig(SplitsConfig):
         hub = self.source.startswith("hf:")
         if hub == (self.path is not None):
             what = "is a data set of the hub; remove" if hub else "needs"
-            raise Misfit(f"source {self.source!r} {what} 'path'; files are for table and plain", "path")
+            raise Misfit(f"source {shorten(self.source)} {what} 'path'; files are for table and plain", "path")
         if self.options and not hub:
-            raise Misfit(f"source {self.source!r} takes no options; remove them", "options")
+            raise Misfit(f"source {shorten(self.source)} takes no options; remove them", "options")
         if isinstance(self.path, dict) and "train" not in self.path:
             raise Misfit(f"path has {', '.join(self.path)} and no 'train'; add it", "path")
         texts = 1 if isinstance(self.text, str) else len(self.text)

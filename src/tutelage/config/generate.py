@@ -9,6 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import Field, PrivateAttr, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed
+from tutelage.errors import shorten
 
 RESERVED = ("model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop")
 """Fields of a request's body that the recipe's own keys set."""
@@ -169,9 +170,9 @@ def check_pattern(pattern: str, key: str, *, groups: bool = False) -> None:
     try:
         found = re.compile(pattern)
     except re.error as error:
-        raise Misfit(f"{key} {pattern!r} is no regular expression: {error}; correct it", key) from None
+        raise Misfit(f"{key} {shorten(pattern)} is no regular expression: {error}; correct it", key) from None
     if groups and not found.groups:
-        raise Misfit(f"{key} {pattern!r} has no group; put brackets around what it looks for", key)
+        raise Misfit(f"{key} {shorten(pattern)} has no group; put brackets around what it looks for", key)
 
 
 def check_priced(budget: BudgetConfig, asked: list[EndpointConfig]) -> None:
@@ -179,7 +180,7 @@ def check_priced(budget: BudgetConfig, asked: list[EndpointConfig]) -> None:
     for endpoint in asked if budget.max_cost is not None else []:
         if endpoint.model not in budget.prices:
             raise Misfit(
-                f"budget.max_cost is set, and budget.prices has no {endpoint.model!r}; "
+                f"budget.max_cost is set, and budget.prices has no {shorten(endpoint.model)}; "
                 f"add {endpoint.model}: {{input: ..., output: ...}}",
                 "budget",
             )

@@ -15,6 +15,7 @@ from tutelage.config.generate import (
     check_pattern,
     check_priced,
 )
+from tutelage.errors import shorten
 
 VERDICT = """\
 Two assistants answered the same request. Which answer is better? Weigh whether it is correct, complete and clear, \
@@ -65,7 +66,7 @@ class JudgeConfig(Section):
         check_priced(self.budget, [self.endpoint])
         for name, model in self.answers.items():
             if model != GIVEN and model.partition(":")[0] not in ("hf", "package"):
-                raise Misfit(f"answers.{name} is {model!r}; name a model as hf:FOLDER, or 'given'", "answers")
+                raise Misfit(f"answers.{name} is {shorten(model)}; name a model as hf:FOLDER, or 'given'", "answers")
         if len(set(self.answers.values())) < len(self.answers):
             raise Misfit("two of 'answers' are the same, and would tie; remove one", "answers")
         return self

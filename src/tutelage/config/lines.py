@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, shorten
 
 Key = tuple[str | int, ...]
 Place = int | str
@@ -47,7 +47,7 @@ def _lines(node: yaml.Node | None, seen_nodes: set[int], at: Key = ()) -> Iterat
             name, line = str(key.value), key.start_mark.line + 1
             if name in seen:
                 raise ConfigError(
-                    f"{name!r} is given twice, first on line {seen[name]}",
+                    f"{shorten(name)} is given twice, first on line {seen[name]}",
                     where=str(line),
                     remedy="keep one of the two",
                 )
@@ -59,6 +59,57 @@ def _lines(node: yaml.Node | None, seen_nodes: set[int], at: Key = ()) -> Iterat
             yield from _lines(item, seen_nodes, (*at, i))
 
 
+MAX_ALIASED_NODES = 5000
+"""How many nodes the aliases of a document may add to it."""
+
+
+def _check_aliases(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """The number of nodes below and with ``node`` once aliases are expanded; ``sizes`` remembers that of each node.
+
+    Raises:
+        ConfigError: aliases add more than :data:`MAX_ALIASED_NODES` nodes, or a node contains itself.
+    """
+    line = str(node.start_mark.line + 1)
+    remedy = "write the values out, or use fewer aliases (&name, *name)"
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise ConfigError("an alias refers to a value that contains the alias itself", where=line, remedy=remedy)
+        return size
+    sizes[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    size = 1 + sum(_check_aliases(child, sizes) for child in children)
+    if size > MAX_ALIASED_NODES + len(sizes):
+        raise ConfigError(
+            f"the aliases in this value expand to more than {MAX_ALIASED_NODES} nodes", where=line, remedy=remedy
+        )
+    sizes[id(node)] = size
+    return size
+
+
+def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """The value of a YAML document, and its nodes; aliases are counted before they are expanded.
+
+    Raises:
+        ConfigError: too many nodes by aliases; its ``where`` is the line.
+        yaml.YAMLError: not YAML.
+        RecursionError: nested too deeply.
+    """
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        _check_aliases(node, {})
+        return loader.construct_document(node), node
+    finally:
+        loader.dispose()
+
+
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
     """The mapping in ``text`` and the line of each of its keys.
 
@@ -66,8 +117,8 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
         ConfigError: not YAML, not a mapping, or a key twice.
     """
     try:
-        raw = yaml.load(text, Loader)
-        lines = dict(_lines(yaml.compose(text, Loader), set()))
+        raw, node = load_yaml(text)
+        lines = dict(_lines(node, set()))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -81,7 +132,9 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
         raise ConfigError("is nested too deeply", where=name, remedy="a recipe has four levels at most") from None
     except (ValueError, AttributeError, TypeError, LookupError) as error:  # of an explicit tag, or a number too long
         raise ConfigError(
-            f"not YAML: {error}", where=name, remedy="write values without tags such as !!int, and shorter numbers"
+            f"not YAML: {shorten(str(error))}",
+            where=name,
+            remedy="write values without tags such as !!int, and shorter numbers",
         ) from None
     if raw is None:
         raise ConfigError("the recipe is empty", where=name, remedy="`tutelage run recipes/digits.yaml` shows one")

@@ -14,12 +14,12 @@ from tutelage.config.base import Section
 from tutelage.config.data import DATA_KINDS, TAUGHT_ONLY, kind_of
 from tutelage.config.generate import GENERATE_KINDS, Generations
 from tutelage.config.judge import EndpointRecipe, JudgeConfig
-from tutelage.config.lines import Key, Loader, Place, parse_yaml
+from tutelage.config.lines import Key, Place, load_yaml, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
 from tutelage.config.methods import METHOD_KINDS, SOFT_OF_TASK
 from tutelage.config.recipe import Recipe
 from tutelage.config.workflows import WORKFLOW_KINDS
-from tutelage.errors import ConfigError, nearest, suggest
+from tutelage.errors import ConfigError, nearest, shorten, suggest
 
 Checked = TypeVar("Checked", bound=Section)
 
@@ -61,9 +61,15 @@ BUDGETS = {"epochs": "steps", "steps": "epochs"}
 """Two ways to say how long: an override of one replaces the other."""
 
 
+MAX_PROBLEMS = 20
+"""How many problems of a recipe one error lists."""
+
+
 def _named(text: str) -> str:
     """How messages name an override; an endpoint's might hold a login."""
-    return f"override {text.partition('=')[0] + '=...' if text.startswith(('generate.', 'judge.')) else text!r}"
+    return (
+        f"override {text.partition('=')[0] + '=...' if text.startswith(('generate.', 'judge.')) else shorten(text)}"
+    )
 
 
 def _override(raw: dict[str, Any], text: str) -> Key:
@@ -73,7 +79,9 @@ def _override(raw: dict[str, Any], text: str) -> Key:
     if not equals or not all(key.split(".")):
         raise ConfigError("not of the form key=value", where=where, remedy="for example method.temperature=8")
     try:
-        parsed = yaml.load(value, Loader)
+        parsed, _ = load_yaml(value)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=where, remedy=error.remedy) from None
     except (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError, LookupError):
         raise ConfigError("the value is not YAML", where=where, remedy="quote it: name='a: b'") from None
     if key == "seed":
@@ -84,9 +92,9 @@ def _override(raw: dict[str, Any], text: str) -> Key:
         section = section.setdefault(part, {})
         if section is None or not isinstance(section, dict):
             raise ConfigError(
-                f"{'.'.join(path[: i + 1])!r} is not a section that holds keys",
+                f"{shorten('.'.join(path[: i + 1]))} is not a section that holds keys",
                 where=where,
-                remedy=f"override the whole of it: {'.'.join(path[: i + 1])}=VALUE",
+                remedy="override all of it: KEY=VALUE",
             )
     if parsed is not None and last in BUDGETS:
         section.pop(BUDGETS[last], None)
@@ -296,6 +304,8 @@ def _validated(model: type[Checked], raw: dict[str, Any], name: str, places: Map
             if inherited(details, error):
                 continue
             problems.append(explain(details, name, places, kinds))
+        if len(problems) > MAX_PROBLEMS:
+            problems[MAX_PROBLEMS:] = [f"... and {len(problems) - MAX_PROBLEMS} more problems"]
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -317,7 +327,9 @@ def _kind(section: Any, key: str, known: Mapping[str, type[Section]], where: str
     kind = section.get("kind")
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(
-            f"unknown {key} {kind!r}{suggest(str(kind), known)}", where=where, remedy=f"allowed: {', '.join(known)}"
+            f"unknown {key} {shorten(kind)}{suggest(str(kind), known)}",
+            where=where,
+            remedy=f"allowed: {', '.join(known)}",
         )
     return known[kind]
 

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from tutelage.config.base import Misfit, Section
 from tutelage.config.lines import Key, Place
 from tutelage.config.recipe import Recipe
-from tutelage.errors import suggest
+from tutelage.errors import shorten, suggest
 
 SECRET = re.compile(r"key|secret|passw|auth|credential|bearer|^(api_?|access_?)?token$", re.IGNORECASE)
 """Names of keys that somebody might put a secret under, which no message repeats."""
@@ -81,18 +81,19 @@ def explain(details: ErrorDetails, name: str, places: Mapping[Key, Place], kinds
     loc = details["loc"]
     where, key = where_given(name, places, loc), ".".join(str(p) for p in loc)
     given = details["input"]
+    given_text = "nothing" if given is None else shorten(given)
     section = _section(loc, kinds)
     fields = [f for f in section.model_fields if f != "kind"] if section else []
     match details["type"]:
         case "extra_forbidden":
             last = str(loc[-1])
-            shown = "a value that is not shown here" if SECRET.search(last) else repr(given)
+            value = "a value that is not shown here" if SECRET.search(last) else shorten(given)
             return (
-                f"{where}: unknown key {key!r}{suggest(last, fields)}, given {shown}\n"
+                f"{where}: unknown key {shorten(key)}{suggest(last, fields)}, given {value}\n"
                 f"  -> allowed here: {', '.join(fields)}"
             )
         case "missing":
-            return f"{where}: {key!r} is missing\n  -> add it; see recipes/digits.yaml for an example"
+            return f"{where}: {shorten(key)} is missing\n  -> add it; see recipes/digits.yaml for an example"
         case "value_error":
             error = details.get("ctx", {}).get("error")
             if isinstance(error, Misfit):
@@ -102,15 +103,10 @@ def explain(details: ErrorDetails, name: str, places: Mapping[Key, Place], kinds
         case "literal_error":
             allowed = str(details.get("ctx", {}).get("expected", ""))
             words = re.findall(r"'([^']*)'", allowed)
-            return f"{where}: {key}: given {given!r}{suggest(str(given), words)}\n  -> allowed: {allowed}"
+            return f"{where}: {key}: given {shorten(given)}{suggest(str(given), words)}\n  -> allowed: {allowed}"
         case "model_type" | "dict_type":
             inside = _section((*loc, ""), kinds)
             allowed = ", ".join(inside.model_fields) if inside else "any"
-            return f"{where}: {key}: given {_shown(given)}\n  -> it takes keys and values; keys: {allowed}"
+            return f"{where}: {key}: given {given_text}\n  -> it takes keys and values; keys: {allowed}"
         case _:
-            return f"{where}: {key}: given {_shown(given)}\n  -> {details['msg']}"
-
-
-def _shown(given: Any) -> str:
-    shown = repr(given)
-    return "nothing" if given is None else shown if len(shown) < 80 else shown[:77] + "..."
+            return f"{where}: {key}: given {given_text}\n  -> {details['msg']}"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tutelage.config.base import Count, Misfit, Positive, Section
-from tutelage.errors import suggest
+from tutelage.errors import shorten, suggest
 
 MODELS = (
     "convnet", "mlp", "resnet", "timm:NAME", "torchvision:NAME", "hf:ID", "package:NAME/FOLDER",
@@ -23,7 +23,7 @@ def known_model(name: str) -> str:
     """``name``; raises ``ValueError`` where no model can be called so."""
     kind, _, rest = name.partition(":")
     if name not in MODELS[:3] and not (kind and rest):
-        raise ValueError(f"unknown model {name!r}{suggest(name, MODELS)}; allowed: {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {shorten(name)}{suggest(name, MODELS)}; allowed: {', '.join(MODELS)}")
     return name
 
 
@@ -34,7 +34,7 @@ def known_student(name: str) -> str:
     kind, _, rest = name.partition(":")
     if name not in MODELS[:3] and not (kind and rest):
         names = ("teacher", *MODELS)
-        raise ValueError(f"unknown model {name!r}{suggest(name, names)}; allowed: {', '.join(names)}")
+        raise ValueError(f"unknown model {shorten(name)}{suggest(name, names)}; allowed: {', '.join(names)}")
     return name
 
 
@@ -57,7 +57,7 @@ class ModelConfig(Section):
 def _map(given: Any) -> Any:
     if isinstance(given, str) and given not in LAYER_MAPS:
         raise ValueError(
-            f"unknown map {given!r}{suggest(given, LAYER_MAPS)}; allowed: {', '.join(LAYER_MAPS)}, or a list"
+            f"unknown map {shorten(given)}{suggest(given, LAYER_MAPS)}; allowed: {', '.join(LAYER_MAPS)}, or a list"
         )
     return given
 

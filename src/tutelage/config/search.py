@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, Section, Seed
+from tutelage.errors import shorten
 
 Number = int | float
 
@@ -31,7 +32,7 @@ class KeySpace(Section):
             if self.low is not None or self.high is not None or self.step is not None or self.log:
                 raise Misfit("both 'values' and a range are given; give one", "values")
             if any(value in self.values[:i] for i, value in enumerate(self.values)):
-                raise Misfit(f"{self.values} holds a value twice; remove it", "values")
+                raise Misfit(f"{shorten(self.values)} holds a value twice; remove it", "values")
             return self
         if self.low is None or self.high is None:
             raise Misfit("neither a range nor values; give 'low' and 'high', or a list of values", "low")

@@ -10,6 +10,7 @@ from tutelage.config.base import Count, Misfit, NotNegative, Positive, Section, 
 from tutelage.config.data import Augments
 from tutelage.config.models import ModelConfig, ModelName
 from tutelage.config.train import TrainConfig
+from tutelage.errors import shorten
 
 
 class CacheConfig(Section):
@@ -228,9 +229,12 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
         taught = {value: [those] if isinstance(those, int) else those for value, those in route.items()}
         for value, those in taught.items():
             if not those or not all(0 <= m < many for m in those):
-                raise Misfit(f"route {value!r} names {those or 'no member'}; allowed: 0 to {many - 1}", "route")
+                raise Misfit(
+                    f"route {shorten(value)} names {shorten(those)}; allowed: 0 to {many - 1}",
+                    "route",
+                )
             if isinstance(self.weights, list) and not any(self.weights[m] for m in those):
-                raise Misfit(f"no member with a weight above 0 teaches route {value!r}; give one", "route")
+                raise Misfit(f"no member with a weight above 0 teaches route {shorten(value)}; give one", "route")
         idle = sorted(set(range(many)) - {m for those in taught.values() for m in those})
         if idle:
             raise Misfit(f"no route leads to member {idle[0]}; give it one, or remove it", "route")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from tutelage.config.base import Count, Misfit, NotNegative, Positive, Section
-from tutelage.errors import suggest
+from tutelage.errors import shorten, suggest
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adadelta": ("rho", "eps"),
@@ -135,7 +135,7 @@ class TrainConfig(Section):
 def check_options(what: str, kind: str, given: Mapping[str, Any], known: Mapping[str, tuple[str, ...]]) -> None:
     """Raise ``ValueError`` unless ``kind`` is known and takes every option ``given``."""
     if kind not in known:
-        raise Misfit(f"unknown {what} {kind!r}{suggest(kind, known)}; allowed: {', '.join(known)}", "kind")
+        raise Misfit(f"unknown {what} {shorten(kind)}{suggest(kind, known)}; allowed: {', '.join(known)}", "kind")
     for key in given:
         if key not in known[kind]:
             allowed = [
@@ -144,5 +144,6 @@ def check_options(what: str, kind: str, given: Mapping[str, Any], known: Mapping
                 *known[kind],
             ]
             raise Misfit(
-                f"{what} {kind!r} has no option {key!r}{suggest(key, allowed)}; allowed: {', '.join(allowed)}", key
+                f"{what} {shorten(kind)} has no option {key!r}{suggest(key, allowed)}; allowed: {', '.join(allowed)}",
+                key,
             )

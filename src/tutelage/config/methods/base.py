@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BeforeValidator
 
 from tutelage.config.base import Count, Misfit, Section
-from tutelage.errors import suggest
+from tutelage.errors import shorten, suggest
 
 
 class MethodConfig(Section):
@@ -27,7 +27,7 @@ def known(what: str, table: Mapping[str, Any]) -> AfterValidator:
 
     def check(name: str) -> str:
         if name not in table:
-            raise ValueError(f"unknown {what} {name!r}{suggest(name, table)}; allowed: {', '.join(table)}")
+            raise ValueError(f"unknown {what} {shorten(name)}{suggest(name, table)}; allowed: {', '.join(table)}")
         return name
 
     return AfterValidator(check)
@@ -40,7 +40,7 @@ def check_known_options(
     for option in options:
         if option not in table[name]:
             raise Misfit(
-                f"{name} has no option {option!r}{suggest(option, table[name])}; "
+                f"{name} has no option {shorten(option)}{suggest(option, table[name])}; "
                 f"its options: {', '.join(table[name]) or 'none'}",
                 key,
             )
@@ -62,7 +62,7 @@ def auto_or_list(of: str, example: str) -> BeforeValidator:
         if given is None or given == "auto":
             return None
         if not isinstance(given, list) or not given:
-            raise ValueError(f"{given!r} is no list of {of}; allowed: auto, or {example}")
+            raise ValueError(f"{shorten(given)} is no list of {of}; allowed: auto, or {example}")
         return given
 
     return BeforeValidator(check)
@@ -71,7 +71,7 @@ def auto_or_list(of: str, example: str) -> BeforeValidator:
 def _layers(given: Any) -> Any:
     listed = isinstance(given, list) and given
     if not isinstance(given, str) and not listed:
-        raise ValueError(f"{given!r} is neither the name of a map of layers nor a list such as [4, 8, 12]")
+        raise ValueError(f"{shorten(given)} is neither the name of a map of layers nor a list such as [4, 8, 12]")
     return given
 
 

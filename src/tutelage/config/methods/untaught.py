@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from tutelage.config.base import Count, Fraction, NotNegative, Positive
 from tutelage.config.methods.base import MethodConfig, auto_or_list
 from tutelage.config.models import ModelConfig
+from tutelage.errors import shorten
 
 
 def _peers(given: Any) -> Any:
@@ -17,7 +18,9 @@ def _peers(given: Any) -> Any:
             raise ValueError(f"{given} peers, and a student alone has nobody to learn from; give 1 or more")
         return [None] * given
     if not isinstance(given, list) or not given:
-        raise ValueError(f"{given!r} is neither a number nor a list of models; for example 2, or [convnet, mlp]")
+        raise ValueError(
+            f"{shorten(given)} is neither a number nor a list of models; for example 2, or [convnet, mlp]"
+        )
     return [{"model": one} if isinstance(one, str) else one for one in given]
 
 
