@@ -226,7 +226,7 @@ class LogitMethod(Method):
         if task not in self.objective.tasks:
             fitting = [name for name, known in LOGIT_LOSSES.items() if task in known.tasks]
             raise ConfigError(
-                f"soft={soft!r} is for {' and '.join(self.loss.tasks)}, and the labels are {task}",
+                f"soft={soft!r} is for {' and '.join(self.objective.tasks)}, and the labels are {task}",
                 remedy=f"use {' or '.join(fitting)}",
             )
         self.hard = 1.0 - alpha if hard is None else hard
@@ -244,7 +244,7 @@ class LogitMethod(Method):
             if key not in self.objective.options:
                 raise ConfigError(
                     f"{self.soft} has no option {key!r}",
-                    remedy=f"its options: {', '.join(self.loss.options) or 'none'}",
+                    remedy=f"its options: {', '.join(self.objective.options) or 'none'}",
                 )
         probe = torch.zeros(2, 3)
         try:
