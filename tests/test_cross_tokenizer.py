@@ -20,7 +20,7 @@ from tutelage.config import build_recipe
 from tutelage.data import IGNORE, Batch, load_texts
 from tutelage.data.spans import Measure, aligned, predicted, shared_entries, token_bytes
 from tutelage.errors import CapabilityError, DataError
-from tutelage.losses import Crossed, LinearHead, linear_sums
+from tutelage.losses import CrossVocabularyTargets, LinearHead, linear_sums
 from tutelage.methods import METHODS, built
 from tutelage.teachers import LiveTeacher
 
@@ -162,7 +162,7 @@ def test_shared_entries_are_compared_as_the_dense_objectives_compare_coarse_logi
     hidden, weight, inputs, head = sides()
     own, other = torch.randperm(23)[:15].sort().values, torch.randperm(31)[:15]
     mask = torch.tensor([True, False, True, True, True, False, True])
-    term = Crossed((inputs, head), (own, other), rest, mask=mask, **options)
+    term = CrossVocabularyTargets((inputs, head), (own, other), rest, mask=mask, **options)
     found = linear_sums(hidden, LinearHead(weight), [term], weights=[1.0], chunk=3)[0]
     grads = torch.autograd.grad(found, (hidden, weight))
     t = options.get("temperature", 1.0)
@@ -185,7 +185,9 @@ def test_shared_entries_are_compared_as_the_dense_objectives_compare_coarse_logi
 @pytest.mark.parametrize("sizes", [(23, 31), (31, 23)])
 def test_chunked_sorted_distances_are_the_dense_ones(sizes: tuple[int, int]) -> None:
     hidden, weight, inputs, head = sides(7, *sizes)
-    found = linear_sums(hidden, weight, [Crossed((inputs, head), temperature=2.0)], weights=[1.0], chunk=2)[0]
+    found = linear_sums(
+        hidden, weight, [CrossVocabularyTargets((inputs, head), temperature=2.0)], weights=[1.0], chunk=2
+    )[0]
     grads = torch.autograd.grad(found, (hidden, weight))
     dense = losses.uld(hidden @ weight.T, inputs @ head.T, temperature=2.0, reduction="sum")
     torch.testing.assert_close(found, dense)
@@ -198,9 +200,9 @@ def test_chunked_sorted_distances_are_the_dense_ones(sizes: tuple[int, int]) -> 
 def test_a_vocabulary_inside_the_other_leaves_the_loss_finite(whole: str, divergence: str) -> None:
     hidden, weight, inputs, head = sides(5, *((12, 20) if whole == "student" else (20, 12)))
     ids = torch.arange(12)
-    found = linear_sums(hidden, weight, [Crossed((inputs, head), (ids, ids), divergence=divergence)], weights=[1.0])[
-        0
-    ]
+    found = linear_sums(
+        hidden, weight, [CrossVocabularyTargets((inputs, head), (ids, ids), divergence=divergence)], weights=[1.0]
+    )[0]
     grads = torch.autograd.grad(found, (hidden, weight))
     assert all(bool(g.isfinite().all()) for g in (found, *grads))
     assert found.item() < 500

@@ -201,7 +201,7 @@ def test_margins_are_those_of_the_norm_before_the_relu() -> None:
 
 @pytest.mark.parametrize(
     ("name", "sums", "weight"),
-    [("attention_transfer", "lecture", 1000), ("vid", "paper", 1), ("factor_transfer", "paper", 500)],
+    [("attention_transfer", "normalised", 1000), ("vid", "paper", 1), ("factor_transfer", "paper", 500)],
 )
 def test_weights_published_for_a_mean_fit_the_sum(name: str, sums: str, weight: float) -> None:
     student, teacher = pair()

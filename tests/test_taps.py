@@ -23,7 +23,17 @@ from tutelage.engine.callbacks import Silent
 from tutelage.errors import ModelError
 from tutelage.methods import DistillationModule, FeatureMethod, Method, Term, built
 from tutelage.models.small import ConvNet
-from tutelage.taps import Needs, Observation, Observer, compile_apart, find, logits_of, observe, output_head, parse
+from tutelage.taps import (
+    Needs,
+    Observation,
+    Observer,
+    compile_apart,
+    find_module,
+    logits_of,
+    observe,
+    output_head,
+    parse_tap,
+)
 from tutelage.teachers import LiveTeacher, Signal
 from worlds import WORLDS
 
@@ -131,10 +141,10 @@ def test_two_compiled_models_of_a_class_keep_their_taps_apart() -> None:
 
 def test_find_knows_the_grammar() -> None:
     model = Everything()
-    assert find(model, "shared@0:input[x]") is model.shared
-    assert find(model, "named.a:b") is model.named["a:b"]
-    assert find(model, "[logits]") is find(model, "") is model
-    tap = parse("layer.1@-2:input[states][0]")
+    assert find_module(model, "shared@0:input[x]") is model.shared
+    assert find_module(model, "named.a:b") is model.named["a:b"]
+    assert find_module(model, "[logits]") is find_module(model, "") is model
+    tap = parse_tap("layer.1@-2:input[states][0]")
     assert (tap.path, tap.call, tap.side, tap.items) == ("layer.1", -2, "input", ("states", "0"))
 
 
@@ -196,11 +206,11 @@ def test_unknown_paths_name_the_three_nearest() -> None:
     model = ConvNet(classes=3, channels=1, widths=(4, 8, 8), depth=1)
     for tap in ("stage.1", "stage.1@0:input[x]"):
         with pytest.raises(ModelError, match=r"no module 'stage\.1'\n  -> nearest: stages\.1, [^,]+, [^,]+$"):
-            find(model, tap)
+            find_module(model, tap)
     with pytest.raises(ModelError, match=r"nearest: stages, stages\.0, stages\.0\.0"):
         observe(model, torch.zeros(1, 1, 8, 8), Needs(hidden=("%%%",)))
     with pytest.raises(ModelError, match="no modules inside"):
-        find(nn.ReLU(), "x")
+        find_module(nn.ReLU(), "x")
 
 
 def test_hidden_states_are_those_of_the_named_modules() -> None:
@@ -332,7 +342,7 @@ def test_one_observer_after_another_on_a_compiled_model_sees_its_own_batch(wrapp
     model = torch.compile(inner, backend="eager") if wrapped else inner
     if not wrapped:
         inner.compile(backend="eager")
-    assert find(model, "0") is inner[0]  # also through the wrapper
+    assert find_module(model, "0") is inner[0]  # also through the wrapper
     for i in range(4):
         x = torch.full((3, 2), float(i))
         torch.testing.assert_close(see(model, x, "0")[0], inner[0](x))

@@ -37,7 +37,7 @@ from tutelage.config import METHOD_KINDS, build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError, ModelError
 from tutelage.losses import chunked
-from tutelage.losses.heads import Scores
+from tutelage.losses.heads import HeadProjection
 from tutelage.methods import (
     METHODS,
     DistillationModule,
@@ -51,7 +51,7 @@ from tutelage.methods import (
     adapted,
     built,
 )
-from tutelage.methods.layers import find_layers, mapped
+from tutelage.methods.transformer_layers import find_layers, mapped
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 
@@ -420,14 +420,14 @@ def test_scores_of_the_vocabulary_exist_for_some_positions_at_a_time(monkeypatch
     b = batch()
     method = fit(TripleMethod(), student, teacher, b)
     rows: list[int] = []
-    made = Scores.of
+    made = HeadProjection.project
 
-    def watched(self: Scores, which: Any) -> Tensor:
+    def watched(self: HeadProjection, which: Any) -> Tensor:
         scores = made(self, which)
         rows.append(len(scores))
         return scores
 
-    monkeypatch.setattr(Scores, "of", watched)
+    monkeypatch.setattr(HeadProjection, "project", watched)
     found = []
     for chunk in (None, 4):
         if chunk is not None:

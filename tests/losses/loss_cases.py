@@ -228,7 +228,8 @@ CASES = [
 ]
 
 UTILITIES = {
-    "ContrastiveMemory", "overhaul_margin", "LinearHead", "LoRA", "TopK", "Sampled", "Crossed", "Hard", "Soft",
-    "Teaching", "check_divergence", "coarse", "linear_cross_entropy", "linear_sums",
+    "ContrastiveMemory", "overhaul_margin", "LinearHead", "LoRA", "TopKTargets", "SampledTargets",
+    "CrossVocabularyTargets", "HardTargets", "SoftTargets", "TeacherDistribution", "check_divergence", "coarse",
+    "linear_cross_entropy", "linear_sums",
 }  # fmt: skip
 """Exported names that are no losses, or several at once."""

@@ -20,17 +20,17 @@ from torch.nn import functional as F
 
 from tutelage import losses
 from tutelage.losses import (
-    Hard,
+    HardTargets,
     LinearHead,
     LoRA,
-    Sampled,
-    Soft,
-    TopK,
+    SampledTargets,
+    SoftTargets,
+    TopKTargets,
     kernels,
     linear_divergence,
     linear_sums,
 )
-from tutelage.losses.heads import Gradients, Scores
+from tutelage.losses.heads import GradientSums, HeadProjection
 
 TOKENS, WIDTH, OTHER, SIZE = 12, 5, 7, 17
 
@@ -236,13 +236,13 @@ def test_of_part_of_a_teacher_value_and_gradients_are_those_of_the_sparse_object
     log_p = (world.teacher() / 2).log_softmax(-1)
     for k in (1, 4, SIZE):
         best = log_p.topk(k)
-        found = world.chunked(teacher=TopK(best.indices, best.values), chunk=5, **options)
+        found = world.chunked(teacher=TopKTargets(best.indices, best.values), chunk=5, **options)
         same(found, losses.topk_kd(world.scores(), best.indices, best.values, **options), world.learned)
-    found = world.chunked(teacher=TopK(best.indices, best.values), **options)
+    found = world.chunked(teacher=TopKTargets(best.indices, best.values), **options)
     same(found, world.dense(**options), world.learned)  # of all k, it is the whole
     index = torch.randint(SIZE, (TOKENS, 6), generator=world.generator)  # with repetitions
     weights = world.draw(TOKENS, 6).abs()
-    found = world.chunked(teacher=Sampled(index, weights), chunk=5, **options)
+    found = world.chunked(teacher=SampledTargets(index, weights), chunk=5, **options)
     same(found, losses.sampled_kd(world.scores(), index, weights, **options), world.learned)
 
 
@@ -250,7 +250,7 @@ def test_a_top_1_keeps_its_tail():
     """Renormalised it would be identically zero."""
     world = World()
     best = world.teacher().log_softmax(-1).topk(1)
-    value = world.chunked(teacher=TopK(best.indices, best.values))
+    value = world.chunked(teacher=TopKTargets(best.indices, best.values))
     assert value > 0.01
     assert all(g.abs().max() > 1e-3 for g in gradients(value, world.learned))
 
@@ -260,7 +260,7 @@ def test_of_part_of_a_teacher_no_divergence_is_given_that_is_least_where_the_stu
     world = World()
     best = world.teacher().log_softmax(-1).topk(3)
     with pytest.raises(ValueError, match="leaves the support"):
-        world.chunked(name, teacher=TopK(best.indices, best.values))
+        world.chunked(name, teacher=TopKTargets(best.indices, best.values))
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -320,13 +320,13 @@ def test_a_frozen_base_costs_no_gradient_of_its_size(monkeypatch):
     world = World(lora=True)
     world.weight.requires_grad_(False)
     made = []
-    start = Gradients.__init__
+    start = GradientSums.__init__
 
     def watched(self, *args):
         start(self, *args)
         made.extend(x.shape for x in self.sums if x is not None)
 
-    monkeypatch.setattr(Gradients, "__init__", watched)
+    monkeypatch.setattr(GradientSums, "__init__", watched)
     of = [x for x in world.learned if x.requires_grad]
     same(world.chunked(chunk=5), world.dense(), of)
     assert sorted(made) == sorted(x.shape for x in of)
@@ -415,8 +415,8 @@ def test_any_packing_padding_and_split_of_the_same_tokens_gives_the_same_gradien
             hidden[some].unsqueeze(0),
             world.head,
             [
-                Soft((said[some].unsqueeze(0), world.other), "js", mask=real[some].unsqueeze(0)),
-                Hard(labels[some].unsqueeze(0), real[some].unsqueeze(0)),
+                SoftTargets((said[some].unsqueeze(0), world.other), "js", mask=real[some].unsqueeze(0)),
+                HardTargets(labels[some].unsqueeze(0), real[some].unsqueeze(0)),
             ],
             weights=[1 / counts[0], 0.5 / counts[1]],
             chunk=chunk,
@@ -428,13 +428,13 @@ def test_any_packing_padding_and_split_of_the_same_tokens_gives_the_same_gradien
 
 def test_tokens_that_do_not_count_are_not_projected(monkeypatch):
     world, mask, rows = World(), torch.arange(TOKENS) % 4 == 1, []
-    made = Scores.of
+    made = HeadProjection.project
 
     def watched(self, which):
         rows.append(len(made(self, which)))
         return made(self, which)
 
-    monkeypatch.setattr(Scores, "of", watched)
+    monkeypatch.setattr(HeadProjection, "project", watched)
     world.chunked(mask=mask, chunk=2)
     assert sum(rows) == 2 * int(mask.sum())
     assert max(rows) == 2
@@ -548,7 +548,7 @@ def test_terms_weighted_otherwise_get_the_right_gradient_all_the_same(monkeypatc
 
 def sums(world: World, promise: Any) -> tuple[Tensor, ...]:
     mask = torch.arange(TOKENS) % 5 > 0
-    terms = [Soft((world.said, world.other), temperature=2.0, mask=mask), Hard(world.labels)]
+    terms = [SoftTargets((world.said, world.other), temperature=2.0, mask=mask), HardTargets(world.labels)]
     return linear_sums(world.hidden, world.head, terms, weights=promise, chunk=3)
 
 
@@ -688,7 +688,7 @@ def test_memory_grows_by_the_hidden_size_and_not_by_the_vocabulary():
         ({"teacher": (torch.zeros(TOKENS, OTHER), torch.zeros(SIZE + 1, OTHER))}, "pass vocabulary="),
         ({"teacher": (torch.zeros(TOKENS, 3), torch.zeros(SIZE, OTHER))}, "the teacher's hidden states"),
         ({"teacher": torch.zeros(1, SIZE)}, r"must be \(12, \.\.\.\)"),
-        ({"teacher": TopK(torch.zeros(TOKENS, 2).long(), torch.zeros(TOKENS, 3))}, "a few classes for each"),
+        ({"teacher": TopKTargets(torch.zeros(TOKENS, 2).long(), torch.zeros(TOKENS, 3))}, "a few classes for each"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_is_allowed(change, message):
@@ -707,7 +707,7 @@ def test_heads_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="LoRA of a"):
         LinearHead(weight, lora=LoRA(torch.zeros(WIDTH, 2), torch.zeros(SIZE, 2)))
     with pytest.raises(ValueError, match="2 weights for 1 terms"):
-        linear_sums(torch.zeros(3, WIDTH), weight, [Hard(torch.zeros(3).long())], weights=[1.0, 2.0])
+        linear_sums(torch.zeros(3, WIDTH), weight, [HardTargets(torch.zeros(3).long())], weights=[1.0, 2.0])
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
@@ -715,7 +715,7 @@ def test_a_token_of_soft_labels_may_weigh_anything(name: str) -> None:
     world = World(torch.float64, 3)
     weights, mask = world.draw(TOKENS), world.draw(TOKENS) > -0.5
     divergence, f, more = DIVERGENCES[name]
-    term = Soft((world.said, world.other), divergence, 2.0, mask=mask, token_weights=weights, **more)
+    term = SoftTargets((world.said, world.other), divergence, 2.0, mask=mask, token_weights=weights, **more)
     found = linear_sums(world.hidden, world.head, [term], weights=[1.0], chunk=2)[0]
     each = f(world.scores(), world.teacher(), temperature=2.0, mask=mask, reduction="none", **more)
     same(found, (each * weights).sum(), world.learned)
@@ -732,7 +732,7 @@ def test_draws_and_labels_share_one_softmax_and_stay_two_losses(
     index = torch.randint(SIZE, (TOKENS, 4), generator=world.generator)
     weights = world.draw(TOKENS, 4).abs().to(precision)  # whose sum is not 1
     mask = world.draw(TOKENS) > -0.8
-    terms = [Soft(Sampled(index, weights), mask=mask), Hard(world.labels)]
+    terms = [SoftTargets(SampledTargets(index, weights), mask=mask), HardTargets(world.labels)]
     softmaxes, made = [], Tensor.log_softmax
     monkeypatch.setattr(Tensor, "log_softmax", lambda self, *a: softmaxes.append(len(self)) or made(self, *a))
     soft, hard = linear_sums(world.hidden, world.head, terms, weights=[0.7, 0.3], chunk=chunk)

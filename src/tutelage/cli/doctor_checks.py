@@ -25,7 +25,7 @@ from tutelage.methods import check_capabilities
 from tutelage.methods.base import DistillationModule
 from tutelage.multistage.series import first_stage
 from tutelage.progress import Terminal
-from tutelage.taps import find
+from tutelage.taps import find_module
 from tutelage.teachers import Teacher
 
 
@@ -114,9 +114,9 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     taught = model_of(teacher)
     if taught is not None:
         for path in method.needs.hidden if method.needs else ():
-            passes("teacher tap", path, lambda path=path, model=taught: find(model, path))
+            passes("teacher tap", path, lambda path=path, model=taught: find_module(model, path))
     for path in method.student_needs.hidden if method.student_needs else ():
-        passes("student tap", path, lambda path=path: find(student, path))
+        passes("student tap", path, lambda path=path: find_module(student, path))
     if teacher is not None and recipe.teacher is not None:
         found.append(capacity(parameters(student), parameters(teacher.model)))
     if teacher is None or recipe.teacher is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.data.batch import IGNORE, Batch
-from tutelage.methods.writing import write
+from tutelage.methods.sampling import sample_completions
 
 OPENING = 0.25
 """The share of a text without a prompt that is given."""
@@ -92,7 +92,7 @@ def continued(
         openings = [found for row in rows if (found := opening(row.for_teacher() if name == "teacher" else row))]
         first = next(model.parameters(), None)
         prompts = [one.prompt.to(device if first is None else first.device) for one in openings]
-        said = write(model, prompts, longest=most, temperature=0)
+        said = sample_completions(model, prompts, max_new_tokens=most, temperature=0)
         for text, one, (ids, begin) in zip(texts, openings, said, strict=True):
 
             def words(tokens: Tensor, cutter: Any = tokenizer) -> str:

@@ -16,7 +16,7 @@ from tutelage.models import MODEL_CARD, label_names, load_model, tokenizer_of
 from tutelage.models.files import read_card
 from tutelage.models.texts import HEADS, BiEncoder, CrossEncoder, SentenceEncoder, pretrained
 from tutelage.taps import logits_of
-from tutelage.taps.observe import uncached
+from tutelage.taps.observe import no_cache_arguments
 
 IMAGE = "image"
 """What the input of an image classifier is called."""
@@ -158,7 +158,7 @@ class Graph(nn.Module):
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.names = model, names
-        self._options = uncached(model)
+        self._options = no_cache_arguments(model)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Logits ``[B, ..., C]`` or embeddings ``[B, D]``."""

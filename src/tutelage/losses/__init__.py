@@ -35,20 +35,28 @@ from tutelage.losses.maps import attention_transfer, nst, review
 from tutelage.losses.relations import correlation, pkt, rkd_angle, rkd_distance, similarity
 from tutelage.losses.sparse import sampled_kd, topk_kd
 from tutelage.losses.structured import dist, dkd, mlkd
-from tutelage.losses.terms import Crossed, Hard, Sampled, Soft, Teaching, TopK, check_divergence
+from tutelage.losses.terms import (
+    CrossVocabularyTargets,
+    HardTargets,
+    SampledTargets,
+    SoftTargets,
+    TeacherDistribution,
+    TopKTargets,
+    check_divergence,
+)
 from tutelage.losses.tokens import linear_cross_entropy, linear_divergence, linear_sums
 from tutelage.losses.vectors import cosine, cosine_matrix, margin_mse, patient
 
 __all__ = [
     "ContrastiveMemory",
-    "Crossed",
-    "Hard",
+    "CrossVocabularyTargets",
+    "HardTargets",
     "LinearHead",
     "LoRA",
-    "Sampled",
-    "Soft",
-    "Teaching",
-    "TopK",
+    "SampledTargets",
+    "SoftTargets",
+    "TeacherDistribution",
+    "TopKTargets",
     "attention_kl",
     "attention_mse",
     "attention_transfer",

@@ -1,6 +1,6 @@
 """Losses on the attention of transformers.
 
-Scores are ``[B, H, L, L]``: query by key, before the softmax and before any mask is added.
+HeadProjection are ``[B, H, L, L]``: query by key, before the softmax and before any mask is added.
 An example is a query token, so that a loss is averaged over the tokens that count, in the
 whole batch. ``mask`` is ``[B, L]``, true at tokens and false at padding, which then counts
 neither as query nor as key; or ``[B, L, L]``, true where a query may see a key, for causal
@@ -197,7 +197,7 @@ def _relation_kl(
 
 
 def _scores(student: Tensor, teacher: Tensor, heads: Heads, average: bool = True) -> tuple[Tensor, Tensor]:
-    """Scores in working precision; with one head where they are to be averaged."""
+    """HeadProjection in working precision; with one head where they are to be averaged."""
     check_choice("heads", heads, "each", "mean")
     check_batch(student, teacher)
     if student.ndim != 4 or teacher.ndim != 4 or student.shape[2:] != teacher.shape[2:]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tutelage.losses.closed_form_grads import LossAndGrad
-from tutelage.losses.heads import Gradients, LinearHead, Scores
+from tutelage.losses.heads import GradientSums, HeadProjection, LinearHead
 
 CHUNK = {"cpu": 1 << 24}
 """Most scores that exist at a time, for each of student and teacher, by type of device: so many that the head's
@@ -24,7 +24,7 @@ CHUNK_ELSEWHERE = 1 << 28
 FEWEST = 128
 """Tokens of a chunk below which matrix products are slow, however large the vocabulary."""
 SLAB = 1 << 17
-"""Scores that are compared at a time on a CPU, for each of its threads: they stay in its cache."""
+"""HeadProjection that are compared at a time on a CPU, for each of its threads: they stay in its cache."""
 SLAB_ELSEWHERE = 1 << 26
 """The same on other devices: enough to keep them busy, and little beside a chunk, in float32 several times over."""
 
@@ -32,7 +32,7 @@ Rows = slice | Tensor
 """Some of N tokens."""
 
 
-class Few(NamedTuple):
+class FewClasses(NamedTuple):
     """A loss at T = 1 whose gradient by the scores is ``q - even``, less ``weights`` at a few classes.
 
     Attributes:
@@ -48,7 +48,7 @@ class Few(NamedTuple):
     even: Tensor | None = None
 
 
-class Part(NamedTuple):
+class TokenLoss(NamedTuple):
     """One loss of tokens.
 
     Attributes:
@@ -63,11 +63,11 @@ class Part(NamedTuple):
     mask: Tensor | None
     open: Callable[[], Callable[[Rows], tuple[Tensor, ...]]]
     compare: Callable[[Tensor, tuple[Tensor, ...], bool], LossAndGrad]
-    few: Callable[[Tensor, tuple[Tensor, ...]], Few] | None = None
+    few: Callable[[Tensor, tuple[Tensor, ...]], FewClasses] | None = None
 
 
 @dataclass(frozen=True)
-class Problem:
+class ChunkedProblem:
     """What is computed, but for the tensors that learn.
 
     Attributes:
@@ -80,14 +80,16 @@ class Problem:
     """
 
     head: LinearHead
-    parts: Sequence[Part]
+    parts: Sequence[TokenLoss]
     size: int
     dtype: torch.dtype | None
     chunk: int | None
     each: bool = False
 
 
-def losses(problem: Problem, hidden: Tensor, weights: Sequence[float | Tensor] | None) -> tuple[Tensor, ...]:
+def chunked_losses(
+    problem: ChunkedProblem, hidden: Tensor, weights: Sequence[float | Tensor] | None
+) -> tuple[Tensor, ...]:
     """The weighted total of all parts, and then each part, with their gradients.
 
     Args:
@@ -113,7 +115,11 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, weights: Sequence[float | Tensor] | None, learns: bool, *tensors: Tensor | None
+        ctx: Any,
+        problem: ChunkedProblem,
+        weights: Sequence[float | Tensor] | None,
+        learns: bool,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         wanted = tuple(learns and need for need in ctx.needs_input_grad[3:])
         made = weights is not None and any(wanted)
@@ -133,7 +139,7 @@ class _Losses(torch.autograd.Function):
         asked = [by for by in (by_total, *by_parts) if by is not None]
         if not asked:
             return (None,) * (3 + len(ctx.wanted))
-        problem: Problem = ctx.problem
+        problem: ChunkedProblem = ctx.problem
         saved = ctx.saved_tensors
         tensors, gradients = saved[:5], saved[5:]
         scale = _common(by_total, by_parts, ctx.weights) if ctx.made else None
@@ -153,7 +159,7 @@ class _Losses(torch.autograd.Function):
 
 
 def _go(
-    problem: Problem,
+    problem: ChunkedProblem,
     tensors: Sequence[Tensor | None],
     weights: Sequence[float | Tensor] | None,
     wanted: Sequence[bool] | None,
@@ -162,15 +168,15 @@ def _go(
     hidden, *of_head = tensors
     assert hidden is not None
     with torch.autocast(hidden.device.type, enabled=False):
-        scores = Scores(problem.head, of_head, hidden, problem.size, problem.dtype)
-        gradients = None if wanted is None else Gradients(scores, wanted, tensors)
+        scores = HeadProjection(problem.head, of_head, hidden, problem.size, problem.dtype)
+        gradients = None if wanted is None else GradientSums(scores, wanted, tensors)
         precise = torch.promote_types(scores.dtype, torch.float32)
         values = [hidden.new_zeros(len(hidden), dtype=precise) for _ in problem.parts]
         take = [part.open() for part in problem.parts]
         slab = SLAB * torch.get_num_threads() if hidden.is_cpu else SLAB_ELSEWHERE
         slab = max(slab // problem.size, 1)
         for rows, which in _chunks(problem, len(hidden), hidden.device):
-            raw = scores.of(rows)
+            raw = scores.project(rows)
             slopes = raw if gradients is None else gradients.slopes(raw)
             taken = {k: take[k](rows) for k in which}
             for start in range(0, len(raw), slab):
@@ -198,7 +204,7 @@ def _go(
 
 
 def _together(
-    parts: Sequence[Part], given: dict[int, tuple[tuple[Tensor, ...], float | Tensor]], log_q: Tensor
+    parts: Sequence[TokenLoss], given: dict[int, tuple[tuple[Tensor, ...], float | Tensor]], log_q: Tensor
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Values of some parts, and the gradient of their weighted sum by the scores; ``log_q`` is used up.
 
@@ -207,7 +213,7 @@ def _together(
         given: of those that are meant what they compare with, and their weight.
         log_q: ``[n, V]``.
     """
-    found: dict[int, tuple[Few, float | Tensor]] = {}
+    found: dict[int, tuple[FewClasses, float | Tensor]] = {}
     for k, (own, weight) in given.items():
         few = parts[k].few
         assert few is not None
@@ -231,7 +237,7 @@ def _pick(rows: Rows, some: slice) -> Rows:
     return slice(rows.start + some.start, rows.start + some.stop)
 
 
-def _chunks(problem: Problem, count: int, device: torch.device) -> Iterator[tuple[Rows, Sequence[int]]]:
+def _chunks(problem: ChunkedProblem, count: int, device: torch.device) -> Iterator[tuple[Rows, Sequence[int]]]:
     """Tokens that go together, packed, and the parts for which they count: those of a chunk are the same for all."""
     size = problem.chunk or max(CHUNK.get(device.type, CHUNK_ELSEWHERE) // max(problem.size, 1), FEWEST)
     for rows, which in _groups([part.mask for part in problem.parts], count, device):

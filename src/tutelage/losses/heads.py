@@ -77,7 +77,7 @@ class LinearHead:
         return tuple(None if x is None else _whole(x) for x in (self.weight, self.bias, a, b))
 
     def finished(self, raw: Tensor) -> Tensor:
-        """Scores from ``h @ weight.T + bias``, in the precision of losses; it may be ``raw`` itself."""
+        """HeadProjection from ``h @ weight.T + bias``, in the precision of losses; it may be ``raw`` itself."""
         raw = as_float(raw)
         if self.softcap is not None:
             return torch.mul(raw, self.scale / self.softcap).tanh_().mul_(self.softcap)
@@ -117,7 +117,7 @@ def _whole(x: Tensor) -> Tensor:
     return whole
 
 
-class Scores:
+class HeadProjection:
     """What a head makes of some hidden states at a time.
 
     Args:
@@ -150,7 +150,7 @@ class Scores:
         self.lora = None if a is None or b is None or head.lora is None else LoRA(a, b[:size], head.lora.scale)
         self.buffer: Tensor | None = None
 
-    def of(self, rows: slice | Tensor) -> Tensor:
+    def project(self, rows: slice | Tensor) -> Tensor:
         """``[n, V]``, before :meth:`LinearHead.finished`, of some tokens; valid until the next call."""
         hidden = self.hidden[rows].to(self.dtype)
         if self.buffer is None or len(self.buffer) < len(hidden):
@@ -165,7 +165,7 @@ class Scores:
         return out
 
 
-class Gradients:
+class GradientSums:
     """Sums, in float32 or more, of the gradients by hidden states and by a head's tensors.
 
     Args:
@@ -174,7 +174,7 @@ class Gradients:
         like: those tensors.
     """
 
-    def __init__(self, scores: Scores, wanted: Sequence[bool], like: Sequence[Tensor | None]) -> None:
+    def __init__(self, scores: HeadProjection, wanted: Sequence[bool], like: Sequence[Tensor | None]) -> None:
         self.scores = scores
         self.sums = [
             None if x is None or not want else torch.zeros_like(

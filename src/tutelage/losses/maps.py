@@ -30,7 +30,7 @@ def attention_transfer(
     student: Tensor,
     teacher: Tensor,
     *,
-    variant: Literal["lecture", "authors"] = "lecture",
+    variant: Literal["normalised", "authors"] = "normalised",
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -40,7 +40,7 @@ def attention_transfer(
         student: feature map ``[B, C, H, W]``.
         teacher: feature map ``[B, C', H', W']``; receives no gradient. Of different spatial sizes
             the larger map is average-pooled to the smaller before squaring.
-        variant: ``lecture`` sums the squares over positions. ``authors``, their code, averages
+        variant: ``normalised`` sums the squares over positions. ``authors``, their code, averages
             over them: H W times smaller. The published weight, 1000, belongs to it.
         mask: ``[B]``, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
@@ -55,10 +55,10 @@ def attention_transfer(
     Reference: Zagoruyko and Komodakis, Paying More Attention to Attention (ICLR 2017), equation 2,
     squared: there it is the norm of the difference itself.
     """
-    check_choice("variant", variant, "lecture", "authors")
+    check_choice("variant", variant, "normalised", "authors")
     student, teacher = _maps(student, teacher, mask)
     squares = (_attention(student) - _attention(teacher)).square()
-    return reduce(squares.sum(-1) if variant == "lecture" else squares.mean(-1), mask, reduction)
+    return reduce(squares.sum(-1) if variant == "normalised" else squares.mean(-1), mask, reduction)
 
 
 def _attention(features: Tensor) -> Tensor:

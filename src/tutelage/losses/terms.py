@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.losses.chunked import Few, Part, Problem, Rows
+from tutelage.losses.chunked import ChunkedProblem, FewClasses, Rows, TokenLoss
 from tutelage.losses.closed_form_grads import DIVERGENCES, Divergence, LossAndGrad, labelled, sampled, topk
 from tutelage.losses.common import check_choice, check_mask, check_temperature
 from tutelage.losses.cross_vocabulary import Comparison, Rest, over_shared, sorted_distance
-from tutelage.losses.heads import LinearHead, Scores, as_head
+from tutelage.losses.heads import HeadProjection, LinearHead, as_head
 from tutelage.losses.kernels import kernel_for
 from tutelage.losses.logits import IGNORE
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopKTargets:
     """A teacher's k largest classes; all others are one outcome with the rest of the mass (``topk_kd``).
 
     Attributes:
@@ -33,7 +33,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledTargets:
     """Draws from a teacher's distribution (``sampled_kd``).
 
     Attributes:
@@ -45,23 +45,23 @@ class Sampled:
     weights: Tensor
 
 
-Head = Tensor | LinearHead
-Teaching = tuple[Tensor, Head] | Tensor | TopK | Sampled
+HeadLike = Tensor | LinearHead
+TeacherDistribution = tuple[Tensor, HeadLike] | Tensor | TopKTargets | SampledTargets
 """What a teacher says: (hidden states ``[..., D']``, head), logits ``[..., V]``, or part of a distribution."""
 
 
 @dataclass(frozen=True)
-class Soft:
+class SoftTargets:
     """A term of :func:`linear_sums`: T^2 times a divergence from the teacher.
 
     Attributes:
         teacher: as in :func:`linear_divergence`, as are ``divergence``, ``temperature``, ``beta``, ``alpha`` and
             ``reverse``.
         mask: ``[...]``, true where the token counts.
-        token_weights: as of :class:`Hard`.
+        token_weights: as of :class:`HardTargets`.
     """
 
-    teacher: Teaching
+    teacher: TeacherDistribution
     divergence: str = "kl"
     temperature: float = 1.0
     beta: float | None = None
@@ -72,7 +72,7 @@ class Soft:
 
 
 @dataclass(frozen=True)
-class Crossed:
+class CrossVocabularyTargets:
     """A term of :func:`linear_sums`: T^2 times the distance from a teacher with another vocabulary.
 
     Attributes:
@@ -85,7 +85,7 @@ class Crossed:
         mask: ``[...]``, true where the token counts.
     """
 
-    teacher: tuple[Tensor, Head] | Tensor
+    teacher: tuple[Tensor, HeadLike] | Tensor
     shared: tuple[Tensor, Tensor] | None = None
     rest: Rest = "bucket"
     divergence: str = "kl"
@@ -97,7 +97,7 @@ class Crossed:
 
 
 @dataclass(frozen=True)
-class Hard:
+class HardTargets:
     """A term of :func:`linear_sums`: cross-entropy at T = 1.
 
     Attributes:
@@ -113,13 +113,13 @@ class Hard:
 
 def problem_of(
     hidden: Tensor,
-    head: Head,
-    terms: Sequence[Soft | Hard | Crossed],
+    head: HeadLike,
+    terms: Sequence[SoftTargets | HardTargets | CrossVocabularyTargets],
     vocabulary: int | None,
     chunk: int | None,
     *,
     each: bool,
-) -> Problem:
+) -> ChunkedProblem:
     """Everything checked, and flattened to one dimension of tokens."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"student_hidden must be a tensor, not {type(hidden).__name__}")
@@ -134,10 +134,10 @@ def problem_of(
         dtype = None  # which autocast leaves alone
     shape = hidden.shape[:-1]
     parts = [_PARTS[type(term)](term, shape, size, vocabulary, dtype) for term in terms]
-    return Problem(head, parts, size, dtype, chunk, each)
+    return ChunkedProblem(head, parts, size, dtype, chunk, each)
 
 
-def _hard(term: Hard, shape: torch.Size, *_: object) -> Part:
+def _hard(term: HardTargets, shape: torch.Size, *_: object) -> TokenLoss:
     if term.labels.shape != shape:
         raise ValueError(f"labels {tuple(term.labels.shape)} must be one token for each of {tuple(shape)} positions")
     mask = term.labels != IGNORE
@@ -147,15 +147,15 @@ def _hard(term: Hard, shape: torch.Size, *_: object) -> Part:
     def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
         return labelled(scores.log_softmax(-1), own[0], learns)
 
-    def few(log_q: Tensor, own: tuple[Tensor, ...]) -> Few:
+    def few(log_q: Tensor, own: tuple[Tensor, ...]) -> FewClasses:
         index = own[0].unsqueeze(-1)
-        return Few(labelled(log_q, own[0], False).value, index, log_q.new_ones(index.shape))
+        return FewClasses(labelled(log_q, own[0], False).value, index, log_q.new_ones(index.shape))
 
-    part = Part(mask.reshape(-1), _given(term.labels.reshape(-1)), compare, few)
+    part = TokenLoss(mask.reshape(-1), _given(term.labels.reshape(-1)), compare, few)
     return _weighted(part, term.token_weights, shape)
 
 
-def _weighted(part: Part, weights: Tensor | None, shape: torch.Size) -> Part:
+def _weighted(part: TokenLoss, weights: Tensor | None, shape: torch.Size) -> TokenLoss:
     """``part`` with each token's loss multiplied."""
     if weights is None:
         return part
@@ -175,12 +175,14 @@ def _weighted(part: Part, weights: Tensor | None, shape: torch.Size) -> Part:
     return part._replace(open=opened, compare=compare, few=None)
 
 
-def _soft(term: Soft, shape: torch.Size, size: int, vocabulary: int | None, dtype: torch.dtype | None) -> Part:
+def _soft(
+    term: SoftTargets, shape: torch.Size, size: int, vocabulary: int | None, dtype: torch.dtype | None
+) -> TokenLoss:
     check_temperature(term.temperature)
     mask = None if term.mask is None else check_mask(term.mask, shape).reshape(-1)
     divergence = _divergence(term.divergence, beta=term.beta, alpha=term.alpha, reverse=term.reverse)
     teacher = term.teacher
-    if isinstance(teacher, TopK | Sampled):
+    if isinstance(teacher, TopKTargets | SampledTargets):
         said, against = _sparse(term, teacher, shape)
     elif isinstance(teacher, Tensor):
         said, against = _logits(teacher, shape, size, vocabulary), _dense(term, divergence, None)
@@ -188,18 +190,20 @@ def _soft(term: Soft, shape: torch.Size, size: int, vocabulary: int | None, dtyp
         head = as_head(teacher[1])
         said = _projected(teacher[0], head, shape, size, vocabulary, dtype)
         against = _dense(term, divergence, head)
-    few = _drawn if isinstance(teacher, Sampled) and term.temperature == 1.0 else None
-    return _weighted(Part(mask, said, against, few), term.token_weights, shape)
+    few = _drawn if isinstance(teacher, SampledTargets) and term.temperature == 1.0 else None
+    return _weighted(TokenLoss(mask, said, against, few), term.token_weights, shape)
 
 
-def _drawn(log_q: Tensor, own: tuple[Tensor, ...]) -> Few:
-    """Of :class:`Sampled` at T = 1."""
+def _drawn(log_q: Tensor, own: tuple[Tensor, ...]) -> FewClasses:
+    """Of :class:`SampledTargets` at T = 1."""
     index, weights = own[0], own[1].to(log_q.dtype)
     even = (1.0 - weights.sum(-1, keepdim=True)) / log_q.shape[-1]
-    return Few(sampled(log_q, index, weights, False).value, index, weights, even)
+    return FewClasses(sampled(log_q, index, weights, False).value, index, weights, even)
 
 
-def _crossed(term: Crossed, shape: torch.Size, size: int, vocabulary: int | None, dtype: torch.dtype | None) -> Part:
+def _crossed(
+    term: CrossVocabularyTargets, shape: torch.Size, size: int, vocabulary: int | None, dtype: torch.dtype | None
+) -> TokenLoss:
     t = check_temperature(term.temperature)
     mask = None if term.mask is None else check_mask(term.mask, shape).reshape(-1)
     divergence = _divergence(term.divergence, beta=term.beta, alpha=term.alpha, reverse=term.reverse)
@@ -220,7 +224,7 @@ def _crossed(term: Crossed, shape: torch.Size, size: int, vocabulary: int | None
         raw = (own[0] if head is None else head.finished(own[0])).to(scores.dtype)
         return _scaled(against(scores if t == 1.0 else scores / t, raw if t == 1.0 else raw / t, learns), t)
 
-    return Part(mask, said, compare)
+    return TokenLoss(mask, said, compare)
 
 
 def _check_shared(shared: tuple[Tensor, Tensor], student: int, teacher: int) -> None:
@@ -233,7 +237,11 @@ def _check_shared(shared: tuple[Tensor, Tensor], student: int, teacher: int) -> 
         )
 
 
-_PARTS: dict[type, Callable[..., Part]] = {Crossed: _crossed, Hard: _hard, Soft: _soft}
+_PARTS: dict[type, Callable[..., TokenLoss]] = {
+    CrossVocabularyTargets: _crossed,
+    HardTargets: _hard,
+    SoftTargets: _soft,
+}
 
 Open = Callable[[], Callable[[Rows], tuple[Tensor, ...]]]
 Against = Callable[[Tensor, tuple[Tensor, ...], bool], LossAndGrad]
@@ -277,7 +285,7 @@ def _scaled(found: LossAndGrad, t: float) -> LossAndGrad:
     return LossAndGrad(found.value.mul_(t**2), None if found.slope is None else found.slope.mul_(t))
 
 
-def _dense(term: Soft, divergence: Divergence, head: LinearHead | None) -> Against:
+def _dense(term: SoftTargets, divergence: Divergence, head: LinearHead | None) -> Against:
     """Against the teacher's raw scores."""
     t = term.temperature
 
@@ -307,21 +315,21 @@ def _projected(
 
     def opened() -> Callable[[Rows], tuple[Tensor, ...]]:
         with torch.no_grad():
-            scores = Scores(head, head.tensors(), flat, size, dtype)
-        return lambda rows: (scores.of(rows),)
+            scores = HeadProjection(head, head.tensors(), flat, size, dtype)
+        return lambda rows: (scores.project(rows),)
 
     return opened
 
 
-def _sparse(term: Soft, teacher: TopK | Sampled, shape: torch.Size) -> tuple[Open, Against]:
+def _sparse(term: SoftTargets, teacher: TopKTargets | SampledTargets, shape: torch.Size) -> tuple[Open, Against]:
     if term.divergence != "kl":
         raise ValueError(
             f"divergence={term.divergence!r} of {type(teacher).__name__}: a part of the teacher's distribution gives "
             "kl alone, for the others ask what the student says beyond it, and truncated are least where it leaves "
             "the support; give the teacher's logits, or its hidden states and head"
         )
-    loss = topk if isinstance(teacher, TopK) else sampled
-    index, values = teacher.index, teacher.log_probs if isinstance(teacher, TopK) else teacher.weights
+    loss = topk if isinstance(teacher, TopKTargets) else sampled
+    index, values = teacher.index, teacher.log_probs if isinstance(teacher, TopKTargets) else teacher.weights
     if index.shape != values.shape or index.shape[:-1] != shape or index.ndim != len(shape) + 1:
         raise ValueError(
             f"index {tuple(index.shape)} and its values {tuple(values.shape)} must be of one shape, [..., k] for "

@@ -10,15 +10,22 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tutelage.losses.chunked import losses
+from tutelage.losses.chunked import chunked_losses
 from tutelage.losses.common import Reduction, check_choice
-from tutelage.losses.terms import Crossed, Hard, Head, Soft, Teaching, problem_of
+from tutelage.losses.terms import (
+    CrossVocabularyTargets,
+    HardTargets,
+    HeadLike,
+    SoftTargets,
+    TeacherDistribution,
+    problem_of,
+)
 
 
 def linear_divergence(
     student_hidden: Tensor,
-    student_head: Head,
-    teacher: Teaching,
+    student_head: HeadLike,
+    teacher: TeacherDistribution,
     *,
     divergence: str = "kl",
     temperature: float = 1.0,
@@ -44,8 +51,8 @@ def linear_divergence(
         student_hidden: ``[..., D]``, what goes into the head. bf16 and fp16 are projected as they are, under autocast
             in its precision; all else, and every sum over tokens, is float32.
         student_head: weight ``[V, D]``, or a :class:`LinearHead` with bias, scale, soft cap or LoRA.
-        teacher: hidden states ``[..., D']`` and a head; or logits ``[..., V]``; or :class:`TopK` or :class:`Sampled`,
-            for ``kl`` alone, made at this temperature. No gradient reaches it.
+        teacher: hidden states ``[..., D']`` and a head; or logits ``[..., V]``; or :class:`TopKTargets` or
+            :class:`SampledTargets`, for ``kl`` alone, made at this temperature. No gradient reaches it.
         divergence: ``kl``, ``reverse_kl``, ``js``, ``skew_kl`` or ``tvd``.
         temperature: T, above 0.
         beta: of ``js``; default 0.5.
@@ -76,27 +83,29 @@ def linear_divergence(
     if not ce_weight >= 0:
         raise ValueError(f"ce_weight={ce_weight}: must be 0 or more")
     check_choice("reduction", reduction, "none", "mean", "sum")
-    terms: list[Soft | Hard] = [Soft(teacher, divergence, temperature, beta, alpha, reverse, mask)]
+    terms: list[SoftTargets | HardTargets] = [
+        SoftTargets(teacher, divergence, temperature, beta, alpha, reverse, mask)
+    ]
     if ce_weight:
         assert labels is not None
-        terms.append(Hard(labels, mask))
+        terms.append(HardTargets(labels, mask))
     problem = problem_of(student_hidden, student_head, terms, vocabulary, chunk, each=reduction == "none")
     factors = [1.0, ce_weight][: len(terms)]
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
     if reduction == "none":
-        _, *each = losses(problem, flat, None)
+        _, *each = chunked_losses(problem, flat, None)
         total = sum((value * factor for value, factor in zip(each[1:], factors[1:], strict=True)), each[0])
         return total.view(student_hidden.shape[:-1])
     weights: list[float | Tensor] = [*factors]
     if reduction == "mean":
         weights = [w / _count(part.mask, len(flat)) for w, part in zip(factors, problem.parts, strict=True)]
-    return losses(problem, flat, weights)[0]
+    return chunked_losses(problem, flat, weights)[0]
 
 
 def linear_sums(
     student_hidden: Tensor,
-    student_head: Head,
-    terms: Sequence[Soft | Hard | Crossed],
+    student_head: HeadLike,
+    terms: Sequence[SoftTargets | HardTargets | CrossVocabularyTargets],
     *,
     weights: Sequence[float | Tensor] | None = None,
     vocabulary: int | None = None,
@@ -125,12 +134,12 @@ def linear_sums(
     if weights is not None and len(weights) != len(terms):
         raise ValueError(f"{len(weights)} weights for {len(terms)} terms: give one for each, or none at all")
     problem = problem_of(student_hidden, student_head, terms, vocabulary, chunk, each=False)
-    return losses(problem, student_hidden.reshape(-1, student_hidden.shape[-1]), weights)[1:]
+    return chunked_losses(problem, student_hidden.reshape(-1, student_hidden.shape[-1]), weights)[1:]
 
 
 def linear_cross_entropy(
     student_hidden: Tensor,
-    student_head: Head,
+    student_head: HeadLike,
     labels: Tensor,
     *,
     token_weights: Tensor | None = None,
@@ -159,13 +168,13 @@ def linear_cross_entropy(
         ValueError: as :func:`linear_divergence`.
     """
     check_choice("reduction", reduction, "none", "mean", "sum")
-    terms = [Hard(labels, mask, token_weights)]
+    terms = [HardTargets(labels, mask, token_weights)]
     problem = problem_of(student_hidden, student_head, terms, vocabulary, chunk, each=reduction == "none")
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
     if reduction == "none":
-        return losses(problem, flat, None)[1].view(student_hidden.shape[:-1])
+        return chunked_losses(problem, flat, None)[1].view(student_hidden.shape[:-1])
     weight = 1.0 if reduction == "sum" else 1.0 / _count(problem.parts[0].mask, len(flat))
-    return losses(problem, flat, [weight])[0]
+    return chunked_losses(problem, flat, [weight])[0]
 
 
 def _count(mask: Tensor | None, count: int) -> int:

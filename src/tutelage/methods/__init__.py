@@ -12,7 +12,7 @@ from tutelage.methods.base import (
     needs_of,
 )
 from tutelage.methods.byot import ByotMethod
-from tutelage.methods.cross import CrossTokenizerMethod
+from tutelage.methods.cross_tokenizer import CrossTokenizerMethod
 from tutelage.methods.embedding import EmbeddingMethod
 from tutelage.methods.feature import FeatureMethod, PairsMethod
 from tutelage.methods.features import FEATURE_LOSSES

@@ -13,7 +13,7 @@ from tutelage.errors import ConfigError, ModelError
 from tutelage.methods.base import Method, Term
 from tutelage.students import embedding, stages, untouched
 from tutelage.students.projectors import Shape, device_of
-from tutelage.taps import Needs, Observation, find, observe, output_head
+from tutelage.taps import Needs, Observation, find_module, observe, output_head
 from tutelage.teachers.signal import Signal
 
 
@@ -112,7 +112,7 @@ class ByotMethod(Method):
         if self.given is not None:
             for tap in self.given:
                 try:
-                    find(student, tap)
+                    find_module(student, tap)
                 except ModelError as error:
                     raise ModelError(error.what, where="method.exits", remedy=error.remedy) from None
             return self.given

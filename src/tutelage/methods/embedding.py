@@ -8,7 +8,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.texts import check_weights
+from tutelage.methods.text_terms import check_weights
 from tutelage.students import Projector, build_projector, untouched
 from tutelage.students.projectors import Shape, device_of
 from tutelage.taps import Needs, Observation, observe

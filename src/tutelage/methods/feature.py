@@ -15,7 +15,7 @@ from tutelage.methods.features import FEATURE_LOSSES, Compared, Link, Setting, S
 from tutelage.methods.logit import LogitMethod
 from tutelage.students import before_activations, embedding, feature_shapes, stages
 from tutelage.students.projectors import Shape
-from tutelage.taps import Needs, Observation, find
+from tutelage.taps import Needs, Observation, find_module
 from tutelage.teachers.signal import Signal
 
 Pairs = Literal["auto"] | Sequence[Mapping[str, Any]] | None
@@ -67,7 +67,7 @@ class PairsMethod(Method):
         for i, pair in enumerate(given):
             for who, model in (("student", student), ("teacher", teacher)):
                 try:
-                    find(model, pair[who])
+                    find_module(model, pair[who])
                 except ModelError as error:
                     raise ModelError(error.what, where=f"method.pairs[{i}].{who}", remedy=error.remedy) from None
         mine = feature_shapes(student, example, [p["student"] for p in given])

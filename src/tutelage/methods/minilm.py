@@ -10,8 +10,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError, ModelError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.layers import Attention, Part, attention_scores, find_layers
-from tutelage.methods.texts import (
+from tutelage.methods.text_terms import (
     check_same_tokens,
     check_weights,
     freeze_unreached,
@@ -20,6 +19,7 @@ from tutelage.methods.texts import (
     text_positions,
 )
 from tutelage.methods.tinybert import check_plain
+from tutelage.methods.transformer_layers import Attention, Channels, attention_scores, find_layers
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
 
@@ -135,7 +135,7 @@ class MinilmMethod(Method):
         taps = [[part.tap for name in self.weights for part in self._parts(name, one)] for one in (s, t)]
         self.student_needs, self.needs = quiet_needs(student, taps[0]), quiet_needs(teacher, taps[1])
 
-    def _parts(self, name: str, attention: Attention) -> tuple[Part, ...]:
+    def _parts(self, name: str, attention: Attention) -> tuple[Channels, ...]:
         return (attention.queries, attention.keys) if name == "attention" else (getattr(attention, name),)
 
     def _relation_heads(self, s: Attention, t: Attention) -> int | None:

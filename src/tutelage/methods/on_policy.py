@@ -14,9 +14,9 @@ from tutelage.data.batch import IGNORE, Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Term
 from tutelage.methods.rollouts import Rollouts
-from tutelage.methods.texts import linear_head
+from tutelage.methods.sampling import Completion, sample_completions
+from tutelage.methods.text_terms import linear_head
 from tutelage.methods.token import Divergence, TokenMethod
-from tutelage.methods.writing import Answer, write
 from tutelage.taps import Observation
 from tutelage.teachers.signal import Signal
 
@@ -219,10 +219,10 @@ class OnPolicyMethod(TokenMethod):
         """With probability lambda the batch with answers of the student's own, new or kept."""
         if self.rollouts is not None:
             self.rollouts.take(student, self._step, self.sampling)
-        device, together = batch.labels.device, any(isinstance(m, FSDPModule) for m in student.modules())
+        device, synced_gpus = batch.labels.device, any(isinstance(m, FSDPModule) for m in student.modules())
         filled = min(int(self.written), len(self.kept))
         enough, draws = torch.tensor(float(filled >= len(batch)), device=device), torch.rand(2, device=device)
-        if together:  # who shares the parts of one model writes when all do
+        if synced_gpus:  # who shares the parts of one model writes when all do
             torch.distributed.all_reduce(enough, torch.distributed.ReduceOp.MIN)
             torch.distributed.broadcast(draws, 0)
         own, again = draws.tolist()
@@ -231,19 +231,21 @@ class OnPolicyMethod(TokenMethod):
         if enough and again < (self._done if self.reuse == "rising" else self.reuse):
             which = torch.randperm(filled)[: len(batch)]
             rows = [
-                Answer(self.kept[i, : int(self.spans[i, 1])].long(), int(self.spans[i, 0]))
+                Completion(self.kept[i, : int(self.spans[i, 1])].long(), int(self.spans[i, 0]))
                 for i in which.to(self.kept.device)
             ]
             return _answered(rows, device)
         counted = batch.mask.any(1).tolist() if batch.mask is not None else [True] * len(batch)
         prompts = list(_prompts(batch, self.max_prompt))
         if self.rollouts is None:
-            rows = write(
-                student, prompts, longest=self.max_new, temperature=self.sampling, mixed=self._mixed,
-                together=together,
+            rows = sample_completions(
+                student, prompts, max_new_tokens=self.max_new, temperature=self.sampling, mixture=self._mixed,
+                synced_gpus=synced_gpus,
             )  # fmt: skip
         else:
-            rows = self.rollouts.write(student, prompts, longest=self.max_new, temperature=self.sampling)
+            rows = self.rollouts.sample_completions(
+                student, prompts, max_new_tokens=self.max_new, temperature=self.sampling
+            )
         for row, counts in zip(rows, counted, strict=True):
             if counts and len(self.kept):
                 self._keep(*row)
@@ -327,7 +329,7 @@ def after_mean(x: Tensor, mask: Tensor) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-def _prompts(batch: Batch, longest: int) -> Iterator[Tensor]:
+def _prompts(batch: Batch, max_tokens: int) -> Iterator[Tensor]:
     """Of each row the tokens before its last answer; of one without a prompt its first quarter."""
     assert isinstance(batch.inputs, dict)
     lengths = batch.inputs["attention_mask"].sum(1).tolist()
@@ -337,10 +339,10 @@ def _prompts(batch: Batch, longest: int) -> Iterator[Tensor]:
         begin = int(starts[-1]) + 1 if len(starts) else int(length)
         if begin <= 1:
             begin = max(int(length * OPENING), 1)
-        yield ids[:begin][-longest:]
+        yield ids[:begin][-max_tokens:]
 
 
-def _answered(rows: Sequence[Answer], device: torch.device) -> Batch:
+def _answered(rows: Sequence[Completion], device: torch.device) -> Batch:
     """Rows of tokens, whose answers begin at the given places, as a batch without labels."""
     width = max(len(ids) for ids, _ in rows)
     inputs = {

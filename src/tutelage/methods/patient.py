@@ -12,8 +12,15 @@ from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.layers import check_layers, find_layers, mapped
-from tutelage.methods.texts import Outputs, check_weights, freeze_unreached, quiet_needs, seen_tokens, text_positions
+from tutelage.methods.text_terms import (
+    Outputs,
+    check_weights,
+    freeze_unreached,
+    quiet_needs,
+    seen_tokens,
+    text_positions,
+)
+from tutelage.methods.transformer_layers import check_layers, find_layers, mapped
 from tutelage.students import Projector, build_projector
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tutelage.data.loader import here
 from tutelage.errors import CapabilityError, ConfigError, EndpointError
 from tutelage.files import explained, quiet
-from tutelage.methods.writing import Answer, ends_of
+from tutelage.methods.sampling import Completion, ends_of
 from tutelage.servers import Fault, Server, models_of
 from tutelage.students import plain
 
@@ -113,17 +113,17 @@ class Rollouts:
     def check(self, student: nn.Module, prompt: Tensor, sampling: float) -> None:
         """Hand the weights over and have a token written; raises as both do."""
         self.take(student, 0, sampling)
-        self.write(student, [prompt], longest=1, temperature=sampling)
+        self.sample_completions(student, [prompt], max_new_tokens=1, temperature=sampling)
 
-    def write(
-        self, student: nn.Module, prompts: Sequence[Tensor], *, longest: int, temperature: float
-    ) -> list[Answer]:
-        """An answer to each prompt, up to its end or ``longest`` tokens, as :func:`~tutelage.methods.writing.write`.
+    def sample_completions(
+        self, student: nn.Module, prompts: Sequence[Tensor], *, max_new_tokens: int, temperature: float
+    ) -> list[Completion]:
+        """A completion of each prompt, as :func:`tutelage.methods.sampling.sample_completions` gives it.
 
         Args:
             student: whose tokens are meant.
             prompts: token ids, none of them empty.
-            longest: most tokens of an answer.
+            max_new_tokens: most tokens of an answer.
             temperature: of the softmax that is drawn from; 0 takes the likeliest token.
 
         Raises:
@@ -139,15 +139,15 @@ class Rollouts:
                 remedy="load the student with its tokenizer, or use vLLM, which reads token ids",
             )
         server, name = self._opened(), self._name()
-        body = {"model": name, "max_tokens": longest, "temperature": temperature, "top_p": 1.0}
+        body = {"model": name, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
         asked = [server.soon(partial(ask, server, body, p.tolist(), ends, tokenizer)) for p in prompts]
         found = []
         try:
             for prompt, answer in zip(prompts, asked, strict=True):
                 ids = answer.result()
                 stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-                said = torch.tensor(ids[: min(stop, longest)], dtype=prompt.dtype, device=prompt.device)
-                found.append(Answer(torch.cat([prompt, said]), len(prompt)))
+                said = torch.tensor(ids[: min(stop, max_new_tokens)], dtype=prompt.dtype, device=prompt.device)
+                found.append(Completion(torch.cat([prompt, said]), len(prompt)))
         finally:
             for answer in asked:
                 answer.cancel()

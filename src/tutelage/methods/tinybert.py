@@ -12,8 +12,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError, ModelError
 from tutelage.methods.base import Method, Phase, Term
-from tutelage.methods.layers import Attention, Stack, attention_scores, check_layers, find_layers, mapped
-from tutelage.methods.texts import (
+from tutelage.methods.text_terms import (
     Outputs,
     check_same_tokens,
     check_weights,
@@ -22,6 +21,7 @@ from tutelage.methods.texts import (
     seen_tokens,
     text_positions,
 )
+from tutelage.methods.transformer_layers import Attention, Stack, attention_scores, check_layers, find_layers, mapped
 from tutelage.students import build_projector
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal

@@ -12,8 +12,8 @@ from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.layers import check_layers, find_layers, mapped
-from tutelage.methods.texts import check_same_tokens, check_weights, head_terms, linear_head, text_positions
+from tutelage.methods.text_terms import check_same_tokens, check_weights, head_terms, linear_head, text_positions
+from tutelage.methods.transformer_layers import check_layers, find_layers, mapped
 from tutelage.students import build_projector, untouched
 from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, Observation, observe, vocabulary_head
@@ -167,13 +167,13 @@ class TokenMethod(Method):
                 remedy="use one tokenizer, or kind: cross-tokenizer",
             )
         assert student.head is not None
-        asked: dict[str, losses.Hard | losses.Soft] = {}
+        asked: dict[str, losses.HardTargets | losses.SoftTargets] = {}
         for name in ("soft", "ce"):
             if name in masks:
                 asked[name] = (
-                    losses.Hard(batch.labels, masks[name])
+                    losses.HardTargets(batch.labels, masks[name])
                     if name == "ce"
-                    else losses.Soft(
+                    else losses.SoftTargets(
                         teaching(signal or Signal(), student.head.inputs, self.temperature),
                         self.divergence, self.temperature, mask=masks[name], token_weights=token_weights,
                         **self.options,
@@ -222,7 +222,7 @@ class SequenceMethod(TokenMethod):
         super().__init__(alpha=0.0, task=task)
 
 
-def teaching(signal: Signal, student: Tensor, temperature: float) -> losses.Teaching:
+def teaching(signal: Signal, student: Tensor, temperature: float) -> losses.TeacherDistribution:
     """What a teacher's signal says of ``[B, L]`` tokens, as the chunked losses take it.
 
     Args:
@@ -251,8 +251,8 @@ def teaching(signal: Signal, student: Tensor, temperature: float) -> losses.Teac
     return PARTS[sparse.kind](sparse.index, sparse.values)
 
 
-PARTS: dict[str, type[losses.TopK] | type[losses.Sampled]] = {
-    "topk": losses.TopK, "sampled": losses.Sampled,
+PARTS: dict[str, type[losses.TopKTargets] | type[losses.SampledTargets]] = {
+    "topk": losses.TopKTargets, "sampled": losses.SampledTargets,
 }  # fmt: skip
 """What a part of a distribution is to the chunked losses."""
 

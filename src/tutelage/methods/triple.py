@@ -10,8 +10,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.layers import find_layers
-from tutelage.methods.texts import (
+from tutelage.methods.text_terms import (
     check_same_tokens,
     check_weights,
     freeze_unreached,
@@ -20,6 +19,7 @@ from tutelage.methods.texts import (
     quiet_needs,
     text_positions,
 )
+from tutelage.methods.transformer_layers import find_layers
 from tutelage.students import Projector, build_projector
 from tutelage.taps import Head, Needs, Observation, vocabulary_head
 from tutelage.teachers.signal import Signal
@@ -147,15 +147,15 @@ class TripleMethod(Method):
 
     def _of_head(self, mine: Head, theirs: Head | None, labels: Tensor, masks: dict[str, Tensor]) -> dict[str, Term]:
         """``mlm`` and ``kd``, as far as wanted."""
-        terms: dict[str, losses.Hard | losses.Soft] = {}
+        terms: dict[str, losses.HardTargets | losses.SoftTargets] = {}
         if "mlm" in masks:
-            terms["mlm"] = losses.Hard(labels, masks["mlm"])
+            terms["mlm"] = losses.HardTargets(labels, masks["mlm"])
         if "kd" in masks:
             assert theirs is not None
             check_same_tokens(mine.inputs, theirs.inputs)
             _check_vocabularies(mine.weight.shape[0], theirs.weight.shape[0])
             said = (theirs.inputs, linear_head(theirs))
-            terms["kd"] = losses.Soft(said, temperature=self.temperature, mask=masks["kd"])
+            terms["kd"] = losses.SoftTargets(said, temperature=self.temperature, mask=masks["kd"])
         return head_terms(self, mine, terms, {name: masks[name].sum() for name in terms})
 
     def formula(self) -> str:

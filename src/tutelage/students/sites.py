@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.students.projectors import device_of, untouched
-from tutelage.taps import Needs, find, observe, output_head, parse
+from tutelage.taps import Needs, find_module, observe, output_head, parse_tap
 
 Size = tuple[int, int]
 
@@ -115,7 +115,7 @@ def embedding(model: nn.Module) -> str:
 def last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnorm._BatchNorm | None:
     """The batch norm that makes the feature at ``tap``; else the last one before it that gives a map of its shape."""
     outputs: list[tuple[nn.Module, Tensor]] = []
-    known = parse(tap)
+    known = parse_tap(tap)
     reached: list[int] = []  # norms that had run, at each call of the tapped module
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -127,7 +127,7 @@ def last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnor
         reached.append(len(outputs))
 
     handles = [m.register_forward_hook(hook) for m in norms]
-    tapped = find(model, tap)
+    tapped = find_module(model, tap)
     on = tapped.register_forward_pre_hook if known.side == "input" else tapped.register_forward_hook
     handles.append(on(mark))
     try:

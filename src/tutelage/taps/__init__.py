@@ -19,7 +19,7 @@ from tutelage.taps.observe import (
     output_head,
     vocabulary_head,
 )
-from tutelage.taps.tap import Tap, find, parse
+from tutelage.taps.tap import Tap, find_module, parse_tap
 
 __all__ = [
     "Adapter",
@@ -31,10 +31,10 @@ __all__ = [
     "as_linear",
     "compile_apart",
     "evaluating",
-    "find",
+    "find_module",
     "logits_of",
     "observe",
     "output_head",
-    "parse",
+    "parse_tap",
     "vocabulary_head",
 ]

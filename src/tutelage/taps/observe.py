@@ -164,7 +164,7 @@ class Observer:
         found = [resolve(model, text) for text in needs.hidden]
         self._taps = tuple(tap for tap, _ in found)
         self._head = output_head(model) if needs.head else None
-        self._finish, self._extra = finish_of(model), uncached(model)
+        self._finish, self._extra = logit_scaling(model), no_cache_arguments(model)
         for tap, module in found:
             self._handles.append(_hooked(module, tap, self._record))
         if self._head is not None:
@@ -345,14 +345,14 @@ def adapter_of(head: nn.Module) -> Adapter | None:
     return Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
 
 
-def uncached(model: nn.Module) -> dict[str, bool]:
+def no_cache_arguments(model: nn.Module) -> dict[str, bool]:
     """What keeps a decoder from filling a cache that nobody reads, and for which it would not look at packed rows."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     caches = bool(getattr(getattr(model, "config", None), "use_cache", False))
     return {"use_cache": False} if caches and "use_cache" in inspect.signature(base.forward).parameters else {}
 
 
-def finish_of(model: nn.Module) -> tuple[float, float | None]:
+def logit_scaling(model: nn.Module) -> tuple[float, float | None]:
     """What a transformers language model does to the output of its head, by its config: scale, and soft cap.
 
     Gemma caps, Cohere multiplies, Granite divides.

@@ -47,7 +47,7 @@ class Tap:
     items: tuple[str, ...] = ()
 
 
-def parse(text: str) -> Tap:
+def parse_tap(text: str) -> Tap:
     """``text`` taken apart.
 
     Raises:
@@ -95,7 +95,7 @@ def resolve(model: nn.Module, text: str) -> tuple[Tap, nn.Module]:
         return Tap(text, text), model.get_submodule(text)
     except AttributeError:
         pass
-    tap = parse(text)
+    tap = parse_tap(text)
     try:
         return tap, model.get_submodule(tap.path)
     except AttributeError:
@@ -106,7 +106,7 @@ def resolve(model: nn.Module, text: str) -> tuple[Tap, nn.Module]:
         ) from None
 
 
-def find(model: nn.Module, tap: str) -> nn.Module:
+def find_module(model: nn.Module, tap: str) -> nn.Module:
     """The module that ``tap`` is on.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tutelage.students import untouched
 
 
-class Answer(NamedTuple):
+class Completion(NamedTuple):
     """A prompt with an answer behind it.
 
     Attributes:
@@ -26,25 +26,25 @@ class Answer(NamedTuple):
     begin: int
 
 
-def write(
+def sample_completions(
     student: nn.Module,
     prompts: Sequence[Tensor],
     *,
-    longest: int,
+    max_new_tokens: int,
     temperature: float = 1.0,
-    mixed: tuple[nn.Module, float] | None = None,
-    together: bool = False,
-) -> list[Answer]:
-    r"""Draw an answer to each prompt, up to its end or ``longest`` tokens.
+    mixture: tuple[nn.Module, float] | None = None,
+    synced_gpus: bool = False,
+) -> list[Completion]:
+    r"""Draw an answer to each prompt, up to its end or ``max_new_tokens`` tokens.
 
     Args:
         student: of transformers; it writes in evaluation mode and without autograd.
         prompts: token ids, none of them empty.
-        longest: most tokens of an answer.
+        max_new_tokens: most tokens of an answer.
         temperature: of the softmax that is drawn from; 0 takes the likeliest token.
-        mixed: a teacher and :math:`\alpha`: each token is drawn from
+        mixture: a teacher and :math:`\alpha`: each token is drawn from
             :math:`\alpha\,p^T + (1 - \alpha)\,p^S`, at temperature 1.
-        together: whether all processes go on until the last of them is done, as those that share a model must.
+        synced_gpus: whether all processes go on until the last of them is done, as those that share a model must.
 
     Reference: Gu et al., MiniLLM (ICLR 2024), section 2.2, teacher-mixed sampling.
     """
@@ -60,19 +60,19 @@ def write(
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    if mixed is not None:
-        drawing["logits_processor"] = [_Mixture(*mixed, seen)]
+    if mixture is not None:
+        drawing["logits_processor"] = [_Mixture(*mixture, seen)]
     with untouched(student):
         said = model.generate(
-            input_ids=ids, attention_mask=seen, max_new_tokens=longest, pad_token_id=ends[0] if ends else 0,
-            eos_token_id=ends or None, synced_gpus=together, **drawing,
+            input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=ends[0] if ends else 0,
+            eos_token_id=ends or None, synced_gpus=synced_gpus, **drawing,
         )  # fmt: skip
     found = []
     for row, prompt in enumerate(prompts):
-        answer = said[row, width : width + longest]
+        answer = said[row, width : width + max_new_tokens]
         at_end = torch.isin(answer, torch.tensor(ends, device=device)).nonzero().flatten()
         stop = int(at_end[0]) + 1 if len(at_end) else len(answer)
-        found.append(Answer(torch.cat([prompt, answer[:stop]]), len(prompt)))
+        found.append(Completion(torch.cat([prompt, answer[:stop]]), len(prompt)))
     return found
 
 

@@ -12,7 +12,7 @@ from tutelage.data.batch import Batch, Task
 from tutelage.data.spans import NOWHERE, shared_entries
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Term
-from tutelage.methods.texts import head_terms, linear_head
+from tutelage.methods.text_terms import head_terms, linear_head
 from tutelage.methods.token import Divergence, TokenMethod
 from tutelage.taps import Head, Observation
 from tutelage.teachers.signal import Signal
@@ -158,14 +158,14 @@ class CrossTokenizerMethod(TokenMethod):
         mask = torch.zeros_like(masks["soft"])
         said[single.mine] = inputs[single.theirs]
         mask.view(-1)[single.mine] = True
-        asked: dict[str, losses.Crossed | losses.Hard] = {
-            "soft": losses.Crossed(
+        asked: dict[str, losses.CrossVocabularyTargets | losses.HardTargets] = {
+            "soft": losses.CrossVocabularyTargets(
                 (said.view(*mask.shape, -1), linear_head(theirs)), self.shared, self.rest, self.divergence,
                 self.temperature, mask=mask, **self.options,
             )
         }  # fmt: skip
         if "ce" in masks:
-            asked["ce"] = losses.Hard(batch.labels, masks["ce"])
+            asked["ce"] = losses.HardTargets(batch.labels, masks["ce"])
         counts = {name: each.sum() for name, each in masks.items()}
         counts["soft"] = counts["soft"].new_tensor(spans.count)
         terms = head_terms(self, student.head, asked, counts)

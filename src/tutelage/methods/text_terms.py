@@ -60,7 +60,7 @@ def linear_head(head: Head) -> losses.LinearHead:
 def head_terms(
     method: Method,
     head: Head,
-    asked: Mapping[str, losses.Hard | losses.Soft | losses.Crossed],
+    asked: Mapping[str, losses.HardTargets | losses.SoftTargets | losses.CrossVocabularyTargets],
     counts: Mapping[str, Tensor],
 ) -> dict[str, Term]:
     """Terms of what a head scores, from one projection and with one gradient, by what the engine will multiply each.

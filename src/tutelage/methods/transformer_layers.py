@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, ModelError
-from tutelage.methods.texts import seen_tokens
+from tutelage.methods.text_terms import seen_tokens
 from tutelage.students import untouched
 from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, observe
@@ -26,7 +26,7 @@ CLOSE = {torch.float32: 2e-6, torch.float64: 1e-9}
 CLOSE_HALF = 1e-2
 
 
-class Part(NamedTuple):
+class Channels(NamedTuple):
     """Some channels of a tap: queries, keys or values ``[B, L, width]``, heads joined."""
 
     tap: str
@@ -55,9 +55,9 @@ class Attention:
         plain: whether attention is softmax(QK/sqrt(d)) of these and nothing else.
     """
 
-    queries: Part
-    keys: Part
-    values: Part
+    queries: Channels
+    keys: Channels
+    values: Channels
     heads: int | None
     plain: bool
 
@@ -143,7 +143,7 @@ class Stack:
             )
         return next((one for one in candidates if one.plain), candidates[0])
 
-    def _made_of(self, parts: tuple[Part, Part, Part], taker: Call, calls: list[Call]) -> Attention:
+    def _made_of(self, parts: tuple[Channels, Channels, Channels], taker: Call, calls: list[Call]) -> Attention:
         """An attention by its parts; plain where their product is what the next layer takes."""
         by_name = {(c.path, c.number): c for c in calls}
         q, k, v = (_seen(by_name, part) for part in parts)
@@ -270,7 +270,7 @@ def _within(layer: Layer, calls: Sequence[Call]) -> list[Call]:
     return [c for c in inside if c.linear and c.given is not None and c.gave.ndim == 3]
 
 
-def _values(calls: Sequence[Call]) -> Iterator[tuple[Part, Call]]:
+def _values(calls: Sequence[Call]) -> Iterator[tuple[Channels, Call]]:
     """The values, and the call that takes them in: in a text of one token they reach it as they are."""
     for i, made in enumerate(calls):
         for taker in calls[i + 1 :]:
@@ -279,16 +279,18 @@ def _values(calls: Sequence[Call]) -> Iterator[tuple[Part, Call]]:
             width, all_of_it = taker.given.shape[-1], made.gave.shape[-1]
             for start in range(0, all_of_it - width + 1, width) if all_of_it in (width, 3 * width) else ():
                 if _close(made.gave[..., start : start + width], taker.given):
-                    yield Part(f"{made.path}@{made.number}", start, start + width), taker
+                    yield Channels(f"{made.path}@{made.number}", start, start + width), taker
 
 
-def _queries_and_keys(values: Part, taker: Call, calls: Sequence[Call]) -> Iterator[tuple[Part, Part, Part]]:
+def _queries_and_keys(
+    values: Channels, taker: Call, calls: Sequence[Call]
+) -> Iterator[tuple[Channels, Channels, Channels]]:
     """Queries, keys and values: thirds of one layer's output; or three layers with one input, or of one module."""
     path, _, number = values.tap.partition("@")
     made = next(c for c in calls if c.path == path and c.number == int(number))
     width = values.width
     if made.gave.shape[-1] == 3 * width:
-        q, k = (Part(values.tap, s, s + width) for s in (0, width, 2 * width) if s != values.start)
+        q, k = (Channels(values.tap, s, s + width) for s in (0, width, 2 * width) if s != values.start)
         yield q, k, values
         return
     others = [c for c in calls if c is not taker and c is not made and c.gave.shape == made.gave.shape]
@@ -297,17 +299,17 @@ def _queries_and_keys(values: Part, taker: Call, calls: Sequence[Call]) -> Itera
     siblings = [c for c in others if c.path.rpartition(".")[0] == parent and c.number == made.number]
     for found in (shared, siblings):
         if len(found) == 2:
-            q, k = (Part(f"{c.path}@{c.number}", 0, c.gave.shape[-1]) for c in found)
+            q, k = (Channels(f"{c.path}@{c.number}", 0, c.gave.shape[-1]) for c in found)
             yield q, k, values
 
 
-def _seen(by_name: Mapping[tuple[str, int], Call], part: Part) -> Tensor:
+def _seen(by_name: Mapping[tuple[str, int], Call], part: Channels) -> Tensor:
     path, _, number = part.tap.partition("@")
     x: Tensor = by_name[path, int(number)].gave
     return x[..., part.start : part.stop]
 
 
-def _numbered(parts: Sequence[Part], calls: Sequence[Call]) -> tuple[Part, Part, Part]:
+def _numbered(parts: Sequence[Channels], calls: Sequence[Call]) -> tuple[Channels, Channels, Channels]:
     """The parts with taps that say which call only where there are several."""
     many = {c.path for c in calls if c.number}
     names = [part.tap if part.tap.partition("@")[0] in many else part.tap.partition("@")[0] for part in parts]
