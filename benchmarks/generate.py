@@ -32,11 +32,11 @@ from rich.console import Console
 
 from tutelage.config import EndpointConfig, SamplingConfig
 from tutelage.errors import BudgetSpent
-from tutelage.generation import generate, live
-from tutelage.generation.duplicates import Near
+from tutelage.generation import client, generate
+from tutelage.generation.duplicates import NearDuplicateIndex
 from tutelage.generation.journal import Journal
 from tutelage.generation.prompts import tasks_of
-from tutelage.generation.requests import Manner, Request, canonical
+from tutelage.generation.requests import Request, RequestParameters, canonical
 from tutelage.progress import Terminal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -247,7 +247,7 @@ def journal(rounds: int) -> dict[str, Any]:
     """Seconds to open a journal of 100,000 lines, half of them answers, and to find every answer in it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "journal.jsonl")
-        manner = Manner(EndpointConfig(url="http://x/v1", model="stub"), SamplingConfig())
+        manner = RequestParameters(EndpointConfig(url="http://x/v1", model="stub"), SamplingConfig())
         asked = [Request(manner, [{"role": "user", "content": text}]) for text in bodies(50_000, "the journal")]
         with open(path, "wb") as file:
             file.write(canonical({"journal": 1, "recipe": "r"}) + b"\n")
@@ -299,7 +299,7 @@ def duplicates() -> dict[str, Any]:
     texts = instructions(50_000)
     found: dict[str, Any] = {"instructions": len(texts), "words": sum(len(t.split()) for t in texts) / len(texts)}
     for threshold in (0.7, 1.0):
-        near, clock = Near(threshold), Clock()
+        near, clock = NearDuplicateIndex(threshold), Clock()
         with clock:
             rejected = sum(near.add_if_new(text) is not None for text in texts)
         found[f"rouge_l {threshold:g}"] = {**clock.figures(), "rejected": rejected}
@@ -318,7 +318,7 @@ def faults() -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as name,
         Closed(rate=0.3, slow=1.0) as server,
-        patch.object(live, "FIRST_WAIT", 0.05),
+        patch.object(client, "FIRST_WAIT", 0.05),
     ):
         folder = Path(name)
         path = recipe(

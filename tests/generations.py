@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from closed_teacher import Closed
-from tutelage.generation import Generated, generate
+from tutelage.generation import GenerationResult, generate
 from tutelage.progress import Terminal
 
 TOPICS = ["bread", "rivers", "chess", "moss", "thunder", "glass", "bees", "tides", "copper", "maps"]
@@ -48,7 +48,7 @@ def recipe(folder: Path, server: Closed, **more: Any) -> Path:
     return path
 
 
-def made(path: Path, out: Path, *overrides: str) -> Generated:
+def made(path: Path, out: Path, *overrides: str) -> GenerationResult:
     """Carry a recipe out, in silence."""
     return generate(path, overrides, out=out, terminal=Terminal(Console(quiet=True), speaks=False))
 

@@ -23,7 +23,7 @@ import language_worlds
 import tutelage
 from closed_teacher import FAULTS, Closed
 from generations import kept, rejected
-from tutelage.generation import generate, judge, live
+from tutelage.generation import client, generate, judge_answers
 from tutelage.progress import Terminal
 
 pytestmark = pytest.mark.skipif(
@@ -91,7 +91,7 @@ def test_from_a_real_server_through_faults_to_a_student_before_a_judge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str, left: float
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(live, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
     if teacher == "tiny":
         taught(tmp_path, tmp_path / teacher)
     else:
@@ -144,7 +144,7 @@ def test_from_a_real_server_through_faults_to_a_student_before_a_judge(
         assert len(proxy.calls) == made.summary["calls"] <= 100
         proxy.rate = 0.0
         run = tutelage.run("small.yaml", out="runs/small")
-        judged = judge("small.yaml", terminal=quiet())
+        judged = judge_answers("small.yaml", terminal=quiet())
     assert tests == 8
     losses = judged.summary["held_out_loss"]
     assert losses["after"] < left * losses["before"]

@@ -19,8 +19,8 @@ from generations import calls_made, command, in_flight, journal, kept, killed, m
 from tutelage.config import EndpointConfig
 from tutelage.errors import BudgetSpent, EndpointError
 from tutelage.generation import client
-from tutelage.generation.rate_limit import Minute
-from tutelage.generation.response_errors import Stop, judged
+from tutelage.generation.rate_limit import RateLimit
+from tutelage.generation.response_errors import FatalResponse, parse_response
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,7 @@ def test_no_minute_has_more_than_its_limit(limits: dict[str, int]) -> None:
     dice = random.Random(0)
     sent: list[tuple[float, int]] = []
 
-    async def send(minute: Minute) -> None:
+    async def send(minute: RateLimit) -> None:
         for _ in range(600):
             tokens = dice.randint(10, 900)
             while not minute.has_room(tokens):
@@ -175,7 +175,7 @@ def test_no_minute_has_more_than_its_limit(limits: dict[str, int]) -> None:
             sent.append((asyncio.get_running_loop().time(), tokens))
 
     loop = _Virtual()
-    loop.run_until_complete(send(Minute(EndpointConfig(url="http://x/v1", model="m", **limits))))
+    loop.run_until_complete(send(RateLimit(EndpointConfig(url="http://x/v1", model="m", **limits))))
     loop.close()
     ((key, most),) = limits.items()
     for i, (start, _) in enumerate(sent):
@@ -240,17 +240,17 @@ def test_an_answer_counts_once_it_is_synced(tmp_path: Path, monkeypatch: pytest.
         real(handle)
         synced["size"] = size
 
-    from tutelage.generation.scheduler import Desk
+    from tutelage.generation.scheduler import Scheduler
 
-    counted = Desk._done
+    counted = Scheduler._done
 
-    def done(self: Desk) -> None:
+    def done(self: Scheduler) -> None:
         counted(self)
         lines = (tmp_path / "out" / "journal.jsonl").read_bytes()[: synced["size"]].splitlines()
         assert self.meter.done <= sum(line.startswith(b'{"key"') for line in lines)
 
     monkeypatch.setattr(os, "fdatasync", slow)
-    monkeypatch.setattr(Desk, "_done", done)
+    monkeypatch.setattr(Scheduler, "_done", done)
     with Closed() as server:
         made(recipe(tmp_path, server, prompts=str(prompts(tmp_path, 60))), tmp_path / "out")
 
@@ -333,6 +333,6 @@ def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_what_servers_say_of_the_end_is_understood(status: int, said: dict[str, object], what: str) -> None:
-    verdict = judged(status, {}, json.dumps(said).encode())
-    assert isinstance(verdict, Stop)
+    verdict = parse_response(status, {}, json.dumps(said).encode())
+    assert isinstance(verdict, FatalResponse)
     assert what in verdict.what

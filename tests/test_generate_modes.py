@@ -17,7 +17,7 @@ from closed_teacher import WORDS, Closed, said
 from generations import journal, kept, made, prompts, recipe, rejected
 from tutelage.errors import BudgetSpent, Interrupted
 from tutelage.generation import client
-from tutelage.generation.duplicates import Near
+from tutelage.generation.duplicates import NearDuplicateIndex
 from tutelage.generation.prompts import tasks_of
 from tutelage.generation.strategies import listed
 
@@ -40,7 +40,7 @@ def test_our_seeds_are_many_and_differ() -> None:
     kinds = Counter(row["kind"] for row in rows)
     assert len(kinds) >= 12
     assert max(kinds.values()) <= len(rows) / 6
-    near = Near(0.7)
+    near = NearDuplicateIndex(0.7)
     assert all(near.add_if_new(row["instruction"]) is None for row in rows)
     assert all(row["answer"].strip() for row in rows)
 
@@ -289,7 +289,7 @@ def test_batches_give_the_same_for_half_the_price(tmp_path: Path, rate: float) -
 def test_a_batch_is_found_again_and_not_paid_for_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    from tutelage.generation.batch import Batch
+    from tutelage.generation.batch_api import BatchClient
 
     class Dead(BaseException):
         """As if the process were gone."""
@@ -298,17 +298,17 @@ def test_a_batch_is_found_again_and_not_paid_for_twice(
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 20)), endpoint={"api": "batch", "poll": 0.01})
         with monkeypatch.context() as patch:
             if moment == "file":  # it is up, and the batch is not begun
-                patch.setattr(Batch, "_start", _raises(Dead))
+                patch.setattr(BatchClient, "_start", _raises(Dead))
             elif moment == "batch":  # it is begun, and nobody noted its name
-                real = Batch._start
+                real = BatchClient._start
 
                 async def start(self: Any, file: str) -> str:
                     await real(self, file)
                     raise Dead
 
-                patch.setattr(Batch, "_start", start)
+                patch.setattr(BatchClient, "_start", start)
             else:
-                patch.setattr(Batch, "_ended", _raises(Dead))
+                patch.setattr(BatchClient, "_ended", _raises(Dead))
             with pytest.raises(Dead):
                 made(path, tmp_path / "out")
         found = made(path, tmp_path / "out")

@@ -16,17 +16,17 @@ from closed_teacher import WORDS, Closed
 from generations import kept, made, recipe, rejected
 from tutelage.config import QualityConfig
 from tutelage.generation.checks import REFUSAL, sifted
+from tutelage.generation.conversations import Conversation
 from tutelage.generation.diversity import diversity, verb_noun
-from tutelage.generation.duplicates import Near, words
-from tutelage.generation.items import Item
+from tutelage.generation.duplicates import NearDuplicateIndex, words
 
 QUESTION = "How does a lighthouse keep ships away from the rocks at night?"
 ANSWER = "Its lamp turns behind a lens, and the beam is seen for many miles, so that ships know where rocks are."
 
 
-def item(name: str, question: str = QUESTION, answer: str = ANSWER, finish: str = "stop") -> Item:
+def item(name: str, question: str = QUESTION, answer: str = ANSWER, finish: str = "stop") -> Conversation:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Item(name, name, question, messages, [f"key-{name}"], [finish])
+    return Conversation(name, name, question, messages, [f"key-{name}"], [finish])
 
 
 # Checks --------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ TEXTS = st.lists(st.text("abcde ", max_size=24).map(lambda t: " ".join(t)), min_
 @given(texts=TEXTS, threshold=st.sampled_from([0.3, 0.5, 0.7, 0.9, 1.0]))
 @settings(max_examples=150, deadline=None)
 def test_the_index_finds_what_comparing_all_with_all_finds(texts: list[str], threshold: float) -> None:
-    near, plain = Near(threshold), []
+    near, plain = NearDuplicateIndex(threshold), []
     for text in texts:
         by_hand = next((i for i, other in enumerate(plain) if rouge_l(text, other) >= threshold - 1e-9), None)
         assert near.add_if_new(text) == by_hand
@@ -144,7 +144,7 @@ def test_the_index_finds_what_comparing_all_with_all_finds(texts: list[str], thr
 def test_the_index_is_right_on_sentences_beyond_its_re_ranking() -> None:
     dice = random.Random(0)
     pool = ["the", "a", "of", *WORDS.split()[:14]]
-    near, plain = Near(0.7), []
+    near, plain = NearDuplicateIndex(0.7), []
     for _ in range(600):
         text = " ".join(dice.choice(pool[: dice.randint(4, len(pool))]) for _ in range(dice.randint(3, 12)))
         by_hand = next((i for i, other in enumerate(plain) if rouge_l(text, other) >= 0.7), None)

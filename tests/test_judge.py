@@ -13,7 +13,7 @@ import language_worlds
 from closed_teacher import Closed
 from tutelage.cli import main
 from tutelage.errors import BudgetSpent, DataError
-from tutelage.generation import judge
+from tutelage.generation import judge_answers
 from tutelage.generation.judge import figures
 from tutelage.progress import Terminal
 
@@ -59,9 +59,9 @@ def quiet() -> Terminal:
 def test_each_pair_is_judged_in_both_orders_and_what_wins_in_both_wins(tmp_path: Path, model: Path) -> None:
     with Closed(answer=longer) as server:
         path = recipe(tmp_path, server, model)
-        found = judge(path, out=tmp_path / "out", terminal=quiet())
+        found = judge_answers(path, out=tmp_path / "out", terminal=quiet())
         shown = [told(call.prompt) for call in server.calls]
-        assert judge(path, out=tmp_path / "out", terminal=quiet()).summary["calls"] == 0
+        assert judge_answers(path, out=tmp_path / "out", terminal=quiet()).summary["calls"] == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 12
     for line in lines:
@@ -82,7 +82,7 @@ def test_each_pair_is_judged_in_both_orders_and_what_wins_in_both_wins(tmp_path:
 
 def test_a_judge_that_goes_by_the_order_says_nothing(tmp_path: Path, model: Path) -> None:
     with Closed(answer=lambda prompt: "A") as server:
-        found = judge(recipe(tmp_path, server, model), out=tmp_path / "out", terminal=quiet())
+        found = judge_answers(recipe(tmp_path, server, model), out=tmp_path / "out", terminal=quiet())
     (pair,) = found.summary["pairs"]
     assert (pair["wins"], pair["losses"], pair["rate"]) == (0, 0, 0.5)
     assert pair["opposed"] == 12
@@ -91,7 +91,7 @@ def test_a_judge_that_goes_by_the_order_says_nothing(tmp_path: Path, model: Path
 
 def test_what_is_no_verdict_is_counted_and_left_out(tmp_path: Path, model: Path) -> None:
     with Closed(answer=lambda prompt: "I like both") as server:
-        found = judge(recipe(tmp_path, server, model), out=tmp_path / "out", terminal=quiet())
+        found = judge_answers(recipe(tmp_path, server, model), out=tmp_path / "out", terminal=quiet())
     (pair,) = found.summary["pairs"]
     assert pair["judged"] == 0
     assert pair["without_verdict"] == 24
@@ -114,9 +114,9 @@ def test_the_budget_holds_for_a_judge_too(tmp_path: Path, model: Path) -> None:
     with Closed(answer=longer) as server:
         path = recipe(tmp_path, server, model, budget={"max_requests": 10})
         with pytest.raises(BudgetSpent):
-            judge(path, out=tmp_path / "out", terminal=quiet())
+            judge_answers(path, out=tmp_path / "out", terminal=quiet())
         assert len(server.calls) == 10
-        assert judge(path, ["judge.budget.max_requests=null"], out=tmp_path / "out", terminal=quiet()).path
+        assert judge_answers(path, ["judge.budget.max_requests=null"], out=tmp_path / "out", terminal=quiet()).path
         assert len(server.calls) == 24
 
 
@@ -125,7 +125,7 @@ def test_rows_without_an_answer_cannot_be_given(tmp_path: Path, model: Path) -> 
         path = recipe(tmp_path, server, model)
         (tmp_path / "held.jsonl").write_text('{"prompt": "What is one?"}\n')
         with pytest.raises(DataError, match=r"row 1: has no answer"):
-            judge(path, out=tmp_path / "out", terminal=quiet())
+            judge_answers(path, out=tmp_path / "out", terminal=quiet())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tutelage.progress import Terminal
 from tutelage.search import search as search_module
 from tutelage.search import search_space as space_module
 from tutelage.search import trials as trials_module
-from tutelage.search.study import Result, Suggestions, Ticket
+from tutelage.search.study import SearchStudy, TrialRequest, TrialResult
 
 RECIPE: dict[str, Any] = {
     "name": "small",
@@ -62,11 +62,11 @@ def timeless(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> api.Searched:
+def searched(tmp_path_factory: pytest.TempPathFactory) -> api.SearchResult:
     return api.run_search(recipe(), out=tmp_path_factory.mktemp("search") / "small", terminal=SILENT)
 
 
-def test_what_a_search_leaves(searched: api.Searched) -> None:
+def test_what_a_search_leaves(searched: api.SearchResult) -> None:
     found, path = searched.found, searched.path
     assert found == json.loads((path / "search.json").read_text())
     assert [t["number"] for t in found["trials"]] == list(range(8))
@@ -90,7 +90,7 @@ def test_what_a_search_leaves(searched: api.Searched) -> None:
     assert (path / "search.html").stat().st_size > 10_000
 
 
-def test_the_recipe_as_it_is_comes_first_and_is_what_its_full_run_finds(searched: api.Searched) -> None:
+def test_the_recipe_as_it_is_comes_first_and_is_what_its_full_run_finds(searched: api.SearchResult) -> None:
     first = searched.found["trials"][0]
     assert first["values"] == {"method.temperature": 4.0, "train.optimizer.lr": 0.01}
     assert searched.found["default"] == {"trial": 0, "validation": first["validation"], "seeds": first["seeds"]}
@@ -104,7 +104,7 @@ def test_the_recipe_as_it_is_comes_first_and_is_what_its_full_run_finds(searched
         assert seen[-1] == value
 
 
-def test_the_test_figures_are_those_of_the_two_full_runs(searched: api.Searched) -> None:
+def test_the_test_figures_are_those_of_the_two_full_runs(searched: api.SearchResult) -> None:
     test, values = searched.found["test"], {}
     for name in searched.runs:
         summary = json.loads((searched.path / name / "summary.json").read_text())
@@ -116,7 +116,7 @@ def test_the_test_figures_are_those_of_the_two_full_runs(searched: api.Searched)
     assert test["gain"]["last"]["values"] == differences
 
 
-def test_the_best_recipe_is_one_that_runs(searched: api.Searched) -> None:
+def test_the_best_recipe_is_one_that_runs(searched: api.SearchResult) -> None:
     text = (searched.path / "best.yaml").read_text()
     assert text.startswith("# The best of 8 trials")
     best = load_recipe(searched.path / "best.yaml")
@@ -125,18 +125,18 @@ def test_the_best_recipe_is_one_that_runs(searched: api.Searched) -> None:
     assert best.train.optimizer.lr == chosen["train.optimizer.lr"]
 
 
-def test_searches_and_runs_side_by_side(searched: api.Searched, tmp_path: Path) -> None:
+def test_searches_and_runs_side_by_side(searched: api.SearchResult, tmp_path: Path) -> None:
     api.write_report([searched.path, searched.path / "chosen"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "small/chosen" in page
     assert "small/default" in page
 
 
-def test_a_finished_search_is_shown_again(searched: api.Searched) -> None:
-    again = search_module.search(recipe(), out=searched.path, resume=True, terminal=SILENT)
+def test_a_finished_search_is_shown_again(searched: api.SearchResult) -> None:
+    again = search_module.search_recipe(recipe(), out=searched.path, resume=True, terminal=SILENT)
     assert again.found == searched.found
     with pytest.raises(RunDirectoryError, match=r"other settings: search\.space\.method\.temperature\.high"):
-        search_module.search(
+        search_module.search_recipe(
             recipe(), keys=["method.temperature=1:30:log", "train.optimizer.lr=1e-4:3e-2:log"],
             out=searched.path, resume=True, terminal=SILENT,
         )  # fmt: skip
@@ -148,7 +148,7 @@ class Gone(BaseException):
 
 @pytest.mark.parametrize("moment", [3, 26])
 def test_interrupted_and_resumed_gives_the_same_search(
-    searched: api.Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+    searched: api.SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     tell, told = trials_module._Watch._tell, 0
 
@@ -161,10 +161,10 @@ def test_interrupted_and_resumed_gives_the_same_search(
 
     monkeypatch.setattr(trials_module._Watch, "_tell", until)
     with pytest.raises(Gone):
-        search_module.search(recipe(), out=tmp_path / "s", terminal=SILENT)
+        search_module.search_recipe(recipe(), out=tmp_path / "s", terminal=SILENT)
     with open(tmp_path / "s" / "search.journal", "a") as journal:
         journal.write('{"op_code":4,"wor')  # a line that a kill cut short
-    resumed = search_module.search(recipe(), out=tmp_path / "s", resume=True, terminal=SILENT)
+    resumed = search_module.search_recipe(recipe(), out=tmp_path / "s", resume=True, terminal=SILENT)
     assert _plain(timeless(resumed.found)) == _plain(timeless(searched.found))
 
 
@@ -174,7 +174,7 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("i", range(8))
-def test_killed_and_resumed_gives_the_same_search(searched: api.Searched, tmp_path: Path, i: int) -> None:
+def test_killed_and_resumed_gives_the_same_search(searched: api.SearchResult, tmp_path: Path, i: int) -> None:
     file, out = tmp_path / "small.yaml", tmp_path / "s"
     file.write_text(yaml.safe_dump(RECIPE))
     command = [sys.executable, "-m", "tutelage", "search", str(file), "--out", str(out)]
@@ -192,8 +192,8 @@ def test_killed_and_resumed_gives_the_same_search(searched: api.Searched, tmp_pa
     assert not list(out.rglob(".tutelage-tmp.*")), "a killed writer's drafts are swept away"
 
 
-def test_two_workers_try_as_many(searched: api.Searched, tmp_path: Path) -> None:
-    found = search_module.search(recipe(), workers=2, out=tmp_path / "s", terminal=SILENT).found
+def test_two_workers_try_as_many(searched: api.SearchResult, tmp_path: Path) -> None:
+    found = search_module.search_recipe(recipe(), workers=2, out=tmp_path / "s", terminal=SILENT).found
     assert [t["number"] for t in found["trials"]] == list(range(8))
     assert {t["state"] for t in found["trials"]} <= {"finished", "pruned"}
     assert found["trials"][0]["seeds"] == searched.found["trials"][0]["seeds"]
@@ -203,8 +203,8 @@ def test_two_workers_try_as_many(searched: api.Searched, tmp_path: Path) -> None
 
 def test_more_trials_for_a_finished_search(tmp_path: Path) -> None:
     small = recipe(seeds=[0], train={"steps": 4, "evaluate_every": 2})
-    first = search_module.search(small, trials=2, out=tmp_path / "s", terminal=SILENT).found
-    more = search_module.search(small, trials=4, out=tmp_path / "s", resume=True, terminal=SILENT).found
+    first = search_module.search_recipe(small, trials=2, out=tmp_path / "s", terminal=SILENT).found
+    more = search_module.search_recipe(small, trials=4, out=tmp_path / "s", resume=True, terminal=SILENT).found
     assert len(more["trials"]) == 4
     assert [t["values"] for t in more["trials"][:2]] == [t["values"] for t in first["trials"]]
 
@@ -237,7 +237,7 @@ def test_no_trial_reads_the_test_split(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(run_module, "load_images", sealed)
     monkeypatch.setattr(search_module, "run_recipe", reached)
     with pytest.raises(Reached):
-        search_module.search(recipe(), trials=3, out=tmp_path / "s", terminal=SILENT)
+        search_module.search_recipe(recipe(), trials=3, out=tmp_path / "s", terminal=SILENT)
     with pytest.raises(AssertionError, match="the test split is read"):
         run_module.run_recipe(recipe(search=None), out=tmp_path / "run", terminal=SILENT)
 
@@ -247,7 +247,7 @@ def test_the_teacher_is_asked_once_for_each_image(tmp_path: Path, monkeypatch: p
     ask = trials_module.in_memory
     monkeypatch.setattr(trials_module, "in_memory", lambda *a: filled.append(1) or ask(*a))
     small = recipe(seeds=[0], train={"steps": 4, "evaluate_every": 2})
-    search_module.search(small, trials=3, out=tmp_path / "s", terminal=SILENT)
+    search_module.search_recipe(small, trials=3, out=tmp_path / "s", terminal=SILENT)
     assert len(filled) == 1
 
 
@@ -266,7 +266,7 @@ def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(
 
     monkeypatch.setattr(trials_module, "fit", fails_at_one)
     small = recipe(seeds=[0], train={"steps": 4, "evaluate_every": 2, "optimizer": {"lr": 0.01}})
-    found = search_module.search(
+    found = search_module.search_recipe(
         small, trials=6, keys=["train.optimizer.lr=0.01,1.0"], out=tmp_path / "s", terminal=SILENT
     ).found
     states = {(t["state"], t["values"]["train.optimizer.lr"]) for t in found["trials"]}
@@ -280,21 +280,21 @@ def test_what_a_killed_process_reported_is_not_judged_before_its_last(tmp_path: 
     assert small.search is not None
     space = space_module.dimensions(small, small.search.space)
 
-    def opened() -> Suggestions:
-        return Suggestions(tmp_path / "search.journal", space, small.search)  # type: ignore[arg-type]
+    def opened() -> SearchStudy:
+        return SearchStudy(tmp_path / "search.journal", space, small.search)  # type: ignore[arg-type]
 
     known = opened()
     for _ in range(3):
         ticket = known.next()
         for step, value in enumerate((0.2, 0.5, 0.8), 1):
             known.report(ticket.number, step, value)
-        known.finish(ticket.number, Result("finished", [0.8]))
+        known.finish(ticket.number, TrialResult("finished", [0.8]))
     ticket = known.next()
     assert [known.report(ticket.number, step, v) for step, v in ((1, 0.3), (2, 0.6), (3, 0.9))] == [False] * 3
     again = opened()
     assert again.next() == ticket
     assert [again.report(ticket.number, step, v) for step, v in ((1, 0.3), (2, 0.6), (3, 0.9))] == [False] * 3
-    worse = Ticket(again.next().number, {})
+    worse = TrialRequest(again.next().number, {})
     assert [again.report(worse.number, step, v) for step, v in ((1, 0.3), (2, 0.3))] == [False, True]
 
 
@@ -328,9 +328,9 @@ def test_what_a_killed_process_reported_is_not_judged_before_its_last(tmp_path: 
 def test_a_wrong_space_is_refused_before_any_trial(
     key: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials_module.Bench, "run", lambda *a: pytest.fail("a trial ran"))
+    monkeypatch.setattr(trials_module.TrialRunner, "run", lambda *a: pytest.fail("a trial ran"))
     with pytest.raises(ValueError) as caught:
-        search_module.search(recipe(), keys=[key], out=tmp_path / "s", terminal=SILENT)
+        search_module.search_recipe(recipe(), keys=[key], out=tmp_path / "s", terminal=SILENT)
     for word in words:
         assert word in str(caught.value)
 
@@ -366,7 +366,7 @@ def test_the_command_refuses_without_a_traceback(tmp_path: Path, capsys: pytest.
 def test_without_optuna_there_is_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'tutelage\[search\]'"):
-        search_module.search(recipe(), out=tmp_path / "s", terminal=SILENT)
+        search_module.search_recipe(recipe(), out=tmp_path / "s", terminal=SILENT)
 
 
 # What a space becomes ---------------------------------------------------------------------------------
@@ -402,11 +402,11 @@ def test_suggestions_stay_in_the_space_and_on_its_steps(tmp_path: Path) -> None:
     }
     small = recipe(search=section)
     assert small.search is not None
-    known = Suggestions(tmp_path / "j", space_module.dimensions(small, small.search.space), small.search)
+    known = SearchStudy(tmp_path / "j", space_module.dimensions(small, small.search.space), small.search)
     drawn = []
     for _ in range(12):
         ticket = known.next()
-        known.finish(ticket.number, Result("finished", [torch.rand(()).item()]))
+        known.finish(ticket.number, TrialResult("finished", [torch.rand(()).item()]))
         drawn.append(ticket.values)
     assert {d["method.temperature"] for d in drawn} <= {1.0, 3.5, 6.0, 8.5}
     assert {d["train.batch_size"] for d in drawn} <= {16, 32, 48, 64}

@@ -24,7 +24,7 @@ from tutelage.experiment.run import build_model, load_data, model_spec
 from tutelage.models import load_weights
 from tutelage.multistage.assistants import chosen, needed
 from tutelage.multistage.born_again import born
-from tutelage.multistage.series import first_stage
+from tutelage.multistage.workflows import first_stage
 from tutelage.progress import Terminal
 
 SMALL = {

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tutelage import data, losses, methods, models, teachers
-    from tutelage.api import Run, distill, run, run_search
+    from tutelage.api import Run, distill, judge, run, run_search
     from tutelage.errors import TutelageError
     from tutelage.experiment.export_student import export_student
     from tutelage.export import predict
-    from tutelage.generation import generate, judge
+    from tutelage.generation import generate
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _WHERE = {
     "distill": "tutelage.api",
     "export_student": "tutelage.experiment.export_student",
     "generate": "tutelage.generation",
-    "judge": "tutelage.generation",
+    "judge": "tutelage.api",
     "predict": "tutelage.export",
     "run": "tutelage.api",
     "run_search": "tutelage.api",

@@ -13,13 +13,13 @@ from tutelage.engine import leave as leave
 from tutelage.experiment.distill import Run as Run
 from tutelage.experiment.distill import distill as _distill
 from tutelage.experiment.run import Finished
-from tutelage.generation import judge as _judge
-from tutelage.generation.judge import Judged as Judged
-from tutelage.multistage.series import carry_out
+from tutelage.generation import judge_answers
+from tutelage.generation.judge import JudgementResult as JudgementResult
+from tutelage.multistage.workflows import run_recipe_or_workflow
 from tutelage.progress import Terminal
 from tutelage.reports import verdict, write_report
-from tutelage.search.search import Searched as Searched
-from tutelage.search.search import search as _search
+from tutelage.search.search import SearchResult as SearchResult
+from tutelage.search.search import search_recipe
 
 
 @wraps(_distill)
@@ -53,7 +53,7 @@ def run(
         TutelageError: one of its subclasses, with the remedy.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    finished = carry_out(loaded, out=out, resume=resume, terminal=terminal)
+    finished = run_recipe_or_workflow(loaded, out=out, resume=resume, terminal=terminal)
     _report(finished.path)
     return finished
 
@@ -68,7 +68,7 @@ def run_search(
     out: str | Path | None = None,
     resume: bool = False,
     terminal: Terminal | None = None,
-) -> Searched:
+) -> SearchResult:
     """Search the settings of a recipe and write the page; what ``tutelage search`` does.
 
     Args:
@@ -85,7 +85,9 @@ def run_search(
         TutelageError: one of its subclasses, with the remedy.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    searched = _search(loaded, trials=trials, keys=keys, workers=workers, out=out, resume=resume, terminal=terminal)
+    searched = search_recipe(
+        loaded, trials=trials, keys=keys, workers=workers, out=out, resume=resume, terminal=terminal
+    )
     for name in searched.runs:
         _report(searched.path / name)
     write_report([searched.path], searched.path / "search.html")
@@ -98,7 +100,7 @@ def judge(
     *,
     out: str | Path | None = None,
     terminal: Terminal | None = None,
-) -> Judged:
+) -> JudgementResult:
     """Let models answer and an endpoint judge, and write the pages; what ``tutelage judge`` does.
 
     Args:
@@ -110,7 +112,7 @@ def judge(
     Raises:
         TutelageError: one of its subclasses, with the remedy.
     """
-    judged = _judge(recipe, overrides, out=out, terminal=terminal)
+    judged = judge_answers(recipe, overrides, out=out, terminal=terminal)
     write_report([judged.path], judged.path / "report.html")
     for run in judged.runs:
         _report(run)

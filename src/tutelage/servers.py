@@ -21,7 +21,7 @@ ATTEMPTS = 4
 T = TypeVar("T")
 
 
-class Fault(Exception):
+class TransientServerError(Exception):
     """What may be better next time.
 
     Args:
@@ -35,7 +35,7 @@ class Fault(Exception):
         self.what, self.after, self.answered = what, after, answered
 
 
-class Post(Protocol):
+class JsonRequest(Protocol):
     """Sends JSON to a path of a server, from its root (``/``) or from the address that was given, and returns its
     JSON; without a body asks for what is there."""
 
@@ -44,7 +44,7 @@ class Post(Protocol):
         ...
 
 
-class Server:
+class JsonClient:
     """Connections to a server, a few at once.
 
     Args:
@@ -87,11 +87,11 @@ class Server:
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
-    def soon(self, ask: Callable[[], T]) -> Future[T]:
-        """What :meth:`insist` gives, once one of the connections is free."""
-        return self._threads.submit(self.insist, ask)
+    def submit(self, ask: Callable[[], T]) -> Future[T]:
+        """What :meth:`retry` gives, once one of the connections is free."""
+        return self._threads.submit(self.retry, ask)
 
-    def insist(self, ask: Callable[[], T]) -> T:
+    def retry(self, ask: Callable[[], T]) -> T:
         """What is asked for, asked again where that may help.
 
         Raises:
@@ -101,7 +101,7 @@ class Server:
         while True:
             try:
                 return ask()
-            except Fault as fault:
+            except TransientServerError as fault:
                 odd += fault.answered
                 pause = max(wait * self._dice.uniform(0.5, 1.5), fault.after)
                 if odd >= ATTEMPTS or time.monotonic() + pause - began > self.patience:
@@ -114,7 +114,7 @@ class Server:
             wait = min(2 * wait, LONGEST_WAIT)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request, as :class:`Post`.
+        """One request, as :class:`JsonRequest`.
 
         Raises:
             Fault: it may be answered another time.
@@ -124,9 +124,9 @@ class Server:
         try:
             return reply.json()
         except ValueError:
-            raise Fault(f"answers no JSON: {reply.text[:80]!r}", answered=True) from None
+            raise TransientServerError(f"answers no JSON: {reply.text[:80]!r}", answered=True) from None
 
-    def tell(self, path: str, body: Mapping[str, Any]) -> None:
+    def send(self, path: str, body: Mapping[str, Any]) -> None:
         """One request of which it matters only that it is not refused; raises as :meth:`post`."""
         self._reply(path, body)
 
@@ -137,11 +137,11 @@ class Server:
         try:
             reply = self._client.request("GET" if body is None else "POST", root + path, json=body)
         except httpx2.TimeoutException:
-            raise Fault("does not answer in time") from None
+            raise TransientServerError("does not answer in time") from None
         except (httpx2.HTTPError, OSError) as error:
-            raise Fault(f"cannot be reached: {str(error)[:200] or type(error).__name__}") from None
+            raise TransientServerError(f"cannot be reached: {str(error)[:200] or type(error).__name__}") from None
         if reply.status_code in (408, 409, 425, 429) or reply.status_code >= 500:
-            raise Fault(
+            raise TransientServerError(
                 f"answers {reply.status_code}: {_said(reply)}", after=_after(reply.headers.get("retry-after"))
             )
         if reply.status_code >= 400:
@@ -158,7 +158,7 @@ class Server:
         return f"correct {self.where}, or how the server was started"
 
 
-def models_of(post: Post) -> list[dict[str, Any]]:
+def list_models(post: JsonRequest) -> list[dict[str, Any]]:
     """What a server that speaks OpenAI's protocol says of its models.
 
     Raises:
@@ -168,7 +168,7 @@ def models_of(post: Post) -> list[dict[str, Any]]:
     try:
         return list(reply["data"])
     except (LookupError, TypeError):
-        raise Fault(f"lists no models: {str(reply)[:80]}", answered=True) from None
+        raise TransientServerError(f"lists no models: {str(reply)[:80]}", answered=True) from None
 
 
 def _said(reply: Any) -> str:

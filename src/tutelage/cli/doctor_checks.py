@@ -23,7 +23,7 @@ from tutelage.experiment.teachers import ModelTeacher
 from tutelage.experiment.trainer import said
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import DistillationModule
-from tutelage.multistage.series import first_stage
+from tutelage.multistage.workflows import first_stage
 from tutelage.progress import Terminal
 from tutelage.taps import find_module
 from tutelage.teachers import Teacher

@@ -52,7 +52,7 @@ def taps(
             raise ConfigError(f"--of {of}: a recipe has no such model", remedy="allowed: student, teacher")
         recipe = load_recipe(model, option or [])
         from tutelage.cli.taps_survey import survey_recipe
-        from tutelage.multistage.series import first_stage
+        from tutelage.multistage.workflows import first_stage
 
         surveys = survey_recipe(first_stage(recipe), (of,) if of else ("student", "teacher"))
     else:

@@ -1,6 +1,6 @@
-"""From a closed teacher's answers to data: asked for within a budget, journalled, checked, written."""
+"""Data from a closed teacher: request completions within a budget, journal them, check them and write them."""
 
-from tutelage.generation.judge import Judged, judge
-from tutelage.generation.run import Generated, generate
+from tutelage.generation.judge import JudgementResult, judge_answers
+from tutelage.generation.run import GenerationResult, generate
 
-__all__ = ["Generated", "Judged", "generate", "judge"]
+__all__ = ["GenerationResult", "JudgementResult", "generate", "judge_answers"]

@@ -10,24 +10,24 @@ from typing import Any, NamedTuple, TypeVar
 
 from tutelage.config import Generations
 from tutelage.generation.duplicates import words
-from tutelage.generation.requests import Answer, Aside, Manner, Message, Outcome, Request
-from tutelage.generation.scheduler import Wave
-from tutelage.generation.templates import Render, Templates
+from tutelage.generation.requests import ChatAnswer, FailedRequest, Message, Outcome, Request, RequestParameters
+from tutelage.generation.scheduler import RequestBatch
+from tutelage.generation.templates import PromptTemplate, PromptTemplates
 
 T = TypeVar("T")
-Steps = Generator[Wave, list[Outcome], T]
+RequestPlan = Generator[RequestBatch, list[Outcome], T]
 """Waves of requests, each sent its outcomes, and a result: what a mode is, without any server."""
 
 
-class Choice(NamedTuple):
+class SelectedAnswer(NamedTuple):
     """An answer that is kept, and its score where a judge gave one."""
 
-    answer: Answer
+    answer: ChatAnswer
     score: float | None = None
 
 
 @dataclass
-class Kit:
+class GenerationContext:
     """What all modes use.
 
     Args:
@@ -41,12 +41,12 @@ class Kit:
     """
 
     settings: Generations
-    templates: Templates
-    manner: Manner
-    judge: Manner | None
-    judged: Render | None
-    system: Render | None
-    user: Render
+    templates: PromptTemplates
+    manner: RequestParameters
+    judge: RequestParameters | None
+    judged: PromptTemplate | None
+    system: PromptTemplate | None
+    user: PromptTemplate
 
     def opening(self, values: dict[str, Any], what: str) -> list[Message]:
         """The first messages of a conversation."""
@@ -55,27 +55,30 @@ class Kit:
 
 
 def answers(
-    kit: Kit, threads: Sequence[Sequence[Message]], name: str = "answers"
-) -> Steps[list[list[Choice] | Aside]]:
+    kit: GenerationContext, threads: Sequence[Sequence[Message]], name: str = "answers"
+) -> RequestPlan[list[list[SelectedAnswer] | FailedRequest]]:
     """For each conversation its answers, those that ``best`` chooses, or why there is none."""
     samples = kit.settings.samples
     wave = [Request(kit.manner, thread, sample) for thread in threads for sample in range(samples)]
-    outcomes = yield Wave(name, wave)
+    outcomes = yield RequestBatch(name, wave)
     groups = [outcomes[i : i + samples] for i in range(0, len(outcomes), samples)]
-    given: list[list[Answer] | Aside] = []
+    given: list[list[ChatAnswer] | FailedRequest] = []
     for group in groups:
-        found = [outcome for outcome in group if isinstance(outcome, Answer)]
-        given.append(found or next(outcome for outcome in group if isinstance(outcome, Aside)))
+        found = [outcome for outcome in group if isinstance(outcome, ChatAnswer)]
+        given.append(found or next(outcome for outcome in group if isinstance(outcome, FailedRequest)))
     best = kit.settings.best
     if best is None:
-        return [found if isinstance(found, Aside) else [Choice(answer) for answer in found] for found in given]
+        return [
+            found if isinstance(found, FailedRequest) else [SelectedAnswer(answer) for answer in found]
+            for found in given
+        ]
     chosen = yield from BEST[best.by](kit, threads, given)
     return chosen
 
 
 def _by_judge(
-    kit: Kit, threads: Sequence[Sequence[Message]], given: Sequence[list[Answer] | Aside]
-) -> Steps[list[list[Choice] | Aside]]:
+    kit: GenerationContext, threads: Sequence[Sequence[Message]], given: Sequence[list[ChatAnswer] | FailedRequest]
+) -> RequestPlan[list[list[SelectedAnswer] | FailedRequest]]:
     """The answer with the judge's highest score, the first of equals."""
     assert kit.judge is not None
     assert kit.judged is not None
@@ -83,29 +86,33 @@ def _by_judge(
     pattern = re.compile(kit.settings.best.score)
     wave, of = [], []
     for number, (thread, found) in enumerate(zip(threads, given, strict=True)):
-        for answer in [] if isinstance(found, Aside) else found:
+        for answer in [] if isinstance(found, FailedRequest) else found:
             values = {"prompt": thread[-1]["content"], "answer": answer.text}
             text = kit.judged(values, f"the judge's prompt of item {number}")
             wave.append(Request(kit.judge, [{"role": "user", "content": text}]))
             of.append(number)
-    outcomes = yield Wave("judging", wave)
-    scores: dict[int, list[float | Aside]] = {}
+    outcomes = yield RequestBatch("judging", wave)
+    scores: dict[int, list[float | FailedRequest]] = {}
     for number, outcome in zip(of, outcomes, strict=True):
-        match = pattern.search(outcome.text) if isinstance(outcome, Answer) else None
-        unscored = outcome if isinstance(outcome, Aside) else Aside(outcome.key, "no score", outcome.text[:100])
+        match = pattern.search(outcome.text) if isinstance(outcome, ChatAnswer) else None
+        unscored = (
+            outcome
+            if isinstance(outcome, FailedRequest)
+            else FailedRequest(outcome.key, "no score", outcome.text[:100])
+        )
         scores.setdefault(number, []).append(_number(match.group(1)) if match else unscored)
-    chosen: list[list[Choice] | Aside] = []
+    chosen: list[list[SelectedAnswer] | FailedRequest] = []
     for number, found in enumerate(given):
-        if isinstance(found, Aside):
+        if isinstance(found, FailedRequest):
             chosen.append(found)
             continue
         pairs = [(s, -i, a) for i, (s, a) in enumerate(zip(scores[number], found, strict=True))]
-        known = [(s, i, a) for s, i, a in pairs if not isinstance(s, Aside)]
+        known = [(s, i, a) for s, i, a in pairs if not isinstance(s, FailedRequest)]
         if known:
             score, _, answer = max(known, key=lambda pair: pair[:2])
-            chosen.append([Choice(answer, score)])
+            chosen.append([SelectedAnswer(answer, score)])
         else:
-            chosen.append(next(s for s, _, _ in pairs if isinstance(s, Aside)))
+            chosen.append(next(s for s, _, _ in pairs if isinstance(s, FailedRequest)))
     return chosen
 
 
@@ -117,31 +124,31 @@ def _number(text: str) -> float:
 
 
 def _by_consistency(
-    kit: Kit, threads: Sequence[Sequence[Message]], given: Sequence[list[Answer] | Aside]
-) -> Steps[list[list[Choice] | Aside]]:
+    kit: GenerationContext, threads: Sequence[Sequence[Message]], given: Sequence[list[ChatAnswer] | FailedRequest]
+) -> RequestPlan[list[list[SelectedAnswer] | FailedRequest]]:
     """The first answer with the most frequent result, or that is most like the others."""
     assert kit.settings.best is not None
     extract = kit.settings.best.extract
     yield from ()  # a generator like the others, though it asks nothing
-    chosen: list[list[Choice] | Aside] = []
+    chosen: list[list[SelectedAnswer] | FailedRequest] = []
     for found in given:
-        if isinstance(found, Aside):
+        if isinstance(found, FailedRequest):
             chosen.append(found)
         elif extract is None:
-            chosen.append([Choice(found[_central([answer.text for answer in found])])])
+            chosen.append([SelectedAnswer(found[_central([answer.text for answer in found])])])
         else:
             chosen.append(_most_frequent(found, re.compile(extract)))
     return chosen
 
 
-def _most_frequent(found: Sequence[Answer], pattern: re.Pattern[str]) -> list[Choice] | Aside:
+def _most_frequent(found: Sequence[ChatAnswer], pattern: re.Pattern[str]) -> list[SelectedAnswer] | FailedRequest:
     results = [matches[-1].group(1).strip().lower() if (matches := list(pattern.finditer(a.text))) else None
                for a in found]  # fmt: skip
     counts = Counter(result for result in results if result is not None)
     if not counts:
-        return Aside(found[0].key, "no result", f"nothing in {len(found)} answers matches best.extract")
+        return FailedRequest(found[0].key, "no result", f"nothing in {len(found)} answers matches best.extract")
     result, votes = counts.most_common(1)[0]
-    return [Choice(found[results.index(result)], votes / len(found))]
+    return [SelectedAnswer(found[results.index(result)], votes / len(found))]
 
 
 def _central(texts: Sequence[str]) -> int:
@@ -155,7 +162,8 @@ def _central(texts: Sequence[str]) -> int:
 
 
 Chooser = Callable[
-    [Kit, Sequence[Sequence[Message]], Sequence[list[Answer] | Aside]], Steps[list[list[Choice] | Aside]]
+    [GenerationContext, Sequence[Sequence[Message]], Sequence[list[ChatAnswer] | FailedRequest]],
+    RequestPlan[list[list[SelectedAnswer] | FailedRequest]],
 ]
 BEST: dict[str, Chooser] = {"consistency": _by_consistency, "judge": _by_judge}
 """How one of several samples is chosen."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tutelage.config import BudgetConfig
-from tutelage.generation.journal import Spent
+from tutelage.generation.journal import Usage
 
 UNIT = 10**12
 """Costs are whole numbers of a millionth of a millionth, so that sums are exact."""
@@ -33,7 +33,7 @@ class Budget:
         spent: so far, over all runs; the journal moves it.
     """
 
-    def __init__(self, limits: BudgetConfig, spent: Spent) -> None:
+    def __init__(self, limits: BudgetConfig, spent: Usage) -> None:
         self.limits, self.spent = limits, spent
         self.held_tokens = self.held_cost = 0
         self.most_cost = None if limits.max_cost is None else int(limits.max_cost * UNIT)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from tutelage.config import DecontaminateConfig, QualityConfig
 from tutelage.errors import require
-from tutelage.generation.duplicates import Near, words
-from tutelage.generation.items import Item, Rejected
+from tutelage.generation.conversations import Conversation, RejectedConversation
+from tutelage.generation.duplicates import NearDuplicateIndex, words
 from tutelage.generation.prompts import rows_of
 
 REFUSAL = re.compile(
@@ -24,7 +24,7 @@ REFUSAL = re.compile(
 )
 """How answers begin that do not do what was asked."""
 
-Check = Callable[[Item], str | None]
+Check = Callable[[Conversation], str | None]
 """Says what is wrong with an item, in detail; ``None`` where nothing is."""
 
 
@@ -32,7 +32,7 @@ def _within(text: str, limits: Sequence[int]) -> bool:
     return limits[0] <= len(words(text)) <= limits[1]
 
 
-class Checks:
+class QualityChecks:
     """The checks of a recipe, in order; duplicates come last, so that only what is kept has any.
 
     Args:
@@ -42,12 +42,12 @@ class Checks:
     def __init__(self, settings: QualityConfig) -> None:
         self.settings = settings
         self.banned = [re.compile(pattern, re.IGNORECASE) for pattern in settings.banned]
-        self.near = Near(settings.near if settings.near is not None else 1.0)
+        self.near = NearDuplicateIndex(settings.near if settings.near is not None else 1.0)
         self.names: list[str] = []
         self.verdicts: dict[str, tuple[str, str] | None] = {}
         self.answers: set[tuple[str, ...]] = set()
-        self.grams = None if settings.decontaminate is None else Grams(settings.decontaminate)
-        self.language = None if settings.language is None else Language(settings.language)
+        self.grams = None if settings.decontaminate is None else NgramIndex(settings.decontaminate)
+        self.language = None if settings.language is None else LanguageCheck(settings.language)
         self.each: dict[str, Check] = {
             "truncated": self._truncated,
             "length of the instruction": self._instruction_length,
@@ -58,7 +58,7 @@ class Checks:
             "contaminated": self._contaminated,
         }
 
-    def reason(self, item: Item) -> tuple[str, str] | None:
+    def reason(self, item: Conversation) -> tuple[str, str] | None:
         """Why an item is not kept, in a word and in detail."""
         for reason, check in self.each.items():
             detail = check(item)
@@ -79,27 +79,27 @@ class Checks:
             return "contaminated", shared
         return None
 
-    def _truncated(self, item: Item) -> str | None:
+    def _truncated(self, item: Conversation) -> str | None:
         cut = not self.settings.truncated and "length" in item.finishes
         return "the answer ran into max_tokens" if cut else None
 
-    def _instruction_length(self, item: Item) -> str | None:
+    def _instruction_length(self, item: Conversation) -> str | None:
         fits = _within(item.instruction, self.settings.instruction_words)
         return None if fits else f"{len(words(item.instruction))} words"
 
-    def _answer_length(self, item: Item) -> str | None:
+    def _answer_length(self, item: Conversation) -> str | None:
         for text in item.answers:
             if not _within(text, self.settings.answer_words):
                 return f"{len(words(text))} words"
         return None
 
-    def _refusal(self, item: Item) -> str | None:
+    def _refusal(self, item: Conversation) -> str | None:
         for text in [] if self.settings.refusals else item.answers:
             if found := REFUSAL.search(text):
                 return found.group()[:80]
         return None
 
-    def _banned(self, item: Item) -> str | None:
+    def _banned(self, item: Conversation) -> str | None:
         for text in (item.instruction, *item.answers):
             if (found := self._holds_banned(text)) is not None:
                 return found
@@ -111,7 +111,7 @@ class Checks:
                 return f"{pattern.pattern}: {found.group()[:80]}"
         return None
 
-    def _language(self, item: Item) -> str | None:
+    def _language(self, item: Conversation) -> str | None:
         if self.language is None:
             return None
         for text in (item.instruction, *item.answers):
@@ -119,10 +119,10 @@ class Checks:
                 return other
         return None
 
-    def _contaminated(self, item: Item) -> str | None:
+    def _contaminated(self, item: Conversation) -> str | None:
         return None if self.grams is None else self.grams.shared((item.instruction, *item.answers))
 
-    def _duplicate(self, item: Item) -> tuple[str, str] | None:
+    def _duplicate(self, item: Conversation) -> tuple[str, str] | None:
         """Prompts are compared with those of other items; answers to one prompt with each other."""
         if item.prompt not in self.verdicts:
             found = self.near.add_if_new(item.instruction)
@@ -142,20 +142,22 @@ class Checks:
         return verdict
 
 
-def sifted(items: Iterable[Item], settings: QualityConfig) -> tuple[list[Item], list[Rejected]]:
+def sifted(
+    items: Iterable[Conversation], settings: QualityConfig
+) -> tuple[list[Conversation], list[RejectedConversation]]:
     """The items that are kept, and the others with their reasons."""
-    checks = Checks(settings)
+    checks = QualityChecks(settings)
     kept, rejected = [], []
     for item in items:
         reason = checks.reason(item)
         if reason is None:
             kept.append(item)
         else:
-            rejected.append(Rejected(item.name, *reason, item.messages, item.keys))
+            rejected.append(RejectedConversation(item.name, *reason, item.messages, item.keys))
     return kept, rejected
 
 
-class Grams:
+class NgramIndex:
     """Runs of words of texts to evaluate on.
 
     Args:
@@ -199,7 +201,7 @@ def _runs(found: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
     return zip(*(found[i:] for i in range(size)), strict=False)
 
 
-class Language:
+class LanguageCheck:
     """Knows texts of one language.
 
     Args:

@@ -18,9 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import EndpointError, RunDirectoryError
-from tutelage.generation.rate_limit import Minute, Pace
-from tutelage.generation.response_errors import Good, Retry, SetAside, Stop, Verdict, judged
-from tutelage.generation.scheduler import Desk, Job, Secret
+from tutelage.generation.rate_limit import ConcurrencyLimit, RateLimit
+from tutelage.generation.response_errors import (
+    FatalResponse,
+    ParsedResponse,
+    RequestRefused,
+    RetryableError,
+    ValidResponse,
+    parse_response,
+)
+from tutelage.generation.scheduler import ApiKey, PendingRequest, Scheduler
 
 if TYPE_CHECKING:
     import ssl
@@ -37,7 +44,7 @@ REFUSED = 10
 """Requests refused at the start, before any answer, after which all would be."""
 
 
-class Live:
+class ChatClient:
     """Chat completions of one server.
 
     Args:
@@ -45,19 +52,19 @@ class Live:
         desk: is told what came of each request.
     """
 
-    def __init__(self, endpoint: EndpointConfig, desk: Desk) -> None:
+    def __init__(self, endpoint: EndpointConfig, desk: Scheduler) -> None:
         self.endpoint, self.desk = endpoint, desk
-        self.secret = Secret(endpoint)
-        self.pace = Pace(endpoint.concurrency, endpoint.patience)
-        self.minute = Minute(endpoint)
-        self.lines = Lines(endpoint, self.secret)
+        self.secret = ApiKey(endpoint)
+        self.pace = ConcurrencyLimit(endpoint.concurrency, endpoint.patience)
+        self.minute = RateLimit(endpoint)
+        self.lines = ConnectionPool(endpoint, self.secret)
         self.dice = random.Random(0)  # of waits only
         self.flying: set[asyncio.Task[None]] = set()
         self.wake = asyncio.Event()
-        self.later: list[tuple[float, int, Job]] = []
+        self.later: list[tuple[float, int, PendingRequest]] = []
         self.answers = self.refusals = 0
 
-    async def fetch(self, jobs: Sequence[Job]) -> None:
+    async def fetch(self, jobs: Sequence[PendingRequest]) -> None:
         """Ask until all jobs are answered or set aside, or the desk says stop; what is in flight is waited for."""
         ready = deque(jobs)
         self.pace.began()
@@ -110,7 +117,7 @@ class Live:
         if isinstance(fault, Exception):  # of our own: it ends all, and is seen
             self.desk.fatal = self.desk.fatal or fault
 
-    async def _carry(self, job: Job) -> None:
+    async def _carry(self, job: PendingRequest) -> None:
         sent = time.monotonic()
         try:
             self._settle(job, await self._call(job), sent)
@@ -119,14 +126,14 @@ class Live:
         except RunDirectoryError:
             return  # the journal cannot be written, and remembers it
 
-    def _settle(self, job: Job, verdict: Verdict, sent: float) -> None:
+    def _settle(self, job: PendingRequest, verdict: ParsedResponse, sent: float) -> None:
         desk = self.desk
         match verdict:
-            case Good():
+            case ValidResponse():
                 self.pace.answered()
                 self.answers += 1
                 desk.answered(job, verdict)
-            case SetAside():
+            case RequestRefused():
                 self.pace.answered()
                 self.refusals += 1
                 desk.set_aside(job, verdict, again=False)
@@ -135,13 +142,13 @@ class Live:
                         f"refuses every request ({verdict.detail})", where=self.endpoint.url,
                         remedy="correct endpoint, sampling or templates, then run the same command again",
                     )  # fmt: skip
-            case Retry():
+            case RetryableError():
                 self._retry(job, verdict, sent)
-            case Stop():
-                desk.failed(job, Retry("refused", detail=verdict.what))
+            case FatalResponse():
+                desk.failed(job, RetryableError("refused", detail=verdict.what))
                 raise EndpointError(verdict.what, where=self.endpoint.url, remedy=verdict.remedy)
 
-    def _retry(self, job: Job, fault: Retry, sent: float) -> None:
+    def _retry(self, job: PendingRequest, fault: RetryableError, sent: float) -> None:
         desk, pace = self.desk, self.pace
         if fault.final:  # the server is well, and only this answer is not
             pace.answered()
@@ -161,12 +168,12 @@ class Live:
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (job.attempts - 1)) * self.dice.uniform(0.5, 1.5)
         heapq.heappush(self.later, (time.monotonic() + max(wait, fault.after or 0.0), desk.asked, job))
 
-    async def _call(self, job: Job) -> Verdict:
+    async def _call(self, job: PendingRequest) -> ParsedResponse:
         reply = await self.lines.send("POST", "/chat/completions", job.request.body, self.endpoint.timeout)
-        if isinstance(reply, Retry):
+        if isinstance(reply, RetryableError):
             return reply
-        verdict = judged(*reply)
-        if isinstance(verdict, Stop) and verdict.served:
+        verdict = parse_response(*reply)
+        if isinstance(verdict, FatalResponse) and verdict.served:
             names = await served(self.lines)
             if names:
                 return verdict._replace(remedy=f"{verdict.remedy}; it serves: {', '.join(names)}")
@@ -177,10 +184,10 @@ class Live:
         await self.lines.close()
 
 
-async def served(lines: Lines) -> list[str]:
+async def served(lines: ConnectionPool) -> list[str]:
     """Names of the models that a server says it has, a few of them."""
     reply = await lines.send("GET", "/models", b"", 10.0)
-    if isinstance(reply, Retry):
+    if isinstance(reply, RetryableError):
         return []
     try:
         import json
@@ -190,7 +197,7 @@ async def served(lines: Lines) -> list[str]:
         return []
 
 
-class Lines:
+class ConnectionPool:
     """Connections to a server, each for one request at a time.
 
     Args:
@@ -198,7 +205,7 @@ class Lines:
         secret: what lets requests in.
     """
 
-    def __init__(self, endpoint: EndpointConfig, secret: Secret) -> None:
+    def __init__(self, endpoint: EndpointConfig, secret: ApiKey) -> None:
         import httpx2
 
         self._secret = secret
@@ -223,7 +230,7 @@ class Lines:
 
     async def send(
         self, method: str, path: str, body: bytes, timeout: float, headers: dict[str, str] | None = None
-    ) -> tuple[int, dict[str, str], bytes] | Retry:
+    ) -> tuple[int, dict[str, str], bytes] | RetryableError:
         """Status, headers and body of a reply, or what went wrong on the way. The key is in neither."""
         import httpx2
 
@@ -243,13 +250,13 @@ class Lines:
                 finally:
                     await response.aclose()
         except TimeoutError:
-            return Retry("time-out", overloaded=True, billed=True, detail=f"{timeout:g} s")
+            return RetryableError("time-out", overloaded=True, billed=True, detail=f"{timeout:g} s")
         except httpx2.TimeoutException:
-            return Retry("time-out", overloaded=True, billed=True, detail=f"{timeout:g} s")
+            return RetryableError("time-out", overloaded=True, billed=True, detail=f"{timeout:g} s")
         except httpx2.ConnectError as error:
-            return Retry("cannot be reached", detail=self._said(error))
+            return RetryableError("cannot be reached", detail=self._said(error))
         except (httpx2.HTTPError, OSError) as error:
-            return Retry("connection lost", billed=True, detail=self._said(error))
+            return RetryableError("connection lost", billed=True, detail=self._said(error))
         finally:
             if whole:
                 self._idle.append(line)

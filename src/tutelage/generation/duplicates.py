@@ -28,7 +28,7 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-class Near:
+class NearDuplicateIndex:
     """Texts that were kept, asked for one that is near to another.
 
     Args:

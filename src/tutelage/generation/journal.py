@@ -27,14 +27,14 @@ from pydantic_core import from_json
 
 from tutelage.errors import JournalError
 from tutelage.files import explained, locked
-from tutelage.generation.requests import Answer, Aside, Outcome, Request, canonical
+from tutelage.generation.requests import ChatAnswer, FailedRequest, Outcome, Request, canonical
 
 FORMAT = 1
 GATHER = 0.01
 """Seconds that lines gather before one sync, since a sync for each would be the limit of all."""
 
 
-class Spent:
+class Usage:
     """What was spent: calls, tokens, and 10^-12 of the currency."""
 
     def __init__(self, requests: int = 0, tokens: int = 0, cost: int = 0) -> None:
@@ -58,7 +58,7 @@ class Journal:
         self.places: dict[str, tuple[int, int]] = {}
         self.slots: dict[str, str] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        self.spent = Spent()
+        self.spent = Usage()
         self.lost = 0
         self.unsettled: dict[str, tuple[int, int]] = {}
         self._end = 0
@@ -172,9 +172,9 @@ class Journal:
             return None
         line = json.loads(os.pread(self._file, place[1], place[0]))
         if "aside" in line:
-            return Aside(key, line["reason"], line.get("detail", ""))
+            return FailedRequest(key, line["reason"], line.get("detail", ""))
         choice = line["response"]["choices"][0]
-        return Answer(key, choice["message"]["content"], choice.get("finish_reason"))
+        return ChatAnswer(key, choice["message"]["content"], choice.get("finish_reason"))
 
     def request_of(self, key: str) -> dict[str, Any]:
         """The body of the request that was answered under ``key``."""

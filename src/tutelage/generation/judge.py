@@ -15,12 +15,12 @@ from tutelage.config import GIVEN, EndpointRecipe, JudgeConfig, Judgement, dump_
 from tutelage.errors import BudgetSpent, DataError, RunDirectoryError, require
 from tutelage.evaluation.statistics import paired
 from tutelage.files import write_text
-from tutelage.generation.answers import Steps
-from tutelage.generation.carry import carry_out, opened, spent_of
-from tutelage.generation.prompts import Row, rows_of
-from tutelage.generation.requests import Answer, Manner, Message, Outcome, Request
-from tutelage.generation.scheduler import Wave
-from tutelage.generation.templates import Render, Templates
+from tutelage.generation.answers import RequestPlan
+from tutelage.generation.prompts import PromptRow, rows_of
+from tutelage.generation.request_loop import carry_out, opened, spent_of
+from tutelage.generation.requests import ChatAnswer, Message, Outcome, Request, RequestParameters
+from tutelage.generation.scheduler import RequestBatch
+from tutelage.generation.templates import PromptTemplate, PromptTemplates
 from tutelage.progress import Terminal
 
 SHOWN = 12
@@ -33,7 +33,7 @@ WORTH = {"A": 1.0, "B": 0.0}
 """What a verdict gives the first answer; any other is a tie."""
 
 
-class Judged(NamedTuple):
+class JudgementResult(NamedTuple):
     """What a judgement left.
 
     Args:
@@ -47,20 +47,20 @@ class Judged(NamedTuple):
     runs: list[Path]
 
 
-class Opened(NamedTuple):
+class JudgePrompt(NamedTuple):
     """A prompt: the messages before the answer, and the answer that the file has."""
 
     thread: list[Message]
     given: str | None
 
 
-def judge(
+def judge_answers(
     recipe: Judgement | str | Path,
     overrides: Iterable[str] = (),
     *,
     out: str | Path | None = None,
     terminal: Terminal | None = None,
-) -> Judged:
+) -> JudgementResult:
     """Let models answer, and an endpoint say which answers are better; what `tutelage judge` does.
 
     A pair counts for one side where the judge prefers it in both orders, or in one and ties in the other; else it is
@@ -80,10 +80,12 @@ def judge(
     require("httpx2", "generate", "asking a judge")
     loaded = recipe if isinstance(recipe, Judgement) else load_judgement(recipe, overrides)
     settings, terminal = loaded.settings, terminal or Terminal()
-    from tutelage.generation.writing import Writer  # imports torch, which generating does without
+    from tutelage.generation.chat_model import ChatModel  # imports torch, which generating does without
 
     path = Path(out) if out is not None else Path("runs") / f"{loaded.name}-judge"
-    template = Templates(loaded.where).add(("judge", "template"), settings.template, ("prompt", "first", "second"))
+    template = PromptTemplates(loaded.where).add(
+        ("judge", "template"), settings.template, ("prompt", "first", "second")
+    )
     asked = prompts_of(settings)
     began = time.monotonic()
     with closing(opened(path, {"recipe": loaded.name, "judge": settings.endpoint.model})) as journal:
@@ -95,7 +97,7 @@ def judge(
             if model == GIVEN:
                 answers[name] = given
                 continue
-            writer = Writer(model)
+            writer = ChatModel(model)
             answers[name] = writer.answers(threads, settings.max_tokens, terminal)
             if len(given) == len(threads):
                 losses[name] = writer.loss(threads, given)
@@ -122,7 +124,7 @@ def judge(
         runs = _for_pages(path, loaded.name, settings, summary, samples, terminal)
         write_text(path / "README.md", page(loaded.name, summary, asked, answers))
         write_text(path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    return Judged(path, summary, runs)
+    return JudgementResult(path, summary, runs)
 
 
 def _for_pages(
@@ -167,7 +169,7 @@ def run_of(model: str) -> Path | None:
     return next((p for p in near if (p / "summary.json").exists() and (p / "metrics.jsonl").exists()), None)
 
 
-def prompts_of(settings: JudgeConfig) -> list[Opened]:
+def prompts_of(settings: JudgeConfig) -> list[JudgePrompt]:
     """The first prompts of the file.
 
     Raises:
@@ -185,7 +187,7 @@ def prompts_of(settings: JudgeConfig) -> list[Opened]:
     return found
 
 
-def _opened(row: Row, where: str) -> Opened:
+def _opened(row: PromptRow, where: str) -> JudgePrompt:
     messages = row.get("messages")
     if messages is None:
         prompt = row.get("instruction", row.get("prompt"))
@@ -194,25 +196,28 @@ def _opened(row: Row, where: str) -> Opened:
                 "has no prompt", where=where, remedy="give a column 'messages', 'prompt' or 'instruction'"
             )
         answer = row.get("answer")
-        return Opened([{"role": "user", "content": prompt}], answer if isinstance(answer, str) else None)
+        return JudgePrompt([{"role": "user", "content": prompt}], answer if isinstance(answer, str) else None)
     thread: list[Message] = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
     given = thread.pop()["content"] if thread and thread[-1]["role"] == "assistant" else None
     if not thread or thread[-1]["role"] != "user":
         raise DataError(
             "has no request to answer", where=where, remedy="give messages that a user's ends, or an answer"
         )
-    return Opened(thread, given)
+    return JudgePrompt(thread, given)
 
 
-Verdicts = dict[tuple[str, str], list[list[str | None]]]
+PairVerdicts = dict[tuple[str, str], list[list[str | None]]]
 """For each pair of names and each prompt: what the judge said in this order and in the other, of the first name's
 answer: ``win``, ``loss``, ``tie``, or ``None`` where it said nothing of use."""
 
 
 def _verdicts(
-    settings: JudgeConfig, template: Render, asked: Sequence[Opened], answers: Mapping[str, Sequence[str]]
-) -> Steps[Verdicts]:
-    manner = Manner(settings.endpoint, settings.sampling, to="judge")
+    settings: JudgeConfig,
+    template: PromptTemplate,
+    asked: Sequence[JudgePrompt],
+    answers: Mapping[str, Sequence[str]],
+) -> RequestPlan[PairVerdicts]:
+    manner = RequestParameters(settings.endpoint, settings.sampling, to="judge")
     pairs = list(combinations(settings.answers, 2))
     wave = []
     for one, other in pairs:
@@ -224,7 +229,7 @@ def _verdicts(
             for first, second in ((answers[one][i], answers[other][i]), (answers[other][i], answers[one][i])):
                 text = template({"prompt": prompt, "first": first, "second": second}, f"prompt {i + 1}")
                 wave.append(Request(manner, [{"role": "user", "content": text}]))
-    outcomes = iter((yield Wave("judging", wave)))
+    outcomes = iter((yield RequestBatch("judging", wave)))
     pattern = re.compile(settings.choice)
     return {
         pair: [[_said(next(outcomes), pattern, turned=turned) for turned in (False, True)] for _ in asked]
@@ -233,7 +238,7 @@ def _verdicts(
 
 
 def _said(outcome: Outcome, pattern: re.Pattern[str], *, turned: bool) -> str | None:
-    match = pattern.search(outcome.text) if isinstance(outcome, Answer) else None
+    match = pattern.search(outcome.text) if isinstance(outcome, ChatAnswer) else None
     if match is None:
         return None
     worth = WORTH.get(match.group(1).upper(), 0.5)
@@ -262,7 +267,9 @@ def figures(pair: tuple[str, str], found: Sequence[Sequence[str | None]]) -> dic
     }  # fmt: skip
 
 
-def page(name: str, summary: Mapping[str, Any], asked: Sequence[Opened], answers: Mapping[str, Sequence[str]]) -> str:
+def page(
+    name: str, summary: Mapping[str, Any], asked: Sequence[JudgePrompt], answers: Mapping[str, Sequence[str]]
+) -> str:
     """What a person reads: the figures, and answers side by side."""
     lines = [
         f"# {name}: answers before a judge", "",

@@ -18,8 +18,8 @@ import yaml
 
 from tutelage.config import Generations
 from tutelage.files import new_folder, write_text
+from tutelage.generation.conversations import Conversation, RejectedConversation
 from tutelage.generation.diversity import diversity
-from tutelage.generation.items import Item, Rejected
 
 SCHEMA = pa.schema([
     ("id", pa.string()),
@@ -34,7 +34,7 @@ SCHEMA = pa.schema([
 """A conversation, what it was made from, and the journal's keys of the answers in it."""
 
 
-def rows(items: Sequence[Item], settings: Generations, version: str) -> list[dict[str, Any]]:
+def rows(items: Sequence[Conversation], settings: Generations, version: str) -> list[dict[str, Any]]:
     """Items as they are written."""
     return [
         {
@@ -63,7 +63,12 @@ WRITERS = {"jsonl": _jsonl, "parquet": _parquet}
 
 
 def write(
-    path: Path, name: str, settings: Generations, version: str, kept: Sequence[Item], rejected: Sequence[Rejected]
+    path: Path,
+    name: str,
+    settings: Generations,
+    version: str,
+    kept: Sequence[Conversation],
+    rejected: Sequence[RejectedConversation],
 ) -> dict[str, Any]:
     """Write data, rejected items and card; gives what the card counts.
 
@@ -107,7 +112,7 @@ def write(
     return found
 
 
-def divided(kept: Sequence[Item], held_out: int) -> dict[str, list[Item]]:
+def divided(kept: Sequence[Conversation], held_out: int) -> dict[str, list[Conversation]]:
     """``train``, and with ``held_out`` prompts also ``test``: those whose words have the smallest hashes.
 
     More conversations then move few of them, and all answers to a prompt are on one side.

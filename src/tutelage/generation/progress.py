@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tutelage.generation.budget import UNIT
-from tutelage.generation.scheduler import Desk
+from tutelage.generation.scheduler import Scheduler
 from tutelage.progress import Terminal
 
 EVERY = 0.25
@@ -21,7 +21,7 @@ SELDOM = 10.0
 """Seconds between two lines elsewhere."""
 
 
-class Sight:
+class ProgressLine:
     """Counts of the desk, in words.
 
     Args:
@@ -29,7 +29,7 @@ class Sight:
         priced: whether prices are known.
     """
 
-    def __init__(self, desk: Desk, priced: bool) -> None:
+    def __init__(self, desk: Scheduler, priced: bool) -> None:
         self.desk, self.priced = desk, priced
         self.name, self.began, self.at_first = "", time.monotonic(), 0
 
@@ -56,7 +56,7 @@ def _clock(seconds: float) -> str:
 
 
 @asynccontextmanager
-async def shown(terminal: Terminal, sight: Sight) -> AsyncIterator[None]:
+async def shown(terminal: Terminal, sight: ProgressLine) -> AsyncIterator[None]:
     """Show the desk's counts as long as the block lasts."""
     task = asyncio.create_task(_follow(terminal, sight))
     try:
@@ -66,7 +66,7 @@ async def shown(terminal: Terminal, sight: Sight) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
-async def _follow(terminal: Terminal, sight: Sight) -> None:
+async def _follow(terminal: Terminal, sight: ProgressLine) -> None:
     if not terminal.live:
         while True:
             await asyncio.sleep(SELDOM)

@@ -11,10 +11,10 @@ from typing import Any
 
 from tutelage.errors import DataError, refusal
 
-Row = dict[str, Any]
+PromptRow = dict[str, Any]
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[PromptRow]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
@@ -26,37 +26,37 @@ def _jsonl(path: Path) -> Iterator[Row]:
             yield row
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[PromptRow]:
     rows = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError("is no list of JSON objects", where=str(path), remedy="write [{...}, {...}]")
     yield from rows
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[PromptRow]:
     with open(path, encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[PromptRow]:
     import pyarrow.parquet
 
     yield from pyarrow.parquet.read_table(path).to_pylist()
 
 
-def _txt(path: Path) -> Iterator[Row]:
+def _txt(path: Path) -> Iterator[PromptRow]:
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip():
             yield {"prompt": line.strip()}
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[PromptRow]]] = {
     ".csv": _csv, ".json": _json, ".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt,
 }  # fmt: skip
 """How a file is read, by the end of its name."""
 
 
-def rows_of(given: str, what: str) -> list[Row]:
+def rows_of(given: str, what: str) -> list[PromptRow]:
     """The rows of a file.
 
     Args:
@@ -86,7 +86,7 @@ def rows_of(given: str, what: str) -> list[Row]:
     return rows
 
 
-def named(rows: list[Row], given: str) -> list[str]:
+def named(rows: list[PromptRow], given: str) -> list[str]:
     """The name of each row: its column ``id``, or its number.
 
     Raises:

@@ -17,7 +17,7 @@ LONGEST_PAUSE = 60.0
 """Seconds between calls to a server that is down, at most."""
 
 
-class Pace:
+class ConcurrencyLimit:
     """Fewer requests in flight where the server is overloaded, more where it answers (AIMD).
 
     Args:
@@ -76,7 +76,7 @@ class Pace:
             self.paused = max(self.paused, now + after)
 
 
-class Minute:
+class RateLimit:
     """The provider's limits on requests and tokens a minute.
 
     Args:

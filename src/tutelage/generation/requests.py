@@ -19,7 +19,7 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
-class Manner:
+class RequestParameters:
     """Who is asked, and how: all that requests of one kind have in common.
 
     Args:
@@ -51,7 +51,9 @@ class Request:
             depend on what was kept before, and another filter shall read the same answers.
     """
 
-    def __init__(self, manner: Manner, messages: Sequence[Message], sample: int = 0, slot: str | None = None) -> None:
+    def __init__(
+        self, manner: RequestParameters, messages: Sequence[Message], sample: int = 0, slot: str | None = None
+    ) -> None:
         self.manner, self.messages, self.sample, self.slot = manner, messages, sample, slot
 
     @cached_property
@@ -75,7 +77,7 @@ class Request:
         return len(self.asked) + 64 + 16 * len(self.messages)
 
 
-class Answer(NamedTuple):
+class ChatAnswer(NamedTuple):
     """What a model said.
 
     Args:
@@ -89,7 +91,7 @@ class Answer(NamedTuple):
     finish: str | None
 
 
-class Aside(NamedTuple):
+class FailedRequest(NamedTuple):
     """A request without an answer.
 
     Args:
@@ -106,4 +108,4 @@ class Aside(NamedTuple):
 UNASKED = "not asked"
 """The reason where budget or a person ended things first."""
 
-Outcome = Answer | Aside
+Outcome = ChatAnswer | FailedRequest

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
-class Good(NamedTuple):
+class ValidResponse(NamedTuple):
     """An answer.
 
     Args:
@@ -25,7 +25,7 @@ class Good(NamedTuple):
     usage: tuple[int, int] | None
 
 
-class Retry(NamedTuple):
+class RetryableError(NamedTuple):
     """A fault that may pass.
 
     Args:
@@ -47,7 +47,7 @@ class Retry(NamedTuple):
     final: bool = False
 
 
-class SetAside(NamedTuple):
+class RequestRefused(NamedTuple):
     """A request that this server will not answer."""
 
     reason: str
@@ -56,7 +56,7 @@ class SetAside(NamedTuple):
     usage: tuple[int, int] | None = None
 
 
-class Stop(NamedTuple):
+class FatalResponse(NamedTuple):
     """Nothing that is asked will be answered.
 
     Args:
@@ -70,7 +70,7 @@ class Stop(NamedTuple):
     served: bool = False
 
 
-Verdict = Good | Retry | SetAside | Stop
+ParsedResponse = ValidResponse | RetryableError | RequestRefused | FatalResponse
 
 LONGEST_WAIT = 3600.0
 """Seconds of Retry-After above which it is better to stop."""
@@ -79,7 +79,7 @@ NO_MODEL = ("model_not_found", "model_not_supported", "invalid_model")
 NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 
 
-def judged(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
+def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> ParsedResponse:
     """What a reply means.
 
     Args:
@@ -92,46 +92,48 @@ def judged(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
     code, said = _error(body)
     detail = f"{status}: {said}" if said else str(status)
     if code in NO_MODEL or (status in (400, 404) and _denies(said)):
-        return Stop(f"the model is not served ({detail})", "correct endpoint.model", served=True)
+        return FatalResponse(f"the model is not served ({detail})", "correct endpoint.model", served=True)
     if code in NO_MONEY or status == 402:
-        return Stop(f"the account is exhausted ({detail})", "fill it up, then run the same command again")
+        return FatalResponse(f"the account is exhausted ({detail})", "fill it up, then run the same command again")
     if status == 401:
-        return Stop(
+        return FatalResponse(
             f"the key is not accepted ({detail})", "set the variable that endpoint.key_env names to a valid key"
         )
     if status == 403:
-        return Stop(f"access is refused ({detail})", "check what the key may do, and endpoint.model")
+        return FatalResponse(f"access is refused ({detail})", "check what the key may do, and endpoint.model")
     if status == 404:
-        return Stop(
+        return FatalResponse(
             f"there is nothing at that address ({detail})", "correct endpoint.url: most end in /v1", served=True
         )
     if 300 <= status < 400:
-        return Stop(f"the server sends elsewhere ({detail})", "give the final address as endpoint.url")
+        return FatalResponse(f"the server sends elsewhere ({detail})", "give the final address as endpoint.url")
     if status in (408, 409, 425, 429) or status >= 500:
         after = retry_after(headers)
         if after is not None and after > LONGEST_WAIT:
-            return Stop(
+            return FatalResponse(
                 f"the server asks to wait {after / 3600:.1f} hours ({detail})", "run the same command again then"
             )
-        return Retry(
+        return RetryableError(
             f"status {status}", after=after, overloaded=status in (408, 429, 503, 504, 529),
             billed=status in (408, 504), detail=detail,
         )  # fmt: skip
     if "content_filter" in (code, said) or "content_policy_violation" in code:
-        return SetAside("content filter", detail)
-    return SetAside("refused by the server", detail)
+        return RequestRefused("content filter", detail)
+    return RequestRefused("refused by the server", detail)
 
 
-def _answer(body: bytes) -> Verdict:
+def _answer(body: bytes) -> ParsedResponse:
     try:
         reply = json.loads(body.decode("utf-8"))
         if not isinstance(reply, dict):
             raise ValueError
     except ValueError:
-        return Retry("invalid reply", billed=True, detail=f"{len(body)} bytes that are no JSON object")
+        return RetryableError("invalid reply", billed=True, detail=f"{len(body)} bytes that are no JSON object")
     usage = _usage(reply.get("usage"))
     if reply.get("error"):
-        return Retry("error in the reply", billed=usage is None, detail=str(reply["error"])[:300], usage=usage)
+        return RetryableError(
+            "error in the reply", billed=usage is None, detail=str(reply["error"])[:300], usage=usage
+        )
     try:
         choice = reply["choices"][0]
         finish = choice.get("finish_reason")
@@ -139,15 +141,15 @@ def _answer(body: bytes) -> Verdict:
         if not isinstance(finish, str | None) or not isinstance(text, str | None):
             raise ValueError
     except (LookupError, TypeError, AttributeError, ValueError):
-        return Retry("no choices", billed=usage is None, usage=usage, final=True)
+        return RetryableError("no choices", billed=usage is None, usage=usage, final=True)
     if finish == "content_filter":
-        return SetAside("content filter", "the server cut the answer", usage is None, usage)
+        return RequestRefused("content filter", "the server cut the answer", usage is None, usage)
     if not text or not text.strip():
-        return Retry("empty answer", billed=usage is None, usage=usage, final=True)
+        return RetryableError("empty answer", billed=usage is None, usage=usage, final=True)
     raw = body.strip()
     if b"\n" in raw or b"\r" in raw:  # between values: inside of texts JSON has none
         raw = raw.replace(b"\r", b" ").replace(b"\n", b" ")
-    return Good(raw, text, finish, usage)
+    return ValidResponse(raw, text, finish, usage)
 
 
 def _usage(given: Any) -> tuple[int, int] | None:

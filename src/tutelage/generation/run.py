@@ -19,18 +19,18 @@ from tutelage.config import (
 )
 from tutelage.errors import BudgetSpent, require
 from tutelage.files import write_text
-from tutelage.generation.answers import Kit
-from tutelage.generation.carry import carry_out, opened, spent_of
-from tutelage.generation.checks import Checks, sifted
+from tutelage.generation.answers import GenerationContext
+from tutelage.generation.checks import QualityChecks, sifted
 from tutelage.generation.output import write
 from tutelage.generation.prompts import rows_of
-from tutelage.generation.requests import Manner
-from tutelage.generation.strategies import MODES
-from tutelage.generation.templates import Templates
+from tutelage.generation.request_loop import carry_out, opened, spent_of
+from tutelage.generation.requests import RequestParameters
+from tutelage.generation.strategies import STRATEGIES
+from tutelage.generation.templates import PromptTemplates
 from tutelage.progress import Terminal
 
 
-class Generated(NamedTuple):
+class GenerationResult(NamedTuple):
     """What a generation left.
 
     Args:
@@ -48,7 +48,7 @@ def generate(
     *,
     out: str | Path | None = None,
     terminal: Terminal | None = None,
-) -> Generated:
+) -> GenerationResult:
     """Ask a recipe's endpoint for text, keep what is good, and write it as data; what `tutelage generate` does.
 
     What the folder's journal has is not asked for again, so the same call goes on after an interruption, and one with
@@ -72,8 +72,8 @@ def generate(
     path = Path(out) if out is not None else Path("runs") / f"{loaded.name}-generate"
     settings = loaded.settings
     kit = _kit(loaded)
-    Checks(settings.quality)
-    steps = MODES[settings.kind](kit)
+    QualityChecks(settings.quality)
+    steps = STRATEGIES[settings.kind](kit)
     first = next(steps, None)  # a broken file or template is known before anything is made or asked
     made_of = {"recipe": loaded.name, "kind": settings.kind, "model": settings.endpoint.model}
     asked = {"teacher": settings.endpoint}
@@ -95,12 +95,12 @@ def generate(
             f"{desk.refusal}; {len(kept):,} conversations are in {path / 'data'}",
             remedy="raise the budget and run the same command again: what is there is not paid for twice",
         )
-    return Generated(path, summary)
+    return GenerationResult(path, summary)
 
 
-def _kit(loaded: Generation) -> Kit:
+def _kit(loaded: Generation) -> GenerationContext:
     settings = loaded.settings
-    templates = Templates(loaded.where)
+    templates = PromptTemplates(loaded.where)
     given = ["prompt", "instruction"]
     if isinstance(settings, AnswerConfig | ConversationConfig):
         given = sorted({column for row in rows_of(settings.prompts, "prompts") for column in row})
@@ -108,6 +108,8 @@ def _kit(loaded: Generation) -> Kit:
     user = templates.add(("generate", "user"), settings.user, given)
     judge = judged = None
     if settings.best is not None and settings.best.by == "judge":
-        judge = Manner(settings.best.judge or settings.endpoint, settings.best.sampling, to="judge")
+        judge = RequestParameters(settings.best.judge or settings.endpoint, settings.best.sampling, to="judge")
         judged = templates.add(("generate", "best", "template"), settings.best.template, ("prompt", "answer"))
-    return Kit(settings, templates, Manner(settings.endpoint, settings.sampling), judge, judged, system, user)
+    return GenerationContext(
+        settings, templates, RequestParameters(settings.endpoint, settings.sampling), judge, judged, system, user
+    )

@@ -11,11 +11,11 @@ from tutelage.config import EndpointConfig
 from tutelage.errors import ConfigError, Interrupted
 from tutelage.generation.budget import Budget
 from tutelage.generation.journal import Journal
-from tutelage.generation.requests import UNASKED, Aside, Outcome, Request, canonical
-from tutelage.generation.response_errors import Good, Retry, SetAside
+from tutelage.generation.requests import UNASKED, FailedRequest, Outcome, Request, canonical
+from tutelage.generation.response_errors import RequestRefused, RetryableError, ValidResponse
 
 
-class Wave(NamedTuple):
+class RequestBatch(NamedTuple):
     """Requests that do not wait for each other.
 
     Args:
@@ -27,7 +27,7 @@ class Wave(NamedTuple):
     requests: Sequence[Request]
 
 
-class Meter:
+class ProgressCounts:
     """What a person sees of a wave that is asked."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Meter:
         self.total = self.done = self.kept = self.flying = self.aside = self.failed = 0
 
 
-class Job:
+class PendingRequest:
     """A request on its way.
 
     Args:
@@ -50,7 +50,7 @@ class Job:
         self.request, self.tokens, self.cost, self.attempts = request, tokens, cost, 0
 
 
-class Secret:
+class ApiKey:
     """A key, which shows itself to nobody but the server.
 
     Args:
@@ -97,17 +97,17 @@ class Secret:
         return body
 
 
-class Endpoint(Protocol):
+class RequestClient(Protocol):
     """Asks a server."""
 
-    async def fetch(self, jobs: Sequence[Job]) -> None:
+    async def fetch(self, jobs: Sequence[PendingRequest]) -> None:
         """Ask for all jobs and tell the desk what came of each; return early once the desk says so."""
 
     async def close(self) -> None:
         """Close all connections."""
 
 
-class Desk:
+class Scheduler:
     """Hands requests to endpoints, unless the journal has their answers or the budget forbids them.
 
     Args:
@@ -118,9 +118,9 @@ class Desk:
 
     def __init__(self, journal: Journal, budget: Budget, stop: Callable[[], bool]) -> None:
         self.journal, self.budget, self.stop = journal, budget, stop
-        self.endpoints: Mapping[str, Endpoint] = {}
+        self.endpoints: Mapping[str, RequestClient] = {}
         self.batch: set[str] = set()
-        self.meter = Meter()
+        self.meter = ProgressCounts()
         self.refusal: str | None = None
         self.fatal: Exception | None = None
         self.asked = 0
@@ -130,7 +130,7 @@ class Desk:
         """Whether nothing more is to be asked."""
         return self.stop() or self.refusal is not None or self.fatal is not None or self.journal.failure is not None
 
-    async def ask(self, wave: Wave) -> list[Outcome]:
+    async def ask(self, wave: RequestBatch) -> list[Outcome]:
         """The outcomes of a wave's requests, in order.
 
         Raises:
@@ -139,7 +139,7 @@ class Desk:
             RunDirectoryError: the journal cannot be written.
         """
         found: dict[str, Outcome] = {}
-        missing: dict[str, dict[str, Job]] = {}
+        missing: dict[str, dict[str, PendingRequest]] = {}
         for request in wave.requests:
             if request.key in found:
                 continue
@@ -159,21 +159,21 @@ class Desk:
             raise self.fatal
         if self.stop():
             raise Interrupted("stopped; every answer is in the journal")
-        return [found.get(r.key) or self.journal.find(r) or Aside(r.key, UNASKED) for r in wave.requests]
+        return [found.get(r.key) or self.journal.find(r) or FailedRequest(r.key, UNASKED) for r in wave.requests]
 
-    def _job(self, request: Request) -> Job:
+    def _job(self, request: Request) -> PendingRequest:
         manner = request.manner
         price = self.budget.price(manner.model, batch=manner.to in self.batch)
         most = request.most_in
-        return Job(request, most + manner.max_tokens, price.of(most, manner.max_tokens))
+        return PendingRequest(request, most + manner.max_tokens, price.of(most, manner.max_tokens))
 
     # What endpoints tell -------------------------------------------------------------------------------------
 
-    def forbids(self, job: Job) -> str | None:
+    def forbids(self, job: PendingRequest) -> str | None:
         """The limit that a job could exceed."""
         return self.budget.forbids(job.tokens, job.cost)
 
-    def sending(self, job: Job) -> None:
+    def sending(self, job: PendingRequest) -> None:
         """A call is about to be made."""
         job.attempts += 1
         self.asked += 1
@@ -181,14 +181,14 @@ class Desk:
         self.journal.ask(job.request.key, job.tokens, job.cost)
         self.meter.flying += 1
 
-    def resuming(self, job: Job) -> None:
+    def resuming(self, job: PendingRequest) -> None:
         """A call that was made before this process began may still be answered."""
         self.journal.reopen(job.request.key)
         job.attempts += 1
         self.budget.hold(job.tokens, job.cost)
         self.meter.flying += 1
 
-    def _billed(self, job: Job, usage: tuple[int, int] | None, whole: bool) -> tuple[int, int]:
+    def _billed(self, job: PendingRequest, usage: tuple[int, int] | None, whole: bool) -> tuple[int, int]:
         """Tokens and cost of a call, and what was held for it is free."""
         self.budget.free(job.tokens, job.cost)
         self.meter.flying -= 1
@@ -198,23 +198,23 @@ class Desk:
         price = self.budget.price(manner.model, batch=manner.to in self.batch)
         return sum(usage), price.of(*usage)
 
-    def answered(self, job: Job, good: Good) -> None:
+    def answered(self, job: PendingRequest, good: ValidResponse) -> None:
         """A call gave an answer."""
         tokens, cost = self._billed(job, good.usage, True)
         rest = b'"request":%b,"response":%b}' % (job.request.body, good.raw)
         self.journal.settle("key", job.request, tokens, cost, rest, self._done)
 
-    def failed(self, job: Job, fault: Retry) -> None:
+    def failed(self, job: PendingRequest, fault: RetryableError) -> None:
         """A call failed, and there will be another."""
         self.meter.failed += 1
         tokens, cost = self._billed(job, fault.usage, fault.billed)
         rest = canonical({"reason": fault.reason, "detail": fault.detail})[1:]
         self.journal.settle("fail", job.request, tokens, cost, rest, _nothing)
 
-    def set_aside(self, job: Job, fault: SetAside | Retry, *, again: bool) -> None:
+    def set_aside(self, job: PendingRequest, fault: RequestRefused | RetryableError, *, again: bool) -> None:
         """There will be no answer; with ``again``, unless the whole is run once more."""
         self.meter.aside += 1
-        if isinstance(fault, Retry):
+        if isinstance(fault, RetryableError):
             self.meter.failed += 1
         tokens, cost = self._billed(job, fault.usage, fault.billed)
         rest = canonical({"reason": fault.reason, "detail": fault.detail, **({"again": True} if again else {})})[1:]

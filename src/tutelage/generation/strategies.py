@@ -12,29 +12,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tutelage.config import AnswerConfig, ConversationConfig, EvolveConfig, SelfInstructConfig
-from tutelage.generation.answers import Choice, Kit, Steps, answers
-from tutelage.generation.checks import Checks
-from tutelage.generation.duplicates import Near
-from tutelage.generation.items import Item, Made, Rejected
-from tutelage.generation.prompts import Row, named, rows_of, tasks_of
-from tutelage.generation.requests import UNASKED, Answer, Aside, Manner, Message, Request, canonical
-from tutelage.generation.scheduler import Wave
+from tutelage.generation.answers import GenerationContext, RequestPlan, SelectedAnswer, answers
+from tutelage.generation.checks import QualityChecks
+from tutelage.generation.conversations import Conversation, GenerationOutput, RejectedConversation
+from tutelage.generation.duplicates import NearDuplicateIndex
+from tutelage.generation.prompts import PromptRow, named, rows_of, tasks_of
+from tutelage.generation.requests import (
+    UNASKED,
+    ChatAnswer,
+    FailedRequest,
+    Message,
+    Request,
+    RequestParameters,
+    canonical,
+)
+from tutelage.generation.scheduler import RequestBatch
 
 NO_YIELD = 5
 """Rounds without a new instruction after which there will be none."""
 
 
 def _add(
-    made: Made, name: str, instruction: str, thread: Sequence[Message], found: list[Choice] | Aside,
+    made: GenerationOutput, name: str, instruction: str, thread: Sequence[Message],
+    found: list[SelectedAnswer] | FailedRequest,
     keys: Sequence[str] = (), source: str = "",
 ) -> None:  # fmt: skip
     """Note an answered instruction, one item for each of its answers."""
-    if isinstance(found, Aside):
+    if isinstance(found, FailedRequest):
         made.without_answer(name, found, thread)
         return
     for number, choice in enumerate(found):
         made.items.append(
-            Item(
+            Conversation(
                 name if len(found) == 1 else f"{name}/{number}", name, instruction,
                 [*thread, {"role": "assistant", "content": choice.answer.text}], [*keys, choice.answer.key],
                 [choice.answer.finish], source, choice.score,
@@ -45,7 +54,7 @@ def _add(
 # Given prompts -------------------------------------------------------------------------------------------------
 
 
-def _opened(kit: Kit, given: str) -> tuple[list[str], list[str], list[list[Message]]]:
+def _opened(kit: GenerationContext, given: str) -> tuple[list[str], list[str], list[list[Message]]]:
     """Names, instructions and first messages of a file of prompts."""
     rows = rows_of(given, "prompts")
     names = named(rows, given)
@@ -53,17 +62,17 @@ def _opened(kit: Kit, given: str) -> tuple[list[str], list[str], list[list[Messa
     return names, [_instruction(row, thread) for row, thread in zip(rows, threads, strict=True)], threads
 
 
-def _instruction(row: Row, thread: Sequence[Message]) -> str:
+def _instruction(row: PromptRow, thread: Sequence[Message]) -> str:
     for column in ("instruction", "prompt"):
         if isinstance(row.get(column), str):
             return str(row[column])
     return thread[-1]["content"]
 
 
-def answer(kit: Kit) -> Steps[Made]:
+def answer(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
     """Answers to given prompts."""
     assert isinstance(kit.settings, AnswerConfig)
-    made = Made()
+    made = GenerationOutput()
     names, instructions, threads = _opened(kit, kit.settings.prompts)
     found = yield from answers(kit, threads)
     for name, instruction, thread, choices in zip(names, instructions, threads, found, strict=True):
@@ -94,15 +103,19 @@ def listed(text: str, *, cut: bool) -> list[str]:
     return [task.strip(' *"“”') for task in tasks if task.strip(' *"“”')]
 
 
-def self_instruct(kit: Kit) -> Steps[Made]:
+def self_instruct(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
     """New instructions in the manner of a few examples, round by round, and answers to them."""
     settings = kit.settings
     assert isinstance(settings, SelfInstructConfig)
     seeds = tasks_of(settings.seeds)
     template = kit.templates.add(("generate", "instruct"), settings.instruct, ("examples", "number"))
-    manner = Manner(settings.endpoint, settings.instruct_sampling)
+    manner = RequestParameters(settings.endpoint, settings.instruct_sampling)
     version = _version(manner, settings.instruct, seeds, settings.examples, settings.number, settings.seed)
-    made, checks, near = Made(), Checks(settings.quality), Near(settings.quality.near or 1.0)
+    made, checks, near = (
+        GenerationOutput(),
+        QualityChecks(settings.quality),
+        NearDuplicateIndex(settings.quality.near or 1.0),
+    )
     for seed in seeds:
         near.add(seed)
     kept: list[tuple[str, str, str]] = []  # name, task, key
@@ -114,11 +127,11 @@ def self_instruct(kit: Kit) -> Steps[Made]:
             examples = _examples(settings, seeds, [task for _, task, _ in kept], f"{settings.seed}/{number}/{i}")
             text = template({"examples": examples, "number": settings.number}, f"round {number}")
             wave.append(Request(manner, [{"role": "user", "content": text}], i, slot=f"tasks/{version}/{number}/{i}"))
-        outcomes = yield Wave(f"round {number + 1}, {len(kept)} of {settings.count} tasks", wave)
+        outcomes = yield RequestBatch(f"round {number + 1}, {len(kept)} of {settings.count} tasks", wave)
         before, ended = len(kept), False
         for i, outcome in enumerate(outcomes):
             name = f"{number}-{i}"
-            if isinstance(outcome, Aside):
+            if isinstance(outcome, FailedRequest):
                 made.without_answer(name, outcome, wave[i].messages)
                 ended = ended or outcome.reason == UNASKED
                 continue
@@ -130,7 +143,7 @@ def self_instruct(kit: Kit) -> Steps[Made]:
                     kept.append((f"{name}-{j}", task, outcome.key))
                 else:
                     said = [{"role": "user", "content": task}]
-                    made.rejected.append(Rejected(f"{name}-{j}", *reason, said, [outcome.key]))
+                    made.rejected.append(RejectedConversation(f"{name}-{j}", *reason, said, [outcome.key]))
         idle = 0 if len(kept) > before else idle + 1
         if len(kept) >= settings.count or ended or idle >= NO_YIELD:
             break
@@ -143,9 +156,9 @@ def self_instruct(kit: Kit) -> Steps[Made]:
 
 def _version(*parts: Any) -> str:
     """A hash of what a round's requests are made of, but for what was kept before."""
-    return hashlib.sha256(canonical([part.body if isinstance(part, Manner) else part for part in parts])).hexdigest()[
-        :12
-    ]
+    return hashlib.sha256(
+        canonical([part.body if isinstance(part, RequestParameters) else part for part in parts])
+    ).hexdigest()[:12]
 
 
 def _examples(settings: SelfInstructConfig, seeds: Sequence[str], kept: Sequence[str], draw: str) -> list[str]:
@@ -158,7 +171,7 @@ def _examples(settings: SelfInstructConfig, seeds: Sequence[str], kept: Sequence
 
 
 def _known(
-    near: Near, task: str, seeds: Sequence[str], kept: Sequence[tuple[str, str, str]]
+    near: NearDuplicateIndex, task: str, seeds: Sequence[str], kept: Sequence[tuple[str, str, str]]
 ) -> tuple[str, str] | None:
     """Whether a task is near to a seed or to one that was kept; else it is kept from now on."""
     found = near.add_if_new(task)
@@ -174,7 +187,7 @@ ECHO = re.compile(r"\b(?:re-?written|given|original|new|evolved)\s+(?:task|promp
 LABEL = re.compile(r"^\s*\**(?:re-?written|new|evolved)?\s*(?:task|prompt|instruction)\**\s*:\**\s*", re.IGNORECASE)
 
 
-def evolve(kit: Kit) -> Steps[Made]:
+def evolve(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
     """Instructions that get harder or branch off, round by round, and answers to all of them."""
     settings = kit.settings
     assert isinstance(settings, EvolveConfig)
@@ -183,9 +196,9 @@ def evolve(kit: Kit) -> Steps[Made]:
         name: kit.templates.add(("generate", "operations", name), text, ("instruction",))
         for name, text in settings.operations.items()
     }
-    manner = Manner(settings.endpoint, settings.evolve_sampling)
+    manner = RequestParameters(settings.endpoint, settings.evolve_sampling)
     version = _version(manner, settings.operations, tasks, settings.seed)
-    made, checks = Made(), Checks(settings.quality)
+    made, checks = GenerationOutput(), QualityChecks(settings.quality)
     all_tasks = [(str(i), task, "", "given") for i, task in enumerate(tasks)]  # name, task, key, source
     stands = [(task, str(i)) for i, task in enumerate(tasks)]
     for number in range(settings.rounds):
@@ -196,17 +209,17 @@ def evolve(kit: Kit) -> Steps[Made]:
             slot = f"evolved/{version}/{number}/{i}"
             wave.append(Request(manner, [{"role": "user", "content": text}], number, slot=slot))
             drawn.append(operation)
-        outcomes = yield Wave(f"evolving, round {number + 1} of {settings.rounds}", wave)
+        outcomes = yield RequestBatch(f"evolving, round {number + 1} of {settings.rounds}", wave)
         for i, outcome in enumerate(outcomes):
             name = f"{i}-{number + 1}"
-            if isinstance(outcome, Aside):
+            if isinstance(outcome, FailedRequest):
                 made.without_answer(name, outcome, wave[i].messages)
                 continue
             task = LABEL.sub("", outcome.text.strip()).strip().strip('"“”').strip()
             reason = _failed(task, stands[i][0], outcome, checks)
             if reason is not None:  # the task stands, and is tried again
                 said = [{"role": "user", "content": task}]
-                made.rejected.append(Rejected(name, *reason, said, [outcome.key]))
+                made.rejected.append(RejectedConversation(name, *reason, said, [outcome.key]))
                 continue
             all_tasks.append((name, task, outcome.key, f"{drawn[i]} of {stands[i][1]}"))
             stands[i] = (task, name)
@@ -217,13 +230,13 @@ def evolve(kit: Kit) -> Steps[Made]:
     return made
 
 
-def _failed(task: str, before: str, outcome: Answer, checks: Checks) -> tuple[str, str] | None:
+def _failed(task: str, before: str, outcome: ChatAnswer, checks: QualityChecks) -> tuple[str, str] | None:
     """Why an evolution is none."""
     if outcome.finish == "length":
         return "truncated", "the task ran into max_tokens"
     if found := ECHO.search(task):
         return "failed evolution", f"it speaks of the {found.group().lower()}"
-    again = Near(0.95)
+    again = NearDuplicateIndex(0.95)
     again.add(before)
     if again.like(task) is not None:
         return "failed evolution", "it is what it was"
@@ -235,16 +248,16 @@ def _failed(task: str, before: str, outcome: Answer, checks: Checks) -> tuple[st
 SPEAKER = re.compile(r"^\s*\**user\**\s*:\**\s*", re.IGNORECASE)
 
 
-def conversation(kit: Kit) -> Steps[Made]:
+def conversation(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
     """Conversations in which the teacher also speaks for the user."""
     settings = kit.settings
     assert isinstance(settings, ConversationConfig)
     template = kit.templates.add(("generate", "follow_up"), settings.follow_up, ("messages",))
-    manner = Manner(settings.endpoint, settings.follow_up_sampling)
-    made = Made()
+    manner = RequestParameters(settings.endpoint, settings.follow_up_sampling)
+    made = GenerationOutput()
     names, instructions, threads = _opened(kit, settings.prompts)
     items = [
-        Item(name, name, instruction, list(thread), [], [], settings.prompts)
+        Conversation(name, name, instruction, list(thread), [], [], settings.prompts)
         for name, instruction, thread in zip(names, instructions, threads, strict=True)
     ]
     going = items
@@ -252,7 +265,7 @@ def conversation(kit: Kit) -> Steps[Made]:
         found = yield from answers(kit, [item.messages for item in going], f"turn {turn + 1} of {settings.turns}")
         answered = []
         for item, choices in zip(going, found, strict=True):
-            if isinstance(choices, Aside):
+            if isinstance(choices, FailedRequest):
                 made.without_answer(item.name, choices, item.messages)
                 continue
             item.messages.append({"role": "assistant", "content": choices[0].answer.text})
@@ -268,10 +281,10 @@ def conversation(kit: Kit) -> Steps[Made]:
             said = [message for message in item.messages if message["role"] != "system"]
             text = template({"messages": said}, item.name)
             wave.append(Request(manner, [{"role": "user", "content": text}]))
-        outcomes = yield Wave(f"what users say next, {turn + 1} of {settings.turns - 1}", wave)
+        outcomes = yield RequestBatch(f"what users say next, {turn + 1} of {settings.turns - 1}", wave)
         going = []
         for item, outcome in zip(answered, outcomes, strict=True):
-            if isinstance(outcome, Aside):
+            if isinstance(outcome, FailedRequest):
                 made.without_answer(item.name, outcome, item.messages)
                 continue
             item.messages.append({"role": "user", "content": SPEAKER.sub("", outcome.text).strip()})
@@ -280,7 +293,7 @@ def conversation(kit: Kit) -> Steps[Made]:
     return made
 
 
-MODES: dict[str, Callable[[Kit], Steps[Made]]] = {
+STRATEGIES: dict[str, Callable[[GenerationContext], RequestPlan[GenerationOutput]]] = {
     "answer": answer,
     "conversation": conversation,
     "evolve": evolve,

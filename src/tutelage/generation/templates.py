@@ -15,7 +15,7 @@ from tutelage.generation.requests import canonical
 Key = tuple[str | int, ...]
 
 
-class Templates:
+class PromptTemplates:
     """The templates of a recipe.
 
     Args:
@@ -27,7 +27,7 @@ class Templates:
         self.texts: dict[str, str] = {}
         self._rules = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
-    def add(self, key: Key, text: str, given: Collection[str]) -> Render:
+    def add(self, key: Key, text: str, given: Collection[str]) -> PromptTemplate:
         """A template, given what may stand in it.
 
         Args:
@@ -54,7 +54,7 @@ class Templates:
                 f"unknown placeholder {unknown[0]!r}" + suggest(unknown[0], list(given)),
                 where=self._line(key, text, line), remedy=f"it can use: {', '.join(given)}",
             )  # fmt: skip
-        return Render(template, self.where(key))
+        return PromptTemplate(template, self.where(key))
 
     def _line(self, key: Key, text: str, number: int) -> str:
         """Where a line of a template is; a text of several lines begins below its key."""
@@ -69,7 +69,7 @@ class Templates:
         return hashlib.sha256(canonical(self.texts)).hexdigest()[:12]
 
 
-class Render:
+class PromptTemplate:
     """Fills in a template."""
 
     def __init__(self, template: Template, where: str) -> None:

@@ -19,8 +19,8 @@ from tutelage.evaluation import evaluate
 from tutelage.experiment.run import build_model, load_data, model_spec, read_summary
 from tutelage.lab import llm
 from tutelage.models import load_weights
-from tutelage.multistage.series import carry_out
-from tutelage.multistage.stages import with_weights
+from tutelage.multistage.stages import with_trained_weights
+from tutelage.multistage.workflows import run_recipe_or_workflow
 from tutelage.progress import Terminal
 
 SMALLEST = [2, 2, 2, 3]
@@ -130,7 +130,7 @@ def recipe_of(bases: Bases, arm: Arm, out: Path) -> Recipe:
     base, first = bases[arm.base], FIRST.get(arm.base)
     raw: dict[str, Any] = yaml.safe_load(dump_recipe(base))
     if first is not None and arm.name != first:
-        raw["teacher"] = with_weights(raw["teacher"], out / "arms" / first)
+        raw["teacher"] = with_trained_weights(raw["teacher"], out / "arms" / first)
     raw = merged(raw, arm.changes)
     raw["name"] = f"{base.name}-{arm.name}"
     if arm.augmented:
@@ -152,7 +152,7 @@ def run_arm(bases: Bases, name: str, out: Path, terminal: Terminal) -> dict[str,
         return read_summary(folder / "summary.json")
     recipe = recipe_of(bases, ARMS[name], out)
     resume = (folder / "config.yaml").exists()
-    return carry_out(recipe, out=folder, resume=resume, terminal=terminal).summary
+    return run_recipe_or_workflow(recipe, out=folder, resume=resume, terminal=terminal).summary
 
 
 class Results:

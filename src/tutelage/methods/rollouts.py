@@ -20,7 +20,7 @@ from tutelage.data.loader import here
 from tutelage.errors import CapabilityError, ConfigError, EndpointError
 from tutelage.files import explained, quiet
 from tutelage.methods.sampling import Completion, ends_of
-from tutelage.servers import Fault, Server, models_of
+from tutelage.servers import JsonClient, TransientServerError, list_models
 from tutelage.students import plain
 
 WHERE = "method.rollouts"
@@ -72,9 +72,9 @@ class Rollouts:
             )
         self.url, self.kind, self.model, self.every, self.folder = url, kind, model, every, folder
         self._open = partial(
-            Server, url, WHERE, key_env=key_env, concurrency=concurrency, timeout=timeout, patience=patience
+            JsonClient, url, WHERE, key_env=key_env, concurrency=concurrency, timeout=timeout, patience=patience
         )
-        self._server: Server | None = None
+        self._server: JsonClient | None = None
         self._top: Path | None = None
         self._handed: int | None = None
         self._mold: tuple[nn.Module, ...] = ()
@@ -140,7 +140,7 @@ class Rollouts:
             )
         server, name = self._opened(), self._name()
         body = {"model": name, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
-        asked = [server.soon(partial(ask, server, body, p.tolist(), ends, tokenizer)) for p in prompts]
+        asked = [server.submit(partial(ask, server, body, p.tolist(), ends, tokenizer)) for p in prompts]
         found = []
         try:
             for prompt, answer in zip(prompts, asked, strict=True):
@@ -156,7 +156,7 @@ class Rollouts:
     # Kinds of servers --------------------------------------------------------------------------------------------
 
     def _vllm(
-        self, server: Server, body: dict[str, Any], prompt: list[int], ends: list[int], tokenizer: Any
+        self, server: JsonClient, body: dict[str, Any], prompt: list[int], ends: list[int], tokenizer: Any
     ) -> list[int]:
         # what the model's own generation config would set is said, so that answers are drawn from the softmax
         own = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": ends}
@@ -170,7 +170,7 @@ class Rollouts:
         return _whole([int(x) for x in ids], choice, ends)
 
     def _openai(
-        self, server: Server, body: dict[str, Any], prompt: list[int], ends: list[int], tokenizer: Any
+        self, server: JsonClient, body: dict[str, Any], prompt: list[int], ends: list[int], tokenizer: Any
     ) -> list[int]:
         choice = _choice(server.post("completions", {**body, "prompt": read_as(tokenizer, prompt)}))
         ids = tokenizer(choice.get("text") or "", add_special_tokens=False)["input_ids"]
@@ -180,8 +180,8 @@ class Rollouts:
         server = self._opened()
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         try:
-            server.insist(lambda: server.tell("/collective_rpc", body))
-            server.insist(lambda: server.tell("/reset_prefix_cache", {}))
+            server.retry(lambda: server.send("/collective_rpc", body))
+            server.retry(lambda: server.send("/reset_prefix_cache", {}))
         except EndpointError as error:
             raise EndpointError(
                 f"does not take the student's weights: {error.what}",
@@ -216,7 +216,7 @@ class Rollouts:
             weakref.finalize(self, shutil.rmtree, self._top, ignore_errors=True)
         return self._top / f"step-{step:09d}"
 
-    def _opened(self) -> Server:
+    def _opened(self) -> JsonClient:
         if self._server is None:
             self._server = self._open()
             weakref.finalize(self, self._server.close)
@@ -228,7 +228,7 @@ class Rollouts:
             return str(self._place(self._handed))
         if self.model is None:
             server = self._opened()
-            there = server.insist(lambda: models_of(server.post))
+            there = server.retry(lambda: list_models(server.post))
             if not there:
                 raise EndpointError("serves no model", where=self.url, remedy="start it with the student's")
             self.model = str(there[0]["id"])
@@ -259,9 +259,9 @@ def _choice(reply: Any) -> dict[str, Any]:
         choice = reply["choices"][0]
         reason = choice["finish_reason"]
     except (LookupError, TypeError):
-        raise Fault(f"answers without a choice: {str(reply)[:200]}", answered=True) from None
+        raise TransientServerError(f"answers without a choice: {str(reply)[:200]}", answered=True) from None
     if reason not in ("stop", "length"):
-        raise Fault(f"breaks an answer off ({reason})", answered=True)
+        raise TransientServerError(f"breaks an answer off ({reason})", answered=True)
     return dict(choice)
 
 
@@ -270,5 +270,5 @@ def _whole(ids: list[int], choice: dict[str, Any], ends: list[int]) -> list[int]
     if choice["finish_reason"] == "stop" and ends and not any(token in ends for token in ids):
         return [*ids, ends[0]]
     if not ids:
-        raise Fault("writes nothing", answered=True)
+        raise TransientServerError("writes nothing", answered=True)
     return ids

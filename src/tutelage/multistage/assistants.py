@@ -16,7 +16,16 @@ from tutelage.errors import ConfigError
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.run import model_spec
 from tutelage.models import build
-from tutelage.multistage.stages import Row, Stages, best_of, conclude, result_of, signed, weights_of, with_weights
+from tutelage.multistage.stages import (
+    ResultRow,
+    StageRunner,
+    best_of,
+    conclude,
+    result_of,
+    signed,
+    weights_of,
+    with_trained_weights,
+)
 
 FAMILIES: dict[tuple[str, str], tuple[str, Any]] = {
     ("convnet", "width"): ("widths", (32, 64, 128)),
@@ -28,7 +37,7 @@ FAMILIES: dict[tuple[str, str], tuple[str, Any]] = {
 """For a model and a family, the option that makes it larger, with its default."""
 
 
-def assistant_chain(stages: Stages, device: torch.device) -> dict[str, Any]:
+def assistant_chain(stages: StageRunner, device: torch.device) -> dict[str, Any]:
     """Teach assistants from the largest to the smallest, then the student, and compare with teaching it directly.
 
     Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant" (AAAI 2020), section 4.
@@ -43,7 +52,7 @@ def assistant_chain(stages: Stages, device: torch.device) -> dict[str, Any]:
     taught_first = None
     if asked.direct:
         direct = stages.stage("direct")
-        teacher, taught_first = with_weights(teacher, direct.path), direct
+        teacher, taught_first = with_trained_weights(teacher, direct.path), direct
         alone = [result_of(direct, f"alone-seed{s}") for s in recipe.seeds] if recipe.baseline else []
         straight = [result_of(direct, f"distilled-seed{s}") for s in recipe.seeds]
     data = stages.data(recipe)
@@ -65,7 +74,7 @@ def assistant_chain(stages: Stages, device: torch.device) -> dict[str, Any]:
             )  # fmt: skip
             if taught_first is None:
                 taught_first = stage
-                teacher = with_weights(teacher, stage.path)
+                teacher = with_trained_weights(teacher, stage.path)
             training = f"distilled-seed{seed}"
             chain[i].append(result_of(stage, training))
             known[name] = stage.summary["parameters"]["student"]
@@ -80,19 +89,21 @@ def assistant_chain(stages: Stages, device: torch.device) -> dict[str, Any]:
     whole = {"best": as_result, "last": as_result, "validation": whole["validation"]}
     sizes = {"teacher": taught_first.summary["parameters"]["teacher"], **known}
     student = known.get("student", taught_first.summary["parameters"]["student"])
-    rows = [Row("teacher", "teacher", [whole] * many, sizes["teacher"], step=0)]
+    rows = [ResultRow("teacher", "teacher", [whole] * many, sizes["teacher"], step=0)]
     for i, results in enumerate(chain[:-1]):
         by = f"assistant {i}" if i else "teacher"
-        rows.append(Row(f"assistant {i + 1}", "assistant", results, known[f"assistant-{i + 1}"], by, step=i + 1))
+        rows.append(
+            ResultRow(f"assistant {i + 1}", "assistant", results, known[f"assistant-{i + 1}"], by, step=i + 1)
+        )
     if alone:
-        rows.append(Row("student alone", "alone", alone, student))
+        rows.append(ResultRow("student alone", "alone", alone, student))
     if straight:
-        rows.append(Row("taught directly", "direct", straight, student, "teacher",
+        rows.append(ResultRow("taught directly", "direct", straight, student, "teacher",
                         against=["student alone"] if alone else []))  # fmt: skip
     if len(models) > 1:
         against = [name for name, there in (("taught directly", straight), ("student alone", alone)) if there]
         rows.append(
-            Row("taught through assistants", "distilled", chain[-1], student, f"assistant {len(models) - 1}",
+            ResultRow("taught through assistants", "distilled", chain[-1], student, f"assistant {len(models) - 1}",
                 against=against, step=len(models))
         )  # fmt: skip
     best = folders[best_of(chain[-1])]

@@ -13,7 +13,7 @@ from tutelage.data import InOrder
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.run import build_model, decoding, model_spec
 from tutelage.models import load_weights
-from tutelage.multistage.stages import Row, Stages, best_of, conclude, result_of, signed, weights_of
+from tutelage.multistage.stages import ResultRow, StageRunner, best_of, conclude, result_of, signed, weights_of
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
 
 OTHER_WEIGHTS = 100_003
@@ -26,7 +26,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 """Methods that need no teacher."""
 
 
-def born_again(stages: Stages, device: torch.device) -> dict[str, Any]:
+def born_again(stages: StageRunner, device: torch.device) -> dict[str, Any]:
     """Train generations 0 to N for each seed, score their ensembles, and compare.
 
     Generation 0 is the student trained alone; generation n starts from weights of its own and is taught by n-1, as in
@@ -60,7 +60,7 @@ def born_again(stages: Stages, device: torch.device) -> dict[str, Any]:
             for n, scores in enumerate(scored_together(stages, teachers, device)):
                 ensembles[n].append(scores)
     rows = [
-        Row(
+        ResultRow(
             f"generation {n}", "alone" if n == 0 else "distilled", results, parameters,
             taught_by=f"generation {n - 1}" if n else None,
             against=[f"generation {other}" for other in dict.fromkeys((n - 1, 0)) if n],
@@ -70,12 +70,12 @@ def born_again(stages: Stages, device: torch.device) -> dict[str, Any]:
     ]  # fmt: skip
     if asked.ensemble:
         rows += [
-            Row(f"ensemble of 0 to {n}", "ensemble", results, (n + 1) * parameters,
+            ResultRow(f"ensemble of 0 to {n}", "ensemble", results, (n + 1) * parameters,
                 against=[f"generation {n}"], step=n)
             for n, results in enumerate(ensembles, 1)
         ]  # fmt: skip
     rows += [
-        Row(name, "control", results, parameters, against=["generation 0", "generation 1"])
+        ResultRow(name, "control", results, parameters, against=["generation 0", "generation 1"])
         for name, results in controls.items()
     ]
     return conclude(stages, "born-again", rows, _verdict, last[best_of(generations[-1])])
@@ -97,7 +97,7 @@ def taught(recipe: Recipe, seed: int, generation: int, teacher: str) -> dict[str
     return {"teacher": section, "seeds": [born(seed, generation)], "baseline": False}
 
 
-def scored_together(stages: Stages, folders: Sequence[str], device: torch.device) -> list[Any]:
+def scored_together(stages: StageRunner, folders: Sequence[str], device: torch.device) -> list[Any]:
     """The scores of the ensembles of the first two, three ... models, as results."""
     recipe = stages.recipe
     data = stages.data(recipe)

@@ -29,7 +29,7 @@ from tutelage.progress import Terminal
 
 
 @dataclass
-class Stages:
+class StageRunner:
     """The runs of one workflow.
 
     Args:
@@ -86,7 +86,7 @@ def weights_of(stage: Path, training: str) -> str:
     return str(stage / "models" / training)
 
 
-def with_weights(teacher: Mapping[str, Any], stage: Path) -> dict[str, Any]:
+def with_trained_weights(teacher: Mapping[str, Any], stage: Path) -> dict[str, Any]:
     """The section ``teacher`` of later stages, once ``stage`` trained what had no weights."""
 
     def ready(one: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def with_weights(teacher: Mapping[str, Any], stage: Path) -> dict[str, Any]:
 
 
 @dataclass
-class Row:
+class ResultRow:
     """A line of a workflow's table: one kind of model over the seeds.
 
     Attributes:
@@ -129,9 +129,9 @@ class Row:
 
 
 def conclude(
-    stages: Stages,
+    stages: StageRunner,
     kind: str,
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     verdict: Callable[[Mapping[str, Any]], str],
     exported: tuple[Path, str],
     **more: Any,
@@ -182,7 +182,7 @@ def conclude(
     return summary
 
 
-def _against(row: Row, other: Row) -> dict[str, Any]:
+def _against(row: ResultRow, other: ResultRow) -> dict[str, Any]:
     return {which: paired(row.values(which), other.values(which)) for which in ("best", "last")}
 
 

@@ -25,7 +25,7 @@ from tutelage.experiment.run import run_recipe
 from tutelage.experiment.run_directory import choose, opened
 from tutelage.files import write_text
 from tutelage.progress import Terminal
-from tutelage.search.search_space import Dimension, asked, check_values, dimensions, own_values, with_values
+from tutelage.search.search_space import SearchDimension, asked, check_values, dimensions, own_values, with_values
 from tutelage.signals import stopping
 
 FOUND = "search.json"
@@ -36,7 +36,7 @@ BEST = "best.yaml"
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchResult:
     """A finished search: its folder, and what ``search.json`` says."""
 
     path: Path
@@ -48,7 +48,7 @@ class Searched:
         return ["default"] if self.found["same"] else ["default", "chosen"]
 
 
-def search(
+def search_recipe(
     recipe: Recipe,
     *,
     trials: int | None = None,
@@ -57,7 +57,7 @@ def search(
     out: str | Path | None = None,
     resume: bool = False,
     terminal: Terminal | None = None,
-) -> Searched:
+) -> SearchResult:
     """Try settings of a recipe, choose by validation accuracy, and test the chosen and the recipe's own once.
 
     The teacher is trained once. A trial trains the distilled student under each of the recipe's seeds; what counts is
@@ -106,7 +106,7 @@ def search(
         found = path / FOUND
         if found.exists() and (before := _read(found))["settings"]["trials"] >= config.trials:
             terminal.say(f"{path} is finished; showing what it found")
-            return Searched(path, before)
+            return SearchResult(path, before)
         terminal.say(f"search: {path}, {config.trials} trials of {', '.join(d.key for d in space)}")
         start = time.monotonic()
         with stopping(terminal.say) as should_stop:
@@ -115,7 +115,7 @@ def search(
         result = taught.tested(workers, time.monotonic() - start)
         write_text(path / BEST, taught.best_yaml(result))
         write_text(found, json.dumps(result, indent=1) + "\n")
-    return Searched(path, result)
+    return SearchResult(path, result)
 
 
 def _bare(recipe: Recipe) -> dict[str, Any]:
@@ -137,15 +137,15 @@ class _Search:
     """A search in its folder."""
 
     def __init__(
-        self, run: RunDirectory, recipe: Recipe, space: list[Dimension], terminal: Terminal, should_stop: Any
+        self, run: RunDirectory, recipe: Recipe, space: list[SearchDimension], terminal: Terminal, should_stop: Any
     ) -> None:
-        from tutelage.search.study import Suggestions
-        from tutelage.search.trials import Bench
+        from tutelage.search.study import SearchStudy
+        from tutelage.search.trials import TrialRunner
 
         assert recipe.search is not None
         self.run, self.recipe, self.space, self.terminal = run, recipe, space, terminal
         self.config, self.should_stop = recipe.search, should_stop
-        self.bench = Bench(terminal, should_stop, self.config.warmup)
+        self.bench = TrialRunner(terminal, should_stop, self.config.warmup)
         bare = recipe.model_copy(update={"search": None})
         self.taught = self.bench.train_teacher(bare, RunDirectory(run.path / "teacher"))
         self.base = _bare(self.taught)
@@ -154,7 +154,7 @@ class _Search:
         self.bench.terminal.live = False  # the line of the trials is
         if not (run.path / "search.journal").exists():
             self._try_out()
-        self.known = Suggestions(run.path / "search.journal", space, self.config)
+        self.known = SearchStudy(run.path / "search.journal", space, self.config)
 
     def _try_out(self) -> None:
         """Everything but training, for the recipe and for every end and value of the space."""
@@ -190,9 +190,9 @@ class _Search:
                 self._over(ticket.number, ticket.values, result, show)
 
     def _in_pool(self, workers: int, show: Any) -> None:
-        from tutelage.search.workers import Pool
+        from tutelage.search.workers import WorkerPool
 
-        pool = Pool(workers, self.config.warmup)
+        pool = WorkerPool(workers, self.config.warmup)
         try:
             while True:
                 while pool.idle() and self.known.taken() < self.config.trials and not self.should_stop():
@@ -209,11 +209,11 @@ class _Search:
     def _failed(self, values: Mapping[str, Any], error: TutelageError) -> Any:
         """A failed trial; the error itself where it is not of these values alone."""
         from tutelage.errors import Interrupted
-        from tutelage.search.study import Result
+        from tutelage.search.study import TrialResult
 
         if isinstance(error, Interrupted | RunDirectoryError) or values == self.own:
             raise error
-        return Result("failed", why=str(error))
+        return TrialResult("failed", why=str(error))
 
     def _over(self, number: int, values: Mapping[str, Any], result: Any, show: Any) -> None:
         self.known.finish(number, result)

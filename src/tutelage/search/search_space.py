@@ -40,7 +40,7 @@ OF_TEACHER = {
 
 
 @dataclass(frozen=True)
-class Dimension:
+class SearchDimension:
     """A key and what it may be.
 
     Attributes:
@@ -170,7 +170,7 @@ def usual_space(recipe: Recipe) -> dict[str, Any]:
     return space
 
 
-def dimensions(recipe: Recipe, space: Mapping[str, KeySpace]) -> list[Dimension]:
+def dimensions(recipe: Recipe, space: Mapping[str, KeySpace]) -> list[SearchDimension]:
     """The space of a search over a recipe.
 
     Raises:
@@ -182,13 +182,13 @@ def dimensions(recipe: Recipe, space: Mapping[str, KeySpace]) -> list[Dimension]
             raise ConfigError(f"{key} {why}", where="search.space", remedy="leave it out")
         own = _own(recipe, key)
         if one.values is not None:
-            found.append(Dimension(key, values=tuple(one.values), own=own))
+            found.append(SearchDimension(key, values=tuple(one.values), own=own))
             continue
         assert one.low is not None
         assert one.high is not None
         integers = all(isinstance(v, int) for v in (one.low, one.high, 0 if one.step is None else one.step))
         whole = integers and (one.step is not None or not _takes_fractions(recipe, key))
-        found.append(Dimension(key, one.low, one.high, one.log, one.step, whole, own=own))
+        found.append(SearchDimension(key, one.low, one.high, one.log, one.step, whole, own=own))
     return found
 
 
@@ -272,7 +272,7 @@ def with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
     return build_recipe(copy.deepcopy(dict(base)), name=str(base["name"]), overrides=overrides)
 
 
-def check_values(base: Mapping[str, Any], space: Sequence[Dimension]) -> None:
+def check_values(base: Mapping[str, Any], space: Sequence[SearchDimension]) -> None:
     """Let the recipe judge every end and value of the space, each alone and then together with the others'.
 
     Raises:
@@ -290,7 +290,7 @@ def check_values(base: Mapping[str, Any], space: Sequence[Dimension]) -> None:
             ) from None
 
 
-def _sampled(space: Sequence[Dimension]) -> list[tuple[Any, ...]]:
+def _sampled(space: Sequence[SearchDimension]) -> list[tuple[Any, ...]]:
     each = [d.ends() for d in space]
     if math.prod(len(ends) for ends in each) <= MOST_CHECKED:
         return list(itertools.product(*each))
@@ -298,7 +298,7 @@ def _sampled(space: Sequence[Dimension]) -> list[tuple[Any, ...]]:
     return [tuple(draw.choice(ends) for ends in each) for _ in range(MOST_CHECKED)]
 
 
-def own_values(space: Sequence[Dimension]) -> dict[str, Any] | None:
+def own_values(space: Sequence[SearchDimension]) -> dict[str, Any] | None:
     """The recipe's own values, where all lie in the space: the first trial, which the others must beat."""
     if all(d.own is not ABSENT and d.holds(d.own) for d in space):
         return {d.key: d.own for d in space}

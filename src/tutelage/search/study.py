@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tutelage.config import SearchConfig
 from tutelage.errors import RunDirectoryError
 from tutelage.files import explained
-from tutelage.search.search_space import Dimension, own_values
+from tutelage.search.search_space import SearchDimension, own_values
 
 STATES = {
     "finished": TrialState.COMPLETE,
@@ -39,7 +39,7 @@ WHOLE_SEED = 1_000_000
 
 
 @dataclass
-class Result:
+class TrialResult:
     """What became of a trial.
 
     Attributes:
@@ -56,7 +56,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Ticket:
+class TrialRequest:
     """A trial to run: its number, and values by key."""
 
     number: int
@@ -105,7 +105,7 @@ def _quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-class Suggestions:
+class SearchStudy:
     """What to try next, and what has been tried.
 
     Args:
@@ -117,7 +117,7 @@ class Suggestions:
         RunDirectoryError: the journal is damaged, or cannot be written.
     """
 
-    def __init__(self, journal: Path, space: Sequence[Dimension], config: SearchConfig) -> None:
+    def __init__(self, journal: Path, space: Sequence[SearchDimension], config: SearchConfig) -> None:
         self.space, self.journal = list(space), journal
         pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
         with explained(journal), _quiet():
@@ -142,7 +142,7 @@ class Suggestions:
         trials = self.study.get_trials(deepcopy=False)
         return len(self.out) + sum(t.state.is_finished() for t in trials)
 
-    def next(self) -> Ticket:
+    def next(self) -> TrialRequest:
         """A trial that a killed process left, else a new one."""
         with explained(self.journal), _quiet():
             left = [
@@ -155,7 +155,7 @@ class Suggestions:
                 value = _suggested(trial, d)
                 values[d.key] = d.rounded(value if d.values is None else json.loads(value))
         self.out[trial.number] = trial
-        return Ticket(trial.number, values)
+        return TrialRequest(trial.number, values)
 
     def report(self, number: int, step: int, value: float) -> bool:
         """Take note of a validation accuracy; true where the trial is to be given up.
@@ -172,7 +172,7 @@ class Suggestions:
                 trial.report(value, step)
             return bool(trial.should_prune())
 
-    def finish(self, number: int, result: Result) -> None:
+    def finish(self, number: int, result: TrialResult) -> None:
         """Take note of how a trial ended."""
         trial = self.out.pop(number)
         with explained(self.journal), _quiet():
@@ -219,7 +219,7 @@ class Suggestions:
         return {key: float(share) for key, share in found.items() if math.isfinite(share)}
 
 
-def _suggested(trial: optuna.Trial, d: Dimension) -> Any:
+def _suggested(trial: optuna.Trial, d: SearchDimension) -> Any:
     if d.values is not None:
         return trial.suggest_categorical(d.key, [json.dumps(value) for value in d.values])
     high = d.high if d.step is None else d.low + math.floor((d.high - d.low) / d.step + 1e-9) * d.step
@@ -228,7 +228,7 @@ def _suggested(trial: optuna.Trial, d: Dimension) -> Any:
     return trial.suggest_float(d.key, float(d.low), float(high), log=d.log, step=d.step)
 
 
-def _stored(d: Dimension, value: Any) -> Any:
+def _stored(d: SearchDimension, value: Any) -> Any:
     return json.dumps(value) if d.values is not None else value
 
 

@@ -40,7 +40,7 @@ from tutelage.files import new_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
 from tutelage.progress import Terminal
-from tutelage.search.study import WHOLE_SEED, Result
+from tutelage.search.study import WHOLE_SEED, TrialResult
 from tutelage.teachers import MemoryTeacher, Teacher
 
 Report = Callable[[int, float], bool]
@@ -56,11 +56,11 @@ PATIENCE = 60.0
 SILENT = Terminal(speaks=False)
 
 
-class Pruned(Exception):
+class TrialPruned(Exception):
     """A trial is given up."""
 
 
-class Bench:
+class TrialRunner:
     """What the trials of one process share.
 
     Args:
@@ -122,7 +122,7 @@ class Bench:
         accelerator = make_accelerator(recipe.train.precision, [])
         self._ready(recipe, Context(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop))
 
-    def run(self, recipe: Recipe, folder: Path, report: Report) -> Result:
+    def run(self, recipe: Recipe, folder: Path, report: Report) -> TrialResult:
         """A trial, in an ordinary run directory without a summary; goes on where it was interrupted.
 
         Raises:
@@ -132,7 +132,7 @@ class Bench:
         start = time.monotonic()
         accelerator = make_accelerator(recipe.train.precision, [])
         resume = (folder / "config.yaml").exists()
-        result = Result("finished")
+        result = TrialResult("finished")
         with opened(folder, dump_recipe(recipe), resume=resume, main=True, patience=PATIENCE) as run:
             ctx = Context(accelerator, run, self.terminal, self.should_stop)
             try:
@@ -145,8 +145,8 @@ class Bench:
                         many = len(result.seeds)
                         mean = sum(result.seeds) / many
                         if many > 1 and report(many * WHOLE_SEED, mean) and not last:
-                            raise Pruned
-            except Pruned:
+                            raise TrialPruned
+            except TrialPruned:
                 result.state = "pruned"
             except NumericsError as error:
                 result.state, result.why = "diverged", error.what
@@ -275,7 +275,7 @@ class _Watch(Silent):
         self.seen.append(line["validation"]["accuracy"])
         gives_up = self.report is not None and self.report(len(self.seen), self.seen[-1])
         if gives_up and self.judged[0] <= line["step"] < self.judged[1]:
-            raise Pruned
+            raise TrialPruned
 
 
 def validations(run: RunDirectory, training: str) -> list[dict[str, Any]]:

@@ -15,16 +15,16 @@ import torch
 
 from tutelage.config import Recipe
 from tutelage.errors import CapabilityError, Interrupted, TutelageError
-from tutelage.search.study import Result, Ticket
-from tutelage.search.trials import SILENT, Bench
+from tutelage.search.study import TrialRequest, TrialResult
+from tutelage.search.trials import SILENT, TrialRunner
 
 
-class Pool:
+class WorkerPool:
     """Processes that each run a trial at a time, and tell of its evaluations.
 
     Args:
         workers: how many.
-        warmup: see :class:`Bench`.
+        warmup: see :class:`TrialRunner`.
     """
 
     def __init__(self, workers: int, warmup: float) -> None:
@@ -32,7 +32,7 @@ class Pool:
         self.stop = context.Event()
         threads = max(1, (os.cpu_count() or 1) // workers)
         self.processes: dict[Connection, BaseProcess] = {}
-        self.running: dict[Connection, Ticket] = {}
+        self.running: dict[Connection, TrialRequest] = {}
         for _ in range(workers):
             here, there = context.Pipe()
             process = context.Process(
@@ -46,7 +46,7 @@ class Pool:
         """Processes without a trial."""
         return [c for c in self.processes if c not in self.running]
 
-    def start(self, ticket: Ticket, recipe: Recipe, folder: Path) -> None:
+    def start(self, ticket: TrialRequest, recipe: Recipe, folder: Path) -> None:
         """Give a trial to an idle process."""
         connection = self.idle()[0]
         connection.send((recipe, folder))
@@ -54,7 +54,7 @@ class Pool:
 
     def results(
         self, report: Callable[[int, int, float], bool], should_stop: Callable[[], bool]
-    ) -> Iterator[tuple[Ticket, Result | TutelageError]]:
+    ) -> Iterator[tuple[TrialRequest, TrialResult | TutelageError]]:
         """Wait until trials are over; meanwhile answers what their processes ask.
 
         Args:
@@ -65,7 +65,7 @@ class Pool:
             Interrupted: ``should_stop`` said so, and all have stopped.
             CapabilityError: a process died.
         """
-        over: list[tuple[Ticket, Result | TutelageError]] = []
+        over: list[tuple[TrialRequest, TrialResult | TutelageError]] = []
         stopped = False
         while self.running and not over:
             if should_stop() and not stopped:
@@ -118,7 +118,7 @@ def _serve(connection: Connection, stop: Any, parent: int, threads: int, warmup:
     """A process of the pool: trials until told to end, or until the search's process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the search says when to stop
     torch.set_num_threads(threads)
-    bench = Bench(SILENT, lambda: stop.is_set() or os.getppid() != parent, warmup)
+    bench = TrialRunner(SILENT, lambda: stop.is_set() or os.getppid() != parent, warmup)
 
     def report(step: int, value: float) -> bool:
         connection.send((step, value))
@@ -129,7 +129,7 @@ def _serve(connection: Connection, stop: Any, parent: int, threads: int, warmup:
         while (job := connection.recv()) is not None:
             try:
                 recipe, folder = job
-                said: Result | TutelageError = bench.run(recipe, folder, report)
+                said: TrialResult | TutelageError = bench.run(recipe, folder, report)
             except TutelageError as error:
                 said = error
             connection.send(said)

@@ -18,7 +18,7 @@ import torch
 
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, EndpointError
-from tutelage.servers import Fault, Post, Server, models_of
+from tutelage.servers import JsonClient, JsonRequest, TransientServerError, list_models
 from tutelage.taps import Needs
 from tutelage.teachers.signal import Signal, Sparse
 
@@ -45,15 +45,15 @@ class Told(NamedTuple):
 class Dialect(Protocol):
     """How a kind of server is asked."""
 
-    def facts(self, post: Post, model: str | None) -> dict[str, Any]:
+    def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
         """``model``, and where the server says so ``vocabulary`` and ``longest``, tokens that it reads at most."""
         ...
 
-    def cut(self, post: Post, model: str | None, text: str) -> list[int] | None:
+    def cut(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
         """Token ids of a text, with nothing added; ``None`` where the server does not cut."""
         ...
 
-    def ask(self, post: Post, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
+    def ask(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
         """The k likeliest tokens to follow each of the positions ``at`` of ``ids``.
 
         Raises:
@@ -110,11 +110,11 @@ class ServedTeacher:
             raise CapabilityError(f"k={k} of {classes} tokens", remedy=f"give 1 to {classes}")
         self.url, self.k, self.classes = url.rstrip("/"), k, classes
         self.dialect = SERVERS[server]
-        self._server = Server(
+        self._server = JsonClient(
             url, "teacher.endpoint", key_env=key_env, concurrency=concurrency, timeout=timeout, patience=patience
         )
         try:
-            facts = self._server.insist(lambda: self.dialect.facts(self._server.post, model))
+            facts = self._server.retry(lambda: self.dialect.facts(self._server.post, model))
             self.facts = {"server": server} | facts
             self.model = self.facts["model"]
             self._check(tokenizer, longest)
@@ -153,7 +153,7 @@ class ServedTeacher:
         index = torch.arange(self.k).expand(*counted.shape, self.k).clone()
         values = torch.full((*counted.shape, self.k), -math.log(self.classes))
         texts = [text for text in texts_of(batch) if text.at]
-        asked = [self._server.soon(partial(self._told, text)) for text in texts]
+        asked = [self._server.submit(partial(self._told, text)) for text in texts]
         try:
             for text, answer in zip(texts, asked, strict=True):
                 told = answer.result()
@@ -194,13 +194,13 @@ class ServedTeacher:
         ids = [0, 1, 2]
         if tokenizer is not None:
             ids = list(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
-            there = self._server.insist(lambda: self.dialect.cut(self._server.post, self.model, SAMPLE))
+            there = self._server.retry(lambda: self.dialect.cut(self._server.post, self.model, SAMPLE))
             if there is not None and there != ids:
                 raise CapabilityError(
                     f"the server's tokenizer cuts a text into {there[:6]} ..., the student's into {ids[:6]} ...",
                     where=self.url, remedy="student and teacher must have one tokenizer",
                 )  # fmt: skip
-        self._server.insist(lambda: self._told(Text(0, 0, ids, list(range(len(ids) - 1)))))
+        self._server.retry(lambda: self._told(Text(0, 0, ids, list(range(len(ids) - 1)))))
 
 
 class Text(NamedTuple):
@@ -247,9 +247,9 @@ class Vllm:
     them; how many there may be is set when the server starts (``--max-logprobs``, 20 by default).
     """
 
-    def facts(self, post: Post, model: str | None) -> dict[str, Any]:
+    def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
         """From its list of models."""
-        there = {str(each["id"]): each for each in models_of(post)}
+        there = {str(each["id"]): each for each in list_models(post)}
         name = model if model is not None else next(iter(there), None)
         if name not in there:
             raise EndpointError(
@@ -259,12 +259,12 @@ class Vllm:
         longest = there[name].get("max_model_len")
         return {"model": name, **({} if longest is None else {"longest": int(longest)})}
 
-    def cut(self, post: Post, model: str | None, text: str) -> list[int] | None:
+    def cut(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
         """By ``/tokenize``."""
         body = {"model": model, "prompt": text, "add_special_tokens": False}
         return _tokens(post, body)
 
-    def ask(self, post: Post, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
+    def ask(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
         """One request."""
         # what follows a position is said at the next token; after the last one any will do
         read = [*ids, ids[0]][: at[-1] + 2]
@@ -274,19 +274,19 @@ class Vllm:
             choices = sorted(reply["choices"], key=lambda each: each["index"])
             said = choices[0].get("prompt_logprobs", reply.get("prompt_logprobs"))
         except (LookupError, TypeError, AttributeError):
-            raise Fault(f"answers without choices: {str(reply)[:200]}", answered=True) from None
+            raise TransientServerError(f"answers without choices: {str(reply)[:200]}", answered=True) from None
         if said is None:
             raise EndpointError(
                 "says no log-probabilities of a prompt", where="teacher.endpoint.kind",
                 remedy="use vLLM, or kind: llama.cpp for a llama.cpp server",
             )  # fmt: skip
         if len(said) != len(read):
-            raise Fault(f"says {len(said)} log-probabilities for {len(read)} tokens", answered=True)
+            raise TransientServerError(f"says {len(said)} log-probabilities for {len(read)} tokens", answered=True)
         rows = []
         for position in at:
             entry = said[position + 1]
             if not isinstance(entry, dict) or str(read[position + 1]) not in entry:
-                raise Fault(f"says of token {position + 1} what is not of that token", answered=True)
+                raise TransientServerError(f"says of token {position + 1} what is not of that token", answered=True)
             rows.append([(int(token), one["logprob"]) for token, one in entry.items()])
         return likeliest(rows, k)
 
@@ -299,20 +299,20 @@ class LlamaCpp:
     keep the probabilities to itself. What it says of the others is of before that.
     """
 
-    def facts(self, post: Post, model: str | None) -> dict[str, Any]:
+    def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
         """From its list of models, and its properties."""
-        (one, *_) = models_of(post) or [{}]
+        (one, *_) = list_models(post) or [{}]
         meta, props = one.get("meta") or {}, post("/props")
         longest = props.get("default_generation_settings", {}).get("n_ctx") if isinstance(props, dict) else None
         name = model or os.path.basename(str(one.get("id", "")))
         known = {"vocabulary": meta.get("n_vocab"), "longest": longest, "size": meta.get("n_params")}
         return {"model": name, **{key: int(x) for key, x in known.items() if x is not None}}
 
-    def cut(self, post: Post, model: str | None, text: str) -> list[int] | None:
+    def cut(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
         """By ``/tokenize``."""
         return _tokens(post, {"content": text, "add_special": False})
 
-    def ask(self, post: Post, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
+    def ask(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
         """A few positions in each request."""
         rows: list[list[tuple[int, float]]] = []
         for start in range(0, len(at), PREFIXES):
@@ -326,7 +326,7 @@ class LlamaCpp:
             reply = post("/completion", body)
             answers = sorted(reply if isinstance(reply, list) else [reply], key=lambda one: int(one.get("index", 0)))
             if [int(one.get("index", 0)) for one in answers] != list(range(len(some))):
-                raise Fault(f"answers {len(answers)} of {len(some)} prompts", answered=True)
+                raise TransientServerError(f"answers {len(answers)} of {len(some)} prompts", answered=True)
             for position, one in zip(some, answers, strict=True):
                 if one.get("tokens_evaluated") != position + 1 or one.get("truncated"):
                     raise EndpointError(
@@ -352,14 +352,16 @@ def likeliest(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> Tol
     for i, row in enumerate(rows):
         known = sorted(((x, t) for t, x in row if x is not None and math.isfinite(x)), reverse=True)[:k]
         if len(known) < k:
-            raise Fault(f"says {len(known)} log-probabilities of a token where {k} are asked for", answered=True)
+            raise TransientServerError(
+                f"says {len(known)} log-probabilities of a token where {k} are asked for", answered=True
+            )
         logs[i], index[i] = zip(*known, strict=True)
         if len({t for _, t in known}) < k or float(np.exp(logs[i].astype(np.float64)).sum()) > 1.01:
-            raise Fault("says log-probabilities that are those of no distribution", answered=True)
+            raise TransientServerError("says log-probabilities that are those of no distribution", answered=True)
     return Told(index, np.minimum(logs, 0.0))
 
 
-def _tokens(post: Post, body: Mapping[str, Any]) -> list[int] | None:
+def _tokens(post: JsonRequest, body: Mapping[str, Any]) -> list[int] | None:
     try:
         reply = post("/tokenize", body)
     except EndpointError:

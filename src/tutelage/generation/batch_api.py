@@ -15,10 +15,16 @@ from typing import Any
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import EndpointError
-from tutelage.generation.client import FIRST_WAIT, LONGEST_WAIT, Lines
+from tutelage.generation.client import FIRST_WAIT, LONGEST_WAIT, ConnectionPool
 from tutelage.generation.requests import canonical
-from tutelage.generation.response_errors import Good, Retry, SetAside, Stop, judged
-from tutelage.generation.scheduler import Desk, Job, Secret
+from tutelage.generation.response_errors import (
+    FatalResponse,
+    RequestRefused,
+    RetryableError,
+    ValidResponse,
+    parse_response,
+)
+from tutelage.generation.scheduler import ApiKey, PendingRequest, Scheduler
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 90_000_000
@@ -27,7 +33,7 @@ MOST_BYTES = 90_000_000
 WORKING = ("validating", "in_progress", "finalizing", "cancelling")
 
 
-class Batch:
+class BatchClient:
     """Chat completions of one server, by files.
 
     Args:
@@ -35,11 +41,11 @@ class Batch:
         desk: is told what came of each request.
     """
 
-    def __init__(self, endpoint: EndpointConfig, desk: Desk) -> None:
+    def __init__(self, endpoint: EndpointConfig, desk: Scheduler) -> None:
         self.endpoint, self.desk = endpoint, desk
-        self.lines = Lines(endpoint, Secret(endpoint))
+        self.lines = ConnectionPool(endpoint, ApiKey(endpoint))
 
-    async def fetch(self, jobs: Sequence[Job]) -> None:
+    async def fetch(self, jobs: Sequence[PendingRequest]) -> None:
         """Ask until all jobs are answered or set aside, or the desk says stop, which leaves open batches to run."""
         waiting = {job.request.key: job for job in jobs}
         for name, batch in list(self.desk.journal.batches.items()):
@@ -50,10 +56,10 @@ class Batch:
             if sent is not None:
                 await self._see_through(sent, waiting)
 
-    async def _send(self, jobs: Sequence[Job]) -> str | None:
+    async def _send(self, jobs: Sequence[PendingRequest]) -> str | None:
         """Send a file of as many requests as the budget allows; the name of its batch."""
         lines: list[bytes] = []
-        chosen: list[Job] = []
+        chosen: list[PendingRequest] = []
         size, held = 0, [0, 0]
         for job in jobs[:MOST_REQUESTS]:
             line = b'{"custom_id":"%b","method":"POST","url":"/v1/chat/completions","body":%b}\n' % (
@@ -86,7 +92,7 @@ class Batch:
         )  # fmt: skip
         return name
 
-    async def _see_through(self, name: str, waiting: dict[str, Job]) -> None:
+    async def _see_through(self, name: str, waiting: dict[str, PendingRequest]) -> None:
         """Start a batch unless it was, wait for it, and settle its requests."""
         desk = self.desk
         batch = desk.journal.batches[name]
@@ -108,23 +114,23 @@ class Batch:
                 del waiting[key]
         desk.journal.note_batch(name, {"state": "done"})
 
-    def _settle(self, job: Job, line: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> bool:
+    def _settle(self, job: PendingRequest, line: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> bool:
         """Tell the desk what a batch says of a request; whether that is its end."""
         response = (line or {}).get("response")
         if response:
-            verdict = judged(response["status_code"], {}, canonical(response["body"]))
+            verdict = parse_response(response["status_code"], {}, canonical(response["body"]))
         else:
             said = str(((line or {}).get("error") or {}).get("message") or batch.get("status"))
-            verdict = Retry("not in the batch", detail=said)
+            verdict = RetryableError("not in the batch", detail=said)
         match verdict:
-            case Good():
+            case ValidResponse():
                 self.desk.answered(job, verdict)
                 return True
-            case SetAside():
+            case RequestRefused():
                 self.desk.set_aside(job, verdict, again=False)
                 return True
-            case Stop():
-                self.desk.failed(job, Retry("refused", detail=verdict.what))
+            case FatalResponse():
+                self.desk.failed(job, RetryableError("refused", detail=verdict.what))
                 self.desk.fatal = EndpointError(verdict.what, where=self.endpoint.url, remedy=verdict.remedy)
                 return False
         if job.attempts >= self.endpoint.attempts:
@@ -177,15 +183,19 @@ class Batch:
     ) -> bytes:
         for attempt in range(self.endpoint.attempts):
             reply = await self.lines.send(method, path, body, self.endpoint.timeout, kind)
-            if not isinstance(reply, Retry) and 200 <= reply[0] < 300:
+            if not isinstance(reply, RetryableError) and 200 <= reply[0] < 300:
                 return reply[2]
-            verdict = reply if isinstance(reply, Retry) else judged(*reply)
-            if not isinstance(verdict, Retry):
+            verdict = reply if isinstance(reply, RetryableError) else parse_response(*reply)
+            if not isinstance(verdict, RetryableError):
                 break
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt)
             await asyncio.sleep(max(wait, verdict.after or 0.0))
-        what = verdict.what if isinstance(verdict, Stop) else getattr(verdict, "detail", "") or "no answer"
-        remedy = verdict.remedy if isinstance(verdict, Stop) else "run the same command again; a batch is not lost"
+        what = verdict.what if isinstance(verdict, FatalResponse) else getattr(verdict, "detail", "") or "no answer"
+        remedy = (
+            verdict.remedy
+            if isinstance(verdict, FatalResponse)
+            else "run the same command again; a batch is not lost"
+        )
         raise EndpointError(f"{method} {path}: {what}", where=self.endpoint.url, remedy=remedy)
 
     async def close(self) -> None:

@@ -19,7 +19,7 @@ BATCH = 16
 """Prompts at a time."""
 
 
-class Writer:
+class ChatModel:
     """A language model with its tokenizer.
 
     Args:

@@ -13,10 +13,10 @@ from tutelage.experiment.run import Finished, prepared, read_summary, run_recipe
 from tutelage.experiment.run_directory import opened
 from tutelage.multistage.assistants import assistant_chain
 from tutelage.multistage.born_again import born_again, untaught
-from tutelage.multistage.stages import Stages, staged
+from tutelage.multistage.stages import StageRunner, staged
 from tutelage.progress import Terminal
 
-WORKFLOWS: dict[str, Callable[[Stages, torch.device], dict[str, Any]]] = {
+WORKFLOWS: dict[str, Callable[[StageRunner, torch.device], dict[str, Any]]] = {
     "assistant-chain": assistant_chain,
     "born-again": born_again,
 }
@@ -44,11 +44,11 @@ def run_workflow(
         if run.summary.exists():
             terminal.say(f"{path} is finished; showing what it found")
             return Finished(path, read_summary(run.summary))
-        stages = Stages(recipe, run, terminal)
+        stages = StageRunner(recipe, run, terminal)
         return Finished(path, WORKFLOWS[recipe.workflow.kind](stages, accelerator.device))
 
 
-def carry_out(
+def run_recipe_or_workflow(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
 ) -> Finished:
     """:func:`run_workflow` where the recipe has a workflow, else :func:`run_recipe`."""

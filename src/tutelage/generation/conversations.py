@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tutelage.generation.requests import UNASKED, Aside, Message
+from tutelage.generation.requests import UNASKED, FailedRequest, Message
 
 
 @dataclass
-class Item:
+class Conversation:
     """A conversation that could be kept.
 
     Args:
@@ -39,7 +39,7 @@ class Item:
         return [message["content"] for message in self.messages if message["role"] == "assistant"]
 
 
-class Rejected(NamedTuple):
+class RejectedConversation(NamedTuple):
     """Something that is not kept, and why."""
 
     name: str
@@ -50,7 +50,7 @@ class Rejected(NamedTuple):
 
 
 @dataclass
-class Made:
+class GenerationOutput:
     """What a generation came to.
 
     Args:
@@ -59,13 +59,13 @@ class Made:
         unasked: how many were not asked for, because something ended it first.
     """
 
-    items: list[Item] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    items: list[Conversation] = field(default_factory=list)
+    rejected: list[RejectedConversation] = field(default_factory=list)
     unasked: int = 0
 
-    def without_answer(self, name: str, aside: Aside, messages: Sequence[Message]) -> None:
+    def without_answer(self, name: str, aside: FailedRequest, messages: Sequence[Message]) -> None:
         """Note a conversation whose answer is missing."""
         if aside.reason == UNASKED:
             self.unasked += 1
         else:
-            self.rejected.append(Rejected(name, aside.reason, aside.detail, messages, [aside.key]))
+            self.rejected.append(RejectedConversation(name, aside.reason, aside.detail, messages, [aside.key]))

@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 from tutelage.config import BudgetConfig, EndpointConfig
 from tutelage.errors import Interrupted, JournalError, RunDirectoryError
 from tutelage.files import explained
-from tutelage.generation.answers import Steps
-from tutelage.generation.batch import Batch
+from tutelage.generation.answers import RequestPlan
+from tutelage.generation.batch_api import BatchClient
 from tutelage.generation.budget import UNIT, Budget
-from tutelage.generation.client import Live
+from tutelage.generation.client import ChatClient
 from tutelage.generation.journal import Journal
-from tutelage.generation.progress import Sight, shown
-from tutelage.generation.scheduler import Desk, Endpoint, Wave
+from tutelage.generation.progress import ProgressLine, shown
+from tutelage.generation.scheduler import RequestBatch, RequestClient, Scheduler
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
 
-APIS: dict[str, Callable[..., Endpoint]] = {"batch": Batch, "live": Live}
+APIS: dict[str, Callable[..., RequestClient]] = {"batch": BatchClient, "live": ChatClient}
 """How an endpoint is asked."""
 
 T = TypeVar("T")
@@ -46,13 +46,13 @@ def opened(path: Path, made_of: Mapping[str, Any]) -> Journal:
 
 
 def carry_out(
-    steps: Steps[T],
-    first: Wave | None,
+    steps: RequestPlan[T],
+    first: RequestBatch | None,
     journal: Journal,
     asked: Mapping[str, EndpointConfig],
     limits: BudgetConfig,
     terminal: Terminal,
-) -> tuple[T, Desk]:
+) -> tuple[T, Scheduler]:
     """Ask wave after wave until there is a result.
 
     Args:
@@ -68,9 +68,9 @@ def carry_out(
 
     Raises:
         Interrupted: a person asked to stop.
-        TutelageError: as :meth:`Desk.ask`.
+        TutelageError: as :meth:`Scheduler.ask`.
     """
-    desk = Desk(journal, Budget(limits, journal.spent), lambda: False)
+    desk = Scheduler(journal, Budget(limits, journal.spent), lambda: False)
     with stopping(terminal.say, "asking no more, and waiting for what is in flight") as stop:
         desk.stop = stop
         try:
@@ -82,13 +82,14 @@ def carry_out(
 
 
 async def _all_waves(
-    steps: Steps[T], wave: Wave | None, desk: Desk, asked: Mapping[str, EndpointConfig], priced: bool,
+    steps: RequestPlan[T], wave: RequestBatch | None, desk: Scheduler, asked: Mapping[str, EndpointConfig],
+    priced: bool,
     terminal: Terminal,
 ) -> T:  # fmt: skip
     desk.batch = {to for to, endpoint in asked.items() if endpoint.api == "batch"}
     desk.endpoints = {to: APIS[endpoint.api](endpoint, desk) for to, endpoint in asked.items()}
     try:
-        async with shown(terminal, Sight(desk, priced)):
+        async with shown(terminal, ProgressLine(desk, priced)):
             while True:
                 outcomes = [] if wave is None else await desk.ask(wave)
                 try:
