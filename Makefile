@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What needs the core and the extras vision, text and search alone.
-OLDEST_TESTS := tests/losses tests/test_engine.py tests/test_run.py tests/test_init.py tests/test_taps.py \
-  tests/test_three_worlds.py tests/test_texts.py tests/test_cache.py tests/test_encoder_students.py tests/test_search.py
+OLDEST_TESTS := tests/losses tests/taps/test_taps.py tests/data/test_texts.py tests/teachers/test_cache.py \
+  tests/students/test_encoder_students.py tests/engine/test_engine.py tests/experiment/test_run.py \
+  tests/search/test_search.py tests/init/test_init.py tests/test_three_worlds.py
 
 .PHONY: quickstart test test-slow test-oldest dist newcomer docs lint types clean
 

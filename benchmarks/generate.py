@@ -312,8 +312,8 @@ def duplicates() -> dict[str, Any]:
 
 def faults() -> dict[str, Any]:
     """2,000 requests, of whose calls 30 % go wrong."""
-    from closed_teacher import FAULTS, Closed
-    from generations import kept, made, prompts, recipe, rejected
+    from support.closed_teacher import FAULTS, Closed
+    from support.generations import kept, made, prompts, recipe, rejected
 
     with (
         tempfile.TemporaryDirectory() as name,
@@ -341,8 +341,8 @@ def faults() -> dict[str, Any]:
 
 def kills() -> dict[str, Any]:
     """2,000 requests, and 50 processes that ask them, each killed."""
-    from closed_teacher import Closed
-    from generations import command, killed, made, prompts, recipe
+    from support.closed_teacher import Closed
+    from support.generations import command, killed, made, prompts, recipe
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -369,8 +369,8 @@ def kills() -> dict[str, Any]:
 
 def money() -> dict[str, Any]:
     """What was spent of max_cost, by the server's books, with 64 in flight and with faults."""
-    from closed_teacher import Closed
-    from generations import made, prompts, recipe
+    from support.closed_teacher import Closed
+    from support.generations import made, prompts, recipe
 
     found: dict[str, Any] = {"max_cost": 0.2}
     for rate in (0.0, 0.3):

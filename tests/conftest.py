@@ -12,6 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from support.language_worlds import cutter, folder
+
+__all__ = ["cutter", "folder"]
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

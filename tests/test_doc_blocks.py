@@ -23,11 +23,9 @@ import torch
 import typer
 import yaml
 
-import language_worlds
-import served_worlds
-import text_worlds
 import tutelage
-from closed_teacher import Closed, said
+from support import language_worlds, served_worlds, text_worlds
+from support.closed_teacher import Closed, said
 from tutelage import cli
 from tutelage.config.lines import parse_yaml
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tutelage
+from support.worlds import WORLDS, Shuffled, World, teacher_for
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
@@ -20,7 +21,6 @@ from tutelage.errors import Interrupted
 from tutelage.methods import LogitMethod, Method, Term
 from tutelage.taps import Needs, Observation, output_head
 from tutelage.teachers import LiveTeacher, Signal
-from worlds import WORLDS, Shuffled, World, teacher_for
 
 
 @pytest.fixture(params=list(WORLDS))

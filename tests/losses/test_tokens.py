@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support.token_world import DIVERGENCES, OTHER, SIZE, TOKENS, WIDTH, World, close, gradients, same
 from tutelage import losses
 from tutelage.losses import (
     HardTargets,
@@ -32,105 +32,7 @@ from tutelage.losses import (
 )
 from tutelage.losses.heads import GradientSums, HeadProjection
 
-TOKENS, WIDTH, OTHER, SIZE = 12, 5, 7, 17
-
-DIVERGENCES: dict[str, tuple[str, Callable[..., Tensor], dict[str, Any]]] = {
-    "kl": ("kl", losses.kd, {}),
-    "reverse_kl": ("reverse_kl", losses.reverse_kl, {}),
-    "js": ("js", losses.js, {}),
-    "js-0": ("js", losses.js, {"beta": 0.0}),
-    "js-0.001": ("js", losses.js, {"beta": 0.001}),
-    "js-0.7": ("js", losses.js, {"beta": 0.7}),
-    "js-1": ("js", losses.js, {"beta": 1.0}),
-    "skew_kl": ("skew_kl", losses.skew_kl, {}),
-    "skew_kl-0": ("skew_kl", losses.skew_kl, {"alpha": 0.0}),
-    "skew_kl-0.6": ("skew_kl", losses.skew_kl, {"alpha": 0.6}),
-    "skew_kl-reverse": ("skew_kl", losses.skew_kl, {"reverse": True, "alpha": 0.3}),
-    "skew_kl-reverse-0": ("skew_kl", losses.skew_kl, {"reverse": True, "alpha": 0.0}),
-    "tvd": ("tvd", losses.tvd, {}),
-}
 every = pytest.mark.parametrize("name", DIVERGENCES)
-
-
-class World:
-    """Student and teacher of random numbers; ``plain`` has neither bias nor anything else."""
-
-    def __init__(
-        self, dtype: torch.dtype = torch.float64, seed: int = 0, tokens: int = TOKENS, size: int = SIZE, **head: Any
-    ) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.hidden = self.draw(tokens, WIDTH).to(dtype).requires_grad_()
-        self.weight = self.draw(size, WIDTH).to(dtype).requires_grad_()
-        self.said, self.other = self.draw(tokens, OTHER).to(dtype), self.draw(size, OTHER).to(dtype)
-        self.labels = torch.randint(size, (tokens,), generator=self.generator)
-        self.labels[::3] = -100
-        self.bias = self.draw(size).to(dtype).requires_grad_() if head.pop("bias", False) else None
-        self.lora = None
-        if head.pop("lora", False):
-            self.lora = LoRA(*(self.draw(*s).to(dtype).requires_grad_() for s in ((2, WIDTH), (size, 2))), 0.7)
-        self.head = LinearHead(self.weight, self.bias, lora=self.lora, **head)
-
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    @property
-    def learned(self) -> list[Tensor]:
-        return [x for x in (self.hidden, self.weight, self.bias, *(self.lora or ())[:2]) if x is not None]
-
-    def scores(self) -> Tensor:
-        weight = self.weight if self.lora is None else self.weight + self.lora.scale * self.lora.b @ self.lora.a
-        scores = F.linear(self.hidden, weight, self.bias) * self.head.scale
-        cap = self.head.softcap
-        return scores if cap is None else cap * torch.tanh(scores / cap)
-
-    def teacher(self) -> Tensor:
-        return F.linear(self.said, self.other)
-
-    def dense(self, name: str = "kl", ce: float = 0.0, mask: Tensor | None = None, **options: Any) -> Tensor:
-        _, f, more = DIVERGENCES[name]
-        scores = self.scores()
-        options = {"temperature": 1.0, "mask": mask, **options}
-        value = f(scores, self.teacher(), **more, **options)
-        if ce:
-            options.pop("temperature")
-            value = value + ce * losses.cross_entropy(scores, self.labels, **options)
-        return value
-
-    def chunked(self, name: str = "kl", ce: float = 0.0, **options: Any) -> Tensor:
-        divergence, _, more = DIVERGENCES[name]
-        options = {"teacher": (self.said, self.other), **options}
-        teacher = options.pop("teacher")
-        labels = {"labels": self.labels, "ce_weight": ce} if ce else {}
-        return linear_divergence(
-            self.hidden, self.head, teacher, divergence=divergence, **labels, **more, **options
-        )  # fmt: skip
-
-
-def gradients(value: Tensor, of: list[Tensor], by: Tensor | None = None) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(value, of, by)
-
-
-def close(x: Tensor, y: Tensor, tolerance: float = 1e-9) -> None:
-    """Equal, to the largest of the tensor."""
-    atol = tolerance * max(1.0, float(y.detach().abs().max()))
-    torch.testing.assert_close(x, y, rtol=tolerance, atol=atol, check_dtype=False)
-
-
-def same(
-    a: Tensor,
-    b: Tensor,
-    of: list[Tensor],
-    tolerance: float = 1e-9,
-    by: Tensor | None = None,
-    others: list[Tensor] | None = None,
-) -> None:
-    """Values and gradients agree; those of b are by ``others``, if it is of other tensors."""
-    close(a, b, tolerance)
-    for x, y in zip(gradients(a, of, by), gradients(b, others or of, by), strict=True):
-        close(x, y, tolerance)
-
-
-# ------------------------------------------------------------- equal to dense
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
@@ -227,9 +129,6 @@ def test_a_token_without_a_label_is_still_taught_by_the_teacher_and_one_masked_i
     assert masked == 0
 
 
-# -------------------------------------------------------------------- teachers
-
-
 def test_of_part_of_a_teacher_value_and_gradients_are_those_of_the_sparse_objectives():
     world, mask = World(bias=True, softcap=3.0), torch.arange(TOKENS) % 4 > 0
     options = {"temperature": 2.0, "mask": mask}
@@ -270,9 +169,6 @@ def test_no_gradient_reaches_the_teacher():
     world.chunked().backward()
     assert world.said.grad is None
     assert world.other.grad is None
-
-
-# ------------------------------------------------------- heads of the real world
 
 
 @every
@@ -352,8 +248,8 @@ def test_with_ligers_kernel_values_and_gradients_are_the_same():
     pytest.importorskip("liger_kernel")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "liger_job.py"], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
-        timeout=300,
+        [sys.executable, "-m", "support.liger_job"],
+        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "agrees" in done.stdout
@@ -373,14 +269,11 @@ def test_a_sharded_head_gets_the_mean_gradient_of_the_processes_on_its_own_shard
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
     done = subprocess.run(
-        [sys.executable, *command, "--rdzv_endpoint", "127.0.0.1:0", "sharded_head_job.py"],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300,
+        [sys.executable, *command, "--rdzv_endpoint", "127.0.0.1:0", "-m", "support.sharded_head_job"],
+        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.count("agrees") == 2
-
-
-# ------------------------------------------------------ packing, padding, masks
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
@@ -449,9 +342,6 @@ def test_nothing_to_learn_from_is_a_zero_connected_to_all_that_learns(tokens, re
     for gradient, x in zip(gradients(value.sum(), world.learned), world.learned, strict=True):
         assert gradient.shape == x.shape
         assert (gradient == 0).all()
-
-
-# ---------------------------------------------------------- gradients, when and once
 
 
 def counted(monkeypatch) -> list[bool]:
@@ -560,9 +450,6 @@ def wanted(world: World, soft: float, hard: float) -> tuple[Tensor, ...]:
     return gradients(value, world.learned)
 
 
-# ------------------------------------------------------------------- precision
-
-
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_finite_where_scores_are_200(name, dtype):
@@ -623,8 +510,6 @@ def test_under_autocast_projections_are_of_its_precision_and_all_else_float32():
     same(each, at_once, world.learned, 1e-6)
 
 
-# ---------------------------------------------------------------------- memory
-
 SCRIPT = """
 import pathlib, re, resource, sys, torch
 from tutelage import losses
@@ -664,9 +549,6 @@ def test_memory_grows_by_the_hidden_size_and_not_by_the_vocabulary():
     assert found["chunked", 2048] < 60
     # and 6,144 tokens more are 1.5 MB of gradients: 400 MB of scores each
     assert found["chunked", 8192] - found["chunked", 2048] < 15
-
-
-# ---------------------------------------------------------------------- misuse
 
 
 @pytest.mark.parametrize(

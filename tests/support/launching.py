@@ -1,0 +1,71 @@
+"""Processes of torch's launcher, and comparisons of what they train."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from support import language_worlds as worlds
+
+HERE = Path(__file__).parents[1]
+
+
+# As a user's shell is: nothing tells accelerate to stay on the CPU but the lack of anything else.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+
+
+for name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    ENVIRONMENT.pop(name, None)
+
+
+def launch(processes: int, *command: str, cwd: Path = HERE, **environment: str) -> None:
+    prefix = [sys.executable]
+    if processes > 1:
+        prefix += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        prefix += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    done = subprocess.run(
+        [*prefix, *command],
+        cwd=cwd,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=int(environment.get("PATIENCE", 300)),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def steps(
+    out: Path, processes: int, accumulate: int, kind: str = "plain", count: int = 3, **environment: str
+) -> dict[str, Tensor]:
+    launch(processes, "-m", "support.distributed_job", str(out), str(accumulate), kind, str(count), **environment)
+    return load_file(str(out / "steps.safetensors"))
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    assert any("project" in k for k in a), "the projector is not among the trained weights"
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def same_students(first: Path, second: Path, *, rtol: float, atol: float) -> None:
+    """Of two runs."""
+    one, two = (load_file(str(run / "student" / "model.safetensors")) for run in (first, second))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=rtol, atol=atol)
+
+
+def language_world(folder: Path) -> None:
+    """A small language model in ``teacher``, and conversations in ``chats.jsonl``."""
+    worlds.llama(folder / "teacher")
+    rows = worlds.conversations(60)
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
