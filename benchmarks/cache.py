@@ -99,13 +99,13 @@ def _trainer(
     widths: tuple[int, ...], method: Method, asked: Teacher | None, batches: PlannedBatches
 ) -> Callable[[], None]:
     torch.manual_seed(1)
-    trainee = DistillationModule(ConvNet(classes=10, channels=1, widths=widths), method).train()
-    optimizer = build_optimizer(trainee, OptimizerConfig(kind="sgd", lr=0.01))
+    module = DistillationModule(ConvNet(classes=10, channels=1, widths=widths), method).train()
+    optimizer = build_optimizer(module, OptimizerConfig(kind="sgd", lr=0.01))
 
     def run() -> None:
         for (batch,) in batches.epoch(0, RankSlice()):
             signal = None if asked is None or method.needs is None else asked.signal(batch, method.needs)
-            terms = trainee(batch, signal)
+            terms = module(batch, signal)
             torch.stack([method.weights[k] * t.sum / t.count for k, t in terms.items()]).sum().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -103,13 +103,13 @@ def write(args: argparse.Namespace, found: dict[str, dict[str, Any]], best: int,
             "over_best": None if name == "best" else paired(figures["accuracy"]["values"], single),
             "weights": [m["weight"] for m in teacher.get("ensemble", {}).get("members", [])],
         }
-    alone = last(first, "alone")["accuracy"]
+    alone = last(first, "baseline")["accuracy"]
     data = {
         "seeds": first["seeds"],
         "overrides": args.overrides,
         "members": first["teacher"]["ensemble"]["members"],
         "best": best,
-        "alone": alone,
+        "baseline": alone,
         "rows": rows,
     }
     stem = "ensembles" if args.name == "fashion-mnist" else f"ensembles-{args.name}"

@@ -1,7 +1,7 @@
 """Where distillation pays on Fashion-MNIST, and where it does not.
 
 One teacher, trained once; each regime changes one thing of ``recipes/fashion-mnist.yaml`` and compares the
-student alone with the distilled one over the same seeds, steps and initialisations::
+baseline student with the distilled one over the same seeds, steps and initialisations::
 
     tutelage run recipes/fashion-mnist.yaml --out runs/fashion-mnist
     python benchmarks/fashion_map.py
@@ -63,11 +63,11 @@ def main() -> None:
             "seeds": summary["seeds"],
             "parameters": summary["parameters"],
             "teacher": summary["teacher"]["accuracy"],
-            "alone": summary["students"]["alone"]["last"]["accuracy"],
+            "baseline": summary["students"]["baseline"]["last"]["accuracy"],
             "distilled": summary["students"]["distilled"]["last"]["accuracy"],
-            "alone_best": summary["students"]["alone"]["best"]["accuracy"],
+            "alone_best": summary["students"]["baseline"]["best"]["accuracy"],
             "distilled_best": summary["students"]["distilled"]["best"]["accuracy"],
-            "agreement_alone": summary["students"]["alone"]["last"]["agreement"],
+            "agreement_alone": summary["students"]["baseline"]["last"]["agreement"],
             "agreement_distilled": summary["students"]["distilled"]["last"]["agreement"],
             "gain_last": summary["gain"]["last"],
             "gain_best": summary["gain"]["best"],
@@ -91,7 +91,7 @@ def write(results: dict[str, Any]) -> None:
             f"{100 * g['mean']:+.2f} ({100 * g['low']:+.2f} to {100 * g['high']:+.2f})"
             for g in (r["gain_last"], r["gain_best"])
         ]
-        shown = [f"{100 * r[a]['mean']:.2f} ± {100 * r[a]['std']:.2f}" for a in ("alone", "distilled")]
+        shown = [f"{100 * r[a]['mean']:.2f} ± {100 * r[a]['std']:.2f}" for a in ("baseline", "distilled")]
         lines.append(f"| {r['what']} | {r['parameters']['student']:,} | {' | '.join(shown)} | {' | '.join(gains)} |")
     (folder / "map.md").write_text("\n".join(lines) + "\n")
 

@@ -35,7 +35,7 @@ from tutelage import losses
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
-from tutelage.methods import SequenceMethod, TokenMethod, built
+from tutelage.methods import SequenceMethod, TokenMethod, prepare_method
 from tutelage.models import tokenizer_of
 from tutelage.students import cut
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
@@ -194,7 +194,8 @@ def main() -> None:
             steps=steps, batch_size=args.rows, precision=precision, optimizer=OptimizerConfig(kind="adamw", lr=1e-5)
         )
         training = Training(
-            "speed", mine, built(method, mine, teacher, example, seed=0), planned, config, RunDirectory(folder),
+            "speed", mine, prepare_method(method, mine, teacher, example, seed=0), planned, config,
+            RunDirectory(folder),
             teacher=taught, watcher=watcher,
         )  # fmt: skip
         fit(training, make_accelerator(precision))
@@ -213,7 +214,7 @@ def main() -> None:
                 writing.fill(batch)
         with CachedTeacher(top / "cache", layout, {"teacher": "random"}) as cached:
             figures["cache"] = {"against": "CE by hand", **measured(TokenMethod(), cached, hard, top / "cached")}
-        figures["nobody"] = {"against": "CE by hand", **measured(SequenceMethod(), None, hard, top / "alone")}
+        figures["nobody"] = {"against": "CE by hand", **measured(SequenceMethod(), None, hard, top / "baseline")}
     found = {
         "model": f"{args.layers} layers of {args.width}, half of them the student's, {len(tokenizer):,} tokens",
         "rows": args.rows, "precision": precision, "threads": torch.get_num_threads(), "figures": figures,

@@ -50,8 +50,8 @@ def measure(name: str, rounds: int) -> dict[str, float]:
         LogitMethod,
         SimkdMethod,
         SupervisedMethod,
-        adapted,
-        built,
+        prepare_method,
+        prepare_student,
     )
     from tutelage.taps import Needs, Observation, observe
     from tutelage.teachers import LiveTeacher, Signal
@@ -88,13 +88,15 @@ def measure(name: str, rounds: int) -> dict[str, float]:
             s.grad = None
 
     else:
-        apprentice = adapted(method, student if name != "simkd" else resnet18(num_classes=100), teacher, example, 0)
-        method = built(method, apprentice, teacher, example, 0, ids).train()
+        student = prepare_student(
+            method, student if name != "simkd" else resnet18(num_classes=100), teacher, example, 0
+        )
+        method = prepare_method(method, student, teacher, example, 0, ids).train()
         signal = LiveTeacher(teacher).signal(batch, method.needs)
         taps = method.student_needs.hidden
         if name == "simkd":
-            maps = observe(apprentice.model.train(), batch.inputs, Needs(logits=False, hidden=(apprentice.tap,)))
-            feature = maps.hidden[apprentice.tap].detach().requires_grad_()
+            maps = observe(student.model.train(), batch.inputs, Needs(logits=False, hidden=(student.tap,)))
+            feature = maps.hidden[student.tap].detach().requires_grad_()
             leaves = {"projector": feature}
         else:
             seen = observe(student.train(), batch.inputs, method.student_needs)
@@ -106,7 +108,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
 
         def extra() -> None:
             if name == "simkd":
-                found = terms({"projector": apprentice.projector(feature)}, None, signal)
+                found = terms({"projector": student.projector(feature)}, None, signal)
             elif name in LOGIT_LOSSES:
                 found = {name: terms({}, logits, signal)[name]}
             else:
@@ -129,11 +131,11 @@ def measure(name: str, rounds: int) -> dict[str, float]:
             times.append(time.perf_counter() - before)
         pairs.append(times)
     if method is not None and name != "simkd":  # both at once, for what memory they need together
-        trainee = DistillationModule(student, method).train()
+        module = DistillationModule(student, method).train()
         for _ in range(2):
-            found = trainee(batch, signal)
+            found = module(batch, signal)
             torch.stack([t.sum / t.count.clamp(min=1) for t in found.values()]).sum().backward()
-            trainee.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             method.after_step()
     return {
         "student_ms": 1000 * statistics.median(p[0] for p in pairs),

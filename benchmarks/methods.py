@@ -74,7 +74,7 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
     from tutelage.data import RankSlice
     from tutelage.engine.optim import build_optimizer
     from tutelage.experiment.run import comparison, load_data
-    from tutelage.experiment.spec import fitted
+    from tutelage.experiment.spec import prepare_student_and_method
     from tutelage.methods import DistillationModule, SupervisedMethod
     from tutelage.progress import Terminal
     from tutelage.teachers import LiveTeacher
@@ -85,16 +85,16 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
     teacher = LiveTeacher(c.teacher())
     student, taught = c.student(0), SupervisedMethod()
     if method is not None:
-        student, taught = fitted(c, student, teacher.model, 0)  # type: ignore[assignment]
-    trainee = DistillationModule(student, taught).train()
-    optimizer = build_optimizer(trainee, loaded.train.optimizer)
+        student, taught = prepare_student_and_method(c, student, teacher.model, 0)  # type: ignore[assignment]
+    module = DistillationModule(student, taught).train()
+    optimizer = build_optimizer(module, loaded.train.optimizer)
     times: list[float] = []
     torch.manual_seed(0)
     for micros in c.batches("distilled", 0).epoch(0, RankSlice()):
         start = time.perf_counter()
         (batch,) = micros
         signal = teacher.signal(batch, taught.needs) if taught.needs is not None else None
-        terms = trainee(batch, signal)
+        terms = module(batch, signal)
         torch.stack([taught.weights[k] * t.sum / t.count.clamp(min=1) for k, t in terms.items()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -108,7 +108,7 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
 
 def cost(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Every row measured ``rounds`` times in turn; medians."""
-    rows: list[tuple[str, dict[str, Any] | None]] = [("alone", None), *methods()]
+    rows: list[tuple[str, dict[str, Any] | None]] = [("baseline", None), *methods()]
     found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in rows}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(args.rounds):
@@ -132,7 +132,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         if not (path / "summary.json").exists():
             continue
         summary = json.loads((path / "summary.json").read_text())
-        arms = {"alone": "alone", name: "distilled"} if name == "kd" else {name: "distilled"}
+        arms = {"baseline": "baseline", name: "distilled"} if name == "kd" else {name: "distilled"}
         for row, arm in arms.items():
             results = [
                 json.loads((path / "models" / f"{arm}-seed{seed}" / "result.json").read_text())
@@ -173,7 +173,7 @@ def write(args: argparse.Namespace, rows: dict[str, Any], costs: dict[str, Any])
         "| method | loss | test % | over kd | agreement with the teacher % | learned besides | ms a step | peak MB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    base = costs.get("alone")
+    base = costs.get("baseline")
     for name, r in sorted(rows.items(), key=lambda item: -item[1]["mean"]["mean"]):
         gain = r.get("over_kd")
         over = "" if gain is None or name == "kd" else (

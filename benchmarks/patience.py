@@ -6,7 +6,7 @@
 Students of recipes/fashion-mnist.yaml train on its few labelled images, augmented, for 30, 100 and 300 epochs, each
 with a whole schedule of its own. One arm is taught by the teacher's logits of the image as it is, whatever view the
 student sees (``fixed``); the other by those of the view that it sees (``same``), from one cache on disk that all
-seeds and lengths share; the third by labels only (``alone``). All see the same views, a new one in each epoch. Beyer
+seeds and lengths share; the third by labels (``baseline``). All see the same views, a new one in each epoch. Beyer
 et al., "Knowledge distillation: A good teacher is patient and consistent", 2022, is where the two come from.
 
 Accuracy is that of the last epoch on the test split; nothing is selected on it. The augmentation was chosen on the
@@ -39,9 +39,9 @@ from tutelage.data import Batch, ImageData, InOrder
 from tutelage.engine import make_accelerator
 from tutelage.evaluation.statistics import paired, spread
 from tutelage.experiment.caching import fill, open_cache
+from tutelage.experiment.open_run import open_run_directory
 from tutelage.experiment.run import comparison, load_data
-from tutelage.experiment.run_directory import opened
-from tutelage.experiment.spec import Comparison, Context, References
+from tutelage.experiment.spec import ExperimentSpec, RunContext, TeacherReferences
 from tutelage.experiment.teacher_setup import as_taught
 from tutelage.experiment.trainer import train_student
 from tutelage.progress import Terminal
@@ -50,7 +50,7 @@ from tutelage.teachers import LiveTeacher, MemoryTeacher, Signal, Teacher
 
 RECIPE = "recipes/fashion-mnist.yaml"
 AUGMENT = '["flip", {"shift": 1}]'
-ARMS = {"fixed": "logits of the image as it is", "same": "logits of the view", "alone": "labels only"}
+ARMS = {"fixed": "logits of the image as it is", "same": "logits of the view", "baseline": "labels only"}
 SILENT = Terminal(speaks=False)
 
 
@@ -80,7 +80,7 @@ def recipe_of(args: argparse.Namespace, epochs: int) -> Recipe:
 
 
 @functools.cache
-def prepared(text: str, pilot: bool) -> tuple[ImageData, Comparison, LiveTeacher, References, Context]:
+def prepared(text: str, pilot: bool) -> tuple[ImageData, ExperimentSpec, LiveTeacher, TeacherReferences, RunContext]:
     """What the trainings of a process share, of a recipe written out."""
     import yaml
 
@@ -94,8 +94,8 @@ def prepared(text: str, pilot: bool) -> tuple[ImageData, Comparison, LiveTeacher
     accelerator = make_accelerator(recipe.train.precision, [])
     teacher = as_taught(c, c.teacher(), accelerator.device)
     assert isinstance(teacher, LiveTeacher)
-    ctx = Context(accelerator, RunDirectory("."), SILENT)
-    return data, c, teacher, References(teacher, c.test, ctx), ctx
+    ctx = RunContext(accelerator, RunDirectory("."), SILENT)
+    return data, c, teacher, TeacherReferences(teacher, c.test, ctx), ctx
 
 
 def train(args: argparse.Namespace, arm: str, epochs: int, seed: int) -> dict[str, Any]:
@@ -105,10 +105,10 @@ def train(args: argparse.Namespace, arm: str, epochs: int, seed: int) -> dict[st
     data, c, teacher, references, ctx = prepared(dump_recipe(recipe), args.pilot)
     out = folder(args, arm, epochs, seed)
     text = dump_recipe(recipe) + f"arm: {arm}\nstudent_seed: {seed}\npilot: {args.pilot}\n"
-    with opened(out, text, resume=(out / "config.yaml").exists(), main=True) as run:
+    with open_run_directory(out, text, resume=(out / "config.yaml").exists(), main=True) as run:
         ctx = replace(ctx, run=run)
-        if arm == "alone":
-            return train_student(c, ctx, "alone", seed, teacher, teacher, references)
+        if arm == "baseline":
+            return train_student(c, ctx, "baseline", seed, teacher, teacher, references)
         asked: Teacher = (
             open_cache(recipe, data, teacher, len(data.classes), c.method(), ctx.accelerator)
             if arm == "same"
@@ -124,7 +124,7 @@ def folder(args: argparse.Namespace, arm: str, epochs: int, seed: int) -> Path:
 
 def result(args: argparse.Namespace, arm: str, epochs: int, seed: int) -> dict[str, Any] | None:
     """What a finished training found."""
-    name = f"{'alone' if arm == 'alone' else 'distilled'}-seed{seed}"
+    name = f"{'baseline' if arm == 'baseline' else 'distilled'}-seed{seed}"
     path = folder(args, arm, epochs, seed) / "models" / name / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -273,7 +273,7 @@ def plot(args: argparse.Namespace, figures: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    marks = {"fixed": ("#b2570c", "s"), "same": ("#1f5fa8", "o"), "alone": ("#6b6b6b", "^")}
+    marks = {"fixed": ("#b2570c", "s"), "same": ("#1f5fa8", "o"), "baseline": ("#6b6b6b", "^")}
     for arm in args.arms:
         cells = [figures["accuracy"][arm][str(e)] for e in args.epochs]
         means = [100 * c["mean"] for c in cells]

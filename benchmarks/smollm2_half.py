@@ -27,7 +27,7 @@ from tutelage import api
 from tutelage.config import load_recipe
 from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.evaluation import evaluate
-from tutelage.evaluation.evaluate import said_at
+from tutelage.evaluation.evaluate import get_teacher_output
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained
 from tutelage.students import cut
@@ -128,7 +128,7 @@ def before() -> dict[str, float]:
     ).test  # fmt: skip
     batches = [batch for (batch,) in PlannedBatches(held, 8, 0).epoch(0, RankSlice())]
     half = cut(teacher, layers=15, map="every-other").model
-    said = [said_at(LiveTeacher(teacher), batch) for batch in batches]
+    said = [get_teacher_output(LiveTeacher(teacher), batch) for batch in batches]
     found = evaluate(half, batches, torch.device("cpu"), said)
     return {k: float(found[k]) for k in ("loss", "perplexity", "kl", "accuracy", "agreement")}
 

@@ -31,8 +31,8 @@ from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, PlannedBatches, RankSlice, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
 from tutelage.evaluation import evaluate
-from tutelage.evaluation.evaluate import said_at
-from tutelage.methods import SequenceMethod, TokenMethod, built
+from tutelage.evaluation.evaluate import get_teacher_output
+from tutelage.methods import SequenceMethod, TokenMethod, prepare_method
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained
 from tutelage.students import cut
@@ -144,7 +144,7 @@ def main() -> None:
     )  # fmt: skip
     held = [batch for (batch,) in PlannedBatches(data.test, ROWS, 0).epoch(0, RankSlice())][: HELD // ROWS]
     live, accelerator = LiveTeacher(teacher), make_accelerator(precision)
-    words = [said_at(live, batch) for batch in held]
+    words = [get_teacher_output(live, batch) for batch in held]
     student = cut(teacher, layers=LAYERS).model
 
     def measured(model: Any) -> dict[str, float]:
@@ -189,7 +189,7 @@ def main() -> None:
                     schedule=ScheduleConfig(kind="cosine", warmup=0.03), evaluate_every=args.steps,
                 )  # fmt: skip
                 training = Training(
-                    "sparse", mine, built(method, mine, teacher, held[0], seed=0), planned, config,
+                    "sparse", mine, prepare_method(method, mine, teacher, held[0], seed=0), planned, config,
                     RunDirectory(Path(place) / name.replace(" ", "-")),
                     teacher=None if method.needs is None else taught, seed=seed,
                 )  # fmt: skip

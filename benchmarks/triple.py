@@ -72,7 +72,7 @@ def main() -> None:
         folder = args.lab / "arms" / name
         summary = json.loads((folder / "summary.json").read_text())
         for arm, found in summary["students"].items():
-            rows[name if arm == "distilled" else "alone"] = {
+            rows[name if arm == "distilled" else "baseline"] = {
                 "text": text if arm == "distilled" else "masked words alone, every other layer",
                 "loss": found["last"]["loss"]["values"],
                 "accuracy": found["last"]["accuracy"]["values"],

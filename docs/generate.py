@@ -128,7 +128,7 @@ A list, applied in order: `[flip, {shift: 2}, {erase: {p: 0.5, value: 0}}]`. Eac
 function of run seed, epoch and sample, so teacher and student see the same view. Those of `torchvision.transforms.v2`
 need the extra `vision`. `mixup` and `cutmix` come last and take another image, in a view of its own: what comes of
 it has no single class, so it trains the distilled student by the teacher's word alone (function matching; the hard
-labels have no part in it), and neither the student alone nor the teacher.
+labels have no part in it), and neither the baseline student nor the teacher.
 """
 
 ABOUT_MODELS = """\

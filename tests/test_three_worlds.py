@@ -32,7 +32,7 @@ def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def distil(world: World, out: Path, die_at: int | None = None, **options: Any) -> tutelage.Run:
+def distil(world: World, out: Path, die_at: int | None = None, **options: Any) -> tutelage.DistillResult:
     torch.manual_seed(7)
     return tutelage.distill(
         teacher_for(world),
@@ -65,7 +65,7 @@ def test_train_checkpoint_resume_export_report(world: World, tmp_path: Path) -> 
         assert (tmp_path / "cut" / file).stat().st_size > 0
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "cut")]
     assert [json.loads(a) for a in lines[0]] == [json.loads(b) for b in lines[1]]
-    assert set(whole.summary["students"]) == {"alone", "distilled"}
+    assert set(whole.summary["students"]) == {"baseline", "distilled"}
     assert whole.summary["students"]["distilled"]["best"]["agreement"]["mean"] > 0
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tutelage import data, losses, methods, models, teachers
-    from tutelage.api import Run, distill, judge, run, run_search
+    from tutelage.api import DistillResult, distill, judge, run, run_search
     from tutelage.errors import TutelageError
     from tutelage.experiment.export_student import export_student
     from tutelage.export import predict
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Run": "tutelage.api",
+    "DistillResult": "tutelage.api",
     "TutelageError": "tutelage.errors",
     "distill": "tutelage.api",
     "export_student": "tutelage.experiment.export_student",
@@ -34,7 +34,7 @@ _WHERE = {
 _ROOMS = ("config", "data", "export", "engine", "methods", "models", "losses", "reports", "taps", "teachers")
 
 __all__ = [
-    "Run",
+    "DistillResult",
     "TutelageError",
     "data",
     "distill",

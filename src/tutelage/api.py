@@ -10,9 +10,9 @@ from typing import Any
 
 from tutelage.config import Judgement, Recipe, load_recipe
 from tutelage.engine import leave as leave
-from tutelage.experiment.distill import Run as Run
+from tutelage.experiment.distill import DistillResult as DistillResult
 from tutelage.experiment.distill import distill as _distill
-from tutelage.experiment.run import Finished
+from tutelage.experiment.run import RunResult
 from tutelage.generation import judge_answers
 from tutelage.generation.judge import JudgementResult as JudgementResult
 from tutelage.multistage.workflows import run_recipe_or_workflow
@@ -23,7 +23,7 @@ from tutelage.search.search import search_recipe
 
 
 @wraps(_distill)
-def distill(*args: Any, **kwargs: Any) -> Run:
+def distill(*args: Any, **kwargs: Any) -> DistillResult:
     """See :func:`tutelage.experiment.distill.distill`; writes ``report.html`` and says what was found besides."""
     run = _distill(*args, **kwargs)
     _report(run.path)
@@ -39,7 +39,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     terminal: Terminal | None = None,
-) -> Finished:
+) -> RunResult:
     """Run a recipe and write its report; what ``tutelage run`` does.
 
     Args:

@@ -79,7 +79,7 @@ def test_killed_at_twenty_moments(whole: tuple[Path, str, float], tmp_path: Path
 def test_killed_inside_a_checkpoint(tmp_path: Path) -> None:
     """A process that dies with a draft on disk leaves the checkpoint before it as the newest."""
     from tutelage.engine import checkpoint
-    from tutelage.engine.rundir import RunDirectory
+    from tutelage.engine.run_directory import RunDirectory
 
     run = RunDirectory(tmp_path)
     folder = run.checkpoints("t")

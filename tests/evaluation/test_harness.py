@@ -69,7 +69,7 @@ def test_the_models_of_a_run_are_scored_by_tasks_of_a_folder(
     recipe["evaluate"] = {"tasks": ["sums"], "include": str(tasks)}
     recipe["train"]["steps"] = 2
     found = tutelage.run(build_recipe(recipe), out=tmp_path / "run").summary["tasks"]
-    assert set(found) == {"teacher", "alone", "distilled"}
+    assert set(found) == {"teacher", "baseline", "distilled"}
     start = model(Path(recipe["teacher"]["model"].removeprefix("hf:")))
     student = load_model(tmp_path / "run" / "student")
     for name, of in (("teacher", start), ("distilled", student)):

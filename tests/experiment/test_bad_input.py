@@ -670,8 +670,8 @@ RESUME = ["--out", "out", "--resume"]
                      ["step-000000002", "is damaged", "delete this folder"], id="state-is-a-list"),
         pytest.param(RESUME, lambda place: (unfinish(place) / "tensors.safetensors").unlink(),
                      ["step-000000002", "is damaged", "delete this folder"], id="checkpoint-gone"),
-        pytest.param(RESUME, lambda place: (unfinish(place), cut(place / "out/models/alone-seed0/result.json")),
-                     ["alone-seed0/result.json", "is damaged", "--resume then trains"], id="result-cut"),
+        pytest.param(RESUME, lambda place: (unfinish(place), cut(place / "out/models/baseline-seed0/result.json")),
+                     ["baseline-seed0/result.json", "is damaged", "--resume then trains"], id="result-cut"),
     ],
 )  # fmt: skip
 def test_a_run_that_is_there_is_not_touched(

@@ -65,7 +65,7 @@ def test_a_few_steps_run_through_to_an_exported_student(overrides: list[str], tm
     finished = api.run(RECIPE, overrides, out=out, terminal=Terminal(speaks=False))
     assert finished.summary["classes"] == ["blue-first", "green-second", "red-third"]
     assert finished.summary["teacher"]["accuracy"] > 1 / 3
-    assert set(finished.summary["students"]) == {"alone", "distilled"}
+    assert set(finished.summary["students"]) == {"baseline", "distilled"}
     assert (out / "report.html").stat().st_size > 10_000
     student = load_model(out / "student")
     assert type(student).__name__ == "ResNet"

@@ -21,7 +21,7 @@ from tutelage.evaluation.statistics import paired
 from tutelage.experiment.compare import compare
 from tutelage.experiment.run import comparison, load_data
 from tutelage.experiment.similarity import class_similarity
-from tutelage.experiment.spec import Context
+from tutelage.experiment.spec import RunContext
 from tutelage.models import ModelSpec, build, load_model, save_model
 from tutelage.progress import Terminal
 from tutelage.teachers import LiveTeacher
@@ -42,15 +42,15 @@ def recipe(**changes: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> api.Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> api.RunResult:
     out = tmp_path_factory.mktemp("runs") / "small"
     return api.run(recipe(), out=out, terminal=Terminal(speaks=False))
 
 
-def test_everything_a_run_leaves(finished: api.Finished) -> None:
+def test_everything_a_run_leaves(finished: api.RunResult) -> None:
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "student/model.safetensors"):
         assert (finished.path / name).stat().st_size > 0
-    for training in ("teacher", "alone-seed0", "distilled-seed0", "alone-seed1", "distilled-seed1"):
+    for training in ("teacher", "baseline-seed0", "distilled-seed0", "baseline-seed1", "distilled-seed1"):
         assert (finished.path / "models" / training / "result.json").exists()
         assert list((finished.path / "checkpoints" / training).glob("step-*"))
     assert load_recipe(finished.path / "config.yaml") == recipe()
@@ -61,7 +61,7 @@ def test_everything_a_run_leaves(finished: api.Finished) -> None:
         assert line["terms"]["kd"]["weighted"] == pytest.approx(0.9 * line["terms"]["kd"]["raw"])
 
 
-def test_the_summary_is_what_the_saved_models_score(finished: api.Finished) -> None:
+def test_the_summary_is_what_the_saved_models_score(finished: api.RunResult) -> None:
     data = load_images("digits", labels=100)
     batch = data.test.fetch(torch.arange(len(data.test)))
     teacher = load_model(finished.path / "models" / "teacher")
@@ -78,15 +78,17 @@ def test_the_summary_is_what_the_saved_models_score(finished: api.Finished) -> N
     differences = [
         d - a
         for d, a in zip(
-            arms["distilled"]["best"]["accuracy"]["values"], arms["alone"]["best"]["accuracy"]["values"], strict=True
+            arms["distilled"]["best"]["accuracy"]["values"],
+            arms["baseline"]["best"]["accuracy"]["values"],
+            strict=True,
         )
     ]
     assert gain["values"] == pytest.approx(differences)
     assert finished.summary["parameters"] == {"teacher": 64 * 65 + 650, "student": 64 * 8 + 8 + 90}
 
 
-@pytest.mark.parametrize("name", ["teacher", "alone-seed1", "distilled-seed0"])
-def test_the_similarity_of_classes_is_that_of_the_saved_model(finished: api.Finished, name: str) -> None:
+@pytest.mark.parametrize("name", ["teacher", "baseline-seed1", "distilled-seed0"])
+def test_the_similarity_of_classes_is_that_of_the_saved_model(finished: api.RunResult, name: str) -> None:
     data = load_images("digits", labels=100)
     with torch.no_grad():
         logits = load_model(finished.path / "models" / name)(data.test.fetch(torch.arange(len(data.test))).inputs)
@@ -96,10 +98,10 @@ def test_the_similarity_of_classes_is_that_of_the_saved_model(finished: api.Fini
     assert kept["sim"]["4"] == pytest.approx([float(sim[i, j]) for i in range(10) for j in range(i, 10)], rel=1e-4)
 
 
-def test_both_students_get_the_same_start_and_the_same_budget(finished: api.Finished, tmp_path: Path) -> None:
+def test_both_students_get_the_same_start_and_the_same_budget(finished: api.RunResult, tmp_path: Path) -> None:
     results = [
         json.loads((finished.path / "models" / f"{arm}-seed0" / "result.json").read_text())
-        for arm in ("alone", "distilled")
+        for arm in ("baseline", "distilled")
     ]
     assert results[0]["steps"] == results[1]["steps"] == 60
     # With alpha 0 and every label there, the two arms are the same training: same start, order and budget.
@@ -109,29 +111,29 @@ def test_both_students_get_the_same_start_and_the_same_budget(finished: api.Fini
     )  # fmt: skip
     out = api.run(same, out=tmp_path / "same", terminal=Terminal(speaks=False)).path
     alone, distilled = (
-        load_file(str(out / "models" / f"{a}-seed3" / "model.safetensors")) for a in ("alone", "distilled")
+        load_file(str(out / "models" / f"{a}-seed3" / "model.safetensors")) for a in ("baseline", "distilled")
     )
     assert all(torch.equal(alone[k], distilled[k]) for k in alone)
 
 
-def test_a_run_again_shows_what_it_found_and_a_second_place_is_free(finished: api.Finished, tmp_path: Path) -> None:
+def test_a_run_again_shows_what_it_found_and_a_second_place_is_free(finished: api.RunResult, tmp_path: Path) -> None:
     before = (finished.path / "student" / "model.safetensors").stat().st_mtime_ns
     again = api.run(recipe(), out=finished.path, resume=True, terminal=Terminal(speaks=False))
     assert again.summary == json.loads((finished.path / "summary.json").read_text())
     assert (finished.path / "student" / "model.safetensors").stat().st_mtime_ns == before
-    from tutelage.experiment.run_directory import choose
+    from tutelage.experiment.open_run import choose_run_directory
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        assert choose(None, "small", resume=False) == Path("runs/small")
+        assert choose_run_directory(None, "small", resume=False) == Path("runs/small")
         (tmp_path / "runs" / "small").mkdir(parents=True)
         (tmp_path / "runs" / "small" / "config.yaml").touch()
-        assert choose(None, "small", resume=False) == Path("runs/small-2")
-        assert choose(None, "small", resume=True) == Path("runs/small")
+        assert choose_run_directory(None, "small", resume=False) == Path("runs/small-2")
+        assert choose_run_directory(None, "small", resume=True) == Path("runs/small")
 
 
 def test_a_teacher_is_asked_once_for_each_sample_where_nothing_is_augmented(
-    finished: api.Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: api.RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
     signal = LiveTeacher.signal
@@ -159,7 +161,7 @@ def test_a_teacher_is_asked_once_for_each_sample_where_nothing_is_augmented(
 
 
 def test_a_teacher_worse_than_chance_is_found_before_any_student_trains(
-    finished: api.Finished, tmp_path: Path
+    finished: api.RunResult, tmp_path: Path
 ) -> None:
     weights = load_file(str(finished.path / "models" / "teacher" / "model.safetensors"))
     weights["head.weight"], weights["head.bias"] = -weights["head.weight"], -weights["head.bias"]
@@ -172,7 +174,7 @@ def test_a_teacher_worse_than_chance_is_found_before_any_student_trains(
     assert not (tmp_path / "run" / "models").exists()
 
 
-def test_classes_in_another_order_are_refused_by_name(finished: api.Finished, tmp_path: Path) -> None:
+def test_classes_in_another_order_are_refused_by_name(finished: api.RunResult, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(finished.path / "models" / "teacher", tmp_path / "teacher")
@@ -223,7 +225,7 @@ def test_the_interval_is_student_s() -> None:
     assert paired([0.9], [0.7])["low"] is None
 
 
-def test_doctor_says_what_it_looked_at(finished: api.Finished) -> None:
+def test_doctor_says_what_it_looked_at(finished: api.RunResult) -> None:
     checkpoint = {
         "model": "mlp",
         "options": {"hidden": [64]},
@@ -310,10 +312,10 @@ def test_a_stop_is_heeded_while_the_teacher_is_asked(tmp_path: Path) -> None:
         asked.append(1)
         return (tmp_path / "models" / "teacher").exists()
 
-    context = Context(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False), stop)
+    context = RunContext(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False), stop)
     with pytest.raises(Interrupted, match="while the teacher was asked"):
         compare(comparison(recipe, data), context)
-    assert not (tmp_path / "models" / "alone-seed0").exists()
-    again = Context(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False))
+    assert not (tmp_path / "models" / "baseline-seed0").exists()
+    again = RunContext(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False))
     summary = compare(comparison(recipe, data), again)
     assert summary["students"]["distilled"]["best"]["accuracy"]["mean"] > 0

@@ -58,7 +58,7 @@ def decoded(uri: str) -> torch.Tensor:
 
 
 def test_counts_by_hand() -> None:
-    """Four rows: both right, the teacher alone, the student alone, no label and another answer."""
+    """Four rows: both right, the teacher alone, the baseline student, no label and another answer."""
     teacher = torch.tensor([[5.0, 0, 0], [0, 5, 0], [5, 0, 0], [0, 0, 9]])
     student = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
     batch = Batch(torch.zeros(4, 1), torch.tensor([0, 1, 1, IGNORE]))
@@ -95,11 +95,11 @@ def test_what_is_kept_does_not_depend_on_the_batches() -> None:
 
 def test_without_a_teacher_the_students_are_compared() -> None:
     torch.manual_seed(0)
-    students = {"alone": torch.nn.Linear(3, 4), "distilled": torch.nn.Linear(3, 4)}
+    students = {"baseline": torch.nn.Linear(3, 4), "distilled": torch.nn.Linear(3, 4)}
     batch = Batch(torch.randn(20, 3), torch.randint(4, (20,)))
     found = collected([batch], None, students, 5, torch.device("cpu")).as_json(unseen)
-    assert (found["reference"], found["student"]) == ("alone", "distilled")
-    assert set(found["samples"][0]["logits"]) == {"alone", "distilled"}
+    assert (found["reference"], found["student"]) == ("baseline", "distilled")
+    assert set(found["samples"][0]["logits"]) == {"baseline", "distilled"}
     assert "image" not in found["samples"][0]
 
 
@@ -235,8 +235,8 @@ def test_a_run_of_language_models_keeps_what_they_write(model: Path, tmp_path: P
     )  # fmt: skip
     run = tutelage.run(found, out=tmp_path / "run")
     written = kept(run.path, "written")
-    assert written["models"] == ["teacher", "alone", "distilled"]
+    assert written["models"] == ["teacher", "baseline", "distilled"]
     assert len(written["texts"]) == 3
-    assert all(set(text) == {"prompt", "data", "teacher", "alone", "distilled"} for text in written["texts"])
+    assert all(set(text) == {"prompt", "data", "teacher", "baseline", "distilled"} for text in written["texts"])
     assert all("What is" in text["prompt"] for text in written["texts"])
     assert not (run.path / "samples" / "test.json").exists()

@@ -85,7 +85,8 @@ def test_small_counts_are_not_nought() -> None:
 
 def test_teacher_and_student_of_a_run_and_another_are_measured(cnn: Path) -> None:
     found = bench(
-        [cnn, "mlp", cnn / "models" / "alone-seed0"], batch_sizes=(1, 4), rounds=3, columns=("eager", "onnx", "int8"),
+        [cnn, "mlp", cnn / "models" / "baseline-seed0"],
+        batch_sizes=(1, 4), rounds=3, columns=("eager", "onnx", "int8"),
         memory=False, terminal=exported.QUIET,
     )  # fmt: skip
     written = json.loads((cnn / "bench.json").read_text())
@@ -99,7 +100,7 @@ def test_teacher_and_student_of_a_run_and_another_are_measured(cnn: Path) -> Non
     assert teacher["flops"] > student["flops"] > 0
     assert teacher["quality"] == summary["teacher"]["accuracy"]
     assert student["quality"] == summary["students"]["distilled"]["best"]["accuracy"]["mean"]
-    assert models["alone-seed0"]["quality"] == summary["students"]["alone"]["best"]["accuracy"]["mean"]
+    assert models["baseline-seed0"]["quality"] == summary["students"]["baseline"]["best"]["accuracy"]["mean"]
     assert models["mlp"]["quality"] is None
     for model in found["models"]:
         for way in model["columns"].values():

@@ -63,7 +63,7 @@ def test_images_run_from_the_recipe_as_it_is_written(tmp_path: Path, capsys: pyt
     summary = carry_out(recipe, tmp_path / "run", "seed=0")  # one seed in place of three is all that differs
     assert summary["classes"] == ["blue", "green", "red: warm"]
     assert summary["teacher"]["accuracy"] > 0.9
-    assert set(summary["students"]) == {"alone", "distilled"}
+    assert set(summary["students"]) == {"baseline", "distilled"}
     assert summary["parameters"]["student"] < summary["parameters"]["teacher"] / 4
 
 

@@ -27,8 +27,8 @@ from tutelage.methods import (
     MutualMethod,
     SimkdMethod,
     TokenMethod,
-    adapted,
-    built,
+    prepare_method,
+    prepare_student,
 )
 from tutelage.teachers import LiveTeacher
 
@@ -95,8 +95,8 @@ def weights_of(student: nn.Module, method: nn.Module) -> dict[str, torch.Tensor]
 def by_engine(case: Case, out: Path) -> Found:
     example = case.world.to_batch(case.world.train[0]).rows(0, 2)
     student, method = case.student(), case.make_method()
-    student = adapted(method, student, case.teacher, example, 0)
-    built(method, student, case.teacher, example, 0)
+    student = prepare_student(method, student, case.teacher, example, 0)
+    prepare_method(method, student, case.teacher, example, 0)
     config = TrainConfig(
         epochs=1, accumulate=case.accumulate, log_every=1, optimizer=OptimizerConfig(kind="sgd", **RATE),
         schedule=ScheduleConfig(kind="constant"),

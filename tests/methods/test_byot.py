@@ -18,7 +18,7 @@ from tutelage.config import build_recipe, load_recipe
 from tutelage.data import Batch, load_images
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import ConfigError, Interrupted, ModelError
-from tutelage.methods import ByotMethod, DistillationModule, built
+from tutelage.methods import ByotMethod, DistillationModule, prepare_method
 from tutelage.models import load_model
 from tutelage.models.small import MLP, ConvNet, ResNet
 from tutelage.progress import Terminal
@@ -38,17 +38,17 @@ def network() -> nn.Module:
 
 def fit(student: nn.Module, **options: Any) -> DistillationModule:
     example = batch(2)
-    return DistillationModule(student, built(ByotMethod(**options), student, None, example, 0)).train()
+    return DistillationModule(student, prepare_method(ByotMethod(**options), student, None, example, 0)).train()
 
 
 def test_terms_are_those_of_the_paper() -> None:
     """Worked again from the exits' own outputs, with labels where there are any and the network's word everywhere."""
-    trainee, b = fit(network(), alpha=0.4, temperature=2.0, hint=0.5), batch()
-    method: Any = trainee.method
-    trainee.eval()
-    terms = trainee(b, None)
+    module, b = fit(network(), alpha=0.4, temperature=2.0, hint=0.5), batch()
+    method: Any = module.method
+    module.eval()
+    terms = module(b, None)
     assert method.taps == ["stages.0", "stages.1"]
-    stages, head = trainee.student.stages, trainee.student.head
+    stages, head = module.student.stages, module.student.head
     x, features = b.inputs, []
     for stage in stages:  # type: ignore[union-attr]
         x = stage(x)
@@ -70,10 +70,10 @@ def test_terms_are_those_of_the_paper() -> None:
 
 
 def test_exits_move_the_stages_before_them_and_never_their_own_teacher() -> None:
-    trainee, b = fit(network()), batch()
-    terms = trainee(b, None)
+    module, b = fit(network()), batch()
+    terms = module(b, None)
     names = ("stages.0", "stages.1", "stages.2", "head")
-    parts = {name: list(trainee.student.get_submodule(name).parameters()) for name in names}
+    parts = {name: list(module.student.get_submodule(name).parameters()) for name in names}
     reach = {"ce": set(parts)}
     for kind in ("ce", "kd", "hint"):
         reach[f"{kind}(stages.0)"], reach[f"{kind}(stages.1)"] = {"stages.0"}, {"stages.0", "stages.1"}
@@ -88,7 +88,7 @@ def test_exits_move_the_stages_before_them_and_never_their_own_teacher() -> None
         }
         assert got == expected, name
     torch.stack([term.sum for term in terms.values()]).sum().backward()
-    assert all(p.grad is not None for p in trainee.parameters()), "DDP waits for every one"
+    assert all(p.grad is not None for p in module.parameters()), "DDP waits for every one"
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_exits_move_the_stages_before_them_and_never_their_own_teacher() -> None
     ids=["resnet", "named", "vectors"],
 )
 def test_exits_of_other_networks(student: nn.Module, options: Any, taps: list[str] | None) -> None:
-    trainee, b = fit(student, **options), batch()
-    method: Any = trainee.method
+    module, b = fit(student, **options), batch()
+    method: Any = module.method
     assert method.taps == (taps or options["exits"])
-    terms = trainee(b, None)
+    terms = module(b, None)
     assert all(torch.isfinite(term.sum) for term in terms.values())
     for model in method.others(student).values():
         assert model.eval()(b.inputs).shape == (5, 4)
@@ -135,7 +135,7 @@ def test_the_plain_network_is_exported_and_its_exits_are_measured(tmp_path: Path
     data = load_images("digits", labels=100).test
     b = data.fetch(torch.arange(len(data)))
     student = ConvNet(classes=10, channels=1, widths=(4, 8), depth=1)
-    method = built(ByotMethod(), student, None, b.rows(0, 2), 0)
+    method = prepare_method(ByotMethod(), student, None, b.rows(0, 2), 0)
     student.load_state_dict({k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")})
     method.load_state_dict({k.removeprefix("method."): v for k, v in state.items() if k.startswith("method.")})
     early = method.others(student)["exit-1"].eval()
@@ -183,7 +183,7 @@ def test_students_without_exits_are_named() -> None:
     ):  # fmt: skip
         b = world.to_batch(world.held[0]).rows(0, 2)
         with pytest.raises(ModelError, match=says):
-            built(ByotMethod([tap]), world.make(8), None, b, 0)
+            prepare_method(ByotMethod([tap]), world.make(8), None, b, 0)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def weights(out: Path, training: str) -> dict[str, torch.Tensor]:
 def test_a_supervised_method_is_the_student_alone_to_the_last_bit(tmp_path: Path) -> None:
     """Same images, order, budget and loss, although most images have no label and a method with a teacher has all."""
     found = api.run(recipe("supervised"), out=tmp_path / "run", terminal=SILENT)
-    alone, control = (weights(found.path, f"{arm}-seed0") for arm in ("alone", "distilled"))
+    alone, control = (weights(found.path, f"{arm}-seed0") for arm in ("baseline", "distilled"))
     assert all(torch.equal(v, control[k]) for k, v in alone.items())
     assert found.summary["gain"]["best"]["mean"] == 0
     assert found.summary["formula"] == "1 * ce"
@@ -144,14 +144,14 @@ def test_options_of_a_recipe_are_those_of_the_method() -> None:
 
 
 @pytest.fixture(scope="module")
-def untaught(tmp_path_factory: pytest.TempPathFactory) -> api.Finished:
+def untaught(tmp_path_factory: pytest.TempPathFactory) -> api.RunResult:
     out = tmp_path_factory.mktemp("runs") / "untaught"
     return api.run(
         recipe({"kind": "supervised", "label_smoothing": 0.1}, teacher=None, seeds=[0, 1]), out=out, terminal=SILENT
     )
 
 
-def test_without_a_teacher_nothing_is_said_of_one(untaught: api.Finished) -> None:
+def test_without_a_teacher_nothing_is_said_of_one(untaught: api.RunResult) -> None:
     summary = untaught.summary
     assert {"teacher", "capacity_ratio"} & set(summary) == set()
     assert summary["parameters"] == {"student": 8 * 65 + 90}
@@ -163,7 +163,7 @@ def test_without_a_teacher_nothing_is_said_of_one(untaught: api.Finished) -> Non
     assert said.startswith("With the method ")
     assert "teacher" not in said
     rows = final_table(summary)
-    assert [row["name"] for row in rows] == ["student alone", "student with the method"]
+    assert [row["name"] for row in rows] == ["baseline student", "student with the method"]
     page = (untaught.path / "report.html").read_text(encoding="utf-8")
     body = re.sub(r"<(script|style)[^>]*>.*?</\1>|<pre.*?</pre>", "", page, flags=re.S)
     assert "student with the method" in body
@@ -171,7 +171,9 @@ def test_without_a_teacher_nothing_is_said_of_one(untaught: api.Finished) -> Non
         assert word not in body, word
 
 
-def test_the_terminals_table_has_no_empty_columns(untaught: api.Finished, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminals_table_has_no_empty_columns(
+    untaught: api.RunResult, capsys: pytest.CaptureFixture[str]
+) -> None:
     _show(untaught.summary, untaught.path)
     shown = capsys.readouterr().out
     assert "accuracy" in shown
@@ -179,13 +181,13 @@ def test_the_terminals_table_has_no_empty_columns(untaught: api.Finished, capsys
     assert "KL" not in shown
 
 
-def test_runs_with_and_without_a_teacher_stand_side_by_side(untaught: api.Finished, tmp_path: Path) -> None:
+def test_runs_with_and_without_a_teacher_stand_side_by_side(untaught: api.RunResult, tmp_path: Path) -> None:
     taught = api.run(recipe("logit"), out=tmp_path / "taught", terminal=SILENT)
     out = write_report([untaught.path, taught.path], tmp_path / "both.html")
     assert "with the method or distilled" in out.read_text(encoding="utf-8")
 
 
-def test_without_a_teacher_a_run_resumes_to_the_same_bits(untaught: api.Finished, tmp_path: Path) -> None:
+def test_without_a_teacher_a_run_resumes_to_the_same_bits(untaught: api.RunResult, tmp_path: Path) -> None:
     shutil.copytree(untaught.path, tmp_path / "again")
     for name in ("summary.json", "models/distilled-seed1", "checkpoints/distilled-seed1"):
         path = tmp_path / "again" / name

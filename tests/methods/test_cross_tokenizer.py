@@ -21,7 +21,7 @@ from tutelage.data import IGNORE, Batch, load_texts
 from tutelage.data.spans import Measure, aligned, predicted, shared_entries, token_bytes
 from tutelage.errors import CapabilityError, DataError
 from tutelage.losses import CrossVocabularyTargets, LinearHead, linear_sums
-from tutelage.methods import METHODS, built
+from tutelage.methods import METHODS, prepare_method
 from tutelage.teachers import LiveTeacher
 
 ODD = "Ann 😀 naïve  café\n\nhas 12 plums, and it's done. "
@@ -231,7 +231,7 @@ def test_with_equal_tokenizers_it_is_the_token_method_in_value_and_gradient(
     found = []
     for kind, batch in (("token", plain), ("cross-tokenizer", cross)):
         more = {"tokenizers": (cutter, cutter)} if kind != "token" else {}
-        method = built(METHODS[kind](alpha=0.7, **given, **more), student, teacher, batch, seed=0)
+        method = prepare_method(METHODS[kind](alpha=0.7, **given, **more), student, teacher, batch, seed=0)
         student.zero_grad()
         value = total(student, method, batch, LiveTeacher(teacher).signal(batch, method.needs))
         value.backward()
@@ -248,8 +248,8 @@ def test_chains_are_compared_by_the_products_of_their_probabilities(tmp_path: Pa
     student = model(worlds.llama(tmp_path / "s", cutter=mine), 2)
     teacher = model(worlds.llama(tmp_path / "t", cutter=theirs))
     batch = batch_of(tmp_path, mine, theirs)
-    method = built(METHODS["cross-tokenizer"](alpha=1.0, hard=0.0, tokenizers=(mine, theirs)), student, teacher,
-                   batch, seed=0)  # fmt: skip
+    method = METHODS["cross-tokenizer"](alpha=1.0, hard=0.0, tokenizers=(mine, theirs))
+    method = prepare_method(method, student, teacher, batch, seed=0)
     found = passed(student, method, batch, LiveTeacher(teacher).signal(batch, method.needs))["soft"]
     own, other = shared_entries(mine, theirs)
     there = dict(zip(own.tolist(), other.tolist(), strict=True))
@@ -284,7 +284,7 @@ def test_the_gradient_is_the_same_for_any_splitting(tmp_path: Path) -> None:
     student = model(worlds.llama(tmp_path / "s", cutter=mine), 2)
     teacher = model(worlds.llama(tmp_path / "t", cutter=theirs))
     batch = batch_of(tmp_path, mine, theirs)
-    method = built(METHODS["cross-tokenizer"](tokenizers=(mine, theirs)), student, teacher, batch, seed=0)
+    method = prepare_method(METHODS["cross-tokenizer"](tokenizers=(mine, theirs)), student, teacher, batch, seed=0)
     expected = gradients(student, teacher, method, [batch])
     for parts in (batch.split(3), [batch.rows(0, 1), batch.rows(1, 9), batch.rows(3, 3)]):
         found = gradients(student, teacher, method, parts)
@@ -297,7 +297,7 @@ def test_the_token_method_refuses_tokens_of_another_tokenizer(tmp_path: Path) ->
     student = model(worlds.llama(tmp_path / "s", cutter=mine), 2)
     teacher = model(worlds.llama(tmp_path / "t", cutter=theirs))
     batch = batch_of(tmp_path, mine, theirs)
-    method = built(METHODS["token"](), student, teacher, batch, seed=0)
+    method = prepare_method(METHODS["token"](), student, teacher, batch, seed=0)
     with pytest.raises(CapabilityError, match="kind: cross-tokenizer"):
         total(student, method, batch, LiveTeacher(teacher).signal(batch, method.needs))
 
@@ -325,7 +325,7 @@ def test_a_student_with_another_tokenizer_is_taught_by_a_recipe(
         "train": {"steps": 8, "batch_size": 4, "log_every": 1, "optimizer": {"kind": "adamw", "lr": 1e-2}},
     }
     found = tutelage.run(build_recipe(recipe), out=tmp_path / "run")
-    assert set(found.summary["students"]) == {"alone", "distilled"}
+    assert set(found.summary["students"]) == {"baseline", "distilled"}
     assert "kl" not in found.summary["students"]["distilled"]["last"]  # of other tokens there is none
     assert found.summary["teacher"]["n"] > 0
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

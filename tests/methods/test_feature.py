@@ -16,7 +16,7 @@ from tutelage.config import build_recipe, dump_recipe
 from tutelage.data import Batch
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, ModelError
-from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES, FeatureMethod, Method, built
+from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES, FeatureMethod, Method, prepare_method
 from tutelage.methods.features import Compared
 from tutelage.models.small import ConvNet
 from tutelage.progress import Terminal
@@ -59,7 +59,7 @@ def test_a_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     student, teacher, b = net(4, 8).eval(), net(6, 12).eval(), batch()
     mask = torch.tensor([True, True, False, True, True, False])
     b = Batch(b.inputs, b.labels, mask=mask)
-    method = built(FeatureMethod(PAIRS, objective=name, weight=3.0), student, teacher, b, seed=0)
+    method = prepare_method(FeatureMethod(PAIRS, objective=name, weight=3.0), student, teacher, b, seed=0)
     projects = name == "hint"
     terms = method(observe(student, b.inputs, method.student_needs), b, LiveTeacher(teacher).signal(b, method.needs))
     assert set(terms) == set(method.counts(b)) == set(method.weights)
@@ -78,7 +78,7 @@ def test_padding_is_no_token() -> None:
     student, teacher = world.make(8).eval(), world.make(16).eval()
     b = world.to_batch(world.held[1])
     pairs = [{"student": "bert.embeddings", "teacher": "bert.embeddings", "objective": o} for o in ("hint", "pkt")]
-    method = built(FeatureMethod(pairs), student, teacher, b, seed=0)
+    method = prepare_method(FeatureMethod(pairs), student, teacher, b, seed=0)
     hint, pkt = "hint(bert.embeddings)", "pkt(bert.embeddings)"
     assert int(method.counts(b)[hint]) == int(b.inputs["attention_mask"].sum())
     assert int(method.counts(b)[pkt]) == len(b)
@@ -95,7 +95,7 @@ def test_the_formula_names_every_term_and_the_seed_every_projector() -> None:
     pair = {"student": "stages.1", "teacher": "stages.1"}
 
     def made(seed: int) -> Method:
-        return built(FeatureMethod([pair, pair], weight=100), net(4, 8), net(6, 12), batch(), seed)
+        return prepare_method(FeatureMethod([pair, pair], weight=100), net(4, 8), net(6, 12), batch(), seed)
 
     one, again, other = made(1), made(1), made(2)
     assert one.formula() == "0.9 * kd(T=4) + 0.1 * ce + 100 * hint(stages.1) + 100 * hint(stages.1)#2"
@@ -175,7 +175,7 @@ def test_a_recipe_runs_and_what_it_exports_has_no_trace(tmp_path: Path) -> None:
     assert any("links.1.projector.body.weight" in name for name in saved["optimizer"]["state"])
 
 
-def distil(out: Path, die_at: int | None = None, **options: Any) -> tutelage.Run:
+def distil(out: Path, die_at: int | None = None, **options: Any) -> tutelage.DistillResult:
     world = images()
     torch.manual_seed(7)
     return tutelage.distill(

@@ -22,7 +22,7 @@ from tutelage.data.tokens import cut
 from tutelage.engine.gradient_checkpointing import recompute
 from tutelage.errors import CacheError, CapabilityError, DataError
 from tutelage.evaluation import evaluate
-from tutelage.methods import METHODS, built
+from tutelage.methods import METHODS, prepare_method
 from tutelage.methods.token import check_apart
 from tutelage.models.texts import _whole as whole_of
 from tutelage.taps import Needs, observe
@@ -134,7 +134,7 @@ def test_the_gradient_is_the_same_for_any_packing_padding_and_splitting(cutter: 
     assert isinstance(packed.inputs, dict)
     assert len(packed) < len(apart)
     assert "attention_mask" not in packed.inputs
-    method = built(METHODS["token"](hidden=0.5, layers="last"), student, teacher, packed.rows(0, 2), seed=0)
+    method = prepare_method(METHODS["token"](hidden=0.5, layers="last"), student, teacher, packed.rows(0, 2), seed=0)
     assert int(method.counts(packed)["soft"]) == int(method.counts(apart)["soft"])
     expected = gradients(student, teacher, method, [apart])
     wider = replace(
@@ -233,7 +233,7 @@ def test_the_soft_term_is_the_dense_objective_over_tokens_that_count(
 ) -> None:
     _, batch = causal(cutter, [r["messages"] for r in worlds.conversations(5)])
     teacher, student = model(folder), model(folder, 2)
-    method = built(METHODS["token"](alpha=0.7, **options), student, teacher, batch, seed=0)
+    method = prepare_method(METHODS["token"](alpha=0.7, **options), student, teacher, batch, seed=0)
     signal = LiveTeacher(teacher).signal(batch, method.needs)
     found = total(student, method, batch, signal)
     mine, theirs = student(**batch.inputs).logits, teacher(**batch.inputs).logits.detach()
@@ -245,7 +245,7 @@ def test_the_soft_term_is_the_dense_objective_over_tokens_that_count(
 def test_a_teacher_may_give_logits_or_a_part_of_its_distribution(cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, worlds.texts(4))
     teacher, student = model(folder), model(folder, 2)
-    method = built(METHODS["token"](alpha=1.0), student, teacher, batch, seed=0)
+    method = prepare_method(METHODS["token"](alpha=1.0), student, teacher, batch, seed=0)
     with torch.no_grad():
         logits = teacher(**batch.inputs).logits
     exact = total(student, method, batch, LiveTeacher(teacher).signal(batch, method.needs))
@@ -261,7 +261,7 @@ def test_a_teacher_may_give_logits_or_a_part_of_its_distribution(cutter: Any, fo
 def test_vocabularies_that_differ_are_refused_before_step_0(cutter: Any, folder: Path, tmp_path: Path) -> None:
     _, batch = causal(cutter, worlds.texts(4))
     other = model(worlds.llama(tmp_path / "other", cutter=worlds.tokenizer(merges=30)))
-    method = built(METHODS["token"](), other, model(folder), batch, seed=0)
+    method = prepare_method(METHODS["token"](), other, model(folder), batch, seed=0)
     ids = batch.inputs["input_ids"].clamp(max=290)  # type: ignore[index, call-overload]
     batch = replace(batch, inputs={**batch.inputs, "input_ids": ids})  # type: ignore[dict-item]
     with pytest.raises(CapabilityError, match="vocabular"):
@@ -273,7 +273,7 @@ def test_a_language_model_is_halved_by_a_recipe_and_loads_anywhere(recipe: dict[
 
     found = tutelage.run(build_recipe(recipe), out=tmp_path / "run")
     students = found.summary["students"]
-    assert set(students) == {"alone", "distilled"}
+    assert set(students) == {"baseline", "distilled"}
     assert students["distilled"]["last"]["perplexity"]["mean"] > 1
     assert "kl" in students["distilled"]["last"]
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
@@ -327,7 +327,7 @@ def test_shipped_recipes_of_language_models_run_in_small(
 def test_layers_computed_again_give_the_same_gradients(cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, [r["messages"] for r in worlds.conversations(3)])
     teacher, student = model(folder), model(folder, 2).train()
-    method = built(METHODS["token"](hidden=0.5, layers="last"), student, teacher, batch, seed=0)
+    method = prepare_method(METHODS["token"](hidden=0.5, layers="last"), student, teacher, batch, seed=0)
     expected = gradients(student, teacher, method, [batch])
     calls = 0
 

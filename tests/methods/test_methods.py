@@ -29,8 +29,8 @@ from tutelage.methods import (
     SimkdMethod,
     SupervisedMethod,
     TeacherFreeMethod,
-    adapted,
-    built,
+    prepare_method,
+    prepare_student,
 )
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet, ResNet
@@ -55,7 +55,7 @@ def batch(n: int = 12, **extra: Any) -> Batch:
 
 
 def fit(method: Method, student: nn.Module, teacher: nn.Module, b: Batch) -> Method:
-    return built(method, student, teacher, b.rows(0, 2), 0, b.ids)
+    return prepare_method(method, student, teacher, b.rows(0, 2), 0, b.ids)
 
 
 # Logits ------------------------------------------------------------------------------------------------
@@ -153,12 +153,12 @@ def test_every_objective_pairs_by_itself_and_teaches(name: str, resnet: bool) ->
     student, teacher = pair(resnet)
     b = batch()
     method = fit(FeatureMethod(objective=name, alpha=0.0, hard=0.0), student, teacher, b)
-    trainee, live = DistillationModule(student, method).train(), LiveTeacher(teacher)
+    module, live = DistillationModule(student, method).train(), LiveTeacher(teacher)
     (first, *_) = (n for n in method.weights if n.startswith(name))
-    optimizer = torch.optim.Adam([p for p in trainee.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=5e-3)
     values = []
     for _ in range(25):
-        terms = trainee(b, live.signal(b, method.needs))
+        terms = module(b, live.signal(b, method.needs))
         loss = sum(method.weights[k] * t.sum / t.count for k, t in terms.items())
         values.append(terms[first].sum.item())
         optimizer.zero_grad()
@@ -168,7 +168,7 @@ def test_every_objective_pairs_by_itself_and_teaches(name: str, resnet: bool) ->
     assert all(m.grad is not None for m in method.parameters() if m.requires_grad)
     assert values[-1] < values[0], values
     assert f"{method.weights[first]:g} * {first}" in method.formula()
-    trainee.close()
+    module.close()
 
 
 def test_what_auto_pairs() -> None:
@@ -282,9 +282,9 @@ def test_the_contrast_remembers_whom_it_saw_after_the_step_and_not_before() -> N
     b = batch()
     method = fit(FeatureMethod(objective="crd", options={"negatives": 5, "width": 7}), student, teacher, b)
     link = method.hidden.links[0]
-    trainee, half = DistillationModule(student, method).train(), b.rows(0, 6)
+    module, half = DistillationModule(student, method).train(), b.rows(0, 6)
     before = link.memory.student.clone()
-    terms = trainee(half, LiveTeacher(teacher).signal(half, method.needs))
+    terms = module(half, LiveTeacher(teacher).signal(half, method.needs))
     assert torch.equal(link.memory.student, before)
     terms["crd(head:input)"].sum.backward()  # the memory is part of the graph, and unchanged
     method.after_step()
@@ -292,14 +292,14 @@ def test_the_contrast_remembers_whom_it_saw_after_the_step_and_not_before() -> N
     assert changed.tolist() == [True] * 6 + [False] * 6
     after = link.memory.student.clone()
     method.after_step()
-    trainee.eval()(half, LiveTeacher(teacher).signal(half, method.needs))
+    module.eval()(half, LiveTeacher(teacher).signal(half, method.needs))
     method.after_step()
     assert torch.equal(link.memory.student, after)
     assert {"hidden.links.0.memory.student", "hidden.links.0.memory.teacher"} <= set(method.state_dict())
     stranger = Batch(half.inputs, half.labels, ids=half.ids + 1)
     with pytest.raises(tutelage.errors.CapabilityError, match="does not know"):
-        trainee.train()(stranger, LiveTeacher(teacher).signal(half, method.needs))
-    trainee.close()
+        module.train()(stranger, LiveTeacher(teacher).signal(half, method.needs))
+    module.close()
 
 
 def test_attention_and_value_relations_of_encoders() -> None:
@@ -316,14 +316,14 @@ def test_attention_and_value_relations_of_encoders() -> None:
         {"student": values, "teacher": values, "objective": "value_relation", "options": {"heads": 4}},
     ]  # fmt: skip
     method = fit(FeatureMethod(pairs), student, teacher, b)
-    trainee = DistillationModule(student, method).train()
-    terms = trainee(b, LiveTeacher(teacher).signal(b, method.needs))
+    module = DistillationModule(student, method).train()
+    terms = module(b, LiveTeacher(teacher).signal(b, method.needs))
     for name in list(terms)[2:]:
         assert int(terms[name].count) == int(b.inputs["attention_mask"].sum())
         student.zero_grad()
         terms[name].sum.backward(retain_graph=True)
         assert student.bert.embeddings.word_embeddings.weight.grad.abs().sum() > 0, name
-    trainee.close()
+    module.close()
 
 
 # What comes first ----------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def run(method: dict[str, Any], out: Path, **changes: Any) -> tutelage.experiment.run.Finished:
+def run(method: dict[str, Any], out: Path, **changes: Any) -> tutelage.experiment.run.RunResult:
     recipe = {k: dict(v) if isinstance(v, dict) else v for k, v in {**RECIPE, **changes}.items()}
     return api.run(build_recipe({**recipe, "method": method}), out=out, terminal=Terminal(speaks=False))
 
@@ -399,7 +399,7 @@ def numbered(raw: Any) -> Batch:
     return Batch(b.inputs, b.labels, ids=(b.inputs.flatten(1)[:, 0] * 1e6).long())
 
 
-def distil(method: Method, out: Path, die_at: int | None = None, **options: Any) -> tutelage.Run:
+def distil(method: Method, out: Path, die_at: int | None = None, **options: Any) -> tutelage.DistillResult:
     world = images()
     torch.manual_seed(7)
     return tutelage.distill(
@@ -445,10 +445,10 @@ def test_simkd_on_vectors_where_the_map_is_not_averaged() -> None:
     student, teacher = world.make(8), world.make(16)
     b = world.to_batch(world.held[0])
     method = SimkdMethod(hard=1.0, alpha=1.0)
-    reused = adapted(method, student, teacher, b.rows(0, 2), 0)
-    method = built(method, reused, teacher, b.rows(0, 2), 0)
-    trainee = DistillationModule(reused, method).train()
-    terms = trainee(b, LiveTeacher(teacher).signal(b, method.needs))
+    reused = prepare_student(method, student, teacher, b.rows(0, 2), 0)
+    method = prepare_method(method, reused, teacher, b.rows(0, 2), 0)
+    module = DistillationModule(reused, method).train()
+    terms = module(b, LiveTeacher(teacher).signal(b, method.needs))
     assert set(terms) == {"kd", "ce", "simkd"} == set(method.weights) == set(method.counts(b))
     sum(t.sum for t in terms.values()).backward()
     assert reused.head.weight.grad is None
@@ -457,4 +457,4 @@ def test_simkd_on_vectors_where_the_map_is_not_averaged() -> None:
     assert reused.card["signed"]
     assert (features < 0).any()
     assert (reused.projector(torch.randn(5, 8)) < 0).any()
-    trainee.close()
+    module.close()

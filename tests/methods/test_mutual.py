@@ -56,17 +56,17 @@ def trio(**options: Any) -> DistillationModule:
     return DistillationModule(student, method).train()
 
 
-def students(trainee: DistillationModule) -> list[nn.Module]:
-    return [trainee.student, *trainee.method.members]  # type: ignore[misc]
+def students(module: DistillationModule) -> list[nn.Module]:
+    return [module.student, *module.method.members]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("target", ["each", "mean"])
 @pytest.mark.parametrize("t", [1.0, 3.0])
 def test_each_student_has_the_loss_of_the_papers(target: str, t: float) -> None:
-    trainee, b = trio(target=target, temperature=t), batch()
-    terms = trainee(b, None)
-    p = [torch.softmax(model(b.inputs) / t, -1) for model in students(trainee)]
-    logs = [torch.log_softmax(model(b.inputs), -1) for model in students(trainee)]
+    module, b = trio(target=target, temperature=t), batch()
+    terms = module(b, None)
+    p = [torch.softmax(model(b.inputs) / t, -1) for model in students(module)]
+    logs = [torch.log_softmax(model(b.inputs), -1) for model in students(module)]
     for i, name in enumerate(("", "(peer-1)", "(peer-2)")):
         has = b.labels >= 0
         ce = -logs[i][has].gather(1, b.labels[has].unsqueeze(1)).sum()
@@ -77,45 +77,45 @@ def test_each_student_has_the_loss_of_the_papers(target: str, t: float) -> None:
         torch.testing.assert_close(terms[f"mutual{name}"].sum, t * t * kl)
         assert int(terms[f"mutual{name}"].count) == 7
         assert int(terms[f"ce{name}"].count) == int(has.sum())
-    counts = trainee.method.counts(b)
+    counts = module.method.counts(b)
     assert {k: int(v) for k, v in counts.items()} == {k: int(v.count) for k, v in terms.items()}
-    assert set(terms) == set(trainee.method.weights)
+    assert set(terms) == set(module.method.weights)
 
 
 @pytest.mark.parametrize("options", [{}, {"target": "mean"}, {"refresh": 5}])
 def test_a_students_gradient_is_that_of_its_own_loss(options: dict[str, Any]) -> None:
-    trainee, b = trio(**options), batch()
-    terms = trainee(b, None)
+    module, b = trio(**options), batch()
+    terms = module(b, None)
     whole = torch.stack([term.sum for term in terms.values()]).sum()
-    for model, name in zip(students(trainee), ("", "(peer-1)", "(peer-2)"), strict=True):
+    for model, name in zip(students(module), ("", "(peer-1)", "(peer-2)"), strict=True):
         weights = list(model.parameters())
         mine = terms[f"ce{name}"].sum + terms[f"mutual{name}"].sum
         own = torch.autograd.grad(mine, weights, retain_graph=True)
         got = torch.autograd.grad(whole, weights, retain_graph=True)
         assert all(torch.equal(a, g) for a, g in zip(own, got, strict=True))
-        others = [p for other in students(trainee) if other is not model for p in other.parameters()]
+        others = [p for other in students(module) if other is not model for p in other.parameters()]
         assert all(g is None for g in torch.autograd.grad(mine, others, retain_graph=True, allow_unused=True))
     whole.backward()
-    assert all(p.grad is None for p in trainee.method.stale.parameters())  # type: ignore[union-attr]
+    assert all(p.grad is None for p in module.method.stale.parameters())  # type: ignore[union-attr]
 
 
 def test_stale_copies_are_renewed_when_due_and_never_in_between() -> None:
-    trainee = trio(refresh=3)
-    method: Any = trainee.method
+    module = trio(refresh=3)
+    method: Any = module.method
     start = copy.deepcopy(method.stale)
-    method.starts(trainee.student, 4, 10)
+    method.starts(module.student, 4, 10)
     for step in (5, 6, 7):
         with torch.no_grad():
-            for p in [*trainee.student.parameters(), *method.members.parameters()]:
+            for p in [*module.student.parameters(), *method.members.parameters()]:
                 p.add_(0.1)
         method.after_step()
         renewed = all(torch.equal(a, b) for a, b in zip(start.parameters(), method.stale.parameters(), strict=True))
         assert renewed == (step < 6)
-        live = [p for model in students(trainee) for p in model.parameters()]
+        live = [p for model in students(module) for p in model.parameters()]
         same = all(torch.equal(a, b) for a, b in zip(live, method.stale.parameters(), strict=True))
         assert same == (step == 6)
     assert not any(p.requires_grad for p in method.stale.parameters())
-    assert not [k for k, _ in trainee.named_parameters() if "_student" in k], "the student must not be held twice"
+    assert not [k for k, _ in module.named_parameters() if "_student" in k], "the student must not be held twice"
 
 
 def test_stale_peers_speak_in_evaluation_mode_and_stay_in_it() -> None:
@@ -124,23 +124,23 @@ def test_stale_peers_speak_in_evaluation_mode_and_stay_in_it() -> None:
     student, peer = (nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 4)) for _ in range(2))
     method.join([peer])
     method.build(student, None, batch(2))
-    trainee, b = DistillationModule(student, method).train(), batch()
+    module, b = DistillationModule(student, method).train(), batch()
     before = {k: v.clone() for k, v in method.stale.state_dict().items()}
     with torch.no_grad():
         said = method._said([], b)
         for model, z in zip(method.stale, said, strict=True):
             torch.testing.assert_close(model.eval()(b.inputs), z)
-    trainee(b, None)
+    module(b, None)
     assert all(torch.equal(v, before[k]) for k, v in method.stale.state_dict().items())
 
 
 def test_burning_in_learns_from_labels_alone() -> None:
-    trainee, b = trio(burn_in=0.5), batch()
-    method: Any = trainee.method
+    module, b = trio(burn_in=0.5), batch()
+    method: Any = module.method
     for step, burning in ((0, True), (4, True), (5, False), (9, False)):
-        method.starts(trainee.student, step, 10)
+        method.starts(module.student, step, 10)
         with torch.no_grad():
-            terms = trainee(b, None)
+            terms = module(b, None)
         assert all((float(terms[k].sum) == 0) == burning for k in terms if k.startswith("mutual"))
         assert all(float(terms[k].sum) > 0 for k in terms if k.startswith("ce"))
 
@@ -174,19 +174,19 @@ def test_peers_of_any_architecture_are_saved_measured_and_shown(tmp_path: Path) 
 
 
 def test_the_student_starts_as_alone_and_its_peers_do_not(tmp_path: Path) -> None:
-    """With labels for all and peers that weigh nothing, the student of the run is the student alone, bit by bit."""
+    """With labels for all and peers that weigh nothing, the run's student is the baseline student, bit by bit."""
     asked = recipe({"kind": "mutual", "peers": 2, "weight": 0.0}, data="digits", seeds=[3])
     out = api.run(asked, out=tmp_path / "run", terminal=SILENT).path
     alone, student, one, two = (
         load_file(str(out / "models" / f"{name}" / "model.safetensors"))
-        for name in ("alone-seed3", "distilled-seed3", "distilled-seed3-peer-1", "distilled-seed3-peer-2")
+        for name in ("baseline-seed3", "distilled-seed3", "distilled-seed3-peer-1", "distilled-seed3-peer-2")
     )
     assert all(torch.equal(alone[k], student[k]) for k in alone)
     for a, b in ((student, one), (student, two), (one, two)):
         assert not any(torch.equal(a[k], b[k]) for k in a)
 
 
-def distil(out: Path, die_at: int | None = None, **options: Any) -> tutelage.Run:
+def distil(out: Path, die_at: int | None = None, **options: Any) -> tutelage.DistillResult:
     world = images()
     method = MutualMethod([None, lambda: world.make(4)], refresh=3, burn_in=0.3, target="mean")
     return tutelage.distill(

@@ -316,7 +316,7 @@ def test_a_recipe_that_asks_the_teacher_ahead_is_refused(key: str, recipe: dict[
         tutelage.run(build_recipe(recipe), out=tmp_path / "run")
 
 
-def distil(cutter: Any, folder: Path, out: Path, die_at: int | None = None, **options: Any) -> tutelage.Run:
+def distil(cutter: Any, folder: Path, out: Path, die_at: int | None = None, **options: Any) -> tutelage.DistillResult:
     batches = [causal(cutter, [r["messages"] for r in worlds.conversations(3, seed)])[1] for seed in range(4)]
     return tutelage.distill(
         model(folder), lambda: model(folder, 2), Shuffled(batches, die_at), eval_data=batches[:1],

@@ -48,8 +48,8 @@ from tutelage.methods import (
     PatientMethod,
     TinybertMethod,
     TripleMethod,
-    adapted,
-    built,
+    prepare_method,
+    prepare_student,
 )
 from tutelage.methods.transformer_layers import find_layers, mapped
 from tutelage.taps import Needs, observe
@@ -103,9 +103,9 @@ def batch(task: str = "mlm", extra: int = 0, seed: int = 0) -> Batch:
 
 def seen(student: nn.Module, teacher: nn.Module, method: Method, b: Batch) -> Terms:
     """Means of the terms of a built method."""
-    trainee = DistillationModule(student, method)
-    terms = trainee(b, None if method.needs is None else LiveTeacher(teacher).signal(b, method.needs))
-    trainee.close()
+    module = DistillationModule(student, method)
+    terms = module(b, None if method.needs is None else LiveTeacher(teacher).signal(b, method.needs))
+    module.close()
     counts = method.counts(b)
     assert set(terms) == set(counts) == set(method.weights)
     assert all(int(terms[name].count) == int(count) for name, count in counts.items())
@@ -113,7 +113,7 @@ def seen(student: nn.Module, teacher: nn.Module, method: Method, b: Batch) -> Te
 
 
 def fit(method: Method, student: nn.Module, teacher: nn.Module, b: Batch) -> Method:
-    return built(method, student, teacher, b, seed=0)
+    return prepare_method(method, student, teacher, b, seed=0)
 
 
 def hf(model: nn.Module, b: Batch) -> Any:
@@ -359,12 +359,12 @@ def test_a_text_with_nothing_that_counts_gives_zero_and_no_nan() -> None:
         b = batch(task)
         method = fit(factory(), student, teacher, b)
         empty = b.rows(0, 0)
-        trainee = DistillationModule(student, method)
-        terms = trainee(empty, LiveTeacher(teacher).signal(empty, method.needs))
+        module = DistillationModule(student, method)
+        terms = module(empty, LiveTeacher(teacher).signal(empty, method.needs))
         torch.stack([t.sum for t in terms.values()]).sum().backward()
         assert all(float(t.sum.detach()) == 0.0 and int(t.count) == 0 for t in terms.values())
         assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in student.parameters())
-        trainee.close()
+        module.close()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -374,7 +374,7 @@ def test_all_that_is_not_frozen_gets_a_gradient_as_distributed_wrappers_want(nam
     b = batch(task)
     method = factory()
     modes = [m.training for m in student.train().modules()]
-    student = adapted(method, student, teacher, b.rows(0, 2), seed=0)
+    student = prepare_student(method, student, teacher, b.rows(0, 2), seed=0)
     assert modes == [m.training for m in student.modules()]
     sum(seen(student, teacher, fit(method, student, teacher, b), b).values()).backward()
     for path, parameter in (*student.named_parameters(), *method.named_parameters()):
@@ -664,13 +664,13 @@ def test_every_method_trains_and_its_terms_fall(name: str) -> None:
     student, teacher = models(kind)
     b = batch(task)
     method = fit(factory(), student, teacher, b)
-    trainee = DistillationModule(student, method)
+    module = DistillationModule(student, method)
     signal = LiveTeacher(teacher).signal(b, method.needs)
-    optimizer = torch.optim.Adam(trainee.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(module.parameters(), lr=5e-3)
     totals: list[float] = []
     first: dict[str, float] = {}
     for _ in range(30):
-        terms = trainee(b, signal)
+        terms = module(b, signal)
         means = {n: t.sum / t.count.clamp(min=1) for n, t in terms.items()}
         first = first or {n: float(v.detach()) for n, v in means.items()}
         loss = torch.stack([method.weights[n] * v for n, v in means.items()]).sum()
@@ -678,7 +678,7 @@ def test_every_method_trains_and_its_terms_fall(name: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    trainee.close()
+    module.close()
     assert totals[-1] < 0.9 * totals[0]
     pulled = {"ce", "prediction", *(["kd"] if "patient" in name else [])}  # what weighs little beside the others
     assert all(float(v.detach()) < first[n] for n, v in means.items() if n not in pulled)

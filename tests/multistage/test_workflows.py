@@ -78,13 +78,13 @@ def test_generations_share_the_labels_of_the_student(tmp_path: Path) -> None:
     plain = api.run(recipe(data=few, teacher=TEACHER, seeds=[0]), out=tmp_path / "plain", terminal=silent())
     born_of = api.run(recipe(data=few, workflow={"kind": "born-again", "generations": 1}, seeds=[0]),
                       out=tmp_path / "born", terminal=silent())  # fmt: skip
-    alone = plain.summary["students"]["alone"]["last"]["accuracy"]["values"]
+    alone = plain.summary["students"]["baseline"]["last"]["accuracy"]["values"]
     assert born_of.summary["rows"][0]["last"]["accuracy"]["values"] == alone
 
 
 def test_generation_0_is_the_student_that_a_plain_run_trains_alone(generations: Path, tmp_path: Path) -> None:
     api.run(recipe(teacher=TEACHER, seeds=[1]), out=tmp_path / "plain", terminal=silent())
-    alone = weights(tmp_path / "plain" / "models" / "alone-seed1")
+    alone = weights(tmp_path / "plain" / "models" / "baseline-seed1")
     first = weights(generations / "stages" / "seed1" / "generation-0" / "models" / "distilled-seed1")
     torch.testing.assert_close(first, alone, rtol=0, atol=0)
 
@@ -120,7 +120,7 @@ def test_the_student_is_the_last_generation_that_validation_prefers(generations:
 def test_a_page_shows_generations_beside_a_run(generations: Path, tmp_path: Path) -> None:
     run = generations / "stages" / "seed0" / "generation-1"
     page = api.write_report([generations, run], tmp_path / "page.html").read_text()
-    for text in ("ensemble of 0 to 2", "Generation 1 ", "Differences, paired by seed", "student distilled"):
+    for text in ("ensemble of 0 to 2", "Generation 1 ", "Differences, paired by seed", "distilled student"):
         assert text in page
 
 
@@ -130,7 +130,13 @@ def test_a_chain_goes_through_its_assistants(tmp_path: Path) -> None:
         out=tmp_path / "run", terminal=silent(),
     )  # fmt: skip
     rows = {row["name"]: row for row in done.summary["rows"]}
-    assert list(rows) == ["teacher", "assistant 1", "student alone", "taught directly", "taught through assistants"]
+    assert list(rows) == [
+        "teacher",
+        "assistant 1",
+        "baseline student",
+        "taught directly",
+        "taught through assistants",
+    ]
     sizes = [rows[name]["parameters"] for name in ("teacher", "assistant 1", "taught through assistants")]
     assert sizes[0] > sizes[1] > sizes[2]
     stage = tmp_path / "run" / "stages" / "seed1" / "student"

@@ -81,9 +81,9 @@ def test_a_run_read_from_its_files(tmp_path):
     found = alike(read)
     assert list(found) == ["1", "2", "4", "8", "20"]
     at = found["4"]
-    kept = [json.loads((run / "similarity" / f"alone-seed{s}.json").read_text())["sim"]["4"] for s in range(3)]
+    kept = [json.loads((run / "similarity" / f"baseline-seed{s}.json").read_text())["sim"]["4"] for s in range(3)]
     by_hand = np.mean([shares(square(k, 10)) for k in kept], axis=0)
-    assert np.allclose(at.mean["alone"], by_hand, equal_nan=True)
+    assert np.allclose(at.mean["baseline"], by_hand, equal_nan=True)
     assert at.order["distilled"] == {f"distilled-seed{s}": pytest.approx(1.0) for s in range(3)}
     values = [at.mean["teacher"][pair] for pair in at.closest(45)]
     assert values == sorted(values, reverse=True)
@@ -93,7 +93,7 @@ def test_a_run_read_from_its_files(tmp_path):
 def test_the_page_shows_teacher_and_students_at_every_temperature(tmp_path):
     page = page_of(make_run(tmp_path / "digits"), out=tmp_path)
     maps = maps_in(page)
-    assert [m["data"][0]["name"] for m in maps] == ["teacher", "student alone", "student distilled"]
+    assert [m["data"][0]["name"] for m in maps] == ["teacher", "baseline student", "distilled student"]
     for figure in maps:
         assert [trace["show"]["T"] for trace in figure["data"]] == ["1", "2", "4", "8", "20"]
         for trace in figure["data"]:
@@ -106,7 +106,7 @@ def test_the_page_shows_teacher_and_students_at_every_temperature(tmp_path):
     assert re.findall(r"data-when='T=(\d+)'>", shown) == ["4"]
     assert len(re.findall(r"data-when='T=\d+' hidden>", shown)) == 4
     assert "1/C is 10.00\u00a0% here. Students: mean over 3 seeds." in shown
-    assert "student distilled 1.00" in shown
+    assert "distilled student 1.00" in shown
 
 
 @pytest.mark.parametrize(
@@ -140,12 +140,12 @@ def test_what_is_said_of_the_students_is_what_was_found():
 
     assert said() == "At T = 4 the teacher finds most alike: a and b, a and c, and b and c."
     assert "nearer" not in said(distilled_seed0=teacher)
-    one = said(alone_seed0=other, distilled_seed0=teacher)
+    one = said(baseline_seed0=other, distilled_seed0=teacher)
     assert "distilled student is nearer to the teacher's order in this one seed, which cannot rule out chance" in one
-    both = {"alone_seed0": other, "distilled_seed0": teacher}
-    assert "in each of 2 seeds" in said(**both, alone_seed1=other, distilled_seed1=teacher)
-    assert "in 1 of 2 seeds, not in all" in said(**both, alone_seed1=teacher, distilled_seed1=other)
-    same = said(alone_seed0=other, distilled_seed0=other, alone_seed1=teacher, distilled_seed1=teacher)
+    both = {"baseline_seed0": other, "distilled_seed0": teacher}
+    assert "in each of 2 seeds" in said(**both, baseline_seed1=other, distilled_seed1=teacher)
+    assert "in 1 of 2 seeds, not in all" in said(**both, baseline_seed1=teacher, distilled_seed1=other)
+    same = said(baseline_seed0=other, distilled_seed0=other, baseline_seed1=teacher, distilled_seed1=teacher)
     assert "in none of 2 seeds" in same
 
 
@@ -159,7 +159,7 @@ def test_a_run_from_before_has_a_page_without_it(tmp_path):
 
 
 def test_several_runs_have_a_panel_each(tmp_path):
-    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", make_summary(alone=None, seeds=1))]
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", make_summary(baseline=None, seeds=1))]
     page = page_of(*runs, out=tmp_path)
     assert len(maps_in(page)) == 5
     shown = dark(page)
@@ -170,9 +170,9 @@ def test_several_runs_have_a_panel_each(tmp_path):
 
 def test_a_student_whose_file_is_missing_is_left_out(tmp_path):
     run = make_run(tmp_path / "digits")
-    for file in (run / "similarity").glob("alone-*"):
+    for file in (run / "similarity").glob("baseline-*"):
         file.unlink()
-    assert [m["data"][0]["name"] for m in maps_in(page_of(run, out=tmp_path))] == ["teacher", "student distilled"]
+    assert [m["data"][0]["name"] for m in maps_in(page_of(run, out=tmp_path))] == ["teacher", "distilled student"]
 
 
 def test_too_many_classes_are_said_to_be(tmp_path):
@@ -186,12 +186,12 @@ def test_too_many_classes_are_said_to_be(tmp_path):
 
 def test_a_student_with_other_classes_or_no_number_does_not_break_the_page(tmp_path):
     run = make_run(tmp_path / "digits", make_summary(seeds=1))
-    (run / "similarity" / "alone-seed0.json").write_text(json.dumps(similarity_file(4, 0)))
+    (run / "similarity" / "baseline-seed0.json").write_text(json.dumps(similarity_file(4, 0)))
     wrong = similarity_file(10, 0)
     wrong["sim"]["4"] = [math.nan] * 55
     (run / "similarity" / "distilled-seed0.json").write_text(json.dumps(wrong))
     page = page_of(run, out=tmp_path)
-    assert [m["data"][0]["name"] for m in maps_in(page)] == ["teacher", "student distilled"]
+    assert [m["data"][0]["name"] for m in maps_in(page)] == ["teacher", "distilled student"]
     assert "nan" not in dark(page).lower()
 
 

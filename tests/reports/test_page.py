@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tutelage.engine.rundir import RunDirectory
 
 from support.fake_runs import CLASSES, CONFIG, make_run, make_summary
-from tutelage.engine.rundir import RunDirectory
 from tutelage.errors import RunDirectoryError
 from tutelage.files import DRAFT
 from tutelage.reports import write_report
@@ -71,7 +71,7 @@ def test_no_string_of_a_run_becomes_markup(tmp_path):
     summary |= {"formula": HOSTILE, "device": HOSTILE, "exported": HOSTILE}
     run = make_run(tmp_path / "a'><script>alert(2)</script>", summary, config=f"# {HOSTILE}\n{CONFIG}")
     file = run / "metrics.jsonl"
-    file.write_text(file.read_text().replace('"kd"', json.dumps(HOSTILE)).replace("alone-", "'><script>alert(3)-"))
+    file.write_text(file.read_text().replace('"kd"', json.dumps(HOSTILE)).replace("baseline-", "'><script>alert(3)-"))
     other = make_run(tmp_path / "b", config=CONFIG.replace("4.0", json.dumps(HOSTILE)))
     for runs in ([run], [run, other]):
         page = write_report(runs, tmp_path / "r.html").read_text(encoding="utf-8")
@@ -112,7 +112,7 @@ def test_a_long_run_makes_no_long_page(tmp_path):
 
 def test_several_runs_are_compared_and_what_differs_is_shown(tmp_path):
     a = make_run(tmp_path / "digits")
-    b = make_run(tmp_path / "digits-T8", make_summary(alone=None, seeds=1), config=CONFIG.replace("4.0", "8.0"))
+    b = make_run(tmp_path / "digits-T8", make_summary(baseline=None, seeds=1), config=CONFIG.replace("4.0", "8.0"))
     page = write_report([a, b], tmp_path / "r.html").read_text(encoding="utf-8")
     assert "method.<wbr>temperature</th><td>4.0</td><td>8.0</td>" in page
     assert "seeds</th>" not in page
@@ -142,7 +142,7 @@ def test_a_config_that_is_no_plain_yaml_is_still_shown(tmp_path, config):
 
 
 def test_a_run_with_the_least_it_can_have(tmp_path):
-    summary = make_summary(alone=None, seeds=1)
+    summary = make_summary(baseline=None, seeds=1)
     summary |= {"classes": None, "latency": None}
     for row in (summary["teacher"], summary["students"]["distilled"]):
         del row["reliability"], row["per_class"]

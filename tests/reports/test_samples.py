@@ -35,8 +35,8 @@ def test_where_they_disagree_comes_with_pictures_and_who_is_right(tmp_path: Path
     make_samples(run, make_summary())
     body = body_of(run)
     assert "disagree on 99 of 900 test samples, 11.0 %" in body
-    assert "The teacher alone is right on 60, the student distilled alone on 20" in body
-    assert "The student alone disagrees with the teacher on 100." in body
+    assert "The teacher alone is right on 60, the distilled baseline student on 20" in body
+    assert "The baseline student disagrees with the teacher on 100." in body
     assert body.count("class='card apart'") == 6
     assert body.count("class='card'") == 6
     assert body.count("<img src='data:image/png;base64,") == 12
@@ -44,7 +44,7 @@ def test_where_they_disagree_comes_with_pictures_and_who_is_right(tmp_path: Path
     assert "Agreement with the teacher by class" in body
     assert "data-taught='4'" in body
     (data,) = explored(body)
-    assert data["models"] == ["teacher", "alone", "distilled"]
+    assert data["models"] == ["teacher", "baseline", "distilled"]
     assert len(data["samples"]) == 12
     assert data["names"] == CLASSES
 
@@ -98,18 +98,19 @@ def test_what_no_run_writes_is_refused(tmp_path: Path, change: Any, says: str) -
 
 def test_the_finding_without_a_teacher_and_without_a_difference() -> None:
     found = {
-        "exported": "distilled-seed0", "n": 10, "reference": "alone", "student": "distilled",
+        "exported": "distilled-seed0", "n": 10, "reference": "baseline", "student": "distilled",
         "agree": {"distilled": 10}, "right": {"both": 9, "reference": 0, "student": 0, "neither": 1},
     }  # fmt: skip
     text = finding(found, called({"taught": False}))
     assert text == (
-        "The student alone and the student with the method (distilled-seed0) disagree on 0 of 10 test samples, 0.0 %."
+        "The baseline student and the student with the method (distilled-seed0) disagree on 0 of 10 test samples, "
+        "0.0 %."
     )
 
 
 def test_costs_are_read_from_the_folders(tmp_path: Path) -> None:
     run = make_run(tmp_path / "digits")
-    for folder, many in (("models/teacher", 4_000_000), ("student", 250_000), ("models/alone-seed0", 250_000)):
+    for folder, many in (("models/teacher", 4_000_000), ("student", 250_000), ("models/baseline-seed0", 250_000)):
         (run / folder).mkdir(parents=True)
         (run / folder / "model.safetensors").write_bytes(b"x" * many)
     (run / "models" / "teacher" / "result.json").write_text('{"seconds": 90.0}')

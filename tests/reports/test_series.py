@@ -31,7 +31,10 @@ def make_series(path: Path, **changes: Any) -> Path:
             "validation": spread([0.8, 0.8]), "against": {} if by is None else {by: {"best": pair, "last": pair}},
         }
         for n, (name, role, by) in enumerate(
-            [("generation 0", "alone", None), (HOSTILE, "distilled", "generation 0"), ("later", "distilled", HOSTILE)]
+            [
+                ("generation 0", "baseline", None), (HOSTILE, "distilled", "generation 0"),
+                ("later", "distilled", HOSTILE),
+            ]
         )
     ]  # fmt: skip
     found = {

@@ -16,7 +16,7 @@ from tutelage.reports import write_report
 HOSTILE = "</table></script><script>alert(1)</script><img src=x onerror=alert(1)>"
 TASKS = {
     "teacher": {"arc_easy": {"acc": 0.7012, "acc_stderr": 0.0094}, "wikitext": {"word_perplexity": 21.37}},
-    "alone": {"arc_easy": {"acc": 0.4, "acc_stderr": 0.01}},
+    "baseline": {"arc_easy": {"acc": 0.4, "acc_stderr": 0.01}},
     "distilled": {
         "arc_easy": {"acc": 0.5214, "acc_stderr": 0.0103}, "wikitext": {"word_perplexity": 36.02},
         "gsm8k": {"exact_match,strict-match": 0.125, "exact_match_stderr,strict-match": 0.02},
@@ -38,7 +38,7 @@ def test_each_score_stands_below_its_model_with_its_error(tmp_path: Path) -> Non
     section = body[body.index("Tasks of lm-evaluation-harness") :]
     section = section[: section.index("</section>")]
     heads = [re.sub(r"<.*?>", "", head) for head in re.findall(r"<th scope='col'>(.*?)</th>", section)]
-    assert heads == ["Task", "Metric", "teacher", "student alone", "student distilled"]
+    assert heads == ["Task", "Metric", "teacher", "baseline student", "distilled student"]
     rows = [
         re.findall(r"<t[hd](?: scope='row')?>(.*?)</t[hd]>", row)
         for row in re.findall(r"<tr>(.*?)</tr>", section[section.index("<tbody>") :])

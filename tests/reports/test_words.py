@@ -15,7 +15,7 @@ KEEPS = "keeps 97.9 % of the teacher's accuracy with 8.2 % of its parameters."
 
 def exact(summary):
     """The summary with means as given, without the noise of single seeds."""
-    for arm, mean in (("alone", 0.899), ("distilled", 0.9125)):
+    for arm, mean in (("baseline", 0.899), ("distilled", 0.9125)):
         if arm in summary["students"]:
             summary["students"][arm]["best"]["accuracy"]["mean"] = mean
     return summary
@@ -23,7 +23,7 @@ def exact(summary):
 
 def test_an_interval_above_zero_is_a_gain():
     assert verdict(exact(make_summary())) == (
-        "Distilled 91.2 % against 89.9 % alone: +1.4 points (95 % interval +0.9 to +1.9, 3 seeds); "
+        "Distilled 91.2 % against baseline 89.9 %: +1.4 points (95 % interval +0.9 to +1.9, 3 seeds); "
         "keeps 97.9 % of the teacher's accuracy with 8.2 % of its parameters."
     )
 
@@ -48,8 +48,8 @@ def test_one_seed_has_no_interval():
 
 
 def test_without_a_baseline_the_gain_is_unknown():
-    said = verdict(exact(make_summary(alone=None)))
-    assert said == f"Distilled 91.2 %; no student was trained alone, so the gain is unknown; {KEEPS}"
+    said = verdict(exact(make_summary(baseline=None)))
+    assert said == f"Distilled 91.2 %; no baseline was trained, so the gain is unknown; {KEEPS}"
 
 
 def test_a_student_better_than_its_teacher_does_not_keep_but_reaches():
@@ -70,14 +70,14 @@ def test_the_table_has_a_row_for_each_model():
         "name": "teacher", "accuracy": "93.2 %", "last": ABSENT, "agreement": ABSENT, "kl": ABSENT, "ece": "2.1 %",
         "loss": "0.241", "parameters": "637,450", "latency": "1.39 ms", "seconds": ABSENT,
     }  # fmt: skip
-    assert [alone["name"], distilled["name"]] == ["student alone", "student distilled"]
+    assert [alone["name"], distilled["name"]] == ["baseline student", "distilled student"]
     assert distilled["accuracy"].startswith("91.3 ± 0.3")
     assert distilled["parameters"] == "52,298"
     assert distilled["latency"] == "0.41 ms"
 
 
 def test_the_table_leaves_out_a_student_that_was_not_trained():
-    assert [row["name"] for row in final_table(make_summary(alone=None))] == ["teacher", "student distilled"]
+    assert [row["name"] for row in final_table(make_summary(baseline=None))] == ["teacher", "distilled student"]
 
 
 def test_one_seed_shows_no_spread():

@@ -15,7 +15,7 @@ from tutelage import losses
 from tutelage.config import build_recipe
 from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate
-from tutelage.methods import METHODS, built
+from tutelage.methods import METHODS, prepare_method
 from tutelage.models import load_model
 from tutelage.students import has_adapters, low_rank, merged
 from tutelage.students.lora import FourBit
@@ -77,7 +77,7 @@ def test_the_head_learns_by_its_adapter_without_the_scores(bits: Any, cutter: An
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    method = built(METHODS["token"](alpha=0.8, temperature=2.0), student, teacher, batch, seed=0)
+    method = prepare_method(METHODS["token"](alpha=0.8, temperature=2.0), student, teacher, batch, seed=0)
     assert method.student_needs == Needs(logits=False, head=True)
     said = LiveTeacher(teacher).signal(batch, method.needs)
     gradients = []

@@ -30,7 +30,7 @@ from tutelage.methods import (
     OnPolicyMethod,
     Term,
     TokenMethod,
-    built,
+    prepare_method,
 )
 from tutelage.taps import Needs, Observation
 from tutelage.teachers import LiveTeacher, Signal
@@ -194,12 +194,12 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
     method: Method = WithProjector()
     if kind == "feature":  # relations compare the rows of a micro-batch, so they are not among the pairs
         pairs = [{"student": "0", "teacher": "0"}, {"student": "2", "teacher": "2", "weight": 0.5}]
-        method = built(FeatureMethod(pairs, projector="mlp", weight=2.0), student, teacher, Rows().fetch(
+        method = prepare_method(FeatureMethod(pairs, projector="mlp", weight=2.0), student, teacher, Rows().fetch(
             torch.arange(2)
         ), seed=4)  # fmt: skip
     if kind == "crd":
         crd = FeatureMethod([{"student": "2", "teacher": "2"}], objective="crd", options={"negatives": 9, "width": 6})
-        method = built(crd, student, teacher, Rows().fetch(torch.arange(2)), seed=4, ids=Rows().ids)
+        method = prepare_method(crd, student, teacher, Rows().fetch(torch.arange(2)), seed=4, ids=Rows().ids)
         before = method.hidden.links[0].memory.student.clone()  # type: ignore[union-attr, operator]
     if kind.endswith("mutual"):
         method = MutualMethod(1, refresh=2)
@@ -212,11 +212,13 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         student.generation_config.eos_token_id = list(range(0, 300, 5))  # type: ignore[union-attr]
         rollouts = {"url": written_by(accelerator), "every": 1} if "served" in kind else None
         own = OnPolicyMethod(1.0, sampling=0.0, max_new=9, rollouts=rollouts)
-        method = built(own, student, teacher, data.fetch(data.ids), seed=4)
+        method = prepare_method(own, student, teacher, data.fetch(data.ids), seed=4)
     if "token" in kind:
         data = Sentences(pack=kind.endswith("packed"))
         student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)
-        method = built(TokenMethod("js", 2.0, 0.7, hidden=0.5), student, teacher, data.fetch(data.ids), seed=4)
+        method = prepare_method(
+            TokenMethod("js", 2.0, 0.7, hidden=0.5), student, teacher, data.fetch(data.ids), seed=4
+        )
     live = LiveTeacher(teacher, sharded=kind.endswith("sharded-teacher")).to("cpu")
     config = TrainConfig(
         steps=steps, batch_size=BATCH, accumulate=accumulate, clip=100.0,

@@ -57,7 +57,7 @@ def student(rng: random.Random, accuracy: float, seeds: int, classes: int) -> di
 def make_summary(
     *,
     distilled: float = 0.913,
-    alone: float | None = 0.899,
+    baseline: float | None = 0.899,
     seeds: int = 3,
     low: float = 0.009,
     high: float = 0.019,
@@ -92,16 +92,16 @@ def make_summary(
         "processes": 1,
         "exported": "distilled-seed0",
     }
-    if alone is not None:
-        summary["students"] = {"alone": student(rng, alone, seeds, len(names)), **summary["students"]}
+    if baseline is not None:
+        summary["students"] = {"baseline": student(rng, baseline, seeds, len(names)), **summary["students"]}
         several = seeds > 1
         pair = {
-            "mean": distilled - alone,
+            "mean": distilled - baseline,
             "low": low if several else None,
             "high": high if several else None,
             "level": 0.95,
             "n": seeds,
-            "values": [distilled - alone] * seeds,
+            "values": [distilled - baseline] * seeds,
         }
         summary["gain"] = {"best": pair, "last": pair}
     return summary
@@ -164,7 +164,7 @@ def make_similarities(path: Path, summary: dict[str, Any]) -> None:
     classes = len(summary["classes"] or CLASSES)
     names = ["teacher", *(f"{arm}-seed{s}" for arm in summary["students"] for s in summary["seeds"])]
     for i, name in enumerate(names):
-        found = similarity_file(classes, i + 1 if name.startswith("alone") else 0)
+        found = similarity_file(classes, i + 1 if name.startswith("baseline") else 0)
         (folder / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -194,7 +194,7 @@ def make_samples(path: Path, summary: dict[str, Any], *, texts: bool = False, co
 
 def make_written(path: Path, said: str = "It is 3.") -> None:
     """``samples/written.json``."""
-    models = ["teacher", "alone", "distilled"]
+    models = ["teacher", "baseline", "distilled"]
     texts = [
         {
             "prompt": f"What is {i} and 2?",
@@ -210,7 +210,7 @@ def make_written(path: Path, said: str = "It is 3.") -> None:
 
 def make_judged(file: Path, said: str = "It is 3.") -> None:
     """``judged.json``: the student after its training against before, and against its teacher."""
-    roles = {"before": "alone", "after": "distilled", "teacher": "teacher"}
+    roles = {"before": "baseline", "after": "distilled", "teacher": "teacher"}
     verdicts = [["loss", "loss"], ["loss", "tie"], ["win", "loss"], [None, "tie"]]
     samples = [
         {

@@ -14,7 +14,7 @@ import tutelage
 from support import language_worlds as worlds
 from tutelage.data import IGNORE, Batch
 from tutelage.data.tokens import cut
-from tutelage.methods import DistillationModule, Method, OnPolicyMethod, Term, built
+from tutelage.methods import DistillationModule, Method, OnPolicyMethod, Term, prepare_method
 from tutelage.models import ModelSpec, build
 from tutelage.teachers import LiveTeacher
 from tutelage.teachers.signal import Signal
@@ -44,9 +44,9 @@ def causal(cutter: Any, rows: list[Any], **options: Any) -> tuple[Any, Batch]:
 
 def passed(student: Any, method: Method, batch: Batch, signal: Signal | None) -> dict[str, Term]:
     """The terms of a batch."""
-    with closing(DistillationModule(student, method)) as trainee:
-        trainee.open()
-        terms: dict[str, Term] = trainee(batch, signal)
+    with closing(DistillationModule(student, method)) as module:
+        module.open()
+        terms: dict[str, Term] = module(batch, signal)
     return terms
 
 
@@ -85,6 +85,8 @@ def recipe(tmp_path: Path, cutter: Any, monkeypatch: pytest.MonkeyPatch) -> dict
 
 
 def ready(student: Any, teacher: Any, batch: Batch, **options: Any) -> OnPolicyMethod:
-    method = built(OnPolicyMethod(**{"lmbda": 1.0, "max_new": 6, **options}), student, teacher, batch, seed=0)
+    method = prepare_method(
+        OnPolicyMethod(**{"lmbda": 1.0, "max_new": 6, **options}), student, teacher, batch, seed=0
+    )
     assert isinstance(method, OnPolicyMethod)
     return method

@@ -47,14 +47,14 @@ class Kept(Method):
         return {"hint": Term(loss_of(student.logits, dict(student.hidden), self.project), self.counts(batch)["hint"])}
 
 
-def wrapped(kind: str, trainee: DistillationModule) -> nn.Module:
+def wrapped(kind: str, module: DistillationModule) -> nn.Module:
     if kind == "fsdp":
-        for unit in (trainee.student.one, trainee.student.shared):
+        for unit in (module.student.one, module.student.shared):
             fully_shard(unit)
-        return fully_shard(trainee)
+        return fully_shard(module)
     if kind == "ddp-compiled":
-        trainee.student.compile(backend="aot_eager")
-    return DistributedDataParallel(trainee)
+        module.student.compile(backend="aot_eager")
+    return DistributedDataParallel(module)
 
 
 def batch_of(i: int) -> Batch:
@@ -63,23 +63,23 @@ def batch_of(i: int) -> Batch:
 
 def main(kind: str, steps: int) -> None:
     torch.manual_seed(0)
-    trainee = DistillationModule(Numbered(), Kept())
-    reference = copy.deepcopy(trainee)  # never wrapped: sees the batches of both processes
-    trainee.open()
-    model = wrapped(kind, trainee)
-    optimizer = torch.optim.SGD(trainee.parameters(), lr=1e-5)
+    module = DistillationModule(Numbered(), Kept())
+    reference = copy.deepcopy(module)  # never wrapped: sees the batches of both processes
+    module.open()
+    model = wrapped(kind, module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-5)
     at: list[tuple[int, int]] = []
     for step in range(steps):
         if step % 7 == 3:  # an evaluation in between: through the wrapper, and of the student by itself
-            trainee.eval()
+            module.eval()
             with torch.no_grad():
                 model(batch_of(-step), None)
                 if kind != "fsdp":
-                    trainee.student(numbered(-step - 1))
-            trainee.train()
+                    module.student(numbered(-step - 1))
+            module.train()
         term = model(batch_of(2 * step + dist.get_rank()), None)["hint"]
         (term.sum / term.count).backward()
-        seen, trainee.method.last = trainee.method.last, {}
+        seen, module.method.last = module.method.last, {}
         with torch.no_grad():
             x = numbered(2 * step + dist.get_rank())
             for tap, want in {":input": x, **reference.student.expected(x)}.items():
@@ -89,14 +89,14 @@ def main(kind: str, steps: int) -> None:
             value = loss_of(reference.student(x), reference.student.expected(x), reference.method.project)
             (value / 64 / 2).backward()
         if step % 10 == 0:
-            for (name, p), q in zip(trainee.named_parameters(), reference.parameters(), strict=True):
+            for (name, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
                 mine = p.grad.full_tensor() if kind == "fsdp" else p.grad
                 off = (mine - q.grad).abs().max() / q.grad.abs().max().clamp(min=1e-6)
                 assert off < 1e-3, f"step {step}: the gradient of {name} is off by {off:.1e}"
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            for p, q in zip(trainee.parameters(), reference.parameters(), strict=True):
+            for p, q in zip(module.parameters(), reference.parameters(), strict=True):
                 q.copy_(p.full_tensor() if kind == "fsdp" else p)
         reference.zero_grad()
         del seen, term, x, value, want
@@ -106,9 +106,9 @@ def main(kind: str, steps: int) -> None:
     # In torch's own first few hundred steps each takes a little more, taps or not. One feature kept at each
     # evaluation would be twice this.
     assert steps < 1000 or at[1][1] - at[0][1] < steps / 2 / 7 * 64 * WIDTH * 4 / 2, at
-    taps, before = len(Kept.student_needs.hidden), hooks(trainee.student)
-    trainee.close()
-    assert hooks(trainee.student) == before - taps
+    taps, before = len(Kept.student_needs.hidden), hooks(module.student)
+    module.close()
+    assert hooks(module.student) == before - taps
 
 
 if __name__ == "__main__":

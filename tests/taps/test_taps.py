@@ -22,7 +22,7 @@ from tutelage.data import Batch, LoaderBatches
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.engine.callbacks import Silent
 from tutelage.errors import ModelError
-from tutelage.methods import DistillationModule, FeatureMethod, Method, Term, built
+from tutelage.methods import DistillationModule, FeatureMethod, Method, Term, prepare_method
 from tutelage.models.small import ConvNet
 from tutelage.taps import (
     Needs,
@@ -603,7 +603,7 @@ def test_the_feature_method_compiled_learns_what_it_learns_without(tmp_path: Pat
         torch.manual_seed(1)
         student, teacher = world.make(4), world.make(8)
         example = world.to_batch(world.train[0])
-        method = built(FeatureMethod("auto"), student, teacher, example, seed=0)
+        method = prepare_method(FeatureMethod("auto"), student, teacher, example, seed=0)
         config = TrainConfig(steps=6, compile=compiled, evaluate_every=2, optimizer=OptimizerConfig(lr=1e-2))
         training = Training("t", student, method, LoaderBatches(world.train, 0, world.to_batch), config,
                             RunDirectory(tmp_path / str(compiled)), teacher=LiveTeacher(teacher),
@@ -624,21 +624,21 @@ def test_a_method_that_needs_nothing_of_the_student_does_not_run_it() -> None:
             assert student == Observation()
             return {"norm": Term(torch.zeros((), requires_grad=True), self.counts(batch)["norm"])}
 
-    trainee = DistillationModule(nn.Linear(2, 2), Alone())
-    trainee.open()
-    assert trainee(Batch(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)), None)["norm"].count == 3
+    module = DistillationModule(nn.Linear(2, 2), Alone())
+    module.open()
+    assert module(Batch(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)), None)["norm"].count == 3
 
 
 def test_a_trainee_follows_its_method_when_it_needs_something_else() -> None:
     world = WORLDS["cnn"]()
     batch, method = world.to_batch(world.train[0]), Watching()
-    trainee = DistillationModule(world.make(4), method)
-    trainee(batch, None)
+    module = DistillationModule(world.make(4), method)
+    module(batch, None)
     method.student_needs = Needs(hidden=(":input", "stages.0", "stages.1"))
-    trainee(batch, None)
-    assert hooks(trainee.student) == 3
-    trainee.close()
-    assert hooks(trainee.student) == 0
+    module(batch, None)
+    assert hooks(module.student) == 3
+    module.close()
+    assert hooks(module.student) == 0
 
 
 def test_a_teachers_taps_stay_until_it_is_closed_or_gone() -> None:

@@ -20,7 +20,7 @@ from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe, dump_recipe
 from tutelage.data import Batch, InOrder, load_images
 from tutelage.errors import CacheError, CapabilityError, ConfigError, DataError, ModelError
-from tutelage.methods import FeatureMethod, LogitMethod, SimkdMethod, built
+from tutelage.methods import FeatureMethod, LogitMethod, SimkdMethod, prepare_method
 from tutelage.models.small import ConvNet
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
@@ -180,10 +180,12 @@ def test_a_method_on_features_must_say_which_member_it_means() -> None:
     ensemble = Ensemble([network(0), network(1)])
     student = network(2)
     with pytest.raises(ModelError, match="which of an ensemble's models"):
-        built(FeatureMethod(), student, ensemble, batch(), 0)
+        prepare_method(FeatureMethod(), student, ensemble, batch(), 0)
     with pytest.raises(ModelError, match="no output head"):
         SimkdMethod().adapt(student, ensemble, batch())
-    built(FeatureMethod(pairs=[{"student": "stages.1", "teacher": "1.stages.1"}]), student, ensemble, batch(), 0)
+    prepare_method(
+        FeatureMethod(pairs=[{"student": "stages.1", "teacher": "1.stages.1"}]), student, ensemble, batch(), 0
+    )
 
 
 # Routes ----------------------------------------------------------------------------------------------
@@ -325,13 +327,13 @@ def recipe(**change: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> api.Finished:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> api.RunResult:
     given = recipe()
     given["teacher"]["weights"] = "learned"
     return api.run(build_recipe(given), out=tmp_path_factory.mktemp("ensemble") / "out", terminal=QUIET)
 
 
-def test_members_are_trained_apart_weighed_and_reported(ran: api.Finished) -> None:
+def test_members_are_trained_apart_weighed_and_reported(ran: api.RunResult) -> None:
     found = ran.summary["teacher"]["ensemble"]
     assert [m["name"] for m in found["members"]] == ["teacher-0", "teacher-1", "teacher-2"]
     assert found["weights"] == "learned"
@@ -349,7 +351,7 @@ def test_members_are_trained_apart_weighed_and_reported(ran: api.Finished) -> No
     )
 
 
-def test_a_resumed_run_trains_no_member_again_and_finds_the_same(ran: api.Finished, tmp_path: Path) -> None:
+def test_a_resumed_run_trains_no_member_again_and_finds_the_same(ran: api.RunResult, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(ran.path, tmp_path / "out")

@@ -25,7 +25,7 @@ from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CacheError, CapabilityError, ConfigError, EndpointError
 from tutelage.experiment.caching import fill
-from tutelage.methods import METHODS, built, check_capabilities
+from tutelage.methods import METHODS, check_capabilities, prepare_method
 from tutelage.taps import Needs, observe
 from tutelage.teachers import ServedTeacher
 from tutelage.teachers.cache import info
@@ -106,7 +106,7 @@ def test_the_loss_is_that_of_the_live_model_cut_to_its_likeliest(
 ) -> None:
     _, batch = causal(cutter, ROWS)
     student = model(folder, 2)
-    method = built(METHODS["token"](alpha=0.8), student, None, batch, seed=0)
+    method = prepare_method(METHODS["token"](alpha=0.8), student, None, batch, seed=0)
     with teacher(server, cutter) as live:
         check_capabilities(method, live)
         found = total(student, method, batch, live.signal(batch, method.needs))
@@ -258,7 +258,7 @@ def test_a_student_is_taught_by_a_server_from_a_recipe(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     found = tutelage.run(build_recipe(recipe(server, folder)), out=tmp_path / "run")
-    assert set(found.summary["students"]) == {"alone", "distilled"}
+    assert set(found.summary["students"]) == {"baseline", "distilled"}
     assert found.summary["served"]["model"] == "tiny"
     assert len(server.asked) >= 16
     assert (tmp_path / "run" / "report.html").exists()

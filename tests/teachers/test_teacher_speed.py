@@ -21,7 +21,7 @@ from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.errors import CapabilityError, ModelError
-from tutelage.methods import FeatureMethod, LogitMethod, SupervisedMethod, built
+from tutelage.methods import FeatureMethod, LogitMethod, SupervisedMethod, prepare_method
 from tutelage.models.small import MLP
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
@@ -218,16 +218,16 @@ def test_on_a_device_of_its_own_it_answers_where_it_was_asked() -> None:
 
 
 def test_hidden_states_can_be_saved_for_backward() -> None:
-    method = built(
+    method = prepare_method(
         FeatureMethod(pairs=[{"student": "stages.0", "teacher": "stages.0"}]), network(1), network(), batch(), 0
     )
     student = network(1)
     from tutelage.methods import DistillationModule
 
     for options in ({}, {"dtype": "bf16"}, {"batch_size": 2}):
-        trainee = DistillationModule(student, method)
+        module = DistillationModule(student, method)
         said = LiveTeacher(network(), **options).signal(batch(), method.needs)  # type: ignore[arg-type]
-        sum(term.sum for term in trainee(batch(), said).values()).backward()
+        sum(term.sum for term in module(batch(), said).values()).backward()
     assert all(p.grad is not None for p in student.parameters())
 
 

@@ -45,13 +45,13 @@ def test_train_bn_uses_the_batch_and_moves_nothing() -> None:
 
 def test_no_gradient_and_out_of_the_student_s_reach() -> None:
     teacher, student = LiveTeacher(unsettled()), unsettled()
-    trainee = DistillationModule(student, LogitMethod())
-    terms = trainee(batch(), teacher.signal(batch(), Needs()))
+    module = DistillationModule(student, LogitMethod())
+    terms = module(batch(), teacher.signal(batch(), Needs()))
     sum(t.sum for t in terms.values()).backward()
     assert all(p.grad is None for p in teacher.model.parameters())
-    mine = {id(p) for p in trainee.parameters()}
+    mine = {id(p) for p in module.parameters()}
     assert not mine & {id(p) for p in teacher.model.parameters()}
-    assert len(trainee.state_dict()) == len(student.state_dict())
+    assert len(module.state_dict()) == len(student.state_dict())
 
 
 def test_memory_gives_the_live_logits_by_sample_whatever_the_order() -> None:

@@ -23,7 +23,7 @@ from tutelage.evaluation import evaluate
 from tutelage.experiment.export_student import CALIBRATION
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.run import facts_of, model_spec, teacher_member
-from tutelage.experiment.run_artifacts import Found, find, one_side, rows_of, whole_test
+from tutelage.experiment.run_artifacts import SavedModel, find, one_side, rows_of, whole_test
 from tutelage.export.check import drawn
 from tutelage.export.formats import convolves
 from tutelage.export.runtimes import AsModule, Run, input_names
@@ -208,7 +208,7 @@ def contestants(sources: Sequence[str | Path], terminal: Terminal) -> tuple[list
     return sorted(found, key=lambda c: c.role != "teacher"), place
 
 
-def _student(of: Found, data: Data | None, name: str) -> Contestant:
+def _student(of: SavedModel, data: Data | None, name: str) -> Contestant:
     subject = of.subject
     names = input_names(subject.model, subject.task, subject.tokenizer)
     card = {"task": subject.task, "classes": subject.classes} if hasattr(subject.model, "config") else None
@@ -220,7 +220,7 @@ def _student(of: Found, data: Data | None, name: str) -> Contestant:
     )  # fmt: skip
 
 
-def _quality(of: Found) -> float | None:
+def _quality(of: SavedModel) -> float | None:
     """What the run found of this very model on the test split."""
     if of.run is None:
         return None
@@ -232,7 +232,7 @@ def _quality(of: Found) -> float | None:
     return None if result is None else result["best"].get(metric)
 
 
-def _teacher(of: Found, data: Data | None, name: str) -> Contestant | None:
+def _teacher(of: SavedModel, data: Data | None, name: str) -> Contestant | None:
     """The teacher of a run, where it is one model that runs here."""
     recipe, run = of.recipe, of.run
     if recipe is None or run is None or data is None or recipe.teacher is None:

@@ -17,10 +17,10 @@ from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.checks import check_labels, check_output, check_separate
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.run import ONE_VIEW, comparison, load_data
-from tutelage.experiment.spec import Comparison, fitted, model_of, taught_on
+from tutelage.experiment.spec import ExperimentSpec, model_of, prepare_student_and_method, taught_on
 from tutelage.experiment.teacher_setup import as_taught, is_taught, served_by
 from tutelage.experiment.teachers import ModelTeacher
-from tutelage.experiment.trainer import said
+from tutelage.experiment.trainer import get_signal
 from tutelage.methods import check_capabilities
 from tutelage.methods.base import DistillationModule
 from tutelage.multistage.workflows import first_stage
@@ -87,7 +87,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     if any(f.level == "bad" for f in found):
         return found
     try:
-        student, method = fitted(c, student, model_of(teacher), recipe.seeds[0])
+        student, method = prepare_student_and_method(c, student, model_of(teacher), recipe.seeds[0])
         student.to(device)
         method.to(device)
     except TutelageError as error:
@@ -222,7 +222,7 @@ def capacity(student: int, teacher: int) -> Finding:
     )  # fmt: skip
 
 
-def teacher_quality(c: Comparison, teacher: Teacher, device: torch.device, classes: int | None) -> Finding:
+def teacher_quality(c: ExperimentSpec, teacher: Teacher, device: torch.device, classes: int | None) -> Finding:
     """How good the teacher is on validation; of classes, against chance."""
     scores = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, device)
     text = f"validation {c.metric} {scores[c.metric]:.1%}, loss {scores['loss']:.3f}"
@@ -236,9 +236,9 @@ def teacher_quality(c: Comparison, teacher: Teacher, device: torch.device, class
 
 def one_step(
     recipe: Recipe,
-    c: Comparison,
+    c: ExperimentSpec,
     data: Data,
-    trainee: DistillationModule,
+    module: DistillationModule,
     teacher: ModelTeacher | None,
     device: torch.device,
 ) -> list[Finding]:
@@ -246,12 +246,12 @@ def one_step(
     from tutelage.data import RankSlice
 
     config = recipe.train
-    batches = taught_on(c, trainee.method, recipe.seeds[0])
-    optimizer = build_optimizer(trainee, config.optimizer)
+    batches = taught_on(c, module.method, recipe.seeds[0])
+    optimizer = build_optimizer(module, config.optimizer)
     epoch = c.batches("distilled", recipe.seeds[0]).steps_per_epoch
     total = config.steps or (config.epochs or 1) * epoch
     build_schedule(optimizer, config.schedule, total, epoch)
-    trainee.train()
+    module.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times: list[float] = []
@@ -259,7 +259,7 @@ def one_step(
     for step, micros in enumerate(batches.epoch(0, RankSlice(accumulate=config.accumulate))):
         start = time.perf_counter()
         for micro in micros:
-            values = _step(trainee, teacher, micro.to(device))
+            values = _step(module, teacher, micro.to(device))
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
@@ -276,7 +276,7 @@ def one_step(
     parts = f"{total} steps x {len(recipe.seeds)} seeds x {arms} students at {1000 * min(times):.1f} ms"
     aside = "" if teacher is None else ", teacher's training aside"
     found.append(Finding("ok", "time", f"at most about {_duration(seconds)} on this machine for {parts}{aside}"))
-    weights = sum(p.numel() * p.element_size() for p in trainee.parameters())
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
     state = sum(
         v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
     )
@@ -294,10 +294,10 @@ def one_step(
     return found
 
 
-def _step(trainee: DistillationModule, teacher: Teacher | None, batch: Batch) -> dict[str, float]:
-    terms = trainee(batch, said(teacher, trainee.method, batch))
+def _step(module: DistillationModule, teacher: Teacher | None, batch: Batch) -> dict[str, float]:
+    terms = module(batch, get_signal(teacher, module.method, batch))
     means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}
-    sum(trainee.method.weights[name] * mean for name, mean in means.items()).backward()
+    sum(module.method.weights[name] * mean for name, mean in means.items()).backward()
     return {name: float(mean.detach()) for name, mean in means.items()}
 
 

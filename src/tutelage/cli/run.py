@@ -28,7 +28,7 @@ def run(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that directory.")] = False,
 ) -> None:
-    """Train teacher (if it has no weights), student alone and student distilled; compare."""
+    """Train teacher (if it has no weights), baseline student and distilled student; compare."""
     from tutelage.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])

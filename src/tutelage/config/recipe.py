@@ -40,7 +40,7 @@ from tutelage.errors import ConfigError
 
 
 class Recipe(Section):
-    """One comparison: a student alone, and by a method, most often with a teacher."""
+    """One comparison: a baseline student, and by a method, most often with a teacher."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: Annotated[DataConfig | TextDataConfig, Field(discriminator="kind")]
@@ -73,7 +73,7 @@ class Recipe(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
     baseline: bool = True
-    """Train the student alone too, with the same budget, for the comparison."""
+    """Train the baseline student too, with the same budget, for the comparison."""
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
     """What is kept of the test split, sample by sample, for the page. See below."""
     evaluate: EvaluateConfig | None = None

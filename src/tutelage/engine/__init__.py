@@ -11,7 +11,7 @@ from tutelage.engine.launch import (
     tracking,
 )
 from tutelage.engine.loop import Outcome, Training, fit
-from tutelage.engine.rundir import RunDirectory
+from tutelage.engine.run_directory import RunDirectory
 
 __all__ = [
     "Accelerator",

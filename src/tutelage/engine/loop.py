@@ -24,10 +24,10 @@ from tutelage.engine.callbacks import Silent, TrainingCallback
 from tutelage.engine.ema import EMA
 from tutelage.engine.gradient_checkpointing import recompute
 from tutelage.engine.optim import build_optimizer, build_schedule
-from tutelage.engine.rundir import RunDirectory
+from tutelage.engine.run_directory import RunDirectory
 from tutelage.engine.zero import Zero
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
-from tutelage.evaluation.evaluate import Said, evaluate
+from tutelage.evaluation.evaluate import TeacherOutput, evaluate
 from tutelage.methods.base import DistillationModule, Method, Term, needs_of
 from tutelage.taps import compile_apart
 from tutelage.teachers.signal import Signal, Teacher
@@ -56,7 +56,7 @@ class Training:
         should_stop: asked after every step; true saves and raises :class:`Interrupted`.
         watcher: is told how it goes.
         epoch_steps: what counts as an epoch for the schedule and the evaluations, where that is not a pass
-            over ``batches``: a student alone on fewer images gets the steps of the distilled one.
+            over ``batches``: a baseline student on fewer images gets the steps of the distilled one.
         classes: number of classes, where labels shall be checked against it.
         metric: of the validation, what the best weights are chosen by.
         validation_references: the teacher's word on ``validation``, for metrics that compare with them.
@@ -76,7 +76,7 @@ class Training:
     epoch_steps: int | None = None
     classes: int | None = None
     metric: str = "accuracy"
-    validation_references: Iterable[Said] | None = None
+    validation_references: Iterable[TeacherOutput] | None = None
 
     @property
     def epoch_length(self) -> int:
@@ -130,10 +130,10 @@ def fit(t: Training, accelerator: Accelerator) -> Outcome:
         CheckpointError: the newest checkpoint is damaged.
         ModelError: a tap that the student has no module for, or that gives nothing to learn from.
     """
-    trainee = DistillationModule(t.student, t.method).train()
-    with closing(trainee):  # its taps leave the caller's module however the training ends
-        trainee.open()  # before anything compiles or wraps the student
-        return _train(t, accelerator, _State(t, accelerator, trainee))
+    module = DistillationModule(t.student, t.method).train()
+    with closing(module):  # its taps leave the caller's module however the training ends
+        module.open()  # before anything compiles or wraps the student
+        return _train(t, accelerator, _State(t, accelerator, module))
 
 
 def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
@@ -146,11 +146,11 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
         for micros in s.asked(t.batches.epoch(epoch, s.share, skip=done)):
             s.bare.method.scales = scale = s.scales([batch for batch, _ in micros])
             for batch, said in micros:
-                with accelerator.accumulate(s.trainee):
-                    terms = s.trainee(batch, said())
+                with accelerator.accumulate(s.module):
+                    terms = s.module(batch, said())
                     accelerator.backward(s.loss(terms, scale))
             if t.config.clip is not None:
-                accelerator.clip_grad_norm_(s.trainee.parameters(), t.config.clip)
+                accelerator.clip_grad_norm_(s.module.parameters(), t.config.clip)
             s.optimizer.step()
             s.schedule.step()
             s.optimizer.zero_grad()
@@ -164,7 +164,7 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
 class _State:
     """What :func:`fit` keeps between steps, and the bookkeeping around them."""
 
-    def __init__(self, t: Training, accelerator: Accelerator, trainee: DistillationModule) -> None:
+    def __init__(self, t: Training, accelerator: Accelerator, module: DistillationModule) -> None:
         self.t, self.accelerator = t, accelerator
         accelerator.gradient_state.plugin_kwargs.update(num_steps=t.config.accumulate, sync_with_dataloader=False)
         accelerator.step = 0
@@ -176,12 +176,12 @@ class _State:
             recompute(t.student)
         if t.config.compile:
             compile_apart(t.student)
-        optimizer = build_optimizer(trainee, t.config.optimizer)
+        optimizer = build_optimizer(module, t.config.optimizer)
         deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
-        self.zero = Zero(accelerator, t.config, trainee, optimizer) if deepspeed else None
+        self.zero = Zero(accelerator, t.config, module, optimizer) if deepspeed else None
         with nullcontext() if self.zero is None else self.zero.as_without():
-            self.trainee, prepared = accelerator.prepare(trainee, optimizer)
-        self.bare: DistillationModule = accelerator.unwrap_model(self.trainee)
+            self.module, prepared = accelerator.prepare(module, optimizer)
+        self.bare: DistillationModule = accelerator.unwrap_model(self.module)
         if t.method.validates and t.validation is None:
             raise CapabilityError(
                 f"{type(t.method).__name__} adapts to the loss on validation data, and there is none",
@@ -244,9 +244,9 @@ class _State:
         if not self.t.method.writes:
             return batch
         with self.autocast():
-            trainee: Any = self.trainee
-            if isinstance(trainee, FSDPModule):
-                written: Batch = trainee(batch, None, writing=True)  # type: ignore[operator]
+            module: Any = self.module
+            if isinstance(module, FSDPModule):
+                written: Batch = module(batch, None, writing=True)  # type: ignore[operator]
                 return written
             return self.t.method.prepared(self.bare.student, batch)
 
@@ -387,7 +387,7 @@ class _State:
             score = [scores[t.metric], -scores["loss"], float(at.step)]
             if at.best is None or score[:2] > at.best[:2]:
                 at.best, at.stale = score, 0
-                self.best = checkpoint.full_model_state(self.trainee, self.zero)
+                self.best = checkpoint.full_model_state(self.module, self.zero)
             else:
                 at.stale += 1
         self.bare.method.validated(scores)
@@ -419,16 +419,16 @@ class _State:
         process has its own of, become those of the main one, as at the next step of training anyway.
         """
         if self.share.world > 1:
-            for buffer in self.trainee.buffers():
+            for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        sharded = isinstance(self.trainee, FSDPModule)
+        sharded = isinstance(self.module, FSDPModule)
         if sharded:
-            self.trainee.unshard()
+            self.module.unshard()
         try:
             yield
         finally:
             if sharded:
-                self.trainee.reshard()
+                self.module.reshard()
 
     # Checkpoints ---------------------------------------------------------------------------------
 
@@ -436,7 +436,7 @@ class _State:
         t, accelerator = self.t, self.accelerator
         self.at.seconds += time.monotonic() - self.clock
         self.clock = self.saved_at = time.monotonic()
-        captured = checkpoint.capture_training(self.trainee, self.bare_optimizer, self.zero)
+        captured = checkpoint.capture_training(self.module, self.bare_optimizer, self.zero)
         ema = None if self.ema is None else self.ema.state()
         generators = [checkpoint.rng_state()]
         if self.share.world > 1:
@@ -464,7 +464,7 @@ class _State:
             return
         parts = checkpoint.load_checkpoint(folder)
         try:
-            checkpoint.restore_training(self.trainee, self.bare_optimizer, parts, self.zero)
+            checkpoint.restore_training(self.module, self.bare_optimizer, parts, self.zero)
             if self.ema is not None:
                 self.ema.load(parts["ema"])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -484,7 +484,7 @@ class _State:
 
     def finish(self) -> Outcome:
         with self.averaged():
-            last = checkpoint.full_model_state(self.trainee, self.zero)
+            last = checkpoint.full_model_state(self.module, self.zero)
         self.accelerator.free_memory()
         best = self.best if self.best is not None else last
         of_method = _part(last, "method."), _part(best, "method.")

@@ -1,5 +1,5 @@
 """Evaluation: metrics over a split, statistics over seeds, and lm-evaluation-harness by the names of its tasks."""
 
-from tutelage.evaluation.evaluate import Said, classes_of, evaluate, evaluate_teacher, said_at
+from tutelage.evaluation.evaluate import TeacherOutput, classes_of, evaluate, evaluate_teacher, get_teacher_output
 
-__all__ = ["Said", "classes_of", "evaluate", "evaluate_teacher", "said_at"]
+__all__ = ["TeacherOutput", "classes_of", "evaluate", "evaluate_teacher", "get_teacher_output"]

@@ -20,7 +20,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     device: torch.device,
-    teacher: Iterable[Said] | None = None,
+    teacher: Iterable[TeacherOutput] | None = None,
     share: RankSlice = RankSlice(),  # noqa: B008 - frozen
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
     watch: Callable[[Tensor], object] | None = None,
@@ -31,7 +31,7 @@ def evaluate(
         model: any module that gives logits.
         batches: unaugmented.
         device: where the model is.
-        teacher: the teacher's word on each batch, of :func:`said_at`, in the same order.
+        teacher: the teacher's word on each batch, of :func:`get_teacher_output`, in the same order.
         share: which rows of every batch this process evaluates.
         reduce: sums a tensor over processes.
         watch: is shown the logits of the positions that count, ``[N, C]``, batch after batch.
@@ -39,7 +39,7 @@ def evaluate(
 
     of_head = vocabulary_head(model) is not None
 
-    def ask(batch: Batch) -> Said:
+    def ask(batch: Batch) -> TeacherOutput:
         where = guessed(batch) if of_head else None
         with torch.no_grad():
             seen = observe(model, batch.inputs, Needs() if where is None else OF_HEAD)
@@ -53,7 +53,7 @@ def evaluate_teacher(
     teacher: Teacher,
     batches: Iterable[Batch],
     device: torch.device,
-    said: Iterable[Said] | None = None,
+    said: Iterable[TeacherOutput] | None = None,
     watch: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
     """Metrics of a teacher by what it says, in its own numbers and by its own routes.
@@ -62,20 +62,20 @@ def evaluate_teacher(
         teacher: is asked for its logits.
         batches: unaugmented.
         device: where it is asked.
-        said: its word on each batch, of :func:`said_at`, where it was asked already.
+        said: its word on each batch, of :func:`get_teacher_output`, where it was asked already.
         watch: as in :func:`evaluate`.
     """
     known = None if said is None else iter(said)
 
-    def ask(batch: Batch) -> Said:
-        return said_at(teacher, batch) if known is None else placed(next(known), device)
+    def ask(batch: Batch) -> TeacherOutput:
+        return get_teacher_output(teacher, batch) if known is None else placed(next(known), device)
 
     return _scored(ask, "teacher", batches, device, watch=watch).result()
 
 
 OF_HEAD = Needs(logits=False, head=True)
 
-Said = Tensor | Head
+TeacherOutput = Tensor | Head
 """Logits ``[B, ..., C]``; or of a vocabulary the head, with what goes into it at the N tokens that are guessed:
 their scores ``[N, V]`` are made some at a time."""
 
@@ -89,7 +89,7 @@ def guessed(batch: Batch) -> Tensor | None:
     return batch.labelled() if batch.labels.ndim == 2 and isinstance(batch.inputs, dict) else None
 
 
-def said_at(teacher: Teacher, batch: Batch) -> Said:
+def get_teacher_output(teacher: Teacher, batch: Batch) -> TeacherOutput:
     """A teacher's word on a batch."""
     model = getattr(teacher, "model", None)
     of_head = "head" in teacher.provides and model is not None and vocabulary_head(model) is not None
@@ -98,7 +98,7 @@ def said_at(teacher: Teacher, batch: Batch) -> Said:
     return _said(signal.logits, signal.head, where)
 
 
-def _said(logits: Tensor | None, head: Head | None, where: Tensor | None) -> Said:
+def _said(logits: Tensor | None, head: Head | None, where: Tensor | None) -> TeacherOutput:
     if where is None:
         assert logits is not None
         return logits
@@ -106,24 +106,24 @@ def _said(logits: Tensor | None, head: Head | None, where: Tensor | None) -> Sai
     return head._replace(inputs=head.inputs[where])
 
 
-def placed(said: Said, device: torch.device | str) -> Said:
+def placed(said: TeacherOutput, device: torch.device | str) -> TeacherOutput:
     """The same on another device."""
     if isinstance(said, Tensor):
         return said.to(device)
     return said.map(lambda x: x.to(device))
 
 
-def classes_of(said: Said) -> int:
+def classes_of(said: TeacherOutput) -> int:
     """How many classes are scored."""
     return said.shape[-1] if isinstance(said, Tensor) else len(said.weight)
 
 
 def _scored(
-    ask: Callable[[Batch], Said],
+    ask: Callable[[Batch], TeacherOutput],
     who: str,
     batches: Iterable[Batch],
     device: torch.device,
-    teacher: Iterable[Said] | None = None,
+    teacher: Iterable[TeacherOutput] | None = None,
     share: RankSlice = RankSlice(),  # noqa: B008 - frozen
     watch: Callable[[Tensor], object] | None = None,
 ) -> Metrics:
@@ -159,7 +159,7 @@ def _scored(
     return scores
 
 
-def _positions(said: Said, where: Tensor, begin: int, end: int) -> Said:
+def _positions(said: TeacherOutput, where: Tensor, begin: int, end: int) -> TeacherOutput:
     """Of a whole batch's word the part on guessed tokens ``begin`` to ``end``."""
     if isinstance(said, Tensor):
         return said[where.to(said.device)][begin:end]
@@ -167,7 +167,7 @@ def _positions(said: Said, where: Tensor, begin: int, end: int) -> Said:
 
 
 @torch.no_grad()
-def _add_tokens(scores: Metrics, said: Head, labels: Tensor, reference: Said | None) -> None:
+def _add_tokens(scores: Metrics, said: Head, labels: Tensor, reference: TeacherOutput | None) -> None:
     """Add guessed tokens, so many at a time that their scores fit."""
     size = max(CHUNK // len(said.weight), 1)
     for at in range(0, len(labels), size):

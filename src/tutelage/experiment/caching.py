@@ -209,7 +209,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     """
     from tutelage.experiment.checks import check_output, check_teachers, warn_of_precision
     from tutelage.experiment.run import comparison, load_data
-    from tutelage.experiment.spec import fitted
+    from tutelage.experiment.spec import prepare_student_and_method
     from tutelage.experiment.teacher_setup import as_taught, is_taught, served_by
 
     if recipe.teacher is None:
@@ -240,7 +240,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         teacher = as_taught(c, untrained, accelerator.device)
     student = c.student(recipe.seeds[0])
     classes = check_output(c, accelerator.device, student, "student")  # of a vocabulary the data knows no number
-    _, method = fitted(c, student, None if teacher is None else teacher.model, recipe.seeds[0])
+    _, method = prepare_student_and_method(c, student, None if teacher is None else teacher.model, recipe.seeds[0])
     if not is_taught(method):
         raise CapabilityError(
             f"method {recipe.method.kind} asks the teacher for nothing that a cache could keep",

@@ -12,9 +12,9 @@ from torch import nn
 from tutelage.engine import Accelerator, slow_bf16
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
-from tutelage.experiment.spec import Comparison, Context, example_of
+from tutelage.experiment.spec import ExperimentSpec, RunContext, example_of
 from tutelage.experiment.teachers import Member, check_agree
-from tutelage.experiment.trainer import said
+from tutelage.experiment.trainer import get_signal
 from tutelage.methods import DistillationModule, Method, check_task
 from tutelage.models import label_names
 from tutelage.progress import Terminal
@@ -22,7 +22,7 @@ from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers import Ensemble, LiveTeacher, Teacher
 
 
-def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> None:
+def check_teachers(c: ExperimentSpec, device: torch.device, teacher: nn.Module) -> None:
     """:func:`check_output` of the teacher, or of each member by its name, and whether it can run as it is to run."""
     assert c.teacher is not None
     single = Member("teacher", c.teacher, c.train_teacher, speed=c.speed)
@@ -36,7 +36,7 @@ def check_teachers(c: Comparison, device: torch.device, teacher: nn.Module) -> N
             LiveTeacher(copy.deepcopy(model), mode=c.teacher_mode, **member.speed)
 
 
-def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str) -> int:
+def check_output(c: ExperimentSpec, device: torch.device, model: nn.Module, who: str) -> int:
     """Run ``model`` on two samples, so that a misfit with the data shows before anything is trained.
 
     Returns:
@@ -87,7 +87,7 @@ def check_output(c: Comparison, device: torch.device, model: nn.Module, who: str
     return int(classes)
 
 
-def check_written(c: Comparison, method: Method) -> None:
+def check_written(c: ExperimentSpec, method: Method) -> None:
     """Raise :class:`CapabilityError` where the student writes what the teacher is to have been asked before."""
     for given, where in ((c.cache, "teacher.cache"), (c.ahead, "teacher.speed.overlap")):
         if method.writes and given is not None:
@@ -99,7 +99,7 @@ def check_written(c: Comparison, method: Method) -> None:
             )
 
 
-def check_optimizer(c: Comparison, student: nn.Module, method: Method) -> None:
+def check_optimizer(c: ExperimentSpec, student: nn.Module, method: Method) -> None:
     """Raise :class:`ConfigError` when the optimizer or the schedule refuses an option."""
     optimizer = build_optimizer(DistillationModule(student, method), c.config.optimizer)
     schedule = build_schedule(optimizer, c.config.schedule, 1, 1)
@@ -125,7 +125,7 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def check_labels(c: Comparison, teacher: nn.Module | None, student: nn.Module) -> None:
+def check_labels(c: ExperimentSpec, teacher: nn.Module | None, student: nn.Module) -> None:
     """Raise :class:`CapabilityError` when class names differ between data, teacher or its members, and student."""
     carried = {}
     if teacher is not None:
@@ -157,7 +157,7 @@ def check_labels(c: Comparison, teacher: nn.Module | None, student: nn.Module) -
         )
 
 
-def check_taught(scores: dict[str, Any], classes: int, ctx: Context) -> None:
+def check_taught(scores: dict[str, Any], classes: int, ctx: RunContext) -> None:
     """Raise :class:`CapabilityError` when the teacher does worse than chance; warn when hardly better."""
     n, accuracy, chance = scores["n"], scores["accuracy"], 1.0 / classes
     if n == 0:
@@ -184,7 +184,7 @@ def warn_of_precision(accelerator: Accelerator, terminal: Terminal) -> None:
 
 
 def check_method_runs(
-    c: Comparison, ctx: Context, student: nn.Module, method: Method, teacher: Teacher | None
+    c: ExperimentSpec, ctx: RunContext, student: nn.Module, method: Method, teacher: Teacher | None
 ) -> None:
     """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
     batch = example_of(c).to(ctx.device)
@@ -193,7 +193,7 @@ def check_method_runs(
         each.to(ctx.device).eval()
         check_task(each, batch)
         with torch.no_grad():
-            signal = said(teacher, each, batch)
+            signal = get_signal(teacher, each, batch)
             seen = Observation() if each.student_needs is None else observe(student, batch.inputs, each.student_needs)
             each(seen, batch, signal)
             each.rehearse(student, batch)

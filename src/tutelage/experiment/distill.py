@@ -31,8 +31,8 @@ from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
 from tutelage.experiment.dataset_fingerprint import samples, tokenizer
 from tutelage.experiment.measure import class_name, fingerprint
-from tutelage.experiment.run_directory import choose, opened
-from tutelage.experiment.spec import Arm, Comparison, Context, example_of
+from tutelage.experiment.open_run import choose_run_directory, open_run_directory
+from tutelage.experiment.spec import Arm, ExperimentSpec, RunContext, example_of
 from tutelage.experiment.summary import exported_student
 from tutelage.experiment.teachers import EnsemblePlan, Member, asks_ahead, live_options
 from tutelage.methods import LogitMethod, Method
@@ -42,7 +42,7 @@ from tutelage.teachers import EnsembleTeacher, LiveTeacher
 
 
 @dataclass(frozen=True)
-class Run:
+class DistillResult:
     """What :func:`distill` found.
 
     Attributes:
@@ -80,7 +80,7 @@ def distill(
     out: str | Path | None = None,
     resume: bool = False,
     verbose: bool = True,
-) -> Run:
+) -> DistillResult:
     """Distil ``teacher`` into ``student`` and measure whether it helped.
 
     Args:
@@ -98,7 +98,7 @@ def distill(
         schedule: name, or mapping with ``kind``, ``warmup`` and the schedule's options.
         train: further keys of a recipe's ``train``: ``clip``, ``precision``, ``ema``, ``accumulate`` ...
         seeds: each trains its own students; from two on, the gain gets an interval.
-        baseline: train the student alone too, with the same budget. It doubles the cost, and is what shows the gain.
+        baseline: train the baseline student too, with the same budget. It doubles the cost and shows the gain.
         classes: class names.
         teacher_mode: see :class:`tutelage.teachers.LiveTeacher`.
         ensemble: of several teachers: ``combine``, ``weights`` and ``average_at`` of a recipe's ``teacher``, and
@@ -205,7 +205,7 @@ def distill(
             remedy="pass validation=, a loader that is neither trained nor tested on",
         )
     pristine = copy.deepcopy(method)
-    comparison = Comparison(
+    comparison = ExperimentSpec(
         name="distill",
         teacher=None if teacher is None else plan.untrained if plan is not None else lambda: teacher,  # type: ignore[arg-type, return-value]
         student=make_student,
@@ -228,22 +228,22 @@ def distill(
         },
     )  # fmt: skip
     accelerator = make_accelerator(config.precision, list(config.trackers))
-    path = from_main(accelerator, lambda: choose(out, "distill", resume))
+    path = from_main(accelerator, lambda: choose_run_directory(out, "distill", resume))
     terminal = Terminal(speaks=verbose and accelerator.is_main_process)
     warn_of_precision(accelerator, terminal)
     text = yaml.safe_dump(described, sort_keys=False)
     tracked = tracking(accelerator, path / "trackers", {"distill": text})
     with (
-        opened(path, text, resume=resume, main=accelerator.is_main_process) as run,
+        open_run_directory(path, text, resume=resume, main=accelerator.is_main_process) as run,
         stopping(terminal.say) as stop,
         tracked,
     ):
-        ctx = Context(accelerator, run, terminal, stop)
+        ctx = RunContext(accelerator, run, terminal, stop)
         if kept is not None:
             found = partial(_made_from, train_loader, to_batch, ctx, config.precision)
             comparison.cache = partial(open_own_cache, kept, found, partial(example_of, comparison))
         summary = compare(comparison, ctx)
-        return Run(exported_student(comparison, ctx, summary), summary, path)
+        return DistillResult(exported_student(comparison, ctx, summary), summary, path)
 
 
 def _cache(given: Any, mode: str, ahead: str | None) -> CacheConfig | None:
@@ -268,7 +268,7 @@ def _cache(given: Any, mode: str, ahead: str | None) -> CacheConfig | None:
 
 
 def _made_from(
-    loader: Iterable[Any], to_batch: Callable[[Any], Batch], ctx: Context, precision: str | None
+    loader: Iterable[Any], to_batch: Callable[[Any], Batch], ctx: RunContext, precision: str | None
 ) -> dict[str, Any]:
     """What a cache of the caller's own data depends on beside the teacher."""
 

@@ -15,7 +15,7 @@ from tutelage.data import Batch, Data, as_batch
 from tutelage.data.texts import listed
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation import evaluate
-from tutelage.experiment.run_artifacts import Found, checked_recipe, data_of, find, rows_of, whole_test
+from tutelage.experiment.run_artifacts import SavedModel, checked_recipe, data_of, find, rows_of, whole_test
 from tutelage.export.check import ROWS, drawn
 from tutelage.export.export import Exported, check_format, free_folder, write_export
 from tutelage.export.runtimes import input_names
@@ -87,7 +87,7 @@ def export_student(
     )
 
 
-def _data(found: Found, given: Any, terminal: Terminal) -> Data | None:
+def _data(found: SavedModel, given: Any, terminal: Terminal) -> Data | None:
     if isinstance(given, (str, Path)):
         return data_of(checked_recipe(given), found.subject, terminal)
     if given is not None:
@@ -98,7 +98,7 @@ def _data(found: Found, given: Any, terminal: Terminal) -> Data | None:
     return found.data()
 
 
-def _pairs(found: Found) -> bool:
+def _pairs(found: SavedModel) -> bool:
     """Whether a row of the run's data is two texts that are read together."""
     config = None if found.recipe is None else found.recipe.data
     return (

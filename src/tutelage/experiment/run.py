@@ -31,9 +31,9 @@ from tutelage.evaluation.harness import harness
 from tutelage.experiment.caching import open_cache
 from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
-from tutelage.experiment.run_directory import choose, opened
+from tutelage.experiment.open_run import choose_run_directory, open_run_directory
 from tutelage.experiment.sample_predictions import pictured, worded
-from tutelage.experiment.spec import Arm, Comparison, Context
+from tutelage.experiment.spec import Arm, ExperimentSpec, RunContext
 from tutelage.experiment.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
 from tutelage.experiment.texts import as_the_teacher_reads, facts, load_text_data, students_of, with_tokenizer
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
@@ -51,7 +51,7 @@ ONE_VIEW = (
 
 
 @dataclass(frozen=True)
-class Finished:
+class RunResult:
     """A finished run: its folder and its summary."""
 
     path: Path
@@ -60,8 +60,8 @@ class Finished:
 
 def run_recipe(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
-) -> Finished:
-    """Train the teacher if it has no weights, the student alone and the student distilled, and compare.
+) -> RunResult:
+    """Train the teacher if it has no weights, the baseline student and the distilled student, and compare.
 
     Args:
         recipe: what to run.
@@ -84,7 +84,7 @@ def prepared(
 ) -> tuple[Path, Accelerator, Terminal]:
     """The folder of a run, the same for all processes; this process's accelerator; and where it shows progress."""
     accelerator = make_accelerator(recipe.train.precision, list(recipe.train.trackers))
-    path = from_main(accelerator, lambda: choose(out, recipe.name, resume))
+    path = from_main(accelerator, lambda: choose_run_directory(out, recipe.name, resume))
     terminal = terminal or Terminal()
     terminal.speaks = terminal.speaks and accelerator.is_main_process
     terminal.live = terminal.live and accelerator.is_main_process
@@ -100,20 +100,20 @@ def run_data(
     resume: bool,
     terminal: Terminal,
     accelerator: Accelerator | None = None,
-) -> Finished:
+) -> RunResult:
     """:func:`run_recipe` in a folder, on data that somebody read already, or ``None``."""
     accelerator = accelerator or make_accelerator(recipe.train.precision, list(recipe.train.trackers))
-    with opened(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
+    with open_run_directory(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
         if run.summary.exists():
             terminal.say(f"{path} is finished; showing what it found")
-            return Finished(path, read_summary(run.summary))
+            return RunResult(path, read_summary(run.summary))
         many = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
         terminal.say(f"run directory: {path}{many}")
         data = data or load_data(recipe, terminal)
         tracked = tracking(accelerator, path / "trackers", {"recipe": dump_recipe(recipe)})
         with stopping(terminal.say) as should_stop, tracked:
-            summary = compare(comparison(recipe, data), Context(accelerator, run, terminal, should_stop))
-    return Finished(path, summary)
+            summary = compare(comparison(recipe, data), RunContext(accelerator, run, terminal, should_stop))
+    return RunResult(path, summary)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -148,12 +148,12 @@ LOADERS: dict[str, Callable[[Recipe, Terminal], Data]] = {"images": _load_images
 """By the kind of data."""
 
 
-def comparison(recipe: Recipe, data: Data) -> Comparison:
+def comparison(recipe: Recipe, data: Data) -> ExperimentSpec:
     """The comparison that a recipe asks for on its data."""
     labelled: Any = data.train
     if data.task not in UNLABELLED:
         labelled = replace(data.train, mixes=()).select((data.train.labels != IGNORE).nonzero().flatten())
-    sets = {"alone": labelled, "distilled": data.train}
+    sets = {"baseline": labelled, "distilled": data.train}
     size, workers = recipe.train.batch_size, recipe.data.workers
 
     def batches(arm: Arm, seed: int) -> PlannedBatches:
@@ -179,7 +179,7 @@ def comparison(recipe: Recipe, data: Data) -> Comparison:
         initial = changed(partial(with_adapters, recipe.student.lora), initial)
     if recipe.student.rounded is not None:
         initial = changed(lambda model, seed: rounded(model), initial)
-    return Comparison(
+    return ExperimentSpec(
         name=recipe.name,
         method=method_factory(recipe),
         batches=batches,

@@ -27,7 +27,7 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
-class Found:
+class SavedModel:
     """A model in its folder, and the run that it is of.
 
     Attributes:
@@ -64,7 +64,7 @@ class Found:
         return None if self.recipe is None else data_of(self.recipe, self.subject, self.terminal)
 
 
-def find(path: str | Path, terminal: Terminal) -> Found:
+def find(path: str | Path, terminal: Terminal) -> SavedModel:
     """The student of a run, or the model in a folder, with the run that it is in.
 
     Raises:
@@ -90,9 +90,9 @@ def find(path: str | Path, terminal: Terminal) -> Found:
     return _found(given, run, terminal)
 
 
-def _found(folder: Path, run: Path | None, terminal: Terminal) -> Found:
+def _found(folder: Path, run: Path | None, terminal: Terminal) -> SavedModel:
     if run is None:
-        return Found(folder, None, None, {}, {}, terminal)
+        return SavedModel(folder, None, None, {}, {}, terminal)
     try:
         config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -105,7 +105,7 @@ def _found(folder: Path, run: Path | None, terminal: Terminal) -> Found:
         ) from None
     recipe = build_recipe(config, name=str(run / CONFIG)) if "data" in config else None
     summary = read_summary(run / SUMMARY) if (run / SUMMARY).is_file() else {}
-    return Found(folder, run, recipe, config, summary, terminal)
+    return SavedModel(folder, run, recipe, config, summary, terminal)
 
 
 def data_of(recipe: Recipe, subject: Subject, terminal: Terminal) -> Data:

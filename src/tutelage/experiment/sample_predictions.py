@@ -26,7 +26,7 @@ CHARACTERS = 1_000
 PAIRS = 12
 """Pairs of what the teacher and what the student says, the most frequent."""
 
-Show = Callable[[Batch], dict[str, str]]
+DescribeSample = Callable[[Batch], dict[str, str]]
 """A batch of one row as a person sees it: an ``image`` (PNG as a data URI), a ``text``, or nothing."""
 
 
@@ -104,7 +104,7 @@ class Samples:
         some = sorted(self.alike[: self.count - many], key=lambda one: one.number)
         return [*self.apart[:many], *some]
 
-    def as_json(self, show: Show) -> dict[str, Any]:
+    def as_json(self, show: DescribeSample) -> dict[str, Any]:
         """For the file."""
         classes = len(self.labels)
         pairs = self.confused.view(classes, classes).clone().fill_diagonal_(0).flatten()
@@ -186,7 +186,7 @@ def unseen(batch: Batch) -> dict[str, str]:
     return {"image": png((x - low) / max(high - low, 1e-12))}
 
 
-def pictured(mean: Tensor, std: Tensor) -> Show:
+def pictured(mean: Tensor, std: Tensor) -> DescribeSample:
     """Shows images that were normalised so."""
 
     def show(batch: Batch) -> dict[str, str]:
@@ -196,7 +196,7 @@ def pictured(mean: Tensor, std: Tensor) -> Show:
     return show
 
 
-def worded(tokenizer: Any) -> Show:
+def worded(tokenizer: Any) -> DescribeSample:
     """Shows the text that a model reads, as its tokenizer has it."""
 
     def show(batch: Batch) -> dict[str, str]:

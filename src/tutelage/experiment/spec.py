@@ -13,11 +13,11 @@ from tutelage.config import SamplesConfig, TrainConfig
 from tutelage.data import Batch, Batches
 from tutelage.engine import Accelerator, RunDirectory
 from tutelage.errors import ConfigError, Interrupted
-from tutelage.evaluation import Said, classes_of, said_at
+from tutelage.evaluation import TeacherOutput, classes_of, get_teacher_output
 from tutelage.experiment.measure import parameters
-from tutelage.experiment.sample_predictions import Show, unseen
+from tutelage.experiment.sample_predictions import DescribeSample, unseen
 from tutelage.experiment.teachers import EnsemblePlan, ModelTeacher
-from tutelage.methods import Method, SupervisedMethod, adapted, built
+from tutelage.methods import Method, SupervisedMethod, prepare_method, prepare_student
 from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher, ServedTeacher, Teacher
 
@@ -25,7 +25,7 @@ MEMORY_BYTES = 2**29
 """Teacher logits of the test split up to this size are kept in memory."""
 
 
-Arm = Literal["alone", "distilled"]
+Arm = Literal["baseline", "distilled"]
 
 
 FIGURES = (
@@ -35,7 +35,7 @@ FIGURES = (
 
 
 @dataclass
-class Comparison:
+class ExperimentSpec:
     """What to compare.
 
     Attributes:
@@ -49,7 +49,7 @@ class Comparison:
         validation: iterated at each evaluation; ``None`` for none.
         test: iterated once for each finished model.
         seeds: each trains its own students.
-        baseline: train the student alone too.
+        baseline: train the baseline student too.
         train_teacher: how to train the teacher first, and on what.
         teacher_mode: see :class:`LiveTeacher`.
         ensemble: of which teachers it is made, where there are several; ``teacher`` then builds all as one.
@@ -105,13 +105,13 @@ class Comparison:
     students_of: Callable[[nn.Module], Callable[[int], nn.Module]] | None = None
     head_only: bool = False
     compared: bool = False
-    said: References | None = None
+    said: TeacherReferences | None = None
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    show: Show = unseen
+    show: DescribeSample = unseen
     tokenizers: tuple[Any, Any] | None = None
     harness: Callable[[nn.Module], dict[str, Any]] | None = None
 
-    def beside(self, teacher: nn.Module | None) -> Comparison:
+    def beside(self, teacher: nn.Module | None) -> ExperimentSpec:
         """The same, its students cut from this teacher where they are parts of one."""
         if self.students_of is None or teacher is None:
             return self
@@ -119,7 +119,7 @@ class Comparison:
 
 
 @dataclass
-class Context:
+class RunContext:
     """Where and how a comparison runs."""
 
     accelerator: Accelerator
@@ -139,16 +139,16 @@ def model_of(teacher: ModelTeacher | None) -> nn.Module | None:
     return None if teacher is None else teacher.model
 
 
-class References:
+class TeacherReferences:
     """The teacher's logits for every test batch, to compare students with; iterated once for each model.
 
     Kept in memory as long as they fit :data:`MEMORY_BYTES`; else the teacher is asked again each time. Of a sharded
     teacher, which no process can ask alone, all are kept.
     """
 
-    def __init__(self, teacher: Teacher, test: Iterable[Batch], ctx: Context) -> None:
+    def __init__(self, teacher: Teacher, test: Iterable[Batch], ctx: RunContext) -> None:
         self.teacher, self.test, self.device = teacher, test, ctx.device
-        self.kept: list[Said] | None = []
+        self.kept: list[TeacherOutput] | None = []
         self.classes = size = 0
         for said in until_stopped(ctx.terminal.iterate(self._ask(), "teacher on test"), ctx):
             own = said if isinstance(said, Tensor) else said.inputs  # a head's weights are the teacher's own
@@ -158,19 +158,19 @@ class References:
                 break
             self.kept.append(said)
 
-    def _ask(self) -> Iterator[Said]:
+    def _ask(self) -> Iterator[TeacherOutput]:
         for batch in self.test:
-            said = said_at(self.teacher, batch.to(self.device))
+            said = get_teacher_output(self.teacher, batch.to(self.device))
             yield said.float().cpu() if isinstance(said, Tensor) else said._replace(inputs=said.inputs.cpu())
 
-    def __iter__(self) -> Iterator[Said]:
+    def __iter__(self) -> Iterator[TeacherOutput]:
         return self._ask() if self.kept is None else iter(self.kept)
 
 
 T = TypeVar("T")
 
 
-def until_stopped(items: Iterable[T], ctx: Context) -> Iterator[T]:
+def until_stopped(items: Iterable[T], ctx: RunContext) -> Iterator[T]:
     """``items``, as long as nobody asks for a stop.
 
     Raises:
@@ -184,22 +184,24 @@ def until_stopped(items: Iterable[T], ctx: Context) -> Iterator[T]:
         yield item
 
 
-def example_of(c: Comparison) -> Batch:
+def example_of(c: ExperimentSpec) -> Batch:
     """Two samples for a dry run."""
     return next(iter(c.test)).rows(0, 2)
 
 
-def fitted(c: Comparison, student: nn.Module, teacher: nn.Module | None, seed: int) -> tuple[nn.Module, Method]:
+def prepare_student_and_method(
+    c: ExperimentSpec, student: nn.Module, teacher: nn.Module | None, seed: int
+) -> tuple[nn.Module, Method]:
     """What is trained of ``student``, and the method, fitted to it and the teacher; both start as the seed says."""
     method, example = c.method(), example_of(c)
     if method.peers:
         method.join(peers(c, method, seed))
-    apprentice = adapted(method, student, teacher, example, seed)
+    student = prepare_student(method, student, teacher, example, seed)
     ids = c.batches("distilled", seed).ids if method.needs_ids else None
-    return apprentice, built(method, apprentice, teacher, example, seed, ids)
+    return student, prepare_method(method, student, teacher, example, seed, ids)
 
 
-def peers(c: Comparison, method: Method, seed: int) -> list[nn.Module]:
+def peers(c: ExperimentSpec, method: Method, seed: int) -> list[nn.Module]:
     """What a method asks to be trained beside the student; no two start alike, nor like the student of any seed."""
     made = []
     for i, asked in enumerate(method.peers, 1):
@@ -218,13 +220,13 @@ def projectors(method: Method) -> int:
     return 0 if method.peers else parameters(method)
 
 
-def taught_on(c: Comparison, method: Method, seed: int) -> Batches:
+def taught_on(c: ExperimentSpec, method: Method, seed: int) -> Batches:
     """The training data of a method under a seed: all of it, or what has a label where the rest teaches nothing."""
-    return c.batches("distilled" if method.unlabelled else "alone", seed)
+    return c.batches("distilled" if method.unlabelled else "baseline", seed)
 
 
-def beginning(c: Comparison, arm: Arm, seed: int, live: ModelTeacher | None) -> tuple[nn.Module, Method]:
+def initial_student(c: ExperimentSpec, arm: Arm, seed: int, live: ModelTeacher | None) -> tuple[nn.Module, Method]:
     """The student of an arm and its method, untrained."""
-    if arm == "alone":
+    if arm == "baseline":
         return c.student(seed), c.supervised()
-    return fitted(c, c.student(seed), model_of(live), seed)
+    return prepare_student_and_method(c, c.student(seed), model_of(live), seed)

@@ -13,7 +13,7 @@ from tutelage.evaluation.statistics import paired, spread
 from tutelage.experiment.continuations import continued, drawn
 from tutelage.experiment.measure import latencies, parameters
 from tutelage.experiment.sample_predictions import collected, has_samples
-from tutelage.experiment.spec import FIGURES, Comparison, Context, References, example_of, projectors
+from tutelage.experiment.spec import FIGURES, ExperimentSpec, RunContext, TeacherReferences, example_of, projectors
 from tutelage.experiment.teacher_setup import is_taught
 from tutelage.experiment.teachers import ModelTeacher
 from tutelage.files import write_text
@@ -25,8 +25,8 @@ from tutelage.teachers import LiveTeacher
 
 
 def summarise(
-    c: Comparison,
-    ctx: Context,
+    c: ExperimentSpec,
+    ctx: RunContext,
     teacher: ModelTeacher | None,
     student: nn.Module,
     teacher_scores: dict[str, Any] | None,
@@ -85,10 +85,10 @@ def summarise(
         kept = [k for k in (c.metric, *FIGURES) if k in teacher_scores["validation"]]
         on_validation = {k: teacher_scores["validation"][k] for k in kept}
         summary["teacher"] = {**teacher_scores, "validation": on_validation}
-    if "alone" in results:
+    if "baseline" in results:
         summary["gain"] = {
             which: paired(
-                [r[which][c.metric] for r in results["distilled"]], [r[which][c.metric] for r in results["alone"]]
+                [r[which][c.metric] for r in results["distilled"]], [r[which][c.metric] for r in results["baseline"]]
             )
             for which in ("best", "last")
         }
@@ -102,7 +102,7 @@ def summarise(
     return summary
 
 
-def best_on_validation(c: Comparison, results: Sequence[Mapping[str, Any]]) -> str:
+def best_on_validation(c: ExperimentSpec, results: Sequence[Mapping[str, Any]]) -> str:
     """The training whose student is exported: the best on validation; the first where there is none."""
     if c.validation is None:
         return str(results[0]["training"])
@@ -110,12 +110,12 @@ def best_on_validation(c: Comparison, results: Sequence[Mapping[str, Any]]) -> s
     return str(results[key.index(max(key))]["training"])
 
 
-def exported_student(c: Comparison, ctx: Context, summary: dict[str, Any]) -> nn.Module:
+def exported_student(c: ExperimentSpec, ctx: RunContext, summary: dict[str, Any]) -> nn.Module:
     """The exported student as a plain module, in evaluation mode, on the CPU."""
     return finished_student(c, Path(ctx.run.path) / "student")
 
 
-def finished_student(c: Comparison, folder: Path) -> nn.Module:
+def finished_student(c: ExperimentSpec, folder: Path) -> nn.Module:
     """The student in a folder of a finished training, likewise."""
     reused = read_card(folder).get("reused_head")
     model = plain(c.student(c.seeds[0]).cpu())
@@ -125,17 +125,17 @@ def finished_student(c: Comparison, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def finished_pair(c: Comparison, ctx: Context, exported: str) -> dict[str, nn.Module]:
+def finished_pair(c: ExperimentSpec, ctx: RunContext, exported: str) -> dict[str, nn.Module]:
     """The exported student and, where there is one, the one that was trained alone under its seed, by arm."""
-    names = {"alone": exported.replace("distilled", "alone", 1)} if c.baseline else {}
+    names = {"baseline": exported.replace("distilled", "baseline", 1)} if c.baseline else {}
     names["distilled"] = exported
     return {arm: finished_student(c, ctx.run.model(name)).to(ctx.device) for arm, name in names.items()}
 
 
 def scored_by_tasks(
-    c: Comparison,
+    c: ExperimentSpec,
     harness: Callable[[nn.Module], dict[str, Any]],
-    ctx: Context,
+    ctx: RunContext,
     teacher: ModelTeacher | None,
     exported: str,
 ) -> dict[str, Any]:
@@ -146,10 +146,10 @@ def scored_by_tasks(
 
 
 def keep_samples(
-    c: Comparison,
-    ctx: Context,
+    c: ExperimentSpec,
+    ctx: RunContext,
     teacher: ModelTeacher | None,
-    references: References | None,
+    references: TeacherReferences | None,
     classes: int,
     exported: str,
 ) -> None:
@@ -162,7 +162,7 @@ def keep_samples(
     write_text(ctx.run.samples("test"), text + "\n")
 
 
-def keep_written(c: Comparison, ctx: Context, teacher: ModelTeacher | None, exported: str) -> None:
+def keep_written(c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | None, exported: str) -> None:
     """Write how teacher and students go on with texts of the test split, where they are language models."""
     if c.tokenizers is None or not c.samples.written:
         return

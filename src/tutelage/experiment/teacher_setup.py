@@ -18,7 +18,7 @@ from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.checks import check_taught
 from tutelage.experiment.similarity import Similarities
-from tutelage.experiment.spec import Comparison, Context, References, example_of, until_stopped
+from tutelage.experiment.spec import ExperimentSpec, RunContext, TeacherReferences, example_of, until_stopped
 from tutelage.experiment.teachers import Member, ModelTeacher, described
 from tutelage.experiment.trainer import train_and_keep
 from tutelage.methods import Method, check_capabilities, needs_of
@@ -37,7 +37,7 @@ from tutelage.teachers import (
 )
 
 
-def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> ModelTeacher:
+def live_teacher(c: ExperimentSpec, ctx: RunContext, model: nn.Module) -> ModelTeacher:
     """The teacher, trained first where it has no weights, frozen, on this process's device."""
     if c.ensemble is None:
         assert c.teacher is not None
@@ -50,7 +50,7 @@ def live_teacher(c: Comparison, ctx: Context, model: nn.Module) -> ModelTeacher:
     return as_taught(c, model, ctx.device)
 
 
-def as_taught(c: Comparison, model: nn.Module, device: torch.device, *, learned: bool = True) -> ModelTeacher:
+def as_taught(c: ExperimentSpec, model: nn.Module, device: torch.device, *, learned: bool = True) -> ModelTeacher:
     """The teacher with its weights, as it runs; unless ``learned``, members' weights that are to be are equal."""
     if c.ensemble is None:
         return LiveTeacher(model, mode=c.teacher_mode, **c.speed).to(device)
@@ -60,7 +60,7 @@ def as_taught(c: Comparison, model: nn.Module, device: torch.device, *, learned:
     return plan.teacher(model.children(), c.teacher_mode, device, c.validation)
 
 
-def trained(c: Comparison, ctx: Context, member: Member, model: nn.Module) -> nn.Module:
+def trained(c: ExperimentSpec, ctx: RunContext, member: Member, model: nn.Module) -> nn.Module:
     """``model``, which ``member`` built, once it has weights."""
     if member.train is None:
         return model
@@ -79,7 +79,9 @@ def trained(c: Comparison, ctx: Context, member: Member, model: nn.Module) -> nn
     return model
 
 
-def examined(c: Comparison, ctx: Context, teacher: ModelTeacher) -> tuple[References | None, dict[str, Any]]:
+def examined(
+    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher
+) -> tuple[TeacherReferences | None, dict[str, Any]]:
     """What the teacher says of the test split, where it reads what the student does, and how good it is.
 
     Raises:
@@ -89,7 +91,7 @@ def examined(c: Comparison, ctx: Context, teacher: ModelTeacher) -> tuple[Refere
         splits = {"validation": c.validation if c.validation is not None else c.test, "test": c.test}
         alone = {name: evaluate_teacher(teacher, AsTaught(split), ctx.device) for name, split in splits.items()}
         return None, alone["test"] | {"validation": alone["validation"]}
-    references = References(teacher, c.test, ctx)
+    references = TeacherReferences(teacher, c.test, ctx)
     on_validation = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, ctx.device)
     if "ece" in on_validation:
         check_taught(on_validation, references.classes, ctx)
@@ -133,7 +135,7 @@ def keep_body(model: nn.Module) -> None:
         parameter.requires_grad_(name in fresh)
 
 
-def say_ensemble(scores: Mapping[str, Any], ctx: Context) -> None:
+def say_ensemble(scores: Mapping[str, Any], ctx: RunContext) -> None:
     """Each member's accuracy, weight and the ensemble's accuracy."""
     found = scores["ensemble"]
     what = {"learned": "learned weight", "given": "weight", "equal": "weight"}[found["weights"]]
@@ -146,7 +148,7 @@ def say_ensemble(scores: Mapping[str, Any], ctx: Context) -> None:
 
 
 @contextmanager
-def served_by(c: Comparison, terminal: Terminal, method: Method, classes: int) -> Iterator[ServedTeacher | None]:
+def served_by(c: ExperimentSpec, terminal: Terminal, method: Method, classes: int) -> Iterator[ServedTeacher | None]:
     """The teacher behind a server, where there is one and it is asked for anything."""
     if c.served is None or not is_taught(method):
         yield None
@@ -159,7 +161,7 @@ def served_by(c: Comparison, terminal: Terminal, method: Method, classes: int) -
 
 @contextmanager
 def taught_by(
-    c: Comparison, ctx: Context, teacher: ModelTeacher | ServedTeacher | None, method: Method, classes: int
+    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | ServedTeacher | None, method: Method, classes: int
 ) -> Iterator[Teacher | None]:
     """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
     if teacher is None or not is_taught(method):
@@ -202,7 +204,7 @@ def all_needs(method: Method) -> Needs:
 
 
 def remembered(
-    c: Comparison, ctx: Context, teacher: ModelTeacher | ServedTeacher, method: Method, classes: int
+    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | ServedTeacher, method: Method, classes: int
 ) -> Teacher:
     """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
     if isinstance(teacher, ServedTeacher) or not rememberable(c, ctx, teacher, method, classes):
@@ -210,7 +212,7 @@ def remembered(
     return in_memory(c, ctx, teacher, all_needs(method))
 
 
-def rememberable(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Method, classes: int) -> bool:
+def rememberable(c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, method: Method, classes: int) -> bool:
     """Whether the teacher's word never changes and fits the memory; the run directory keeps the answer."""
     needs = all_needs(method)
     if c.remember is None or method.needs is None or needs.head or c.teacher_mode != "eval":
@@ -226,7 +228,7 @@ def rememberable(c: Comparison, ctx: Context, teacher: ModelTeacher, method: Met
     return from_main(ctx.accelerator, lambda: ctx.run.decided("remembered", fits))
 
 
-def in_memory(c: Comparison, ctx: Context, teacher: ModelTeacher, needs: Needs) -> MemoryTeacher:
+def in_memory(c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, needs: Needs) -> MemoryTeacher:
     """The teacher's word on the training data, asked once."""
     assert c.remember is not None
 

@@ -19,30 +19,30 @@ from tutelage.experiment.similarity import Similarities
 from tutelage.experiment.spec import (
     FIGURES,
     Arm,
-    Comparison,
-    Context,
-    References,
-    beginning,
+    ExperimentSpec,
+    RunContext,
+    TeacherReferences,
     example_of,
+    initial_student,
     model_of,
     taught_on,
 )
 from tutelage.experiment.teachers import ModelTeacher
 from tutelage.files import new_folder
-from tutelage.methods import DistillationModule, Method, adapted, needs_of
+from tutelage.methods import DistillationModule, Method, needs_of, prepare_student
 from tutelage.models import save_model
 from tutelage.students import ReusedHead, plain
 from tutelage.teachers import Signal, Teacher
 
 
 def train_student(
-    c: Comparison,
-    ctx: Context,
+    c: ExperimentSpec,
+    ctx: RunContext,
     arm: Arm,
     seed: int,
     teacher: Teacher | None,
     live: ModelTeacher | None,
-    references: References | None,
+    references: TeacherReferences | None,
     classes: int,
 ) -> dict[str, Any]:
     """Train one student, or find it trained, and return its result."""
@@ -57,19 +57,19 @@ def train_student(
 
     def rebuilt() -> nn.Module:
         model = c.student(seed)
-        return model if arm == "alone" else adapted(c.method(), model, model_of(live), example_of(c), seed)
+        return model if arm == "baseline" else prepare_student(c.method(), model, model_of(live), example_of(c), seed)
 
     others = training.method.others(training.student)
     cards = [{**card, **c.peer_card(asked), "arm": arm} for asked in training.method.peers]
     kept = dict(zip(others, cards, strict=True)) if cards else {}
     return train_and_keep(
-        training, ctx, rebuilt, c.test, references, card, Others(lambda: beginning(c, arm, seed, live)[1], kept)
+        training, ctx, rebuilt, c.test, references, card, Others(lambda: initial_student(c, arm, seed, live)[1], kept)
     )
 
 
 def training_of(
-    c: Comparison,
-    ctx: Context,
+    c: ExperimentSpec,
+    ctx: RunContext,
     arm: Arm,
     seed: int,
     teacher: Teacher | None,
@@ -77,7 +77,7 @@ def training_of(
     classes: int,
 ) -> Training:
     """The training of a student; the phases that its method needs before it are done."""
-    fresh = partial(beginning, c, arm, seed, live)
+    fresh = partial(initial_student, c, arm, seed, live)
     student, method = fresh()
     training = Training(
         name=f"{arm}-seed{seed}",
@@ -116,7 +116,7 @@ class Others:
 
 def after_phases(
     training: Training,
-    ctx: Context,
+    ctx: RunContext,
     fresh: Callable[[], tuple[nn.Module, Method]],
     live: ModelTeacher | None,
     example: Batch,
@@ -159,15 +159,15 @@ def keep_reached(
 ) -> None:
     """Freeze what of student and method gets no gradient from the method, by one pass in evaluation mode."""
     method.requires_grad_(True)
-    trainee, batch = DistillationModule(student, method).to(device).eval(), example.to(device)
-    terms = trainee(batch, said(teacher, method, batch))
+    module, batch = DistillationModule(student, method).to(device).eval(), example.to(device)
+    terms = module(batch, get_signal(teacher, method, batch))
     torch.stack([term.sum for term in terms.values()]).sum().backward()
-    for parameter in trainee.parameters():
+    for parameter in module.parameters():
         parameter.requires_grad_(parameter.grad is not None)
-    trainee.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=True)
 
 
-def said(teacher: Teacher | None, method: Method, batch: Batch) -> Signal | None:
+def get_signal(teacher: Teacher | None, method: Method, batch: Batch) -> Signal | None:
     """The teacher's word on a batch, where the method needs any."""
     needs = needs_of(method, teacher)
     if needs is None:
@@ -178,10 +178,10 @@ def said(teacher: Teacher | None, method: Method, batch: Batch) -> Signal | None
 
 def train_and_keep(
     training: Training,
-    ctx: Context,
+    ctx: RunContext,
     rebuild: Callable[[], nn.Module],
     test: Iterable[Batch],
-    references: References | None,
+    references: TeacherReferences | None,
     card: dict[str, Any],
     others: Others | None = None,
 ) -> dict[str, Any]:
@@ -218,10 +218,10 @@ def train_and_keep(
 
 def _measured_others(
     outcome: Outcome,
-    ctx: Context,
+    ctx: RunContext,
     rebuild: Callable[[], nn.Module],
     test: Iterable[Batch],
-    references: References | None,
+    references: TeacherReferences | None,
     method: Method,
 ) -> tuple[dict[str, Any], dict[str, nn.Module]]:
     """What a method's other models score on the test split, by name, and the models with the best weights.
@@ -247,10 +247,10 @@ def _measured_others(
 def _measured(
     training: Training,
     outcome: Outcome,
-    ctx: Context,
+    ctx: RunContext,
     rebuild: Callable[[], nn.Module],
     test: Iterable[Batch],
-    references: References | None,
+    references: TeacherReferences | None,
 ) -> dict[str, Any]:
     """The result of a training, and under ``model`` the module that holds the best weights."""
     model = rebuild().to(ctx.device)

@@ -144,7 +144,7 @@ def _figures(manifest: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     rows: list[tuple[str, ...]] = []
     teacher = summary.get("teacher") or {}
     sizes, speed = summary.get("parameters") or {}, summary.get("latency") or {}
-    for who, title in (("alone", "the same student alone"), ("distilled", "**this student**")):
+    for who, title in (("baseline", "the same baseline student"), ("distilled", "**this student**")):
         row = (summary.get("students") or {}).get(who)
         if row and metric in row["best"]:
             rows.append((title, _spread(row["best"][metric], metric), _count(sizes.get("student")),
@@ -163,7 +163,7 @@ def _figures(manifest: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     ]
     gain = (summary.get("gain") or {}).get("best")
     if gain:
-        lines.append(f"Gain over the same student alone: {_gain(gain, metric)}.")
+        lines.append(f"Gain over the same baseline student: {_gain(gain, metric)}.")
     _, mine = _quality(summary, "distilled")
     if metric in teacher and mine is not None and metric != "perplexity" and teacher[metric]:
         lines.append(f"Retention: {mine / teacher[metric]:.1%} of the teacher's {metric}.")

@@ -140,7 +140,7 @@ def _for_pages(
 
     at = {who: run_of(model) for who, model in settings.answers.items()}
     roles = {
-        who: "teacher" if model == GIVEN else "alone" if at[who] is None else "distilled"
+        who: "teacher" if model == GIVEN else "baseline" if at[who] is None else "distilled"
         for who, model in settings.answers.items()
     }
     found = {

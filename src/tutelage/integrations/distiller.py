@@ -15,10 +15,10 @@ from tutelage.methods import (
     LogitMethod,
     Method,
     Term,
-    adapted,
-    built,
     check_capabilities,
     needs_of,
+    prepare_method,
+    prepare_student,
 )
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
@@ -91,8 +91,8 @@ class Distiller(DistillationModule):
         few = _batch(example, to_batch).rows(0, EXAMPLE).to(place)
         if peers:
             method.join(peers)
-        apprentice = adapted(method, student, model, few, seed)
-        built(method, apprentice, model, few, seed, ids)
+        adapted_student = prepare_student(method, student, model, few, seed)
+        prepare_method(method, adapted_student, model, few, seed, ids)
         if method.phases() and not phases_done:
             names = ", ".join(phase.name for phase in method.phases())
             raise CapabilityError(
@@ -100,7 +100,7 @@ class Distiller(DistillationModule):
                 remedy="train each as a Distiller of its phase.method, then pass phases_done=True; or use "
                 "tutelage.distill, which does",
             )
-        super().__init__(apprentice, method)
+        super().__init__(adapted_student, method)
         self.teacher, self.to_batch = live, to_batch
         self.terms: dict[str, Term] = {}
         self.open()

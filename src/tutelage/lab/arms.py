@@ -214,7 +214,7 @@ class Results:
         return 2 * sim[i, j] / (mass[i] + mass[j])
 
     def logits(self, model: str) -> Tensor:
-        """What a model of the first arm (``teacher``, ``alone-seed0`` ...) says of the validation split, float64."""
+        """Logits of a model of the first arm (``teacher``, ``baseline-seed0``) on the validation split, float64."""
         if model not in self._logits:
             recipe = recipe_of(self.bases, ARMS["T1"], self.out)
             if self._data is None:

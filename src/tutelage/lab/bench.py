@@ -18,7 +18,7 @@ import yaml
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.errors import ConfigError, Interrupted, RunDirectoryError, suggest
-from tutelage.experiment.run_directory import opened
+from tutelage.experiment.open_run import open_run_directory
 from tutelage.files import write_text
 from tutelage.lab import llm
 from tutelage.lab.arms import ARMS, FIRST, SMALL, SMALL_LLM, SMALL_TEXTS, Bases, Results, merged, run_arm
@@ -150,7 +150,7 @@ def run_lab(
     wanted = {name for i in asked for name in CLAIMS[i].arms}
     wanted |= {FIRST[ARMS[name].base] for name in wanted if ARMS[name].base in FIRST}
     arms = [name for name in ARMS if name in wanted]
-    with opened(out, dump_recipe(base), resume=resume, main=True):
+    with open_run_directory(out, dump_recipe(base), resume=resume, main=True):
         if any(ARMS[name].base == "llm" for name in arms):
             llm.prepare(bases["llm"], out)
         began = time.monotonic()

@@ -36,7 +36,7 @@ class Claim:
 
 
 def _arms(results: Results, named: dict[str, tuple[str, str]]) -> dict[str, dict[str, list[float]]]:
-    """Test accuracy by label, of a run's arm (``alone``, ``distilled``) or a workflow's row, both ways to choose."""
+    """Test accuracy by label, of a run's arm (``baseline``, ``distilled``) or a workflow's row, for best and last."""
 
     def values(arm: str, which: str, weights: str) -> list[float]:
         read = results.accuracy if "students" in results.summary(arm) else results.row
@@ -66,8 +66,8 @@ def _compared(results: Results, named: dict[str, tuple[str, str]], parts: Sequen
 
 def soft_labels(results: Results) -> Finding:
     """A student with soft labels against the same student without."""
-    named = {"alone": ("kd", "alone"), "distilled": ("kd", "distilled")}
-    return _compared(results, named, [("soft labels raise the student's accuracy", "distilled", "alone")])
+    named = {"baseline": ("kd", "baseline"), "distilled": ("kd", "distilled")}
+    return _compared(results, named, [("soft labels raise the student's accuracy", "distilled", "baseline")])
 
 
 def temperature(results: Results) -> Finding:
@@ -110,7 +110,7 @@ def t_squared(results: Results) -> Finding:
     ts = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
     norms: dict[bool, list[list[float]]] = {True: [], False: []}
     for seed in results.base.seeds:
-        student = results.logits(f"alone-seed{seed}")
+        student = results.logits(f"baseline-seed{seed}")
         for squared in norms:
             norms[squared].append(
                 [float(_soft_gradient(student, teacher, t, squared=squared).norm(dim=-1).mean()) for t in ts]
@@ -151,7 +151,7 @@ def gradient(results: Results) -> Finding:
     for t in (0.5, 1.0, 2.0, 4.0, 8.0, 20.0):
         errors = []
         for seed in results.base.seeds:
-            student = results.logits(f"alone-seed{seed}")
+            student = results.logits(f"baseline-seed{seed}")
             closed = (torch.softmax(student / t, -1) - torch.softmax(teacher / t, -1)) / t
             found = _soft_gradient(student, teacher, t, squared=False)
             errors.append(float((closed - found).abs().max()))
@@ -180,7 +180,7 @@ def dark_knowledge(results: Results) -> Finding:
     teacher = results.similarity("teacher", t)
     taught, alone = (
         [_spearman(results.similarity(f"{arm}-seed{seed}", t), teacher) for seed in results.base.seeds]
-        for arm in ("distilled", "alone")
+        for arm in ("distilled", "baseline")
     )
     parts = [
         within("classes that the teacher finds alike are alike to a student that never saw it (rank correlation)",
@@ -190,7 +190,7 @@ def dark_knowledge(results: Results) -> Finding:
     names = results.summary("kd").get("classes") or [str(i) for i in range(10)]
     i, j = torch.triu_indices(len(names), len(names), 1).unbind()
     alike = [f"{names[int(i[k])]} and {names[int(j[k])]}" for k in teacher.argsort(descending=True)[:3]]
-    series = {"rank correlation with the teacher": [point("alone", alone), point("distilled", taught)]}
+    series = {"rank correlation with the teacher": [point("baseline", alone), point("distilled", taught)]}
     drawn = Figure("", "Spearman's rank correlation", series, says="How near each student's order of the pairs of "
                    "classes is to the teacher's.")  # fmt: skip
     note = f"sim(i, j) = E[p_i p_j] at T = {t} on the test split. Most alike to the teacher: {'; '.join(alike)}."
@@ -206,11 +206,12 @@ def _more(says: str, treated: Sequence[float], control: Sequence[float], unit: s
 def _features(name: str, word: str) -> Callable[[Results], Finding]:
     def judge(results: Results) -> Finding:
         named = {
-            "alone": ("kd", "alone"), f"{word} only": (name, "distilled"), "soft labels only": ("kd", "distilled"),
+            "baseline": ("kd", "baseline"), f"{word} only": (name, "distilled"),
+            "soft labels only": ("kd", "distilled"),
             "both": (f"{name}-kd", "distilled"),
         }  # fmt: skip
         parts = [
-            (f"matching {word} helps beside hard labels", f"{word} only", "alone"),
+            (f"matching {word} helps beside hard labels", f"{word} only", "baseline"),
             (f"matching {word} helps beside soft labels", "both", "soft labels only"),
         ]
         return _compared(results, named, parts)
@@ -248,7 +249,7 @@ def capacity_gap(results: Results) -> Finding:
     ratio = {arm: float(results.summary(arm)["capacity_ratio"]) for arm in arms}
     arms.sort(key=ratio.__getitem__)
     gains = {
-        arm: [a - b for a, b in zip(results.accuracy(arm), results.accuracy(arm, "alone"), strict=True)]
+        arm: [a - b for a, b in zip(results.accuracy(arm), results.accuracy(arm, "baseline"), strict=True)]
         for arm in arms
     }
     teacher = results.summary("kd")["teacher"]["accuracy"]
@@ -263,17 +264,17 @@ def capacity_gap(results: Results) -> Finding:
         gain("above r = 0.1 it helps more than below r = 0.01", mean(large), mean(small)),
     ]
     drawn = [
-        Figure("student's parameters over teacher's", "gain over the student alone",
+        Figure("student's parameters over teacher's", "gain over the baseline student",
                {"gain": [point(ratio[a], gains[a]) for a in arms]}, log_x=True, percent=True,
                says="Gain of distillation over the capacity ratio."),
         Figure("student's parameters over teacher's", "test accuracy",
                {"distilled": [point(ratio[a], results.accuracy(a)) for a in arms],
-                "alone": [point(ratio[a], results.accuracy(a, "alone")) for a in arms],
+                "baseline": [point(ratio[a], results.accuracy(a, "baseline")) for a in arms],
                 "teacher": [Point(ratio[a], teacher) for a in (arms[0], arms[-1])]}, log_x=True, percent=True,
                says="Accuracy over the capacity ratio."),
     ]  # fmt: skip
     found = _arms(
-        results, {f"{which}, r = {ratio[a]:.4f}": (a, which) for a in arms for which in ("alone", "distilled")}
+        results, {f"{which}, r = {ratio[a]:.4f}": (a, which) for a in arms for which in ("baseline", "distilled")}
     )
     kept = ", ".join(f"{sum(results.accuracy(a)) / len(zero) / teacher:.1%} at r = {ratio[a]:.4f}" for a in arms)
     return Finding(parts, drawn, [f"Of the teacher's accuracy the distilled student keeps {kept}."], found)
@@ -281,7 +282,7 @@ def capacity_gap(results: Results) -> Finding:
 
 def assistant(results: Results) -> Finding:
     """Through assistants against the teacher itself, for a student of under a hundredth of its size."""
-    names = ["student alone", "taught directly", "taught through assistants"]
+    names = ["baseline student", "taught directly", "taught through assistants"]
     parts = [("a student far smaller than its teacher learns more through an assistant", names[2], names[1])]
     found = _compared(results, {name: ("assistant", name) for name in names}, parts)
     rows = {row["name"]: row["parameters"] for row in results.summary("assistant")["rows"]}
@@ -294,7 +295,7 @@ def assistant(results: Results) -> Finding:
 def augmentation(results: Results) -> Finding:
     """Four cells: soft labels or not, augmentation or not; the teacher sees the student's view."""
     named = {
-        "neither": ("kd", "alone"), "augmentation": ("augmented", "alone"), "soft labels": ("kd", "distilled"),
+        "neither": ("kd", "baseline"), "augmentation": ("augmented", "baseline"), "soft labels": ("kd", "distilled"),
         "both": ("augmented", "distilled"),
     }  # fmt: skip
     parts = [(f"both are better than {other} alone", "both", other) for other in ("soft labels", "augmentation")]
@@ -309,7 +310,7 @@ def distilbert(results: Results) -> Finding:
         "from random weights": "random-weights",
     }  # fmt: skip
     found = _arms(results, {label: (arm, "distilled") for label, arm in named.items()})
-    found["masked words alone"] = {w: results.accuracy("triple", "alone", w) for w in ("last", "best")}
+    found["masked words alone"] = {w: results.accuracy("triple", "baseline", w) for w in ("last", "best")}
     whole, *others = (values["last"] for values in found.values())
     summary = results.summary("triple")
     teacher = summary["teacher"]["accuracy"]
@@ -365,7 +366,7 @@ def closed_teacher(results: Results) -> Finding:
 CLAIMS: dict[str, Claim] = {
     "soft-labels": Claim(
         "A student learns more from the teacher's soft labels than from hard labels alone (72 to 76 % there).",
-        "Student alone and distilled: same images, steps, initial weights and order.", ["kd"], soft_labels,
+        "Baseline student and distilled: same images, steps, initial weights and order.", ["kd"], soft_labels,
     ),
     "temperature": Claim(
         "T = 4 to 8 works; T = 1 transfers little and T = 20 loses discrimination. T to infinity is uniform, T to 0 "

@@ -13,8 +13,8 @@ from tutelage.reports.panel import Dots, Panel, axes, plot_text
 from tutelage.reports.parts import figure, table
 from tutelage.reports.wording import ABSENT, escaped
 
-COLOURS = ("distilled", "alone", "teacher")
-INK = {"distilled": "#0a66c2", "alone": "#bd5a00", "teacher": "#5b6672"}
+COLOURS = ("distilled", "baseline", "teacher")
+INK = {"distilled": "#0a66c2", "baseline": "#bd5a00", "teacher": "#5b6672"}
 SYMBOLS = ("circle", "square", "diamond")
 MARKS = ("o", "s", "D")
 SIGNS = {"reproduced": "✓", "not reproduced": "✗", "inconclusive": "?"}

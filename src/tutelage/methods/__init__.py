@@ -5,11 +5,11 @@ from tutelage.methods.base import (
     Method,
     Phase,
     Term,
-    adapted,
-    built,
     check_capabilities,
     check_task,
     needs_of,
+    prepare_method,
+    prepare_student,
 )
 from tutelage.methods.byot import ByotMethod
 from tutelage.methods.cross_tokenizer import CrossTokenizerMethod
@@ -72,9 +72,9 @@ __all__ = [
     "TinybertMethod",
     "TokenMethod",
     "TripleMethod",
-    "adapted",
-    "built",
     "check_capabilities",
     "check_task",
     "needs_of",
+    "prepare_method",
+    "prepare_student",
 ]

@@ -83,7 +83,7 @@ class Method(nn.Module):
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
         """Make what depends on the models, such as projectors; called once, before anything is trained.
 
-        Neither model may be changed. Use :func:`built`, which makes the initialisation a function of a seed.
+        Neither model may be changed. Use :func:`prepare_method`, which makes the initialisation a function of a seed.
 
         Args:
             student: what :meth:`adapt` returned.
@@ -153,7 +153,7 @@ class Phase(NamedTuple):
     """Shares with the method what it trains. Whatever of the student its loss does not reach stays as it is."""
 
 
-def built(
+def prepare_method(
     method: Method,
     student: nn.Module,
     teacher: nn.Module | None,
@@ -165,7 +165,7 @@ def built(
 
     Args:
         method: changed in place, by its :meth:`Method.build`.
-        student: what :func:`adapted` returned.
+        student: what :func:`prepare_student` returned.
         teacher: the teacher's model; ``None`` where there is none.
         example: a few samples of the data.
         seed: of the run.
@@ -176,7 +176,9 @@ def built(
     return method
 
 
-def adapted(method: Method, student: nn.Module, teacher: nn.Module | None, example: Batch, seed: int) -> nn.Module:
+def prepare_student(
+    method: Method, student: nn.Module, teacher: nn.Module | None, example: Batch, seed: int
+) -> nn.Module:
     """What ``method`` trains and exports for ``student``; what it adds is a function of ``seed`` alone.
 
     Args:

@@ -55,7 +55,7 @@ LOGIT_LOSSES: dict[str, LogitLoss] = {
 
 
 class SupervisedMethod(Method):
-    """Cross-entropy with the labels: how a teacher is trained, and a student alone.
+    """Cross-entropy with the labels: how a teacher is trained, and a baseline student.
 
     Args:
         label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).

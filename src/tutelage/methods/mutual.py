@@ -33,7 +33,7 @@ class MutualMethod(Method):
     training has: split batches, several processes, a clipped gradient (of all students together) and a resume to the
     same bits. It also takes K forward passes a step and not 2K - 1.
 
-    The student of the run is one of the K, and has the initialisation of the student alone. The others are parts of
+    The student of the run is one of the K, and starts from the baseline student's weights. The others are parts of
     the method while it is trained; a run saves and measures them beside the student, with the weights that they had
     when the student was best on validation.
 
@@ -71,7 +71,7 @@ class MutualMethod(Method):
         super().__init__()
         given: list[Peer] = [None] * peers if isinstance(peers, int) else list(peers)
         for name, value, right, remedy in (
-            ("peers", peers, len(given) > 0, "at least one: a student alone has nobody to learn from"),
+            ("peers", peers, len(given) > 0, "at least one: the student needs at least one peer"),
             ("temperature", temperature, temperature > 0, "must be above 0; the paper has 1"),
             ("weight", weight, weight >= 0, "must be 0 or more; the paper has 1"),
             ("target", target, target in ("each", "mean"), "allowed: each, mean"),

@@ -20,7 +20,7 @@ class SimkdMethod(Method):
     r"""SimKD: :math:`w\,\|P(F^S) - F^T\|_2^2`, and the teacher's own classifier on the projected feature.
 
     The student is trained and exported with a projector and the teacher's classifier in place of its own head, so it
-    has more parameters than the student alone: the run says how many. Maps are compared where the teacher's
+    has more parameters than the baseline student: the run says how many. Maps are compared where the teacher's
     classifier works on the mean of its last map, else what goes into the heads.
 
     Args:

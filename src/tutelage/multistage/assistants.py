@@ -53,7 +53,7 @@ def assistant_chain(stages: StageRunner, device: torch.device) -> dict[str, Any]
     if asked.direct:
         direct = stages.stage("direct")
         teacher, taught_first = with_trained_weights(teacher, direct.path), direct
-        alone = [result_of(direct, f"alone-seed{s}") for s in recipe.seeds] if recipe.baseline else []
+        alone = [result_of(direct, f"baseline-seed{s}") for s in recipe.seeds] if recipe.baseline else []
         straight = [result_of(direct, f"distilled-seed{s}") for s in recipe.seeds]
     data = stages.data(recipe)
     models = [*chosen(recipe, asked, data, stages.terminal.say), recipe.student]
@@ -96,12 +96,12 @@ def assistant_chain(stages: StageRunner, device: torch.device) -> dict[str, Any]
             ResultRow(f"assistant {i + 1}", "assistant", results, known[f"assistant-{i + 1}"], by, step=i + 1)
         )
     if alone:
-        rows.append(ResultRow("student alone", "alone", alone, student))
+        rows.append(ResultRow("baseline student", "baseline", alone, student))
     if straight:
         rows.append(ResultRow("taught directly", "direct", straight, student, "teacher",
-                        against=["student alone"] if alone else []))  # fmt: skip
+                        against=["baseline student"] if alone else []))  # fmt: skip
     if len(models) > 1:
-        against = [name for name, there in (("taught directly", straight), ("student alone", alone)) if there]
+        against = [name for name, there in (("taught directly", straight), ("baseline student", alone)) if there]
         rows.append(
             ResultRow("taught through assistants", "distilled", chain[-1], student, f"assistant {len(models) - 1}",
                 against=against, step=len(models))

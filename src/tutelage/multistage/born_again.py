@@ -61,7 +61,7 @@ def born_again(stages: StageRunner, device: torch.device) -> dict[str, Any]:
                 ensembles[n].append(scores)
     rows = [
         ResultRow(
-            f"generation {n}", "alone" if n == 0 else "distilled", results, parameters,
+            f"generation {n}", "baseline" if n == 0 else "distilled", results, parameters,
             taught_by=f"generation {n - 1}" if n else None,
             against=[f"generation {other}" for other in dict.fromkeys((n - 1, 0)) if n],
             step=n,
@@ -87,7 +87,7 @@ def born(seed: int, generation: int) -> int:
 
 
 def untaught(seed: int) -> dict[str, Any]:
-    """In what the stage of generation 0 differs from the recipe: the student alone, on its labelled images."""
+    """In what the stage of generation 0 differs from the recipe: the baseline student, on its labelled images."""
     return {"method": {"kind": "supervised"}, "seeds": [seed], "baseline": False}
 
 

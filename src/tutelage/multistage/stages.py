@@ -23,7 +23,7 @@ from tutelage.data import Data
 from tutelage.engine import RunDirectory
 from tutelage.errors import RunDirectoryError
 from tutelage.evaluation.statistics import paired, spread
-from tutelage.experiment.run import Finished, load_data, read_summary, run_data
+from tutelage.experiment.run import RunResult, load_data, read_summary, run_data
 from tutelage.files import write_text
 from tutelage.progress import Terminal
 
@@ -56,7 +56,7 @@ class StageRunner:
         """The folder of a stage."""
         return self.run.path / "stages" / name
 
-    def stage(self, name: str, **changes: Any) -> Finished:
+    def stage(self, name: str, **changes: Any) -> RunResult:
         """Run a stage, or go on with it, or find it finished: the workflow's recipe with other sections.
 
         Args:
@@ -67,7 +67,7 @@ class StageRunner:
         self.names.append(name)
         summary = path / "summary.json"
         if summary.exists():  # whatever its paths were then; the workflow's own settings are checked
-            return Finished(path, read_summary(summary))
+            return RunResult(path, read_summary(summary))
         stage = staged(self.recipe, name, **changes)
         self.terminal.say(f"stage {name}")
         return run_data(stage, self.data(stage), path, resume=(path / "config.yaml").exists(), terminal=self.terminal)
@@ -107,7 +107,7 @@ class ResultRow:
 
     Attributes:
         name: what it is.
-        role: ``teacher``, ``alone``, ``distilled``, ``assistant``, ``ensemble`` or ``control``.
+        role: ``teacher``, ``baseline``, ``distilled``, ``assistant``, ``ensemble`` or ``control``.
         results: for each seed ``best`` and ``last`` figures of the test split, and ``validation``.
         parameters: of one such model.
         taught_by: the name of another row, where there is one.
@@ -186,7 +186,7 @@ def _against(row: ResultRow, other: ResultRow) -> dict[str, Any]:
     return {which: paired(row.values(which), other.values(which)) for which in ("best", "last")}
 
 
-def result_of(stage: Finished, training: str) -> dict[str, Any]:
+def result_of(stage: RunResult, training: str) -> dict[str, Any]:
     """The result of a training in a finished stage.
 
     Raises:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tutelage.config import Recipe, dump_recipe
-from tutelage.experiment.run import Finished, prepared, read_summary, run_recipe
-from tutelage.experiment.run_directory import opened
+from tutelage.experiment.open_run import open_run_directory
+from tutelage.experiment.run import RunResult, prepared, read_summary, run_recipe
 from tutelage.multistage.assistants import assistant_chain
 from tutelage.multistage.born_again import born_again, untaught
 from tutelage.multistage.stages import StageRunner, staged
@@ -25,7 +25,7 @@ WORKFLOWS: dict[str, Callable[[StageRunner, torch.device], dict[str, Any]]] = {
 
 def run_workflow(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
-) -> Finished:
+) -> RunResult:
     """Carry out a recipe's workflow, or go on with it.
 
     Args:
@@ -40,17 +40,17 @@ def run_workflow(
     """
     assert recipe.workflow is not None
     path, accelerator, terminal = prepared(recipe, out, resume, terminal)
-    with opened(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
+    with open_run_directory(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
         if run.summary.exists():
             terminal.say(f"{path} is finished; showing what it found")
-            return Finished(path, read_summary(run.summary))
+            return RunResult(path, read_summary(run.summary))
         stages = StageRunner(recipe, run, terminal)
-        return Finished(path, WORKFLOWS[recipe.workflow.kind](stages, accelerator.device))
+        return RunResult(path, WORKFLOWS[recipe.workflow.kind](stages, accelerator.device))
 
 
 def run_recipe_or_workflow(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
-) -> Finished:
+) -> RunResult:
     """:func:`run_workflow` where the recipe has a workflow, else :func:`run_recipe`."""
     how = run_recipe if recipe.workflow is None else run_workflow
     return how(recipe, out=out, resume=resume, terminal=terminal)

@@ -87,7 +87,7 @@ def judgement(found: Mapping[str, Any], label: str = "", heading: str = "h2") ->
     for i, one in enumerate(found["samples"], 1):
         verdicts = [(pairs[name], orders) for name, orders in one["verdicts"].items() if name in pairs]
         answers = [
-            (roles.get(name, "alone"), name, text, "preferred" if _preferred(name, verdicts) else "")
+            (roles.get(name, "baseline"), name, text, "preferred" if _preferred(name, verdicts) else "")
             for name, text in one["answers"].items()
         ]
         said = [verdict_words(pair, orders) for pair, orders in verdicts]

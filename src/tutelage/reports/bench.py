@@ -13,7 +13,7 @@ from tutelage.reports.wording import escaped
 
 COLUMNS = {"eager": "eager", "compiled": "compiled", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8"}
 MARKS = {"eager": "circle", "compiled": "square", "onnx": "diamond", "int8": "triangle"}
-COLOURS = {"teacher": "--teacher", "student": "--distilled", "other": "--alone"}
+COLOURS = {"teacher": "--teacher", "student": "--distilled", "other": "--baseline"}
 SHARES = ("accuracy", "f1", "recall", "agreement")
 """Metrics that are shown in per cent."""
 

@@ -31,7 +31,7 @@ def _of_run(run: Run, several: bool) -> str:
     who = ["teacher", *arms] if has_teacher else arms
     sizes, speed = summary["parameters"], summary.get("latency") or {}
     weights = {"teacher": _bytes(run.path, "models/teacher*"), "distilled": _bytes(run.path, "student")}
-    weights["alone"] = _bytes(run.path, f"models/alone-seed{summary['seeds'][0]}")
+    weights["baseline"] = _bytes(run.path, f"models/baseline-seed{summary['seeds'][0]}")
     took = {arm: (summary["students"][arm].get("seconds") or {}).get("mean") for arm in arms}
     took["teacher"] = _teacher_seconds(run.path)
 

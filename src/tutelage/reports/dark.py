@@ -13,7 +13,7 @@ from tutelage.reports.panel import Panel, plot_text, short
 from tutelage.reports.parts import control, role, table
 from tutelage.reports.read import Run
 from tutelage.reports.similarity import Alike, Matrix, alike, pairs_of, spread
-from tutelage.reports.wording import ABSENT, ALONE, DISTILLED, called, count, escaped
+from tutelage.reports.wording import ABSENT, BASELINE, DISTILLED, called, count, escaped
 
 PAIRS = 10
 """Pairs in the table."""
@@ -225,7 +225,7 @@ def finding(at: Alike, t: str, names: Sequence[str], who: Mapping[str, str] = ca
     more, seeds = at.nearer()
     whose = "distilled student" if who["distilled"] == DISTILLED else who["distilled"]
     if seeds == 1:
-        nearer = whose if more else ALONE
+        nearer = whose if more else BASELINE
         return f"{text} The {nearer} is nearer to the teacher's order in this one seed, which cannot rule out chance."
     if not seeds:
         return text

@@ -41,7 +41,7 @@ def _of_run(run: Run, data: list[dict[str, Any]], heading: bool) -> str:
     if not found["samples"]:
         return f"{title}<p class='finding'>{escaped(finding(found, who))}</p>"
     taught = temperature(run)
-    order = [name for name in ("teacher", "alone", "distilled") if name in found["samples"][0]["logits"]]
+    order = [name for name in ("teacher", "baseline", "distilled") if name in found["samples"][0]["logits"]]
     data.append(
         {
             "names": names, "models": order, "called": [who[name] for name in order], "reference": found["reference"],
@@ -133,9 +133,9 @@ def finding(found: Mapping[str, Any], who: Mapping[str, str]) -> str:
         f" The {first} alone is right on {count(right['reference'])}, the {second} alone on "
         f"{count(right['student'])}; both are right on {count(right['both'])}, neither on {count(right['neither'])}."
     )
-    alone = found["agree"].get("alone")
+    alone = found["agree"].get("baseline")
     if alone is not None and found["reference"] == "teacher":
-        text += f" The {who['alone']} disagrees with the teacher on {count(n - alone)}."
+        text += f" The {who['baseline']} disagrees with the teacher on {count(n - alone)}."
     return text
 
 

@@ -20,7 +20,7 @@ def seed_by_seed(runs: Sequence[Run]) -> Panel:
     """Test accuracy, or what else runs are judged by, of every student and of the teacher; one row a run and arm."""
     data: list[Dots] = []
     rows: list[tuple[Run, str]] = [(run, arm) for run in runs for arm in run.arms]
-    for role in ("alone", "distilled"):
+    for role in ("baseline", "distilled"):
         x, y, texts = [], [], []
         means: list[tuple[float, int]] = []
         for at, (run, arm) in enumerate(rows):
@@ -242,7 +242,8 @@ def fidelity(run: Run) -> Panel | None:
     panel.says = f"Agreement with the teacher by class. Least of {rows[-1][1]}: {least}."
     panel.note = (
         f"Samples of each class, by its label, on which student and teacher say the same, right or wrong. Of "
-        f"{found['exported']}, which is exported" + (", and the student alone of its seed." if len(rows) > 1 else ".")
+        f"{found['exported']}, which is exported"
+        + (", and the baseline student of its seed." if len(rows) > 1 else ".")
     )
     return panel
 

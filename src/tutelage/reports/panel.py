@@ -16,10 +16,10 @@ from typing import Any
 MOST_POINTS = 2000
 """A curve with more points is thinned to this many, keeping its peaks."""
 
-ROLES = ("teacher", "alone", "distilled")
+ROLES = ("teacher", "baseline", "distilled")
 COLOUR = {role: f"--{role}" for role in ROLES}
-DASH = {"teacher": "dot", "alone": "dash", "distilled": "solid"}
-SYMBOL = {"teacher": "diamond", "alone": "square", "distilled": "circle"}
+DASH = {"teacher": "dot", "baseline": "dash", "distilled": "solid"}
+SYMBOL = {"teacher": "diamond", "baseline": "square", "distilled": "circle"}
 TERM_COLOURS = tuple(f"--term{i}" for i in range(1, 7))
 
 Dots = dict[str, Any]
@@ -64,7 +64,7 @@ def plot_text(text: str, longest: int = 28) -> str:
 
 
 def role_of(training: str) -> str:
-    """Whose training ``alone-seed0`` is."""
+    """Whose training ``baseline-seed0`` is."""
     return training.partition("-")[0]
 
 

@@ -12,7 +12,7 @@ from tutelage.reports.panel import Panel
 from tutelage.reports.read import Judgement, Run, Series
 from tutelage.reports.wording import (
     ABSENT,
-    ALONE,
+    BASELINE,
     DISTILLED,
     OF_TEACHER,
     TEACHER,
@@ -41,7 +41,7 @@ COLUMNS = {
     "latency": "Latency, p50",
     "seconds": "Training time",
 }
-ROLE = {TEACHER: "teacher", ALONE: "alone", DISTILLED: "distilled", UNTAUGHT: "distilled"}
+ROLE = {TEACHER: "teacher", BASELINE: "baseline", DISTILLED: "distilled", UNTAUGHT: "distilled"}
 """The colour of each model by what it is called."""
 
 NOTE = (
@@ -108,7 +108,7 @@ def _tiles(run: Run) -> str:
     tiles: list[tuple[str, str, str]] = [tile for found in run.judged for tile in wins(found)]
     gain = (summary.get("gain") or {}).get("best")
     if gain:
-        tiles.append(("Gain over the student alone", f"{points(gain['mean'])} points", interval(gain)))
+        tiles.append(("Gain over the baseline student", f"{points(gain['mean'])} points", interval(gain)))
     teacher = (summary.get("teacher") or {}).get("accuracy")
     distilled = summary["students"]["distilled"]["best"]["accuracy"]["mean"]
     if teacher:
@@ -187,7 +187,7 @@ def comparison(runs: Sequence[Run]) -> str:
     """Several runs in one table, and the settings in which they differ."""
     if len(runs) == 1:
         return ""
-    columns = ["Run", "Teacher", "Alone", "Distilled", "Gain, points", "Interval", "Agreement with teacher"]
+    columns = ["Run", "Teacher", "Baseline", "Distilled", "Gain, points", "Interval", "Agreement with teacher"]
     columns += ["Of the teacher's parameters", "Latency, p50"]
     rows = []
     for run in runs:
@@ -196,7 +196,7 @@ def comparison(runs: Sequence[Run]) -> str:
         cells = [
             run.label,
             percent((s.get("teacher") or {}).get("accuracy")),
-            percent_spread(students["alone"]["best"]["accuracy"]) if "alone" in students else ABSENT,
+            percent_spread(students["baseline"]["best"]["accuracy"]) if "baseline" in students else ABSENT,
             percent_spread(students["distilled"]["best"]["accuracy"]),
             points(gain["mean"]) if gain else ABSENT,
             interval(gain) if gain else ABSENT,

@@ -45,8 +45,8 @@ class Run:
 
     @property
     def arms(self) -> list[str]:
-        """``alone`` (where it was trained) and ``distilled``."""
-        return [arm for arm in ("alone", "distilled") if arm in self.summary["students"]]
+        """``baseline`` (where it was trained) and ``distilled``."""
+        return [arm for arm in ("baseline", "distilled") if arm in self.summary["students"]]
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class Other(_Part):
 
 
 class Row(_Part):
-    """An arm: the student alone, or distilled."""
+    """An arm: the baseline student, or distilled."""
 
     best: Figures
     last: Figures

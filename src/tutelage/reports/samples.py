@@ -118,7 +118,7 @@ class Judged(_Part):
     name: str
     judge: str
     prompts: int
-    roles: dict[str, Literal["teacher", "alone", "distilled"]]
+    roles: dict[str, Literal["teacher", "baseline", "distilled"]]
     held_out_loss: dict[str, float]
     pairs: list[Compared]
     samples: list[Answered]

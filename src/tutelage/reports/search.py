@@ -27,7 +27,7 @@ STATES = {"finished": "finished", "pruned": "given up early", "diverged": "diver
 LOOKS = {
     "finished": {"color": "--distilled", "symbol": "circle", "size": 9, "opacity": 0.85},
     "given up early": {"color": "--quiet", "symbol": "x-thin-open", "size": 9, "line": {"width": 2}},
-    "recipe as it is": {"color": "--alone", "symbol": "diamond", "size": 13},
+    "recipe as it is": {"color": "--baseline", "symbol": "diamond", "size": 13},
     "chosen": {"color": "--term3", "symbol": "star", "size": 16},
 }
 

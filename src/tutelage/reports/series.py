@@ -17,7 +17,8 @@ KINDS = {
 """What a workflow is, in a sentence."""
 
 LOOKS = {
-    "teacher": "teacher", "alone": "alone", "control": "alone", "direct": "distilled", "assistant": "distilled",
+    "teacher": "teacher", "baseline": "baseline", "control": "baseline", "direct": "distilled",
+    "assistant": "distilled",
     "distilled": "distilled", "ensemble": "teacher",
 }  # fmt: skip
 """The colour of each role, among the page's three."""

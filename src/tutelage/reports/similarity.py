@@ -92,7 +92,7 @@ class Alike:
         """For how many seeds the distilled student ranks the pairs more as the teacher does, and of how many."""
         alone, distilled = (
             {name.partition("-")[2]: value for name, value in self.order.get(arm, {}).items()}
-            for arm in ("alone", "distilled")
+            for arm in ("baseline", "distilled")
         )
         seeds = alone.keys() & distilled.keys()
         return sum(distilled[s] > alone[s] for s in seeds), len(seeds)

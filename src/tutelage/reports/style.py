@@ -5,7 +5,7 @@ from __future__ import annotations
 LIGHT = """
   color-scheme: light;
   --page: #f6f7f9; --card: #ffffff; --ink: #1a2027; --quiet: #59636e; --rule: #dde2e8; --focus: #0b5cad;
-  --teacher: #5b6672; --alone: #bd5a00; --distilled: #0a66c2;
+  --teacher: #5b6672; --baseline: #bd5a00; --distilled: #0a66c2;
   --term1: #8a3ffc; --term2: #00857c; --term3: #b3246b; --term4: #6b7a00; --term5: #8c4a2f; --term6: #3d4fb8;
   --heat0: #fdf6ec; --heat1: #f6b873; --heat2: #cf4f46; --heat3: #4a1550;
 """
@@ -13,7 +13,7 @@ LIGHT = """
 DARK = """
   color-scheme: dark;
   --page: #0f1317; --card: #181e24; --ink: #e8ecf0; --quiet: #9eabb8; --rule: #303943; --focus: #8cc2ff;
-  --teacher: #b3bec9; --alone: #f5a04c; --distilled: #62b0ff;
+  --teacher: #b3bec9; --baseline: #f5a04c; --distilled: #62b0ff;
   --term1: #bf9bff; --term2: #3fcabf; --term3: #ff86bd; --term4: #c3d153; --term5: #e3a386; --term6: #9fadff;
   --heat0: #201a35; --heat1: #7a2a66; --heat2: #ea6a4b; --heat3: #ffe9a8;
 """
@@ -114,7 +114,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .lines q { color: var(--quiet); quotes: none; }
 .lines .swatch { width: 8px; height: 8px; margin-right: 5px; }
 .right { color: var(--quiet); font-weight: 400; }
-.wrong { color: var(--alone); font-weight: 600; }
+.wrong { color: var(--baseline); font-weight: 600; }
 .shown { min-width: 0; }
 .sample { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: end; min-height: 40px; }
 .sample blockquote { margin: 0; padding-left: 12px; border-left: 4px solid var(--rule); white-space: pre-wrap;
@@ -136,7 +136,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .track { display: block; height: 10px; background: var(--page); border-radius: 3px; overflow: hidden; }
 .bar { display: block; height: 100%; border-radius: 3px; min-width: 1px; print-color-adjust: exact; }
 .bar.teacher { background: var(--teacher); }
-.bar.alone { background: var(--alone); }
+.bar.baseline { background: var(--baseline); }
 .bar.distilled { background: var(--distilled); }
 .share { font-size: .75rem; color: var(--quiet); font-variant-numeric: tabular-nums; }
 .asked { padding: 12px 16px; }
@@ -151,7 +151,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .swatch { display: inline-block; width: 11px; height: 11px; margin-right: 8px; border-radius: 3px; }
 .swatch.teacher { background: var(--teacher); transform: rotate(45deg) scale(.85); border-radius: 0; }
 .swatch.other { background: none; border: 2px solid var(--quiet); }
-.swatch.alone { background: var(--alone); }
+.swatch.baseline { background: var(--baseline); }
 .swatch.distilled { background: var(--distilled); border-radius: 50%; }
 details { margin-top: 12px; padding: 10px 16px; min-width: 0; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }

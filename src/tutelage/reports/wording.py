@@ -12,14 +12,18 @@ from tutelage.reports.metric import judged, named
 ABSENT = "–"
 """What a cell shows when the run did not measure it."""
 
-TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
+TEACHER, BASELINE, DISTILLED = "teacher", "baseline student", "distilled student"
 UNTAUGHT = "student with the method"
 """What a distilled student is called where the method asked no teacher."""
 
 
 def called(summary: Mapping[str, Any]) -> dict[str, str]:
     """What each role is called in a run."""
-    return {"teacher": TEACHER, "alone": ALONE, "distilled": DISTILLED if summary.get("taught", True) else UNTAUGHT}
+    return {
+        "teacher": TEACHER,
+        "baseline": BASELINE,
+        "distilled": DISTILLED if summary.get("taught", True) else UNTAUGHT,
+    }
 
 
 def called_short(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -34,18 +38,18 @@ def verdict(summary: Mapping[str, Any]) -> str:
     without a student trained alone there is no gain; the sentence says so.
     """
     summary = judged(summary)
-    return f"{_against_alone(summary)}{_against_teacher(summary)}."
+    return f"{_against_baseline(summary)}{_against_teacher(summary)}."
 
 
-def _against_alone(summary: Mapping[str, Any]) -> str:
+def _against_baseline(summary: Mapping[str, Any]) -> str:
     students = summary["students"]
     taught = summary.get("taught", True)
     distilled = percent(students["distilled"]["best"]["accuracy"]["mean"])
     distilled = f"{'Distilled' if taught else 'With the method'} {distilled}"
-    if "alone" not in students or "gain" not in summary:
-        return f"{distilled}; no student was trained alone, so the gain is unknown"
+    if "baseline" not in students or "gain" not in summary:
+        return f"{distilled}; no baseline was trained, so the gain is unknown"
     gain = summary["gain"]["best"]
-    head = f"{distilled} against {percent(students['alone']['best']['accuracy']['mean'])} alone: "
+    head = f"{distilled} against baseline {percent(students['baseline']['best']['accuracy']['mean'])}: "
     mean, low, high = gain["mean"], gain["low"], gain["high"]
     worse = f", {'distillation' if taught else 'the method'} did worse"
     if low is None or high is None:
@@ -73,7 +77,7 @@ OF_TEACHER = ("agreement", "kl")
 
 
 def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Rows for the teacher, its members where it has any, and the student alone (where it was trained) and distilled.
+    """Rows for the teacher, the members of an ensemble, the baseline student (if trained) and the distilled one.
 
     Without a teacher there are no rows of it, and nothing is compared with it. Below the distilled student come the
     peers that were trained with it, or its exits.
@@ -110,7 +114,7 @@ def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             }
         )
     names = called(summary)
-    for arm in ("alone", "distilled"):
+    for arm in ("baseline", "distilled"):
         if arm in summary["students"]:
             best, last = (summary["students"][arm][which] for which in ("best", "last"))
             rows.append(

@@ -21,8 +21,8 @@ from tutelage.config import Recipe, dump_recipe
 from tutelage.engine import RunDirectory
 from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, TutelageError, require
 from tutelage.evaluation.statistics import paired
+from tutelage.experiment.open_run import choose_run_directory, open_run_directory
 from tutelage.experiment.run import run_recipe
-from tutelage.experiment.run_directory import choose, opened
 from tutelage.files import write_text
 from tutelage.progress import Terminal
 from tutelage.search.search_space import SearchDimension, asked, check_values, dimensions, own_values, with_values
@@ -100,9 +100,9 @@ def search_recipe(
     recipe = recipe.model_copy(update={"search": config})
     space = dimensions(recipe, config.space)
     check_values(_bare(recipe), space)
-    path = choose(out, f"{recipe.name}-search", resume)
+    path = choose_run_directory(out, f"{recipe.name}-search", resume)
     terminal = terminal or Terminal()
-    with opened(path, dump_recipe(recipe), resume=resume, main=True) as run:
+    with open_run_directory(path, dump_recipe(recipe), resume=resume, main=True) as run:
         found = path / FOUND
         if found.exists() and (before := _read(found))["settings"]["trials"] >= config.trials:
             terminal.say(f"{path} is finished; showing what it found")

@@ -30,9 +30,9 @@ from tutelage.experiment.checks import (
     check_taught,
     check_teachers,
 )
+from tutelage.experiment.open_run import open_run_directory
 from tutelage.experiment.run import comparison, load_data
-from tutelage.experiment.run_directory import opened
-from tutelage.experiment.spec import Comparison, Context, fitted
+from tutelage.experiment.spec import ExperimentSpec, RunContext, prepare_student_and_method
 from tutelage.experiment.teacher_setup import all_needs, as_taught, in_memory, rememberable, taught_by
 from tutelage.experiment.teachers import Member, ModelTeacher
 from tutelage.experiment.trainer import training_of
@@ -95,7 +95,7 @@ class TrialRunner:
         if all(member.train is None for member in recipe.required_teacher.each):
             return recipe
         accelerator = make_accelerator(recipe.train.precision, [])
-        ctx = Context(accelerator, run, self.terminal, self.should_stop)
+        ctx = RunContext(accelerator, run, self.terminal, self.should_stop)
         c = comparison(recipe, self.data(recipe))
         assert c.teacher is not None
         untrained = c.teacher()
@@ -120,7 +120,7 @@ class TrialRunner:
             TutelageError: teacher, student, data and method do not fit, or refuse an option.
         """
         accelerator = make_accelerator(recipe.train.precision, [])
-        self._ready(recipe, Context(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop))
+        self._ready(recipe, RunContext(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop))
 
     def run(self, recipe: Recipe, folder: Path, report: Report) -> TrialResult:
         """A trial, in an ordinary run directory without a summary; goes on where it was interrupted.
@@ -133,8 +133,8 @@ class TrialRunner:
         accelerator = make_accelerator(recipe.train.precision, [])
         resume = (folder / "config.yaml").exists()
         result = TrialResult("finished")
-        with opened(folder, dump_recipe(recipe), resume=resume, main=True, patience=PATIENCE) as run:
-            ctx = Context(accelerator, run, self.terminal, self.should_stop)
+        with open_run_directory(folder, dump_recipe(recipe), resume=resume, main=True, patience=PATIENCE) as run:
+            ctx = RunContext(accelerator, run, self.terminal, self.should_stop)
             try:
                 c, live, method = self._ready(recipe, ctx)
                 with self._told(recipe, c, ctx, live, method) as teacher:
@@ -156,7 +156,7 @@ class TrialRunner:
         return result
 
     def _seed(
-        self, c: Comparison, ctx: Context, seed: int, teacher: Teacher, live: ModelTeacher,
+        self, c: ExperimentSpec, ctx: RunContext, seed: int, teacher: Teacher, live: ModelTeacher,
         report: Report | None, last: bool,
     ) -> float:  # fmt: skip
         """Train the student of a seed; its last validation accuracy."""
@@ -166,21 +166,21 @@ class TrialRunner:
         fit(replace(training, watcher=watch), ctx.accelerator)
         return watch.seen[-1]
 
-    def _ready(self, recipe: Recipe, ctx: Context) -> tuple[Comparison, ModelTeacher, Method]:
+    def _ready(self, recipe: Recipe, ctx: RunContext) -> tuple[ExperimentSpec, ModelTeacher, Method]:
         c, seed = comparison(recipe, self.data(recipe)), recipe.seeds[0]
         student = c.student(seed)
         check_output(c, ctx.device, student, "student")
         live = self._teacher(recipe, c, ctx)
-        apprentice, method = fitted(c, c.student(seed), live.model, seed)
-        check_optimizer(c, apprentice, method)
-        check_separate(live.model, apprentice)
+        student, method = prepare_student_and_method(c, c.student(seed), live.model, seed)
+        check_optimizer(c, student, method)
+        check_separate(live.model, student)
         check_labels(c, live.model, student)
         if c.cache is None:
             check_capabilities(method, live)
-        check_method_runs(c, ctx, apprentice, method, live)
+        check_method_runs(c, ctx, student, method, live)
         return c, live, method
 
-    def _teacher(self, recipe: Recipe, c: Comparison, ctx: Context) -> ModelTeacher:
+    def _teacher(self, recipe: Recipe, c: ExperimentSpec, ctx: RunContext) -> ModelTeacher:
         """The live teacher, loaded once."""
         key = _key(recipe)
         if key not in self.live:
@@ -196,7 +196,7 @@ class TrialRunner:
 
     @contextmanager
     def _told(
-        self, recipe: Recipe, c: Comparison, ctx: Context, live: ModelTeacher, method: Method
+        self, recipe: Recipe, c: ExperimentSpec, ctx: RunContext, live: ModelTeacher, method: Method
     ) -> Iterator[Teacher]:
         """Who is asked in training: what the process remembers of the teacher, else as in any run."""
         classes = len(c.classes or [])
@@ -219,7 +219,7 @@ def _key(recipe: Recipe) -> str:
     )
 
 
-def _train_member(member: Member, model: nn.Module, c: Comparison, ctx: Context) -> None:
+def _train_member(member: Member, model: nn.Module, c: ExperimentSpec, ctx: RunContext) -> None:
     """Train a teacher, or find it trained, and keep it; the test split has no part in it."""
     folder = ctx.run.model(member.name)
     if (folder / MODEL_CARD).exists():

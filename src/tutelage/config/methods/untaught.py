@@ -15,7 +15,7 @@ from tutelage.errors import shorten
 def _peers(given: Any) -> Any:
     if isinstance(given, int) and not isinstance(given, bool):
         if given < 1:
-            raise ValueError(f"{given} peers, and a student alone has nobody to learn from; give 1 or more")
+            raise ValueError(f"{given} peers, and the student needs at least one peer; give 1 or more")
         return [None] * given
     if not isinstance(given, list) or not given:
         raise ValueError(

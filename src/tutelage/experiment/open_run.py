@@ -24,7 +24,7 @@ FREE_TO_CHANGE = {
 """Keys that may differ when a run is resumed: they do not change what it computes."""
 
 
-def choose(out: str | Path | None, name: str, resume: bool) -> Path:
+def choose_run_directory(out: str | Path | None, name: str, resume: bool) -> Path:
     """The run's folder: ``out``, or the newest (to resume) or first free of runs/NAME, runs/NAME-2 ...
 
     Raises:
@@ -96,7 +96,7 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
 
 
 @contextmanager
-def opened(
+def open_run_directory(
     path: Path, config_yaml: str, *, resume: bool, main: bool, patience: float = 0.0
 ) -> Iterator[RunDirectory]:
     """The run directory, locked against a second writer for as long as the block lasts.
