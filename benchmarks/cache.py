@@ -41,7 +41,7 @@ from tutelage.methods import DistillationModule, LogitMethod, Method, Supervised
 from tutelage.models.small import ConvNet
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher, Signal, Teacher
-from tutelage.teachers.cache import Reader, Writer, info
+from tutelage.teachers.cache import CacheReader, CacheWriter, inspect_cache
 from tutelage.teachers.cache import reader as reader_module
 from tutelage.teachers.cache.files import write_manifest
 
@@ -154,7 +154,7 @@ def write(rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         layout = Layout("dense", width, "fp16")
         write_manifest(Path(folder), layout, FROM)
-        writer = Writer(Path(folder), layout)
+        writer = CacheWriter(Path(folder), layout)
         peaks, start = [], time.perf_counter()
         for at in range(0, rows, size):
             ids = np.arange(at, at + size)
@@ -162,7 +162,7 @@ def write(rounds: int) -> dict[str, Any]:
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         writer.close()
         seconds = time.perf_counter() - start
-        known = info(Path(folder))
+        known = inspect_cache(Path(folder))
     found = {
         "of_bare_throughput": statistics.median(ratios),
         "ratios": ratios,
@@ -183,13 +183,13 @@ def read(batches: int) -> dict[str, Any]:
         layout = Layout("dense", width, "fp16")
         with tempfile.TemporaryDirectory() as folder:
             write_manifest(Path(folder), layout, FROM)
-            writer = Writer(Path(folder), layout)
+            writer = CacheWriter(Path(folder), layout)
             for at in range(0, rows, 10_000):
                 ids = np.arange(at, at + 10_000)
                 numbers = np.random.default_rng(at).standard_normal((10_000, width)).astype(np.float16)
                 writer.put({"id": ids, "view": ids, "digest": ids.astype(np.uint64)}, {"logits": numbers})
             writer.close()
-            reader = Reader(Path(folder))
+            reader = CacheReader(Path(folder))
             chance = np.random.default_rng(1)
             for size in (64, 256):
                 wanted = [chance.integers(0, rows, size) for _ in range(batches)]
@@ -217,7 +217,7 @@ def cold(rounds: int) -> dict[str, Any]:
     read_bytes = dict.fromkeys(waits, 0)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         write_manifest(Path(folder), layout, FROM)
-        writer = Writer(Path(folder), layout)
+        writer = CacheWriter(Path(folder), layout)
         for at in range(0, rows, 10_000):
             ids = np.arange(at, at + 10_000)
             numbers = np.random.default_rng(at).standard_normal((10_000, width)).astype(np.float16)
@@ -227,7 +227,7 @@ def cold(rounds: int) -> dict[str, Any]:
             for way, waited in waits.items():
                 _drop(Path(folder))
                 with patch.object(reader_module, "memory_for_cache", lambda: 0):
-                    reader = Reader(Path(folder), verify=False)
+                    reader = CacheReader(Path(folder), verify=False)
                 for shard in reader.shards if way == "plain" else ():
                     shard.mapped.madvise(mmap.MADV_NORMAL)
                 chance = np.random.default_rng(number)

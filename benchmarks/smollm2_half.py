@@ -30,7 +30,7 @@ from tutelage.evaluation import evaluate
 from tutelage.evaluation.evaluate import get_teacher_output
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained
-from tutelage.students import cut
+from tutelage.students import prune
 from tutelage.teachers import LiveTeacher
 
 RECIPE, FOLDER, RESULTS = "recipes/smollm2-half.yaml", Path("runs/smollm2"), Path("results")
@@ -127,7 +127,7 @@ def before() -> dict[str, float]:
         text="messages", max_length=LENGTH, pack=True, validation=0.04, tokenizer=tokenizer_of(MODEL),
     ).test  # fmt: skip
     batches = [batch for (batch,) in PlannedBatches(held, 8, 0).epoch(0, RankSlice())]
-    half = cut(teacher, layers=15, map="every-other").model
+    half = prune(teacher, layers=15, map="every-other").model
     said = [get_teacher_output(LiveTeacher(teacher), batch) for batch in batches]
     found = evaluate(half, batches, torch.device("cpu"), said)
     return {k: float(found[k]) for k in ("loss", "perplexity", "kl", "accuracy", "agreement")}

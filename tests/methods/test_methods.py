@@ -35,7 +35,7 @@ from tutelage.methods import (
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet, ResNet
 from tutelage.progress import Terminal
-from tutelage.students import ReusedHead, last_norm
+from tutelage.students import ReusedHead, find_last_norm
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 
@@ -247,9 +247,9 @@ def test_features_of_another_precision_reach_what_is_learned(name: str) -> None:
 
 def test_margins_come_from_before_the_tap() -> None:
     _, teacher = pair(resnet=True)
-    assert last_norm(teacher, batch(), "stages.0.0.relu2:input") is teacher.stages[0][0].conv2[1]
-    assert last_norm(teacher, batch(), "stages.0.1.relu2:input") is teacher.stages[0][1].conv2[1]
-    assert last_norm(teacher, batch(), "stages.0.1.conv1") is teacher.stages[0][1].conv1[1]
+    assert find_last_norm(teacher, batch(), "stages.0.0.relu2:input") is teacher.stages[0][0].conv2[1]
+    assert find_last_norm(teacher, batch(), "stages.0.1.relu2:input") is teacher.stages[0][1].conv2[1]
+    assert find_last_norm(teacher, batch(), "stages.0.1.conv1") is teacher.stages[0][1].conv1[1]
 
 
 def test_a_loader_that_drops_rows_is_no_place_for_a_memory(tmp_path: Path) -> None:

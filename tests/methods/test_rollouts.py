@@ -22,7 +22,7 @@ from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError, EndpointError
 from tutelage.methods import OnPolicyMethod
 from tutelage.methods.rollouts import read_as
-from tutelage.students import low_rank
+from tutelage.students import add_lora
 
 __all__ = ["recipe"]
 
@@ -106,7 +106,7 @@ def test_it_writes_as_the_student_was_at_most_so_many_steps_ago(
 def test_adapters_are_handed_over_as_part_of_a_plain_model(server: servers.Server, cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, ROWS, max_length=256)
     teacher = model(folder)
-    student = low_rank(model(folder, 2), rank=4)
+    student = add_lora(model(folder, 2), rank=4)
     moved(student, 0.1)
     own = ready(student, teacher, batch, sampling=0.0, max_new=8)
     method = ready(student, teacher, batch, sampling=0.0, max_new=8, rollouts=of(server))

@@ -14,10 +14,10 @@ import transformers as hf
 from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, DataError, ModelError
-from tutelage.students import block_influence, cut, layer_map
-from tutelage.students.layers import layer_stack
-from tutelage.students.probing import pattern
-from tutelage.students.width_pruning import anatomy
+from tutelage.students import block_influence, prune, select_layers
+from tutelage.students.config_probing import layer_pattern
+from tutelage.students.layer_selection import layer_stack
+from tutelage.students.width_pruning import find_weight_layout
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
@@ -68,10 +68,10 @@ def said(model: nn.Module, given: dict[str, Tensor] | None = None) -> Tensor:
 def zero(model: nn.Module, role: str, dead: list[int], reads: bool) -> None:
     """Of the units ``dead``, take away what they are given, or what is made of them."""
     path, _ = layer_stack(model)
-    parts = anatomy(model)
+    parts = find_weight_layout(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            axis = parts.axes.get((pattern(name, path), int(reads)))
+            axis = parts.axes.get((layer_pattern(name, path), int(reads)))
             if axis is not None and axis.role == role and p.ndim > int(reads):
                 p.index_fill_(int(reads), axis.positions(torch.tensor(dead), parts.units[role]), 0)
 
@@ -82,7 +82,7 @@ def zero(model: nn.Module, role: str, dead: list[int], reads: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_layer_holds_the_weights_of_the_layer_that_the_map_says(family: str) -> None:
     teacher = build(family)
-    found = cut(teacher, layers=2)
+    found = prune(teacher, layers=2)
     assert found.layers == (0, 2)
     path, theirs = layer_stack(teacher)
     for layer, source in enumerate(found.layers):
@@ -99,13 +99,13 @@ def test_each_layer_holds_the_weights_of_the_layer_that_the_map_says(family: str
     assert not memory & {p.data_ptr() for p in found.model.parameters()}
     assert type(found.model) is type(teacher)
     assert said(found.model).isfinite().all()
-    assert (found.fresh, found.left) == ((), ())
+    assert (found.missing_keys, found.unexpected_keys) == ((), ())
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "llama"])
 def test_a_cut_that_takes_nothing_out_changes_nothing(family: str) -> None:
     teacher = build(family)
-    whole = cut(teacher, layers=4, map="linspace", width=32, intermediate=48, heads=4)
+    whole = prune(teacher, layers=4, map="linspace", width=32, intermediate=48, heads=4)
     assert torch.equal(said(whole.model), said(teacher))
 
 
@@ -117,10 +117,10 @@ def test_lists_of_one_entry_for_each_layer_follow_their_layers() -> None:
             for name, p in layer_stack(teacher)[1][layer].named_parameters():
                 if name in ("attn.Wo.weight", "mlp.Wo.weight"):
                     p.zero_()
-    found = cut(teacher, map=[0, 3])
+    found = prune(teacher, map=[0, 3])
     assert found.model.config.layer_types == ["full_attention"] * 2
     torch.testing.assert_close(said(found.model), said(teacher))
-    uncut = cut(teacher, map=[0, 1]).model  # a sliding window sees less
+    uncut = prune(teacher, map=[0, 1]).model  # a sliding window sees less
     with torch.no_grad():
         layer_stack(uncut)[1][1].load_state_dict(layer_stack(teacher)[1][3].state_dict())
     assert not torch.allclose(said(uncut), said(teacher), atol=1e-3)
@@ -129,24 +129,24 @@ def test_lists_of_one_entry_for_each_layer_follow_their_layers() -> None:
 def test_a_list_that_only_happens_to_be_as_long_as_the_model_is_deep_stays() -> None:
     for relative in (True, False):
         teacher = build("deberta", num_hidden_layers=2, relative_attention=relative)
-        assert cut(teacher, layers=1).model.config.pos_att_type == ["p2c", "c2p"]
+        assert prune(teacher, layers=1).model.config.pos_att_type == ["p2c", "c2p"]
 
 
 def test_what_finds_no_place_in_the_student_is_told() -> None:
-    found = cut(build("modernbert"), map=[1, 0])
-    assert found.left == ("model.layers.1.attn_norm.weight",)
-    assert found.fresh == ("model.layers.1.attn_norm.weight",)
+    found = prune(build("modernbert"), map=[1, 0])
+    assert found.unexpected_keys == ("model.layers.1.attn_norm.weight",)
+    assert found.missing_keys == ("model.layers.1.attn_norm.weight",)
 
 
 def test_maps() -> None:
-    assert layer_map("every-other", 12, 6) == [0, 2, 4, 6, 8, 10]
-    assert layer_map("every-other", 5, 3) == [0, 2, 4]
-    assert layer_map("linspace", 12, 6) == [0, 2, 4, 7, 9, 11]  # DistilBERT's own
-    assert layer_map("linspace", 6, 1) == [0]
-    assert layer_map("first", 6, 3) == [0, 1, 2]
-    assert layer_map("last", 6, 3) == [3, 4, 5]
-    assert layer_map([5, 0, 0], 6, 3) == [5, 0, 0]
-    assert layer_map("influence", 4, 2, importance=[0.1, 0.9, 0.2, 0.3]) == [1, 3]
+    assert select_layers("every-other", 12, 6) == [0, 2, 4, 6, 8, 10]
+    assert select_layers("every-other", 5, 3) == [0, 2, 4]
+    assert select_layers("linspace", 12, 6) == [0, 2, 4, 7, 9, 11]  # DistilBERT's own
+    assert select_layers("linspace", 6, 1) == [0]
+    assert select_layers("first", 6, 3) == [0, 1, 2]
+    assert select_layers("last", 6, 3) == [3, 4, 5]
+    assert select_layers([5, 0, 0], 6, 3) == [5, 0, 0]
+    assert select_layers("influence", 4, 2, importance=[0.1, 0.9, 0.2, 0.3]) == [1, 3]
 
 
 def test_influence_of_a_layer_that_does_nothing_is_none_and_padding_does_not_count() -> None:
@@ -164,15 +164,15 @@ def test_influence_of_a_layer_that_does_nothing_is_none_and_padding_does_not_cou
     assert found[1] == pytest.approx(0, abs=1e-6)
     assert min(found[0], found[2], found[3]) > 0.01
     assert block_influence(teacher, [padded]) == pytest.approx(found, abs=1e-5)
-    assert cut(teacher, layers=3, map="influence", importance=found).layers == (0, 2, 3)
+    assert prune(teacher, layers=3, map="influence", importance=found).layers == (0, 2, 3)
 
 
 def test_a_random_student_is_drawn_by_its_seed_and_has_nothing_of_the_teacher() -> None:
     teacher = build("bert")
-    one, two, other = (cut(teacher, layers=2, initial="random", seed=seed) for seed in (1, 1, 2))
+    one, two, other = (prune(teacher, layers=2, initial="random", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(said(one.model), said(two.model))
     assert not torch.equal(said(one.model), said(other.model))
-    assert set(one.fresh) == set(one.model.state_dict())
+    assert set(one.missing_keys) == set(one.model.state_dict())
     theirs = teacher.state_dict()
     assert not any(torch.equal(x, theirs[name]) for name, x in one.model.state_dict().items())
 
@@ -185,17 +185,17 @@ def test_a_random_student_is_drawn_by_its_seed_and_has_nothing_of_the_teacher() 
 def test_feed_forward_units_that_do_nothing_are_the_ones_that_go(family: str, reads: bool) -> None:
     teacher = build(family)
     zero(teacher, "intermediate", [0, 3, 7, 40, 47], reads)
-    found = cut(teacher, intermediate=43)
+    found = prune(teacher, intermediate=43)
     torch.testing.assert_close(said(found.model), said(teacher))
-    assert not torch.allclose(said(cut(teacher, intermediate=40).model), said(teacher), atol=1e-4)
+    assert not torch.allclose(said(prune(teacher, intermediate=40).model), said(teacher), atol=1e-4)
 
 
 def test_heads_that_do_nothing_go_with_the_keys_that_they_share() -> None:
     teacher = build("llama")
     zero(teacher, "heads", [0], True)
-    found = cut(teacher, heads=2, layers=2, map="first")
+    found = prune(teacher, heads=2, layers=2, map="first")
     assert (found.model.config.num_attention_heads, found.model.config.num_key_value_heads) == (2, 1)
-    torch.testing.assert_close(said(found.model), said(cut(teacher, layers=2, map="first").model))
+    torch.testing.assert_close(said(found.model), said(prune(teacher, layers=2, map="first").model))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "deberta"])
@@ -213,25 +213,25 @@ def test_a_teacher_whose_units_come_in_pairs_is_halved_without_a_change(family: 
                     x = torch.cat([x, torch.zeros_like(x) if read else x], i)
             p.copy_(x)
     torch.testing.assert_close(said(wide), said(small), rtol=1e-4, atol=1e-4)
-    found = cut(wide, width=32)
+    found = prune(wide, width=32)
     assert (found.model.config.hidden_size, found.model.config.num_attention_heads) == (32, 4)
     torch.testing.assert_close(said(found.model), said(small), rtol=1e-4, atol=1e-4)
 
 
 def test_a_number_that_must_equal_the_hidden_size_follows_it() -> None:
     teacher = build("electra", task="MaskedLM", embedding_size=32, max_position_embeddings=32)
-    found = cut(teacher, width=16)
+    found = prune(teacher, width=16)
     assert (found.model.config.embedding_size, found.model.config.max_position_embeddings) == (16, 32)
-    assert found.fresh == ()
+    assert found.missing_keys == ()
     assert said(found.model).shape == (3, 12, 60)
-    bare = cut(build("deberta", task=""), width=16).model  # without the pooler that its config has a width for
+    bare = prune(build("deberta", task=""), width=16).model  # without the pooler that its config has a width for
     assert bare.config.pooler_hidden_size == 16
 
 
 def test_half_precision_stays_and_rotary_frequencies_keep_theirs() -> None:
     teacher = build("llama", dtype=torch.bfloat16)
     teacher = hf.AutoModelForSequenceClassification.from_config(teacher.config, dtype=torch.bfloat16).eval()
-    found = cut(teacher, map=range(4))
+    found = prune(teacher, map=range(4))
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
     assert torch.equal(said(found.model), said(teacher))
     mine, theirs = ([b for n, b in m.named_buffers() if "inv_freq" in n] for m in (found.model, teacher))
@@ -241,8 +241,8 @@ def test_half_precision_stays_and_rotary_frequencies_keep_theirs() -> None:
 def test_widths_and_depth_together_give_a_model_that_runs() -> None:
     for family in (*FAMILIES, "llama"):
         teacher = build(family, task="")
-        found = cut(teacher, layers=2, width=16, intermediate=20)
-        assert found.fresh == ()
+        found = prune(teacher, layers=2, width=16, intermediate=20)
+        assert found.missing_keys == ()
         assert said(found.model).shape == (3, 12, 16)
 
 
@@ -257,15 +257,15 @@ def test_tables_of_low_rank_are_narrowed_without_a_change(family: str, width: in
         for name, m in teacher.named_modules():
             if isinstance(m, nn.Embedding) and "rel_embeddings" not in name:
                 m.weight.copy_(torch.randn(len(m.weight), 5) @ basis)
-    found = cut(teacher, embedding=6)
+    found = prune(teacher, embedding=6)
     assert found.model.get_input_embeddings().weight.shape == (60, 6)
     torch.testing.assert_close(said(found.model), said(teacher), rtol=1e-4, atol=1e-4)
-    assert found.fresh == ()
-    with_head = cut(build(family, task="MaskedLM"), embedding=6, layers=2)
-    assert with_head.fresh  # what leads back to the embeddings' width is not the old one cut
-    assert all("deberta." not in name and "electra." not in name for name in with_head.fresh)
+    assert found.missing_keys == ()
+    with_head = prune(build(family, task="MaskedLM"), embedding=6, layers=2)
+    assert with_head.missing_keys  # what leads back to the embeddings' width is not the old one cut
+    assert all("deberta." not in name and "electra." not in name for name in with_head.missing_keys)
     assert said(with_head.model).shape == (3, 12, 60)
-    worse = cut(teacher, embedding=4, layers=2).model
+    worse = prune(teacher, embedding=4, layers=2).model
     assert worse.config.embedding_size == 4
     assert said(worse).isfinite().all()
 
@@ -273,7 +273,7 @@ def test_tables_of_low_rank_are_narrowed_without_a_change(family: str, width: in
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "llama"])
 def test_a_family_that_cannot_have_narrow_embeddings_says_what_can(family: str) -> None:
     with pytest.raises(ModelError, match=r"(?s)no embeddings narrower.*vocabulary.*ELECTRA"):
-        cut(build(family), embedding=8)
+        prune(build(family), embedding=8)
 
 
 # Bad input -------------------------------------------------------------------------------------------
@@ -305,26 +305,26 @@ def test_a_family_that_cannot_have_narrow_embeddings_says_what_can(family: str) 
 )
 def test_sizes_and_maps_that_cannot_be(given: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"(?s){message}"):
-        cut(build("bert"), **given)
+        prune(build("bert"), **given)
 
 
 def test_models_without_a_stack_of_layers() -> None:
     with pytest.raises(ModelError, match="not a Hugging Face transformers model"):
-        cut(nn.Linear(2, 2), layers=1)
+        prune(nn.Linear(2, 2), layers=1)
     sizes = {k: v for k, v in SIZES.items() if k != "num_labels"}
     with pytest.raises(ModelError, match="share their weights, such as ALBERT"):
-        cut(hf.AlbertModel(hf.AlbertConfig(**sizes, embedding_size=16)), layers=2)
+        prune(hf.AlbertModel(hf.AlbertConfig(**sizes, embedding_size=16)), layers=2)
     two = hf.BartConfig(vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
                         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
     with pytest.raises(ModelError, match="several stacks"):
-        cut(hf.BartModel(two), layers=1)
+        prune(hf.BartModel(two), layers=1)
     shared = build("bert")
     path, stack = layer_stack(shared)
     stack[1] = stack[0]
     with pytest.raises(ModelError, match=f"share weights .{path}"):
-        cut(shared, layers=2)
+        prune(shared, layers=2)
     with pytest.raises(ConfigError, match="multiple of 2"):
-        cut(build("llama"), heads=3)
+        prune(build("llama"), heads=3)
     with pytest.raises(DataError, match="no batch"):
         block_influence(build("bert"), [])
 
@@ -333,8 +333,8 @@ def test_a_layout_that_is_not_understood_is_refused_and_not_guessed() -> None:
     sizes = {k: v for k, v in SIZES.items() if k != "num_labels"}
     odd = hf.MPNetModel(hf.MPNetConfig(**sizes))  # its heads share a table that stands outside of the layers
     with pytest.raises(ModelError, match=r"(?s)lays out.*cut its depth"):
-        cut(odd, width=16)
-    assert cut(odd, layers=2).layers == (0, 2)
+        prune(odd, width=16)
+    assert prune(odd, layers=2).layers == (0, 2)
 
 
 # Interchange -----------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_students_load_in_plain_transformers(tmp_path: Path) -> None:
         given: dict[str, Any] = {"layers": 2, "width": 16, "intermediate": 20}
         if family in ("electra", "deberta"):
             given["embedding"] = 8
-        student: Any = cut(build(family), **given).model
+        student: Any = prune(build(family), **given).model
         student.save_pretrained(tmp_path / family)
         ids = inputs()["input_ids"]
         save_file({"ids": ids, "out": said(student, {"input_ids": ids})}, tmp_path / f"{family}.safetensors")
@@ -389,7 +389,7 @@ class Positional(nn.Module):
 
 def test_a_student_says_the_same_in_onnx_at_any_batch_and_length(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    student = cut(build("bert"), layers=2).model.eval()
+    student = prune(build("bert"), layers=2).model.eval()
     axes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=40)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, which differ by version

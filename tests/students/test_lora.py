@@ -17,8 +17,8 @@ from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, prepare_method
 from tutelage.models import load_model
-from tutelage.students import has_adapters, low_rank, merged
-from tutelage.students.lora import FourBit
+from tutelage.students import add_lora, has_adapters, merge_lora
+from tutelage.students.lora import NF4Linear
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher
 
@@ -29,7 +29,7 @@ IDS = torch.arange(40).view(2, 20)
 
 
 def test_adapters_start_as_the_model_learn_alone_and_merge_into_a_plain_one(folder: Path) -> None:
-    plain, student = model(folder), low_rank(model(folder), rank=4)
+    plain, student = model(folder), add_lora(model(folder), rank=4)
     assert type(student) is type(plain)
     assert torch.equal(student(IDS).logits, plain(IDS).logits)
     learn = {n for n, p in student.named_parameters() if p.requires_grad}
@@ -42,7 +42,7 @@ def test_adapters_start_as_the_model_learn_alone_and_merge_into_a_plain_one(fold
     taught = student(IDS).logits.detach()
     assert not torch.allclose(taught, plain(IDS).logits)
     assert has_adapters(student)
-    found = merged(student)
+    found = merge_lora(student)
     assert not has_adapters(found)
     assert found.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(found(IDS).logits, taught, atol=1e-5, rtol=1e-4)  # type: ignore[operator]
@@ -50,28 +50,28 @@ def test_adapters_start_as_the_model_learn_alone_and_merge_into_a_plain_one(fold
 
 
 def test_the_same_seed_gives_the_same_adapters(folder: Path) -> None:
-    first, again, other = (low_rank(model(folder), seed=seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (add_lora(model(folder), seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(v, again[k]) for k, v in first.items())
     assert any(not torch.equal(v, other[k]) for k, v in first.items())
 
 
 def test_targets_are_ends_of_paths_and_others_are_refused(folder: Path) -> None:
-    student = low_rank(model(folder), targets=["q_proj", "model.layers.1.mlp.up_proj"])
+    student = add_lora(model(folder), targets=["q_proj", "model.layers.1.mlp.up_proj"])
     learn = {n.partition(".lora_")[0] for n, p in student.named_parameters() if p.requires_grad}
     assert learn == {f"model.layers.{i}.self_attn.q_proj" for i in range(4)} | {"model.layers.1.mlp.up_proj"}
     with pytest.raises(ConfigError, match=r"(?s)called 'query'.*q_proj"):
-        low_rank(model(folder), targets=["query"])
+        add_lora(model(folder), targets=["query"])
     with pytest.raises(ConfigError, match="called 'head'"):
-        low_rank(model(folder), targets=["head"])
+        add_lora(model(folder), targets=["head"])
     with pytest.raises(ConfigError, match="adapter of the output head, 'lm_head'"):
-        low_rank(model(folder), targets=["lm_head"], dropout=0.1)
+        add_lora(model(folder), targets=["lm_head"], dropout=0.1)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_the_head_learns_by_its_adapter_without_the_scores(bits: Any, cutter: Any, tmp_path: Path) -> None:
     folder = worlds.llama(tmp_path / "wide", hidden=64, cutter=cutter)
     _, batch = causal(cutter, worlds.texts(4))
-    teacher, student = model(folder, 2), low_rank(model(folder), rank=4, bits=bits, targets=["v_proj", "lm_head"])
+    teacher, student = model(folder, 2), add_lora(model(folder), rank=4, bits=bits, targets=["v_proj", "lm_head"])
     embedded = student.get_input_embeddings().weight.clone()  # type: ignore[operator]
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -101,7 +101,7 @@ def test_the_head_learns_by_its_adapter_without_the_scores(bits: Any, cutter: An
         right = losses.cross_entropy(student(**batch.inputs).logits, batch.labels)
     assert found["loss"] == pytest.approx(float(right), rel=1e-4)
     before = student(IDS).logits.detach()
-    plain = merged(student)
+    plain = merge_lora(student)
     torch.testing.assert_close(plain(IDS).logits, before, atol=1e-4, rtol=1e-3)  # type: ignore[operator]
     assert torch.equal(plain.get_input_embeddings().weight, embedded)  # type: ignore[operator]
 
@@ -122,8 +122,8 @@ def test_a_recipe_with_an_adapter_of_a_tied_head_exports_it_untied(recipe: dict[
 
 def test_four_bits_are_near_the_weights_and_merge_into_what_was_trained(tmp_path: Path) -> None:
     folder = worlds.llama(tmp_path / "wide", hidden=64)
-    plain, student = model(folder), low_rank(model(folder), rank=4, bits=4)
-    parts = [m for m in student.modules() if isinstance(m, FourBit)]
+    plain, student = model(folder), add_lora(model(folder), rank=4, bits=4)
+    parts = [m for m in student.modules() if isinstance(m, NF4Linear)]
     assert len(parts) == 4 * 7
     kept = sum(m.packed.numel() + 4 * m.absmax.numel() for m in parts)
     whole = sum(4 * m.in_features * m.out_features for m in parts)
@@ -136,7 +136,7 @@ def test_four_bits_are_near_the_weights_and_merge_into_what_was_trained(tmp_path
         student(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
     taught = student(IDS).logits.detach()
-    torch.testing.assert_close(merged(student)(IDS).logits, taught, atol=1e-4, rtol=1e-3)  # type: ignore[operator]
+    torch.testing.assert_close(merge_lora(student)(IDS).logits, taught, atol=1e-4, rtol=1e-3)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("bits", [None, 4])

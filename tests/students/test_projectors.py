@@ -9,7 +9,7 @@ from torch import nn
 from tutelage.data import Batch
 from tutelage.errors import ConfigError, ModelError
 from tutelage.models.small import ConvNet, ResNet
-from tutelage.students import PROJECTORS, build_projector, feature_shapes, stages
+from tutelage.students import PROJECTORS, build_projector, feature_shapes, find_stages
 
 
 def example(channels: int = 1, side: int = 8) -> Batch:
@@ -80,7 +80,7 @@ def test_a_dry_run_moves_no_statistic_and_leaves_every_mode() -> None:
         "stages.0": (2, 4, 8, 8),
         "stages.1": (2, 8, 4, 4),
     }
-    stages(model, example())
+    find_stages(model, example())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_hooks for m in model.modules())
@@ -90,15 +90,15 @@ def test_a_dry_run_moves_no_statistic_and_leaves_every_mode() -> None:
 
 
 def test_stages_are_the_outermost_modules_of_one_resolution() -> None:
-    assert stages(ConvNet(classes=3, channels=1, widths=(4, 8, 8)), example()) == {
+    assert find_stages(ConvNet(classes=3, channels=1, widths=(4, 8, 8)), example()) == {
         (8, 8): "stages.0", (4, 4): "stages.1", (2, 2): "stages.2",
     }  # fmt: skip
-    assert stages(ResNet(classes=3, channels=1, blocks=2), example()) == {
+    assert find_stages(ResNet(classes=3, channels=1, blocks=2), example()) == {
         (8, 8): "stages.0", (4, 4): "stages.1", (2, 2): "stages.2",
     }  # fmt: skip
-    assert stages(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), example()) == {}
+    assert find_stages(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), example()) == {}
     timm = pytest.importorskip("timm")
-    assert list(stages(timm.create_model("resnet10t", num_classes=2), example(3, 64)).values())[-4:] == [
+    assert list(find_stages(timm.create_model("resnet10t", num_classes=2), example(3, 64)).values())[-4:] == [
         "layer1", "layer2", "layer3", "layer4",
     ]  # fmt: skip
 
@@ -108,8 +108,8 @@ def test_heads_of_an_attention_are_no_map() -> None:
 
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=2, num_classes=3)
     images = Batch(torch.randn(2, 3, 64, 64), torch.zeros(2, dtype=torch.long))
-    assert all("attn" not in path for path in stages(model, images).values())
+    assert all("attn" not in path for path in find_stages(model, images).values())
     resnet = timm.create_model("resnet18", num_classes=3)
-    assert stages(resnet, images) == {
+    assert find_stages(resnet, images) == {
         (16, 16): "layer1", (8, 8): "layer2", (4, 4): "layer3", (2, 2): "layer4",
     }  # fmt: skip

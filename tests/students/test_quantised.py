@@ -17,7 +17,7 @@ from tutelage.evaluation import evaluate
 from tutelage.experiment.run_artifacts import find, whole_test
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet
-from tutelage.students import is_rounded, plain, rounded
+from tutelage.students import add_fake_quantisers, is_quantisation_aware, to_float_model
 
 pytest.importorskip("torchao")
 
@@ -31,7 +31,7 @@ def test_weights_are_rounded_to_the_nearest_of_256_steps_of_their_row() -> None:
     model = nn.Sequential(nn.Linear(6, 3))
     whole = model[0].weight.detach().clone()
     bias = model[0].bias.detach().clone()
-    made = rounded(model)
+    made = add_fake_quantisers(model)
     seen = (made(torch.eye(6)) - bias).T  # a one-hot row is not changed by rounding
     step = whole.abs().amax(1, keepdim=True) / 127.5
     assert not torch.equal(seen, whole)
@@ -45,13 +45,16 @@ def test_a_convolution_is_rounded_as_the_linear_layer_that_does_the_same() -> No
     linear = nn.Linear(3, 4)
     linear.load_state_dict({"weight": conv.weight.flatten(1), "bias": conv.bias})
     x = torch.randn(5, 3, 1, 1)
-    ours, theirs = rounded(nn.Sequential(conv))(x), rounded(nn.Sequential(linear))(x.flatten(1))
+    ours, theirs = (
+        add_fake_quantisers(nn.Sequential(conv))(x),
+        add_fake_quantisers(nn.Sequential(linear))(x.flatten(1)),
+    )
     assert torch.allclose(ours.flatten(1), theirs, atol=1e-6)
-    assert not torch.allclose(ours, plain(nn.Sequential(conv))(x), atol=1e-5)
+    assert not torch.allclose(ours, to_float_model(nn.Sequential(conv))(x), atol=1e-5)
 
 
 def test_gradients_go_through_to_weights_that_are_not_rounded() -> None:
-    model = rounded(small())
+    model = add_fake_quantisers(small())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model(torch.randn(3, 2, 4, 4)).square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -65,20 +68,20 @@ def test_a_rounded_model_has_the_names_of_a_plain_one_and_becomes_it_again() -> 
     state, x = {k: v.clone() for k, v in whole.state_dict().items()}, torch.randn(3, 2, 4, 4)
     expected = whole(x)
     draw = torch.get_rng_state()
-    made = rounded(whole)
+    made = add_fake_quantisers(whole)
     assert torch.equal(draw, torch.get_rng_state())  # what is drawn after it is what would be without it
-    assert is_rounded(made)
+    assert is_quantisation_aware(made)
     assert made.state_dict().keys() == state.keys()
     assert not torch.equal(made(x), expected)
-    back = plain(made)
-    assert not is_rounded(back)
+    back = to_float_model(made)
+    assert not is_quantisation_aware(back)
     assert [type(m) for m in back] == [nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear]
     assert torch.equal(back(x), expected)
 
 
 def test_what_cannot_be_rounded_is_said() -> None:
     with pytest.raises(ModelError, match="no linear layer and no convolution"):
-        rounded(nn.Sequential(nn.ReLU()))
+        add_fake_quantisers(nn.Sequential(nn.ReLU()))
     recipe: dict[str, Any] = {
         "data": "digits", "teacher": None, "method": "supervised",
         "student": {"model": "mlp", "rounded": "int8", "lora": 4},
@@ -92,17 +95,17 @@ def test_a_run_measures_the_rounded_student_and_saves_a_plain_one(tmp_path: Path
     summary = json.loads((run / "summary.json").read_text())
     student = load_model(run / "student")
     assert type(student) is ConvNet
-    assert not is_rounded(student)
+    assert not is_quantisation_aware(student)
     found = find(run, exported.QUIET)
     data = found.data()
     assert data is not None
     held = whole_test(data)
     device = torch.device("cpu")
     whole = evaluate(student, held, device)
-    as_rounded = evaluate(rounded(student), held, device)
+    as_rounded = evaluate(add_fake_quantisers(student), held, device)
     said = summary["students"]["distilled"]["best"]
     assert as_rounded["loss"] == pytest.approx(said["loss"]["mean"], abs=1e-5)
     assert whole["loss"] != pytest.approx(said["loss"]["mean"], abs=1e-7)  # the two are not the same thing
     assert said["accuracy"]["mean"] > 0.3  # far above chance, a tenth
     teacher: Any = load_model(run / "models" / "teacher")
-    assert not is_rounded(teacher)
+    assert not is_quantisation_aware(teacher)

@@ -14,7 +14,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tutelage.errors import ConfigError, DataError, ModelError
-from tutelage.students import cut, trim, trim_embeddings
+from tutelage.students import prune, trim_embeddings, trim_tokenizer
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog", "merging mergers merged many merges of merging editors",
@@ -101,7 +101,7 @@ def tokenizer(kind: str) -> Any:
 def test_texts_of_the_corpus_are_cut_as_before_by_fewer_tokens(kind: str, tmp_path: Path) -> None:
     old = tokenizer(kind)
     before = old.backend_tokenizer.to_str()
-    new, kept = trim(old, OWN)
+    new, kept = trim_tokenizer(old, OWN)
     assert old.backend_tokenizer.to_str() == before
     assert len(new) == len(kept) < len(old)
     assert type(new) is type(old)
@@ -123,7 +123,7 @@ def test_texts_of_the_corpus_are_cut_as_before_by_fewer_tokens(kind: str, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_with_words_that_were_never_seen_still_has_tokens(kind: str) -> None:
     old = tokenizer(kind)
-    new, kept = trim(old, OWN)
+    new, kept = trim_tokenizer(old, OWN)
     ids = new("jumping zebras 中 ☂ xyz").input_ids
     assert len(ids) > 4
     assert max(ids) < len(kept)
@@ -139,7 +139,7 @@ def test_a_word_that_was_unknown_stays_unknown() -> None:
     )
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     old = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
-    new, _ = trim(old, ["abc a"], keep=["##bc"])
+    new, _ = trim_tokenizer(old, ["abc a"], keep=["##bc"])
     assert new("abc a").tokens() == old("abc a").tokens() == ["<unk>", "a"]
 
 
@@ -158,7 +158,7 @@ def test_special_tokens_that_a_text_is_put_between_get_their_new_ids(processor: 
     made.post_processor = processor(("<s>", 4), ("</s>", 5))
     made.enable_padding(pad_id=6, pad_token="<pad>", length=6)
     old = hf.PreTrainedTokenizerFast(tokenizer_object=made, **{**NAMES, "mask_token": "<unk>"})
-    new, kept = trim(old, ["cc cc"])
+    new, kept = trim_tokenizer(old, ["cc cc"])
     assert kept.tolist() == [2, 3, 4, 5, 6]
     assert new.backend_tokenizer.encode("cc aa").ids == [2, 1, 0, 3, 4, 4]  # padded as the file says
     assert new("cc aa").input_ids == [2, 1, 0, 3]
@@ -167,23 +167,23 @@ def test_special_tokens_that_a_text_is_put_between_get_their_new_ids(processor: 
 def test_tokens_that_are_asked_for_stay() -> None:
     old = tokenizer("bpe")
     token = "Ġquick"
-    assert token not in trim(old, OWN)[0].get_vocab()
-    new, _ = trim(old, OWN, keep=[token])
+    assert token not in trim_tokenizer(old, OWN)[0].get_vocab()
+    new, _ = trim_tokenizer(old, OWN, keep=[token])
     assert token in new(" a quick one").tokens()
 
 
 def test_what_cannot_be_trimmed() -> None:
     old = tokenizer("word-piece")
     with pytest.raises(ConfigError, match="no token 'zzz'"):
-        trim(old, OWN, keep=["zzz"])
+        trim_tokenizer(old, OWN, keep=["zzz"])
     with pytest.raises(DataError, match="one text, not a list"):
-        trim(old, "text")
+        trim_tokenizer(old, "text")
     with pytest.raises(DataError, match="no texts"):
-        trim(old, [])
+        trim_tokenizer(old, [])
     with pytest.raises(DataError, match="text 1 is a NoneType"):
-        trim(old, ["a", None])  # type: ignore[list-item]
+        trim_tokenizer(old, ["a", None])  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="not a fast tokenizer"):
-        trim(object(), OWN)
+        trim_tokenizer(object(), OWN)
 
 
 # The model -------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def model(family: str, old: Any) -> Any:
 def test_each_token_means_what_it_meant(family: str) -> None:
     old = tokenizer("bpe")
     teacher = model(family, old)
-    new, kept = trim(old, OWN)
+    new, kept = trim_tokenizer(old, OWN)
     student: Any = trim_embeddings(teacher, kept)
     theirs = old(OWN, return_tensors="pt", padding=True)
     mine = new(OWN, return_tensors="pt", padding=True)
@@ -282,11 +282,11 @@ def test_half_of_minilm_with_few_words_serves_a_pipeline(tmp_path: Path) -> None
     folder = Path(found.origin).parent / "model"
     old = hf.AutoTokenizer.from_pretrained(folder)
     teacher: Any = hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
-    new, kept = trim(old, [text for text in CORPUS if text])
-    smaller: Any = trim_embeddings(cut(teacher, layers=3).model, kept)
+    new, kept = trim_tokenizer(old, [text for text in CORPUS if text])
+    smaller: Any = trim_embeddings(prune(teacher, layers=3).model, kept)
     assert smaller.num_parameters() < 0.35 * teacher.num_parameters()
     with torch.no_grad():
-        reference: Any = cut(teacher, layers=3).model(**old(OWN[:3], return_tensors="pt", padding=True)).logits
+        reference: Any = prune(teacher, layers=3).model(**old(OWN[:3], return_tensors="pt", padding=True)).logits
         mine = smaller(**new(OWN[:3], return_tensors="pt", padding=True)).logits
     torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5)
     smaller.save_pretrained(tmp_path)

@@ -30,7 +30,7 @@ TURNS = [
 def model(folder: Path, layers: int | None = None) -> Any:
     found: Any = build(ModelSpec(f"hf:{folder}", task="causal"))
     if layers is not None:
-        found = tutelage.students.cut(found, layers=layers).model
+        found = tutelage.students.prune(found, layers=layers).model
     return found
 
 

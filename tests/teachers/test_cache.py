@@ -26,8 +26,8 @@ from tutelage.models.small import ConvNet
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
-from tutelage.teachers.cache import Reader, Writer, compact, info, verify
-from tutelage.teachers.cache.columns import taken
+from tutelage.teachers.cache import CacheReader, CacheWriter, compact_cache, inspect_cache, verify_cache
+from tutelage.teachers.cache.columns import take_rows
 
 SILENT = Terminal(speaks=False)
 
@@ -68,8 +68,8 @@ def test_what_is_read_is_what_the_teacher_said(layout: Layout, tmp_path: Path) -
             torch.testing.assert_close(read.sparse.values.sum(-1), torch.ones(40), rtol=1e-5, atol=1e-5)
     for tap in layout.hidden:
         torch.testing.assert_close(read.hidden[tap], expected.hidden[tap][order], rtol=1e-5, atol=1e-5)
-    assert verify(tmp_path / "c") == []
-    assert info(tmp_path / "c")["rows"] == 40
+    assert verify_cache(tmp_path / "c") == []
+    assert inspect_cache(tmp_path / "c")["rows"] == 40
 
 
 def test_views_are_kept_apart_and_are_the_live_teachers(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_views_are_kept_apart_and_are_the_live_teachers(tmp_path: Path) -> None:
             for (batch,) in PlannedBatches(data.train, 16, seed, views=3).epoch(epoch, RankSlice()):
                 expected = live.signal(batch, Needs()).dense()
                 torch.testing.assert_close(cache.signal(batch, Needs()).dense(), expected, rtol=1e-5, atol=1e-5)
-    assert cache.asked == 0
+    assert cache.computed_rows == 0
 
 
 def test_two_rows_swapped_do_not_pass(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_cached_student_is_the_live_students_bits(tmp_path: Path) -> None:
     api.run(copy(), out=tmp_path / "live", terminal=SILENT)
     teacher = {**recipe["teacher"], "cache": {"path": str(tmp_path / "c"), "dtype": "fp32"}}
     api.run(copy(teacher=teacher), out=tmp_path / "cached", terminal=SILENT)
-    assert info(tmp_path / "c")["rows"] == 2 * 192
+    assert inspect_cache(tmp_path / "c")["rows"] == 2 * 192
     api.run(copy(teacher=teacher), out=tmp_path / "read", terminal=SILENT)
     files = [
         tmp_path / run / "models" / "distilled-seed1" / "model.safetensors" for run in ("live", "cached", "read")
@@ -159,7 +159,7 @@ def test_the_system_is_told_of_the_pages_of_the_rows_that_come_and_of_no_others(
             assert cache.writer is not None
             cache.writer.flush()
     monkeypatch.setattr("tutelage.teachers.cache.reader.memory_for_cache", lambda: 0)
-    reader = Reader(tmp_path / "c")
+    reader = CacheReader(tmp_path / "c")
     assert (reader.scattered, len(reader.shards)) == (True, 2)
     told = [Told(shard.mapped) for shard in reader.shards]
     reader.shards = [shard._replace(mapped=t) for shard, t in zip(reader.shards, told, strict=True)]  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def test_the_system_is_told_of_the_pages_of_the_rows_that_come_and_of_no_others(
         raw = bytes(told[number].mapped)
         known = b"".join(raw[start:stop] for start, stop in spans)
         for i in [i for i, sample in enumerate(ids) if sample in shard.keys["id"]]:
-            for column in taken(columns, np.array([i])).values():
+            for column in take_rows(columns, np.array([i])).values():
                 values = column if isinstance(column, np.ndarray) else column.values
                 assert values.tobytes() in known
         assert len(spans) == count * len(shard.columns)
@@ -193,13 +193,13 @@ def test_a_student_of_a_cache_larger_than_memory_is_the_same_and_each_batch_is_a
     monkeypatch.setattr("tutelage.teachers.cache.reader.memory_for_cache", lambda: 0)
     happened: list[tuple[str, tuple[int, ...]]] = []
     for name in ("expect", "rows"):
-        whole = getattr(Reader, name)
+        whole = getattr(CacheReader, name)
 
-        def noted(self: Reader, positions: Any, name: str = name, whole: Any = whole) -> Any:
+        def noted(self: CacheReader, positions: Any, name: str = name, whole: Any = whole) -> Any:
             happened.append((name, tuple(positions.tolist())))
             return whole(self, positions)
 
-        monkeypatch.setattr(Reader, name, noted)
+        monkeypatch.setattr(CacheReader, name, noted)
     api.run(build_recipe(json.loads(json.dumps(recipe))), out=tmp_path / "b", terminal=SILENT)
     file = Path("models") / "distilled-seed0" / "model.safetensors"
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -276,7 +276,7 @@ def test_the_sample_is_unbiased_and_drawn_by_the_row(tmp_path: Path) -> None:
         p = (logits[0] / 2).double().softmax(-1)
         assert (mean - p).abs().max() < 5 * (0.25 / (12 * n)) ** 0.5
         one = layout.encode(Signal(logits.expand(5, -1)), torch.arange(17, 22))
-        both, again = taken(columns, np.arange(17, 22)), one
+        both, again = take_rows(columns, np.arange(17, 22)), one
         assert np.array_equal(both["drawn@2"].values, again["drawn@2"].values)  # type: ignore[union-attr]
 
 
@@ -320,7 +320,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
             cache.fill(some(40, start))
             assert cache.writer is not None
             cache.writer.flush()
-    assert verify(folder) == []
+    assert verify_cache(folder) == []
     files = sorted(p for p in folder.iterdir())
     assert len(files) == 7
     chance = random.Random(0)
@@ -331,9 +331,9 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         raw[at // 8] ^= 1 << at % 8
         whole = path.read_bytes()
         path.write_bytes(raw)
-        assert verify(folder), f"bit {at} of {path.name}"
+        assert verify_cache(folder), f"bit {at} of {path.name}"
         path.write_bytes(whole)
-    assert verify(folder) == []
+    assert verify_cache(folder) == []
 
 
 def test_a_half_written_shard_is_no_shard(tmp_path: Path) -> None:
@@ -342,15 +342,15 @@ def test_a_half_written_shard_is_no_shard(tmp_path: Path) -> None:
         cache.fill(some(40))
     (folder / ".tmp-1-shard-000-1-00000.arrow").write_bytes(b"half")
     (folder / "shard-000-1-00000.arrow").write_bytes(b"renamed, and then the power went")
-    assert verify(folder) == []
-    assert len(info(folder)["leftovers"]) == 2
-    found = compact(folder)
+    assert verify_cache(folder) == []
+    assert len(inspect_cache(folder)["leftovers"]) == 2
+    found = compact_cache(folder)
     assert found["rows"] == 40
-    assert info(folder)["leftovers"] == []
+    assert inspect_cache(folder)["leftovers"] == []
     shard = next(folder.glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(CacheError, match="bytes where"):
-        Reader(folder)
+        CacheReader(folder)
 
 
 def test_shards_are_joined_and_rows_that_came_twice_go(tmp_path: Path) -> None:
@@ -365,15 +365,15 @@ def test_shards_are_joined_and_rows_that_came_twice_go(tmp_path: Path) -> None:
             writer_only.writer.flush()
             writer_only.pending.clear()
         writer_only.close()
-    assert "twice" in verify(folder)[0]
+    assert "twice" in verify_cache(folder)[0]
     before = CachedTeacher(folder, layout, FROM).signal(some(), Needs(temperature=4.0)).sparse
-    assert compact(folder)["shards"] == 1
+    assert compact_cache(folder)["shards"] == 1
     after = CachedTeacher(folder, layout, FROM).signal(some(), Needs(temperature=4.0)).sparse
     assert before is not None
     assert after is not None
     assert torch.equal(before.values, after.values)
-    assert verify(folder) == []
-    assert info(folder)["rows"] == 40
+    assert verify_cache(folder) == []
+    assert inspect_cache(folder)["rows"] == 40
 
 
 def test_what_the_writer_cannot_write_is_raised_and_the_rest_stays(tmp_path: Path) -> None:
@@ -390,8 +390,8 @@ def test_what_the_writer_cannot_write_is_raised_and_the_rest_stays(tmp_path: Pat
         full.fill(some(40, 80))
     with pytest.raises(CacheError, match=r"cannot be written"):
         full.close()
-    assert verify(folder) == []
-    assert len(Reader(folder)) == 40
+    assert verify_cache(folder) == []
+    assert len(CacheReader(folder)) == 40
 
 
 def test_a_number_too_large_for_the_type_is_no_infinity(tmp_path: Path) -> None:
@@ -412,13 +412,13 @@ def test_several_write_and_read_one_cache(tmp_path: Path) -> None:
         assert cache.writer is not None
         cache.writer.flush()
         cache.looked = -100.0
-    asked = both[0].asked
+    asked = both[0].computed_rows
     for start in range(0, 80, 10):
         both[0].signal(some(10, start), Needs())
-    assert both[0].asked == asked
+    assert both[0].computed_rows == asked
     for cache in both:
         cache.close()
-    assert info(folder)["duplicates"] == 0
+    assert inspect_cache(folder)["duplicates"] == 0
 
 
 def test_the_writers_memory_is_bounded(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_the_writers_memory_is_bounded(tmp_path: Path) -> None:
     from tutelage.teachers.cache.files import write_manifest
 
     write_manifest(tmp_path, layout, FROM)
-    writer = Writer(tmp_path, layout, shard_bytes=2**20)
+    writer = CacheWriter(tmp_path, layout, shard_bytes=2**20)
     most = 0
     for i in range(60):
         ids = np.arange(i * 64, (i + 1) * 64)
@@ -435,7 +435,7 @@ def test_the_writers_memory_is_bounded(tmp_path: Path) -> None:
         most = max(most, writer.bytes + writer.queue.qsize() * 64 * 4000)
     writer.close()
     assert most <= 2**20 + 17 * 64 * 4024
-    assert len(Reader(tmp_path)) == 60 * 64
+    assert len(CacheReader(tmp_path)) == 60 * 64
 
 
 @pytest.mark.slow
@@ -453,7 +453,7 @@ def test_killed_at_random_and_started_again_it_is_complete_and_has_no_row_twice(
                 os.kill(child.pid, signal.SIGKILL)
                 kills += 1
         if kills < 20 or child.returncode != 0:
-            assert verify(folder) == []
+            assert verify_cache(folder) == []
         if child.returncode == 0 and kills == 20:
             break
         if child.returncode != 0:
@@ -461,8 +461,8 @@ def test_killed_at_random_and_started_again_it_is_complete_and_has_no_row_twice(
         for shard in list(folder.glob("shard-*"))[:6]:  # finished too soon to be killed: some work again
             shard.unlink()
     assert kills == 20
-    assert verify(folder) == []
-    found = info(folder)
+    assert verify_cache(folder) == []
+    found = inspect_cache(folder)
     assert found["rows"] == 200
     assert found["duplicates"] == 0
 

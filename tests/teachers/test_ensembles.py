@@ -31,7 +31,7 @@ from tutelage.teachers import (
     Layout,
     LiveTeacher,
     MemoryTeacher,
-    learned_weights,
+    fit_ensemble_weights,
 )
 
 QUIET = Terminal(speaks=False)
@@ -288,8 +288,8 @@ def test_learned_weights_are_the_best_there_are(combine: Any, t: float) -> None:
     given = [
         Batch(torch.zeros(100, 1), labels[i : i + 100], ids=torch.arange(i, i + 100)) for i in range(0, 600, 100)
     ]
-    found = learned_weights(members, given, combine=combine, temperature=t)
-    assert found == learned_weights(members, given, combine=combine, temperature=t)
+    found = fit_ensemble_weights(members, given, combine=combine, temperature=t)
+    assert found == fit_ensemble_weights(members, given, combine=combine, temperature=t)
     assert sum(found) == pytest.approx(1)
 
     def loss(weights: Any) -> float:
@@ -306,7 +306,7 @@ def test_learned_weights_are_the_best_there_are(combine: Any, t: float) -> None:
 def test_weights_cannot_be_learned_of_nothing() -> None:
     unlabelled = Batch(torch.zeros(4, 1), torch.full((4,), -100), ids=torch.arange(4))
     with pytest.raises(DataError, match="no sample of the validation data has a label"):
-        learned_weights([Fixed(torch.zeros(4, 3))] * 2, [unlabelled])
+        fit_ensemble_weights([Fixed(torch.zeros(4, 3))] * 2, [unlabelled])
 
 
 # In a recipe -----------------------------------------------------------------------------------------

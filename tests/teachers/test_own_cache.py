@@ -17,7 +17,7 @@ from tutelage.data import Batch, WithIds
 from tutelage.errors import CacheError, CapabilityError, ConfigError, DataError, Interrupted
 from tutelage.methods import LogitMethod
 from tutelage.models.small import ConvNet
-from tutelage.teachers.cache import digest, info, verify
+from tutelage.teachers.cache import input_digest, inspect_cache, verify_cache
 
 HELD = [(torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(9)), torch.arange(16) % 4)]
 
@@ -84,8 +84,8 @@ def test_the_teacher_sees_a_training_image_once_ever_and_the_student_is_the_live
     second = taught(teacher, tmp_path / "second", cache=kept)
     assert asked(teacher, data) == 0
     assert weights(live) == weights(first) == weights(second)
-    assert info(tmp_path / "c")["rows"] == 64
-    assert verify(tmp_path / "c") == []
+    assert inspect_cache(tmp_path / "c")["rows"] == 64
+    assert verify_cache(tmp_path / "c") == []
     teacher.seen.clear()
     other = taught(teacher, tmp_path / "other", size=24, cache=kept, seeds=(5,))  # other batches, another order
     assert asked(teacher, data) == 0
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_from_the_cache_to_the_same_bits(
     loader = DataLoader(Stopping(pictures()), 16, shuffle=True)
     with pytest.raises(Interrupted):
         taught(teacher, tmp_path / "cut", loader=loader, cache=kept)
-    assert info(tmp_path / "c")["rows"] == 64
+    assert inspect_cache(tmp_path / "c")["rows"] == 64
     teacher.seen.clear()
     again = taught(teacher, tmp_path / "cut", cache=kept, resume=True)
     assert asked(teacher, pictures()) == 0
@@ -247,7 +247,7 @@ def test_another_tokenizer_is_refused_by_name_and_more_padding_is_not(tmp_path: 
 
     distilled(first, 4, "first")
     distilled(first, 12, "wider")
-    assert info(tmp_path / "c")["rows"] == 24
+    assert inspect_cache(tmp_path / "c")["rows"] == 24
     with pytest.raises(CacheError, match=r"data\.inputs.*preprocessing\.tokenizer\.vocabulary"):
         distilled(words(vocabulary[::-1]), 4, "second")
     more = words([*vocabulary, "unheard"])  # the same numbers, from another vocabulary
@@ -259,7 +259,7 @@ def test_a_digest_is_of_what_counts() -> None:
     ids, mask = torch.tensor([[5, 6, 0], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
     short = Batch({"input_ids": ids[:, :2], "attention_mask": mask[:, :2]}, torch.zeros(2))
     long = Batch({"input_ids": ids, "attention_mask": mask}, torch.zeros(2))
-    assert digest(short, 0) == digest(long, 0)
-    assert digest(short, 1) != digest(long, 1)
+    assert input_digest(short, 0) == input_digest(long, 0)
+    assert input_digest(short, 1) != input_digest(long, 1)
     routed = Batch(torch.zeros(2, 3), torch.zeros(2), route=torch.tensor([0, 1]))
-    assert digest(routed, 0) != digest(routed, 1)
+    assert input_digest(routed, 0) != input_digest(routed, 1)

@@ -27,8 +27,8 @@ from tutelage.errors import CacheError, CapabilityError, ConfigError, EndpointEr
 from tutelage.experiment.caching import fill
 from tutelage.methods import METHODS, check_capabilities, prepare_method
 from tutelage.taps import Needs, observe
-from tutelage.teachers import ServedTeacher
-from tutelage.teachers.cache import info
+from tutelage.teachers import RemoteTeacher
+from tutelage.teachers.cache import inspect_cache
 from tutelage.teachers.signal import Signal, Sparse
 
 NEEDS = Needs(logits=False, head=True, temperature=1.0)
@@ -55,10 +55,10 @@ def _well(server: servers.Server) -> None:
     server.headers.clear()
 
 
-def teacher(server: servers.Server, cutter: Any, kind: str = "vllm", **options: Any) -> ServedTeacher:
+def teacher(server: servers.Server, cutter: Any, kind: str = "vllm", **options: Any) -> RemoteTeacher:
     url = server.url + ("/v1" if kind == "vllm" else "")
     given = {"k": K, "classes": len(cutter), "tokenizer": cutter, "longest": 64, "patience": 20.0, **options}
-    return ServedTeacher(url, server=kind, **given)
+    return RemoteTeacher(url, server=kind, **given)
 
 
 def expected(server: servers.Server, batch: Batch) -> Sparse:
@@ -206,7 +206,7 @@ def test_what_a_server_does_not_allow_is_said_before_anything_is_trained(server:
     with pytest.raises(CapabilityError, match="tokens, the student 100"):
         teacher(server, cutter, "llama.cpp", classes=100)
     with pytest.raises(EndpointError, match="cannot be reached"):
-        ServedTeacher(f"http://127.0.0.1:{free_port()}/v1", classes=50, patience=0.1)
+        RemoteTeacher(f"http://127.0.0.1:{free_port()}/v1", classes=50, patience=0.1)
 
 
 def test_a_server_without_log_probabilities_of_a_prompt_is_refused(server: servers.Server, cutter: Any) -> None:
@@ -222,7 +222,7 @@ def test_more_than_a_server_gives_is_refused(server: servers.Server, cutter: Any
             live.signal(batch, Needs(logits=False, head=True, temperature=2.0))
         with pytest.raises(CapabilityError, match="hidden"):
             live.signal(batch, Needs(hidden=("model.layers.0",)))
-        with pytest.raises(CapabilityError, match="ServedTeacher gives only topk"):
+        with pytest.raises(CapabilityError, match="RemoteTeacher gives only topk"):
             check_capabilities(METHODS["cross-tokenizer"](), live)
 
 
@@ -259,7 +259,7 @@ def test_a_student_is_taught_by_a_server_from_a_recipe(
     monkeypatch.chdir(tmp_path)
     found = tutelage.run(build_recipe(recipe(server, folder)), out=tmp_path / "run")
     assert set(found.summary["students"]) == {"baseline", "distilled"}
-    assert found.summary["served"]["model"] == "tiny"
+    assert found.summary["remote_teacher"]["model"] == "tiny"
     assert len(server.asked) >= 16
     assert (tmp_path / "run" / "report.html").exists()
 
@@ -277,7 +277,7 @@ def test_a_cache_asks_for_each_text_once_and_goes_on_where_a_server_died(
     server.faults[:] = [None] * 13 + [servers.dies] * 500
     with pytest.raises(EndpointError, match=r"(?s)cannot be reached.*go on with the same command"):
         fill(built_recipe)
-    kept = info(tmp_path / "cache")["rows"]
+    kept = inspect_cache(tmp_path / "cache")["rows"]
     assert kept == 12  # of three batches
     server.faults.clear()
     server.asked.clear()
@@ -388,7 +388,7 @@ def test_a_real_llama_cpp_server_says_what_transformers_does_with_its_weights() 
             {"role": "assistant", "content": "The capital of France is Paris. 日本"},
         ]])  # fmt: skip
         time.sleep(1)
-        with ServedTeacher(
+        with RemoteTeacher(
             f"http://127.0.0.1:{port}", server="llama.cpp", k=20, classes=49_152, tokenizer=tokenizer, longest=100
         ) as live:
             assert live.facts["vocabulary"] == 49_152

@@ -17,9 +17,9 @@ from tutelage.data import IGNORE, Batch
 from tutelage.errors import CacheError, CapabilityError, ConfigError
 from tutelage.taps import Head, Needs
 from tutelage.teachers import CachedTeacher, Layout, MemoryTeacher, Signal, Sparse
-from tutelage.teachers.cache import info, verify
+from tutelage.teachers.cache import inspect_cache, verify_cache
 from tutelage.teachers.cache.coding import Coder, Counts
-from tutelage.teachers.cache.sampling import rounded
+from tutelage.teachers.cache.sampling import round_stochastically
 
 CLASSES = 40
 
@@ -120,7 +120,7 @@ def test_a_sample_is_drawn_the_same_whatever_is_asked_with_it(name: str) -> None
 
 def test_what_rounding_leaves_over_is_carried_and_never_lost() -> None:
     p, n = scores(200).double().softmax(-1), 6
-    found = list(rounded(iter(p.split(37)), n, 3, 0))
+    found = list(round_stochastically(iter(p.split(37)), n, 3, 0))
     counts = torch.zeros(200, CLASSES, dtype=torch.float64)
     sizes = np.concatenate([f.sizes for f in found])
     row = torch.from_numpy(np.repeat(np.arange(200), sizes))
@@ -129,7 +129,7 @@ def test_what_rounding_leaves_over_is_carried_and_never_lost() -> None:
     ).double()
     off = counts.cumsum(0) - n * p.cumsum(0)
     assert off.abs().max() < 1.0  # of 200 tokens, where draws would be off by more
-    pieces = list(rounded(iter(p.split(200)), n, 3, 0))
+    pieces = list(round_stochastically(iter(p.split(200)), n, 3, 0))
     assert np.array_equal(pieces[0].classes, np.concatenate([f.classes for f in found]))
 
 
@@ -309,8 +309,8 @@ def test_a_cache_gives_each_token_what_the_teacher_said_of_it(name: str, tmp_pat
             read.head.inputs[:, :6][counted[order]], live.table[batch.inputs["input_ids"]][order][counted[order]]
         )  # type: ignore[call-overload,index]
     assert not told(read)[:, 6:].any() or kept.keep == "topk"
-    assert info(tmp_path)["tokens"] == 12
-    assert verify(tmp_path) == []
+    assert inspect_cache(tmp_path)["tokens"] == 12
+    assert verify_cache(tmp_path) == []
 
 
 def _picked(batch: Batch, order: Tensor) -> Batch:

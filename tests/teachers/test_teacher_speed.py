@@ -26,7 +26,7 @@ from tutelage.models.small import MLP
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import EnsembleTeacher, LiveTeacher, PrefetchingTeacher, Signal
-from tutelage.teachers.int8 import Int8Linear, quantised
+from tutelage.teachers.int8 import Int8Linear, quantise_linear_layers
 
 COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
 TAPS = Needs(hidden=("stages.0", "head:input"))
@@ -134,16 +134,16 @@ def test_int8_reaches_every_linear_layer_and_shares_what_was_shared() -> None:
             out: Tensor = self.last(self.again(self.first(x)))
             return out
 
-    made = quantised(Tied())
+    made = quantise_linear_layers(Tied())
     assert made.first is made.again
     assert not any(isinstance(m, nn.Linear) for m in made.modules())
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()  # asks for weights of its layers by name
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
-        near = quantised(layer)(x)
+        near = quantise_linear_layers(layer)(x)
         torch.testing.assert_close(near, layer(x), atol=0.1, rtol=0.1)
-    assert isinstance(quantised(layer).linear1, Int8Linear)
+    assert isinstance(quantise_linear_layers(layer).linear1, Int8Linear)
 
 
 @pytest.mark.parametrize(
@@ -239,13 +239,13 @@ def test_asked_ahead_it_says_the_same_in_order_and_out_of_it(process: bool) -> N
     plain, teacher = LiveTeacher(network()), PrefetchingTeacher(LiveTeacher(network()), process=process)
     try:
         given = [batch(n) for n in (3, 5, 7, 2)]
-        waits = [teacher.ask(b, TAPS) for b in given]
+        waits = [teacher.prefetch(b, TAPS) for b in given]
         for i in (0, 2, 1, 3):
             assert same(waits[i](), plain.signal(given[i], TAPS))
-        teacher.ask(given[0], TAPS)  # never fetched, as when a training is stopped
+        teacher.prefetch(given[0], TAPS)  # never fetched, as when a training is stopped
         assert same(teacher.signal(given[1], Needs()), plain.signal(given[1], Needs()))
         with torch.autocast("cpu", torch.bfloat16):
-            wait, expected = teacher.ask(given[0], Needs()), plain.signal(given[0], Needs())
+            wait, expected = teacher.prefetch(given[0], Needs()), plain.signal(given[0], Needs())
         assert same(wait(), expected), "mixed precision goes along"
         assert teacher.provides == plain.provides
     finally:
@@ -278,10 +278,10 @@ def test_waiting_for_the_teacher_and_the_student_s_step_overlap() -> None:
     given = Batch(torch.randn(2, 4), torch.zeros(2).long())
     teacher = PrefetchingTeacher(LiveTeacher(Slow()))
     start = time.perf_counter()
-    wait = teacher.ask(given, Needs())
+    wait = teacher.prefetch(given, Needs())
     for _ in range(8):
         time.sleep(0.1)  # the student
-        before, wait = wait, teacher.ask(given, Needs())
+        before, wait = wait, teacher.prefetch(given, Needs())
         before()
     took = time.perf_counter() - start
     teacher.close()
@@ -336,7 +336,7 @@ def test_on_a_stream_of_its_own_it_says_the_same() -> None:
     plain = LiveTeacher(network()).to("cuda")
     teacher = PrefetchingTeacher(LiveTeacher(network()).to("cuda"))
     given = [batch(n).to("cuda") for n in (64, 32, 16)]
-    for wait, b in zip([teacher.ask(b, TAPS) for b in given], given, strict=True):
+    for wait, b in zip([teacher.prefetch(b, TAPS) for b in given], given, strict=True):
         torch.testing.assert_close(wait().dense(), plain.signal(b, TAPS).dense())
 
 
@@ -436,7 +436,7 @@ def test_members_take_their_speed_from_the_teacher_unless_they_have_one(tmp_path
     assert [dict(m.speed) for m in c.ensemble.members] == [
         {"dtype": "int8", "batch_size": 9}, {"dtype": "bf16", "batch_size": 9},
     ]  # fmt: skip
-    assert c.ahead == "overlap"
+    assert c.prefetch == "overlap"
 
 
 def test_distill_takes_a_speed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tutelage.errors import CapabilityError
 from tutelage.methods import DistillationModule, LogitMethod, check_capabilities
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher
-from tutelage.teachers.sharding import blocks_of
+from tutelage.teachers.sharding import find_blocks
 
 
 def batch(n: int = 6) -> Batch:
@@ -107,10 +107,10 @@ def test_the_blocks_of_a_teacher_share_nothing_and_hold_no_head() -> None:
         vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
     )
     bert = BertForMaskedLM(config)  # says that its embeddings are not to be split, which are tied to the head
-    assert blocks_of(bert) == list(bert.bert.encoder.layer)
+    assert find_blocks(bert) == list(bert.bert.encoder.layer)
     plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-    assert blocks_of(plain) == [plain[0], plain[2]]
+    assert find_blocks(plain) == [plain[0], plain[2]]
     with pytest.raises(CapabilityError, match="no list of layers"):
-        blocks_of(nn.Linear(4, 3))
+        find_blocks(nn.Linear(4, 3))
     with pytest.raises(CapabilityError, match="batch_size is set"):
         LiveTeacher(plain, sharded=True, batch_size=2)

@@ -18,7 +18,7 @@ from tutelage.experiment.checks import check_labels, check_output, check_separat
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.run import ONE_VIEW, comparison, load_data
 from tutelage.experiment.spec import ExperimentSpec, model_of, prepare_student_and_method, taught_on
-from tutelage.experiment.teacher_setup import as_taught, is_taught, served_by
+from tutelage.experiment.teacher_setup import as_taught, is_taught, open_remote_teacher
 from tutelage.experiment.teachers import ModelTeacher
 from tutelage.experiment.trainer import get_signal
 from tutelage.methods import check_capabilities
@@ -93,11 +93,11 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> list[Finding]:
     except TutelageError as error:
         return [*found, Finding("bad", "method", str(error).partition("\n")[0], error.remedy)]
     found.append(Finding("ok", "method", f"loss = {method.formula()}"))
-    if c.served is not None:  # it is asked for a little, and not trained with
+    if c.remote_teacher is not None:  # it is asked for a little, and not trained with
         classes = check_output(c, device, student, "student")
 
         def answers() -> None:
-            with served_by(c, terminal, method, classes):
+            with open_remote_teacher(c, terminal, method, classes):
                 pass
 
         passes("teacher", "its server cuts texts as the student does, and gives what the method needs", answers)

@@ -18,7 +18,7 @@ from tutelage.experiment.run import comparison, load_data
 from tutelage.models import ModelSpec, build, load_model
 from tutelage.models.files import read_card
 from tutelage.progress import Terminal
-from tutelage.students import stages, untouched
+from tutelage.students import eval_no_grad, find_stages
 from tutelage.taps import Needs, observe
 from tutelage.taps.tap import contents
 
@@ -94,7 +94,7 @@ def survey(model: nn.Module, example: Batch, title: str, note: str = "") -> Surv
 
     handles = [module.register_forward_hook(watching(path)) for path, module in model.named_modules()]
     try:
-        with untouched(model):
+        with eval_no_grad(model):
             observe(model, example.inputs, Needs(logits=False))
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -112,7 +112,7 @@ def survey(model: nn.Module, example: Batch, title: str, note: str = "") -> Surv
              tuple(_outputs(seen[path])))
         for path, module in model.named_modules()
     ]  # fmt: skip
-    return Survey(title, shapes + note, nodes, stages(model, example))
+    return Survey(title, shapes + note, nodes, find_stages(model, example))
 
 
 def shape(x: Tensor, rows: int) -> str:

@@ -217,8 +217,8 @@ class Recipe(Section):
                 f"{odd[0]!r}",
                 "teacher",
             )
-        if self.method.taught and not self.method.served:
-            able = ", ".join(kind for kind, config in METHOD_KINDS.items() if config.served)
+        if self.method.taught and not self.method.accepts_remote_teacher:
+            able = ", ".join(kind for kind, config in METHOD_KINDS.items() if config.accepts_remote_teacher)
             raise Misfit(
                 f"a teacher behind a server says the likeliest next tokens, and {self.method.kind} needs more; "
                 f"allowed: {able}",

@@ -222,23 +222,23 @@ class _State:
                     )
 
     def asked(self, steps: Iterator[list[Batch]]) -> Iterator[list[tuple[Batch, Callable[[], Signal | None]]]]:
-        """The micro-batches of each step, on the device, with what waits for the teacher's word on them.
+        """The micro-batches of each step, on the device, each with a function that returns its teacher signal.
 
-        A teacher that can be asked ahead is, a step before its word is needed.
+        A teacher with ``prefetch`` gets the batches of a step while the step before it trains.
         """
-        asked: list[tuple[Batch, Callable[[], Signal | None]]] | None = None
-        ahead = self.t.method.needs is not None and hasattr(self.t.teacher, "ask")
+        pending: list[tuple[Batch, Callable[[], Signal | None]]] | None = None
+        prefetching = self.t.method.needs is not None and hasattr(self.t.teacher, "prefetch")
         for micros in itertools.islice(steps, self.t.steps - self.at.step):
             self.check_labels(micros)
             placed = [self.prepared(batch.to(self.accelerator.device)) for batch in micros]
-            if not ahead:
+            if not prefetching:
                 yield [(batch, partial(self.signal, batch)) for batch in placed]
                 continue
-            before, asked = asked, [(batch, self.ask(batch)) for batch in placed]
+            before, pending = pending, [(batch, self.prefetch(batch)) for batch in placed]
             if before is not None:
                 yield before
-        if asked is not None:
-            yield asked
+        if pending is not None:
+            yield pending
 
     def prepared(self, batch: Batch) -> Batch:
         if not self.t.method.writes:
@@ -257,10 +257,10 @@ class _State:
         with self.autocast():
             return self.t.teacher.signal(batch, needs)
 
-    def ask(self, batch: Batch) -> Callable[[], Signal | None]:
+    def prefetch(self, batch: Batch) -> Callable[[], Signal | None]:
         teacher: Any = self.t.teacher
         with self.autocast():
-            return teacher.ask(batch, needs_of(self.t.method, teacher))
+            return teacher.prefetch(batch, needs_of(self.t.method, teacher))
 
     def scales(self, micros: list[Batch]) -> dict[str, Tensor]:
         """For each term its weight over its count in the whole step, all micro-batches and processes."""

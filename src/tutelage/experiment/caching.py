@@ -24,8 +24,8 @@ from tutelage.progress import Terminal
 from tutelage.signals import stopping
 from tutelage.students import feature_shapes
 from tutelage.taps import output_head
-from tutelage.teachers import CachedTeacher, Layout, ServedTeacher
-from tutelage.teachers.cache import compact, info, verify
+from tutelage.teachers import CachedTeacher, Layout, RemoteTeacher
+from tutelage.teachers.cache import compact_cache, inspect_cache, verify_cache
 
 FOLDER = Path("runs") / "cache"
 
@@ -50,7 +50,7 @@ class Filled:
 def open_cache(
     recipe: Recipe,
     data: Data,
-    teacher: ModelTeacher | ServedTeacher,
+    teacher: ModelTeacher | RemoteTeacher,
     classes: int,
     method: Method,
     accelerator: Accelerator,
@@ -65,7 +65,7 @@ def open_cache(
     assert config is not None
     example = data.test.fetch(torch.zeros(1, dtype=torch.int64))
     made_from = provenance(recipe, data, teacher)
-    if isinstance(teacher, ServedTeacher):
+    if isinstance(teacher, RemoteTeacher):
         layout = Layout("topk", classes, config.dtype, teacher.k, temperatures=(1.0,), tokens=True)
         return _cached(config, recipe.name, made_from, layout, teacher, accelerator)
     return _opened(config, recipe.name, made_from, example, teacher, classes, method, accelerator)
@@ -144,16 +144,16 @@ def _cached(
     name: str,
     made_from: dict[str, Any],
     layout: Layout,
-    teacher: ModelTeacher | ServedTeacher,
+    teacher: ModelTeacher | RemoteTeacher,
     accelerator: Accelerator,
 ) -> CachedTeacher:
     path = Path(config.path) if config.path is not None else FOLDER / _name(name, made_from, layout)
     return CachedTeacher(path, layout, made_from, teacher, device=accelerator.device, rank=accelerator.process_index)
 
 
-def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | ServedTeacher) -> dict[str, Any]:
+def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | RemoteTeacher) -> dict[str, Any]:
     """Everything that a row of the cache depends on, as JSON."""
-    if isinstance(teacher, ServedTeacher):  # where it is, and how much it reads, is of no account
+    if isinstance(teacher, RemoteTeacher):  # where it is, and how much it reads, is of no account
         who: dict[str, Any] = {"served": {k: v for k, v in teacher.facts.items() if k != "longest"}}
     else:
         runs = as_it_runs(teacher)
@@ -210,7 +210,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
     from tutelage.experiment.checks import check_output, check_teachers, warn_of_precision
     from tutelage.experiment.run import comparison, load_data
     from tutelage.experiment.spec import prepare_student_and_method
-    from tutelage.experiment.teacher_setup import as_taught, is_taught, served_by
+    from tutelage.experiment.teacher_setup import as_taught, is_taught, open_remote_teacher
 
     if recipe.teacher is None:
         raise ConfigError(
@@ -249,8 +249,8 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         )
     views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.augmented else [None]
     start = time.monotonic()
-    with stopping(terminal.say) as should_stop, served_by(c, terminal, method, classes) as served:
-        asked = teacher or served
+    with stopping(terminal.say) as should_stop, open_remote_teacher(c, terminal, method, classes) as remote:
+        asked = teacher or remote
         assert asked is not None
         opened = open_cache(recipe, data, asked, classes, method, accelerator)
         with opened as cache, accelerator.autocast():
@@ -265,7 +265,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
                         raise Interrupted(
                             "stopped; what was computed is kept", remedy="the same command again goes on from there"
                         )
-            computed = cache.asked
+            computed = cache.computed_rows
         accelerator.wait_for_everyone()
         cache.reader.refresh()
     return Filled(cache.folder, len(cache.reader), computed, time.monotonic() - start)
@@ -297,10 +297,10 @@ def verified(folder: Path) -> str:
         CacheError: it is not; names every fault.
     """
     terminal = Terminal()
-    faults = verify(folder, terminal.iterate)
+    faults = verify_cache(folder, terminal.iterate)
     if faults:
         raise CacheError(f"{len(faults)} faults\n" + "\n".join(faults), where=str(folder))
-    known = info(folder)
+    known = inspect_cache(folder)
     return f"{folder}: whole; {known['rows']:,} rows in {known['shards']} shards, {known['bytes']:,} bytes"
 
 
@@ -310,7 +310,7 @@ def described(folder: Path) -> str:
     Raises:
         CacheError: no cache, or a damaged one.
     """
-    return yaml.safe_dump(info(folder), sort_keys=False).rstrip()
+    return yaml.safe_dump(inspect_cache(folder), sort_keys=False).rstrip()
 
 
 def compacted(folder: Path) -> str:
@@ -319,7 +319,7 @@ def compacted(folder: Path) -> str:
     Raises:
         CacheError: no cache, a damaged one, or no room.
     """
-    now = compact(folder, Terminal().iterate)
+    now = compact_cache(folder, Terminal().iterate)
     return (
         f"{folder}: {now['shards_before']} shards of {now['bytes_before']:,} bytes are now {now['shards']} of "
         f"{now['bytes']:,}; {now['rows']:,} rows"

@@ -89,7 +89,7 @@ def check_output(c: ExperimentSpec, device: torch.device, model: nn.Module, who:
 
 def check_written(c: ExperimentSpec, method: Method) -> None:
     """Raise :class:`CapabilityError` where the student writes what the teacher is to have been asked before."""
-    for given, where in ((c.cache, "teacher.cache"), (c.ahead, "teacher.speed.overlap")):
+    for given, where in ((c.cache, "teacher.cache"), (c.prefetch, "teacher.speed.overlap")):
         if method.writes and given is not None:
             raise CapabilityError(
                 f"{type(method).__name__} asks the teacher about what the student has just written, "

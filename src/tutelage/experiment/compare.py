@@ -26,10 +26,10 @@ from tutelage.experiment.spec import (
     projectors,
 )
 from tutelage.experiment.summary import best_on_validation, keep_samples, keep_written, summarise
-from tutelage.experiment.teacher_setup import examined, live_teacher, served_by, taught_by
+from tutelage.experiment.teacher_setup import examined, live_teacher, open_remote_teacher, taught_by
 from tutelage.experiment.trainer import train_student
 from tutelage.methods import check_capabilities
-from tutelage.students import has_adapters, is_rounded, plain
+from tutelage.students import has_adapters, is_quantisation_aware, to_float_model
 
 
 def compare(c: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def compare(c: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
         CapabilityError: teacher, student, data and method do not fit; found before any student is trained.
         Interrupted: a stop was asked for; the state is saved.
     """
-    if c.teacher is None and c.served is None:
+    if c.teacher is None and c.remote_teacher is None:
         check_capabilities(c.method(), None)
     untrained = None if c.teacher is None else c.teacher()
     c = c.beside(untrained)
@@ -61,7 +61,7 @@ def compare(c: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     if has_adapters(adapted_student):
         learned = sum(p.numel() for p in adapted_student.parameters() if p.requires_grad)
         ctx.terminal.say(f"adapters: {learned:,} parameters learn, and are added to the weights that are exported")
-    if is_rounded(adapted_student):
+    if is_quantisation_aware(adapted_student):
         ctx.terminal.say(
             "rounded: the student runs as in eight bits, and its figures are of it so; it is saved whole"
         )
@@ -89,15 +89,17 @@ def compare(c: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
             c = replace(c, said=TeacherReferences(teacher, c.validation, ctx))
     arms: list[Arm] = ["baseline", "distilled"] if c.baseline else ["distilled"]
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    with served_by(c, ctx.terminal, method, classes) as served:
-        check_method_runs(c, ctx, adapted_student, method, teacher or served)
-        with taught_by(c, ctx, teacher or served, method, classes) as asked:
+    with open_remote_teacher(c, ctx.terminal, method, classes) as remote:
+        check_method_runs(c, ctx, adapted_student, method, teacher or remote)
+        with taught_by(c, ctx, teacher or remote, method, classes) as asked:
             for seed in c.seeds:
                 for arm in arms:
                     results[arm].append(train_student(c, ctx, arm, seed, asked, teacher, references, classes))
-    known = None if served is None else served.facts
+    known = None if remote is None else remote.facts
     exported = best_on_validation(c, results["distilled"])
     if ctx.run.writes:
         keep_samples(c, ctx, teacher, references, classes, exported)
         keep_written(c, ctx, teacher, exported)
-    return summarise(c, ctx, teacher, plain(adapted_student), teacher_scores, results, method, exported, known)
+    return summarise(
+        c, ctx, teacher, to_float_model(adapted_student), teacher_scores, results, method, exported, known
+    )

@@ -13,7 +13,7 @@ import torch
 
 from tutelage.data import Batch, LoaderBatches, RankSlice
 from tutelage.errors import CapabilityError, DataError
-from tutelage.teachers.cache import digest
+from tutelage.teachers.cache import input_digest
 
 AGAIN = 8
 """Batches that are looked at a second time, to see whether a sample always looks the same."""
@@ -45,7 +45,7 @@ def samples(
         shown(batches.epoch(0, RankSlice())), itertools.islice(batches.epoch(1, RankSlice()), AGAIN)
     ):
         ids.append(_ids(batch))
-        digests.append(np.array([digest(batch, row) for row in range(len(batch))], dtype=np.uint64))
+        digests.append(np.array([input_digest(batch, row) for row in range(len(batch))], dtype=np.uint64))
     every = np.stack([np.concatenate(ids).view(np.uint64), np.concatenate(digests)], 1)
     every = np.unique(every, axis=0)
     again = np.flatnonzero(every[1:, 0] == every[:-1, 0])

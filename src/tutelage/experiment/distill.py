@@ -34,7 +34,7 @@ from tutelage.experiment.measure import class_name, fingerprint
 from tutelage.experiment.open_run import choose_run_directory, open_run_directory
 from tutelage.experiment.spec import Arm, ExperimentSpec, RunContext, example_of
 from tutelage.experiment.summary import exported_student
-from tutelage.experiment.teachers import EnsemblePlan, Member, asks_ahead, live_options
+from tutelage.experiment.teachers import EnsemblePlan, Member, live_options, prefetch_mode
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
@@ -164,10 +164,10 @@ def distill(
         return LoaderBatches(train_loader, seed, to_batch)
 
     cls = type(template) if template is not None else None
-    plan, live, ahead = None, dict[str, Any](), None
+    plan, live, prefetch = None, dict[str, Any](), None
     if speed:
         wanted = _checked(TeacherSpeedConfig, speed, "speed")
-        live, ahead = live_options(wanted), asks_ahead(wanted)
+        live, prefetch = live_options(wanted), prefetch_mode(wanted)
     if many and live.get("sharded"):
         raise ConfigError(
             "distill(speed={'sharded': True}) of several teachers", remedy="it is for one; leave it out"
@@ -184,7 +184,7 @@ def distill(
         raise ConfigError(
             f"distill(ensemble={ensemble!r}), and there is one teacher", remedy="give a list of modules as teacher"
         )
-    kept = _cache(cache, teacher_mode, "sharded" if live.get("sharded") else ahead)
+    kept = _cache(cache, teacher_mode, "sharded" if live.get("sharded") else prefetch)
     described = {
         "teacher": _fingerprints(teacher),
         "student": fingerprint(make_student(seeds[0])),
@@ -219,7 +219,7 @@ def distill(
         teacher_mode=teacher_mode,
         ensemble=plan,
         speed=live,
-        ahead=ahead,
+        prefetch=prefetch,
         classes=classes,
         peer=make_peer,
         peer_card=lambda asked: {} if asked is None else {"class": "the given function's result"},
@@ -246,7 +246,7 @@ def distill(
         return DistillResult(exported_student(comparison, ctx, summary), summary, path)
 
 
-def _cache(given: Any, mode: str, ahead: str | None) -> CacheConfig | None:
+def _cache(given: Any, mode: str, prefetch: str | None) -> CacheConfig | None:
     """What is kept of the teacher's word; what it does not go with is refused."""
     section = cache_section(str(given) if isinstance(given, Path) else given)
     if section is None:
@@ -258,7 +258,7 @@ def _cache(given: Any, mode: str, ahead: str | None) -> CacheConfig | None:
             "batch that it first came in",
             remedy="use teacher_mode='eval', or leave cache out",
         )
-    if ahead is not None:
+    if prefetch is not None:
         raise ConfigError(
             f"distill(cache={given!r}, speed=...): a teacher whose word is read from disk is asked neither ahead "
             "nor by all processes at once",

@@ -34,15 +34,15 @@ from tutelage.experiment.compare import compare
 from tutelage.experiment.open_run import choose_run_directory, open_run_directory
 from tutelage.experiment.sample_predictions import pictured, worded
 from tutelage.experiment.spec import Arm, ExperimentSpec, RunContext
-from tutelage.experiment.teachers import EnsemblePlan, Member, asks_ahead, live_options, routes
+from tutelage.experiment.teachers import EnsemblePlan, Member, live_options, prefetch_mode, routes
 from tutelage.experiment.texts import as_the_teacher_reads, facts, load_text_data, students_of, with_tokenizer
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
-from tutelage.students import low_rank, rounded
-from tutelage.teachers import ServedTeacher
+from tutelage.students import add_fake_quantisers, add_lora
+from tutelage.teachers import RemoteTeacher
 
 ONE_VIEW = (
     "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "
@@ -178,7 +178,7 @@ def comparison(recipe: Recipe, data: Data) -> ExperimentSpec:
     if recipe.student.lora is not None:
         initial = changed(partial(with_adapters, recipe.student.lora), initial)
     if recipe.student.rounded is not None:
-        initial = changed(lambda model, seed: rounded(model), initial)
+        initial = changed(lambda model, seed: add_fake_quantisers(model), initial)
     return ExperimentSpec(
         name=recipe.name,
         method=method_factory(recipe),
@@ -226,7 +226,7 @@ def changed(change: Callable[[nn.Module, int], nn.Module], initial: dict[str, An
 
 def with_adapters(config: LowRankConfig, model: nn.Module, seed: int) -> nn.Module:
     """The same student, of which low-rank adapters learn alone."""
-    return low_rank(model, **config.model_dump(), seed=seed)
+    return add_lora(model, **config.model_dump(), seed=seed)
 
 
 def decoding(recipe: Recipe, data: Data) -> int:
@@ -274,11 +274,11 @@ def of_teacher(recipe: Recipe, data: Data, facts: dict[str, Any]) -> dict[str, A
         return {"teacher": None}
     if t.endpoint is not None:
         cache = None if t.cache is None else partial(open_cache, recipe, data)
-        return {"teacher": None, "served": partial(served_teacher, recipe, data), "cache": cache}
+        return {"teacher": None, "remote_teacher": partial(build_remote_teacher, recipe, data), "cache": cache}
     members = [teacher_member(recipe, t, i, data, facts) for i in range(len(t.each))]
     shared = {
         "teacher_mode": t.mode,
-        "ahead": asks_ahead(t.speed),
+        "prefetch": prefetch_mode(t.speed),
         "cache": None if t.cache is None else partial(open_cache, recipe, data),
     }
     if t.members is None:
@@ -290,13 +290,13 @@ def of_teacher(recipe: Recipe, data: Data, facts: dict[str, Any]) -> dict[str, A
     return {**shared, "teacher": plan.untrained, "ensemble": plan}
 
 
-def served_teacher(recipe: Recipe, data: Data, classes: int) -> ServedTeacher:
+def build_remote_teacher(recipe: Recipe, data: Data, classes: int) -> RemoteTeacher:
     """The teacher behind a server, once it has answered; ``classes`` is the student's vocabulary."""
     endpoint = recipe.required_teacher.endpoint
     assert endpoint is not None
     assert isinstance(data, TextData)
     options = endpoint.model_dump(exclude={"kind"})
-    return ServedTeacher(
+    return RemoteTeacher(
         **options, server=endpoint.kind, classes=classes, tokenizer=data.tokenizer, longest=data.max_length
     )
 

@@ -19,7 +19,7 @@ from tutelage.experiment.sample_predictions import DescribeSample, unseen
 from tutelage.experiment.teachers import EnsemblePlan, ModelTeacher
 from tutelage.methods import Method, SupervisedMethod, prepare_method, prepare_student
 from tutelage.progress import Terminal
-from tutelage.teachers import CachedTeacher, ServedTeacher, Teacher
+from tutelage.teachers import CachedTeacher, RemoteTeacher, Teacher
 
 MEMORY_BYTES = 2**29
 """Teacher logits of the test split up to this size are kept in memory."""
@@ -41,7 +41,7 @@ class ExperimentSpec:
     Attributes:
         name: of the run.
         teacher: builds the teacher; with weights, unless ``train_teacher``. ``None`` for a method without one.
-        served: in its place, opens a teacher behind a server, given how many tokens the student scores.
+        remote_teacher: in its place, opens a teacher behind a server, given how many tokens the student scores.
         student: builds a student's initialisation from a seed; the same seed gives the same one.
         method: builds the method.
         batches: the training data of an arm under a seed.
@@ -54,7 +54,7 @@ class ExperimentSpec:
         teacher_mode: see :class:`LiveTeacher`.
         ensemble: of which teachers it is made, where there are several; ``teacher`` then builds all as one.
         speed: options of :class:`LiveTeacher` beside the mode, of a single teacher.
-        ahead: whether the teacher is asked ahead, here or in a process of its own.
+        prefetch: whether teacher outputs are prefetched, in a thread or in a separate process.
         cache: opens the cache of a teacher's word, given the teacher, its classes and the method; ``None`` for none.
         remember: the training samples, unaugmented, where the teacher's logits may be computed once.
         remember_rows: how many positions these have.
@@ -90,7 +90,7 @@ class ExperimentSpec:
     teacher_mode: Literal["eval", "train_bn"] = "eval"
     ensemble: EnsemblePlan | None = None
     speed: Mapping[str, Any] = field(default_factory=dict)
-    ahead: Literal["overlap", "process"] | None = None
+    prefetch: Literal["overlap", "process"] | None = None
     cache: Callable[[Any, int, Method, Accelerator], CachedTeacher] | None = None
     remember: Iterable[Batch] | None = None
     remember_rows: int = 0
@@ -101,7 +101,7 @@ class ExperimentSpec:
     peer_card: Callable[[Any], dict[str, Any]] = lambda asked: {}
     supervised: Callable[[], Method] = SupervisedMethod
     metric: str = "accuracy"
-    served: Callable[[int], ServedTeacher] | None = None
+    remote_teacher: Callable[[int], RemoteTeacher] | None = None
     students_of: Callable[[nn.Module], Callable[[int], nn.Module]] | None = None
     head_only: bool = False
     compared: bool = False

@@ -20,7 +20,7 @@ from tutelage.files import write_text
 from tutelage.methods import Method
 from tutelage.models import load_weights
 from tutelage.models.files import read_card
-from tutelage.students import ReusedHead, plain
+from tutelage.students import ReusedHead, to_float_model
 from tutelage.teachers import LiveTeacher
 
 
@@ -33,7 +33,7 @@ def summarise(
     results: dict[str, list[dict[str, Any]]],
     method: Method,
     exported: str,
-    served: Mapping[str, Any] | None = None,
+    remote_teacher: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The figures of the run, written to ``summary.json``, and the exported student."""
     student.to(ctx.device)
@@ -78,8 +78,8 @@ def summarise(
         "device": str(ctx.device),
         "processes": ctx.accelerator.num_processes,
     }
-    if served is not None:
-        summary["served"] = dict(served)
+    if remote_teacher is not None:
+        summary["remote_teacher"] = dict(remote_teacher)
     if teacher_scores is not None:
         summary["capacity_ratio"] = sizes["student"] / sizes["teacher"]
         kept = [k for k in (c.metric, *FIGURES) if k in teacher_scores["validation"]]
@@ -118,7 +118,7 @@ def exported_student(c: ExperimentSpec, ctx: RunContext, summary: dict[str, Any]
 def finished_student(c: ExperimentSpec, folder: Path) -> nn.Module:
     """The student in a folder of a finished training, likewise."""
     reused = read_card(folder).get("reused_head")
-    model = plain(c.student(c.seeds[0]).cpu())
+    model = to_float_model(c.student(c.seeds[0]).cpu())
     if reused is not None:
         model = ReusedHead(model, **reused)
     load_weights(model, folder)

@@ -32,7 +32,7 @@ from tutelage.teachers import (
     LiveTeacher,
     MemoryTeacher,
     PrefetchingTeacher,
-    ServedTeacher,
+    RemoteTeacher,
     Teacher,
 )
 
@@ -148,12 +148,14 @@ def say_ensemble(scores: Mapping[str, Any], ctx: RunContext) -> None:
 
 
 @contextmanager
-def served_by(c: ExperimentSpec, terminal: Terminal, method: Method, classes: int) -> Iterator[ServedTeacher | None]:
+def open_remote_teacher(
+    c: ExperimentSpec, terminal: Terminal, method: Method, classes: int
+) -> Iterator[RemoteTeacher | None]:
     """The teacher behind a server, where there is one and it is asked for anything."""
-    if c.served is None or not is_taught(method):
+    if c.remote_teacher is None or not is_taught(method):
         yield None
         return
-    with c.served(classes) as teacher:
+    with c.remote_teacher(classes) as teacher:
         check_capabilities(method, teacher)
         terminal.say(f"teacher: {teacher.model} at {teacher.url}, {teacher.k} tokens each")
         yield teacher
@@ -161,7 +163,7 @@ def served_by(c: ExperimentSpec, terminal: Terminal, method: Method, classes: in
 
 @contextmanager
 def taught_by(
-    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | ServedTeacher | None, method: Method, classes: int
+    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | RemoteTeacher | None, method: Method, classes: int
 ) -> Iterator[Teacher | None]:
     """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
     if teacher is None or not is_taught(method):
@@ -171,11 +173,11 @@ def taught_by(
         return
     if c.cache is None:
         known = remembered(c, ctx, teacher, method, classes)
-        if c.ahead is None or known is not teacher:
+        if c.prefetch is None or known is not teacher:
             yield known
             return
-        with closing(PrefetchingTeacher(teacher, process=c.ahead == "process")) as ahead:
-            yield ahead
+        with closing(PrefetchingTeacher(teacher, process=c.prefetch == "process")) as prefetching:
+            yield prefetching
         return
     with c.cache(teacher, classes, method, ctx.accelerator) as cached:
         for each in (method, *(phase.method for phase in method.phases())):
@@ -204,10 +206,10 @@ def all_needs(method: Method) -> Needs:
 
 
 def remembered(
-    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | ServedTeacher, method: Method, classes: int
+    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | RemoteTeacher, method: Method, classes: int
 ) -> Teacher:
     """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
-    if isinstance(teacher, ServedTeacher) or not rememberable(c, ctx, teacher, method, classes):
+    if isinstance(teacher, RemoteTeacher) or not rememberable(c, ctx, teacher, method, classes):
         return teacher
     return in_memory(c, ctx, teacher, all_needs(method))
 

@@ -13,7 +13,7 @@ from tutelage.config import SpeedConfig, TeacherSpeedConfig, TrainConfig
 from tutelage.data import Batch, Batches
 from tutelage.errors import CapabilityError, ConfigError, suggest
 from tutelage.evaluation import evaluate_teacher
-from tutelage.teachers import Ensemble, EnsembleTeacher, LiveTeacher, learned_weights
+from tutelage.teachers import Ensemble, EnsembleTeacher, LiveTeacher, fit_ensemble_weights
 
 Trained = tuple[TrainConfig, Batches, int]
 """How a teacher is trained first, on what, and under which seed."""
@@ -80,7 +80,7 @@ class EnsemblePlan:
                     "the weights of the members are to be learned, and there is no validation data",
                     remedy="pass validation=, or weights by hand",
                 )
-            weights = learned_weights(
+            weights = fit_ensemble_weights(
                 live, validation, combine=self.combine, temperature=self.temperature, device=device
             )
         return EnsembleTeacher(
@@ -98,8 +98,8 @@ def live_options(*sections: SpeedConfig | None) -> dict[str, Any]:
     return given
 
 
-def asks_ahead(speed: TeacherSpeedConfig | None) -> Literal["overlap", "process"] | None:
-    """Whether a teacher is asked ahead, here or in a process of its own."""
+def prefetch_mode(speed: TeacherSpeedConfig | None) -> Literal["overlap", "process"] | None:
+    """Whether teacher outputs are prefetched, in a thread or in a separate process."""
     if speed is None:
         return None
     return "process" if speed.process else "overlap" if speed.overlap else None

@@ -19,7 +19,7 @@ from tutelage.errors import ConfigError
 from tutelage.models import known_classes, tokenizer_of
 from tutelage.models.texts import CrossEncoder, SentenceEncoder
 from tutelage.progress import Terminal
-from tutelage.students import block_influence, cut, trim, trim_embeddings
+from tutelage.students import block_influence, prune, trim_embeddings, trim_tokenizer
 
 RANKED_ON = 256
 """Training texts on which the influence of layers is measured."""
@@ -47,7 +47,7 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     whole = load_texts(**fields, **given, tokenizer=mine, raw=raw)
     texts = training_texts(raw, whole, listed(config.text))
     terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")
-    trimmed, kept = trim(mine, texts)
+    trimmed, kept = trim_tokenizer(mine, texts)
     terminal.say(f"vocabulary: {len(kept):,} of {len(mine):,} tokens are kept")
     data = load_texts(**fields, **given, tokenizer=trimmed, raw=raw)
     return replace(data, kept=kept)
@@ -115,7 +115,7 @@ def students_of(config: StudentConfig, data: TextData, teacher: nn.Module) -> Ca
     asked = {k: getattr(config, k) for k in ("layers", "map", "width", "heads", "intermediate", "embedding")}
 
     def student(seed: int) -> nn.Module:
-        part: Any = cut(whole, **asked, importance=importance, initial=config.initial, seed=seed).model
+        part: Any = prune(whole, **asked, importance=importance, initial=config.initial, seed=seed).model
         if data.kept is not None:
             part = trim_embeddings(part, data.kept)
         part.requires_grad_(True)

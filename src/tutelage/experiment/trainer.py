@@ -31,7 +31,7 @@ from tutelage.experiment.teachers import ModelTeacher
 from tutelage.files import new_folder
 from tutelage.methods import DistillationModule, Method, needs_of, prepare_student
 from tutelage.models import save_model
-from tutelage.students import ReusedHead, plain
+from tutelage.students import ReusedHead, to_float_model
 from tutelage.teachers import Signal, Teacher
 
 
@@ -202,7 +202,7 @@ def train_and_keep(
                 with new_folder(ctx.run.model(f"{training.name}-{name}")) as folder:
                     save_model(models[name], folder, card_of)
         with new_folder(ctx.run.model(training.name)) as folder:
-            save_model(plain(result.pop("model")), folder, card)
+            save_model(to_float_model(result.pop("model")), folder, card)
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         ctx.terminal.say(
             f"{training.name}: test {result['best'][training.metric]:.2%} "

@@ -301,7 +301,7 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
         raise CapabilityError(
             f"{name} needs a teacher and there is none", remedy="give a teacher, or use a method that needs none"
         )
-    if method.writes and getattr(teacher, "of_samples", False):
+    if method.writes and getattr(teacher, "is_precomputed", False):
         raise CapabilityError(
             f"{name} asks about what the student has just written, and {type(teacher).__name__} knows the data only",
             remedy="use a live teacher, or a method that learns from the data, such as kind: token",

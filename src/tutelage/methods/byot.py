@@ -11,7 +11,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, ModelError
 from tutelage.methods.base import Method, Term
-from tutelage.students import embedding, stages, untouched
+from tutelage.students import eval_no_grad, find_embedding_tap, find_stages
 from tutelage.students.projectors import Shape, device_of
 from tutelage.taps import Needs, Observation, find_module, observe, output_head
 from tutelage.teachers.signal import Signal
@@ -78,8 +78,8 @@ class ByotMethod(Method):
         Raises:
             ModelError: an unknown tap, a student without stages, or one that does not classify whole samples.
         """
-        self.taps, self.deepest = self._found(student, example), embedding(student)
-        with untouched(student):
+        self.taps, self.deepest = self._found(student, example), find_embedding_tap(student)
+        with eval_no_grad(student):
             inputs = example.to(device_of(student)).inputs
             seen = observe(student, inputs, Needs(hidden=(*self.taps, self.deepest)))
         feature, classes = seen.hidden[self.deepest], output_head(student).out_features
@@ -88,7 +88,7 @@ class ByotMethod(Method):
                 f"what goes into the student's head is {tuple(feature.shape)}, not one vector a sample",
                 remedy="byot is for classifiers of whole samples",
             )
-        last = list(stages(student, example))
+        last = list(find_stages(student, example))
         size = last[-1] if last else (1, 1)
         signed = bool((feature < 0).any())
         made = []
@@ -116,7 +116,7 @@ class ByotMethod(Method):
                 except ModelError as error:
                     raise ModelError(error.what, where="method.exits", remedy=error.remedy) from None
             return self.given
-        paths = list(stages(student, example).values())[:-1]
+        paths = list(find_stages(student, example).values())[:-1]
         if not paths:
             raise ModelError(
                 f"{type(student).__name__} has no two resolutions of feature maps, at the earlier of which an exit "

@@ -9,7 +9,7 @@ from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.methods.base import Method, Term
 from tutelage.methods.text_terms import check_weights
-from tutelage.students import Projector, build_projector, untouched
+from tutelage.students import Projector, build_projector, eval_no_grad
 from tutelage.students.projectors import Shape, device_of
 from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers.signal import Signal
@@ -80,7 +80,7 @@ def _texts(batch: Batch) -> Tensor:
 
 
 def _shape(who: str, model: nn.Module, example: Batch) -> Shape:
-    with untouched(model):
+    with eval_no_grad(model):
         logits = observe(model, example.to(device_of(model)).inputs, Needs()).logits
     if logits is None or logits.ndim != 2:
         given = None if logits is None else list(logits.shape)

@@ -13,7 +13,7 @@ from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.methods.base import Method, Phase, Term
 from tutelage.methods.features import FEATURE_LOSSES, Compared, Link, Setting, Site, Where, token_positions
 from tutelage.methods.logit import LogitMethod
-from tutelage.students import before_activations, embedding, feature_shapes, stages
+from tutelage.students import feature_shapes, find_embedding_tap, find_preactivations, find_stages
 from tutelage.students.projectors import Shape
 from tutelage.taps import Needs, Observation, find_module
 from tutelage.teachers.signal import Signal
@@ -316,7 +316,9 @@ def _by_resolution(find_in: Callable[[nn.Module, Batch], dict[tuple[int, int], s
 
 def _last(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
     """The last feature map of both, whatever its resolution."""
-    found = [list(stages(m, seen).values()) for m, seen in ((student, example), (teacher, example.for_teacher()))]
+    found = [
+        list(find_stages(m, seen).values()) for m, seen in ((student, example), (teacher, example.for_teacher()))
+    ]
     if not all(found):
         who = "student" if not found[0] else "teacher"
         raise ModelError(
@@ -328,7 +330,7 @@ def _last(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[
 
 def _embeddings(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
     """What goes into the output heads."""
-    return [(embedding(student), embedding(teacher))]
+    return [(find_embedding_tap(student), find_embedding_tap(teacher))]
 
 
 def _named(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
@@ -339,11 +341,11 @@ def _named(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple
 
 
 MATCHES: dict[Where, Callable[[nn.Module, nn.Module, Batch], list[tuple[str, str]]]] = {
-    "activations": _by_resolution(before_activations, "feature maps before an activation"),
+    "activations": _by_resolution(find_preactivations, "feature maps before an activation"),
     "embedding": _embeddings,
     "last": _last,
     "named": _named,
-    "stages": _by_resolution(stages, "feature maps"),
+    "stages": _by_resolution(find_stages, "feature maps"),
 }
 """What ``auto`` pairs, by the kind of place that a loss compares."""
 

@@ -14,7 +14,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
-from tutelage.students import untouched
+from tutelage.students import eval_no_grad
 from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers.signal import Signal
 
@@ -174,7 +174,7 @@ class MutualMethod(Method):
             return [z.detach() for z in logits]
         found = []
         for model in self.stale:
-            with untouched(model):
+            with eval_no_grad(model):
                 found.append(_logits(model, batch))
         return found
 

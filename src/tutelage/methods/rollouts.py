@@ -21,7 +21,7 @@ from tutelage.errors import CapabilityError, ConfigError, EndpointError
 from tutelage.files import explained, quiet
 from tutelage.methods.sampling import Completion, ends_of
 from tutelage.servers import JsonClient, TransientServerError, list_models
-from tutelage.students import plain
+from tutelage.students import to_float_model
 
 WHERE = "method.rollouts"
 
@@ -195,7 +195,7 @@ class Rollouts:
     def _write(self, state: dict[str, Any], folder: Path, ends: list[int], sampling: float) -> None:
         (mold,) = self._mold
         mold.load_state_dict(state)
-        model: Any = plain(copy.deepcopy(mold))
+        model: Any = to_float_model(copy.deepcopy(mold))
         if hasattr(model, "generation_config"):  # servers draw as it says, where a request does not
             from transformers import GenerationConfig
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tutelage.students import untouched
+from tutelage.students import eval_no_grad
 
 
 class Completion(NamedTuple):
@@ -62,7 +62,7 @@ def sample_completions(
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if mixture is not None:
         drawing["logits_processor"] = [_Mixture(*mixture, seen)]
-    with untouched(student):
+    with eval_no_grad(student):
         said = model.generate(
             input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=ends[0] if ends else 0,
             eos_token_id=ends or None, synced_gpus=synced_gpus, **drawing,

@@ -14,7 +14,7 @@ from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
 from tutelage.methods.text_terms import check_same_tokens, check_weights, head_terms, linear_head, text_positions
 from tutelage.methods.transformer_layers import check_layers, find_layers, mapped
-from tutelage.students import build_projector, untouched
+from tutelage.students import build_projector, eval_no_grad
 from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, Observation, observe, vocabulary_head
 from tutelage.teachers.signal import Signal
@@ -273,7 +273,7 @@ def check_apart(who: str, model: nn.Module, example: Batch) -> None:
         return
     stop = next((int(c) for r, c in starts if r == row and c > start), positions.shape[1])
     device, needs = device_of(model), Needs(logits=False, head=True)
-    with untouched(model):
+    with eval_no_grad(model):
         whole, alone = (
             observe(model, {k: v[row : row + 1, a:b].to(device) for k, v in inputs.items()}, needs).head
             for a, b in ((0, stop), (start, stop))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, ModelError
 from tutelage.methods.text_terms import seen_tokens
-from tutelage.students import untouched
+from tutelage.students import eval_no_grad
 from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, observe
 
@@ -249,7 +249,7 @@ def _watched(model: nn.Module, example: Batch) -> list[Call]:
     for path, module in model.named_modules():
         watch(path, module)
     try:
-        with untouched(model):
+        with eval_no_grad(model):
             observe(model, example.to(device_of(model)).inputs, Needs(logits=False))
     finally:
         for handle in handles:

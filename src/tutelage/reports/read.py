@@ -344,7 +344,7 @@ class Summary(_Part):
     capacity_ratio: float | None = None
     latency: dict[str, Speed] | None = None
     teacher: Teacher | None = None
-    served: dict[str, Any] | None = None
+    remote_teacher: dict[str, Any] | None = None
     """What is known of a teacher behind a server, which is not measured."""
     students: Students
     gain: dict[str, Pair] | None = None
@@ -358,7 +358,7 @@ class Summary(_Part):
     def _of_teacher(self) -> Summary:
         if self.teacher is not None and (self.parameters.teacher is None or self.capacity_ratio is None):
             raise ValueError("there is a teacher, and 'parameters.teacher' or 'capacity_ratio' is missing")
-        if self.teacher is None and self.served is None and self.taught:
+        if self.teacher is None and self.remote_teacher is None and self.taught:
             raise ValueError("'teacher' is missing")
         return self
 

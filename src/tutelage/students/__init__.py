@@ -1,26 +1,48 @@
 """Students cut from their teachers, and what a student needs in training: projectors, and where to compare."""
 
 from tutelage.students.embeddings import trim_embeddings
-from tutelage.students.encoders import Cut, cut
-from tutelage.students.layers import LAYER_MAPS, block_influence, layer_map
-from tutelage.students.lora import has_adapters, low_rank, merged
+from tutelage.students.feature_sites import find_embedding_tap, find_last_norm, find_preactivations, find_stages
+from tutelage.students.layer_selection import LAYER_MAPS, block_influence, select_layers
+from tutelage.students.lora import add_lora, has_adapters, merge_lora
 from tutelage.students.projectors import (
     PROJECTORS,
     Projector,
     build_projector,
+    eval_no_grad,
     feature_shapes,
-    fitting,
-    resize,
-    untouched,
+    match_dtype,
+    resize_like,
 )
-from tutelage.students.reuse import ReusedHead, reuse_head
-from tutelage.students.rounding import is_rounded, plain, rounded
-from tutelage.students.sites import before_activations, embedding, last_norm, stages
-from tutelage.students.vocabulary import trim
+from tutelage.students.pruning import PrunedStudent, prune
+from tutelage.students.qat import add_fake_quantisers, is_quantisation_aware, to_float_model
+from tutelage.students.reused_head import ReusedHead, reuse_head
+from tutelage.students.vocabulary_trimming import trim_tokenizer
 
 __all__ = [
-    "LAYER_MAPS", "PROJECTORS", "Cut", "Projector", "ReusedHead", "before_activations", "block_influence",
-    "build_projector", "cut", "embedding", "feature_shapes", "fitting", "has_adapters", "is_rounded", "last_norm",
-    "layer_map", "low_rank", "merged", "plain", "resize", "reuse_head", "rounded", "stages", "trim",
-    "trim_embeddings", "untouched",
-]  # fmt: skip
+    "LAYER_MAPS",
+    "PROJECTORS",
+    "Projector",
+    "PrunedStudent",
+    "ReusedHead",
+    "add_fake_quantisers",
+    "add_lora",
+    "block_influence",
+    "build_projector",
+    "eval_no_grad",
+    "feature_shapes",
+    "find_embedding_tap",
+    "find_last_norm",
+    "find_preactivations",
+    "find_stages",
+    "has_adapters",
+    "is_quantisation_aware",
+    "match_dtype",
+    "merge_lora",
+    "prune",
+    "resize_like",
+    "reuse_head",
+    "select_layers",
+    "to_float_model",
+    "trim_embeddings",
+    "trim_tokenizer",
+]

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, ModelError
-from tutelage.students.copying import built, transplant
-from tutelage.students.layers import config_of, layer_stack
-from tutelage.students.probing import growth, shapes, varied, whole_numbers, with_words
-from tutelage.students.projectors import device_of, untouched
+from tutelage.students.config_probing import (
+    replace_fields,
+    shape_changes,
+    size_fields,
+    weight_shapes,
+    with_vocabulary_size,
+)
+from tutelage.students.layer_selection import config_of, layer_stack
+from tutelage.students.projectors import device_of, eval_no_grad
+from tutelage.students.weight_transfer import build_from_config, copy_weights
 
 # Fewer tokens ----------------------------------------------------------------------------------------
 
@@ -26,7 +32,7 @@ def trim_embeddings(model: nn.Module, kept: Tensor | Sequence[int]) -> nn.Module
 
     Args:
         model: not changed, and nothing is shared with it.
-        kept: ``[K]`` old ids in ascending order; row i becomes the token i, as :func:`trim` gives them.
+        kept: ``[K]`` old ids in ascending order; row i becomes the token i, as :func:`trim_tokenizer` gives them.
 
     Raises:
         ConfigError: ids that are not ascending, or outside of the vocabulary.
@@ -42,10 +48,10 @@ def trim_embeddings(model: nn.Module, kept: Tensor | Sequence[int]) -> nn.Module
             remedy="give what trim() returns for this model's own tokenizer",
         )
     new_ids = {old: new for new, old in enumerate(ids)}
-    smaller = varied(config, vocab_size=len(ids))
+    smaller = replace_fields(config, vocab_size=len(ids))
     _move_ids(smaller, new_ids, size)
-    before, after = (shapes(type(model), with_words(config, count)) for count in (size, size + 1))
-    rows = growth(before, after) if before else None
+    before, after = (weight_shapes(type(model), with_vocabulary_size(config, count)) for count in (size, size + 1))
+    rows = shape_changes(before, after) if before else None
     if not rows:
         raise ModelError(
             f"no weight of {type(model).__name__} follows the vocabulary's size",
@@ -58,8 +64,8 @@ def trim_embeddings(model: nn.Module, kept: Tensor | Sequence[int]) -> nn.Module
             value = value.index_select(i, index) if (name, i) in rows else value
         return value
 
-    new = built(model, smaller)
-    transplant(new, model, lambda name: name, part)
+    new = build_from_config(model, smaller)
+    copy_weights(new, model, lambda name: name, part)
     if getattr(new, "generation_config", None) is not None:
         _move_ids(new.generation_config, new_ids, size)
     if getattr(config, "pad_token_id", None) != getattr(smaller, "pad_token_id", None):
@@ -92,7 +98,7 @@ def _compare(model: Any, new: Any, index: Tensor) -> None:
     pad = new.config.pad_token_id
     words = [i for i in range(len(index)) if i != pad][-8:]
     ids = torch.tensor([words], device=index.device)
-    with untouched(model), untouched(new):
+    with eval_no_grad(model), eval_no_grad(new):
         try:
             before, after = model.base_model(input_ids=index[ids])[0], new.base_model(input_ids=ids)[0]
         except Exception as error:
@@ -111,7 +117,7 @@ def _compare(model: Any, new: Any, index: Tensor) -> None:
 # Narrower --------------------------------------------------------------------------------------------
 
 
-def factorise(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn.Module, list[str]]:
+def factorise_embeddings(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn.Module, list[str]]:
     """The model with token embeddings of ``rank`` numbers and a matrix from there to its hidden size.
 
     The new tables are the old ones in the basis that holds most of the sums they make: the singular vectors of word,
@@ -134,7 +140,7 @@ def factorise(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn.Module, li
     if not 2 <= rank < width:
         raise ConfigError(f"embedding is {rank}, and the teacher's is {width}", remedy=f"use 2 to {width - 1}")
     config, rows = _narrower(model, rank, width)
-    new: Any = built(model, config, seed)
+    new: Any = build_from_config(model, config, seed)
     projection = _projection(model, new, rank)
     narrow = [p for p, m in new.named_modules() if isinstance(m, nn.Embedding) and m.weight.shape[1] == rank]
     narrow = [p for p in narrow if (f"{p}.weight", 1) in rows]
@@ -144,7 +150,7 @@ def factorise(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn.Module, li
     tied = {
         name for name, p in new.named_parameters(remove_duplicate=False) if p is new.get_input_embeddings().weight
     }
-    fresh = transplant(
+    fresh = copy_weights(
         new, model, lambda name: "" if name in placed | tied or any(key[0] == name for key in rows) else name,
         lambda name, value: value,
     )  # fmt: skip
@@ -157,16 +163,16 @@ def factorise(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn.Module, li
 def _narrower(model: nn.Module, rank: int, width: int) -> tuple[Any, dict[tuple[str, int], int]]:
     """The config with the one number changed that makes the token embeddings narrow and no layer."""
     config, kind, (stack, _) = config_of(model), type(model), layer_stack(model)
-    before = shapes(kind, config) or {}
+    before = weight_shapes(kind, config) or {}
     word = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())  # type: ignore[operator]
-    for name in dict.fromkeys([*(k for k, v in whole_numbers(config).items() if v == width), "embedding_size"]):
+    for name in dict.fromkeys([*(k for k, v in size_fields(config).items() if v == width), "embedding_size"]):
         try:
-            smaller = varied(config, **{name: rank})
+            smaller = replace_fields(config, **{name: rank})
         except Exception:  # noqa: BLE001  configs refuse numbers in ways of their own
             continue
-        after = shapes(kind, smaller) or {}
+        after = weight_shapes(kind, smaller) or {}
         shared = before.keys() & after.keys()
-        rows = growth({n: before[n] for n in shared}, {n: after[n] for n in shared})
+        rows = shape_changes({n: before[n] for n in shared}, {n: after[n] for n in shared})
         layers = any(key[0].startswith(f"{stack}.") for key in rows or ())
         if rows and not layers and rows.get((f"{word}.weight", 1)) == rank - width and _widens(before, after, rank):
             return smaller, rows

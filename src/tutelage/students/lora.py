@@ -18,7 +18,7 @@ BLOCK = 64
 """Weights that share a scale in 4 bits, as in QLoRA."""
 
 
-def low_rank(
+def add_lora(
     model: nn.Module,
     *,
     rank: int = 16,
@@ -30,7 +30,7 @@ def low_rank(
 ) -> nn.Module:
     r"""``model`` with :math:`\frac{\alpha}{r} B A` beside its linear layers; they alone learn. Changed in place.
 
-    It starts as what it was, for B is zero. :func:`merged` makes a plain model of it again.
+    It starts as what it was, for B is zero. :func:`merge_lora` makes a plain model of it again.
 
     Args:
         model: any module with linear layers; best of transformers.
@@ -64,7 +64,7 @@ def low_rank(
         require("bitsandbytes", "language", "student.lora.bits")
         for path in (p for p in paths if p != head):
             parent, name = _parent(model, path)
-            setattr(parent, name, FourBit(getattr(parent, name)))
+            setattr(parent, name, NF4Linear(getattr(parent, name)))
     config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout,
                         target_modules=paths)  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -78,7 +78,7 @@ def low_rank(
     return found
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merge_lora(model: nn.Module) -> nn.Module:
     """``model`` without adapters: what they have learned is added to the weights. In place; without any, as it is."""
     found = list(_adapted(model))
     if not found:
@@ -86,7 +86,7 @@ def merged(model: nn.Module) -> nn.Module:
     for path, layer in found:
         parent, name = _parent(model, path)
         base = layer.get_base_layer()
-        plain = base.plain() if isinstance(base, FourBit) else base
+        plain = base.plain() if isinstance(base, NF4Linear) else base
         _untie(model, plain)
         with torch.no_grad():
             for adapter in layer.active_adapters:
@@ -109,11 +109,11 @@ def _untie(model: nn.Module, head: nn.Linear) -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether it is one that :func:`low_rank` made."""
+    """Whether it is one that :func:`add_lora` made."""
     return next(_adapted(model), None) is not None
 
 
-class FourBit(nn.Linear):
+class NF4Linear(nn.Linear):
     """A linear layer whose weights are kept in 4 bits (NF4), and do not learn nor go into a state dict.
 
     Args:

@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[nn.Module]:
+def eval_no_grad(model: nn.Module) -> Iterator[nn.Module]:
     """``model`` in evaluation mode and without autograd; each of its modules gets its own mode back."""
     with evaluating(model), torch.no_grad():
         yield model
@@ -44,7 +44,7 @@ def feature_shapes(model: nn.Module, example: Batch, paths: Sequence[str]) -> di
     Raises:
         ModelError: unknown path, or its module gives no tensor.
     """
-    with untouched(model):
+    with eval_no_grad(model):
         seen = observe(model, example.to(device_of(model)).inputs, Needs(hidden=tuple(dict.fromkeys(paths))))
     return {path: tuple(x.shape) for path, x in seen.hidden.items()}
 
@@ -84,7 +84,7 @@ PROJECTORS: dict[str, Callable[[int, int, bool], nn.Module]] = {
 ``conv1x1``; ``auto`` is that where the numbers of channels differ, and ``identity`` where they agree."""
 
 
-def fitting(module: nn.Module, x: Tensor) -> Tensor:
+def match_dtype(module: nn.Module, x: Tensor) -> Tensor:
     """``x`` in the precision of the module's weights, where it has any."""
     first = next(module.parameters(), None)
     return x if first is None else x.to(first.dtype)
@@ -107,7 +107,7 @@ class Projector(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's feature in the shape of the teacher's."""
-        x: Tensor = self.body(fitting(self, resize(student, teacher)))
+        x: Tensor = self.body(match_dtype(self, resize_like(student, teacher)))
         return x if self.norm is None else self.norm(x)
 
     def extra_repr(self) -> str:
@@ -115,7 +115,7 @@ class Projector(nn.Module):
         return f"{sum(p.numel() for p in self.parameters()):,} parameters"
 
 
-def resize(x: Tensor, like: Tensor) -> Tensor:
+def resize_like(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the spatial size, or the length, of ``like``: averaged where larger, interpolated where smaller."""
     if x.ndim == 4 and like.ndim == 2:
         return x.mean((2, 3))

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ModelError
-from tutelage.students.probing import (
+from tutelage.students.config_probing import (
     Key,
     Shape,
     field_of,
-    growth,
-    outputs,
-    pattern,
-    probe,
-    randomised,
-    shapes,
-    varied,
-    whole_numbers,
+    layer_pattern,
+    probe_config,
+    random_model,
+    replace_fields,
+    run_model,
+    shape_changes,
+    size_fields,
+    weight_shapes,
 )  # fmt: skip
 
 COMBINATIONS = 64
@@ -80,15 +80,15 @@ class WeightLayout(NamedTuple):
 # Reading a model -------------------------------------------------------------------------------------
 
 
-def anatomy(model: nn.Module) -> WeightLayout:
+def find_weight_layout(model: nn.Module) -> WeightLayout:
     """What each dimension of a model's weights counts.
 
     Raises:
         ModelError: the widths of this family cannot be found, or what was found does not hold.
     """
-    kind, config, path = probe(model)
+    kind, config, path = probe_config(model)
     family = kind.__name__
-    before = _patterned(shapes(kind, config), path, family)
+    before = _patterned(weight_shapes(kind, config), path, family)
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     head = int(getattr(config, "head_dim", None) or hidden // heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -130,7 +130,7 @@ def _patterned(found: Mapping[str, Shape] | None, stack: str, family: str) -> di
         raise ModelError(f"{family} cannot be built from its config", remedy="cut a model that transformers can load")
     merged: dict[str, Shape] = {}
     for name, shape in found.items():
-        if merged.setdefault(pattern(name, stack), shape) != shape:
+        if merged.setdefault(layer_pattern(name, stack), shape) != shape:
             raise ModelError(f"layers of {family} differ in size ({name})", remedy="cut its depth only: layers=...")
     return merged
 
@@ -140,8 +140,8 @@ def _comparer(
 ) -> Callable[..., dict[Key, int] | None]:
     def compare(**numbers: int) -> dict[Key, int] | None:
         try:
-            found = shapes(kind, varied(config, **numbers))
-            return None if found is None else growth(before, _patterned(found, path, kind.__name__))
+            found = weight_shapes(kind, replace_fields(config, **numbers))
+            return None if found is None else shape_changes(before, _patterned(found, path, kind.__name__))
         except Exception:  # noqa: BLE001  configs refuse numbers in ways of their own
             return None
 
@@ -151,14 +151,14 @@ def _comparer(
 def _companions(kind: type[nn.Module], config: Any, hidden: int, head: int, compare: Any) -> tuple[str, ...]:
     """Fields that equal the hidden size and cannot differ from it: without them the model fails, or is another."""
     own, found = field_of(config, "hidden_size"), []
-    for name, value in whole_numbers(config).items():
+    for name, value in size_fields(config).items():
         if value != hidden or name == own:
             continue
         changed = compare(**{name: hidden + head})
         if changed is None:
             found.append(name)
         elif changed:
-            found += [] if _runs(kind, varied(config, **{name: hidden + head})) else [name]
+            found += [] if _runs(kind, replace_fields(config, **{name: hidden + head})) else [name]
         elif name.endswith("hidden_size"):  # of a head that this model is without
             found.append(name)
     return tuple(found)
@@ -166,7 +166,7 @@ def _companions(kind: type[nn.Module], config: Any, hidden: int, head: int, comp
 
 def _runs(kind: type[nn.Module], config: Any) -> bool:
     try:
-        outputs(randomised(kind, config))
+        run_model(random_model(kind, config))
     except Exception:  # noqa: BLE001  sizes that do not fit fail in many ways
         return False
     return True
@@ -176,7 +176,7 @@ def _feed_forward(config: Any, path: str, apart: set[Key], compare: Any, family:
     """The one field that changes dimensions inside of layers only, and none that heads or hidden size change."""
     known = {field_of(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
     found = {}
-    for name, value in whole_numbers(config).items():
+    for name, value in size_fields(config).items():
         changed = {} if name in known else compare(**{name: value + 1})
         if changed and not apart & set(changed) and all(key[0].startswith(f"{path}.*.") for key in changed):
             found[name] = changed
@@ -228,13 +228,13 @@ def _square(
     kind: type[nn.Module], config: Any, path: str, by_hidden: dict[Key, int], head: int
 ) -> tuple[list[str], set[str]]:
     """Modules of a layer whose weight is of hidden size both ways, and those of them that share what they read."""
-    model = randomised(kind, config)
+    model = random_model(kind, config)
     square: list[str] = []
     given: dict[int, set[str]] = {}
     tensors: list[Tensor] = []  # held, so that no two have the same id
     handles = []
     for name, module in model.named_modules():
-        m = pattern(f"{name}.", path).removesuffix(".")
+        m = layer_pattern(f"{name}.", path).removesuffix(".")
         weight = getattr(module, "weight", None)
         if not name.startswith(f"{path}.0.") or not isinstance(weight, Tensor) or weight.ndim != 2:
             continue
@@ -249,7 +249,7 @@ def _square(
 
         handles.append(module.register_forward_pre_hook(seen, with_kwargs=True))
     try:
-        outputs(model)
+        run_model(model)
     except Exception as error:
         raise ModelError(
             f"{kind.__name__} does not run on token ids alone: {error}", remedy="cut its depth only: layers=..."
@@ -266,9 +266,9 @@ def _violations(
     kind: type[nn.Module], config: Any, path: str, axes: dict[Key, Axis], units: dict[str, int]
 ) -> list[str]:
     """Roles whose units cannot stand in another order without changing what the model gives."""
-    model = randomised(kind, config)
+    model = random_model(kind, config)
     state = {name: x.clone() for name, x in model.state_dict().items()}
-    before = outputs(model)
+    before = run_model(model)
     wrong = []
     for role, count in units.items():
         noise = torch.Generator().manual_seed(2)
@@ -281,14 +281,14 @@ def _violations(
                 orders[layer] = torch.randperm(count, generator=noise)
             order = common if role == "hidden" else orders[layer]
             for i in range(x.ndim):
-                axis = axes.get((pattern(name, path), i))
+                axis = axes.get((layer_pattern(name, path), i))
                 if axis is not None and axis.role == role:
                     if len(order) * axis.size * axis.stacked != x.shape[i]:
                         return [role]
                     x = x.index_select(i, axis.positions(order, count))
             changed[name] = x
         model.load_state_dict(changed)
-        after = outputs(model)
+        after = run_model(model)
         if not all(_same(a, b, common, role) for a, b in zip(before, after, strict=True)):
             wrong.append(role)
     return wrong

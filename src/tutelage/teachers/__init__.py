@@ -1,11 +1,11 @@
 """Teachers: anything that gives one typed signal for a batch."""
 
 from tutelage.teachers.cache import CachedTeacher, Layout
-from tutelage.teachers.ensemble import Ensemble, EnsembleTeacher, learned_weights
+from tutelage.teachers.ensemble import Ensemble, EnsembleTeacher, fit_ensemble_weights
 from tutelage.teachers.live import LiveTeacher
 from tutelage.teachers.memory import MemoryTeacher
 from tutelage.teachers.prefetching import PrefetchingTeacher
-from tutelage.teachers.served import ServedTeacher
+from tutelage.teachers.remote import RemoteTeacher
 from tutelage.teachers.signal import Signal, Sparse, Teacher
 
 __all__ = [
@@ -16,9 +16,9 @@ __all__ = [
     "LiveTeacher",
     "MemoryTeacher",
     "PrefetchingTeacher",
-    "ServedTeacher",
+    "RemoteTeacher",
     "Signal",
     "Sparse",
     "Teacher",
-    "learned_weights",
+    "fit_ensemble_weights",
 ]

@@ -60,7 +60,7 @@ class EnsembleTeacher:
         if not 0 < temperature < math.inf:
             raise CapabilityError(f"temperature={temperature} of an ensemble", remedy="must be above 0")
         self.combine, self.temperature = combine, temperature
-        self.weights = normalised(weights, len(self.members))
+        self.weights = normalise_weights(weights, len(self.members))
         self.route = None if route is None else [sorted(set(those)) for those in route]
         self._table = torch.tensor([self.weights]) if self.route is None else self._routed(self.route)
         each = [member.provides for member in self.members]
@@ -219,7 +219,7 @@ class Ensemble(nn.ModuleList):
     ) -> None:
         super().__init__(models)
         self.combine, self.temperature = combine, temperature
-        self.weights = normalised(weights, len(self))
+        self.weights = normalise_weights(weights, len(self))
 
     def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
         """Logits ``[..., C]``."""
@@ -248,7 +248,7 @@ class Ensemble(nn.ModuleList):
         )
 
 
-def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
+def normalise_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Weights that sum to 1; all the same where none are given.
 
     Raises:
@@ -264,7 +264,7 @@ def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     return [w / sum(given) for w in given]
 
 
-def learned_weights(
+def fit_ensemble_weights(
     members: Sequence[Teacher],
     batches: Iterable[Batch],
     *,

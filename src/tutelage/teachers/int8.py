@@ -52,7 +52,7 @@ def _whole(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round_().to(torch.int8), scale
 
 
-def quantised(model: nn.Module) -> nn.Module:
+def quantise_linear_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with its linear layers as :class:`Int8Linear`; the model itself stays as it is.
 
     The output of ``nn.MultiheadAttention`` is left, since that uses its weights directly.

@@ -15,8 +15,8 @@ from tutelage.data.batch import Batch
 from tutelage.data.loader import here
 from tutelage.errors import CapabilityError
 from tutelage.taps import Needs, Observer, compile_apart
-from tutelage.teachers.int8 import quantised
-from tutelage.teachers.sharding import blocks_of, sharded
+from tutelage.teachers.int8 import quantise_linear_layers
+from tutelage.teachers.sharding import find_blocks, shard_model
 from tutelage.teachers.signal import Signal
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -77,7 +77,7 @@ class LiveTeacher:
             key = next(k for k, given in others.items() if given)
             raise CapabilityError(f"a sharded teacher runs as it is, and {key} is set", remedy=f"leave {key} out")
         if sharded:
-            blocks_of(model)
+            find_blocks(model)
         self.sharded = sharded
         self.model = model.requires_grad_(False).eval()
         self.model.zero_grad(set_to_none=True)  # what its own training left
@@ -98,7 +98,7 @@ class LiveTeacher:
                 remedy="leave batch_size out, or use mode: eval",
             )
         if dtype == "int8":
-            quantised(model)  # whether it can be, before anything is trained
+            quantise_linear_layers(model)  # whether it can be, before anything is trained
         if self.device is not None:
             model.to(self.device)
 
@@ -175,12 +175,12 @@ class LiveTeacher:
                     f"int8 is for teachers on a CPU, this one is on {place}",
                     remedy="set teacher.speed.device: cpu, or dtype: bf16",
                 )
-            runs = quantised(runs)
+            runs = quantise_linear_layers(runs)
         elif self.compile:  # a copy with the same weights, so that the caller's module is not compiled
             tensors = [*runs.parameters(), *runs.buffers()]
             runs = copy.deepcopy(runs, {id(x): x for x in tensors})
         if self.sharded and here().world > 1:
-            self._parts = runs = self._parts or sharded(runs, self._here)
+            self._parts = runs = self._parts or shard_model(runs, self._here)
         observer = Observer(runs, needs)
         if self.compile:  # after the taps, which a compiled model would ignore
             compile_apart(runs)

@@ -10,9 +10,9 @@ import torch
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
 from tutelage.taps import Needs
-from tutelage.teachers.cache.columns import Array, Columns, concatenated, taken
-from tutelage.teachers.cache.layout import Layout, OutputLayer, tokens_of
-from tutelage.teachers.cache.teacher import seeds_of
+from tutelage.teachers.cache.columns import Array, Columns, concat_columns, take_rows
+from tutelage.teachers.cache.layout import Layout, OutputLayer, tokens_per_sample
+from tutelage.teachers.cache.teacher import sampling_seeds
 from tutelage.teachers.signal import Signal, Teacher
 
 
@@ -50,7 +50,7 @@ class MemoryTeacher:
                 "an output head cannot be remembered", remedy="use the live teacher, or a layout that keeps hidden"
             )
         self.needs = needs if layout is None else layout.needs
-        self.of_samples = True
+        self.is_precomputed = True
         self.output: OutputLayer | None = None
         ids: list[Array] = []
         parts: list[Columns] = []
@@ -61,7 +61,7 @@ class MemoryTeacher:
                 layout = _whole(signal, needs, batch.labels.ndim == 2)
             if signal.head is not None and self.output is None:
                 self.output = OutputLayer.of(signal.head).to("cpu")
-            seeds = torch.from_numpy(seeds_of(ids[-1], np.zeros_like(ids[-1])))
+            seeds = torch.from_numpy(sampling_seeds(ids[-1], np.zeros_like(ids[-1])))
             parts.append(layout.encode(signal, seeds, batch.counted() if layout.tokens else None))
         if layout is None:
             raise CapabilityError("there is nothing to remember: no batch came", remedy="give training data")
@@ -76,7 +76,7 @@ class MemoryTeacher:
             )
         self.columns: Columns = {}
         for name in list(parts[0]):  # one at a time: there are two copies of one column only
-            self.columns |= taken(concatenated([{name: part.pop(name)} for part in parts]), order)
+            self.columns |= take_rows(concat_columns([{name: part.pop(name)} for part in parts]), order)
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         """What is remembered of the batch's samples.
@@ -101,11 +101,11 @@ class MemoryTeacher:
                 f"nothing is remembered for sample ids {unknown[:5].tolist()}",
                 remedy="remember the same data that the student trains on",
             )
-        columns = taken(self.columns, position)
+        columns = take_rows(self.columns, position)
         if counted is not None:
             now = counted.sum(1).cpu().numpy()
-            if not np.array_equal(now[now > 0], tokens_of(columns)):
-                other = ids[now[now > 0] != tokens_of(columns)]
+            if not np.array_equal(now[now > 0], tokens_per_sample(columns)):
+                other = ids[now[now > 0] != tokens_per_sample(columns)]
                 raise CapabilityError(
                     f"of sample ids {other[:5].tolist()} other tokens count than when they were remembered",
                     remedy="remember the same data that the student trains on",

@@ -24,7 +24,7 @@ WAITING = 4
 
 
 class PrefetchingTeacher:
-    """Another teacher, asked ahead: :meth:`ask` starts, and what it returns waits for the answer.
+    """Another teacher, asked ahead: :meth:`prefetch` starts, and what it returns waits for the answer.
 
     Batches on a GPU are put on a stream of their own, beside the student's; on a CPU a thread computes, since torch's
     operators do not hold Python's lock. With ``process`` another process does, whose Python does not compete with
@@ -45,20 +45,20 @@ class PrefetchingTeacher:
         self._thread: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def ask(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
+    def prefetch(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
         """Start on a batch; the result waits for its signal and returns it, or raises what went wrong."""
-        precision = precision_of(batch.labels.device)
+        precision = current_autocast(batch.labels.device)
         if self._elsewhere is not None:
-            return self._elsewhere.ask(batch, needs, precision)
+            return self._elsewhere.prefetch(batch, needs, precision)
         if batch.labels.is_cuda:
             return self._on_stream(batch, needs)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "teacher")
-        return self._thread.submit(answered, self.teacher, batch, needs, precision).result
+        return self._thread.submit(compute_signal, self.teacher, batch, needs, precision).result
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         """Ask, and wait."""
-        return self.ask(batch, needs)()
+        return self.prefetch(batch, needs)()
 
     def close(self) -> None:
         """End the thread or the process; what was asked and not fetched is dropped."""
@@ -92,7 +92,7 @@ class PrefetchingTeacher:
 Precision = tuple[str, torch.dtype] | None
 
 
-def precision_of(device: torch.device) -> Precision:
+def current_autocast(device: torch.device) -> Precision:
     """The mixed precision that is on here, which is a matter of each thread."""
     kind = device.type
     return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
@@ -107,7 +107,7 @@ def _in(precision: Precision) -> Iterator[None]:
         yield
 
 
-def answered(teacher: Teacher, batch: Batch, needs: Needs, precision: Precision) -> Signal:
+def compute_signal(teacher: Teacher, batch: Batch, needs: Needs, precision: Precision) -> Signal:
     """The teacher's signal in a mixed precision that was on elsewhere."""
     with _in(precision):
         return teacher.signal(batch, needs)
@@ -144,7 +144,7 @@ class _Elsewhere:
                 remedy="define its class in a module, or leave process out",
             ) from None
 
-    def ask(self, batch: Batch, needs: Needs, precision: Precision) -> Callable[[], Signal]:
+    def prefetch(self, batch: Batch, needs: Needs, precision: Precision) -> Callable[[], Signal]:
         number, device = self.number, batch.labels.device
         self.number += 1
         sent = batch._map(lambda x: x.detach().cpu().clone())  # else all that it is a part of would travel
@@ -203,7 +203,7 @@ def _serve(teacher: Teacher, asked: Any, said: Any, threads: int) -> None:
     while (question := asked.get()) is not None:
         number, batch, needs, precision = question
         try:
-            answer = answered(teacher, batch, needs, precision)
+            answer = compute_signal(teacher, batch, needs, precision)
             if answer.head is not None:
                 raise CapabilityError("an output head cannot come from another process", remedy="leave process out")
             said.put((number, answer, None))

@@ -14,7 +14,7 @@ from tutelage.errors import CapabilityError, ModelError
 from tutelage.taps import output_head
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The layers of a model that follow one another: of its lists those that it says are not to be split, else the
     longest list; without its output head and what shares a weight with something else.
 
@@ -45,7 +45,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def sharded(model: nn.Module, device: torch.device) -> nn.Module:
+def shard_model(model: nn.Module, device: torch.device) -> nn.Module:
     """What runs in the place of ``model``: the same weights, of each block this process's part alone on ``device``.
 
     Embeddings, norms and the output head are whole on every process. All processes must run it together. ``model``
@@ -54,7 +54,7 @@ def sharded(model: nn.Module, device: torch.device) -> nn.Module:
     own = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     memo: dict[int, Any] = dict(own)  # the same numbers, until they are moved
     runs = copy.deepcopy(model, memo)
-    blocks = blocks_of(runs)
+    blocks = find_blocks(runs)
     inside = {p for block in blocks for p in block.parameters()}
     for block in blocks:
         fully_shard(block, reshard_after_forward=True)

@@ -18,7 +18,7 @@ class MethodConfig(Section):
     """Whether it needs a teacher."""
     aligns: ClassVar[bool] = False
     """Whether teacher and student may cut texts into other tokens, which are then aligned."""
-    served: ClassVar[bool] = False
+    accepts_remote_teacher: ClassVar[bool] = False
     """Whether the likeliest next tokens, which a server gives, are enough of a teacher."""
 
 

@@ -16,7 +16,7 @@ class TokenConfig(MethodConfig):
     """Language models, token by token: alpha * T^2 * D(teacher, student) + (1 - alpha) * CE with the next tokens.
     The scores of all tokens never exist at once."""
 
-    served: ClassVar[bool] = True
+    accepts_remote_teacher: ClassVar[bool] = True
     kind: Literal["token"]
     """For causal language models of one tokenizer and data of task causal."""
     divergence: Divergence = "kl"
@@ -87,7 +87,7 @@ class OnPolicyConfig(TokenConfig):
     """Language models, taught on what the student itself writes: with probability lambda a batch's answers are its
     own, and the teacher scores them (GKD). Not with a cache, nor with packed rows."""
 
-    served: ClassVar[bool] = False
+    accepts_remote_teacher: ClassVar[bool] = False
     kind: Literal["on-policy"]  # type: ignore[assignment]
     """For causal language models of one tokenizer and data of task causal with prompts: conversations, or pairs."""
     lmbda: Fraction = 0.5

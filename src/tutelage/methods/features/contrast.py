@@ -12,7 +12,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.features.base import Link, Setting, Site, counted_rows, mean_over, token_positions
-from tutelage.students import fitting
+from tutelage.students import match_dtype
 
 
 class Contrast(Link):
@@ -77,8 +77,8 @@ class Contrast(Link):
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum of the contrastive loss over what counts."""
         mask = self.counted(batch)
-        s = self.student_head(fitting(self.student_head, self._vector(student[0], batch)))
-        t = self.teacher_head(fitting(self.teacher_head, self._vector(teacher[0].detach(), batch)))
+        s = self.student_head(match_dtype(self.student_head, self._vector(student[0], batch)))
+        t = self.teacher_head(match_dtype(self.teacher_head, self._vector(teacher[0].detach(), batch)))
         index = self._index(batch) if self.training else torch.zeros(len(batch), dtype=torch.long, device=s.device)
         negatives = self.memory.draw(index, self.negatives)
         options = self.options

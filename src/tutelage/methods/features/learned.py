@@ -15,7 +15,7 @@ from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Phase, Term
 from tutelage.methods.features.base import Link, Setting, Site, counted_rows
-from tutelage.students import Projector, build_projector, fitting, last_norm, resize
+from tutelage.students import Projector, build_projector, find_last_norm, match_dtype, resize_like
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
 
@@ -91,7 +91,7 @@ class Overhaul(Link):
             build_projector(s.student_shape, s.teacher_shape, kind="conv1x1", norm=True) for s in sites
         )
         for i, site in enumerate(sites):
-            norm = last_norm(setting.teacher, setting.example.for_teacher(), site.teacher)
+            norm = find_last_norm(setting.teacher, setting.example.for_teacher(), site.teacher)
             if norm is None or norm.weight is None:
                 raise ModelError(
                     f"no batch norm gives what the teacher has at {site.teacher!r}, to take the margins from",
@@ -151,8 +151,8 @@ class FactorTransfer(Link):
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum over what counts of the distance between the factors."""
-        factor = self.paraphraser.encoder(fitting(self.paraphraser, teacher[0]))
-        mine = self.translator(fitting(self.translator, resize(student[0], teacher[0])))
+        factor = self.paraphraser.encoder(match_dtype(self.paraphraser, teacher[0]))
+        mine = self.translator(match_dtype(self.translator, resize_like(student[0], teacher[0])))
         return losses.factor_transfer(mine, factor, mask=self.counted(batch), reduction="sum", **self.options)
 
     def phases(self) -> Sequence[Phase]:
@@ -204,7 +204,7 @@ class Paraphrasing(Method):
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """The mean square between the feature and its reconstruction."""
         assert signal is not None
-        feature, rows = fitting(self.paraphraser, signal.hidden[self.tap]), counted_rows(batch)
+        feature, rows = match_dtype(self.paraphraser, signal.hidden[self.tap]), counted_rows(batch)
         loss = losses.hint(self.paraphraser(feature), feature, mask=rows, reduction="sum")
         return {"reconstruction": Term(loss, rows.sum())}
 
@@ -223,7 +223,7 @@ class Fusion(nn.Module):
 
     def forward(self, feature: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
         """The feature in the teacher's shape, and what goes on to the next shallower stage."""
-        x = self.narrow(fitting(self.narrow, feature))
+        x = self.narrow(match_dtype(self.narrow, feature))
         if self.attention is not None and deeper is not None:
             deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
             share = self.attention(torch.cat([x, deeper], 1))

@@ -26,7 +26,7 @@ class Ragged:
 Columns = dict[str, Array | Ragged]
 
 
-def concatenated(parts: Sequence[Columns]) -> Columns:
+def concat_columns(parts: Sequence[Columns]) -> Columns:
     """Rows of several parts after each other."""
     joined: Columns = {}
     for name in parts[0]:
@@ -41,19 +41,19 @@ def concatenated(parts: Sequence[Columns]) -> Columns:
     return joined
 
 
-def taken(columns: Columns, rows: Array) -> Columns:
+def take_rows(columns: Columns, rows: Array) -> Columns:
     """The given rows."""
     out: Columns = {}
     for name, column in columns.items():
         if isinstance(column, Ragged):
             ends = np.cumsum(column.lengths)
-            out[name] = pick(column.values, ends - column.lengths, column.lengths, rows)
+            out[name] = take_ragged(column.values, ends - column.lengths, column.lengths, rows)
         else:
             out[name] = column[rows]
     return out
 
 
-def pick(values: Array, starts: Array, lengths: Array, rows: Array) -> Ragged:
+def take_ragged(values: Array, starts: Array, lengths: Array, rows: Array) -> Ragged:
     """The given rows of a ragged column."""
     some = lengths[rows].astype(np.int64)
     first = starts[rows].astype(np.int64)

@@ -45,7 +45,7 @@ class Shard(NamedTuple):
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def wrap_os_errors(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal into a :class:`CacheError`."""
     try:
         yield
@@ -62,7 +62,7 @@ def explained(path: Path) -> Iterator[None]:
 def _appearing(path: Path) -> Iterator[BinaryIO]:
     """A file that is at ``path`` whole or not at all: a draft, synced, then renamed."""
     draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name}")
-    with explained(path.parent):
+    with wrap_os_errors(path.parent):
         try:
             with draft.open("wb") as file:
                 yield file
@@ -113,7 +113,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, layout: Layout, made_from: Mapping[str, Any]) -> None:
     """Write the manifest of a new cache."""
-    with explained(folder):
+    with wrap_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_sealed(folder / MANIFEST, {"format": FORMAT, "layout": layout.to_dict(), "made_from": dict(made_from)})
 
@@ -272,7 +272,7 @@ def check_shard(shard: Shard) -> None:
         )  # fmt: skip
 
 
-def opened(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns, mmap.mmap]:
+def open_shard(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns, mmap.mmap]:
     """Keys and columns of a shard, and its memory map: nothing is read until it is asked for."""
     with shard.path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -288,7 +288,7 @@ def opened(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns, mma
     return keys, columns, mapped
 
 
-def hashed(ids: Array, views: Array) -> Array:
+def hash_keys(ids: Array, views: Array) -> Array:
     """One number for each (id, view)."""
     with np.errstate(over="ignore"):
         mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -14,7 +14,16 @@ from torch import Tensor
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.taps import Head, Needs
 from tutelage.teachers.cache.columns import Array, Columns, Ragged
-from tutelage.teachers.cache.forms import DTYPES, FORMS, STORED, Form, Given, Kept, numbers, tensor
+from tutelage.teachers.cache.encodings import (
+    DTYPES,
+    ENCODINGS,
+    STORED,
+    DecodedRows,
+    Encoding,
+    TeacherRows,
+    from_stored,
+    to_stored,
+)
 from tutelage.teachers.signal import Signal, Sparse
 
 Keep = Literal["dense", "topk", "sampled", "rounded", "hidden"]
@@ -83,9 +92,9 @@ class Layout:
             self.form.check(self)
 
     @property
-    def form(self) -> Form | None:
+    def form(self) -> Encoding | None:
         """How the logits are kept."""
-        return None if self.keep is None else FORMS[self.keep]
+        return None if self.keep is None else ENCODINGS[self.keep]
 
     @property
     def partial(self) -> bool:
@@ -160,7 +169,7 @@ class Layout:
             scores = torch.empty(0, 1)
             if largest is None:
                 scores = self._rows("the logits", self._scores(signal), counted)
-            columns.update(self.form.encode(self, Given(scores, lengths, seeds, self.tokens, largest)))
+            columns.update(self.form.encode(self, TeacherRows(scores, lengths, seeds, self.tokens, largest)))
         for tap, shape in self.hidden.items():
             rows = self._rows(tap, signal.hidden[tap], counted)
             given = tuple(rows.shape[1:])
@@ -169,7 +178,7 @@ class Layout:
                     f"{tap} of the teacher is {given} in this batch, and the cache keeps {tuple(shape)}",
                     remedy="pad all samples to one size, or use the live teacher",
                 )
-            columns[f"hidden:{tap}"] = numbers(rows.flatten(1), self.dtype)
+            columns[f"hidden:{tap}"] = to_stored(rows.flatten(1), self.dtype)
         if not self.tokens:
             return columns
         columns[TOKENS] = lengths[:, None].astype(np.int32)
@@ -249,12 +258,12 @@ class Layout:
         def placed(x: Tensor) -> Tensor:
             return _placed(x.to(device), counted) if self.tokens and counted is not None else x.to(device)
 
-        kept, at = Kept(), 0.0
+        kept, at = DecodedRows(), 0.0
         if self.form is not None:
             at = self.check_temperature(temperature)
             kept = self.form.decode(self, columns, lengths, at)
         hidden = {
-            tap: placed(tensor(columns[f"hidden:{tap}"], self.dtype).view(-1, *shape))
+            tap: placed(from_stored(columns[f"hidden:{tap}"], self.dtype).view(-1, *shape))
             for tap, shape in self.hidden.items()
         }
         if kept.index is not None and kept.values is not None:
@@ -296,7 +305,7 @@ class Layout:
         return columns | {name: Ragged(np.empty(0, dtype), none) for name, dtype in self.ragged().items()}
 
 
-def tokens_of(columns: Columns) -> Array:
+def tokens_per_sample(columns: Columns) -> Array:
     """How many rows each sample has, of a layout of tokens."""
     out: Array = np.asarray(columns[TOKENS]).reshape(-1).astype(np.int64)
     return out

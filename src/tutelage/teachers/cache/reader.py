@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 
 from tutelage.errors import CacheError
-from tutelage.teachers.cache.columns import Array, Columns, Ragged, concatenated, pick, taken
-from tutelage.teachers.cache.files import Shard, check_shard, complete_shards, hashed, opened, read_manifest
+from tutelage.teachers.cache.columns import Array, Columns, Ragged, concat_columns, take_ragged, take_rows
+from tutelage.teachers.cache.files import Shard, check_shard, complete_shards, hash_keys, open_shard, read_manifest
 
 
 class _Open(NamedTuple):
@@ -36,7 +36,7 @@ class _Open(NamedTuple):
             yield from zip(pages.tolist(), (last - pages).tolist(), strict=True)
 
 
-class Reader:
+class CacheReader:
     """The complete shards of a cache.
 
     A cache that fits into memory is read from there: checking it has brought it there. Of a larger one, only what is
@@ -79,7 +79,7 @@ class Reader:
         return bool(new)
 
     def _open(self, shard: Shard) -> None:
-        keys, columns, mapped = opened(shard, self.layout)
+        keys, columns, mapped = open_shard(shard, self.layout)
         starts = {n: np.cumsum(c.lengths) - c.lengths for n, c in columns.items() if isinstance(c, Ragged)}
         if self.scattered:
             mapped.madvise(mmap.MADV_RANDOM)  # else the system reads 128 KiB around every row
@@ -90,7 +90,7 @@ class Reader:
 
     def _build(self) -> None:
         self.shards = list(self.known.values())
-        hashes = np.concatenate([hashed(s.keys["id"], s.keys["view"]) for s in self.shards])
+        hashes = np.concatenate([hash_keys(s.keys["id"], s.keys["view"]) for s in self.shards])
         which = np.repeat(np.arange(len(self.shards), dtype=np.int32), [len(s.keys["id"]) for s in self.shards])
         rows = np.concatenate([np.arange(len(s.keys["id"])) for s in self.shards])
         order = np.argsort(hashes, kind="stable")
@@ -115,7 +115,7 @@ class Reader:
         hashes = self._index[0]
         if not len(hashes):
             return np.full(len(ids), -1)
-        wanted = hashed(ids, views)
+        wanted = hash_keys(ids, views)
         at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
         found = hashes[at] == wanted
         out: Array = np.where(found, at, -1)
@@ -142,7 +142,7 @@ class Reader:
             shard, some = self.shards[which[group[0]]], rows[group]
             keys.append({key: values[some] for key, values in shard.keys.items()})
             parts.append({
-                name: pick(c.values, shard.starts[name], c.lengths, some) if isinstance(c, Ragged) else c[some]
+                name: take_ragged(c.values, shard.starts[name], c.lengths, some) if isinstance(c, Ragged) else c[some]
                 for name, c in shard.columns.items()
             })  # fmt: skip
         if len(parts) == 1:
@@ -150,7 +150,7 @@ class Reader:
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         joined = {key: np.concatenate([k[key] for k in keys])[back] for key in keys[0]}
-        return joined, taken(concatenated(parts), back)
+        return joined, take_rows(concat_columns(parts), back)
 
     def all_rows(self, batch: int = 4096) -> Iterator[tuple[dict[str, Array], Columns]]:
         """Every row once, in the order of shards."""

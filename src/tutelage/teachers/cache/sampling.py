@@ -14,7 +14,7 @@ from tutelage.teachers.cache.coding import Counts
 from tutelage.teachers.cache.columns import Array
 
 
-def drawn(p: Tensor, draws: int, seeds: Tensor, stream: int) -> Counts:
+def draw_samples(p: Tensor, draws: int, seeds: Tensor, stream: int) -> Counts:
     """``draws`` independent draws from each row of unnormalised ``p`` ``[N, C]``, by inverse distribution.
 
     Args:
@@ -33,7 +33,7 @@ def drawn(p: Tensor, draws: int, seeds: Tensor, stream: int) -> Counts:
     return Counts(found.ravel()[starts], np.diff(np.append(starts, found.size)), first.sum(1))
 
 
-def rounded(pieces: Iterator[Tensor], draws: int, seed: int, stream: int) -> Iterator[Counts]:
+def round_stochastically(pieces: Iterator[Tensor], draws: int, seed: int, stream: int) -> Iterator[Counts]:
     r"""``draws`` times the distributions of one sample's tokens, each class rounded up or down by chance.
 
     What rounding left over is not lost but carried to the next token: with :math:`C_t = n (p_1 + ... + p_t)` and u of
@@ -68,7 +68,7 @@ def rounded(pieces: Iterator[Tensor], draws: int, seed: int, stream: int) -> Ite
         )
 
 
-def joined(parts: list[Counts]) -> Counts:
+def concat_counts(parts: list[Counts]) -> Counts:
     """Rows of several after each other."""
     if not parts:
         return Counts(*(np.empty(0, np.int64) for _ in range(3)))

@@ -17,12 +17,12 @@ from torch import Tensor
 from tutelage.data.batch import Batch
 from tutelage.errors import CacheError, CapabilityError
 from tutelage.taps import Needs
-from tutelage.teachers.cache.columns import Array, Columns, taken
-from tutelage.teachers.cache.files import MANIFEST, has_output, hashed, read_output, write_manifest, write_output
-from tutelage.teachers.cache.layout import Layout, OutputLayer, tokens_of
-from tutelage.teachers.cache.reader import Reader
-from tutelage.teachers.cache.writer import Writer
-from tutelage.teachers.prefetching import answered, precision_of
+from tutelage.teachers.cache.columns import Array, Columns, take_rows
+from tutelage.teachers.cache.files import MANIFEST, has_output, hash_keys, read_output, write_manifest, write_output
+from tutelage.teachers.cache.layout import Layout, OutputLayer, tokens_per_sample
+from tutelage.teachers.cache.reader import CacheReader
+from tutelage.teachers.cache.writer import CacheWriter
+from tutelage.teachers.prefetching import compute_signal, current_autocast
 from tutelage.teachers.signal import Signal, Teacher
 
 LOOK_SECONDS = 2.0
@@ -66,15 +66,15 @@ class CachedTeacher:
             if live is None:
                 raise CacheError("holds no cache", where=str(folder), remedy="write it with tutelage cache")
             write_manifest(self.folder, layout, made_from)
-        self.reader = Reader(self.folder, verify=verify)
+        self.reader = CacheReader(self.folder, verify=verify)
         check_same(self.folder, self.reader.made_from, made_from, self.reader.layout, layout)
         self.provides = layout.provides
-        self.of_samples = True
-        self.writer: Writer | None = None
+        self.is_precomputed = True
+        self.writer: CacheWriter | None = None
         self.pending: set[tuple[int, int]] = set()
         self.looked = time.monotonic()
         self._output: OutputLayer | None = None
-        self.asked = self.read = self.compared = 0
+        self.computed_rows = self.read_rows = self.compared_batches = 0
 
     def __enter__(self) -> CachedTeacher:
         return self
@@ -106,9 +106,9 @@ class CachedTeacher:
         elif (position >= 0).all():
             keys, columns = self.reader.rows(position)
             self._compare(batch, keys, real, columns)
-            self.read += len(position)
+            self.read_rows += len(position)
         else:
-            columns = taken(self._ask(batch, ids, views, _all(real, position < 0)), np.flatnonzero(real))
+            columns = take_rows(self._ask(batch, ids, views, _all(real, position < 0)), np.flatnonzero(real))
         signal = self.layout.decode(
             columns, needs.temperature, batch.labels.device,
             counted=batch.counted() if self.layout.tokens else None, output=self._head(batch), logits=needs.logits,
@@ -119,13 +119,13 @@ class CachedTeacher:
             signal.sparse if needs.logits else None,
         )  # fmt: skip
 
-    def ask(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
+    def prefetch(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
         """Say that a batch comes next, so that its rows are read meanwhile; the result gives its signal."""
         if self.reader.scattered:
             ids, views, real = self._keys(batch)
             position = self.reader.find(ids[real], views[real])
             self.reader.expect(position[position >= 0])
-        return partial(answered, self, batch, needs, precision_of(batch.labels.device))
+        return partial(compute_signal, self, batch, needs, current_autocast(batch.labels.device))
 
     def fill(self, batch: Batch) -> None:
         """Make sure that the batch's rows are kept.
@@ -157,7 +157,7 @@ class CachedTeacher:
 
     def _keys(self, batch: Batch) -> tuple[Array, Array, Array]:
         """Sample ids, view seeds, and which samples have something to be kept: of tokens those where any counts."""
-        ids, views = keys_of(batch)
+        ids, views = sample_keys(batch)
         real = np.ones(len(ids), dtype=bool)
         if self.layout.tokens:
             counted = batch.counted()
@@ -225,9 +225,9 @@ class CachedTeacher:
         signal = self.live.signal(shown, self.layout.needs)
         if "head" in self.provides and not has_output(self.folder):
             self._keep_head(shown)
-        seeds = torch.from_numpy(seeds_of(ids, views))
+        seeds = torch.from_numpy(sampling_seeds(ids, views))
         columns = self.layout.encode(signal, seeds, counted if self.layout.tokens else None)
-        self.asked += len(ids)
+        self.computed_rows += len(ids)
         real = (counted if counted.ndim == 1 else counted.flatten(1).any(-1)).cpu().numpy()
         new = missing & real
         _, first = np.unique(np.stack([ids, views], 1), axis=0, return_index=True)
@@ -236,21 +236,23 @@ class CachedTeacher:
         rows = np.flatnonzero(new & once)
         if len(rows):
             if self.writer is None:
-                self.writer = Writer(self.folder, self.layout, rank=self.rank)
-            digests = np.array([digest(batch, int(row)) for row in rows], dtype=np.uint64)
-            self.writer.put({"id": ids[rows], "view": views[rows], "digest": digests}, taken(columns, rows))
+                self.writer = CacheWriter(self.folder, self.layout, rank=self.rank)
+            digests = np.array([input_digest(batch, int(row)) for row in rows], dtype=np.uint64)
+            self.writer.put({"id": ids[rows], "view": views[rows], "digest": digests}, take_rows(columns, rows))
             self.pending.update(zip(ids[rows].tolist(), views[rows].tolist(), strict=True))
         return columns
 
     def _compare(self, batch: Batch, keys: Mapping[str, Array], real: Array, columns: Columns) -> None:
         """Raise :class:`CacheError` where rows were made from something else than the batch's ``real`` rows."""
         rows = np.flatnonzero(real)
-        some = range(len(rows)) if self.layout.tokens else [self.compared % len(rows)]  # another place in each batch
-        self.compared += 1
+        some = (
+            range(len(rows)) if self.layout.tokens else [self.compared_batches % len(rows)]
+        )  # another place in each batch
+        self.compared_batches += 1
         counts = batch.counted().sum(1).cpu().numpy()[rows] if self.layout.tokens else None
         for i in some:
-            if digest(batch, int(rows[i])) == int(keys["digest"][i]) and (
-                counts is None or tokens_of(columns)[i] == counts[i]
+            if input_digest(batch, int(rows[i])) == int(keys["digest"][i]) and (
+                counts is None or tokens_per_sample(columns)[i] == counts[i]
             ):
                 continue
             view = f", view seed {int(keys['view'][i])}" if batch.views is not None else ""
@@ -269,7 +271,7 @@ def _all(real: Array, missing: Array) -> Array:
     return out
 
 
-def keys_of(batch: Batch) -> tuple[Array, Array]:
+def sample_keys(batch: Batch) -> tuple[Array, Array]:
     """Sample ids and view seeds (0 where nothing is augmented) of a batch.
 
     Raises:
@@ -283,12 +285,12 @@ def keys_of(batch: Batch) -> tuple[Array, Array]:
     return ids, np.zeros_like(ids) if batch.views is None else batch.views.cpu().numpy()
 
 
-def seeds_of(ids: Array, views: Array) -> Array:
+def sampling_seeds(ids: Array, views: Array) -> Array:
     """What decides the draws of a row."""
-    return hashed(ids, views).view(np.int64)
+    return hash_keys(ids, views).view(np.int64)
 
 
-def digest(batch: Batch, row: int) -> int:
+def input_digest(batch: Batch, row: int) -> int:
     """A number that tells a row's input, which of its tokens count, and its route, from another.
 
     How far it is padded, and on which side, makes no difference.

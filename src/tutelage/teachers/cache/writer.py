@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tutelage.teachers.cache.columns import Array, Columns, concatenated, nbytes
+from tutelage.teachers.cache.columns import Array, Columns, concat_columns, nbytes
 from tutelage.teachers.cache.files import write_shard
 from tutelage.teachers.cache.layout import Layout
 
@@ -24,7 +24,7 @@ WAITING = 16
 """Batches that may wait for the writer; then the teacher waits for it."""
 
 
-class Writer:
+class CacheWriter:
     """Takes columns batch by batch and writes shards from a thread of its own.
 
     What goes wrong there is raised at the next call: nothing that was handed over is lost silently.
@@ -133,7 +133,7 @@ class Writer:
             return
         parts, self.parts, self.bytes = self.parts, [], 0
         keys = {key: np.concatenate([k[key] for k, _ in parts]) for key in parts[0][0]}
-        columns = concatenated([c for _, c in parts])
+        columns = concat_columns([c for _, c in parts])
         name = f"shard-{self.rank:03d}-{self.started:x}-{self.count:05d}"
         self.count += 1
         write_shard(self.folder, name, self.layout, keys, columns)

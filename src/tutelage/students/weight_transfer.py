@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tutelage.errors import ModelError
 
 
-def built(model: nn.Module, config: Any, seed: int = 0) -> nn.Module:
+def build_from_config(model: nn.Module, config: Any, seed: int = 0) -> nn.Module:
     """A model of the same class with random weights, in the precision, on the device and in the mode of ``model``.
 
     Raises:
@@ -38,7 +38,7 @@ def built(model: nn.Module, config: Any, seed: int = 0) -> nn.Module:
     return built_
 
 
-def transplant(
+def copy_weights(
     student: nn.Module, teacher: nn.Module, source: Callable[[str], str], chosen: Callable[[str, Tensor], Tensor]
 ) -> list[str]:
     """Copy the teacher's weights into the student, and name the student's that have none.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
-from tutelage.students.projectors import device_of, untouched
+from tutelage.students.projectors import device_of, eval_no_grad
 from tutelage.taps import Needs, find_module, observe, output_head, parse_tap
 
 Size = tuple[int, int]
@@ -17,7 +17,7 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.Si
 """Modules whose input is a feature before its activation."""
 
 
-def stages(model: nn.Module, example: Batch) -> dict[Size, str]:
+def find_stages(model: nn.Module, example: Batch) -> dict[Size, str]:
     """For each resolution the path of the module that gives the last feature map of it.
 
     Of modules inside each other it is the outermost that keeps to one resolution, such as a whole stage of a
@@ -72,7 +72,7 @@ def _is_map(x: Tensor, image: Size | None) -> bool:
     return all(abs(x.shape[2 + i] * stride - image[i]) <= 2 * stride for i in range(2))
 
 
-def before_activations(model: nn.Module, example: Batch) -> dict[Size, str]:
+def find_preactivations(model: nn.Module, example: Batch) -> dict[Size, str]:
     """For each resolution the tap of the last feature map in front of an activation module."""
     calls: dict[str, int] = {}
     seen: list[tuple[str, int, Size]] = []
@@ -93,11 +93,11 @@ def before_activations(model: nn.Module, example: Batch) -> dict[Size, str]:
         if size != (1, 1):
             found.pop(size, None)
             found[size] = f"{path}@{call}:input" if calls[path] else f"{path}:input"
-    kept = stages(model, example)
+    kept = find_stages(model, example)
     return {size: tap for size, tap in found.items() if size in kept}
 
 
-def embedding(model: nn.Module) -> str:
+def find_embedding_tap(model: nn.Module) -> str:
     """The tap of what goes into the output head, such as ``head:input``.
 
     Raises:
@@ -112,7 +112,7 @@ def embedding(model: nn.Module) -> str:
     return f"{path}:input"
 
 
-def last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnorm._BatchNorm | None:
+def find_last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnorm._BatchNorm | None:
     """The batch norm that makes the feature at ``tap``; else the last one before it that gives a map of its shape."""
     outputs: list[tuple[nn.Module, Tensor]] = []
     known = parse_tap(tap)
@@ -131,7 +131,7 @@ def last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnor
     on = tapped.register_forward_pre_hook if known.side == "input" else tapped.register_forward_hook
     handles.append(on(mark))
     try:
-        with untouched(model):
+        with eval_no_grad(model):
             feature = observe(model, example.to(device_of(model)).inputs, Needs(hidden=(tap,))).hidden[tap]
     finally:
         for handle in handles:
@@ -151,7 +151,7 @@ def _dry_run(model: nn.Module, example: Batch, handles: list[Any]) -> None:
                 remedy="name the pairs, with the member's number first: pairs: [{student: stages.1, "
                 "teacher: 0.stages.1}]",
             )
-        with untouched(model):
+        with eval_no_grad(model):
             observe(model, example.to(device_of(model)).inputs, Needs(logits=False))
     finally:
         for handle in handles:

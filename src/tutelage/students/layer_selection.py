@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, DataError, ModelError, nearest, require
-from tutelage.students.projectors import device_of, untouched
+from tutelage.students.projectors import device_of, eval_no_grad
 
 # The stack -------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ LAYER_MAPS: dict[str, Callable[[int, int, Sequence[float] | None], list[int]]] =
 """By name: (layers of the teacher, of the student, importance of each of the teacher's) -> the teacher's layers."""
 
 
-def layer_map(
+def select_layers(
     map: str | Sequence[int], teacher_layers: int, student_layers: int, importance: Sequence[float] | None = None
 ) -> list[int]:
     """For each layer of the student, from the first, the layer of the teacher that it is a copy of, counted from 0.
@@ -209,7 +209,7 @@ def block_influence(model: nn.Module, batches: Iterable[Batch | Mapping[str, Ten
 
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(stack)]
     try:
-        with untouched(model):
+        with eval_no_grad(model):
             for batch in batches:
                 inputs = batch.inputs if isinstance(batch, Batch) else batch
                 named = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}

@@ -30,7 +30,7 @@ SAMPLE = "It's 12 o'clock,\n  naïve Ann said: 日本 (x_1 = 3.5)!"
 """Is cut by the server and by the student's tokenizer, which must agree."""
 
 
-class Told(NamedTuple):
+class TopTokens(NamedTuple):
     """What a server says of positions of a text.
 
     Attributes:
@@ -49,11 +49,11 @@ class Dialect(Protocol):
         """``model``, and where the server says so ``vocabulary`` and ``longest``, tokens that it reads at most."""
         ...
 
-    def cut(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
+    def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
         """Token ids of a text, with nothing added; ``None`` where the server does not cut."""
         ...
 
-    def ask(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
+    def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
         """The k likeliest tokens to follow each of the positions ``at`` of ``ids``.
 
         Raises:
@@ -63,7 +63,7 @@ class Dialect(Protocol):
         ...
 
 
-class ServedTeacher:
+class RemoteTeacher:
     """The k likeliest next tokens of a model behind a server, at T = 1 (``topk``).
 
     Texts of a batch are asked about side by side, those of packed rows each by itself. A server that cannot be
@@ -152,7 +152,7 @@ class ServedTeacher:
             raise CapabilityError("the batch has no tokens to ask about", remedy="use data of task causal")
         index = torch.arange(self.k).expand(*counted.shape, self.k).clone()
         values = torch.full((*counted.shape, self.k), -math.log(self.classes))
-        texts = [text for text in texts_of(batch) if text.at]
+        texts = [text for text in split_texts(batch) if text.at]
         asked = [self._server.submit(partial(self._told, text)) for text in texts]
         try:
             for text, answer in zip(texts, asked, strict=True):
@@ -168,8 +168,8 @@ class ServedTeacher:
 
     # Asking ----------------------------------------------------------------------------------------------
 
-    def _told(self, text: Text) -> Told:
-        told = self.dialect.ask(self._server.post, self.model, text.ids, text.at, self.k)
+    def _told(self, text: Text) -> TopTokens:
+        told = self.dialect.top_tokens(self._server.post, self.model, text.ids, text.at, self.k)
         if int(told.tokens.max()) >= self.classes:
             raise EndpointError(
                 f"names a token {int(told.tokens.max())}, the student scores 0 to {self.classes - 1}",
@@ -194,7 +194,7 @@ class ServedTeacher:
         ids = [0, 1, 2]
         if tokenizer is not None:
             ids = list(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
-            there = self._server.retry(lambda: self.dialect.cut(self._server.post, self.model, SAMPLE))
+            there = self._server.retry(lambda: self.dialect.tokenize(self._server.post, self.model, SAMPLE))
             if there is not None and there != ids:
                 raise CapabilityError(
                     f"the server's tokenizer cuts a text into {there[:6]} ..., the student's into {ids[:6]} ...",
@@ -219,7 +219,7 @@ class Text(NamedTuple):
     at: list[int]
 
 
-def texts_of(batch: Batch) -> list[Text]:
+def split_texts(batch: Batch) -> list[Text]:
     """Each text of a batch, padding left out; packed rows have several."""
     assert isinstance(batch.inputs, dict)
     ids, counted = batch.inputs["input_ids"].cpu(), batch.counted().cpu()
@@ -259,12 +259,12 @@ class Vllm:
         longest = there[name].get("max_model_len")
         return {"model": name, **({} if longest is None else {"longest": int(longest)})}
 
-    def cut(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
+    def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
         """By ``/tokenize``."""
         body = {"model": model, "prompt": text, "add_special_tokens": False}
         return _tokens(post, body)
 
-    def ask(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
+    def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
         """One request."""
         # what follows a position is said at the next token; after the last one any will do
         read = [*ids, ids[0]][: at[-1] + 2]
@@ -288,7 +288,7 @@ class Vllm:
             if not isinstance(entry, dict) or str(read[position + 1]) not in entry:
                 raise TransientServerError(f"says of token {position + 1} what is not of that token", answered=True)
             rows.append([(int(token), one["logprob"]) for token, one in entry.items()])
-        return likeliest(rows, k)
+        return select_top_k(rows, k)
 
 
 class LlamaCpp:
@@ -308,11 +308,11 @@ class LlamaCpp:
         known = {"vocabulary": meta.get("n_vocab"), "longest": longest, "size": meta.get("n_params")}
         return {"model": name, **{key: int(x) for key, x in known.items() if x is not None}}
 
-    def cut(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
+    def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
         """By ``/tokenize``."""
         return _tokens(post, {"content": text, "add_special": False})
 
-    def ask(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> Told:
+    def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
         """A few positions in each request."""
         rows: list[list[tuple[int, float]]] = []
         for start in range(0, len(at), PREFIXES):
@@ -335,14 +335,14 @@ class LlamaCpp:
                     )  # fmt: skip
                 said = one.get("completion_probabilities") or [{}]
                 rows.append([(int(x["id"]), x["logprob"]) for x in said[0].get("top_logprobs", [])])
-        return likeliest(rows, k)
+        return select_top_k(rows, k)
 
 
 SERVERS: dict[str, Dialect] = {"llama.cpp": LlamaCpp(), "vllm": Vllm()}
 """Kinds of servers by name."""
 
 
-def likeliest(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> Told:
+def select_top_k(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> TopTokens:
     """The k likeliest of each row of (token, log-probability), in any order.
 
     Raises:
@@ -358,7 +358,7 @@ def likeliest(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> Tol
         logs[i], index[i] = zip(*known, strict=True)
         if len({t for _, t in known}) < k or float(np.exp(logs[i].astype(np.float64)).sum()) > 1.01:
             raise TransientServerError("says log-probabilities that are those of no distribution", answered=True)
-    return Told(index, np.minimum(logs, 0.0))
+    return TopTokens(index, np.minimum(logs, 0.0))
 
 
 def _tokens(post: JsonRequest, body: Mapping[str, Any]) -> list[int] | None:

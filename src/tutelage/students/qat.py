@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ModelError, require
-from tutelage.students.lora import has_adapters, merged
+from tutelage.students.lora import has_adapters, merge_lora
 
 Bits = Literal["int8"]
 
@@ -17,12 +17,12 @@ Bits = Literal["int8"]
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
 
 
-def rounded(model: nn.Module, bits: Bits = "int8") -> nn.Module:
+def add_fake_quantisers(model: nn.Module, bits: Bits = "int8") -> nn.Module:
     """``model`` with the weights and inputs of its linear layers and convolutions rounded as it runs. In place.
 
     Weights get a scale for each output, symmetric; inputs a range for each token (of images: for each image), as they
-    come. Gradients go through the rounding as if it were not there, to weights that are not rounded:
-    what learns, is saved and is loaded is what it was before. :func:`plain` makes an ordinary model of it again.
+    come. Gradients pass straight through the rounding to float weights, and float weights are what the state dict
+    holds. :func:`to_float_model` removes the fake quantisers again.
 
     Args:
         model: any module with linear layers or convolutions.
@@ -56,7 +56,7 @@ def rounded(model: nn.Module, bits: Bits = "int8") -> nn.Module:
     for path in found:
         layer = model.get_submodule(path)
         if isinstance(layer, nn.Conv2d):
-            model.set_submodule(path, _alike(RoundedConv2d, layer))
+            model.set_submodule(path, _alike(FakeQuantizedConv2d, layer))
     return model
 
 
@@ -77,7 +77,7 @@ def _settings() -> tuple[Any, Any]:
     )
 
 
-class RoundedConv2d(nn.Conv2d):
+class FakeQuantizedConv2d(nn.Conv2d):
     """A convolution whose weights and inputs are rounded by torchao's quantisers, which know matrices alone."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -106,12 +106,12 @@ def _alike(kind: type[nn.Conv2d], conv: Any) -> nn.Conv2d:
     return made.train(conv.training)
 
 
-def plain(model: nn.Module) -> nn.Module:
+def to_float_model(model: nn.Module) -> nn.Module:
     """``model`` as an ordinary one: adapters added to its weights, and nothing rounded as it runs. In place."""
     if has_adapters(model):
-        model = merged(model)
+        model = merge_lora(model)
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, RoundedConv2d):
+        if isinstance(layer, FakeQuantizedConv2d):
             model.set_submodule(path, _alike(nn.Conv2d, layer))
         elif is_rounded_linear(layer):
             with torch.random.fork_rng(devices=[]):
@@ -120,9 +120,9 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_rounded(model: nn.Module) -> bool:
-    """Whether it is one that :func:`rounded` made."""
-    return any(isinstance(m, RoundedConv2d) or is_rounded_linear(m) for m in model.modules())
+def is_quantisation_aware(model: nn.Module) -> bool:
+    """Whether it is one that :func:`add_fake_quantisers` made."""
+    return any(isinstance(m, FakeQuantizedConv2d) or is_rounded_linear(m) for m in model.modules())
 
 
 def is_rounded_linear(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ Model = dict[str, Any]
 """The part ``model`` of a tokenizer's JSON."""
 
 
-def trim(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] = ()) -> tuple[Any, Tensor]:
+def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] = ()) -> tuple[Any, Tensor]:
     """A tokenizer with no more than a corpus needs, and the old ids of its tokens.
 
     Kept are the tokens of the texts, all special and added tokens, what these are merged from, and single characters

@@ -17,19 +17,19 @@ from tutelage.teachers.cache.files import (
     check_shard,
     complete_shards,
     has_output,
-    opened,
+    open_shard,
     read_manifest,
     read_output,
     read_sealed,
 )
-from tutelage.teachers.cache.layout import tokens_of
-from tutelage.teachers.cache.reader import Reader
-from tutelage.teachers.cache.writer import Writer
+from tutelage.teachers.cache.layout import tokens_per_sample
+from tutelage.teachers.cache.reader import CacheReader
+from tutelage.teachers.cache.writer import CacheWriter
 
 COMPACT_BYTES = 2**28
 
 
-def info(folder: Path) -> dict[str, Any]:
+def inspect_cache(folder: Path) -> dict[str, Any]:
     """What a cache keeps, of how many samples and views, in how many bytes, and what it was made from.
 
     Raises:
@@ -37,11 +37,11 @@ def info(folder: Path) -> dict[str, Any]:
     """
     layout, made_from = read_manifest(folder)
     shards = complete_shards(folder)
-    reader = Reader(folder, verify=False)
+    reader = CacheReader(folder, verify=False)
     ids = np.concatenate([s.keys["id"] for s in reader.shards]) if reader.shards else np.empty(0, np.int64)
     rows, samples = len(reader), len(np.unique(ids))
     size = sum(shard.size for shard in shards)
-    tokens = sum(int(tokens_of(s.columns).sum()) for s in reader.shards) if layout.tokens else None
+    tokens = sum(int(tokens_per_sample(s.columns).sum()) for s in reader.shards) if layout.tokens else None
     return {
         "layout": layout.to_dict(),
         "made_from": made_from,
@@ -64,7 +64,7 @@ def _leftover(path: Path, shards: Iterable[Shard]) -> bool:
     return path.name.startswith(DRAFT) or (path.suffix == ".arrow" and path.name not in complete) or orphan
 
 
-def verify(
+def verify_cache(
     folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
 ) -> list[str]:
     """Everything that is wrong with a cache, in words; empty where nothing is.
@@ -89,14 +89,14 @@ def verify(
             if shard.path.stem != side.stem or not shard.path.is_file():
                 raise CacheError(f"its shard {known['shard']} is missing", where=str(side), remedy="delete it")
             check_shard(shard)
-            keys, columns, _ = opened(shard, layout)
+            keys, columns, _ = open_shard(shard, layout)
             if any(len(k) != shard.rows for k in keys.values()) or nbytes(columns) == 0:
                 raise CacheError("does not hold the rows that its side file names", where=str(shard.path))
         except (TutelageError, OSError, ValueError, KeyError) as error:
             faults.append(str(error))
     if not faults:
         try:
-            duplicates = Reader(folder, verify=False).duplicates
+            duplicates = CacheReader(folder, verify=False).duplicates
             if duplicates:
                 faults.append(f"{folder}: {duplicates} rows are there twice\n  -> tutelage cache compact {folder}")
         except TutelageError as error:
@@ -104,7 +104,7 @@ def verify(
     return faults
 
 
-def compact(
+def compact_cache(
     folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
 ) -> dict[str, int]:
     """Join the shards of a cache into few, each row once, and delete what is no longer needed.
@@ -114,10 +114,10 @@ def compact(
     Raises:
         CacheError: the cache is damaged, or cannot be written.
     """
-    reader = Reader(folder)
+    reader = CacheReader(folder)
     old = complete_shards(folder)
     before = {"shards": len(old), "bytes": sum(s.size for s in old), "rows": len(reader)}
-    writer = Writer(folder, reader.layout, shard_bytes=COMPACT_BYTES, shard_seconds=float("inf"))
+    writer = CacheWriter(folder, reader.layout, shard_bytes=COMPACT_BYTES, shard_seconds=float("inf"))
     try:
         for keys, columns in progress(reader.all_rows(), "joining shards"):
             writer.put(keys, columns)

@@ -14,7 +14,7 @@ from tutelage.data.views import view_seeds
 from tutelage.errors import ConfigError, NumericsError
 from tutelage.teachers.cache.coding import Coder, Counts
 from tutelage.teachers.cache.columns import Array, Columns, Ragged
-from tutelage.teachers.cache.sampling import drawn, joined, rounded
+from tutelage.teachers.cache.sampling import concat_counts, draw_samples, round_stochastically
 
 if TYPE_CHECKING:
     from tutelage.teachers.cache.layout import Layout
@@ -26,7 +26,7 @@ NUMBERS = 2**23
 """Of float64 that are worked on at a time: a long text's distributions never exist all at once."""
 
 
-class Given(NamedTuple):
+class TeacherRows(NamedTuple):
     """Rows of a batch: of one sample each, or of all its tokens that count.
 
     Attributes:
@@ -65,7 +65,7 @@ class Given(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
+class DecodedRows:
     """Rows as they are read: scores, or a part of a distribution."""
 
     scores: Tensor | None = None
@@ -73,7 +73,7 @@ class Kept:
     values: Tensor | None = None
 
 
-class Form(Protocol):
+class Encoding(Protocol):
     """How rows of one ``keep`` become columns, and columns rows."""
 
     options: tuple[str, ...]
@@ -93,16 +93,16 @@ class Form(Protocol):
         """Columns of any length for each sample, and their type."""
         ...
 
-    def encode(self, layout: Layout, given: Given) -> Columns:
+    def encode(self, layout: Layout, given: TeacherRows) -> Columns:
         """Even columns ``[N, width]``, and ragged ones, a row for each sample."""
         ...
 
-    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> Kept:
+    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
         """The rows of samples, which have ``lengths`` of them."""
         ...
 
 
-class Dense:
+class DenseEncoding:
     """All logits."""
 
     options: tuple[str, ...] = ("classes",)
@@ -119,16 +119,16 @@ class Dense:
         """Columns of any length."""
         return {}
 
-    def encode(self, layout: Layout, given: Given) -> Columns:
+    def encode(self, layout: Layout, given: TeacherRows) -> Columns:
         """Rows to columns."""
-        return {"logits": numbers(given.scores, layout.dtype)}
+        return {"logits": to_stored(given.scores, layout.dtype)}
 
-    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> Kept:
+    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
         """Columns to rows."""
-        return Kept(tensor(columns["logits"], layout.dtype))
+        return DecodedRows(from_stored(columns["logits"], layout.dtype))
 
 
-class HeadInputs(Dense):
+class HeadInputEncoding(DenseEncoding):
     """What goes into the output head, whose weights are kept once: logits are made of both again."""
 
     options: tuple[str, ...] = ("classes", "width")
@@ -146,7 +146,7 @@ class HeadInputs(Dense):
         return {"logits": (layout.width, STORED[layout.dtype])}
 
 
-class TopK:
+class TopKEncoding:
     """The largest classes with their log-probabilities."""
 
     options: tuple[str, ...] = ("classes", "k", "temperatures")
@@ -171,7 +171,7 @@ class TopK:
         """Columns of any length."""
         return {"index": np.uint8} if self._width(layout) else {}
 
-    def encode(self, layout: Layout, given: Given) -> Columns:
+    def encode(self, layout: Layout, given: TeacherRows) -> Columns:
         """Rows to columns."""
         width = self._width(layout)
         indices, values = [], []
@@ -189,18 +189,18 @@ class TopK:
         counts = Counts(flat, np.ones_like(flat), np.full(len(index), width))
         return {
             "index": Coder(layout.classes, size=width).encode(counts, given.lengths),
-            "log_probs": numbers(value, layout.dtype),
+            "log_probs": to_stored(value, layout.dtype),
         }
 
-    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> Kept:
+    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
         """Columns to rows."""
         width, at = self._width(layout), layout.temperatures.index(temperature)
         index = Coder(layout.classes, size=width).decode(_ragged(columns["index"]), lengths).classes
-        values = tensor(columns["log_probs"], layout.dtype)[:, at * width : (at + 1) * width]
-        return Kept(None, torch.from_numpy(index).view(-1, width), values)
+        values = from_stored(columns["log_probs"], layout.dtype)[:, at * width : (at + 1) * width]
+        return DecodedRows(None, torch.from_numpy(index).view(-1, width), values)
 
 
-class Rounded:
+class StochasticRounding:
     """Every class's share of ``draws``, rounded by chance; what is left over is carried along a sample's tokens."""
 
     options: tuple[str, ...] = ("classes", "draws", "temperatures")
@@ -223,26 +223,28 @@ class Rounded:
         # How many classes a row has varies: by less than the square root of draws, but by chance.
         return Coder(layout.classes, layout.draws + 1, largest=min(layout.classes, 2 * layout.draws + 64))
 
-    def encode(self, layout: Layout, given: Given) -> Columns:
+    def encode(self, layout: Layout, given: TeacherRows) -> Columns:
         """Rows to columns."""
         columns: Columns = {}
         for i, t in enumerate(layout.temperatures):
             parts = [
                 part
                 for seed, pieces in given.samples()
-                for part in rounded(((x.double() / t).softmax(-1) for x in pieces), layout.draws, seed, i)
+                for part in round_stochastically(
+                    ((x.double() / t).softmax(-1) for x in pieces), layout.draws, seed, i
+                )
             ]
-            columns[f"drawn@{t:g}"] = self._coder(layout).encode(joined(parts), given.lengths)
+            columns[f"drawn@{t:g}"] = self._coder(layout).encode(concat_counts(parts), given.lengths)
         return columns
 
-    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> Kept:
+    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
         """Columns to rows."""
         rows = self._coder(layout).decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
-        index, count = (torch.from_numpy(padded(x, rows.sizes)) for x in (rows.classes, rows.counts))
-        return Kept(None, index, count.float() / layout.draws)
+        index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
+        return DecodedRows(None, index, count.float() / layout.draws)
 
 
-class Sampled(TopK):
+class SampledEncoding(TopKEncoding):
     """Independent draws, of a proposal p^power where that is not 1, beside the ``head`` largest classes exactly."""
 
     options: tuple[str, ...] = ("classes", "draws", "head", "power", "temperatures")
@@ -271,7 +273,7 @@ class Sampled(TopK):
             columns |= {f"weight@{t:g}": STORED[layout.dtype] for t in layout.temperatures}
         return columns
 
-    def encode(self, layout: Layout, given: Given) -> Columns:
+    def encode(self, layout: Layout, given: TeacherRows) -> Columns:
         """Rows to columns."""
         columns = super().encode(layout, given) if layout.head else {}
         for i, t in enumerate(layout.temperatures):
@@ -280,45 +282,49 @@ class Sampled(TopK):
                 p = (rows.double() / t).softmax(-1)
                 rest = p.scatter(-1, rows.topk(layout.head, dim=-1).indices, 0.0) if layout.head else p
                 proposal = rest if layout.power == 1 else rest.pow(layout.power)
-                found = drawn(proposal, layout.draws, seeds, i)
+                found = draw_samples(proposal, layout.draws, seeds, i)
                 parts.append(found)
                 if layout.power != 1:
                     row = torch.from_numpy(np.repeat(np.arange(len(rows)), found.sizes))
                     at = torch.from_numpy(found.classes)
                     log = rest[row, at].log() - proposal[row, at].log() + proposal.sum(-1)[row].log()
-                    weights.append(numbers(log.float(), layout.dtype))
-            rows_drawn = joined(parts)
+                    weights.append(to_stored(log.float(), layout.dtype))
+            rows_drawn = concat_counts(parts)
             columns[f"drawn@{t:g}"] = self._coder(layout).encode(rows_drawn, given.lengths)
             if layout.power != 1:
                 flat = np.concatenate(weights) if weights else np.empty(0, STORED[layout.dtype])
-                columns[f"weight@{t:g}"] = Ragged(flat, per_sample(rows_drawn.sizes, given.lengths))
+                columns[f"weight@{t:g}"] = Ragged(flat, sum_per_sample(rows_drawn.sizes, given.lengths))
         return columns
 
-    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> Kept:
+    def decode(self, layout: Layout, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
         """Columns to rows."""
         rows = self._coder(layout).decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
-        index, count = (torch.from_numpy(padded(x, rows.sizes)) for x in (rows.classes, rows.counts))
+        index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
         values = count.float() / layout.draws
         exact = super().decode(layout, columns, lengths, temperature) if layout.head else None
         if layout.power != 1:
-            log = tensor(_ragged(columns[f"weight@{temperature:g}"]).values, layout.dtype)
-            values = values * torch.from_numpy(padded(log.exp().numpy(), rows.sizes))
+            log = from_stored(_ragged(columns[f"weight@{temperature:g}"]).values, layout.dtype)
+            values = values * torch.from_numpy(pad_rows(log.exp().numpy(), rows.sizes))
         elif exact is not None and exact.values is not None:
             values = values * (1.0 - exact.values.exp().sum(-1, keepdim=True)).clamp(min=0.0)
         if exact is None or exact.index is None or exact.values is None:
-            return Kept(None, index, values)
-        return Kept(None, torch.cat([exact.index, index], -1), torch.cat([exact.values.exp(), values], -1))
+            return DecodedRows(None, index, values)
+        return DecodedRows(None, torch.cat([exact.index, index], -1), torch.cat([exact.values.exp(), values], -1))
 
 
-FORMS: dict[str, Form] = {
-    "dense": Dense(), "topk": TopK(), "sampled": Sampled(), "rounded": Rounded(), "hidden": HeadInputs(),
-}  # fmt: skip
+ENCODINGS: dict[str, Encoding] = {
+    "dense": DenseEncoding(),
+    "topk": TopKEncoding(),
+    "sampled": SampledEncoding(),
+    "rounded": StochasticRounding(),
+    "hidden": HeadInputEncoding(),
+}
 
 
 # Numbers -----------------------------------------------------------------------------------------------
 
 
-def numbers(x: Tensor, dtype: str) -> Array:
+def to_stored(x: Tensor, dtype: str) -> Array:
     """``x`` as it is stored.
 
     Raises:
@@ -334,14 +340,14 @@ def numbers(x: Tensor, dtype: str) -> Array:
     return array.view(np.uint16) if stored.dtype == torch.bfloat16 else array
 
 
-def tensor(column: Array | Ragged, dtype: str) -> Tensor:
+def from_stored(column: Array | Ragged, dtype: str) -> Tensor:
     """What is stored, as float32."""
     assert isinstance(column, np.ndarray)
     x = torch.from_numpy(column)
     return (x.view(torch.bfloat16) if dtype == "bf16" else x).float()
 
 
-def padded(values: Array, lengths: Array) -> Array:
+def pad_rows(values: Array, lengths: Array) -> Array:
     """``[N, longest]``, at least one wide, with zeros after each row's end."""
     width = max(int(lengths.max(initial=0)), 1)
     out: Array = np.zeros((len(lengths), width), dtype=values.dtype)
@@ -349,7 +355,7 @@ def padded(values: Array, lengths: Array) -> Array:
     return out
 
 
-def per_sample(sizes: Array, lengths: Array) -> Array:
+def sum_per_sample(sizes: Array, lengths: Array) -> Array:
     """What ``sizes`` of rows are together for each sample of so many rows."""
     total = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     ends = np.cumsum(lengths)

@@ -10,40 +10,40 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, ModelError
-from tutelage.students.copying import built, transplant
-from tutelage.students.embeddings import factorise
-from tutelage.students.layers import config_of, layer_map, layer_stack
-from tutelage.students.probing import pattern, shortened, varied
-from tutelage.students.width_pruning import WeightLayout, anatomy
+from tutelage.students.config_probing import config_for_layers, layer_pattern, replace_fields
+from tutelage.students.embeddings import factorise_embeddings
+from tutelage.students.layer_selection import config_of, layer_stack, select_layers
+from tutelage.students.weight_transfer import build_from_config, copy_weights
+from tutelage.students.width_pruning import WeightLayout, find_weight_layout
 
 Units = dict[tuple[str, str], Tensor]
 """Units by role and layer, ascending; hidden units have no layer."""
 
 
 @dataclass(frozen=True)
-class Cut:
+class PrunedStudent:
     """A student, and what became of its teacher's weights.
 
     Attributes:
         model: the student, of the teacher's class, sharing no memory with it.
         layers: for each of its layers the layer of the teacher, counted from 0.
-        fresh: its weights that begin at random, since the teacher has none for them.
-        left: weights of the teacher's kept layers, and of what is around the layers, that have no place in it, such
-            as the first norm of a ModernBERT layer that becomes the first.
+        missing_keys: weights of the student that start random, since the teacher has none for them.
+        unexpected_keys: weights of the teacher without a place in the student, weights of removed layers excepted;
+            such as the first norm of a ModernBERT layer that becomes the first layer.
     """
 
     model: nn.Module
     layers: tuple[int, ...]
-    fresh: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
 
 
-def cut(
+def prune(
     model: nn.Module, *, layers: int | None = None, map: str | Sequence[int] | None = None,
     importance: Sequence[float] | None = None, width: int | None = None, heads: int | None = None,
     intermediate: int | None = None, embedding: int | None = None, initial: Literal["teacher", "random"] = "teacher",
     seed: int = 0,
-) -> Cut:  # fmt: skip
+) -> PrunedStudent:  # fmt: skip
     """A smaller model of the same class, with a config of its own and the teacher's head.
 
     What is kept of a width is what weighs most: for each unit the norm of all that writes to it times the norm of all
@@ -54,7 +54,7 @@ def cut(
     Args:
         model: a Hugging Face transformers model with one stack of layers, with any head. Not changed.
         layers: number of layers; ``None``: all, or as many as ``map`` lists.
-        map: which of the teacher's layers, as in :func:`layer_map`; ``None``: ``every-other`` where ``layers`` is
+        map: which of the teacher's layers, as in :func:`select_layers`; ``None``: ``every-other`` where ``layers`` is
             given.
         importance: for ``map="influence"``, and only there: a number for each layer, as of :func:`block_influence`.
         width: hidden size. Where the family makes it the number of heads times their size, as BERT does, a multiple
@@ -78,13 +78,15 @@ def cut(
         raise ConfigError(f"initial is {initial!r}", remedy="use teacher or random")
     path, stack = layer_stack(model)
     chosen = _layers(layers, map, len(stack), importance)
-    config = shortened(model, chosen) if chosen != list(range(len(stack))) else varied(config_of(model))
+    config = (
+        config_for_layers(model, chosen) if chosen != list(range(len(stack))) else replace_fields(config_of(model))
+    )
     units: Units = {}
     parts: WeightLayout | None = None
     if (width, heads, intermediate) != (None, None, None):
-        parts = anatomy(model)
+        parts = find_weight_layout(model)
         units = _kept(model, path, parts, _sizes(config, parts, width, heads, intermediate, type(model).__name__))
-    student = built(model, config, seed)
+    student = build_from_config(model, config, seed)
 
     def source(name: str) -> str:
         return _renumbered(name, path, chosen)
@@ -92,14 +94,19 @@ def cut(
     def part(name: str, value: Tensor) -> Tensor:
         return value if parts is None else _selected(name, value, path, parts, units)
 
-    fresh = transplant(student, model, source, part)
+    fresh = copy_weights(student, model, source, part)
     if embedding is not None:
-        student, more = factorise(student, embedding, seed)
+        student, more = factorise_embeddings(student, embedding, seed)
         fresh = [*fresh, *more]
     left = _left(model, student, path, chosen)
     if initial == "random":
-        return Cut(built(student, varied(config_of(student)), seed), tuple(chosen), tuple(student.state_dict()), ())
-    return Cut(student, tuple(chosen), tuple(fresh), tuple(left))
+        return PrunedStudent(
+            build_from_config(student, replace_fields(config_of(student)), seed),
+            tuple(chosen),
+            tuple(student.state_dict()),
+            (),
+        )
+    return PrunedStudent(student, tuple(chosen), tuple(fresh), tuple(left))
 
 
 def _layers(
@@ -113,7 +120,7 @@ def _layers(
         if isinstance(map, str):
             raise ConfigError(f"map: {map} without a number of layers", remedy="say layers=, such as half of them")
         layers = len(map or ())
-    return layer_map("every-other" if map is None else map, total, layers, importance)
+    return select_layers("every-other" if map is None else map, total, layers, importance)
 
 
 def _renumbered(name: str, path: str, layers: Sequence[int]) -> str:
@@ -194,7 +201,7 @@ def _kept(model: nn.Module, path: str, parts: WeightLayout, sizes: dict[str, int
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, x in model.named_parameters():
         for i in range(x.ndim):
-            axis = parts.axes.get((pattern(name, path), i))
+            axis = parts.axes.get((layer_pattern(name, path), i))
             if axis is None:
                 continue
             others = [j for j in range(x.ndim) if j != i]
@@ -216,7 +223,7 @@ def _kept(model: nn.Module, path: str, parts: WeightLayout, sizes: dict[str, int
 def _selected(name: str, value: Tensor, path: str, parts: WeightLayout, units: Units) -> Tensor:
     """The kept units along all dimensions of a weight."""
     for i in range(value.ndim):
-        axis = parts.axes.get((pattern(name, path), i))
+        axis = parts.axes.get((layer_pattern(name, path), i))
         if axis is not None:
             kept = units[axis.role, "" if axis.role == "hidden" else _layer_of(name, path)]
             value = value.index_select(i, axis.positions(kept, parts.units[axis.role]).to(value.device))

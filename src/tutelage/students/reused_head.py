@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
-from tutelage.students.projectors import device_of, feature_shapes, untouched
-from tutelage.students.sites import embedding, stages
+from tutelage.students.feature_sites import find_embedding_tap, find_stages
+from tutelage.students.projectors import device_of, eval_no_grad, feature_shapes
 from tutelage.taps import Needs, evaluating, logits_of, observe, output_head
 
 
@@ -94,12 +94,12 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
         ModelError: a model without a linear head.
     """
     theirs = output_head(teacher)
-    taps = (embedding(student), embedding(teacher))
-    maps = [next(reversed(stages(m, example).values()), None) for m in (student, teacher)]
+    taps = (find_embedding_tap(student), find_embedding_tap(teacher))
+    maps = [next(reversed(find_stages(m, example).values()), None) for m in (student, teacher)]
     both = maps[0] is not None and maps[1] is not None and _averaged(teacher, example, maps[1])
     mine, other = (str(maps[0]), str(maps[1])) if both else taps
     shape = feature_shapes(student, example, [mine])[mine]
-    with untouched(teacher):
+    with eval_no_grad(teacher):
         inputs = observe(teacher, example.to(device_of(teacher)).inputs, Needs(logits=False, hidden=(other,)))
     reused = ReusedHead(
         student, tap=mine, inputs=shape[1] if both else shape[-1], outputs=theirs.in_features,
@@ -131,7 +131,7 @@ def _named(inputs: Any) -> dict[str, Any]:
 
 def _averaged(model: nn.Module, example: Batch, tap: str) -> bool:
     """Whether the logits are the head of the mean of the map at ``tap``."""
-    with untouched(model):
+    with eval_no_grad(model):
         seen = observe(model, example.to(device_of(model)).inputs, Needs(hidden=(tap,)))
         feature, head = seen.hidden[tap], output_head(model)
         if feature.shape[1] != head.in_features or seen.logits is None:
