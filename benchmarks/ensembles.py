@@ -26,7 +26,7 @@ RECIPE = Path(__file__).with_suffix(".yaml")
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "probabilities": ("mean of probabilities", {}),
-    "probabilities-at-T": ("mean of probabilities at the method's T", {"average_at": 4.0}),
+    "probabilities-at-T": ("mean of probabilities at the method's T", {"average_temperature": 4.0}),
     "logits": ("mean of logits", {"combine": "logits"}),
     "learned": ("mean of probabilities, learned weights", {"weights": "learned"}),
 }

@@ -173,7 +173,7 @@ def ours(url: str, turn: str, count: int) -> None:
             "kind": "answer", "prompts": str(given), "format": "jsonl",
             "endpoint": {"url": url, "model": "stub", "concurrency": FLYING},
             "budget": {"max_cost": 100.0, "prices": {"stub": {"input": 1.0, "output": 2.0}}},
-            "quality": {"near": None},
+            "quality": {"dedup_threshold": None},
         }  # fmt: skip
         recipe.write_text(yaml.safe_dump({"generate": section}))
         made = generate(recipe, out=Path(folder, "out"), terminal=_silent())

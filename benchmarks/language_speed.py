@@ -201,7 +201,7 @@ def main() -> None:
         fit(training, make_accelerator(precision))
         return watcher.found()
 
-    layout = Layout(keep="rounded", draws=50, classes=len(tokenizer), temperatures=(1.0,), tokens=True)
+    layout = Layout(keep="stochastic_rounding", draws=50, classes=len(tokenizer), temperatures=(1.0,), tokens=True)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         top = Path(place)

@@ -65,7 +65,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     elif name == "simkd":
         method = SimkdMethod()
     elif name in FEATURE_LOSSES and name not in ATTENTION:
-        method = FeatureMethod(objective=name)
+        method = FeatureMethod(loss=name)
     else:
         method = None
     plain = DistillationModule(student, SupervisedMethod()).train()

@@ -3,7 +3,7 @@
     python benchmarks/quantised.py                              # the digits recipe, some minutes on two cores
     python benchmarks/quantised.py --recipe recipes/fashion-mnist.yaml train.epochs=5
 
-Two runs of one recipe, which share the teacher: students as they are, and students with ``student.rounded: int8``. Of
+Two runs of one recipe, which share the teacher: students as they are, and students with ``student.qat: int8``. Of
 each seed's student of both an int8 export is made and measured on the test split. Writes ``quantised.json`` and
 ``quantised.md``.
 """
@@ -55,7 +55,7 @@ def measure(recipe: str, overrides: list[str], work: Path) -> dict[str, Any]:
                     terminal=terminal)  # fmt: skip
     teacher = ["teacher.train=null", f"teacher.checkpoint={work / 'whole' / 'models' / 'teacher'}"]
     rounded = api.run(
-        load_recipe(recipe, [*shared, *teacher, "student.rounded=int8"]), out=work / "rounded",
+        load_recipe(recipe, [*shared, *teacher, "student.qat=int8"]), out=work / "rounded",
         resume=(work / "rounded").exists(), terminal=terminal,
     )  # fmt: skip
     seeds = whole.summary["seeds"]

@@ -59,7 +59,7 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ce": ("next tokens alone", (f"train.steps={STEPS}", "method={kind: sequence}")),
     "on-policy": (
         f"KD, and {MORE} steps on its own answers",
-        (*AGAIN, "method={kind: on-policy, lmbda: 1.0, divergence: reverse_kl, max_new: 64}"),
+        (*AGAIN, "method={kind: on-policy, lmbda: 1.0, divergence: reverse_kl, max_new_tokens: 64}"),
     ),
     "kd-more": (f"KD, and {MORE} steps of KD on rows that are not packed", AGAIN),
 }

@@ -56,11 +56,11 @@ class Kept:
 ARMS: dict[str, Kept | None] = {
     "all logits": None,
     "next tokens alone": None,
-    "rounded, 50": Kept({"keep": "rounded", "draws": 50}),
+    "rounded, 50": Kept({"keep": "stochastic_rounding", "draws": 50}),
     "top-12 and tail": Kept({"keep": "topk", "k": 12}),
     "top-12, renormalised": Kept({"keep": "topk", "k": 12}, renormalised=True),
     "50 draws": Kept({"keep": "sampled", "draws": 50}),
-    "rounded, 16": Kept({"keep": "rounded", "draws": 16}),
+    "rounded, 16": Kept({"keep": "stochastic_rounding", "draws": 16}),
     "head 4, 16 draws": Kept({"keep": "sampled", "head": 4, "draws": 16}),
     "top-50 and tail": Kept({"keep": "topk", "k": 50}),
 }

@@ -105,11 +105,12 @@ ESTIMATORS = {
     "25 draws of p^0.8": Estimator(drawn(draws=25, power=0.8)),
     "25 draws of p^0.8, self-normalised": Estimator(drawn(draws=25, power=0.8), self_normalised),
     **{f"{n} draws of p^1.25": Estimator(drawn(draws=n, power=1.25)) for n in (25, 50)},
-    **{f"rounded, {n}": Estimator({"keep": "rounded", "draws": n}) for n in (8, 16, 32, 50, 80)},
+    **{f"rounded, {n}": Estimator({"keep": "stochastic_rounding", "draws": n}) for n in (8, 16, 32, 50, 80)},
 }
 
 LONG = [largest(12), drawn(draws=25), drawn(draws=50), drawn(head=4, draws=16),
-        drawn(draws=25, power=1.25), *({"keep": "rounded", "draws": n} for n in (16, 32, 50, 80))]  # fmt: skip
+        drawn(draws=25, power=1.25),
+        *({"keep": "stochastic_rounding", "draws": n} for n in (16, 32, 50, 80))]  # fmt: skip
 """Options of estimators that are measured over all tokens."""
 
 FAMILIES = {

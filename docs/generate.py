@@ -28,7 +28,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "teacher": config.TeacherConfig,
     "teacher.members": config.MemberConfig,
     "teacher.endpoint": config.ServedConfig,
-    "teacher.speed": config.TeacherSpeedConfig,
+    "teacher.inference": config.TeacherInferenceConfig,
     "teacher.cache": config.CacheConfig,
     "student": config.StudentConfig,
     "student.lora": config.LowRankConfig,
@@ -147,7 +147,7 @@ Weights that were published for a mean over elements are restated for losses tha
 the same. What a loss learns beside the student is trained along and not exported:
 
 - `hint`: a projector, where channels differ. The paper guides one stage; `auto` guides every one that both have.
-  `first: 0.3` trains on the hints alone for 30 % of the steps and then goes on without them, as FitNets does.
+  `stage1_fraction: 0.3` trains on the hints alone for 30 % of the steps and then goes on without them, as FitNets does.
 - `vid`: three 1x1 convolutions to the teacher's mean, and a variance for each channel.
 - `overhaul`: a 1x1 convolution and batch norm; margins come from the teacher's own batch norms, the last that runs
   before the tap. Tap what goes into an activation: `layer1.1.relu@1:input`. The authors' teacher is in training mode
@@ -355,8 +355,8 @@ PLACES = {
 
 
 def feature_objectives() -> Iterator[str]:
-    """What `objective` can name."""
-    yield "### Losses on features: `objective`"
+    """What `loss` can name."""
+    yield "### Losses on features: `loss`"
     yield ""
     student, teacher = (2, 8, 8, 8), (2, 16, 8, 8)
     site = Site("student", "teacher", student, teacher, False)
@@ -368,7 +368,7 @@ def feature_objectives() -> Iterator[str]:
         rows.append((
             f"`{name}`", PLACES[entry.where], options_of(name, entry.options), f"{weight} ({entry.source})",
         ))  # fmt: skip
-    yield from table(("objective", "`pairs: auto`", "options (default)", "weight where none is given (whose)"), rows)
+    yield from table(("loss", "`pairs: auto`", "options (default)", "weight where none is given (whose)"), rows)
     yield ABOUT_LINKS
 
 
@@ -387,9 +387,9 @@ def options_of(name: str, options: Iterable[str]) -> str:
     return ", ".join(f"`{o}` ({own[o] if o in own else json.dumps(known[o].default)})" for o in options) or "–"
 
 
-ABOUT_SPEED = """\
-With `members`, each may have a `speed` of its own, but for `overlap` and `process`; what it leaves out is taken from
-`teacher.speed`. Where training images are not augmented, the teacher's word is remembered as far as memory allows:
+ABOUT_INFERENCE = """\
+With `members`, each may have an `inference` of its own, but for `overlap` and `process`; what it leaves out is taken from
+`teacher.inference`. Where training images are not augmented, the teacher's word is remembered as far as memory allows:
 each image is asked for once, and `overlap` and `process` have nothing to do.
 """
 
@@ -407,7 +407,7 @@ teacher:
 ```
 
 - The mean of probabilities goes to the student as its log, so at T = 1 the soft labels are that mean. A method with
-  T > 1 softens it as it softens any logits; `average_at: 4` beside `temperature: 4` gives the student the mean of
+  T > 1 softens it as it softens any logits; `average_temperature: 4` beside `temperature: 4` gives the student the mean of
   what each member says at T = 4.
 - The mean of logits is the geometric mean of probabilities, normalised.
 - Hidden states are one member's: `pairs: [{student: stages.1, teacher: 0.stages.1}]`, never `auto`.
@@ -450,7 +450,7 @@ search:
 
 AFTER = {
     "teacher": verbatim(ABOUT_ENSEMBLES),
-    "teacher.speed": verbatim(ABOUT_SPEED),
+    "teacher.inference": verbatim(ABOUT_INFERENCE),
     "method: kind: logit": soft_objectives,
     "method: kind: feature": feature_objectives,
     "data": augmentations,

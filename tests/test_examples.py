@@ -65,8 +65,8 @@ def test_methods_of_the_readme_and_of_the_benchmark_are_methods() -> None:
         base = {"name": "x", "data": "digits", "teacher": "mlp", "student": "mlp", "method": copy.deepcopy(method)}
         config = build_recipe(base).method
         METHODS[config.kind](**config.model_dump(exclude={"kind"}))
-    compared = {m["objective"] for m in named if isinstance(m, dict) and "objective" in m}
-    compared |= {p["objective"] for m in named if isinstance(m, dict) for p in m.get("pairs", [])}
+    compared = {m["loss"] for m in named if isinstance(m, dict) and "loss" in m}
+    compared |= {p["loss"] for m in named if isinstance(m, dict) for p in m.get("pairs", [])}
     only_text = {"attention_kl", "attention_mse", "value_relation"}
     assert compared == set(FEATURE_LOSSES) - only_text
     assert {m.get("soft", "kd") for m in named if isinstance(m, dict)} == set(LOGIT_LOSSES) - {"binary_kd"}

@@ -53,7 +53,7 @@ class JsonClient:
         key_env: name of the environment variable that holds the key.
         concurrency: most requests at once.
         timeout: seconds for an answer.
-        patience: seconds without an answer after which the server is given up.
+        max_retry_time: seconds without an answer after which the server is given up.
 
     Raises:
         EndpointError: the variable of the key is not set.
@@ -67,7 +67,7 @@ class JsonClient:
         key_env: str | None = None,
         concurrency: int = 8,
         timeout: float = 120.0,
-        patience: float = 300.0,
+        max_retry_time: float = 300.0,
     ) -> None:
         require("httpx2", "language", where)
         import httpx2
@@ -76,7 +76,7 @@ class JsonClient:
             raise EndpointError(
                 f"the environment variable {key_env} is not set", where=url, remedy="put the key into it"
             )
-        self.url, self.where, self.patience = url.rstrip("/"), where, patience
+        self.url, self.where, self.max_retry_time = url.rstrip("/"), where, max_retry_time
         headers = {} if key_env is None else {"authorization": f"Bearer {os.environ[key_env]}"}
         self._client = httpx2.Client(headers=headers, timeout=timeout)
         self._threads = ThreadPoolExecutor(concurrency, "served")
@@ -104,7 +104,7 @@ class JsonClient:
             except TransientServerError as fault:
                 odd += fault.answered
                 pause = max(wait * self._dice.uniform(0.5, 1.5), fault.after)
-                if odd >= ATTEMPTS or time.monotonic() + pause - began > self.patience:
+                if odd >= ATTEMPTS or time.monotonic() + pause - began > self.max_retry_time:
                     tried = f"{odd} times" if odd >= ATTEMPTS else f"for {time.monotonic() - began:.0f} s"
                     raise EndpointError(
                         f"{fault.what}, asked {tried}", where=self.url,

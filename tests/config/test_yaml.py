@@ -64,7 +64,7 @@ def test_a_given_value_is_shown_in_at_most_80_characters() -> None:
     for change in ({long: 1}, {"method": long}, {"data": long}, {"train": {"steps": long}}, {"student": long},
                    {"method": {"soft": long}}, {"method": {"temperature": [long] * 99}}, {"teacher": {long: long}},
                    {"data": {"source": "digits", "augment": [long]}}, {"data": {"source": "digits", "classes": long}},
-                   {"method": {"kind": "feature", "objective": long}}, {"train": {"optimizer": long}},
+                   {"method": {"kind": "feature", "loss": long}}, {"train": {"optimizer": long}},
                    {"workflow": long}, {f"k{i}": long for i in range(50)}):  # fmt: skip
         with pytest.raises(ConfigError) as raised:
             build_recipe({**base, **change}, default_name="r")

@@ -412,7 +412,7 @@ def test_a_teacher_with_a_small_vocabulary_is_timed_on_its_own_tokens() -> None:
 
 
 @pytest.mark.parametrize(("data", "more", "says"), [
-    ({"label": "label"}, {"teacher": {"model": "hf:encoder", "learn": "head"}}, "add 'train'"),
+    ({"label": "label"}, {"teacher": {"model": "hf:encoder", "trainable": "head"}}, "add 'train'"),
     ({"task": "embedding"}, {"teacher": {"model": "hf:encoder", "train": {"epochs": 1}}}, "nothing to train teacher"),
     ({"label": "label"}, {"teacher": {"model": "hf:encoder", "augment": ["flip"]}}, "is for images"),
     ({"task": "mlm", "labels": 10}, {}, "use 'limit'"),

@@ -131,7 +131,7 @@ def test_a_recipe_shards_its_teacher(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         "data: {source: table, path: chats.jsonl, task: causal, text: messages, max_length: 64}\n"
-        "teacher: {model: 'hf:teacher', speed: {sharded: true}}\nstudent: {model: teacher, layers: 2}\n"
+        "teacher: {model: 'hf:teacher', inference: {sharded: true}}\nstudent: {model: teacher, layers: 2}\n"
         "method: {kind: token, hidden: 0.1}\nbaseline: false\n"
         "train: {steps: 6, batch_size: 8, optimizer: {kind: sgd, lr: 0.1}}\n"
     )

@@ -131,10 +131,10 @@ def test_a_run_keeps_samples_and_a_resumed_one_the_same(tmp_path: Path) -> None:
 
 
 def test_none_are_kept_where_none_are_asked_for(tmp_path: Path) -> None:
-    run = tutelage.run(recipe(samples={"shown": 0}, seeds=[0]), out=tmp_path / "run")
+    run = tutelage.run(recipe(samples={"predictions": 0}, seeds=[0]), out=tmp_path / "run")
     assert not (run.path / "samples").exists()
     (run.path / "summary.json").unlink()
-    tutelage.run(recipe(samples={"shown": 3}, seeds=[0]), out=run.path, resume=True)
+    tutelage.run(recipe(samples={"predictions": 3}, seeds=[0]), out=run.path, resume=True)
     assert len(kept(run.path)["samples"]) == 3, "what the page shows may change when a run goes on"
 
 
@@ -229,7 +229,7 @@ def test_a_run_of_language_models_keeps_what_they_write(model: Path, tmp_path: P
             "name": "causal", "data": {"source": "table", "path": str(path), "task": "causal", "text": "messages",
                      "pack": pack, "max_length": 64},
             "teacher": f"hf:{model}", "student": {"model": "teacher", "layers": 1}, "method": "token",
-            "train": {"steps": 2, "batch_size": 4}, "samples": {"written": 3, "tokens": 4},
+            "train": {"steps": 2, "batch_size": 4}, "samples": {"generations": 3, "max_new_tokens": 4},
         },
         name="causal",
     )  # fmt: skip

@@ -67,7 +67,7 @@ def test_from_a_real_server_through_faults_to_a_student_before_a_judge(
         "name": "small",
         "generate": {
             "kind": "answer", "prompts": "prompts.jsonl", "held_out": 8, "sampling": {"max_tokens": 12},
-            "quality": {"near": None, "truncated": True, "refusals": True, "answer_words": [0, 200]},
+            "quality": {"dedup_threshold": None, "truncated": True, "refusals": True, "answer_words": [0, 200]},
             "budget": {"max_requests": 100},
         },
         "data": {

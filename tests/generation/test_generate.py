@@ -95,7 +95,7 @@ def test_a_server_that_comes_back_loses_nothing(tmp_path: Path) -> None:
     given = prompts(tmp_path, 60)
     with Closed(status=503) as server:
         server._loop.call_soon_threadsafe(lambda: server._loop.call_later(0.4, setattr, server, "status", None))
-        path = recipe(tmp_path, server, prompts=str(given), endpoint={"patience": 60, "attempts": 2})
+        path = recipe(tmp_path, server, prompts=str(given), endpoint={"max_retry_time": 60, "attempts": 2})
         assert made(path, tmp_path / "out").summary["kept"] == 60
 
 

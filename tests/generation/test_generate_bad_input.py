@@ -261,7 +261,7 @@ def test_the_key_is_nowhere_after_any_failure(
     monkeypatch.setenv("THE_KEY", CANARY)
     out, words = tmp_path / "out", []
     with Closed(**FAILURES[failure], echo=True) as server:  # type: ignore[arg-type]
-        endpoint = {"model": "closed", "attempts": 2, "patience": 0.1, "timeout": 0.1}
+        endpoint = {"model": "closed", "attempts": 2, "max_retry_time": 0.1, "timeout": 0.1}
         address = server.url.replace("//", f"//me:{CANARY}@")
         if way == "variable":
             endpoint["key_env"] = "THE_KEY"

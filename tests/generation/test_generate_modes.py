@@ -74,7 +74,7 @@ def test_self_instruct_makes_new_tasks_from_seeds_and_its_own_and_answers_each(t
     with Closed(answer=inventive) as server:
         path = recipe(
             tmp_path, server, kind="self-instruct", count=40, number=2, each_round=8,
-            quality={"near": 0.7, "instruction_words": [3, 60]},
+            quality={"dedup_threshold": 0.7, "instruction_words": [3, 60]},
         )  # fmt: skip
         found = made(path, tmp_path / "out")
         asked = [call.prompt for call in server.calls if "more tasks" in call.prompt]
@@ -98,7 +98,9 @@ def test_self_instruct_makes_new_tasks_from_seeds_and_its_own_and_answers_each(t
 def test_another_filter_reads_the_same_tasks_and_pays_for_none(tmp_path: Path) -> None:
     """Requests for tasks show what was kept before, so that other filters would change and repeat them all."""
     with Closed(answer=inventive) as server:
-        path = recipe(tmp_path, server, kind="self-instruct", count=24, number=2, each_round=8, quality={"near": 0.7})
+        path = recipe(
+            tmp_path, server, kind="self-instruct", count=24, number=2, each_round=8, quality={"dedup_threshold": 0.7}
+        )
         made(path, tmp_path / "out")
         before = len(server.calls)
         changed = made(path, tmp_path / "out", "generate.quality.banned=[bridge]", "generate.count=12")
@@ -110,7 +112,9 @@ def test_another_filter_reads_the_same_tasks_and_pays_for_none(tmp_path: Path) -
 
 def test_self_instruct_ends_where_nothing_new_comes(tmp_path: Path) -> None:
     with Closed(answer=lambda prompt: "1. Name a river in France") as server:
-        path = recipe(tmp_path, server, kind="self-instruct", count=50, number=2, each_round=3, quality={"near": 0.7})
+        path = recipe(
+            tmp_path, server, kind="self-instruct", count=50, number=2, each_round=3, quality={"dedup_threshold": 0.7}
+        )
         found = made(path, tmp_path / "out")
     assert found.summary["kept"] == 1
 

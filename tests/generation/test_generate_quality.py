@@ -214,7 +214,9 @@ def test_data_is_loaded_by_datasets_and_says_where_it_is_from(tmp_path: Path, fo
 def test_the_card_says_what_was_made_and_not_where(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Write a poem about rain\nWhy?\nName a river in France\n")
     with Closed() as server:
-        path = recipe(tmp_path, server, prompts=str(tmp_path / "p.txt"), quality={"language": "en", "near": 0.7})
+        path = recipe(
+            tmp_path, server, prompts=str(tmp_path / "p.txt"), quality={"language": "en", "dedup_threshold": 0.7}
+        )
         made(path, tmp_path / "out", "generate.quality.language=null")
         port = str(server.port)
     text = (tmp_path / "out" / "README.md").read_text()

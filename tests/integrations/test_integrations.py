@@ -38,7 +38,7 @@ RATE = {"lr": 0.05, "momentum": 0.9}
 
 
 def hint() -> Method:
-    return FeatureMethod(pairs=[{"student": "stages.1", "teacher": "stages.1", "objective": "hint", "weight": 2.0}])
+    return FeatureMethod(pairs=[{"student": "stages.1", "teacher": "stages.1", "loss": "hint", "weight": 2.0}])
 
 
 CASES: dict[str, tuple[str, Callable[[], Method], int]] = {
@@ -283,7 +283,7 @@ def test_what_a_method_needs_first_is_said() -> None:
     case = Case("cnn-kd")
     raw = case.world.train[0]
     with pytest.raises(CapabilityError, match="phase"):
-        Distiller(case.student(), case.teacher, FeatureMethod(objective="hint", first=0.3), example=raw)
+        Distiller(case.student(), case.teacher, FeatureMethod(loss="hint", stage1_fraction=0.3), example=raw)
     with pytest.raises(CapabilityError, match="peers="):
         Distiller(case.student(), None, MutualMethod(peers=1), example=raw)
     with pytest.raises(CapabilityError, match="needs a teacher"):

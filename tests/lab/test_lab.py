@@ -139,7 +139,7 @@ def answers(folder: Path, many: int = 60) -> list[str]:
 
 def test_a_closed_teacher_s_answers_are_learned_and_shuffled_ones_less(tmp_path: Path) -> None:
     """Sums of two numbers in the prompt: what an answer has to do with its prompt can be learned."""
-    given = [*answers(tmp_path, 100), "llm.samples.written=0"]
+    given = [*answers(tmp_path, 100), "llm.samples.generations=0"]
     found = run_lab(["llm"], budget="small", overrides=given, out=tmp_path / "lab", terminal=silent())
     first, second = found["experiments"]["llm"]["parts"]
     assert first["unit"] == "nats a token"

@@ -81,7 +81,7 @@ def test_terms_are_those_of_the_objectives_and_leave_out_rows_without_a_label(me
 CACHED = {**RECIPE["teacher"], "cache": True}
 OTHERS = {
     "cached": {"teacher": CACHED},
-    "ahead": {"teacher": {**RECIPE["teacher"], "speed": {"overlap": True}}},
+    "ahead": {"teacher": {**RECIPE["teacher"], "inference": {"overlap": True}}},
     "mixed": {"data": {"source": "digits", "augment": ["mixup"]}},
     "ensemble": {"teacher": {"members": ["mlp", "mlp"], "train": {"steps": 20}}},
 }
@@ -199,7 +199,7 @@ def test_without_a_teacher_a_run_resumes_to_the_same_bits(untaught: api.RunResul
 
 
 @pytest.mark.parametrize("teacher", [{"teacher": None}, {}], ids=["null", "left out"])
-@pytest.mark.parametrize("method", ["logit", "simkd", {"kind": "feature", "objective": "hint"}])
+@pytest.mark.parametrize("method", ["logit", "simkd", {"kind": "feature", "loss": "hint"}])
 def test_a_method_that_needs_a_teacher_says_so_at_once(teacher: dict[str, None], method: Any) -> None:
     raw = {k: v for k, v in RECIPE.items() if k != "teacher"} | teacher
     with pytest.raises(
@@ -231,7 +231,7 @@ def test_distill_without_a_teacher(tmp_path: Path) -> None:
     run = tutelage.distill(None, world.make(4), world.train, method=SupervisedMethod(0.1), **options)
     assert "teacher" not in run.summary
     assert type(run.student) is type(world.make(4))
-    for method, more in ((None, {}), (LogitMethod(), {}), (SupervisedMethod(), {"speed": {"dtype": "bf16"}})):
+    for method, more in ((None, {}), (LogitMethod(), {}), (SupervisedMethod(), {"inference": {"dtype": "bf16"}})):
         with pytest.raises(ConfigError, match="teacher=None"):
             tutelage.distill(
                 None, world.make(4), world.train, method=method, **{**options, "out": tmp_path / "no"}, **more

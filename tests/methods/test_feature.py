@@ -59,7 +59,7 @@ def test_a_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     student, teacher, b = net(4, 8).eval(), net(6, 12).eval(), batch()
     mask = torch.tensor([True, True, False, True, True, False])
     b = Batch(b.inputs, b.labels, mask=mask)
-    method = prepare_method(FeatureMethod(PAIRS, objective=name, weight=3.0), student, teacher, b, seed=0)
+    method = prepare_method(FeatureMethod(PAIRS, loss=name, weight=3.0), student, teacher, b, seed=0)
     projects = name == "hint"
     terms = method(observe(student, b.inputs, method.student_needs), b, LiveTeacher(teacher).signal(b, method.needs))
     assert set(terms) == set(method.counts(b)) == set(method.weights)
@@ -77,7 +77,7 @@ def test_padding_is_no_token() -> None:
     world = texts()
     student, teacher = world.make(8).eval(), world.make(16).eval()
     b = world.to_batch(world.held[1])
-    pairs = [{"student": "bert.embeddings", "teacher": "bert.embeddings", "objective": o} for o in ("hint", "pkt")]
+    pairs = [{"student": "bert.embeddings", "teacher": "bert.embeddings", "loss": o} for o in ("hint", "pkt")]
     method = prepare_method(FeatureMethod(pairs), student, teacher, b, seed=0)
     hint, pkt = "hint(bert.embeddings)", "pkt(bert.embeddings)"
     assert int(method.counts(b)[hint]) == int(b.inputs["attention_mask"].sum())
@@ -109,18 +109,18 @@ def test_the_formula_names_every_term_and_the_seed_every_projector() -> None:
         ({"pairs": [{"student": "stage.1", "teacher": "stages.1"}]}, ModelError, r"pairs\[0\].student.*nearest"),
         ({"pairs": [{"student": "stages.1", "teacher": "x"}]}, ModelError, r"pairs\[0\].teacher"),
         ({"pairs": [{"student": "head", "teacher": "stages.1"}]}, ModelError, "from a vector to a map"),
-        ({"pairs": [{"student": "head", "teacher": "head", "objective": "nst"}]}, ModelError, "feature maps"),
-        ({"pairs": [{"student": "head", "teacher": "head", "objective": "attention_kl"}]}, ModelError, "attention"),
-        ({"objective": "hnt"}, ConfigError, "did you mean 'hint'"),
-        ({"objective": "nst", "options": {"kernel": "cubic"}}, ConfigError, "linear"),
-        ({"objective": "hint", "options": {"kernel": "linear"}}, ConfigError, "no option 'kernel'"),
-        ({"objective": "pkt", "projector": "mlp"}, ConfigError, "takes no projector"),
-        ({"objective": "crd"}, CapabilityError, "no ids"),
-        ({"objective": "crd", "options": {"negatives": 0}}, ConfigError, "above 0"),
-        ({"objective": "factor_transfer", "options": {"share": 1.5}}, ConfigError, "between 0 and 1"),
-        ({"objective": "review", "options": {"levels": [0.5]}}, ConfigError, "whole number"),
-        ({"objective": "vid", "options": {"variant": "mine"}}, ConfigError, "allowed are"),
-        ({"first": 1.0}, ConfigError, "share of all steps"),
+        ({"pairs": [{"student": "head", "teacher": "head", "loss": "nst"}]}, ModelError, "feature maps"),
+        ({"pairs": [{"student": "head", "teacher": "head", "loss": "attention_kl"}]}, ModelError, "attention"),
+        ({"loss": "hnt"}, ConfigError, "did you mean 'hint'"),
+        ({"loss": "nst", "options": {"kernel": "cubic"}}, ConfigError, "linear"),
+        ({"loss": "hint", "options": {"kernel": "linear"}}, ConfigError, "no option 'kernel'"),
+        ({"loss": "pkt", "projector": "mlp"}, ConfigError, "takes no projector"),
+        ({"loss": "crd"}, CapabilityError, "no ids"),
+        ({"loss": "crd", "options": {"negatives": 0}}, ConfigError, "above 0"),
+        ({"loss": "factor_transfer", "options": {"share": 1.5}}, ConfigError, "between 0 and 1"),
+        ({"loss": "review", "options": {"levels": [0.5]}}, ConfigError, "whole number"),
+        ({"loss": "vid", "options": {"variant": "mine"}}, ConfigError, "allowed are"),
+        ({"stage1_fraction": 1.0}, ConfigError, "share of all steps"),
         ({"pairs": []}, ConfigError, "empty"),
     ],
 )  # fmt: skip
@@ -142,7 +142,7 @@ def test_misfits_are_named_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ({"objective": "hnt"}, "did you mean 'hint'"),
+        ({"loss": "hnt"}, "did you mean 'hint'"),
         ({"pairs": "all"}, "allowed: auto, or"),
         ({"wieght": 3}, "did you mean 'weight'"),
         ({"pairs": [{"student": "a"}]}, "'method.pairs.0.teacher' is missing"),

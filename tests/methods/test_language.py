@@ -319,7 +319,7 @@ def test_shipped_recipes_of_language_models_run_in_small(
     if name == "llama-8b-to-1b":
         changes += ["train.accumulate=2"]
     if name == "smollm2-half-on-policy":
-        changes.append("method.max_new=4")
+        changes.append("method.max_new_tokens=4")
     found = tutelage.run(load_recipe(ROOT / "recipes" / f"{name}.yaml", changes), out=tmp_path / "run")
     assert found.summary["students"]["distilled"]["last"]["perplexity"]["mean"] > 1
 
@@ -345,7 +345,7 @@ def test_layers_computed_again_give_the_same_gradients(cutter: Any, folder: Path
         recompute(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("keep", ["hidden", "dense", "topk", "sampled", "rounded"])
+@pytest.mark.parametrize("keep", ["hidden", "dense", "topk", "sampled", "stochastic_rounding"])
 def test_a_student_is_taught_from_what_was_kept_of_its_teacher(
     keep: str, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -356,7 +356,7 @@ def test_a_student_is_taught_from_what_was_kept_of_its_teacher(
         "keep": keep, "path": str(tmp_path / "cache"), "k": 900, "draws": 20_000, "dtype": "fp32"
     }  # fmt: skip
     found = tutelage.run(build_recipe(recipe), out=tmp_path / "run").summary["students"]["distilled"]["last"]
-    noise = {"topk": 1e-4, "sampled": 1.5e-3, "rounded": 5e-4}.get(keep, 1e-6)
+    noise = {"topk": 1e-4, "sampled": 1.5e-3, "stochastic_rounding": 5e-4}.get(keep, 1e-6)
     assert found["kl"]["mean"] == pytest.approx(live["kl"]["mean"], abs=noise)
 
 

@@ -152,7 +152,7 @@ def test_a_wrong_soft_term_is_refused(options: dict[str, Any], says: str) -> Non
 def test_every_objective_pairs_by_itself_and_teaches(name: str, resnet: bool) -> None:
     student, teacher = pair(resnet)
     b = batch()
-    method = fit(FeatureMethod(objective=name, alpha=0.0, hard=0.0), student, teacher, b)
+    method = fit(FeatureMethod(loss=name, alpha=0.0, hard=0.0), student, teacher, b)
     module, live = DistillationModule(student, method).train(), LiveTeacher(teacher)
     (first, *_) = (n for n in method.weights if n.startswith(name))
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=5e-3)
@@ -175,7 +175,7 @@ def test_what_auto_pairs() -> None:
     student, teacher = pair(resnet=True)
 
     def taps(name: str) -> list[tuple[str, str]]:
-        method = fit(FeatureMethod(objective=name), student, teacher, batch())
+        method = fit(FeatureMethod(loss=name), student, teacher, batch())
         return [(s.student, s.teacher) for link in method.hidden.links for s in link.sites]
 
     assert taps("hint") == [("stages.0", "stages.0"), ("stages.1", "stages.1")]
@@ -191,7 +191,7 @@ def test_margins_are_those_of_the_norm_before_the_relu() -> None:
     for norm in (m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias)
-    method = fit(FeatureMethod(objective="overhaul"), student, teacher, batch())
+    method = fit(FeatureMethod(loss="overhaul"), student, teacher, batch())
     link = method.hidden.links[0]
     assert [s.teacher for s in link.sites] == ["stages.0.5:input", "stages.1.5:input"]
     for i in range(2):
@@ -208,7 +208,7 @@ def test_weights_published_for_a_mean_fit_the_sum(name: str, sums: str, weight: 
     b = batch()
     seen = {}
     for variant in ("authors", sums):
-        method = fit(FeatureMethod(objective=name, options={"variant": variant}), student, teacher, b)
+        method = fit(FeatureMethod(loss=name, options={"variant": variant}), student, teacher, b)
         observed = observe(student.eval(), b.inputs, method.student_needs)
         terms = method(observed, b, LiveTeacher(teacher).signal(b, method.needs))
         seen[variant] = [(method.weights[k] * terms[k].sum).item() for k in terms if k.startswith(name)]
@@ -221,24 +221,24 @@ def test_vid_weighs_a_token_and_not_a_text() -> None:
     world = texts()
     b = world.to_batch(world.held[1])
     pairs = [{"student": "bert.embeddings", "teacher": "bert.embeddings"}]
-    method = fit(FeatureMethod(pairs, objective="vid"), world.make(8), world.make(16), b)
+    method = fit(FeatureMethod(pairs, loss="vid"), world.make(8), world.make(16), b)
     assert method.weights["vid(bert.embeddings)"] == 1 / 16
 
 
 def test_two_paraphrasers_are_two() -> None:
     student, teacher = pair()
     pairs = [{"student": f"stages.{i}", "teacher": f"stages.{i}"} for i in range(2)]
-    method = fit(FeatureMethod(pairs, objective="factor_transfer"), student, teacher, batch())
+    method = fit(FeatureMethod(pairs, loss="factor_transfer"), student, teacher, batch())
     assert [phase.name for phase in method.phases()] == ["paraphraser", "paraphraser#2"]
     with pytest.raises(ConfigError, match="nothing is left"):
-        fit(FeatureMethod(pairs, objective="factor_transfer", options={"share": 0.5}), student, teacher, batch())
+        fit(FeatureMethod(pairs, loss="factor_transfer", options={"share": 0.5}), student, teacher, batch())
 
 
 @pytest.mark.parametrize("name", ["hint", "vid", "overhaul", "factor_transfer", "review", "crd"])
 def test_features_of_another_precision_reach_what_is_learned(name: str) -> None:
     student, teacher = pair()
     b = batch()
-    method = fit(FeatureMethod(objective=name), student, teacher, b)
+    method = fit(FeatureMethod(loss=name), student, teacher, b)
     half = Batch(b.inputs.bfloat16(), b.labels, ids=b.ids)
     seen = observe(student.bfloat16(), half.inputs, method.student_needs)
     terms = method(seen, half, LiveTeacher(teacher.bfloat16()).signal(half, method.needs))
@@ -258,7 +258,7 @@ def test_a_loader_that_drops_rows_is_no_place_for_a_memory(tmp_path: Path) -> No
     loader = torch.utils.data.DataLoader(data, 8, shuffle=True, drop_last=True)
     with pytest.raises(tutelage.errors.DataError, match="drop_last=False"):
         tutelage.distill(
-            teacher_for(world), world.make(8), loader, eval_data=world.held, method=FeatureMethod(objective="crd"),
+            teacher_for(world), world.make(8), loader, eval_data=world.held, method=FeatureMethod(loss="crd"),
             out=tmp_path / "run", verbose=False,
         )  # fmt: skip
 
@@ -266,7 +266,7 @@ def test_a_loader_that_drops_rows_is_no_place_for_a_memory(tmp_path: Path) -> No
 def test_review_reaches_shallow_stages_of_the_teacher_from_deep_ones_of_the_student() -> None:
     student, teacher = pair(resnet=True)
     b = batch()
-    method = fit(FeatureMethod(objective="review"), student, teacher, b)
+    method = fit(FeatureMethod(loss="review"), student, teacher, b)
     link = method.hidden.links[0]
     features = [torch.randn(12, 4, 8, 8, requires_grad=True), torch.randn(12, 6, 4, 4, requires_grad=True)]
     targets = [torch.randn(12, 6, 8, 8), torch.randn(12, 10, 4, 4)]
@@ -280,7 +280,7 @@ def test_review_reaches_shallow_stages_of_the_teacher_from_deep_ones_of_the_stud
 def test_the_contrast_remembers_whom_it_saw_after_the_step_and_not_before() -> None:
     student, teacher = pair()
     b = batch()
-    method = fit(FeatureMethod(objective="crd", options={"negatives": 5, "width": 7}), student, teacher, b)
+    method = fit(FeatureMethod(loss="crd", options={"negatives": 5, "width": 7}), student, teacher, b)
     link = method.hidden.links[0]
     module, half = DistillationModule(student, method).train(), b.rows(0, 6)
     before = link.memory.student.clone()
@@ -310,10 +310,10 @@ def test_attention_and_value_relations_of_encoders() -> None:
     b = world.to_batch(world.held[0])
     at, values = "bert.encoder.layer.0.attention.self", "bert.encoder.layer.0.attention.self.value"
     pairs = [
-        {"student": f"{at}[1]", "teacher": f"{at}[1]", "objective": "attention_kl",
+        {"student": f"{at}[1]", "teacher": f"{at}[1]", "loss": "attention_kl",
          "options": {"inputs": "probabilities"}},
-        {"student": f"{at}[1]", "teacher": f"{at}[1]", "objective": "attention_mse"},
-        {"student": values, "teacher": values, "objective": "value_relation", "options": {"heads": 4}},
+        {"student": f"{at}[1]", "teacher": f"{at}[1]", "loss": "attention_mse"},
+        {"student": values, "teacher": values, "loss": "value_relation", "options": {"heads": 4}},
     ]  # fmt: skip
     method = fit(FeatureMethod(pairs), student, teacher, b)
     module = DistillationModule(student, method).train()
@@ -351,7 +351,7 @@ def weights(folder: Path, training: str) -> dict[str, torch.Tensor]:
 
 def test_hints_come_first_and_leave_the_rest_of_the_student_alone(tmp_path: Path) -> None:
     pairs = [{"student": "stages.0", "teacher": "stages.0"}]
-    found = run({"kind": "feature", "pairs": pairs, "first": 0.4}, tmp_path / "run")
+    found = run({"kind": "feature", "pairs": pairs, "stage1_fraction": 0.4}, tmp_path / "run")
     assert found.summary["formula"] == "100 * hint(stages.0) for 40% of the steps, then 0.9 * kd(T=4) + 0.1 * ce"
     hints, last = (weights(tmp_path / "run", f"distilled-seed0{n}") for n in ("-hints", ""))
     torch.manual_seed(0)
@@ -374,7 +374,7 @@ def test_hints_come_first_and_leave_the_rest_of_the_student_alone(tmp_path: Path
 
 
 def test_the_paraphraser_is_trained_first_and_then_frozen(tmp_path: Path) -> None:
-    run({"kind": "feature", "objective": "factor_transfer", "options": {"share": 0.5}}, tmp_path / "run")
+    run({"kind": "feature", "loss": "factor_transfer", "options": {"share": 0.5}}, tmp_path / "run")
     first, last = (weights(tmp_path / "run", f"distilled-seed0{n}") for n in ("-paraphraser", ""))
     here, there = "method.paraphraser.", "method.hidden.links.0.paraphraser."
     kept = {k.removeprefix(here): v for k, v in first.items() if k.startswith(here)}
@@ -386,11 +386,11 @@ def test_the_paraphraser_is_trained_first_and_then_frozen(tmp_path: Path) -> Non
 
 
 METHODS: dict[str, Method] = {
-    "crd": FeatureMethod(objective="crd", options={"negatives": 6}),
-    "hints first": FeatureMethod(first=0.5),
-    "factor transfer": FeatureMethod(objective="factor_transfer", options={"share": 0.5}),
+    "crd": FeatureMethod(loss="crd", options={"negatives": 6}),
+    "hints first": FeatureMethod(stage1_fraction=0.5),
+    "factor transfer": FeatureMethod(loss="factor_transfer", options={"share": 0.5}),
     "simkd": SimkdMethod(alpha=0.5),
-    "review": FeatureMethod(objective="review"),
+    "review": FeatureMethod(loss="review"),
 }
 
 

@@ -46,7 +46,7 @@ def test_the_students_answers_stand_behind_the_prompts_and_they_alone_count(cutt
 def test_greedy_answers_are_what_the_student_finds_likeliest_and_stop_at_their_end(cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, [TURNS, TURNS[:2]], max_length=256)
     student = model(folder, 2)
-    method = ready(student, model(folder), batch, sampling=0.0, max_new=12)
+    method = ready(student, model(folder), batch, sampling_temperature=0.0, max_new_tokens=12)
 
     def answers() -> list[list[int]]:
         written = method.prepared(student, batch)
@@ -72,7 +72,7 @@ def test_a_text_without_a_prompt_is_gone_on_with_and_a_long_prompt_is_cut_at_its
     (text,) = worlds.texts(1)
     _, batch = causal(cutter, [text, [{"role": "user", "content": "y" * 90}, TURNS[1]]], max_length=256)
     student = model(folder, 2)
-    written = ready(student, model(folder), batch, max_prompt=20).prepared(student, batch)
+    written = ready(student, model(folder), batch, max_prompt_tokens=20).prepared(student, batch)
     assert isinstance(written.inputs, dict)
     assert isinstance(batch.inputs, dict)
     begins = [int(m.nonzero()[0]) + 1 for m in written.mask]  # type: ignore[union-attr]
@@ -86,7 +86,7 @@ def test_a_text_without_a_prompt_is_gone_on_with_and_a_long_prompt_is_cut_at_its
 def test_lambda_is_the_share_of_batches_that_the_student_writes(share: float, cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, [TURNS[:2]])
     student = model(folder, 2)
-    method = ready(student, model(folder), batch, lmbda=share, max_new=1)
+    method = ready(student, model(folder), batch, lmbda=share, max_new_tokens=1)
     torch.manual_seed(0)
     own = sum(method.prepared(student, batch) is not batch for _ in range(100))
     assert abs(own / 100 - share) < 0.12
@@ -107,7 +107,7 @@ def test_the_loss_of_what_it_wrote_is_the_divergence_from_the_teacher_there(cutt
 def test_answers_are_kept_used_again_and_the_oldest_go(cutter: Any, folder: Path) -> None:
     batches = [causal(cutter, [r["messages"]], max_length=256)[1] for r in worlds.conversations(6)]
     student = model(folder, 2)
-    method = ready(student, model(folder), batches[0], replay=3, reuse=0.0)
+    method = ready(student, model(folder), batches[0], replay_buffer=3, replay_share=0.0)
     torch.manual_seed(0)
     made = [method.prepared(student, batch) for batch in batches]
     assert int(method.written) == 6
@@ -193,7 +193,7 @@ def sharp(of: Any) -> Any:
 def test_tokens_are_drawn_from_the_mixture(share: float, cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, [TURNS[:2], TURNS], max_length=256)
     student, teacher = sharp(model(folder, 2)), sharp(model(folder))
-    method = ready(student, teacher, batch, mix=share, max_new=2)
+    method = ready(student, teacher, batch, mix=share, max_new_tokens=2)
     prompts = list(prompts_of(batch, 512))
     begins = [len(p) for p in prompts]
     many = Batch(
@@ -247,7 +247,7 @@ def test_what_adapts_to_an_evaluation_needs_one(cutter: Any, folder: Path, tmp_p
 def test_the_share_of_kept_answers_rises_with_the_training(cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, [TURNS[:2]])
     student = model(folder, 2)
-    method = ready(student, model(folder), batch, replay=4, reuse="rising", max_new=1)
+    method = ready(student, model(folder), batch, replay_buffer=4, replay_share="rising", max_new_tokens=1)
     method.prepared(student, batch)
     shares = []
     for step in (0, 50, 100):
@@ -273,10 +273,10 @@ def test_what_follows_counts_up_to_the_end_of_an_answer() -> None:
     ("options", "said"),
     [
         ({"lmbda": 1.5}, "lmbda=1.5"),
-        ({"max_new": 0}, "max_new=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"long": 1.0}, "belongs to reverse_kl"),
-        ({"divergence": "reverse_kl", "long": 1.0, "replay": 5}, "replay=5"),
-        ({"mix": 0.2, "replay": 5}, "mix=0.2"),
+        ({"divergence": "reverse_kl", "long": 1.0, "replay_buffer": 5}, "replay_buffer=5"),
+        ({"mix": 0.2, "replay_buffer": 5}, "mix=0.2"),
         ({"mix": 1.0}, "below 1"),
         ({"adaptive": -0.1}, "adaptive=-0.1"),
     ],
@@ -307,11 +307,11 @@ def test_packed_rows_and_models_that_cannot_write_are_refused(cutter: Any, folde
         ready(mute, model(folder), batch)
 
 
-@pytest.mark.parametrize("key", ["cache", "speed"])
+@pytest.mark.parametrize("key", ["cache", "inference"])
 def test_a_recipe_that_asks_the_teacher_ahead_is_refused(key: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["data"].pop("pack")
     recipe["method"] = {"kind": "on-policy"}
-    recipe["teacher"][key] = {"cache": True, "speed": {"overlap": True}}[key]
+    recipe["teacher"][key] = {"cache": True, "inference": {"overlap": True}}[key]
     with pytest.raises(CapabilityError, match=rf"teacher\.{key}.*just written"):
         tutelage.run(build_recipe(recipe), out=tmp_path / "run")
 
@@ -320,7 +320,8 @@ def distil(cutter: Any, folder: Path, out: Path, die_at: int | None = None, **op
     batches = [causal(cutter, [r["messages"] for r in worlds.conversations(3, seed)])[1] for seed in range(4)]
     return tutelage.distill(
         model(folder), lambda: model(folder, 2), Shuffled(batches, die_at), eval_data=batches[:1],
-        validation=batches[1:2], method=OnPolicyMethod(0.7, max_new=4, replay=6), epochs=3, lr=1e-3, baseline=False,
+        validation=batches[1:2], method=OnPolicyMethod(0.7, max_new_tokens=4, replay_buffer=6), epochs=3, lr=1e-3,
+        baseline=False,
         train={"log_every": 1, "checkpoint_every": 2}, out=out, verbose=False, **options,
     )  # fmt: skip
 
@@ -344,7 +345,7 @@ def test_a_recipe_of_what_the_student_writes_runs_and_exports_a_plain_model(
     import transformers
 
     recipe["data"].pop("pack")
-    recipe["method"] = {"kind": "on-policy", "lmbda": 0.7, "max_new": 5}
+    recipe["method"] = {"kind": "on-policy", "lmbda": 0.7, "max_new_tokens": 5}
     found = tutelage.run(build_recipe(recipe), out=tmp_path / "run")
     assert "kl" in found.summary["students"]["distilled"]["last"]
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")

@@ -44,7 +44,7 @@ def server(folder: Path, cutter: Any) -> Iterator[servers.Server]:
 
 
 def of(server: servers.Server, **options: Any) -> dict[str, Any]:
-    return {"url": f"{server.url}/v1", "every": 1, "patience": 20.0, **options}
+    return {"url": f"{server.url}/v1", "every": 1, "max_retry_time": 20.0, **options}
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -66,8 +66,8 @@ def test_a_server_writes_what_the_student_would(server: servers.Server, cutter: 
     student, teacher = model(folder, 2), model(folder)
     moved(student, 0.3)  # else it repeats itself
     student.generation_config.eos_token_id = list(range(0, len(cutter), 9))  # ends at different places
-    own = ready(student, teacher, batch, sampling=0.0, max_new=12)
-    asked = ready(student, teacher, batch, sampling=0.0, max_new=12, rollouts=of(server))
+    own = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=12)
+    asked = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=12, rollouts=of(server))
     mine, theirs = own.prepared(student, batch), asked.prepared(student, batch)
     assert same(mine, theirs)
     assert torch.equal(mine.counted(), theirs.counted())
@@ -82,8 +82,8 @@ def test_it_writes_as_the_student_was_at_most_so_many_steps_ago(
 ) -> None:
     _, batch = causal(cutter, ROWS, max_length=256)
     student, teacher = model(folder, 2), model(folder)
-    own = ready(student, teacher, batch, sampling=0.0, max_new=8)
-    method = ready(student, teacher, batch, sampling=0.0, max_new=8, rollouts=of(server, every=2))
+    own = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8)
+    method = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8, rollouts=of(server, every=2))
     first = own.prepared(student, batch)
     assert same(method.prepared(student, batch), first)
     moved(student, 0.3)
@@ -108,8 +108,8 @@ def test_adapters_are_handed_over_as_part_of_a_plain_model(server: servers.Serve
     teacher = model(folder)
     student = add_lora(model(folder, 2), rank=4)
     moved(student, 0.1)
-    own = ready(student, teacher, batch, sampling=0.0, max_new=8)
-    method = ready(student, teacher, batch, sampling=0.0, max_new=8, rollouts=of(server))
+    own = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8)
+    method = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8, rollouts=of(server))
     assert same(method.prepared(student, batch), own.prepared(student, batch))
     assert not any("lora" in name for name, _ in server.model.named_parameters())
     assert any("lora" in name for name, _ in student.named_parameters())
@@ -121,7 +121,7 @@ def test_a_server_draws_from_the_softmax_whatever_the_models_own_settings(
     _, batch = causal(cutter, ROWS[:2], max_length=256)
     student = model(folder, 2)
     student.generation_config.top_k, student.generation_config.do_sample = 3, True
-    method = ready(student, model(folder), batch, sampling=0.7, rollouts=of(server))
+    method = ready(student, model(folder), batch, sampling_temperature=0.7, rollouts=of(server))
     method.prepared(student, batch)
     assert {body["temperature"] for body in server.asked} == {0.7}
     kept = json.loads((Path(server.told[0][1]["kwargs"]["weights_path"]) / "generation_config.json").read_text())
@@ -134,8 +134,10 @@ def test_a_server_without_the_students_weights_writes_as_it_is(
 ) -> None:
     _, batch = causal(cutter, ROWS, max_length=256)
     student, teacher = model(folder, 2), model(folder)
-    method = ready(student, teacher, batch, sampling=0.0, max_new=8, rollouts=of(server, every=None))
-    its = ready(server.model, teacher, batch, sampling=0.0, max_new=8)
+    method = ready(
+        student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8, rollouts=of(server, every=None)
+    )
+    its = ready(server.model, teacher, batch, sampling_temperature=0.0, max_new_tokens=8)
     assert same(method.prepared(student, batch), its.prepared(server.model, batch))
     assert not server.told
 
@@ -161,8 +163,8 @@ def test_a_fault_that_passes_changes_nothing(fault: Any, server: servers.Server,
     _, batch = causal(cutter, ROWS, max_length=256)
     student, teacher = model(folder, 2), model(folder)
     server.faults[:] = [None, fault, None, fault]
-    method = ready(student, teacher, batch, sampling=0.0, rollouts=of(server))
-    own = ready(student, teacher, batch, sampling=0.0)
+    method = ready(student, teacher, batch, sampling_temperature=0.0, rollouts=of(server))
+    own = ready(student, teacher, batch, sampling_temperature=0.0)
     assert same(method.prepared(student, batch), own.prepared(student, batch))
     assert len(server.asked) == len(ROWS) + 2
 
@@ -178,7 +180,7 @@ def test_a_fault_that_stays_is_an_error(
     _, batch = causal(cutter, ROWS[:1], max_length=256)
     student, teacher = model(folder, 2), model(folder)
     server.faults[:] = [fault] * 300
-    method = ready(student, teacher, batch, rollouts=of(server, patience=0.2))
+    method = ready(student, teacher, batch, rollouts=of(server, max_retry_time=0.2))
     with pytest.raises(EndpointError, match=said):
         method.prepared(student, batch)
 
@@ -225,7 +227,8 @@ def test_a_recipe_says_what_does_not_go_together(method: dict[str, Any], said: s
 def test_a_recipe_is_written_for_by_a_server(server: servers.Server, recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["data"].pop("pack")
     recipe["method"] = {
-        "kind": "on-policy", "lmbda": 1.0, "max_new": 5, "rollouts": of(server, folder=str(tmp_path / "weights")),
+        "kind": "on-policy", "lmbda": 1.0, "max_new_tokens": 5,
+        "rollouts": of(server, folder=str(tmp_path / "weights")),
     }  # fmt: skip
     tutelage.run(build_recipe(recipe), out=tmp_path / "run")
     assert server.asked
@@ -238,7 +241,7 @@ def test_a_server_that_is_not_there_is_missed_before_anything_is_trained(
     server: servers.Server, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe["data"].pop("pack")
-    recipe["method"] = {"kind": "on-policy", "lmbda": 0.01, "rollouts": of(server, patience=0.2)}
+    recipe["method"] = {"kind": "on-policy", "lmbda": 0.01, "rollouts": of(server, max_retry_time=0.2)}
     server.faults[:] = [servers.breaks] * 50
     with pytest.raises(EndpointError, match="out of memory"):
         tutelage.run(build_recipe(recipe), out=tmp_path / "run")
@@ -288,10 +291,10 @@ def speaking_plainly(cutter: Any) -> Any:
 def test_a_real_server_writes_what_the_student_would(cutter: Any, folder: Path, tmp_path: Path) -> None:
     _, batch = causal(cutter, ROWS[:3], max_length=256)
     student, teacher = speaking_plainly(cutter), model(folder)
-    own = ready(student, teacher, batch, sampling=0.0, max_new=8)
+    own = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8)
     with served(None, tmp_path) as url:
         method = ready(
-            student, teacher, batch, sampling=0.0, max_new=8,
+            student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8,
             rollouts={"url": url, "kind": "openai", "every": 1, "folder": str(tmp_path)},
         )  # fmt: skip
         for _ in range(2):

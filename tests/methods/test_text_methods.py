@@ -282,8 +282,8 @@ CASES: dict[str, tuple[Callable[[], Method], Any, str]] = {
     "triple": (TripleMethod, BertForMaskedLM, "mlm"),
     "triple-masked": (lambda: TripleMethod(positions="masked"), BertForMaskedLM, "mlm"),
     "tinybert": (lambda: TinybertMethod(prediction=0), BertForMaskedLM, "mlm"),
-    "tinybert-texts": (lambda: TinybertMethod(first=0), BertForSequenceClassification, "texts"),
-    "tinybert-tokens": (lambda: TinybertMethod(first=0), BertForTokenClassification, "tokens"),
+    "tinybert-texts": (lambda: TinybertMethod(stage1_fraction=0), BertForSequenceClassification, "texts"),
+    "tinybert-tokens": (lambda: TinybertMethod(stage1_fraction=0), BertForTokenClassification, "tokens"),
     "tinybert-kl": (lambda: TinybertMethod(prediction=0, scores="probabilities"), BertForMaskedLM, "mlm"),
     "minilm-1": (lambda: MinilmMethod(1), BertForMaskedLM, "plain"),
     "minilm-2": (MinilmMethod, BertForMaskedLM, "mlm"),
@@ -697,7 +697,7 @@ def train(teacher: nn.Module, loader: list[Batch]) -> None:
     ("method", "task", "terms"),
     [
         (TripleMethod(), "mlm", {"mlm", "kd", "cosine"}),
-        (TinybertMethod(first=0.5), "texts", {"embedding", "hidden", "attention", "prediction"}),
+        (TinybertMethod(stage1_fraction=0.5), "texts", {"embedding", "hidden", "attention", "prediction"}),
         (PatientMethod(), "texts", {"kd", "ce", "patient"}),
     ],
     ids=["triple", "tinybert", "patient"],
@@ -776,7 +776,7 @@ def test_vocabularies_and_classes_and_tokens_that_differ_say_so() -> None:
             seen(student, make(seed=2), fit(method, student, make(seed=2), shorter), shorter)
     kind, texts = BertForSequenceClassification, batch("texts")
     three, two = make(kind, 1, num_labels=3, layers=2), make(kind, 2, num_labels=2)
-    for method in (PatientMethod(), TinybertMethod(first=0)):
+    for method in (PatientMethod(), TinybertMethod(stage1_fraction=0)):
         with pytest.raises(CapabilityError, match="score the same classes"):
             seen(three, two, fit(method, three, two, texts), texts)
     images = Batch(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
@@ -805,7 +805,7 @@ class Flat(nn.Linear):
         ("triple", {"temperature": 0}, "above 0"),
         ("tinybert", {"layers": "skip"}, "uniform, last"),
         ("tinybert", {"layers": [0, 2]}, "counted from 1"),
-        ("tinybert", {"prediction": 0, "first": 0.5}, "leave it out"),
+        ("tinybert", {"prediction": 0, "stage1_fraction": 0.5}, "leave it out"),
         ("minilm", {"version": 1, "queries": 1.0}, "version 1 has no such term"),
         ("minilm", {"version": 3}, "allowed: 1, 2"),
         ("patient", {"alpha": 2.0}, r"\[0, 1\]"),
@@ -834,7 +834,7 @@ def test_a_recipe_makes_each_method_with_the_same_defaults(kind: str) -> None:
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ({"kind": "tinybert", "prediction": 0, "first": 0.5}, "one of its two stages"),
+        ({"kind": "tinybert", "prediction": 0, "stage1_fraction": 0.5}, "one of its two stages"),
         ({"kind": "tinybert", "layers": "every"}, "uniform"),
         ({"kind": "minilm", "version": 1, "keys": 1}, "version 1 has no term 'keys'"),
         ({"kind": "patient", "alpha": 2}, "give at most 1, or 'hard' too"),

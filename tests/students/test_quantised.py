@@ -84,14 +84,14 @@ def test_what_cannot_be_rounded_is_said() -> None:
         add_fake_quantisers(nn.Sequential(nn.ReLU()))
     recipe: dict[str, Any] = {
         "data": "digits", "teacher": None, "method": "supervised",
-        "student": {"model": "mlp", "rounded": "int8", "lora": 4},
+        "student": {"model": "mlp", "qat": "int8", "lora": 4},
     }  # fmt: skip
     with pytest.raises(ConfigError, match="beside adapters"):
         build_recipe(recipe, name="recipe")
 
 
 def test_a_run_measures_the_rounded_student_and_saves_a_plain_one(tmp_path: Path) -> None:
-    run = exported.images(tmp_path, rounded="int8")
+    run = exported.images(tmp_path, qat="int8")
     summary = json.loads((run / "summary.json").read_text())
     student = load_model(run / "student")
     assert type(student) is ConvNet

@@ -198,7 +198,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
             torch.arange(2)
         ), seed=4)  # fmt: skip
     if kind == "crd":
-        crd = FeatureMethod([{"student": "2", "teacher": "2"}], objective="crd", options={"negatives": 9, "width": 6})
+        crd = FeatureMethod([{"student": "2", "teacher": "2"}], loss="crd", options={"negatives": 9, "width": 6})
         method = prepare_method(crd, student, teacher, Rows().fetch(torch.arange(2)), seed=4, ids=Rows().ids)
         before = method.hidden.links[0].memory.student.clone()  # type: ignore[union-attr, operator]
     if kind.endswith("mutual"):
@@ -211,7 +211,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)
         student.generation_config.eos_token_id = list(range(0, 300, 5))  # type: ignore[union-attr]
         rollouts = {"url": written_by(accelerator), "every": 1} if "served" in kind else None
-        own = OnPolicyMethod(1.0, sampling=0.0, max_new=9, rollouts=rollouts)
+        own = OnPolicyMethod(1.0, sampling_temperature=0.0, max_new_tokens=9, rollouts=rollouts)
         method = prepare_method(own, student, teacher, data.fetch(data.ids), seed=4)
     if "token" in kind:
         data = Sentences(pack=kind.endswith("packed"))

@@ -36,12 +36,12 @@ def prompts(folder: Path, count: int, first: int = 0) -> Path:
 
 def recipe(folder: Path, server: Closed, **more: Any) -> Path:
     """A recipe of ``generate``; ``endpoint`` and ``quality`` are added to, all else is taken as it is."""
-    endpoint = {"url": server.url, "model": server.model, "timeout": 0.3, "patience": 2.0}
+    endpoint = {"url": server.url, "model": server.model, "timeout": 0.3, "max_retry_time": 2.0}
     section = {
         "kind": "answer",
         **more,
         "endpoint": {**endpoint, **more.get("endpoint", {})},
-        "quality": {"near": None, **more.get("quality", {})},
+        "quality": {"dedup_threshold": None, **more.get("quality", {})},
     }
     path = folder / "closed.yaml"
     path.write_text(yaml.safe_dump({"generate": section}))

@@ -86,7 +86,7 @@ def recipe(tmp_path: Path, cutter: Any, monkeypatch: pytest.MonkeyPatch) -> dict
 
 def ready(student: Any, teacher: Any, batch: Batch, **options: Any) -> OnPolicyMethod:
     method = prepare_method(
-        OnPolicyMethod(**{"lmbda": 1.0, "max_new": 6, **options}), student, teacher, batch, seed=0
+        OnPolicyMethod(**{"lmbda": 1.0, "max_new_tokens": 6, **options}), student, teacher, batch, seed=0
     )
     assert isinstance(method, OnPolicyMethod)
     return method

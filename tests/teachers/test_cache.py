@@ -478,7 +478,7 @@ def test_the_command_fills_checks_describes_and_joins(
         "data: {source: digits, limit: 100, augment: [{shift: 1}], views: 2}\n"
         "teacher: {model: convnet, options: {widths: [4, 8], depth: 1}, checkpoint: teacher.safetensors}\n"
         "student: {model: convnet, options: {widths: [4, 8], depth: 1}}\n"
-        "method: {kind: feature, objective: similarity}\ntrain: {steps: 4, batch_size: 32}\n"
+        "method: {kind: feature, loss: similarity}\ntrain: {steps: 4, batch_size: 32}\n"
     )
     with pytest.raises(SystemExit) as stop:
         main(["cache", "r.yaml"])

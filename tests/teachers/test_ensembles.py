@@ -150,7 +150,7 @@ def test_an_ensemble_s_word_is_cached_and_another_ensemble_refused(tmp_path: Pat
         assert run.summary["teacher"]["ensemble"]["members"]
     losses = [r.summary["students"]["distilled"]["last"]["loss"]["mean"] for r in (a, b)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-2)
-    for change in ({"combine": "logits"}, {"weights": [1.0, 2.0]}, {"speed": {"dtype": "bf16"}}):
+    for change in ({"combine": "logits"}, {"weights": [1.0, 2.0]}, {"inference": {"dtype": "bf16"}}):
         other = copy.deepcopy(given)
         other["teacher"] |= change
         with pytest.raises(CacheError, match="teacher"):
@@ -509,18 +509,18 @@ def test_distill_takes_a_list_of_teachers(tmp_path: Path) -> None:
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in members]
     run = tutelage.distill(
         members, lambda: network(3), loader(), eval_data=loader(), validation=loader(), epochs=1,
-        ensemble={"weights": "learned", "average_at": 4.0}, speed={"batch_size": 3}, out=tmp_path / "out",
-        method=LogitMethod(4.0), verbose=False,
+        ensemble={"weights": "learned", "average_temperature": 4.0}, inference={"batch_size": 3},
+        out=tmp_path / "out", method=LogitMethod(4.0), verbose=False,
     )  # fmt: skip
     found = run.summary["teacher"]["ensemble"]
-    assert (len(found["members"]), found["weights"], found["average_at"]) == (2, "learned", 4.0)
+    assert (len(found["members"]), found["weights"], found["average_temperature"]) == (2, "learned", 4.0)
     for member, kept in zip(members, before, strict=True):
         assert all(torch.equal(v, kept[k]) for k, v in member.state_dict().items())
     for more, says in (
         ({"ensemble": {"weights": [1.0]}}, "1 weights for 2 members"),
         ({"ensemble": {"weigths": [1.0, 1.0]}}, "weigths"),
         ({"ensemble": {"weights": "learned"}, "validation": None}, "validation="),
-        ({"speed": {"dtype": "int4"}}, "speed"),
+        ({"inference": {"dtype": "int4"}}, "inference"),
     ):
         arguments: dict[str, Any] = {"validation": loader(), **more}
         with pytest.raises((ConfigError, CapabilityError), match=says):

@@ -57,7 +57,7 @@ def _well(server: servers.Server) -> None:
 
 def teacher(server: servers.Server, cutter: Any, kind: str = "vllm", **options: Any) -> RemoteTeacher:
     url = server.url + ("/v1" if kind == "vllm" else "")
-    given = {"k": K, "classes": len(cutter), "tokenizer": cutter, "longest": 64, "patience": 20.0, **options}
+    given = {"k": K, "classes": len(cutter), "tokenizer": cutter, "longest": 64, "max_retry_time": 20.0, **options}
     return RemoteTeacher(url, server=kind, **given)
 
 
@@ -155,8 +155,8 @@ def test_a_fault_that_stays_is_an_error_and_no_signal(
     fault: Any, said: str, server: servers.Server, cutter: Any
 ) -> None:
     _, batch = causal(cutter, ROWS)
-    patience = 0.2 if fault in (servers.breaks, servers.dies) else 20.0
-    with teacher(server, cutter, patience=patience) as live:
+    max_retry_time = 0.2 if fault in (servers.breaks, servers.dies) else 20.0
+    with teacher(server, cutter, max_retry_time=max_retry_time) as live:
         server.faults[:] = [fault] * 200
         with pytest.raises(EndpointError, match=said):
             live.signal(batch, NEEDS)
@@ -206,7 +206,7 @@ def test_what_a_server_does_not_allow_is_said_before_anything_is_trained(server:
     with pytest.raises(CapabilityError, match="tokens, the student 100"):
         teacher(server, cutter, "llama.cpp", classes=100)
     with pytest.raises(EndpointError, match="cannot be reached"):
-        RemoteTeacher(f"http://127.0.0.1:{free_port()}/v1", classes=50, patience=0.1)
+        RemoteTeacher(f"http://127.0.0.1:{free_port()}/v1", classes=50, max_retry_time=0.1)
 
 
 def test_a_server_without_log_probabilities_of_a_prompt_is_refused(server: servers.Server, cutter: Any) -> None:
@@ -270,7 +270,7 @@ def test_a_cache_asks_for_each_text_once_and_goes_on_where_a_server_died(
     monkeypatch.chdir(tmp_path)
     cached = recipe(server, folder, seeds=[0, 1], baseline=False)
     cached["teacher"] = {
-        "endpoint": {"url": server.url + "/v1", "k": K, "patience": 0.2},
+        "endpoint": {"url": server.url + "/v1", "k": K, "max_retry_time": 0.2},
         "cache": {"path": "cache", "dtype": "fp32"},
     }
     built_recipe = build_recipe(cached)
@@ -297,7 +297,7 @@ def test_a_run_goes_on_where_a_server_died(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = recipe(server, folder, baseline=False)
-    given["teacher"]["endpoint"]["patience"] = 0.2
+    given["teacher"]["endpoint"]["max_retry_time"] = 0.2
     given["train"]["checkpoint_every"] = 1
     whole = tutelage.run(build_recipe(given), out=tmp_path / "whole")
     server.faults[:] = [None] * 12 + [servers.breaks] * 500

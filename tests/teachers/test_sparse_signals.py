@@ -36,7 +36,7 @@ SAMPLES = {
     "flatter": layout("sampled", draws=7, power=0.8),
     "sharper": layout("sampled", draws=7, power=1.25),
     "head, flatter": layout("sampled", draws=5, head=4, power=0.8),
-    "rounded": layout("rounded", draws=7),
+    "stochastic_rounding": layout("stochastic_rounding", draws=7),
 }
 
 
@@ -195,7 +195,7 @@ def test_the_noise_of_a_sample_averages_out_and_the_error_of_a_truncation_stays(
         few = part(layout("topk", k=4), t)
         return {
             name: angle(head_gradient(losses.sampled_kd, s, h, part(SAMPLES[name], t)), whole)
-            for name in ("draws", "head", "rounded")
+            for name in ("draws", "head", "stochastic_rounding")
         } | {
             "renormalised": angle(
                 head_gradient(losses.sampled_kd, s, h, few, lambda w: w.exp() / w.exp().sum(-1, keepdim=True)),
@@ -205,11 +205,11 @@ def test_the_noise_of_a_sample_averages_out_and_the_error_of_a_truncation_stays(
         }
 
     short, long = angles(256), angles(tokens)  # noise falls by the square root of 32
-    for name in ("draws", "head", "rounded"):
+    for name in ("draws", "head", "stochastic_rounding"):
         assert long[name] < short[name] / 3, name
     assert long["renormalised"] > short["renormalised"] / 2
     assert long["tail"] > short["tail"] / 2
-    assert long["rounded"] < long["draws"] < long["renormalised"]
+    assert long["stochastic_rounding"] < long["draws"] < long["renormalised"]
 
 
 def test_a_tail_is_of_its_temperature_and_of_no_other() -> None:
@@ -331,7 +331,7 @@ def test_a_batch_in_which_nothing_counts_is_read(tmp_path: Path) -> None:
             assert len(told(found)) == 1
 
 
-@pytest.mark.parametrize("name", ["topk", "rounded", "hidden"])
+@pytest.mark.parametrize("name", ["topk", "stochastic_rounding", "hidden"])
 def test_other_tokens_or_others_that_count_are_refused(name: str, tmp_path: Path) -> None:
     kept, batch, needs = TOKENS[name], texts(), Needs(logits=True, temperature=1.0)
     with CachedTeacher(tmp_path, kept, {}, Talker()) as cache:
@@ -380,8 +380,8 @@ def test_a_head_that_does_not_make_the_logits_alone_is_not_kept(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"keep": "rounded", "draws": 0}, "0 draws"),
-        ({"keep": "rounded", "draws": 70_000}, "70000 draws"),
+        ({"keep": "stochastic_rounding", "draws": 0}, "0 draws"),
+        ({"keep": "stochastic_rounding", "draws": 70_000}, "70000 draws"),
         ({"keep": "sampled", "power": 0.0}, r"p\^0"),
         ({"keep": "hidden"}, "no width"),
         ({"keep": "topk", "temperatures": ()}, "without a temperature"),

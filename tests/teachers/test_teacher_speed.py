@@ -398,42 +398,42 @@ def test_a_method_without_a_teacher_asks_nobody_ahead(tmp_path: Path) -> None:
     fit(training, make_accelerator(None, []))
 
 
-def recipe(**speed: Any) -> dict[str, Any]:
+def recipe(**inference: Any) -> dict[str, Any]:
     return {
         "name": "fast",
         "data": {"source": "digits", "limit": 300, "augment": [{"shift": 1}]},
-        "teacher": {"model": "mlp", "options": {"hidden": [24]}, **({"speed": speed} if speed else {})},
+        "teacher": {"model": "mlp", "options": {"hidden": [24]}, **({"inference": inference} if inference else {})},
         "student": {"model": "mlp", "options": {"hidden": [4]}},
         "method": {"kind": "logit"},
         "train": {"steps": 25, "batch_size": 32, "optimizer": {"kind": "adam", "lr": 0.01}},
     }
 
 
-@pytest.mark.parametrize("speed", [{"overlap": True}, {"process": True}, {"batch_size": 5}, {"dtype": "int8"}])
-def test_a_recipe_s_speed_reaches_the_teacher(tmp_path: Path, speed: dict[str, Any]) -> None:
+@pytest.mark.parametrize("inference", [{"overlap": True}, {"process": True}, {"batch_size": 5}, {"dtype": "int8"}])
+def test_a_recipe_s_speed_reaches_the_teacher(tmp_path: Path, inference: dict[str, Any]) -> None:
     quiet = Terminal(speaks=False)
     plain = api.run(build_recipe(recipe()), out=tmp_path / "plain", terminal=quiet)
-    fast = api.run(build_recipe(recipe(**speed)), out=tmp_path / "fast", terminal=quiet)
+    fast = api.run(build_recipe(recipe(**inference)), out=tmp_path / "fast", terminal=quiet)
     a, b = (p.summary["students"]["distilled"]["last"]["loss"]["mean"] for p in (plain, fast))
-    assert a == b if speed.keys() & {"overlap", "process"} else a == pytest.approx(b, abs=0.02)
+    assert a == b if inference.keys() & {"overlap", "process"} else a == pytest.approx(b, abs=0.02)
     loss = fast.summary["teacher"]["loss"]
-    if "batch_size" in speed:  # batches of another size are added up in another order on some processors
+    if "batch_size" in inference:  # batches of another size are added up in another order on some processors
         loss = pytest.approx(loss, rel=1e-6)
     same = plain.summary["teacher"]["loss"] == loss
-    assert same != ("dtype" in speed), "the teacher's figures are of it as it runs"
+    assert same != ("dtype" in inference), "the teacher's figures are of it as it runs"
 
 
 def test_members_take_their_speed_from_the_teacher_unless_they_have_one(tmp_path: Path) -> None:
     given = recipe()
     member = {"model": "mlp", "options": {"hidden": [24]}}
-    given["teacher"] = {"members": [member, {**member, "speed": {"dtype": "bf16"}}],
-                        "speed": {"dtype": "int8", "batch_size": 9, "overlap": True}}  # fmt: skip
+    given["teacher"] = {"members": [member, {**member, "inference": {"dtype": "bf16"}}],
+                        "inference": {"dtype": "int8", "batch_size": 9, "overlap": True}}  # fmt: skip
     from tutelage.experiment.run import comparison, load_data
 
     loaded = build_recipe(given)
     c = comparison(loaded, load_data(loaded, Terminal(speaks=False)))
     assert c.ensemble is not None
-    assert [dict(m.speed) for m in c.ensemble.members] == [
+    assert [dict(m.inference) for m in c.ensemble.members] == [
         {"dtype": "int8", "batch_size": 9}, {"dtype": "bf16", "batch_size": 9},
     ]  # fmt: skip
     assert c.prefetch == "overlap"
@@ -445,7 +445,7 @@ def test_distill_takes_a_speed(tmp_path: Path) -> None:
     with torch.no_grad():  # a teacher that knows
         data = [(x, model.inner(x).argmax(-1)) for x, _ in data]
     tutelage.distill(
-        model, nn.Linear(4, 3), data, eval_data=data, epochs=1, speed={"dtype": "bf16", "batch_size": 4},
+        model, nn.Linear(4, 3), data, eval_data=data, epochs=1, inference={"dtype": "bf16", "batch_size": 4},
         out=tmp_path / "out", verbose=False,
     )  # fmt: skip
     taught = [seen for seen in model.seen if seen[0] == torch.bfloat16]

@@ -39,7 +39,7 @@ class EndpointConfig(Section):
     """Seconds that one request may take in all, however slowly it drips."""
     attempts: Count = 6
     """The most calls for one request, before it is set aside."""
-    patience: Positive = 300.0
+    max_retry_time: Positive = 300.0
     """Seconds without any answer after which a server that fails call after call is given up; a tenth of it for one
     that never answered."""
     poll: Positive = 30.0
@@ -147,7 +147,7 @@ class QualityConfig(Section):
     """Keep answers that ran into ``max_tokens``."""
     banned: list[str] = Field(default_factory=list)
     """Regular expressions, whatever their case, that neither instruction nor answer may hold."""
-    near: Fraction | None = 0.7
+    dedup_threshold: Fraction | None = 0.7
     """Instructions with a ROUGE-L of this or more to one kept before are rejected; ``null``: only equal ones."""
     decontaminate: DecontaminateConfig | None = None
     """What must not get into the data."""
@@ -160,8 +160,10 @@ class QualityConfig(Section):
                 raise Misfit(f"{key} is [{least}, {most}]; give the fewest, then the most", key)
         for pattern in self.banned:
             check_pattern(pattern, "banned")
-        if self.near is not None and self.near <= 0:
-            raise Misfit("near is 0, and all texts are that near; give one above, or null", "near")
+        if self.dedup_threshold is not None and self.dedup_threshold <= 0:
+            raise Misfit(
+                "dedup_threshold is 0, and all texts are that near; give one above, or null", "dedup_threshold"
+            )
         return self
 
 

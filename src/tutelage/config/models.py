@@ -107,7 +107,7 @@ class StudentConfig(ModelConfig):
     """Whether it starts from the teacher's weights."""
     lora: Annotated[LowRankConfig | None, BeforeValidator(_lora)] = None
     """``lora: 16`` is short for ``lora: {rank: 16}``. Default: all weights learn."""
-    rounded: Literal["int8"] | None = None
+    qat: Literal["int8"] | None = None
     """``int8``: weights and inputs of its linear layers and convolutions are rounded to eight bits in every forward
     pass, in training and where its figures are measured, so that ``tutelage export --to int8`` costs little
     (quantisation-aware distillation; needs torchao). What is saved is an ordinary model. Default: none
@@ -115,8 +115,8 @@ class StudentConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _cut(self) -> StudentConfig:
-        if self.rounded is not None and self.lora is not None:
-            raise Misfit("'rounded' rounds weights that learn, and beside adapters these stay; remove one", "rounded")
+        if self.qat is not None and self.lora is not None:
+            raise Misfit("'qat' rounds weights that learn, and beside adapters these stay; remove one", "qat")
         if self.model != "teacher":
             for key in ("layers", "map", "width", "heads", "intermediate", "embedding", "vocabulary"):
                 if getattr(self, key) is not None:

@@ -164,8 +164,8 @@ class Recipe(Section):
                 raise Misfit(
                     f"task {self.data.task!r} has nothing to train {where} on; give one with weights", "teacher"
                 )
-            if member.learn is not None and member.train is None:
-                raise Misfit(f"{where}.learn says what is trained, and it is not; add 'train'", "teacher")
+            if member.trainable is not None and member.train is None:
+                raise Misfit(f"{where}.trainable says what is trained, and it is not; add 'train'", "teacher")
             for key in ("precision", "trackers") if member.train is not None else ():
                 own, shared = getattr(member.train, key), getattr(self.train, key)
                 if own != shared:

@@ -14,10 +14,10 @@ None_or_more = Annotated[int, Field(ge=0)]
 class SamplesConfig(Section):
     """What a run keeps of the test split, sample by sample, for its page. It changes nothing of what is trained."""
 
-    shown: None_or_more = 60
+    predictions: None_or_more = 60
     """Of classes: samples with what teacher and students say of them, two of three such on which teacher and student
     disagree. 0 for none."""
-    written: None_or_more = 8
+    generations: None_or_more = 8
     """Of language models: texts that teacher and students go on with, the likeliest token each time. 0 for none."""
-    tokens: Count = 48
+    max_new_tokens: Count = 48
     """Most tokens that each of them writes."""

@@ -19,23 +19,24 @@ class CacheConfig(Section):
     path: str | None = None
     """Its folder. Default: ``runs/cache/`` and a name made of all that it depends on, so that runs with the same
     teacher, data and views share one, and others do not meet."""
-    keep: Literal["dense", "topk", "sampled", "rounded", "hidden"] = "dense"
-    """Of the logits: all; the ``k`` largest, with the mass of the others; an unbiased sample: ``sampled`` draws, and
-    ``rounded`` rounds ``draws`` times each probability by chance, which tells most a byte; these three at the
-    method's temperature only. Or all, as what goes into the output head, whose weights are kept once (``hidden``):
-    less than logits where there are more classes than hidden units, as in language models."""
+    keep: Literal["dense", "topk", "sampled", "stochastic_rounding", "hidden"] = "dense"
+    """How the teacher's logits are stored: ``dense``, all of them; ``topk``, the ``k`` largest and the probability
+    mass of the others; ``sampled``, an unbiased sample of ``draws`` draws; ``stochastic_rounding``, ``draws`` times
+    the probabilities, rounded at random, the most accurate for its size; ``hidden``, the input of the output
+    head, whose weights are stored once: smaller than logits where there are more classes than hidden units, as in
+    language models. ``topk``, ``sampled`` and ``stochastic_rounding`` are for the method's temperature only."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
     """Of the numbers that are kept."""
     k: Count = 8
     """Classes a row, of ``topk``."""
     draws: Annotated[int, Field(ge=1, le=65_535)] = 64
-    """Draws a row, of ``sampled`` and ``rounded``."""
+    """Draws a row, of ``sampled`` and ``stochastic_rounding``."""
     head: Annotated[int, Field(ge=0)] = 0
     """Of ``sampled``: this many of the largest classes are kept exactly, and the draws are from the others."""
     power: Positive = 1.0
     """Of ``sampled``: draws are from p^power, with weights that make up for it. Other than 1 has more variance."""
     temperatures: list[Positive] = Field(default_factory=list)
-    """At which ``topk``, ``sampled`` and ``rounded`` keep the distribution. Default: the method's."""
+    """At which ``topk``, ``sampled`` and ``stochastic_rounding`` keep the distribution. Default: the method's."""
 
 
 def cache_section(given: Any) -> Any:
@@ -45,7 +46,7 @@ def cache_section(given: Any) -> Any:
     return {"path": given} if isinstance(given, str) else given
 
 
-class SpeedConfig(Section):
+class InferenceConfig(Section):
     """How a teacher runs. What it says stays the same but for rounding; its figures are of it as it runs."""
 
     dtype: Literal["bf16", "fp16", "int8"] | None = None
@@ -59,7 +60,7 @@ class SpeedConfig(Section):
     """Where it runs, such as ``cpu`` or ``cuda:1``. Default: where the student does."""
 
 
-class TeacherSpeedConfig(SpeedConfig):
+class TeacherInferenceConfig(InferenceConfig):
     """How the teacher runs; of an ensemble, what its members leave out."""
 
     overlap: bool = False
@@ -73,7 +74,7 @@ class TeacherSpeedConfig(SpeedConfig):
     cache."""
 
     @model_validator(mode="after")
-    def _one(self) -> TeacherSpeedConfig:
+    def _one(self) -> TeacherInferenceConfig:
         if self.overlap and self.process:
             raise Misfit("a process of its own overlaps anyway; remove 'overlap'", "overlap")
         if self.sharded:
@@ -93,13 +94,13 @@ class MemberConfig(ModelConfig):
     seed: Seed | None = None
     """Of its weights and its order of images, where it is trained. Default: the first of ``seeds``, and each member
     of an ensemble the next."""
-    learn: Literal["all", "head"] | None = None
+    trainable: Literal["all", "head"] | None = None
     """What of it is trained: ``head`` is what did not come with its weights, such as a new output layer. Default:
     all; of task ``mlm`` the head, which ties to embeddings that stay."""
     train: TrainConfig | None = None
     """Its own training, or fine-tuning where it has weights. What it leaves out is taken from the recipe's ``train``.
     Default: none with weights, the recipe's ``train`` without."""
-    speed: SpeedConfig | None = None
+    inference: InferenceConfig | None = None
     """How it runs."""
 
     @model_validator(mode="after")
@@ -123,7 +124,7 @@ class EnsembleConfig(Section):
     weights: Weights | None = None
     """One for each member, or ``learned``: fitted on the validation split, by the cross-entropy of the ensemble with
     its labels. Default: all the same."""
-    average_at: Positive | None = None
+    average_temperature: Positive | None = None
     """T at which probabilities are averaged. At the method's own T, the student gets the mean of what each member
     says at T. Default: 1."""
 
@@ -148,7 +149,7 @@ class ServedConfig(Section):
     """The most texts that are asked about at once."""
     timeout: Positive = 120.0
     """Seconds that one request may take."""
-    patience: Positive = 300.0
+    max_retry_time: Positive = 300.0
     """Seconds after which a server that does not answer is given up; what is in a cache by then is kept."""
 
 
@@ -166,7 +167,7 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
     route: dict[str, int | list[int]] | None = None
     """For each value of the column ``data.route`` the member that teaches such images, numbered from 0, or a list of
     several. Default: all teach all."""
-    speed: TeacherSpeedConfig | None = None
+    inference: TeacherInferenceConfig | None = None
     """How it runs."""
     augment: Augments | None = None
     """Augmentations of its own training. Default: those of ``data``."""
@@ -182,15 +183,19 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
             what = f"both {given[0]!r} and {given[1]!r}" if given else "neither 'model' nor 'members' nor 'endpoint'"
             raise Misfit(f"the teacher has {what}; give one", given[1] if given else "model")
         if self.endpoint is not None:
-            for key in ("options", "checkpoint", "trained", "train", "seed", "learn", "speed", "augment"):
+            for key in ("options", "checkpoint", "trained", "train", "seed", "trainable", "inference", "augment"):
                 if getattr(self, key) not in (None, {}):
                     raise Misfit(f"{key!r} is of a model in this process, and this one is behind a server", key)
             if self.mode != "eval":
                 raise Misfit("'mode' is of a model in this process, and this one is behind a server", "mode")
-        if self.cache is not None and self.speed is not None and (self.speed.overlap or self.speed.process):
-            key = "process" if self.speed.process else "overlap"
-            raise Misfit(f"a teacher whose word is read from disk is not asked ahead; remove {key!r}", "speed")
-        if self.speed is not None and self.speed.sharded:
+        if (
+            self.cache is not None
+            and self.inference is not None
+            and (self.inference.overlap or self.inference.process)
+        ):
+            key = "process" if self.inference.process else "overlap"
+            raise Misfit(f"a teacher whose word is read from disk is not asked ahead; remove {key!r}", "inference")
+        if self.inference is not None and self.inference.sharded:
             asked = {
                 "cache": self.cache is not None,
                 "members": self.members is not None,
@@ -200,7 +205,7 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
                 if there:
                     raise Misfit(f"all processes ask a sharded teacher at once, as it is; remove {key!r}", key)
         if self.members is None:
-            for key in ("combine", "weights", "average_at", "route"):
+            for key in ("combine", "weights", "average_temperature", "route"):
                 if getattr(self, key) is not None:
                     raise Misfit(f"{key!r} is for an ensemble, and there are no 'members'; remove it", key)
             return self
@@ -213,8 +218,8 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
                 raise Misfit(f"{len(self.weights)} weights for {many} members; give one for each", "weights")
             if not sum(self.weights):
                 raise Misfit("all weights are 0; at least one must be above", "weights")
-        if self.average_at is not None and self.combine == "logits":
-            raise Misfit("logits are averaged as they are; remove 'average_at'", "average_at")
+        if self.average_temperature is not None and self.combine == "logits":
+            raise Misfit("logits are averaged as they are; remove 'average_temperature'", "average_temperature")
         if self.route is not None:
             self._routed(self.route, many)
         return self

@@ -116,7 +116,7 @@ class TrainConfig(Section):
     """Stop after this many evaluations without a better validation accuracy. Default: never."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints. Default: at evaluations, at most every 20 seconds."""
-    keep: Count = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints kept. Each holds the weights of the best validation so far besides."""
     log_every: Count = 50
     """Steps between lines of ``metrics.jsonl``."""

@@ -453,7 +453,7 @@ class _State:
                 "progress": vars(self.at),
             }
             checkpoint.save_checkpoint(folder / f"step-{self.at.step:09d}", parts)
-            checkpoint.prune(folder, t.config.keep)
+            checkpoint.prune(folder, t.config.keep_checkpoints)
         accelerator.wait_for_everyone()
 
     def resume(self) -> None:

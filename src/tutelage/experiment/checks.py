@@ -25,15 +25,15 @@ from tutelage.teachers import Ensemble, LiveTeacher, Teacher
 def check_teachers(c: ExperimentSpec, device: torch.device, teacher: nn.Module) -> None:
     """:func:`check_output` of the teacher, or of each member by its name, and whether it can run as it is to run."""
     assert c.teacher is not None
-    single = Member("teacher", c.teacher, c.train_teacher, speed=c.speed)
+    single = Member("teacher", c.teacher, c.train_teacher, inference=c.inference)
     members = [single] if c.ensemble is None else c.ensemble.members
     models = list(teacher.children()) if isinstance(teacher, Ensemble) else [teacher]
-    if c.speed.get("sharded"):  # whole in main memory alone
+    if c.inference.get("sharded"):  # whole in main memory alone
         device = torch.device("cpu")
     for member, model in zip(members, models, strict=True):
         check_output(c, device, model, member.name)
         if any(m.train is not None for m in members):  # before hours of training; a copy, for it is frozen
-            LiveTeacher(copy.deepcopy(model), mode=c.teacher_mode, **member.speed)
+            LiveTeacher(copy.deepcopy(model), mode=c.teacher_mode, **member.inference)
 
 
 def check_output(c: ExperimentSpec, device: torch.device, model: nn.Module, who: str) -> int:
@@ -89,7 +89,7 @@ def check_output(c: ExperimentSpec, device: torch.device, model: nn.Module, who:
 
 def check_written(c: ExperimentSpec, method: Method) -> None:
     """Raise :class:`CapabilityError` where the student writes what the teacher is to have been asked before."""
-    for given, where in ((c.cache, "teacher.cache"), (c.prefetch, "teacher.speed.overlap")):
+    for given, where in ((c.cache, "teacher.cache"), (c.prefetch, "teacher.inference.overlap")):
         if method.writes and given is not None:
             raise CapabilityError(
                 f"{type(method).__name__} asks the teacher about what the student has just written, "

@@ -19,7 +19,7 @@ from tutelage.config import (
     EnsembleConfig,
     OptimizerConfig,
     ScheduleConfig,
-    TeacherSpeedConfig,
+    TeacherInferenceConfig,
     TrainConfig,
 )
 from tutelage.config.teachers import cache_section
@@ -74,7 +74,7 @@ def distill(
     classes: list[str] | None = None,
     teacher_mode: Literal["eval", "train_bn"] = "eval",
     ensemble: dict[str, Any] | None = None,
-    speed: dict[str, Any] | None = None,
+    inference: dict[str, Any] | None = None,
     cache: bool | str | Path | dict[str, Any] = False,
     to_batch: Callable[[Any], Batch] = as_batch,
     out: str | Path | None = None,
@@ -101,9 +101,9 @@ def distill(
         baseline: train the baseline student too, with the same budget. It doubles the cost and shows the gain.
         classes: class names.
         teacher_mode: see :class:`tutelage.teachers.LiveTeacher`.
-        ensemble: of several teachers: ``combine``, ``weights`` and ``average_at`` of a recipe's ``teacher``, and
-            ``route``, for each value of ``batch.route`` a list of members, which ``to_batch`` has to set.
-        speed: keys of a recipe's ``teacher.speed``: ``dtype``, ``compile``, ``batch_size``, ``overlap`` ...
+        ensemble: of several teachers: ``combine``, ``weights`` and ``average_temperature`` of a recipe's ``teacher``,
+            and ``route``, for each value of ``batch.route`` a list of members, which ``to_batch`` has to set.
+        inference: keys of a recipe's ``teacher.inference``: ``dtype``, ``compile``, ``batch_size``, ``overlap`` ...
         cache: keep the teacher's word on disk, so that it is asked for each training sample once, in this run and in
             later ones: a folder; keys of a recipe's ``teacher.cache``, as ``path``, ``keep`` and ``dtype``; or
             ``True``, for a folder in ``runs/cache`` with a name of its own. The loader's batches must have sample
@@ -165,19 +165,19 @@ def distill(
 
     cls = type(template) if template is not None else None
     plan, live, prefetch = None, dict[str, Any](), None
-    if speed:
-        wanted = _checked(TeacherSpeedConfig, speed, "speed")
+    if inference:
+        wanted = _checked(TeacherInferenceConfig, inference, "inference")
         live, prefetch = live_options(wanted), prefetch_mode(wanted)
     if many and live.get("sharded"):
         raise ConfigError(
-            "distill(speed={'sharded': True}) of several teachers", remedy="it is for one; leave it out"
+            "distill(inference={'sharded': True}) of several teachers", remedy="it is for one; leave it out"
         )
     if many:
         assert isinstance(teacher, Sequence)
         plan = _plan(teacher, dict(ensemble or {}), live)
-    elif teacher is None and (ensemble or speed):
+    elif teacher is None and (ensemble or inference):
         raise ConfigError(
-            f"distill(teacher=None, {'ensemble' if ensemble else 'speed'}=...), and there is no teacher",
+            f"distill(teacher=None, {'ensemble' if ensemble else 'inference'}=...), and there is no teacher",
             remedy="leave it out",
         )
     elif ensemble:
@@ -194,7 +194,7 @@ def distill(
         "baseline": baseline,
         "teacher_mode": teacher_mode,
         **({"ensemble": ensemble} if ensemble else {}),
-        **({"speed": speed} if speed else {}),
+        **({"inference": inference} if inference else {}),
         **({"cache": kept.model_dump(mode="json", exclude_none=True)} if kept is not None else {}),
         "classes": classes,
         "batches": len(train_loader) if isinstance(train_loader, Sized) else None,
@@ -218,7 +218,7 @@ def distill(
         baseline=baseline,
         teacher_mode=teacher_mode,
         ensemble=plan,
-        speed=live,
+        inference=live,
         prefetch=prefetch,
         classes=classes,
         peer=make_peer,
@@ -260,9 +260,9 @@ def _cache(given: Any, mode: str, prefetch: str | None) -> CacheConfig | None:
         )
     if prefetch is not None:
         raise ConfigError(
-            f"distill(cache={given!r}, speed=...): a teacher whose word is read from disk is asked neither ahead "
+            f"distill(cache={given!r}, inference=...): a teacher whose word is read from disk is asked neither ahead "
             "nor by all processes at once",
-            remedy="leave overlap, process and sharded out of speed, or cache",
+            remedy="leave overlap, process and sharded out of inference, or leave out the cache",
         )
     return config
 
@@ -346,12 +346,14 @@ def check_order(name: str, batches: Iterable[Batch]) -> None:
         )
 
 
-def _plan(teachers: Sequence[nn.Module], options: dict[str, Any], speed: dict[str, Any]) -> EnsemblePlan:
+def _plan(teachers: Sequence[nn.Module], options: dict[str, Any], inference: dict[str, Any]) -> EnsemblePlan:
     """The teachers as one; what does not fit is found at once."""
     route = options.pop("route", None)
     asked = _checked(EnsembleConfig, options, "ensemble")
-    members = [Member(f"teacher-{i}", partial(_itself, t), speed=speed) for i, t in enumerate(teachers)]
-    plan = EnsemblePlan(members, asked.combine or "probabilities", asked.weights, asked.average_at or 1.0, route)
+    members = [Member(f"teacher-{i}", partial(_itself, t), inference=inference) for i, t in enumerate(teachers)]
+    plan = EnsemblePlan(
+        members, asked.combine or "probabilities", asked.weights, asked.average_temperature or 1.0, route
+    )
     if asked.weights == "learned" and route is not None:
         raise ConfigError(
             "distill(ensemble=...): weights are learned of members that teach all samples",

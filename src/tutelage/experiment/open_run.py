@@ -18,8 +18,8 @@ from tutelage.errors import Interrupted, RunDirectoryError, TutelageError
 from tutelage.files import explained, locked, write_text
 
 FREE_TO_CHANGE = {
-    "train.trackers", "train.log_every", "train.keep", "data.workers", "teacher.train.trackers", "search.trials",
-    "samples", "samples.shown", "samples.written", "samples.tokens",
+    "train.trackers", "train.log_every", "train.keep_checkpoints", "data.workers", "teacher.train.trackers",
+    "search.trials", "samples", "samples.predictions", "samples.generations", "samples.max_new_tokens",
 }  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change what it computes."""
 

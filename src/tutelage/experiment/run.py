@@ -177,7 +177,7 @@ def comparison(recipe: Recipe, data: Data) -> ExperimentSpec:
         }
     if recipe.student.lora is not None:
         initial = changed(partial(with_adapters, recipe.student.lora), initial)
-    if recipe.student.rounded is not None:
+    if recipe.student.qat is not None:
         initial = changed(lambda model, seed: add_fake_quantisers(model), initial)
     return ExperimentSpec(
         name=recipe.name,
@@ -278,15 +278,15 @@ def of_teacher(recipe: Recipe, data: Data, facts: dict[str, Any]) -> dict[str, A
     members = [teacher_member(recipe, t, i, data, facts) for i in range(len(t.each))]
     shared = {
         "teacher_mode": t.mode,
-        "prefetch": prefetch_mode(t.speed),
+        "prefetch": prefetch_mode(t.inference),
         "cache": None if t.cache is None else partial(open_cache, recipe, data),
     }
     if t.members is None:
         only = members[0]
         single = {"teacher": only.model, "train_teacher": only.train, "teacher_card": dict(only.card)}
-        return {**shared, **single, "speed": only.speed, "head_only": only.head_only}
+        return {**shared, **single, "inference": only.inference, "head_only": only.head_only}
     route = None if t.route is None else routes(t.route, data.routes)
-    plan = EnsemblePlan(members, t.combine or "probabilities", t.weights, t.average_at or 1.0, route)
+    plan = EnsemblePlan(members, t.combine or "probabilities", t.weights, t.average_temperature or 1.0, route)
     return {**shared, "teacher": plan.untrained, "ensemble": plan}
 
 
@@ -318,8 +318,8 @@ def teacher_member(recipe: Recipe, teacher: TeacherConfig, number: int, data: Da
         partial(build_model, config, spec, read, seed, where),
         train,
         {"spec": spec.to_dict(), "loaded_classes": card_classes(config), **facts},
-        live_options(teacher.speed, config.speed),
-        (config.learn or ("head" if data.task == "mlm" else "all")) == "head",
+        live_options(teacher.inference, config.inference),
+        (config.trainable or ("head" if data.task == "mlm" else "all")) == "head",
     )
 
 

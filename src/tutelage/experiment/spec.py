@@ -53,7 +53,7 @@ class ExperimentSpec:
         train_teacher: how to train the teacher first, and on what.
         teacher_mode: see :class:`LiveTeacher`.
         ensemble: of which teachers it is made, where there are several; ``teacher`` then builds all as one.
-        speed: options of :class:`LiveTeacher` beside the mode, of a single teacher.
+        inference: options of :class:`LiveTeacher` beside the mode, of a single teacher.
         prefetch: whether teacher outputs are prefetched, in a thread or in a separate process.
         cache: opens the cache of a teacher's word, given the teacher, its classes and the method; ``None`` for none.
         remember: the training samples, unaugmented, where the teacher's logits may be computed once.
@@ -89,7 +89,7 @@ class ExperimentSpec:
     train_teacher: tuple[TrainConfig, Batches, int] | None = None
     teacher_mode: Literal["eval", "train_bn"] = "eval"
     ensemble: EnsemblePlan | None = None
-    speed: Mapping[str, Any] = field(default_factory=dict)
+    inference: Mapping[str, Any] = field(default_factory=dict)
     prefetch: Literal["overlap", "process"] | None = None
     cache: Callable[[Any, int, Method, Accelerator], CachedTeacher] | None = None
     remember: Iterable[Batch] | None = None

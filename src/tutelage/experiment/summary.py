@@ -154,26 +154,26 @@ def keep_samples(
     exported: str,
 ) -> None:
     """Write where the teacher and the exported student disagree, and some samples on which they do not."""
-    if not c.samples.shown or (teacher is None and not c.baseline) or not has_samples(example_of(c), classes):
+    if not c.samples.predictions or (teacher is None and not c.baseline) or not has_samples(example_of(c), classes):
         return
     said = None if references is None else (x for x in references if isinstance(x, Tensor))
-    found = collected(c.test, said, finished_pair(c, ctx, exported), c.samples.shown, ctx.device)
+    found = collected(c.test, said, finished_pair(c, ctx, exported), c.samples.predictions, ctx.device)
     text = json.dumps({"exported": exported, **found.as_json(c.show)}, separators=(",", ":"), ensure_ascii=False)
     write_text(ctx.run.samples("test"), text + "\n")
 
 
 def keep_written(c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | None, exported: str) -> None:
     """Write how teacher and students go on with texts of the test split, where they are language models."""
-    if c.tokenizers is None or not c.samples.written:
+    if c.tokenizers is None or not c.samples.generations:
         return
     mine, theirs = c.tokenizers
     models: dict[str, tuple[nn.Module, Any]] = {} if teacher is None else {"teacher": (teacher.model, theirs)}
     models |= {arm: (model, mine) for arm, model in finished_pair(c, ctx, exported).items()}
     models = {name: one for name, one in models.items() if callable(getattr(one[0], "generate", None))}
-    rows = drawn(c.test, c.samples.written)
+    rows = drawn(c.test, c.samples.generations)
     if not models or not rows:
         return
     ctx.terminal.say(f"samples: {' and '.join(models)} go on with {len(rows)} texts of the test split")
-    found = continued(models, rows, c.samples.tokens, ctx.device)
-    known = {"exported": exported, "tokens": c.samples.tokens, "models": list(models), "texts": found}
+    found = continued(models, rows, c.samples.max_new_tokens, ctx.device)
+    known = {"exported": exported, "tokens": c.samples.max_new_tokens, "models": list(models), "texts": found}
     write_text(ctx.run.samples("written"), json.dumps(known, indent=1, ensure_ascii=False) + "\n")

@@ -53,7 +53,7 @@ def live_teacher(c: ExperimentSpec, ctx: RunContext, model: nn.Module) -> ModelT
 def as_taught(c: ExperimentSpec, model: nn.Module, device: torch.device, *, learned: bool = True) -> ModelTeacher:
     """The teacher with its weights, as it runs; unless ``learned``, members' weights that are to be are equal."""
     if c.ensemble is None:
-        return LiveTeacher(model, mode=c.teacher_mode, **c.speed).to(device)
+        return LiveTeacher(model, mode=c.teacher_mode, **c.inference).to(device)
     plan = c.ensemble
     if plan.weights == "learned" and not learned:
         plan = replace(plan, weights=None)
@@ -128,8 +128,8 @@ def keep_body(model: nn.Module) -> None:
     if not new:
         raise ConfigError(
             "all of the teacher came with its weights, and no new head is there to be trained",
-            where="teacher.learn",
-            remedy="leave teacher.train out to use it as it is, or set teacher.learn: all",
+            where="teacher.trainable",
+            remedy="leave teacher.train out to use it as it is, or set teacher.trainable: all",
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in fresh)

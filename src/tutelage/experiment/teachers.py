@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tutelage.config import SpeedConfig, TeacherSpeedConfig, TrainConfig
+from tutelage.config import InferenceConfig, TeacherInferenceConfig, TrainConfig
 from tutelage.data import Batch, Batches
 from tutelage.errors import CapabilityError, ConfigError, suggest
 from tutelage.evaluation import evaluate_teacher
@@ -31,7 +31,7 @@ class Member:
         model: builds it; with weights, unless ``train``.
         train: how it is trained first; ``None`` where it has weights.
         card: how to build it again.
-        speed: options of :class:`LiveTeacher` beside the mode.
+        inference: options of :class:`LiveTeacher` beside the mode.
         head_only: whether only what did not come with its weights is trained.
     """
 
@@ -39,7 +39,7 @@ class Member:
     model: Callable[[], nn.Module]
     train: Trained | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
-    speed: Mapping[str, Any] = field(default_factory=dict)
+    inference: Mapping[str, Any] = field(default_factory=dict)
     head_only: bool = False
 
 
@@ -70,7 +70,7 @@ class EnsemblePlan:
             ConfigError: weights are to be learned of nothing.
         """
         live = [
-            LiveTeacher(model, mode=mode, **member.speed).to(device)
+            LiveTeacher(model, mode=mode, **member.inference).to(device)
             for member, model in zip(self.members, models, strict=True)
         ]
         weights = None if self.weights is None or self.weights == "learned" else list(self.weights)
@@ -88,21 +88,21 @@ class EnsemblePlan:
         )
 
 
-def live_options(*sections: SpeedConfig | None) -> dict[str, Any]:
+def live_options(*sections: InferenceConfig | None) -> dict[str, Any]:
     """What the last section says, else the one before it, as arguments of :class:`LiveTeacher`."""
     given: dict[str, Any] = {}
     for section in sections:
-        given |= section.model_dump(exclude_none=True, include=set(SpeedConfig.model_fields)) if section else {}
-        if isinstance(section, TeacherSpeedConfig) and section.sharded:
+        given |= section.model_dump(exclude_none=True, include=set(InferenceConfig.model_fields)) if section else {}
+        if isinstance(section, TeacherInferenceConfig) and section.sharded:
             given["sharded"] = True
     return given
 
 
-def prefetch_mode(speed: TeacherSpeedConfig | None) -> Literal["overlap", "process"] | None:
+def prefetch_mode(inference: TeacherInferenceConfig | None) -> Literal["overlap", "process"] | None:
     """Whether teacher outputs are prefetched, in a thread or in a separate process."""
-    if speed is None:
+    if inference is None:
         return None
-    return "process" if speed.process else "overlap" if speed.overlap else None
+    return "process" if inference.process else "overlap" if inference.overlap else None
 
 
 def as_it_runs(teacher: ModelTeacher) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def as_it_runs(teacher: ModelTeacher) -> dict[str, Any]:
     return {
         "combine": teacher.combine,
         "weights": teacher.weights,
-        "average_at": teacher.temperature,
+        "average_temperature": teacher.temperature,
         "route": teacher.route,
         "members": [as_it_runs(member) for member in teacher.members if isinstance(member, LiveTeacher)],
     }
@@ -138,7 +138,7 @@ def described(
         )
     return {
         "combine": plan.combine,
-        "average_at": plan.temperature,
+        "average_temperature": plan.temperature,
         "weights": "learned" if plan.weights == "learned" else "given" if plan.weights is not None else "equal",
         "routed": plan.route is not None,
         "members": members,

@@ -67,7 +67,7 @@ def compare(source: Answer, export: Answer, batches: Sequence[Inputs], task: str
         what = {"embedding": "cosine", "regression": "correlation"}.get(task, "share of equal answers")
         raise NumericsError(
             f"in eight bits the student is no longer itself: the {what} with it is {alike:.1%} on {rows} inputs",
-            remedy="train it with its weights rounded (student.rounded: int8), or export it whole: --to onnx",
+            remedy="train it with its weights rounded (student.qat: int8), or export it whole: --to onnx",
         )
     return found
 

@@ -42,7 +42,7 @@ class QualityChecks:
     def __init__(self, settings: QualityConfig) -> None:
         self.settings = settings
         self.banned = [re.compile(pattern, re.IGNORECASE) for pattern in settings.banned]
-        self.near = NearDuplicateIndex(settings.near if settings.near is not None else 1.0)
+        self.near = NearDuplicateIndex(settings.dedup_threshold if settings.dedup_threshold is not None else 1.0)
         self.names: list[str] = []
         self.verdicts: dict[str, tuple[str, str] | None] = {}
         self.answers: set[tuple[str, ...]] = set()

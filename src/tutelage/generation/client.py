@@ -55,7 +55,7 @@ class ChatClient:
     def __init__(self, endpoint: EndpointConfig, desk: Scheduler) -> None:
         self.endpoint, self.desk = endpoint, desk
         self.secret = ApiKey(endpoint)
-        self.pace = ConcurrencyLimit(endpoint.concurrency, endpoint.patience)
+        self.pace = ConcurrencyLimit(endpoint.concurrency, endpoint.max_retry_time)
         self.minute = RateLimit(endpoint)
         self.lines = ConnectionPool(endpoint, self.secret)
         self.dice = random.Random(0)  # of waits only

@@ -22,11 +22,11 @@ class ConcurrencyLimit:
 
     Args:
         most: requests in flight, at most.
-        patience: seconds without an answer after which a server that fails is given up.
+        max_retry_time: seconds without an answer after which a server that fails is given up.
     """
 
-    def __init__(self, most: int, patience: float) -> None:
-        self.most, self.patience = most, patience
+    def __init__(self, most: int, max_retry_time: float) -> None:
+        self.most, self.max_retry_time = most, max_retry_time
         self.limit = 1.0  # a wrong key or model costs one call
         self.paused = 0.0
         self.failures = 0
@@ -42,8 +42,8 @@ class ConcurrencyLimit:
     @property
     def given_up(self) -> bool:
         """Whether it has been down for too long."""
-        patience = self.patience if self.answers else self.patience / 10
-        return self.down and time.monotonic() - self.last > patience
+        max_retry_time = self.max_retry_time if self.answers else self.max_retry_time / 10
+        return self.down and time.monotonic() - self.last > max_retry_time
 
     def began(self) -> None:
         """Requests are sent, after a time in which none were."""

@@ -114,7 +114,7 @@ def self_instruct(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
     made, checks, near = (
         GenerationOutput(),
         QualityChecks(settings.quality),
-        NearDuplicateIndex(settings.quality.near or 1.0),
+        NearDuplicateIndex(settings.quality.dedup_threshold or 1.0),
     )
     for seed in seeds:
         near.add(seed)

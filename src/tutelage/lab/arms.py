@@ -95,9 +95,9 @@ ARMS: dict[str, Arm] = {
         *[Arm(f"T{t}", {"method": {"temperature": t}, "baseline": False}) for t in (1, 2, 8, 20)],
         *[
             Arm(f"{name}{'-kd' if both else ''}",
-                {"method": {"kind": "feature", "objective": objective, "soft": "kd", "temperature": 4,
+                {"method": {"kind": "feature", "loss": loss, "soft": "kd", "temperature": 4,
                             "alpha": 0.9 if both else 0.0}, "baseline": False}, cache=name)
-            for name, objective in HINTS.items()
+            for name, loss in HINTS.items()
             for both in (False, True)
         ],
         Arm("born-again", {"teacher": None, "workflow": {"kind": "born-again", "generations": 3}}, cache=None),

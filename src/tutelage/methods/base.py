@@ -310,7 +310,7 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
         raise CapabilityError(
             "answers are drawn from student and teacher together, and the teacher is in parts",
             where="method.mix",
-            remedy="leave mix out, or teacher.speed.sharded",
+            remedy="leave mix out, or teacher.inference.sharded",
         )
     needs = needs_of(method, teacher)
     assert needs is not None

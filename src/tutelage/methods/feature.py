@@ -27,7 +27,7 @@ class PairsMethod(Method):
     Args:
         pairs: a list of ``{student: TAP, teacher: TAP}``, each with what of the following it has of its own;
             or ``auto``.
-        shared: ``objective``, ``weight``, ``projector``, ``norm`` of each pair.
+        shared: ``loss``, ``weight``, ``projector``, ``norm`` of each pair.
         options: of the loss.
 
     Raises:
@@ -43,11 +43,11 @@ class PairsMethod(Method):
         self.given = []
         for i, pair in enumerate(given):
             own = {k: v for k, v in pair.items() if v is not None}
-            inherited = options or {} if own.get("objective", shared["objective"]) == shared["objective"] else {}
+            inherited = options or {} if own.get("loss", shared["loss"]) == shared["loss"] else {}
             plain = {k: v for k, v in own.items() if k != "options"}
             self.given.append({**shared, **inherited, **own.get("options", {}), **plain})
             _check(self.given[-1], f"method.pairs[{i}]", paths=not self.auto)
-        self.needs_ids = any(FEATURE_LOSSES[p["objective"]].link.needs_ids for p in self.given)
+        self.needs_ids = any(FEATURE_LOSSES[p["loss"]].link.needs_ids for p in self.given)
         self.links = nn.ModuleList()
         self.names: list[str] = []
         self.weights = {}
@@ -61,7 +61,7 @@ class PairsMethod(Method):
         assert teacher is not None
         given = self.given
         if self.auto:
-            where = FEATURE_LOSSES[given[0]["objective"]].where
+            where = FEATURE_LOSSES[given[0]["loss"]].where
             found = MATCHES[where](student, teacher, example)
             given = [{**given[0], "student": mine, "teacher": theirs} for mine, theirs in found]
         for i, pair in enumerate(given):
@@ -76,7 +76,7 @@ class PairsMethod(Method):
         self.links, self.names, self.weights = nn.ModuleList(), [], {}
         for indices in _groups(given):
             first = given[indices[0]]
-            entry = FEATURE_LOSSES[first["objective"]]
+            entry = FEATURE_LOSSES[first["loss"]]
             options = {k: v for k, v in first.items() if k not in _KEYS}
             if issubclass(entry.link, Compared) and entry.link.projects:
                 options |= {"projector": first["projector"], "norm": first["norm"]}
@@ -96,7 +96,7 @@ class PairsMethod(Method):
         self.student_needs = Needs(logits=False, hidden=tuple(dict.fromkeys(s.student for s in sites)))
 
     def _name(self, pair: Mapping[str, Any]) -> str:
-        name, n = f"{pair['objective']}({pair['student']})", 1
+        name, n = f"{pair['loss']}({pair['student']})", 1
         unique = name
         while unique in self.weights:
             n += 1
@@ -138,7 +138,7 @@ class PairsMethod(Method):
         """The loss in one line; of ``auto``, the pairs as soon as they are found."""
         if self.names:
             return " + ".join(f"{self.weights[name]:g} * {name}" for name in self.names)
-        shown = [("w" if p["weight"] is None else f"{p['weight']:g}", p["objective"], p) for p in self.given]
+        shown = [("w" if p["weight"] is None else f"{p['weight']:g}", p["loss"], p) for p in self.given]
         return " + ".join(f"{w} * {name}({p.get('student', 'auto')})" for w, name, p in shown)
 
 
@@ -151,7 +151,7 @@ class FeatureMethod(Method):
     micro-batch: for it the split of a batch does matter.
 
     Args:
-        pairs: a list of ``{student: TAP, teacher: TAP}``, each with ``objective``, ``weight``, ``projector``,
+        pairs: a list of ``{student: TAP, teacher: TAP}``, each with ``loss``, ``weight``, ``projector``,
             ``norm`` and options of the loss where they differ from those below; or ``auto``, which pairs what
             the loss's paper does: the last feature maps of each resolution that both models have (or the last
             alone, or these before their activation), or what goes into the output heads.
@@ -161,13 +161,13 @@ class FeatureMethod(Method):
         soft: one of :data:`LOGIT_LOSSES`.
         soft_options: of that.
         task: what labels are.
-        objective: one of :data:`FEATURE_LOSSES`.
+        loss: one of :data:`FEATURE_LOSSES`.
         weight: of each pair. Default: that of the loss.
         projector: one of :data:`tutelage.students.PROJECTORS`.
         norm: batch norm in the projector.
         options: of the loss.
-        first: share of the steps in which the pairs alone are learned, and after which they are dropped: the
-            two stages of FitNets. Default 0: both together.
+        stage1_fraction: share of the steps in which the pairs alone are learned, and after which they are dropped:
+            the two stages of FitNets. Default 0: both together.
 
     Raises:
         ConfigError: unknown loss, option or value.
@@ -183,21 +183,21 @@ class FeatureMethod(Method):
         soft: str | None = None,
         soft_options: Mapping[str, Any] | None = None,
         task: Task = "classes",
-        objective: str = "hint",
+        loss: str = "hint",
         weight: float | None = None,
         projector: str = "auto",
         norm: bool = False,
         options: Mapping[str, Any] | None = None,
-        first: float = 0.0,
+        stage1_fraction: float = 0.0,
     ) -> None:
         super().__init__()
         self.task = task
         self.logit = LogitMethod(temperature, alpha, hard=hard, soft=soft, soft_options=soft_options, task=task)
-        shared = {"objective": objective, "weight": weight, "projector": projector, "norm": norm}
+        shared = {"loss": loss, "weight": weight, "projector": projector, "norm": norm}
         self.hidden = PairsMethod(pairs, shared, options)
-        if not 0 <= first < 1:
-            raise ConfigError(f"first={first}", remedy="a share of all steps, from 0 to below 1")
-        self.first, self.needs_ids = first, self.hidden.needs_ids
+        if not 0 <= stage1_fraction < 1:
+            raise ConfigError(f"stage1_fraction={stage1_fraction}", remedy="a share of all steps, from 0 to below 1")
+        self.stage1_fraction, self.needs_ids = stage1_fraction, self.hidden.needs_ids
         self.needs, self.takes_sparse = self.logit.needs, self.logit.takes_sparse
         self.weights = dict(self.logit.weights)
 
@@ -213,9 +213,9 @@ class FeatureMethod(Method):
             raise ConfigError(
                 f"what comes first takes {sum(shares.values()):.0%} of the steps "
                 f"({', '.join(f'{name} {share:.0%}' for name, share in shares.items())}), and nothing is left",
-                where="method", remedy="lower first, or the share of factor_transfer",
+                where="method", remedy="lower stage1_fraction, or the share of factor_transfer",
             )  # fmt: skip
-        if self.first:
+        if self.stage1_fraction:
             self.hidden.requires_grad_(False)
             return
         assert self.hidden.needs is not None
@@ -226,17 +226,17 @@ class FeatureMethod(Method):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Those of the labels, and for each pair the examples (or tokens) that count."""
-        return self.logit.counts(batch) | ({} if self.first else self.hidden.counts(batch))
+        return self.logit.counts(batch) | ({} if self.stage1_fraction else self.hidden.counts(batch))
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """The soft term, ``ce`` and, unless they came first, a term for each pair."""
         terms = self.logit(student, batch, signal)
-        return {**terms, **({} if self.first else self.hidden(student, batch, signal))}
+        return {**terms, **({} if self.stage1_fraction else self.hidden(student, batch, signal))}
 
     def phases(self) -> Sequence[Phase]:
         """What the links have to learn first, and the hints where they come first."""
         before = list(self.hidden.phases())
-        return [*before, Phase("hints", self.first, self.hidden)] if self.first else before
+        return [*before, Phase("hints", self.stage1_fraction, self.hidden)] if self.stage1_fraction else before
 
     def after_step(self) -> None:
         """That of the links."""
@@ -244,20 +244,20 @@ class FeatureMethod(Method):
 
     def formula(self) -> str:
         """The loss in one line; of ``auto``, the pairs as soon as they are found."""
-        if self.first:
-            return f"{self.hidden.formula()} for {self.first:.0%} of the steps, then {self.logit.formula()}"
+        if self.stage1_fraction:
+            return f"{self.hidden.formula()} for {self.stage1_fraction:.0%} of the steps, then {self.logit.formula()}"
         return f"{self.logit.formula()} + {self.hidden.formula()}"
 
 
-_KEYS = ("student", "teacher", "objective", "weight", "projector", "norm")
+_KEYS = ("student", "teacher", "loss", "weight", "projector", "norm")
 
 
 def _groups(given: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """Indices of pairs that make one link each: those of a joint loss together."""
 
     def key(i: int) -> Any:
-        joint = FEATURE_LOSSES[given[i]["objective"]].joint
-        return given[i]["objective"] if joint else i
+        joint = FEATURE_LOSSES[given[i]["loss"]].joint
+        return given[i]["loss"] if joint else i
 
     return [list(indices) for _, indices in groupby(range(len(given)), key)]
 
@@ -269,7 +269,7 @@ def _site(example: Batch, pair: Mapping[str, Any], mine: Mapping[str, Shape], th
 
 def _check(pair: Mapping[str, Any], where: str, *, paths: bool) -> None:
     """Raise :class:`ConfigError` unless a pair names what there is."""
-    name = pair["objective"]
+    name = pair["loss"]
     if name not in FEATURE_LOSSES:
         raise ConfigError(
             f"unknown loss {name!r}" + suggest(str(name), list(FEATURE_LOSSES)),

@@ -23,14 +23,14 @@ class LogitLoss:
     """A loss on the logits of teacher and student.
 
     Attributes:
-        loss: the function of tensors.
+        function: the function of tensors.
         options: what it takes beside tensors and the temperature.
         temperature: T where none is given; ``None`` for a loss without one.
         labels: whether it needs the target class too, and so counts rows with a label only.
         tasks: what labels may be.
     """
 
-    loss: Callable[..., Tensor]
+    function: Callable[..., Tensor]
     options: tuple[str, ...] = ()
     temperature: float | None = 4.0
     labels: bool = False
@@ -222,17 +222,17 @@ class LogitMethod(Method):
             )
         if hard is not None and not hard >= 0:
             raise ConfigError(f"hard={hard}", remedy="must be 0 or more: the weight of the labels")
-        self.soft, self.objective, self.alpha = soft, LOGIT_LOSSES[soft], alpha
-        if task not in self.objective.tasks:
+        self.soft, self.loss, self.alpha = soft, LOGIT_LOSSES[soft], alpha
+        if task not in self.loss.tasks:
             fitting = [name for name, known in LOGIT_LOSSES.items() if task in known.tasks]
             raise ConfigError(
-                f"soft={soft!r} is for {' and '.join(self.objective.tasks)}, and the labels are {task}",
+                f"soft={soft!r} is for {' and '.join(self.loss.tasks)}, and the labels are {task}",
                 remedy=f"use {' or '.join(fitting)}",
             )
         self.hard = 1.0 - alpha if hard is None else hard
-        if self.objective.temperature is None and temperature is not None:
+        if self.loss.temperature is None and temperature is not None:
             raise ConfigError(f"{soft} has no temperature, given {temperature}", remedy="leave temperature out")
-        self.temperature = self.objective.temperature if temperature is None else temperature
+        self.temperature = self.loss.temperature if temperature is None else temperature
         self.options = {k: v for k, v in (soft_options or {}).items() if v is not None}
         self._check_options()
         self.weights = {soft: self.alpha, self.labels.term: self.hard}
@@ -241,10 +241,10 @@ class LogitMethod(Method):
 
     def _check_options(self) -> None:
         for key in self.options:
-            if key not in self.objective.options:
+            if key not in self.loss.options:
                 raise ConfigError(
                     f"{self.soft} has no option {key!r}",
-                    remedy=f"its options: {', '.join(self.objective.options) or 'none'}",
+                    remedy=f"its options: {', '.join(self.loss.options) or 'none'}",
                 )
         probe = torch.zeros(2, 3)
         try:
@@ -253,14 +253,14 @@ class LogitMethod(Method):
             raise ConfigError(f"{self.soft} with {self.options}: {error}", remedy="see docs/recipes.md") from None
 
     def _soft(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-        tensors = (student, teacher, labels) if self.objective.labels else (student, teacher)
+        tensors = (student, teacher, labels) if self.loss.labels else (student, teacher)
         options = self.options if self.temperature is None else {"temperature": self.temperature, **self.options}
-        return self.objective.loss(*tensors, mask=mask, reduction="sum", **options)
+        return self.loss.function(*tensors, mask=mask, reduction="sum", **options)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The soft term: positions that count (for ``dkd``, with a label); the hard one: those with a label."""
         labelled = batch.labelled().sum()
-        return {self.soft: labelled if self.objective.labels else batch.counted().sum(), self.labels.term: labelled}
+        return {self.soft: labelled if self.loss.labels else batch.counted().sum(), self.labels.term: labelled}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """The soft term, by the name of its loss, and the hard one.

@@ -45,19 +45,19 @@ class OnPolicyMethod(TokenMethod):
         reverse: of ``skew_kl``.
         hidden: weight of the hidden states.
         layers: mapped.
-        max_new: most tokens that the student writes for a prompt.
-        max_prompt: most tokens of a prompt; of a longer one its last are read.
-        sampling: temperature at which the student writes; 0 takes the likeliest token.
-        replay: how many answers are kept; 0: none. They are part of the method's state, so of its checkpoints.
-        reuse: the share of batches that the student writes which are instead drawn from those kept, once there are
-            as many as a batch; ``rising``: from none of them at the beginning of the training to all at its end.
+        max_new_tokens: most tokens that the student writes for a prompt.
+        max_prompt_tokens: most tokens of a prompt; of a longer one its last are read.
+        sampling_temperature: temperature at which the student writes; 0 takes the likeliest token.
+        replay_buffer: how many answers are kept; 0: none. They are part of the method's state, so of its checkpoints.
+        replay_share: the share of batches that the student writes which are instead drawn from those kept, once there
+            are as many as a batch; ``rising``: from none of them at the beginning of the training to all at its end.
         long: weight of MiniLLM's long part, the gradient of what a token leads to,
             :math:`-\sum_t R_{t+1} \nabla\log p^S(y_t)`, with :math:`R_{t+1}` the mean of
             :math:`\log p^T(y)/p^S(y)` over the tokens after it; for ``reverse_kl`` at T = 1, whose own gradient is
-            the part of one step. Only on answers just written, at ``sampling`` 1.
+            the part of one step. Only on answers just written, at ``sampling_temperature`` 1.
         mix: the teacher's share of the distribution that answers are drawn from, :math:`\alpha` of MiniLLM's
             :math:`\tilde p = \alpha p^T + (1 - \alpha) p^S`. Each token's loss then weighs
-            :math:`p^S(y_t) / \tilde p(y_t)`. Only on answers just written, at ``sampling`` 1.
+            :math:`p^S(y_t) / \tilde p(y_t)`. Only on answers just written, at ``sampling_temperature`` 1.
         adaptive: by how much lambda grows, up to 1, at an evaluation whose loss is above that at which it grew last
             (first: that of the first evaluation) by ``slack`` or more. DistiLLM: 0.1, from ``lmbda`` 0.
         slack: in nats.
@@ -89,11 +89,11 @@ class OnPolicyMethod(TokenMethod):
         reverse: bool | None = None,
         hidden: float = 0.0,
         layers: str | Sequence[int | None] = "uniform",
-        max_new: int = 128,
-        max_prompt: int = 512,
-        sampling: float = 1.0,
-        replay: int = 0,
-        reuse: float | Literal["rising"] = 0.5,
+        max_new_tokens: int = 128,
+        max_prompt_tokens: int = 512,
+        sampling_temperature: float = 1.0,
+        replay_buffer: int = 0,
+        replay_share: float | Literal["rising"] = 0.5,
         long: float = 0.0,
         mix: float = 0.0,
         adaptive: float = 0.0,
@@ -105,25 +105,38 @@ class OnPolicyMethod(TokenMethod):
             divergence, temperature, alpha, hard, beta=beta, skew=skew, reverse=reverse, hidden=hidden, layers=layers,
             task=task,
         )  # fmt: skip
-        shares = {"lmbda": lmbda, "reuse": 0.0 if reuse == "rising" else reuse, "mix": mix, "adaptive": adaptive}
+        shares = {
+            "lmbda": lmbda,
+            "replay_share": 0.0 if replay_share == "rising" else replay_share,
+            "mix": mix,
+            "adaptive": adaptive,
+        }
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name}={value}", remedy="must lie in [0, 1]: a share")
-        least_of = {"max_new": 1, "max_prompt": 1, "replay": 0, "sampling": 0, "long": 0, "slack": 0}
+        least_of = {
+            "max_new_tokens": 1,
+            "max_prompt_tokens": 1,
+            "replay_buffer": 0,
+            "sampling_temperature": 0,
+            "long": 0,
+            "slack": 0,
+        }
         for name, least in least_of.items():
             if not locals()[name] >= least:
                 raise ConfigError(f"{name}={locals()[name]}", remedy=f"must be {least} or more")
-        if long and (divergence, temperature, sampling, replay) != ("reverse_kl", 1.0, 1.0, 0):
+        if long and (divergence, temperature, sampling_temperature, replay_buffer) != ("reverse_kl", 1.0, 1.0, 0):
             raise ConfigError(
-                f"long={long} with divergence={divergence!r}, temperature={temperature:g}, sampling={sampling:g}, "
-                f"replay={replay}",
+                f"long={long} with divergence={divergence!r}, temperature={temperature:g}, "
+                f"sampling_temperature={sampling_temperature:g}, replay_buffer={replay_buffer}",
                 remedy="MiniLLM's long part belongs to reverse_kl on what was just written: "
-                "temperature 1, sampling 1, replay 0",
+                "temperature 1, sampling_temperature 1, replay_buffer 0",
             )
-        if mix and ((sampling, replay) != (1.0, 0) or mix == 1):
+        if mix and ((sampling_temperature, replay_buffer) != (1.0, 0) or mix == 1):
             raise ConfigError(
-                f"mix={mix:g} with sampling={sampling:g}, replay={replay}",
-                remedy="weights of mixed answers are known of what was just written: below 1, sampling 1, replay 0",
+                f"mix={mix:g} with sampling_temperature={sampling_temperature:g}, replay_buffer={replay_buffer}",
+                remedy="weights of mixed answers are known of what was just written: below 1, "
+                "sampling_temperature 1, replay_buffer 0",
             )
         if rollouts is not None and (long or mix):
             raise ConfigError(
@@ -131,15 +144,25 @@ class OnPolicyMethod(TokenMethod):
                 remedy="both know the probabilities of what the student itself has just written; leave rollouts out",
             )
         self.rollouts = None if rollouts is None else Rollouts(**rollouts)
-        self.lmbda, self.max_new, self.max_prompt = lmbda, max_new, max_prompt
-        self.sampling, self.reuse, self.mix, self.adaptive, self.slack = sampling, reuse, mix, adaptive, slack
+        self.lmbda, self.max_new_tokens, self.max_prompt_tokens = lmbda, max_new_tokens, max_prompt_tokens
+        self.sampling_temperature, self.replay_share, self.mix, self.adaptive, self.slack = (
+            sampling_temperature,
+            replay_share,
+            mix,
+            adaptive,
+            slack,
+        )
         self.validates = adaptive > 0
         self._mixed: tuple[nn.Module, float] | None = None  # no part of what is trained
         self._step, self._total = 0, 1
         if long:
             self.weights["long"] = long
-        self.register_buffer("kept", torch.zeros(replay, max_prompt + max_new, dtype=torch.int32))
-        self.register_buffer("spans", torch.zeros(replay, 2, dtype=torch.int32))  # of each the prompt, and the whole
+        self.register_buffer(
+            "kept", torch.zeros(replay_buffer, max_prompt_tokens + max_new_tokens, dtype=torch.int32)
+        )
+        self.register_buffer(
+            "spans", torch.zeros(replay_buffer, 2, dtype=torch.int32)
+        )  # of each the prompt, and the whole
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
 
         self.register_buffer("share", torch.tensor(float(lmbda)))
@@ -192,7 +215,7 @@ class OnPolicyMethod(TokenMethod):
             EndpointError: it does not.
         """
         if self.rollouts is not None:
-            self.rollouts.check(student, next(_prompts(batch, self.max_prompt)), self.sampling)
+            self.rollouts.check(student, next(_prompts(batch, self.max_prompt_tokens)), self.sampling_temperature)
 
     def starts(self, student: nn.Module, step: int, total: int) -> None:
         """Where the training stands, of which the share of kept answers may be a function."""
@@ -218,7 +241,7 @@ class OnPolicyMethod(TokenMethod):
     def prepared(self, student: nn.Module, batch: Batch) -> Batch:
         """With probability lambda the batch with answers of the student's own, new or kept."""
         if self.rollouts is not None:
-            self.rollouts.take(student, self._step, self.sampling)
+            self.rollouts.take(student, self._step, self.sampling_temperature)
         device, synced_gpus = batch.labels.device, any(isinstance(m, FSDPModule) for m in student.modules())
         filled = min(int(self.written), len(self.kept))
         enough, draws = torch.tensor(float(filled >= len(batch)), device=device), torch.rand(2, device=device)
@@ -228,7 +251,7 @@ class OnPolicyMethod(TokenMethod):
         own, again = draws.tolist()
         if own >= float(self.share):
             return batch
-        if enough and again < (self._done if self.reuse == "rising" else self.reuse):
+        if enough and again < (self._done if self.replay_share == "rising" else self.replay_share):
             which = torch.randperm(filled)[: len(batch)]
             rows = [
                 Completion(self.kept[i, : int(self.spans[i, 1])].long(), int(self.spans[i, 0]))
@@ -236,15 +259,16 @@ class OnPolicyMethod(TokenMethod):
             ]
             return _answered(rows, device)
         counted = batch.mask.any(1).tolist() if batch.mask is not None else [True] * len(batch)
-        prompts = list(_prompts(batch, self.max_prompt))
+        prompts = list(_prompts(batch, self.max_prompt_tokens))
         if self.rollouts is None:
             rows = sample_completions(
-                student, prompts, max_new_tokens=self.max_new, temperature=self.sampling, mixture=self._mixed,
+                student, prompts, max_new_tokens=self.max_new_tokens, temperature=self.sampling_temperature,
+                mixture=self._mixed,
                 synced_gpus=synced_gpus,
             )  # fmt: skip
         else:
             rows = self.rollouts.sample_completions(
-                student, prompts, max_new_tokens=self.max_new, temperature=self.sampling
+                student, prompts, max_new_tokens=self.max_new_tokens, temperature=self.sampling_temperature
             )
         for row, counts in zip(rows, counted, strict=True):
             if counts and len(self.kept):
@@ -306,8 +330,8 @@ class OnPolicyMethod(TokenMethod):
 
     def formula(self) -> str:
         """The loss in one line."""
-        drawn = f"lambda={self.lmbda:g}, at most {self.max_new} tokens"
-        share = "a rising share" if self.reuse == "rising" else f"{self.reuse:g}"
+        drawn = f"lambda={self.lmbda:g}, at most {self.max_new_tokens} tokens"
+        share = "a rising share" if self.replay_share == "rising" else f"{self.replay_share:g}"
         kept = f", {share} of them from the last {len(self.kept)} answers" if len(self.kept) else ""
         grows = f", lambda grows by {self.adaptive:g} where the loss does by {self.slack:g}" if self.adaptive else ""
         whose = f"answers of {1 - self.mix:g} student and {self.mix:g} teacher" if self.mix else "its own answers"

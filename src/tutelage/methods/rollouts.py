@@ -45,7 +45,7 @@ class Rollouts:
         key_env: name of the environment variable that holds the key.
         concurrency: most requests at once.
         timeout: seconds for an answer, and for new weights.
-        patience: seconds without an answer after which the server is given up.
+        max_retry_time: seconds without an answer after which the server is given up.
 
     Raises:
         ConfigError: a server of OpenAI's protocol that is given no weights, and no name of a model.
@@ -61,7 +61,7 @@ class Rollouts:
         key_env: str | None = None,
         concurrency: int = 16,
         timeout: float = 300.0,
-        patience: float = 200.0,
+        max_retry_time: float = 200.0,
     ) -> None:
         if kind == "openai" and (every is None) != (model is not None):
             raise ConfigError(
@@ -72,7 +72,13 @@ class Rollouts:
             )
         self.url, self.kind, self.model, self.every, self.folder = url, kind, model, every, folder
         self._open = partial(
-            JsonClient, url, WHERE, key_env=key_env, concurrency=concurrency, timeout=timeout, patience=patience
+            JsonClient,
+            url,
+            WHERE,
+            key_env=key_env,
+            concurrency=concurrency,
+            timeout=timeout,
+            max_retry_time=max_retry_time,
         )
         self._server: JsonClient | None = None
         self._top: Path | None = None

@@ -145,8 +145,8 @@ class Outputs:
     ) -> None:
         self.labels = hard_of(task)
         self.soft = soft if task == "classes" else self.labels.soft
-        self.objective = LOGIT_LOSSES[self.soft]
-        self.temperature = None if self.objective.temperature is None else temperature
+        self.loss = LOGIT_LOSSES[self.soft]
+        self.temperature = None if self.loss.temperature is None else temperature
         self.name = self.soft if name is None else name
         given = {self.name: alpha, self.labels.term: hard}
         self.weights = {term: weight for term, weight in given.items() if weight}
@@ -175,7 +175,7 @@ class Outputs:
                     remedy="both must score the same classes in the same order",
                 )
             options = {} if self.temperature is None else {"temperature": self.temperature}
-            loss = self.objective.loss(logits, teacher, mask=counted_outputs(batch), reduction="sum", **options)
+            loss = self.loss.function(logits, teacher, mask=counted_outputs(batch), reduction="sum", **options)
             terms[self.name] = Term(loss, counts[self.name])
         if self.labels.term in self.weights:
             terms[self.labels.term] = Term(self.labels.loss(logits, batch, 0.0), counts[self.labels.term])

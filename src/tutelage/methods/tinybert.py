@@ -148,8 +148,8 @@ class TinybertMethod(Method):
         prediction: weight of the soft labels: cross-entropy of classes, each for itself of several labels, squares
             of numbers.
         temperature: T of the soft labels.
-        first: share of the steps in which the layers alone are learned, and after which they are dropped; 0: both
-            together. Default 0.87, the paper's 20 epochs of 23.
+        stage1_fraction: share of the steps in which the layers alone are learned, and after which they are
+            dropped; 0: both together. Default 0.87, the paper's 20 epochs of 23.
         scores: ``scores``: attention before the softmax, by squares, the paper's; ``probabilities``: after it, by KL.
         heads: ``each``, head by head; ``mean``, which may differ in number.
         task: what labels are.
@@ -169,7 +169,7 @@ class TinybertMethod(Method):
         attention: float = 1.0,
         prediction: float = 1.0,
         temperature: float = 1.0,
-        first: float | None = None,
+        stage1_fraction: float | None = None,
         scores: Scores = "scores",
         heads: Literal["each", "mean"] = "each",
         task: Task = "classes",
@@ -182,17 +182,27 @@ class TinybertMethod(Method):
         both = bool(of_layers) and bool(prediction)
         for name, value, right, remedy in (
             ("temperature", temperature, temperature > 0, "must be above 0; TinyBERT has 1"),
-            ("first", first, first is None or 0 <= first < 1, "a share of all steps, from 0 to below 1"),
-            ("first", first, not first or both, "there is one stage only where a side weighs nothing; leave it out"),
+            (
+                "stage1_fraction",
+                stage1_fraction,
+                stage1_fraction is None or 0 <= stage1_fraction < 1,
+                "a share of all steps, from 0 to below 1",
+            ),
+            (
+                "stage1_fraction",
+                stage1_fraction,
+                not stage1_fraction or both,
+                "there is one stage only where a side weighs nothing; leave it out",
+            ),
             ("scores", scores, scores in COMPARED, f"allowed: {', '.join(COMPARED)}"),
             ("heads", heads, heads in ("each", "mean"), "allowed: each, mean"),
         ):
             if not right:
                 raise ConfigError(f"{name}={value!r}", remedy=remedy)
-        self.first = (0.87 if first is None else first) if both else 0.0
+        self.stage1_fraction = (0.87 if stage1_fraction is None else stage1_fraction) if both else 0.0
         self.hidden = LayersMethod(layers, of_layers, scores, heads, task) if of_layers else None
         self.outputs = Outputs(task, prediction, 0.0, temperature, "soft_cross_entropy", "prediction")
-        self.together = self.hidden is not None and not self.first
+        self.together = self.hidden is not None and not self.stage1_fraction
         self.weights = {**(of_layers if self.together else {}), **self.outputs.weights}
         self.needs = self.student_needs = Needs(logits=bool(prediction))
 
@@ -213,7 +223,7 @@ class TinybertMethod(Method):
         if self.hidden is None:
             return
         self.hidden.build(student, teacher, example, ids)
-        if self.first:
+        if self.stage1_fraction:
             self.hidden.requires_grad_(False)
             return
         assert self.hidden.needs is not None
@@ -236,12 +246,16 @@ class TinybertMethod(Method):
 
     def phases(self) -> Sequence[Phase]:
         """The layers, where they come first."""
-        return [Phase("layers", self.first, self.hidden)] if self.first and self.hidden is not None else []
+        return (
+            [Phase("layers", self.stage1_fraction, self.hidden)]
+            if self.stage1_fraction and self.hidden is not None
+            else []
+        )
 
     def formula(self) -> str:
         """The loss in one line."""
         parts = [self.hidden.formula() if self.hidden is not None else "", self.outputs.formula()]
-        link = f" for {self.first:.0%} of the steps, then " if self.first else " + "
+        link = f" for {self.stage1_fraction:.0%} of the steps, then " if self.stage1_fraction else " + "
         return link.join(part for part in parts if part)
 
 

@@ -92,7 +92,7 @@ def with_trained_weights(teacher: Mapping[str, Any], stage: Path) -> dict[str, A
     def ready(one: Mapping[str, Any], name: str) -> dict[str, Any]:
         if one.get("train") is None:
             return dict(one)
-        kept = {k: v for k, v in one.items() if k not in ("train", "trained", "learn")}
+        kept = {k: v for k, v in one.items() if k not in ("train", "trained", "trainable")}
         return {**kept, "checkpoint": weights_of(stage, name)}
 
     if teacher.get("members") is None:

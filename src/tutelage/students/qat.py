@@ -35,7 +35,7 @@ def add_fake_quantisers(model: nn.Module, bits: Bits = "int8") -> nn.Module:
     Reference: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
         Inference (CVPR 2018), section 3; linear layers are torchao's.
     """
-    require("torchao", "export", "student.rounded")
+    require("torchao", "export", "student.qat")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
@@ -43,7 +43,7 @@ def add_fake_quantisers(model: nn.Module, bits: Bits = "int8") -> nn.Module:
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear layer and no convolution to round inside it",
-            where="student.rounded",
+            where="student.qat",
             remedy="leave it out",
         )
     activation, weight = _settings()

@@ -155,7 +155,7 @@ class LiveTeacher:
             except NotImplementedError as error:
                 raise CapabilityError(
                     f"the teacher cannot run in {self.dtype or 'its type of numbers'} here: {str(error)[:200]}",
-                    remedy="another teacher.speed.dtype, or none",
+                    remedy="another teacher.inference.dtype, or none",
                 ) from error
         if self.dtype is None:
             return Signal(seen.logits, seen.hidden, seen.head)
@@ -173,7 +173,7 @@ class LiveTeacher:
             if place.type != "cpu":
                 raise CapabilityError(
                     f"int8 is for teachers on a CPU, this one is on {place}",
-                    remedy="set teacher.speed.device: cpu, or dtype: bf16",
+                    remedy="set teacher.inference.device: cpu, or dtype: bf16",
                 )
             runs = quantise_linear_layers(runs)
         elif self.compile:  # a copy with the same weights, so that the caller's module is not compiled

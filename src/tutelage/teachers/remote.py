@@ -67,8 +67,8 @@ class RemoteTeacher:
     """The k likeliest next tokens of a model behind a server, at T = 1 (``topk``).
 
     Texts of a batch are asked about side by side, those of packed rows each by itself. A server that cannot be
-    reached, is overloaded or answers in part is asked again, for as long as ``patience`` says; nothing is left out or
-    made up.
+    reached, is overloaded or answers in part is asked again, for as long as ``max_retry_time`` says; nothing is left
+    out or made up.
 
     Args:
         url: of the server; of vLLM most often with ``/v1`` at its end.
@@ -82,7 +82,7 @@ class RemoteTeacher:
         key_env: name of the environment variable that holds the key.
         concurrency: most requests at once.
         timeout: seconds for an answer.
-        patience: seconds without an answer after which the server is given up.
+        max_retry_time: seconds without an answer after which the server is given up.
 
     Raises:
         EndpointError: the server refuses, cannot be reached, has no such model, or gives fewer than k.
@@ -104,14 +104,19 @@ class RemoteTeacher:
         key_env: str | None = None,
         concurrency: int = 8,
         timeout: float = 120.0,
-        patience: float = 300.0,
+        max_retry_time: float = 300.0,
     ) -> None:
         if not 1 <= k <= classes:
             raise CapabilityError(f"k={k} of {classes} tokens", remedy=f"give 1 to {classes}")
         self.url, self.k, self.classes = url.rstrip("/"), k, classes
         self.dialect = SERVERS[server]
         self._server = JsonClient(
-            url, "teacher.endpoint", key_env=key_env, concurrency=concurrency, timeout=timeout, patience=patience
+            url,
+            "teacher.endpoint",
+            key_env=key_env,
+            concurrency=concurrency,
+            timeout=timeout,
+            max_retry_time=max_retry_time,
         )
         try:
             facts = self._server.retry(lambda: self.dialect.facts(self._server.post, model))

@@ -39,7 +39,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     if not found:
         raise CapabilityError(
             f"{type(model).__name__} has no list of layers that could be kept in parts",
-            where="teacher.speed.sharded",
+            where="teacher.inference.sharded",
             remedy="leave it out, or put the teacher behind a server (teacher.endpoint)",
         )
     return found

@@ -48,7 +48,7 @@ class TinybertConfig(MethodConfig):
     """Weight of the soft labels. 0 for TinyBERT's general distillation, of texts without labels."""
     temperature: Positive = 1.0
     """T of the soft labels."""
-    first: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    stage1_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Share of all steps in which the layers alone are learned; the rest then goes without them. Default: 0.87, the
     paper's 20 epochs of 23; 0: both together."""
     scores: Literal["scores", "probabilities"] = "scores"
@@ -59,8 +59,11 @@ class TinybertConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _staged(self) -> TinybertConfig:
-        if self.first and not (self.prediction and (self.embedding or self.hidden or self.attention)):
-            raise Misfit(f"first: {self.first:g}, and one of its two stages weighs nothing; leave it out", "first")
+        if self.stage1_fraction and not (self.prediction and (self.embedding or self.hidden or self.attention)):
+            raise Misfit(
+                f"stage1_fraction: {self.stage1_fraction:g}, and one of its two stages weighs nothing; leave it out",
+                "stage1_fraction",
+            )
         return self
 
 

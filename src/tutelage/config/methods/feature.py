@@ -33,7 +33,7 @@ FEATURE_LOSSES: dict[str, tuple[str, ...]] = {
 PROJECTORS = ("auto", "conv1x1", "identity", "linear", "mlp")
 """Kinds of projectors."""
 
-FeatureLossName = Annotated[str, known("objective", FEATURE_LOSSES)]
+FeatureLossName = Annotated[str, known("loss", FEATURE_LOSSES)]
 
 
 class PairConfig(Section):
@@ -43,7 +43,7 @@ class PairConfig(Section):
     """Tap of the student, such as ``stages.1``; ``head:input`` for what goes into a module."""
     teacher: str
     """Tap of the teacher."""
-    objective: FeatureLossName | None = None
+    loss: FeatureLossName | None = None
     """What compares them."""
     weight: NotNegative | None = None
     """Weight of this pair."""
@@ -62,9 +62,9 @@ class FeatureConfig(SoftConfig):
     """Matches hidden states of teacher and student, through what the loss learns for that."""
     pairs: Annotated[list[PairConfig] | None, auto_or_list("pairs", "[{student: PATH, teacher: PATH}, ...]")] = None
     """``auto``, the default: what the loss's paper compares, as the table of losses below says. Or a list of
-    ``{student: TAP, teacher: TAP}``, each with ``objective``, ``weight``, ``projector``, ``norm`` and ``options``
+    ``{student: TAP, teacher: TAP}``, each with ``loss``, ``weight``, ``projector``, ``norm`` and ``options``
     of its own where wanted. ``tutelage taps RECIPE`` lists what there is to tap."""
-    objective: FeatureLossName = "hint"
+    loss: FeatureLossName = "hint"
     """One of the table of losses below."""
     weight: NotNegative | None = None
     """Weight of each pair. Default: the published one of the loss, as the run prints it."""
@@ -75,15 +75,15 @@ class FeatureConfig(SoftConfig):
     """Batch norm after the projector."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the loss, as in the table below."""
-    first: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    stage1_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of all steps in which the pairs alone are learned, up to the tapped modules; the rest then goes without
     them. The two stages of FitNets, each with its own optimizer and schedule. Default 0: both together."""
 
     @model_validator(mode="after")
     def _taken(self) -> FeatureConfig:
-        check_known_options(self.objective, self.options, FEATURE_LOSSES, "options")
+        check_known_options(self.loss, self.options, FEATURE_LOSSES, "options")
         for pair in self.pairs or []:
-            check_known_options(pair.objective or self.objective, pair.options, FEATURE_LOSSES, "pairs")
+            check_known_options(pair.loss or self.loss, pair.options, FEATURE_LOSSES, "pairs")
         return self
 
 

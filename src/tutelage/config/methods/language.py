@@ -69,7 +69,7 @@ class RolloutsConfig(Section):
     """The most prompts that it is asked at once."""
     timeout: Positive = 300.0
     """Seconds that an answer may take, or loading weights, while other processes wait."""
-    patience: Positive = 200.0
+    max_retry_time: Positive = 200.0
     """Seconds after which a server that does not answer is given up."""
 
     @model_validator(mode="after")
@@ -96,23 +96,24 @@ class OnPolicyConfig(TokenConfig):
     """D, as in ``token``. With ``reverse_kl`` and ``lmbda: 1`` MiniLLM's, of one step."""
     alpha: NotNegative = 1.0
     """Weight of the soft labels; at most 1 unless ``hard`` is given."""
-    max_new: Count = 128
+    max_new_tokens: Count = 128
     """Most tokens that the student writes for a prompt."""
-    max_prompt: Count = 512
+    max_prompt_tokens: Count = 512
     """Most tokens of a prompt; of a longer one its last are read."""
-    sampling: NotNegative = 1.0
+    sampling_temperature: NotNegative = 1.0
     """Temperature at which it writes; 0 takes the likeliest token."""
-    replay: Annotated[int, Field(ge=0)] = 0
+    replay_buffer: Annotated[int, Field(ge=0)] = 0
     """How many answers are kept and used again (DistiLLM); 0: none."""
-    reuse: Fraction | Literal["rising"] = 0.5
+    replay_share: Fraction | Literal["rising"] = 0.5
     """Share of what it writes that is drawn from those kept, once there are enough; ``rising``: from 0 at the first
     step to 1 at the last (DistiLLM)."""
     long: NotNegative = 0.0
-    """Weight of MiniLLM's long part, what a token leads to; for ``reverse_kl`` at temperature, sampling 1 and replay
-    0."""
+    """Weight of MiniLLM's long part, what a token leads to. Needs ``divergence: reverse_kl``, ``temperature: 1``,
+    ``sampling_temperature: 1`` and ``replay_buffer: 0``."""
     mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The teacher's share of the distribution that answers are drawn from (MiniLLM: 0.2); each token's loss is
-    weighted by the student's probability over the mixture's. For sampling 1 and replay 0."""
+    weighted by the student's probability over the mixture's. Needs ``sampling_temperature: 1`` and
+    ``replay_buffer: 0``."""
     adaptive: Fraction = 0.0
     """By how much lambda grows at an evaluation whose loss is ``slack`` above that at which it grew last (DistiLLM:
     0.1, with ``lmbda: 0``). Needs validation data."""
@@ -123,13 +124,14 @@ class OnPolicyConfig(TokenConfig):
 
     @model_validator(mode="after")
     def _long(self) -> OnPolicyConfig:
-        alone = (self.divergence, self.temperature, self.sampling, self.replay)
+        alone = (self.divergence, self.temperature, self.sampling_temperature, self.replay_buffer)
         if self.long and alone != ("reverse_kl", 1.0, 1.0, 0):
             raise Misfit(
-                "'long' belongs to divergence: reverse_kl with temperature: 1, sampling: 1 and replay: 0", "long"
+                "'long' needs divergence: reverse_kl, temperature: 1, sampling_temperature: 1 and replay_buffer: 0",
+                "long",
             )
-        if self.mix and (self.sampling, self.replay) != (1.0, 0):
-            raise Misfit("'mix' goes with sampling: 1 and replay: 0", "mix")
+        if self.mix and (self.sampling_temperature, self.replay_buffer) != (1.0, 0):
+            raise Misfit("'mix' needs sampling_temperature: 1 and replay_buffer: 0", "mix")
         for key in ("long", "mix"):
             if getattr(self, key) and self.rollouts is not None:
                 raise Misfit(f"{key!r} is of what the student itself has just written; remove 'rollouts'", "rollouts")

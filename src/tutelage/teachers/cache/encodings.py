@@ -316,7 +316,7 @@ ENCODINGS: dict[str, Encoding] = {
     "dense": DenseEncoding(),
     "topk": TopKEncoding(),
     "sampled": SampledEncoding(),
-    "rounded": StochasticRounding(),
+    "stochastic_rounding": StochasticRounding(),
     "hidden": HeadInputEncoding(),
 }
 

@@ -26,7 +26,7 @@ from tutelage.teachers.cache.encodings import (
 )
 from tutelage.teachers.signal import Signal, Sparse
 
-Keep = Literal["dense", "topk", "sampled", "rounded", "hidden"]
+Keep = Literal["dense", "topk", "sampled", "stochastic_rounding", "hidden"]
 
 TOKENS = "tokens"
 """The column that says how many rows a sample has."""
@@ -58,8 +58,8 @@ class Layout:
     Attributes:
         keep: of the logits: all (``dense``); the ``k`` largest (``topk``); ``draws`` from the distribution
             (``sampled``), the ``head`` largest exactly and the draws from the rest; ``draws`` times each class's
-            probability, rounded by chance (``rounded``); or all, as what goes into the output head, whose weights are
-            kept once (``hidden``). ``None``: no logits.
+            probability, rounded by chance (``stochastic_rounding``); or all, as what goes into the output head,
+            whose weights are kept once (``hidden``). ``None``: no logits.
         classes: how many the teacher scores.
         dtype: of numbers that are stored.
         temperatures: at which parts of a distribution are kept.

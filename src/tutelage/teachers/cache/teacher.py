@@ -192,7 +192,7 @@ class CachedTeacher:
             raise CapabilityError(
                 "the teacher does more to its logits than its output head, a scale and a cap, so they cannot be made "
                 "from what goes into it",
-                where=str(self.folder), remedy="keep dense, topk or rounded logits",
+                where=str(self.folder), remedy="keep dense, topk or stochastic_rounding logits",
             )  # fmt: skip
         write_output(self.folder, OutputLayer.of(one.head))
 
