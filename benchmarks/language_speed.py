@@ -36,7 +36,7 @@ from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
 from tutelage.methods import SequenceMethod, TokenMethod, prepare_method
-from tutelage.models import tokenizer_of
+from tutelage.models import load_tokenizer
 from tutelage.students import prune
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
 
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     args = parser.parse_args()
     precision = precision_here("auto")
-    tokenizer = tokenizer_of(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     data = load_texts(
         "table", tokenizer=tokenizer, path=args.path, task="causal", pack=True, max_length=LENGTH, limit=2000
     )

@@ -49,7 +49,7 @@ class Images:
         self.x, self.labels = torch.randn(rows, 1, size, size), torch.randint(10, (rows,))
         self.ids = torch.arange(rows)
 
-    augmented = False
+    is_augmented = False
 
     def __len__(self) -> int:
         return len(self.x)

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from tutelage.config import Recipe, dump_recipe, load_recipe
-from tutelage.data import Batch, ImageData, InOrder
+from tutelage.data import Batch, ImageData, SequentialBatches
 from tutelage.engine import make_accelerator
 from tutelage.evaluation.statistics import paired, spread
 from tutelage.experiment.caching import fill, open_cache
@@ -112,7 +112,7 @@ def train(args: argparse.Namespace, arm: str, epochs: int, seed: int) -> dict[st
         asked: Teacher = (
             open_cache(recipe, data, teacher, len(data.classes), c.method(), ctx.accelerator)
             if arm == "same"
-            else FixedLogits(MemoryTeacher(teacher, InOrder(data.train), ctx.device))
+            else FixedLogits(MemoryTeacher(teacher, SequentialBatches(data.train), ctx.device))
         )
         return train_student(c, ctx, "distilled", seed, asked, teacher, references)
 

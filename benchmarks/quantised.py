@@ -25,7 +25,7 @@ from tutelage.config import load_recipe
 from tutelage.evaluation.statistics import paired, spread
 from tutelage.experiment.export_student import CALIBRATION, export_student
 from tutelage.experiment.run_artifacts import find, rows_of
-from tutelage.export.timing import Cell, interleaved, runner, summed
+from tutelage.export.timing import Cell, prepare_runner, summarise_times, time_interleaved
 from tutelage.files import write_text
 from tutelage.progress import Terminal
 
@@ -68,7 +68,7 @@ def measure(recipe: str, overrides: list[str], work: Path) -> dict[str, Any]:
             manifest = export_student(folder, "int8", terminal=terminal).manifest
             rows[before].append(manifest["measured"]["source"]["accuracy"])
             rows[after].append(manifest["measured"]["export"]["accuracy"])
-            alike[after].append(manifest["check"]["alike"])
+            alike[after].append(manifest["check"]["agreement"])
             how = {**manifest["how"], "bytes": manifest["bytes"]}
     return {
         "recipe": recipe,
@@ -100,20 +100,20 @@ def latency(run: Path, terminal: Terminal) -> dict[str, Any]:
     """How many times as fast as ONNX Runtime in float32 it is in int8, and eager torch, of the exported student."""
     found = find(run, terminal)
     data: Any = found.data()
-    subject = found.subject
-    held = rows_of(data.test, 256, subject.task)
+    bundle = found.bundle
+    held = rows_of(data.test, 256, bundle.task)
     names = tuple(held[0])
-    calibration = rows_of(data.validation, CALIBRATION, subject.task)
+    calibration = rows_of(data.validation, CALIBRATION, bundle.task)
     joined = {name: torch.cat([inputs[name] for inputs in held]) for name in names}
     cells: dict[Cell, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for column in ("eager", "onnx", "int8"):
-            run_it, _ = runner(column, subject.model, names, held[0], calibration, Path(folder))
+            run_it, _ = prepare_runner(column, bundle.model, names, held[0], calibration, Path(folder))
             for size in BATCHES:
                 cells["student", column, size] = partial(run_it, {k: v[:size] for k, v in joined.items()})
-        times = interleaved(cells, ROUNDS)
+        times = time_interleaved(cells, ROUNDS)
     return {
-        column: {str(size): summed(times["student", column, size], size, times["student", "onnx", size])
+        column: {str(size): summarise_times(times["student", column, size], size, times["student", "onnx", size])
                  for size in BATCHES}
         for column in ("eager", "onnx", "int8")
     }  # fmt: skip

@@ -28,8 +28,8 @@ from tutelage.config import load_recipe
 from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.evaluation import evaluate
 from tutelage.evaluation.evaluate import get_teacher_output
-from tutelage.models import tokenizer_of
-from tutelage.models.texts import pretrained
+from tutelage.models import load_tokenizer
+from tutelage.models.pretrained import load_pretrained
 from tutelage.students import prune
 from tutelage.teachers import LiveTeacher
 
@@ -77,7 +77,7 @@ def asked(path: str, count: int, seed: int) -> Iterator[tuple[str, str]]:
 def write(files: dict[str, str]) -> None:
     """Rows of two kinds: the teacher's answers, and descriptions by people."""
     torch.manual_seed(0)
-    cutter, teacher = tokenizer_of(MODEL), pretrained(MODEL, "causal", None, {}).eval()
+    cutter, teacher = load_tokenizer(MODEL), load_pretrained(MODEL, "causal", None, {}).eval()
     cutter.padding_side = "left"
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
@@ -121,10 +121,10 @@ def train() -> None:
 
 def before() -> dict[str, float]:
     """The half of the teacher as it is cut, on the held-out rows."""
-    teacher = pretrained(MODEL, "causal", None, {})
+    teacher = load_pretrained(MODEL, "causal", None, {})
     held = load_texts(
         "table", path={"train": str(FOLDER / "train.jsonl"), "test": str(FOLDER / "held-out.jsonl")}, task="causal",
-        text="messages", max_length=LENGTH, pack=True, validation=0.04, tokenizer=tokenizer_of(MODEL),
+        text="messages", max_length=LENGTH, pack=True, validation=0.04, tokenizer=load_tokenizer(MODEL),
     ).test  # fmt: skip
     batches = [batch for (batch,) in PlannedBatches(held, 8, 0).epoch(0, RankSlice())]
     half = prune(teacher, layers=15, map="every-other").model

@@ -33,8 +33,8 @@ from tutelage.engine import RunDirectory, Training, fit, make_accelerator, preci
 from tutelage.evaluation import evaluate
 from tutelage.evaluation.evaluate import get_teacher_output
 from tutelage.methods import SequenceMethod, TokenMethod, prepare_method
-from tutelage.models import tokenizer_of
-from tutelage.models.texts import pretrained
+from tutelage.models import load_tokenizer
+from tutelage.models.pretrained import load_pretrained
 from tutelage.students import prune
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher, Signal, Sparse
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     file = RESULTS / "sparse-students.json"
     precision = precision_here("auto")
-    cutter, teacher = tokenizer_of(MODEL), pretrained(MODEL, "causal", None, {}).eval()
+    cutter, teacher = load_tokenizer(MODEL), load_pretrained(MODEL, "causal", None, {}).eval()
     data = load_texts(
         "table", tokenizer=cutter, path={"train": args.train, "test": args.held_out}, task="causal", pack=True,
         max_length=LENGTH, limit=4000, validation=0.0,

@@ -29,8 +29,8 @@ from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import PlannedBatches, RankSlice, load_texts
 from tutelage.engine import RunDirectory, Training, fit, make_accelerator
 from tutelage.methods import LogitMethod
-from tutelage.models import tokenizer_of
-from tutelage.models.texts import pretrained
+from tutelage.models import load_tokenizer
+from tutelage.models.pretrained import load_pretrained
 from tutelage.students import prune
 from tutelage.teachers import LiveTeacher
 
@@ -87,10 +87,10 @@ def main() -> None:
     parser.add_argument("path")
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
-    tokenizer = tokenizer_of(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     data = load_texts("table", tokenizer=tokenizer, path=args.path, label="label")
     torch.manual_seed(0)
-    teacher = pretrained(MODEL, "classes", data.classes, {})
+    teacher = load_pretrained(MODEL, "classes", data.classes, {})
     student = prune(teacher, layers=3).model
     planned = PlannedBatches(data.train, BATCH, seed=0)
 

@@ -256,15 +256,15 @@ def augmentations() -> Iterator[str]:
     yield ""
     yield ABOUT_AUGMENTATIONS
     rows = []
-    own = {**views.OURS, **views.MIXES}
-    for name in (*own, *views.THEIRS, *views.CROPS):
+    own = {**views.TENSOR_AUGMENTS, **views.MIX_AUGMENTS}
+    for name in (*own, *views.TORCHVISION_AUGMENTS, *views.CROPS):
         if name in own:
             options = inspect.signature(own[name]).parameters.values()
             takes = ", ".join(f"`{o.name}` ({o.default})" for o in options if o.name != "stream")
             what = inspect.getdoc(own[name]) or ""
         else:
             takes = "its own"
-            what = f"`transforms.v2.{views.THEIRS.get(name, 'RandomResizedCrop')}`"
+            what = f"`transforms.v2.{views.TORCHVISION_AUGMENTS.get(name, 'RandomResizedCrop')}`"
             if name in views.CROPS:
                 what += " on the image file, in place of resizing; must come first"
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tutelage.errors import REFUSALS, RunDirectoryError, refusal
 
-DRAFT = ".tutelage-tmp."
+TEMPORARY_PREFIX = ".tutelage-tmp."
 """How the names of files and folders begin that are not complete yet."""
 
 _ROOM = "free some space, then go on with --resume"
@@ -27,7 +27,7 @@ _REMEDIES = dict.fromkeys(REFUSALS, "choose another --out") | {
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def wrap_write_errors(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal to write at ``path`` into a :class:`RunDirectoryError`."""
     try:
         yield
@@ -48,9 +48,9 @@ def explained(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: to a temporary name, synced, then renamed."""
-    with explained(path):
+    with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{DRAFT}{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -64,11 +64,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at ``path`` complete, synced, in one rename, or not at all."""
-    with explained(path):
+    with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{DRAFT}{path.name}."))
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}."))
         try:
             yield draft
             for file in draft.rglob("*"):
@@ -78,7 +78,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             draft.chmod(0o755)
             old = None
             if path.exists():
-                old = path.with_name(f"{DRAFT}{path.name}.old")
+                old = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
             draft.rename(path)
@@ -89,7 +89,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def locked(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
     """Whether this process now holds the lock of an open file, which ends with the process."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,7 +99,7 @@ def locked(handle: int) -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """transformers without its bars and its remarks on new heads, which are said better elsewhere."""
     if importlib.util.find_spec("transformers") is None:  # whatever has save_pretrained without it
         yield

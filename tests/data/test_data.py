@@ -12,16 +12,16 @@ import torch
 
 from tutelage.data import (
     Batch,
-    InOrder,
     LoaderBatches,
     PlannedBatches,
     RankSlice,
+    SequentialBatches,
     as_batch,
     causal_batch,
     load_images,
 )
-from tutelage.data.batch import IGNORE, spans
-from tutelage.data.views import drawn, flip, shift, uniform, view_seeds
+from tutelage.data.batch import IGNORE, even_spans
+from tutelage.data.views import apply_seeded, flip, shift, uniform, view_seeds
 from tutelage.errors import ConfigError, DataError
 
 
@@ -83,7 +83,7 @@ def test_flip_and_shift_do_what_they_say() -> None:
 
 def test_drawn_restores_the_generators() -> None:
     before = torch.get_rng_state()
-    assert drawn(lambda _: torch.rand(1), None, 5).equal(drawn(lambda _: torch.rand(1), None, 5))
+    assert apply_seeded(lambda _: torch.rand(1), None, 5).equal(apply_seeded(lambda _: torch.rand(1), None, 5))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -107,7 +107,7 @@ def test_a_process_without_a_row_gets_a_stand_in_that_does_not_count() -> None:
     assert shares[0].labelled().sum() == 1
     assert shares[1].labelled().sum() == shares[1].counted().sum() == 0
     assert len(shares[1]) == 1
-    assert spans(7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert even_spans(7, 3) == [(0, 2), (2, 4), (4, 7)]
 
 
 def test_skipping_steps_gives_the_same_batches_as_going_through_them() -> None:
@@ -142,7 +142,7 @@ def test_a_shuffling_loader_repeats_its_order_and_leaves_the_global_generator_al
 def test_in_order_gives_every_row_once() -> None:
     data = load_images("digits").test
     for workers in (0, 2):
-        assert torch.equal(torch.cat([b.ids for b in InOrder(data, 50, workers=workers)]), data.ids)
+        assert torch.equal(torch.cat([b.ids for b in SequentialBatches(data, 50, workers=workers)]), data.ids)
 
 
 @pytest.mark.parametrize("given", [4, 6])
@@ -310,7 +310,7 @@ def test_mixed_views_are_functions_of_their_seed_and_have_no_label() -> None:
         assert (batch.labels == -100).all()
         assert (data.train.fetch(rows).labels >= 0).all()
         assert not torch.equal(batch.inputs, data.train.fetch(rows, seeds + 1).inputs)
-        assert not data.for_teacher.mixes
+        assert not data.for_teacher.mix_augments
         assert data.for_teacher.augments
     with pytest.raises(ConfigError, match="put mixup and cutmix last"):
         load_images("digits", augment=["mixup", "flip"])

@@ -399,7 +399,7 @@ def test_a_vocabulary_is_trimmed_to_what_is_trained_on_alone() -> None:
     whole_words = {w for w in data.tokenizer.get_vocab() if len(w) > 1 and w[0] not in "#["}
     assert held
     assert whole_words == {w for w in trained if len(w) > 1}
-    assert data.kept is not None
+    assert data.teacher_token_ids is not None
 
 
 def test_a_teacher_with_a_small_vocabulary_is_timed_on_its_own_tokens() -> None:

@@ -337,11 +337,11 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.Mo
 
 
 def test_only_our_own_drafts_are_swept_away(tmp_path: Path) -> None:
-    from tutelage.files import DRAFT
+    from tutelage.files import TEMPORARY_PREFIX
 
     (tmp_path / ".git").mkdir()
     (tmp_path / ".gitignore").touch()
-    (tmp_path / f"{DRAFT}x").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}x").mkdir()
     RunDirectory(tmp_path).sweep()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".git", ".gitignore"]
 

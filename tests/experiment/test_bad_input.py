@@ -23,7 +23,7 @@ from support import bad_input_files as broken
 from tutelage import errors
 from tutelage.cli import main
 from tutelage.config import AUGMENTS, MODELS, SOURCES
-from tutelage.data.views import CROPS, MIXES, OURS, THEIRS
+from tutelage.data.views import CROPS, MIX_AUGMENTS, TENSOR_AUGMENTS, TORCHVISION_AUGMENTS
 from tutelage.errors import (
     CapabilityError,
     CheckpointError,
@@ -610,7 +610,7 @@ def test_doctor_finds_what_would_fail(place: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_names_that_a_recipe_may_hold_are_those_that_exist() -> None:
-    assert sorted(AUGMENTS) == sorted([*OURS, *MIXES, *THEIRS, *CROPS])
+    assert sorted(AUGMENTS) == sorted([*TENSOR_AUGMENTS, *MIX_AUGMENTS, *TORCHVISION_AUGMENTS, *CROPS])
     assert sorted(ZOO) == sorted(m for m in MODELS if ":" not in m)
     assert [s for s in SOURCES if ":" not in s] == ["digits", "fashion-mnist", "imagefolder"]
 

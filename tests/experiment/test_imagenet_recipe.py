@@ -50,10 +50,10 @@ def test_hyperparameters_are_those_that_were_published() -> None:
 
 def test_students_learn_from_augmented_views_and_are_tested_on_plain_ones(overrides: list[str]) -> None:
     data = load_data(load_recipe(RECIPE, overrides), Terminal(speaks=False))
-    assert data.train.augmented
-    assert data.for_teacher.augmented
-    assert not data.validation.augmented
-    assert not data.test.augmented
+    assert data.train.is_augmented
+    assert data.for_teacher.is_augmented
+    assert not data.validation.is_augmented
+    assert not data.test.is_augmented
     rows = torch.tensor([0])
     views = [data.train.fetch(rows, torch.tensor([seed])).inputs for seed in (1, 2, 1)]
     assert not torch.equal(views[0], views[1]), "another seed must give another view"

@@ -17,7 +17,7 @@ from support import language_worlds as worlds
 from support import text_worlds
 from tutelage.config import build_recipe
 from tutelage.data import IGNORE, Batch
-from tutelage.data.tokens import cut
+from tutelage.data.tokens import tokenize
 from tutelage.experiment.continuations import continued, drawn, opening
 from tutelage.experiment.sample_predictions import PIXELS, Samples, collected, png, unseen
 from tutelage.models import ModelSpec, build
@@ -164,7 +164,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(texts: list[Any], **options: Any) -> list[Batch]:
     cutter = worlds.tokenizer()
-    tokens = cut([texts], cutter, max_length=96, learn="answers", **options)
+    tokens = tokenize([texts], cutter, max_length=96, learn="answers", **options)
     places = torch.arange(len(tokens)).numpy()
     labels = tokens.next_tokens(places)
     whole = Batch(tokens.inputs(places), labels, mask=labels != IGNORE)

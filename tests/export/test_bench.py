@@ -13,7 +13,7 @@ from torch import nn
 from support import exported
 from tutelage.cli.bench_models import bench
 from tutelage.errors import ConfigError, MissingDependencyError, RunDirectoryError
-from tutelage.export.timing import flops, interleaved, peak_memory, runner, summed
+from tutelage.export.timing import count_flops, peak_memory, prepare_runner, summarise_times, time_interleaved
 from tutelage.models import ModelSpec, build, save_model
 from tutelage.reports.bench import Point, _even, _mega, _on_log, frontier, table, write_bench
 
@@ -34,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_take_turns_in_changing_order() -> None:
     calls: list[str] = []
     cells = {(name, "eager", 1): (lambda name=name: calls.append(name)) for name in "abc"}
-    times = interleaved(cells, rounds=20)
+    times = time_interleaved(cells, rounds=20)
     rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert len(rounds) == 21  # one untimed
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
@@ -43,13 +43,13 @@ def test_all_take_turns_in_changing_order() -> None:
 
 
 def test_figures_are_those_worked_by_hand() -> None:
-    found = summed([0.001, 0.002, 0.003, 0.1], 4, [0.002, 0.004, 0.006, 0.1])
+    found = summarise_times([0.001, 0.002, 0.003, 0.1], 4, [0.002, 0.004, 0.006, 0.1])
     assert found["p50_ms"] == pytest.approx(2.5)
     assert found["p95_ms"] == pytest.approx(100)
     assert found["per_second"] == pytest.approx(1600)
     assert found["faster"] == pytest.approx(2)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(3 * 16, 5))
-    assert flops(model, ("image",), {"image": torch.zeros(1, 2, 4, 4)}) == 2 * (3 * 2 * 9 * 16) + 2 * (48 * 5)
+    assert count_flops(model, ("image",), {"image": torch.zeros(1, 2, 4, 4)}) == 2 * (3 * 2 * 9 * 16) + 2 * (48 * 5)
 
 
 def test_the_frontier_has_what_nothing_beats() -> None:
@@ -147,7 +147,7 @@ def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
     found = peak_memory("model", tmp_path / "model", ("image",), inputs, 1)
     del held
     assert weights <= found["peak"] - found["before"] < 6 * weights
-    _, path = runner("onnx", model, ("image",), inputs, (), tmp_path)
+    _, path = prepare_runner("onnx", model, ("image",), inputs, (), tmp_path)
     assert path is not None
     alone = peak_memory("onnx", path, ("image",), inputs, 1)
     assert alone["before"] < 0.6 * found["before"]  # it has no torch

@@ -112,14 +112,14 @@ def test_every_format_answers_as_the_student_on_256_rows_of_the_test_split(runs:
         assert "onnx" in str(caught.value)
         assert not (run / "export" / "hf").exists()
         return
-    made = runs.export(world, to)
+    made = runs.export_student(world, to)
     check = json.loads((made / MANIFEST).read_text())["check"]
     assert check["rows"] == 256
-    assert check["greatest"] <= 1e-4
+    assert check["max_difference"] <= 1e-4
     with exported.inside(run.parent):
         found = find(run, exported.QUIET)
         data: Any = found.data()
-    held = rows_of(data.test, 256, found.subject.task)
+    held = rows_of(data.test, 256, found.bundle.task)
     assert sum(len(next(iter(inputs.values()))) for inputs in held) == 256
     opened, model = open_export(made), load_model(run / "student")
     for inputs in (held[0], {k: v[:1] for k, v in held[1].items()}):
@@ -133,11 +133,11 @@ def test_every_format_answers_as_the_student_on_256_rows_of_the_test_split(runs:
 
 @pytest.mark.parametrize("world", list(WORLDS))
 def test_eight_bits_say_what_they_cost(runs: Runs, world: str) -> None:
-    made = runs.export(world, "int8")
+    made = runs.export_student(world, "int8")
     manifest = json.loads((made / MANIFEST).read_text())
     measured, how = manifest["measured"], manifest["how"]
     assert "tolerance" not in manifest["check"]
-    assert manifest["check"]["greatest"] > 1e-4  # it is rounded, and not a copy
+    assert manifest["check"]["max_difference"] > 1e-4  # it is rounded, and not a copy
     assert measured["export"]["n"] == measured["source"]["n"] > 200
     assert measured["export"]["accuracy"] > measured["source"]["accuracy"] - 0.1
     assert how["rounding"] == ("static" if world == "cnn" else "dynamic")
@@ -149,14 +149,14 @@ def test_eight_bits_say_what_they_cost(runs: Runs, world: str) -> None:
 def test_no_weight_of_eight_bits_is_signed(runs: Runs, world: str) -> None:
     import onnx
 
-    weights = onnx.load(runs.export(world, "int8") / "model.onnx").graph.initializer
+    weights = onnx.load(runs.export_student(world, "int8") / "model.onnx").graph.initializer
     kinds = {onnx.TensorProto.DataType.Name(w.data_type) for w in weights if len(w.dims) > 1}
     assert "UINT8" in kinds
     assert "INT8" not in kinds
 
 
 def test_a_graph_says_nothing_of_the_files_it_was_made_in(runs: Runs) -> None:
-    content = (runs.export("cnn", "onnx") / "model.onnx").read_bytes()
+    content = (runs.export_student("cnn", "onnx") / "model.onnx").read_bytes()
     assert b"site-packages" not in content
     assert str(Path(tutelage.__file__).parent).encode() not in content
 
@@ -164,12 +164,12 @@ def test_a_graph_says_nothing_of_the_files_it_was_made_in(runs: Runs) -> None:
 def test_a_difference_is_an_error_and_leaves_nothing(cnn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = formats.FORMATS["torch-export"]
 
-    def slightly_off(subject: Any, *rest: Any) -> Any:
+    def slightly_off(bundle: Any, *rest: Any) -> Any:
         other = ConvNet(classes=10, channels=1, widths=(8, 16), depth=1)
-        other.load_state_dict(subject.model.state_dict())
+        other.load_state_dict(bundle.model.state_dict())
         with torch.no_grad():
             other.head.bias[3] += 2e-4
-        return whole(type(subject)(other.eval(), *list(vars(subject).values())[1:]), *rest)
+        return whole(type(bundle)(other.eval(), *list(vars(bundle).values())[1:]), *rest)
 
     monkeypatch.setitem(formats.FORMATS, "torch-export", slightly_off)
     with pytest.raises(NumericsError, match=r"up to 0\.0002 on 256 inputs"):
@@ -204,7 +204,7 @@ def test_a_module_of_ones_own_is_exported_with_ones_own_data() -> None:
 def test_a_card_has_the_figures_of_the_run_and_invents_no_licence(runs: Runs, cnn: Path) -> None:
     import yaml
 
-    text = (runs.export("cnn", "onnx") / "README.md").read_text(encoding="utf-8")
+    text = (runs.export_student("cnn", "onnx") / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
     known = yaml.safe_load(front)
     summary = json.loads((cnn / "summary.json").read_text())
@@ -222,7 +222,7 @@ def test_a_card_has_the_figures_of_the_run_and_invents_no_licence(runs: Runs, cn
 def test_what_transformers_loads_knows_labels_and_tokenizer(runs: Runs) -> None:
     import transformers
 
-    made = runs.export("bert", "hf")
+    made = runs.export_student("bert", "hf")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(made)
     cutter = transformers.AutoTokenizer.from_pretrained(made)
     assert [model.config.id2label[i] for i in range(3)] == ["math", "net", "sound"]
@@ -240,7 +240,7 @@ def test_what_transformers_loads_knows_labels_and_tokenizer(runs: Runs) -> None:
 def test_images_are_answered_as_the_student_answers_them(
     runs: Runs, cnn: Path, to: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = str(runs.export("cnn", to))
+    made = str(runs.export_student("cnn", to))
     files, pixels = digits(cnn)
     with torch.no_grad():
         expected = load_model(cnn / "student")(pixels).softmax(-1)
@@ -271,7 +271,7 @@ def test_texts_are_answered(
 ) -> None:
     import io
 
-    made = str(runs.export("bert", to))
+    made = str(runs.export_student("bert", to))
     Path("texts.txt").write_text("a proxy for the dns packet\n\nmusic for the radio\n", encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.StringIO("the matrix of a prime\n"))
     main_(["predict", made, "-", "--file", "texts.txt", "--json"])
@@ -291,7 +291,7 @@ def test_a_graph_writes_what_the_model_writes(runs: Runs) -> None:
     said = {
         to: [
             one["text"]
-            for one in predict(runs.export("llama", to), ["What is 2 and 3?", "What is 9 and 9?"], tokens=8)
+            for one in predict(runs.export_student("llama", to), ["What is 2 and 3?", "What is 9 and 9?"], tokens=8)
         ]
         for to in ("hf", "onnx", "torch-export")
     }
@@ -363,7 +363,7 @@ def test_what_is_wrong_is_said(runs: Runs, cnn: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(DataError, match=says):
             predict(cnn, [given])
-    broken = Path(shutil.copytree(runs.export("cnn", "onnx"), "broken"))
+    broken = Path(shutil.copytree(runs.export_student("cnn", "onnx"), "broken"))
     (broken / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         open_export(broken)
@@ -381,23 +381,23 @@ def test_an_empty_text_and_no_mask_are_said(bert: Path) -> None:
 
 def test_two_texts_are_read_together_and_one_is_refused() -> None:
     from support import text_worlds
-    from tutelage.export.answers import encode
+    from tutelage.export.inference import tokenize_texts
 
     cutter = text_worlds.tokenizer()
     names = ["input_ids", "attention_mask", "token_type_ids"]
     manifest = {"inputs": names, "pairs": True, "preprocessing": {"max_length": 16}}
     opened = Export(Path(), manifest, lambda inputs: inputs["input_ids"], cutter)
-    found = encode(opened, ["a proxy\tthe router"])
+    found = tokenize_texts(opened, ["a proxy\tthe router"])
     expected = cutter("a proxy", "the router", return_tensors="pt")
     assert all(torch.equal(found[name], expected[name]) for name in names)
     with pytest.raises(DataError, match="reads two together"):
-        encode(opened, ["a proxy"])
+        tokenize_texts(opened, ["a proxy"])
 
 
 def test_a_missing_runtime_names_the_extra(runs: Runs, cnn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util as util
 
-    made = runs.export("cnn", "onnx")
+    made = runs.export_student("cnn", "onnx")
     real = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *a: None if name == "onnxruntime" else real(name, *a))
     for call in (
@@ -413,7 +413,7 @@ def test_a_program_that_would_run_code_is_refused(runs: Runs) -> None:
     import pickle
     import zipfile
 
-    made = Path(shutil.copytree(runs.export("cnn", "torch-export"), "made")) / "model.pt2"
+    made = Path(shutil.copytree(runs.export_student("cnn", "torch-export"), "made")) / "model.pt2"
     with zipfile.ZipFile(made) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
 
@@ -448,7 +448,7 @@ def test_the_command_says_what_was_checked(cnn: Path, capsys: pytest.CaptureFixt
 
 
 def test_asking_imports_nothing_that_trains(runs: Runs, cnn: Path) -> None:
-    made = runs.export("cnn", "onnx")
+    made = runs.export_student("cnn", "onnx")
     files, _ = digits(cnn, 1)
     code = (
         "import sys; from tutelage.cli.export import predict; predict(sys.argv[1], [sys.argv[2]]); "

@@ -14,7 +14,7 @@ from support import text_worlds
 from tutelage import api, cli
 from tutelage.config import load_recipe
 from tutelage.errors import ConfigError, DataError
-from tutelage.init import TASKS, first_recipe, look, recipe_text, shipped
+from tutelage.init import TASKS, describe_data, draft_recipe, list_recipes, read_recipe
 from tutelage.progress import Terminal
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_columns_are_found(tmp_path: Path, name: str, ending: str) -> None:
         from pyarrow import parquet
 
         parquet.write_table(pa.Table.from_pylist(rows), path)
-    found = look(str(path))
+    found = describe_data(str(path))
     for key, value in expected.items():
         assert getattr(found, key) == value, key
     assert found.rows == 12
@@ -126,8 +126,8 @@ def test_every_task_of_encoders_gets_a_valid_recipe(tmp_path: Path, bert: Path, 
         row = {"text": ["some", "words"], "label": ["O", "B"]}
     rows = [{**row, **({"label": "ab"[i % 2]} if task == "classes" else {})} for i in range(20)]
     path, recipe = text_worlds.table(tmp_path / "mine.jsonl", rows), tmp_path / "my.yaml"
-    found = look(str(path), task=task, label="label" if "label" in row else None)
-    recipe.write_text(first_recipe(found, teacher=str(bert)), encoding="utf-8")
+    found = describe_data(str(path), task=task, label="label" if "label" in row else None)
+    recipe.write_text(draft_recipe(found, teacher=str(bert)), encoding="utf-8")
     loaded = load_recipe(recipe)
     assert loaded.data.task == task
     assert loaded.teacher is not None
@@ -136,12 +136,12 @@ def test_every_task_of_encoders_gets_a_valid_recipe(tmp_path: Path, bert: Path, 
 
 def test_splits_that_are_there_are_used(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "pictures", count=4, splits=("train", "test"))
-    assert look(str(folder)).splits == ("train", "test")
+    assert describe_data(str(folder)).splits == ("train", "test")
     tables = tmp_path / "tables"
     tables.mkdir()
     for split in ("train", "dev"):
         text_worlds.table(tables / f"{split}.jsonl", text_worlds.sentences(12))
-    found = look(str(tables))
+    found = describe_data(str(tables))
     assert found.path == {"train": str(tables / "train.jsonl"), "validation": str(tables / "dev.jsonl")}
 
 
@@ -193,7 +193,7 @@ def test_nothing_is_asked_where_nobody_can_answer(tmp_path: Path) -> None:
 
 def test_who_sits_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(["digits", str(tmp_path / "asked.yaml"), "", "mlp"])
-    monkeypatch.setattr("tutelage.cli.start.typer.prompt", lambda *_, **__: next(answers))
+    monkeypatch.setattr("tutelage.cli.init.typer.prompt", lambda *_, **__: next(answers))
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda _: True})())
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert init() == 0
@@ -258,7 +258,7 @@ def test_conversations_need_a_teacher_with_a_chat_template(tmp_path: Path) -> No
     folder = text_worlds.encoder(tmp_path / "model", "BertLMHeadModel", is_decoder=True)
     path = text_worlds.table(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 9)
     with pytest.raises(ConfigError, match="chat template"):
-        first_recipe(look(str(path)), teacher=str(folder))
+        draft_recipe(describe_data(str(path)), teacher=str(folder))
 
 
 def test_without_a_network_a_missing_teacher_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,21 +268,21 @@ def test_without_a_network_a_missing_teacher_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr("tutelage.init.recipe_template._config", lambda named: None)
     path = text_worlds.table(tmp_path / "t.jsonl", text_worlds.sentences(30))
     with pytest.raises(ConfigError, match="no teacher on this machine"):
-        first_recipe(look(str(path)))
+        draft_recipe(describe_data(str(path)))
 
 
 def test_an_empty_label_column_is_an_error(tmp_path: Path) -> None:
     path = text_worlds.table(tmp_path / "t.jsonl", [{"text": "a b", "label": None}] * 6)
     with pytest.raises(DataError, match="is empty"):
-        look(str(path))
+        describe_data(str(path))
 
 
 def test_all_recipes_of_the_project_ship_and_each_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
-    known = shipped()
+    known = list_recipes()
     assert list(known) == sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
     for name, about in known.items():
         assert 20 < len(about) < 250, name
-        assert recipe_text(name) == (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert read_recipe(name) == (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     with pytest.raises(SystemExit) as end:
         cli.main(["recipes"])
     assert end.value.code in (0, None)
@@ -296,4 +296,4 @@ def test_a_shipped_recipe_is_written_out(tmp_path: Path) -> None:
     assert end.value.code in (0, None)
     assert load_recipe(tmp_path / "mine.yaml").method.kind == "mutual"
     with pytest.raises(ConfigError, match="did you mean 'digits'"):
-        recipe_text("digitz")
+        read_recipe("digitz")

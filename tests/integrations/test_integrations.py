@@ -149,7 +149,7 @@ def trainer_of(case: Case, out: Path, **more: Any) -> Any:
 
     from tutelage.integrations.hf import DistillationTrainer
 
-    class InOrder(DistillationTrainer):
+    class SequentialBatches(DistillationTrainer):
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -159,7 +159,7 @@ def trainer_of(case: Case, out: Path, **more: Any) -> Any:
         "learning_rate": RATE["lr"], "max_grad_norm": 0.0, "report_to": [], "use_cpu": True, "disable_tqdm": True,
         "save_strategy": "no", "seed": 0, **more.pop("args", {}),
     }  # fmt: skip
-    return InOrder(
+    return SequentialBatches(
         case.student(), case.teacher, more.pop("method", case.make_method()),
         args=TrainingArguments(str(out), **arguments), train_dataset=rows(case), data_collator=collate,
         to_batch=case.world.to_batch, optimizer_cls_and_kwargs=(torch.optim.SGD, RATE), **more,

@@ -18,7 +18,7 @@ from support.language_methods import TURNS, gradients, model, passed, total
 from tutelage import losses
 from tutelage.config import build_recipe
 from tutelage.data import IGNORE, Batch, load_texts
-from tutelage.data.spans import Measure, aligned, predicted, shared_entries, token_bytes
+from tutelage.data.alignment import TokenEnds, align_predicted, align_spans, find_shared_tokens, token_bytes
 from tutelage.errors import CapabilityError, DataError
 from tutelage.losses import CrossVocabularyTargets, LinearHead, linear_sums
 from tutelage.methods import METHODS, prepare_method
@@ -54,8 +54,8 @@ def wordy(bos: bool = False) -> Any:
 
 
 def spans(mine: Any, theirs: Any, text: Any) -> tuple[Any, Any]:
-    ends = [Measure(t)(text)[2][None] for t in (mine, theirs)]
-    return tuple(x[0] for x in aligned(*ends))  # type: ignore[return-value]
+    ends = [TokenEnds(t)(text)[2][None] for t in (mine, theirs)]
+    return tuple(x[0] for x in align_spans(*ends))  # type: ignore[return-value]
 
 
 def batch_of(tmp_path: Path, mine: Any, theirs: Any, rows: list[str] | None = None) -> Batch:
@@ -82,7 +82,7 @@ def test_spans_of_two_tokenizers_stand_for_the_same_bytes(text: Any, bos: bool) 
     found = spans(*tokenizers, text)
     said: list[dict[int, bytes]] = []
     for tokenizer, numbers in zip(tokenizers, found, strict=True):
-        known, ids = token_bytes(tokenizer), Measure(tokenizer)(text)[0]
+        known, ids = token_bytes(tokenizer), TokenEnds(tokenizer)(text)[0]
         parts: dict[int, bytes] = {}
         for i, number in zip(ids, numbers, strict=True):
             if number >= 0:
@@ -116,10 +116,10 @@ def test_normalisation_and_dropped_spaces_leave_words_aligned() -> None:
     bert = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", sep_token="[SEP]", pad_token="[SEP]")
     cutter = worlds.tokenizer()
     mine, theirs = spans(cutter, bert, ODD)
-    ids = Measure(cutter)(ODD)[0]
+    ids = TokenEnds(cutter)(ODD)[0]
     parts = [cutter.decode([ids[i] for i in np.flatnonzero(mine == n)]) for n in range(mine.max() + 1)]
     assert parts[:5] == ["Ann", " 😀", " naïve", "  café", "\n\nhas"]
-    own, other = shared_entries(cutter, bert)
+    own, other = find_shared_tokens(cutter, bert)
     pairs = {(cutter.decode(int(a)), bert.convert_ids_to_tokens(int(b))) for a, b in zip(own, other, strict=True)}
     assert {(" has", "has"), ("s", "##s"), (",", ",")} <= pairs
     assert len(theirs) == int((theirs >= 0).sum())
@@ -220,14 +220,14 @@ def test_with_equal_tokenizers_it_is_the_token_method_in_value_and_gradient(
     assert plain.spans is None
     inputs = plain.inputs
     measured = [
-        Measure(cutter)(cutter.decode(row[m.bool()][:-1]))[2]
+        TokenEnds(cutter)(cutter.decode(row[m.bool()][:-1]))[2]
         for row, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]  # type: ignore[index, call-overload]
     ends = np.full(plain.labels.shape, -1)
     for row, mine in zip(ends, measured, strict=True):
         row[: len(mine)] = mine
     cross = replace(plain, teacher_inputs=inputs, teacher_labels=plain.labels,
-                    spans=predicted(ends, ends, plain.labels, plain.labels))  # fmt: skip
+                    spans=align_predicted(ends, ends, plain.labels, plain.labels))  # fmt: skip
     found = []
     for kind, batch in (("token", plain), ("cross-tokenizer", cross)):
         more = {"tokenizers": (cutter, cutter)} if kind != "token" else {}
@@ -251,7 +251,7 @@ def test_chains_are_compared_by_the_products_of_their_probabilities(tmp_path: Pa
     method = METHODS["cross-tokenizer"](alpha=1.0, hard=0.0, tokenizers=(mine, theirs))
     method = prepare_method(method, student, teacher, batch, seed=0)
     found = passed(student, method, batch, LiveTeacher(teacher).signal(batch, method.needs))["soft"]
-    own, other = shared_entries(mine, theirs)
+    own, other = find_shared_tokens(mine, theirs)
     there = dict(zip(own.tolist(), other.tolist(), strict=True))
     with torch.no_grad():
         q = student(**batch.inputs).logits.log_softmax(-1)

@@ -17,14 +17,14 @@ from support.language_methods import TURNS, causal, gradients, model, recipe, to
 from tutelage import losses
 from tutelage.config import build_recipe, load_recipe
 from tutelage.data import IGNORE, load_texts
-from tutelage.data.chat import encoded
-from tutelage.data.tokens import cut
+from tutelage.data.chat import encode_learned
+from tutelage.data.tokens import tokenize
 from tutelage.engine.gradient_checkpointing import recompute
 from tutelage.errors import CacheError, CapabilityError, DataError
 from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, prepare_method
 from tutelage.methods.token import check_apart
-from tutelage.models.texts import _whole as whole_of
+from tutelage.models.pretrained import _strip_gguf as whole_of
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 from tutelage.teachers.signal import Signal, Sparse
@@ -46,7 +46,7 @@ __all__ = ["recipe"]
 @pytest.mark.parametrize("family", sorted(MARKED))
 def test_the_answers_are_those_that_a_person_marks(family: str) -> None:
     cutter = worlds.tokenizer(family)
-    ids, learned = encoded(TURNS, cutter)
+    ids, learned = encode_learned(TURNS, cutter)
     assert cutter.decode(ids) == MARKED[family].replace("{", "").replace("}", "")
     shown, inside = "", False
     for token, counts in zip(ids, learned, strict=True):
@@ -61,7 +61,7 @@ def test_a_template_that_marks_its_answers_itself_is_believed() -> None:
         "{% for m in messages %}{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    ids, learned = encoded(TURNS, cutter)
+    ids, learned = encode_learned(TURNS, cutter)
     answers = [token for token, counts in zip(ids, learned, strict=True) if counts]
     assert cutter.decode(answers) == "Hello!It is 3."
 
@@ -70,14 +70,14 @@ def test_a_template_that_rewrites_what_was_said_before_is_refused() -> None:
     cutter = worlds.tokenizer(None)
     cutter.chat_template = "{{ messages|length }}: {% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match=r"(?s)renders the beginning of a conversation otherwise.*generation"):
-        encoded(TURNS, cutter)
-    ids, learned = encoded(TURNS, cutter, "all")
+        encode_learned(TURNS, cutter)
+    ids, learned = encode_learned(TURNS, cutter, "all")
     assert all(learned)
     assert cutter.decode(ids) == "4: Hi  thereHello!1 and 2?It is 3."
 
 
 def test_a_text_is_learned_whole_and_to_its_end(cutter: Any) -> None:
-    ids, learned = encoded("Ann has 3", cutter)
+    ids, learned = encode_learned("Ann has 3", cutter)
     assert cutter.decode(ids) == "Ann has 3<|im_end|>"
     assert all(learned)
 
@@ -104,8 +104,8 @@ def test_a_prompt_longer_than_a_row_leaves_nothing_to_learn_and_harms_nothing(cu
 
 
 def test_two_columns_are_a_prompt_and_its_answer(cutter: Any) -> None:
-    tokens = cut([["1 and 2?"], ["It is 3."]], cutter, max_length=64, learn="answers")
-    ids, _ = encoded(TURNS[2:], cutter)
+    tokens = tokenize([["1 and 2?"], ["It is 3."]], cutter, max_length=64, learn="answers")
+    ids, _ = encode_learned(TURNS[2:], cutter)
     assert tokens.ids.tolist() == ids
 
 
@@ -118,12 +118,12 @@ def test_two_columns_are_a_prompt_and_its_answer(cutter: Any) -> None:
 )
 def test_what_is_no_conversation_is_refused(cutter: Any, value: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        cut([[value]], cutter, max_length=64, learn="answers")
+        tokenize([[value]], cutter, max_length=64, learn="answers")
 
 
 def test_conversations_need_a_chat_template() -> None:
     with pytest.raises(DataError, match="no chat template"):
-        encoded(TURNS, worlds.tokenizer(None))
+        encode_learned(TURNS, worlds.tokenizer(None))
 
 
 def test_the_gradient_is_the_same_for_any_packing_padding_and_splitting(cutter: Any, folder: Path) -> None:
@@ -150,7 +150,7 @@ def test_the_gradient_is_the_same_for_any_packing_padding_and_splitting(cutter: 
 
 def test_packing_keeps_every_text_whole_and_wastes_little(cutter: Any) -> None:
     rows = worlds.texts(60)
-    tokens = cut([rows], cutter, max_length=100, pack=True, learn="answers")
+    tokens = tokenize([rows], cutter, max_length=100, pack=True, learn="answers")
     assert tokens.segments is not None
     assert int(tokens.lengths.max()) <= 100
     assert int(tokens.lengths.sum()) / (100 * len(tokens)) > 0.85
@@ -163,9 +163,9 @@ def test_packing_keeps_every_text_whole_and_wastes_little(cutter: Any) -> None:
 
 def test_a_text_longer_than_a_row_is_cut_into_pieces_where_rows_are_packed(cutter: Any) -> None:
     (text,) = [" ".join(worlds.texts(20))]
-    tokens = cut([[text]], cutter, max_length=50, pack=True, learn="answers")
+    tokens = tokenize([[text]], cutter, max_length=50, pack=True, learn="answers")
     assert cutter.decode([t for row in range(len(tokens)) for t in tokens.row(tokens.ids, row)][:-1]) == text
-    assert len(cut([[text]], cutter, max_length=50, learn="answers").ids) == 50
+    assert len(tokenize([[text]], cutter, max_length=50, learn="answers").ids) == 50
 
 
 def test_a_model_in_which_packed_texts_see_each_other_is_refused(cutter: Any, folder: Path) -> None:
@@ -290,7 +290,7 @@ def test_texts_of_a_column_load_with_ids_and_no_labels(tmp_path: Path, cutter: A
     assert len(data.train) + len(data.validation) + len(data.test) == 30
     batch = data.train.fetch(torch.arange(3))
     assert batch.labels.shape == batch.inputs["input_ids"].shape  # type: ignore[index, call-overload]
-    assert data.made_from()["learn"] == "answers"
+    assert data.provenance()["learn"] == "answers"
 
 
 ROOT = Path(__file__).parents[2]

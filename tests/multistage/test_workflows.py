@@ -17,7 +17,7 @@ import torch
 
 from tutelage import api
 from tutelage.config import build_recipe
-from tutelage.data import ImageData, InOrder
+from tutelage.data import ImageData, SequentialBatches
 from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate
 from tutelage.experiment.run import build_model, load_data, model_spec
@@ -97,7 +97,7 @@ def test_the_ensemble_is_the_mean_of_the_generations_probabilities(generations: 
     for model, folder in zip(models, folders, strict=True):
         load_weights(model.eval(), folder)
     right = total = 0
-    for batch in InOrder(data.test):
+    for batch in SequentialBatches(data.test):
         with torch.no_grad():
             mean = torch.stack([model(batch.inputs).softmax(-1) for model in models]).mean(0)
         right, total = right + int((mean.argmax(-1) == batch.labels).sum()), total + len(batch.labels)
@@ -113,7 +113,7 @@ def test_the_student_is_the_last_generation_that_validation_prefers(generations:
     data = load_data(asked, silent())
     model = build_model(asked.student, model_spec(asked.student, data), data, 0)
     load_weights(model, generations / "student")
-    found = evaluate(model, InOrder(data.test), torch.device("cpu"))["accuracy"]
+    found = evaluate(model, SequentialBatches(data.test), torch.device("cpu"))["accuracy"]
     assert found == last["best"]["accuracy"]["values"][chosen_seed]
 
 

@@ -17,7 +17,7 @@ from tutelage.engine.rundir import RunDirectory
 
 from support.fake_runs import CLASSES, CONFIG, make_run, make_summary
 from tutelage.errors import RunDirectoryError
-from tutelage.files import DRAFT
+from tutelage.files import TEMPORARY_PREFIX
 from tutelage.reports import write_report
 from tutelage.reports.page import as_json
 from tutelage.reports.panel import plot_text, thinned
@@ -176,7 +176,7 @@ def test_a_page_that_a_kill_leaves_half_written_is_known_for_a_draft(tmp_path, m
     drafts = []
     monkeypatch.setattr(os, "replace", lambda draft, path: drafts.append(Path(draft)))
     write_report([run], run / "report.html")
-    assert [draft.name.startswith(DRAFT) for draft in drafts] == [True]
+    assert [draft.name.startswith(TEMPORARY_PREFIX) for draft in drafts] == [True]
     RunDirectory(run).sweep()
     assert not drafts[0].exists()
 

@@ -18,7 +18,7 @@ from support import language_worlds as worlds
 from support import served_worlds
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import IGNORE, Batch, PlannedBatches
-from tutelage.data.tokens import cut
+from tutelage.data.tokens import tokenize
 from tutelage.engine import Accelerator, RunDirectory, Training, fit, leave, make_accelerator
 from tutelage.engine.checkpoint import full_model_state
 from tutelage.losses import kd
@@ -48,7 +48,7 @@ class Rows:
         self.labels[::3] = -100
         self.ids = torch.arange(ROWS)
 
-    augmented = False
+    is_augmented = False
 
     def __len__(self) -> int:
         return ROWS
@@ -87,11 +87,11 @@ class WithProjector(Method):
 class Sentences:
     """13 texts of several lengths and of as many kinds of tokens; all of them make up each step, packed or not."""
 
-    augmented = False
+    is_augmented = False
 
     def __init__(self, pack: bool) -> None:
         rows = [f"{'Well. ' * (i % 4)}{text}" for i, text in enumerate(worlds.texts(13))]
-        self.tokens = cut([rows], worlds.tokenizer(), max_length=128, learn="answers", pack=pack)
+        self.tokens = tokenize([rows], worlds.tokenizer(), max_length=128, learn="answers", pack=pack)
         self.ids = torch.arange(len(self.tokens))
 
     def __len__(self) -> int:

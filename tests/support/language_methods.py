@@ -13,7 +13,7 @@ import torch
 import tutelage
 from support import language_worlds as worlds
 from tutelage.data import IGNORE, Batch
-from tutelage.data.tokens import cut
+from tutelage.data.tokens import tokenize
 from tutelage.methods import DistillationModule, Method, OnPolicyMethod, Term, prepare_method
 from tutelage.models import ModelSpec, build
 from tutelage.teachers import LiveTeacher
@@ -36,7 +36,7 @@ def model(folder: Path, layers: int | None = None) -> Any:
 
 def causal(cutter: Any, rows: list[Any], **options: Any) -> tuple[Any, Batch]:
     """Tokens, and a batch of all rows."""
-    tokens = cut([rows], cutter, max_length=options.pop("max_length", 64), learn="answers", **options)
+    tokens = tokenize([rows], cutter, max_length=options.pop("max_length", 64), learn="answers", **options)
     places = torch.arange(len(tokens)).numpy()
     labels = tokens.next_tokens(places)
     return tokens, Batch(tokens.inputs(places), labels, mask=labels != IGNORE)

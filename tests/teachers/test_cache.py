@@ -20,7 +20,7 @@ from support.cache_cases import FROM, KILLED, network, some
 from tutelage import api, losses
 from tutelage.cli import main
 from tutelage.config import build_recipe
-from tutelage.data import Batch, InOrder, PlannedBatches, RankSlice, load_images
+from tutelage.data import Batch, PlannedBatches, RankSlice, SequentialBatches, load_images
 from tutelage.errors import CacheError, CapabilityError, ConfigError, NumericsError
 from tutelage.models.small import ConvNet
 from tutelage.progress import Terminal
@@ -77,7 +77,7 @@ def test_views_are_kept_apart_and_are_the_live_teachers(tmp_path: Path) -> None:
     live, layout = LiveTeacher(network()), Layout("dense", 10, "fp32")
     with CachedTeacher(tmp_path / "c", layout, FROM, live) as cache:
         for view in range(3):
-            for batch in InOrder(data.train, batch_size=25, view=view):
+            for batch in SequentialBatches(data.train, batch_size=25, view=view):
                 cache.fill(batch)
     cache = CachedTeacher(tmp_path / "c", layout, FROM)
     assert len(cache.reader) == 180

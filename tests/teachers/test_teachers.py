@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from support.worlds import unsettled
-from tutelage.data import Batch, InOrder, load_images
+from tutelage.data import Batch, SequentialBatches, load_images
 from tutelage.errors import CapabilityError
 from tutelage.methods import DistillationModule, LogitMethod, check_capabilities
 from tutelage.taps import Needs
@@ -57,7 +57,7 @@ def test_no_gradient_and_out_of_the_student_s_reach() -> None:
 def test_memory_gives_the_live_logits_by_sample_whatever_the_order() -> None:
     data = load_images("digits", limit=100)
     live = LiveTeacher(unsettled())
-    memory = MemoryTeacher(live, InOrder(data.train, 32))
+    memory = MemoryTeacher(live, SequentialBatches(data.train, 32))
     rows = torch.randperm(100)[:40]
     shuffled = data.train.fetch(rows)
     torch.testing.assert_close(memory.signal(shuffled, Needs()).dense(), live.signal(shuffled, Needs()).dense())
@@ -65,7 +65,7 @@ def test_memory_gives_the_live_logits_by_sample_whatever_the_order() -> None:
 
 def test_memory_refuses_other_samples_other_views_and_other_needs() -> None:
     data = load_images("digits", limit=50, augment=["flip"])
-    memory = MemoryTeacher(LiveTeacher(unsettled()), InOrder(data.train))
+    memory = MemoryTeacher(LiveTeacher(unsettled()), SequentialBatches(data.train))
     with pytest.raises(CapabilityError, match="nothing is remembered"):
         memory.signal(data.test.fetch(torch.arange(4)), Needs())
     with pytest.raises(CapabilityError, match="another view"):
@@ -87,7 +87,7 @@ def test_memory_refuses_an_id_that_stands_for_two_samples() -> None:
 def test_hidden_states_are_remembered_row_by_row() -> None:
     data = load_images("digits", limit=50)
     live, needs = LiveTeacher(unsettled()), Needs(hidden=("stages.0", "head:input"))
-    memory = MemoryTeacher(live, InOrder(data.train, batch_size=7), needs=needs)
+    memory = MemoryTeacher(live, SequentialBatches(data.train, batch_size=7), needs=needs)
     rows = torch.tensor([31, 4, 18])
     batch = data.train.fetch(rows)
     said, expected = memory.signal(batch, needs), live.signal(batch, needs)

@@ -24,19 +24,19 @@ from tutelage.experiment.export_student import CALIBRATION
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.run import facts_of, model_spec, teacher_member
 from tutelage.experiment.run_artifacts import SavedModel, find, one_side, rows_of, whole_test
-from tutelage.export.check import drawn
-from tutelage.export.formats import convolves
-from tutelage.export.runtimes import AsModule, Run, input_names
-from tutelage.export.subject import Inputs, as_inputs
+from tutelage.export.bundle import Inputs, named_inputs
+from tutelage.export.check import random_inputs
+from tutelage.export.formats import has_convolutions
+from tutelage.export.runtimes import Run, RuntimeModule, input_names
 from tutelage.export.timing import (
     COLUMNS,
     Cell,
-    attempted,
-    flops,
-    interleaved,
+    count_flops,
     peak_memory,
-    runner,
-    summed,
+    prepare_runner,
+    summarise_times,
+    time_interleaved,
+    try_call,
 )
 from tutelage.files import write_text
 from tutelage.models import ModelSpec, build, load_weights, save_model
@@ -47,7 +47,7 @@ BATCHES, ROUNDS = (1, 8, 32), 20
 
 
 @dataclass
-class Contestant:
+class BenchModel:
     """A model that is measured.
 
     Attributes:
@@ -78,7 +78,7 @@ class Contestant:
     def inputs(self, count: int) -> Inputs:
         """A batch of so many rows; real ones where there are any."""
         if self.data is None:
-            batch = drawn(self.task, self.preprocessing, self.names, self.vocabulary, 16)[0]
+            batch = random_inputs(self.task, self.preprocessing, self.names, self.vocabulary, 16)[0]
             times = -(-count // len(batch[self.names[0]]))
             return {name: torch.cat([batch[name]] * times)[:count] for name in self.names}
         order = torch.randperm(len(self.data.test), generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ class Contestant:
 
     def _named(self, batch: Batch) -> Inputs:
         shown = batch.for_teacher() if self.reads == "teacher" else batch
-        given = as_inputs(shown.inputs)
+        given = named_inputs(shown.inputs)
         return one_side(given) if self.task == "embedding" else given
 
 
@@ -120,7 +120,7 @@ def bench(
     """
     terminal = terminal or Terminal()
     _check(sources, batch_sizes, rounds, columns)
-    found, place = contestants(sources, terminal)
+    found, place = load_bench_models(sources, terminal)
     threads = torch.get_num_threads()
     metric = next((m for m in (place.get("metric"),) if m), "accuracy")
     with ExitStack() as stack:
@@ -130,7 +130,7 @@ def bench(
         for c in found:
             for column in columns:
                 terminal.say(f"preparing {c.name}, {column}")
-                made, why = attempted(partial(_ready, c, column, folders[c.name], batch_sizes))
+                made, why = try_call(partial(_ready, c, column, folders[c.name], batch_sizes))
                 if why is None:
                     runs[c.name, column] = made
                 else:
@@ -144,7 +144,7 @@ def bench(
             for column in columns
             if (c.name, column) in runs
         }
-        times = interleaved(cells, rounds)
+        times = time_interleaved(cells, rounds)
         rows = [
             _row(c, columns, batch_sizes, runs, failed, times, found[0], folders[c.name], metric, quality, memory,
                  threads)
@@ -185,9 +185,9 @@ def _check(sources: Sequence[Any], sizes: Sequence[int], rounds: int, columns: S
 # Who is measured ---------------------------------------------------------------------------------------
 
 
-def contestants(sources: Sequence[str | Path], terminal: Terminal) -> tuple[list[Contestant], dict[str, Any]]:
+def load_bench_models(sources: Sequence[str | Path], terminal: Terminal) -> tuple[list[BenchModel], dict[str, Any]]:
     """The models, teachers first; and the first run's folder and metric, where there is a run."""
-    found: list[Contestant] = []
+    found: list[BenchModel] = []
     place: dict[str, Any] = {}
     for source in sources:
         if not Path(source).exists() and (":" in str(source) or "/" not in str(source)):
@@ -208,13 +208,13 @@ def contestants(sources: Sequence[str | Path], terminal: Terminal) -> tuple[list
     return sorted(found, key=lambda c: c.role != "teacher"), place
 
 
-def _student(of: SavedModel, data: Data | None, name: str) -> Contestant:
-    subject = of.subject
-    names = input_names(subject.model, subject.task, subject.tokenizer)
-    card = {"task": subject.task, "classes": subject.classes} if hasattr(subject.model, "config") else None
-    return Contestant(
-        name, "student" if of.is_student else "other", subject.model, subject.task, names, data,
-        subject.preprocessing, len(subject.tokenizer) if subject.tokenizer is not None else 0,
+def _student(of: SavedModel, data: Data | None, name: str) -> BenchModel:
+    bundle = of.bundle
+    names = input_names(bundle.model, bundle.task, bundle.tokenizer)
+    card = {"task": bundle.task, "classes": bundle.classes} if hasattr(bundle.model, "config") else None
+    return BenchModel(
+        name, "student" if of.is_student else "other", bundle.model, bundle.task, names, data,
+        bundle.preprocessing, len(bundle.tokenizer) if bundle.tokenizer is not None else 0,
         card if card is not None else json.loads((of.folder / "model.json").read_text(encoding="utf-8")),
         _quality(of),
     )  # fmt: skip
@@ -232,7 +232,7 @@ def _quality(of: SavedModel) -> float | None:
     return None if result is None else result["best"].get(metric)
 
 
-def _teacher(of: SavedModel, data: Data | None, name: str) -> Contestant | None:
+def _teacher(of: SavedModel, data: Data | None, name: str) -> BenchModel | None:
     """The teacher of a run, where it is one model that runs here."""
     recipe, run = of.recipe, of.run
     if recipe is None or run is None or data is None or recipe.teacher is None:
@@ -245,18 +245,18 @@ def _teacher(of: SavedModel, data: Data | None, name: str) -> Contestant | None:
     if (run / "models" / "teacher").is_dir():
         load_weights(model, run / "models" / "teacher")
     spec = model_spec(recipe.teacher.each[0], data)
-    subject = of.subject
+    bundle = of.bundle
     metric = str(of.summary.get("metric", "accuracy"))
     value = (of.summary.get("teacher") or {}).get(metric)
-    return Contestant(
-        name, "teacher", model.cpu().eval(), subject.task,
-        input_names(model, subject.task, subject.tokenizer), data, subject.preprocessing,
-        len(subject.tokenizer) if subject.tokenizer is not None else 0,
+    return BenchModel(
+        name, "teacher", model.cpu().eval(), bundle.task,
+        input_names(model, bundle.task, bundle.tokenizer), data, bundle.preprocessing,
+        len(bundle.tokenizer) if bundle.tokenizer is not None else 0,
         {"spec": spec.to_dict(), **facts_of(data)}, value, reads="teacher",
     )  # fmt: skip
 
 
-def _named(name: str, before: Sequence[Contestant]) -> Contestant:
+def _named(name: str, before: Sequence[BenchModel]) -> BenchModel:
     """A model as recipes name it, untrained; for the images of the run before it, where there is one."""
     first = next((c for c in before if c.task == "images" and c.data is not None), None)
     texts = next((c for c in before if c.task != "images"), None)
@@ -276,31 +276,31 @@ def _named(name: str, before: Sequence[Contestant]) -> Contestant:
     if getattr(model, "main_input_name", "") == "input_ids":
         raise ModelError(f"{name} is a model of texts", remedy="give a folder with it and its tokenizer")
     data = None if first is None else first.data
-    return Contestant(name, "other", model, "images", ("image",), data, facts, card={"spec": spec.to_dict()})
+    return BenchModel(name, "other", model, "images", ("image",), data, facts, card={"spec": spec.to_dict()})
 
 
 # One of them -------------------------------------------------------------------------------------------
 
 
-def _ready(c: Contestant, column: str, folder: Path, sizes: Sequence[int]) -> tuple[Run, Path | None]:
+def _ready(c: BenchModel, column: str, folder: Path, sizes: Sequence[int]) -> tuple[Run, Path | None]:
     """A way to run a model, once it has run each batch size: what is compiled is compiled."""
     calibration: list[Inputs] = []
-    if column == "int8" and convolves(c.model) and c.data is not None:
+    if column == "int8" and has_convolutions(c.model) and c.data is not None:
         calibration = rows_of(c.data.validation, CALIBRATION, c.task)
-    run, path = runner(column, c.model, c.names, c.inputs(3), calibration, folder)
+    run, path = prepare_runner(column, c.model, c.names, c.inputs(3), calibration, folder)
     for size in sizes:
         run(c.inputs(size))
     return run, path
 
 
 def _row(
-    c: Contestant,
+    c: BenchModel,
     columns: Sequence[str],
     sizes: Sequence[int],
     runs: Mapping[tuple[str, str], tuple[Run, Path | None]],
     failed: Mapping[tuple[str, str], str],
     times: Mapping[Cell, list[float]],
-    base: Contestant,
+    base: BenchModel,
     folder: Path,
     metric: str,
     quality: bool,
@@ -309,7 +309,7 @@ def _row(
 ) -> dict[str, Any]:
     """Everything that is known of one model."""
     saved, size = _saved(c, folder)
-    count, why = attempted(partial(flops, c.model, c.names, c.inputs(1)))
+    count, why = try_call(partial(count_flops, c.model, c.names, c.inputs(1)))
     ways: dict[str, Any] = {}
     for column in columns:
         if (c.name, column) in failed:
@@ -320,7 +320,7 @@ def _row(
             "bytes": size if path is None else path.stat().st_size,
             "quality": c.quality,
             "batches": {
-                str(rows): summed(times[c.name, column, rows], rows, times.get((base.name, "eager", rows)))
+                str(rows): summarise_times(times[c.name, column, rows], rows, times.get((base.name, "eager", rows)))
                 for rows in sizes
             },
         }
@@ -329,7 +329,7 @@ def _row(
         if memory and column != "compiled" and (path is not None or saved is not None):
             kind, file = ("onnx", path) if path is not None else ("model", saved)
             assert file is not None
-            peak, reason = attempted(partial(peak_memory, kind, file, c.names, c.inputs(max(sizes)), threads))
+            peak, reason = try_call(partial(peak_memory, kind, file, c.names, c.inputs(max(sizes)), threads))
             way["memory"] = peak if reason is None else {"failed": reason}
         ways[column] = way
     return {
@@ -344,7 +344,7 @@ def _row(
     }
 
 
-def _saved(c: Contestant, folder: Path) -> tuple[Path | None, int]:
+def _saved(c: BenchModel, folder: Path) -> tuple[Path | None, int]:
     """A folder that holds the model, where a process of its own can load it from, and the bytes of its weights."""
     if c.card is None:
         return None, sum(p.numel() * p.element_size() for p in c.model.parameters())
@@ -356,7 +356,7 @@ def _saved(c: Contestant, folder: Path) -> tuple[Path | None, int]:
     return saved, sum(p.stat().st_size for p in saved.glob("*.safetensors"))
 
 
-def _rounded_quality(c: Contestant, run: Run, metric: str) -> float | None:
+def _rounded_quality(c: BenchModel, run: Run, metric: str) -> float | None:
     """Of a rounded model on the test split, read once; ``None`` where nothing says what is right."""
     if (
         c.data is None
@@ -365,7 +365,7 @@ def _rounded_quality(c: Contestant, run: Run, metric: str) -> float | None:
     ):
         return None
     try:
-        return evaluate(AsModule(run, c.names), whole_test(c.data), torch.device("cpu")).get(metric)
+        return evaluate(RuntimeModule(run, c.names), whole_test(c.data), torch.device("cpu")).get(metric)
     except (TutelageError, RuntimeError):
         return None
 

@@ -35,9 +35,9 @@ def export(
     made = export_student(source, to, out=out, data=data)
     check = made.manifest["check"]
     if "tolerance" in check:
-        said = f"differs from the student by at most {check['greatest']:.2g} (allowed {check['tolerance']:g})"
+        said = f"differs from the student by at most {check['max_difference']:.2g} (allowed {check['tolerance']:g})"
     else:
-        said = f"{check['alike']:.2%} like the student"
+        said = f"{check['agreement']:.2%} like the student"
     say(f"export: {made.path}, {made.manifest['bytes']:,} bytes")
     say(f"check:  {said} on {check['rows']} inputs, {check['inputs']}")
     measured = made.manifest.get("measured")
@@ -69,10 +69,10 @@ def predict(
 ) -> None:  # fmt: skip
     """Ask an exported model about images or texts."""
     given = list(_inputs(inputs or [], file))
-    from tutelage.export.answers import predictions
+    from tutelage.export.inference import iter_predictions
     from tutelage.export.runtimes import open_export
 
-    for found in predictions(open_export(source), given, top=top, tokens=tokens):
+    for found in iter_predictions(open_export(source), given, top=top, tokens=tokens):
         say(json.dumps(found, ensure_ascii=False) if as_json else _said(found))
 
 

@@ -12,7 +12,7 @@ from tutelage.cli.base import say
 from tutelage.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tutelage.init import Found
+    from tutelage.init import DataDescription
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the file where it is there already.")]
 
@@ -52,7 +52,7 @@ def init(
     force: Force = False,
 ) -> None:  # fmt: skip
     """Write a commented recipe for your data; asks what is not said where there is somebody to ask."""
-    from tutelage.init import first_recipe, look
+    from tutelage.init import describe_data, draft_recipe
 
     asks = sys.stdin.isatty() and sys.stdout.isatty()
     if data is None:
@@ -65,11 +65,11 @@ def init(
     if asks and out is None:
         target = Path(typer.prompt("Recipe to write", default=str(target)))
     _free(target, force)
-    found = look(data, task=task, text=text, label=label)
+    found = describe_data(data, task=task, text=text, label=label)
     say(f"found:  {found.words()}")
     if asks:
         teacher, student = _asked(found, teacher, student)
-    _write(target, first_recipe(found, teacher=teacher, student=student, checkpoint=checkpoint))
+    _write(target, draft_recipe(found, teacher=teacher, student=student, checkpoint=checkpoint))
     say(f"recipe: {target}\nnext:   tutelage run {target}")
 
 
@@ -81,17 +81,17 @@ def recipes(
     force: Force = False,
 ) -> None:
     """List the recipes that ship, or print one."""
-    from tutelage.init import recipe_text, shipped
+    from tutelage.init import list_recipes, read_recipe
 
     if name is None:
         if out is not None:
             raise ConfigError("--out is for one recipe", remedy="name it: tutelage recipes digits --out my.yaml")
-        known = shipped()
+        known = list_recipes()
         width = max(map(len, known))
         for each, about in known.items():
             say(f"{each:<{width}}  {about}")
         return
-    text = recipe_text(name)
+    text = read_recipe(name)
     if out is None:
         sys.stdout.write(text)
         return
@@ -100,7 +100,7 @@ def recipes(
     say(f"recipe: {out}")
 
 
-def _asked(found: Found, teacher: str | None, student: str | None) -> tuple[str | None, str | None]:
+def _asked(found: DataDescription, teacher: str | None, student: str | None) -> tuple[str | None, str | None]:
     """Teacher and student, asked for where they are not given; an empty answer leaves the choice to us."""
     hint = "a name such as timm:resnet50, or a folder" if found.task == "images" else "hf:ID, or a folder"
     if teacher is None:

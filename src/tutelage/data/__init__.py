@@ -1,8 +1,8 @@
 """Data: batches with stable sample ids, and views that can be drawn again."""
 
-from tutelage.data.batch import IGNORE, Batch, WithIds, as_batch, causal_batch
+from tutelage.data.batch import IGNORE, Batch, IndexedDataset, as_batch, causal_batch
 from tutelage.data.images import ImageData, ImageSet, load_images
-from tutelage.data.loader import Batches, InOrder, LoaderBatches, PlannedBatches, RankSlice, Rows
+from tutelage.data.loader import Batches, LoaderBatches, PlannedBatches, RankSlice, Rows, SequentialBatches
 from tutelage.data.texts import TextData, TextSet, load_texts, read_texts
 from tutelage.data.views import view_seeds
 
@@ -16,14 +16,14 @@ __all__ = [
     "Data",
     "ImageData",
     "ImageSet",
-    "InOrder",
+    "IndexedDataset",
     "LoaderBatches",
     "PlannedBatches",
     "RankSlice",
     "Rows",
+    "SequentialBatches",
     "TextData",
     "TextSet",
-    "WithIds",
     "as_batch",
     "causal_batch",
     "load_images",

@@ -119,7 +119,7 @@ class Batch:
 
     def split(self, parts: int) -> list[Batch]:
         """``parts`` batches of consecutive rows whose sizes differ by at most one."""
-        return [self.rows(start, stop) for start, stop in spans(len(self), parts)]
+        return [self.rows(start, stop) for start, stop in even_spans(len(self), parts)]
 
     def labelled(self) -> Tensor:
         """Positions that have a label and count, as booleans in the shape of ``labels``."""
@@ -146,7 +146,7 @@ class Batch:
         return self
 
 
-def spans(length: int, parts: int) -> list[tuple[int, int]]:
+def even_spans(length: int, parts: int) -> list[tuple[int, int]]:
     """Cut ``range(length)`` into ``parts`` consecutive spans whose sizes differ by at most one."""
     bounds = [length * i // parts for i in range(parts + 1)]
     return list(pairwise(bounds))
@@ -155,10 +155,10 @@ def spans(length: int, parts: int) -> list[tuple[int, int]]:
 def as_batch(raw: Any) -> Batch:
     """A :class:`Batch` from what common loaders yield.
 
-    Accepts a :class:`Batch`, a pair ``(inputs, labels)``, the same with sample ids as a third (:class:`WithIds`), or
-    a mapping of keyword arguments with a key ``labels`` (Hugging Face). Labels must stand at the positions of the
-    logits they belong to; for a causal language model, whose labels Hugging Face shifts inside the model, use
-    :func:`causal_batch`.
+    Accepts a :class:`Batch`, a pair ``(inputs, labels)``, a triple ``(inputs, labels, sample ids)``
+    (:class:`IndexedDataset`), or a mapping of keyword arguments with a key ``labels`` (Hugging Face). Labels must
+    stand at the positions of the logits they belong to. Hugging Face models shift the labels of a causal language
+    model themselves; use :func:`causal_batch` for these.
 
     Raises:
         DataError: another structure, or token labels that are the inputs themselves (not yet shifted).
@@ -203,7 +203,7 @@ def as_batch(raw: Any) -> Batch:
     )
 
 
-class WithIds(torch.utils.data.Dataset[tuple[Any, ...]]):
+class IndexedDataset(torch.utils.data.Dataset[tuple[Any, ...]]):
     """The pairs of another data set, each with its place as a third: a sample id, which a cache and CRD need.
 
     Args:

@@ -42,7 +42,9 @@ def as_conversation(values: Sequence[Any]) -> str | Conversation:
     return [dict(message) for message in value]
 
 
-def encoded(text: str | Conversation, tokenizer: Any, learn: Learn = "answers") -> tuple[list[int], list[bool]]:
+def encode_learned(
+    text: str | Conversation, tokenizer: Any, learn: Learn = "answers"
+) -> tuple[list[int], list[bool]]:
     """Token ids, and for each whether it is to be learned.
 
     A text is learned whole, with the end-of-sequence token behind it. Of a conversation, in the tokenizer's chat
@@ -71,16 +73,16 @@ def encoded(text: str | Conversation, tokenizer: Any, learn: Learn = "answers") 
         )
         ids = list(said["input_ids"])
         return ids, [bool(x) for x in said["assistant_masks"]] if learn == "answers" else [True] * len(ids)
-    whole = rendered(text, tokenizer)
+    whole = render_conversation(text, tokenizer)
     cut = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(cut["input_ids"]), cut["offset_mapping"]
     if learn == "all":
         return ids, [True] * len(ids)
-    spans = answer_spans(text, tokenizer, whole)
+    spans = find_answer_spans(text, tokenizer, whole)
     return ids, [any(start <= a and a < stop for start, stop in spans) and b > a for a, b in offsets]
 
 
-def answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tuple[int, int]]:
+def find_answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tuple[int, int]]:
     """Where the answers are in a rendered conversation: characters, from an answer's first to its end of turn.
 
     An answer is what the conversation up to it has more than the prompt for it.
@@ -92,8 +94,8 @@ def answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tuple[i
     for i, message in enumerate(text):
         if message["role"] != "assistant":
             continue
-        before = rendered(text[:i], tokenizer, prompt=True) if i else ""
-        upto = whole if i == len(text) - 1 else rendered(text[: i + 1], tokenizer)
+        before = render_conversation(text[:i], tokenizer, prompt=True) if i else ""
+        upto = whole if i == len(text) - 1 else render_conversation(text[: i + 1], tokenizer)
         # A prompt may end in what an answer begins with, such as an opened thought; the two then share that.
         start = _common(before, whole)
         if start < len(before.rstrip()) or not whole.startswith(upto.rstrip()):
@@ -109,7 +111,7 @@ def answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tuple[i
     return spans
 
 
-def rendered(text: Conversation, tokenizer: Any, prompt: bool = False) -> str:
+def render_conversation(text: Conversation, tokenizer: Any, prompt: bool = False) -> str:
     """A conversation as the tokenizer's template writes it.
 
     Raises:

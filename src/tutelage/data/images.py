@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tutelage.data.batch import IGNORE, Batch
+from tutelage.data.image_sources import RawImages, RawSplit, open_source
 from tutelage.data.views import (
     CROPS,
-    MIXES,
+    MIX_AUGMENTS,
     Augment,
     Mix,
+    apply_seeded,
     build_augments,
-    build_mixes,
-    drawn,
+    build_mix_augments,
     parse_augment,
     partners,
 )
@@ -36,50 +35,7 @@ class View(NamedTuple):
 
     augments: Sequence[Augment]
     crop: Callable[[Any], Any] | None
-    mixes: Sequence[tuple[int, Mix]] = ()
-
-
-@dataclass
-class RawSplit:
-    """A split as its source has it: pixels or a way to open each image, and labels."""
-
-    labels: Tensor
-    pixels: Tensor | None = None
-    """uint8 ``[N, C, H, W]``, or none and ``open`` instead."""
-    open: Callable[[int], Any] | None = None
-    """Row -> PIL image."""
-    ids: Tensor | None = None
-    """Stable sample ids. Default: the row's number."""
-    route: Tensor | None = None
-    """int64 ``[N]``: which of the source's routes each row is of."""
-
-    def take(self, rows: Tensor) -> RawSplit:
-        """The given rows, ids kept."""
-        ids = torch.arange(len(self.labels)) if self.ids is None else self.ids
-        opener = self.open
-        return RawSplit(
-            self.labels[rows],
-            None if self.pixels is None else self.pixels[rows],
-            None if opener is None else partial(_open_row, opener, rows),
-            ids[rows],
-            None if self.route is None else self.route[rows],
-        )
-
-
-def _open_row(opener: Callable[[int], Any], rows: Tensor, row: int) -> Any:
-    return opener(int(rows[row]))
-
-
-@dataclass
-class RawImages:
-    """A source: its splits, its class names, and its usual normalisation."""
-
-    classes: list[str]
-    splits: dict[str, RawSplit]
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    routes: list[str] = field(default_factory=list)
-    """Values of the column that chooses teachers, where there is one."""
+    mix_augments: Sequence[tuple[int, Mix]] = ()
 
 
 @dataclass(frozen=True)
@@ -97,16 +53,16 @@ class ImageSet:
     crop: float = 1.0
     random_crop: Callable[[Any], Any] | None = None
     augments: Sequence[Augment] = field(default_factory=list)
-    mixes: Sequence[tuple[int, Mix]] = ()
+    mix_augments: Sequence[tuple[int, Mix]] = ()
     route: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def augmented(self) -> bool:
+    def is_augmented(self) -> bool:
         """Whether a view depends on its seed."""
-        return bool(self.augments) or bool(self.mixes) or self.random_crop is not None
+        return bool(self.augments) or bool(self.mix_augments) or self.random_crop is not None
 
     def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
         """The given rows as normalised float images; with ``views``, augmented from these seeds.
@@ -116,10 +72,10 @@ class ImageSet:
         Raises:
             DataError: an image cannot be decoded.
         """
-        views = views if self.augmented else None
+        views = views if self.is_augmented else None
         images, labels = self._augmented(rows, views), self.labels[rows]
         if views is not None:
-            for stream, mix in self.mixes:
+            for stream, mix in self.mix_augments:
                 images = mix(images, self._augmented(*partners(views, len(self), stream)), views)
                 labels = torch.full_like(labels, IGNORE)
         x = images.float().mul_(1 / 255).sub_(self.mean).div_(self.std)
@@ -140,7 +96,7 @@ class ImageSet:
         for i, row in enumerate(rows.tolist()):
             image = self.open(row)
             if views is not None and self.random_crop is not None:
-                image = drawn(self.random_crop, image, int(views[i]))
+                image = apply_seeded(self.random_crop, image, int(views[i]))
             out.append(to_pixels(image, self.channels, self.size, self.crop))
         return torch.stack(out)
 
@@ -164,7 +120,7 @@ class ImageData:
     classes: list[str]
     for_teacher: ImageSet
     """The training images with all their labels: what a teacher is trained on."""
-    routes: list[str] = field(default_factory=list)
+    route_names: list[str] = field(default_factory=list)
     """What the numbers in a batch's ``route`` stand for."""
 
     @property
@@ -187,7 +143,7 @@ class ImageData:
         """What a model is built for."""
         return {"classes": len(self.classes), "channels": self.channels, "size": self.size}
 
-    def made_from(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What a batch depends on beside its views, as JSON; :meth:`preprocessing` has it."""
         return {}
 
@@ -222,12 +178,9 @@ def to_pixels(image: Any, channels: int, size: int, crop: float = 1.0) -> Tensor
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def path_id(path: str) -> int:
-    """A stable sample id, from a path relative to the data set's folder."""
-    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def stratified(labels: Tensor, count: int, seed: int, what: str, things: str = "images") -> tuple[Tensor, Tensor]:
+def stratified_split(
+    labels: Tensor, count: int, seed: int, what: str, things: str = "images"
+) -> tuple[Tensor, Tensor]:
     """``count`` rows with each class's share kept, and the others; both in ascending order.
 
     Raises:
@@ -289,8 +242,6 @@ def load_images(
         ConfigError: an unknown source or augmentation.
         MissingDependencyError: the source or an augmentation needs an extra.
     """
-    from tutelage.data.sources import open_source
-
     teacher_augment = augment if teacher_augment is None else teacher_augment
     raw = open_source(
         source,
@@ -315,14 +266,18 @@ def load_images(
     splits = dict(raw.splits)
     if "test" not in splits:
         train = splits["train"]
-        held, rest = stratified(train.labels, round(len(train.labels) * test), split_seed, "data.test")
+        held, rest = stratified_split(train.labels, round(len(train.labels) * test), split_seed, "data.test")
         splits["test"], splits["train"] = train.take(held), train.take(rest)
     if "validation" not in splits:
         train = splits["train"]
-        held, rest = stratified(train.labels, round(len(train.labels) * validation), split_seed, "data.validation")
+        held, rest = stratified_split(
+            train.labels, round(len(train.labels) * validation), split_seed, "data.validation"
+        )
         splits["validation"], splits["train"] = train.take(held), train.take(rest)
     if limit is not None:
-        splits["train"] = splits["train"].take(stratified(splits["train"].labels, limit, split_seed, "data.limit")[0])
+        splits["train"] = splits["train"].take(
+            stratified_split(splits["train"].labels, limit, split_seed, "data.limit")[0]
+        )
 
     first = splits["train"]
     if first.pixels is not None:
@@ -332,9 +287,9 @@ def load_images(
             splits = {name: _resized(split, size) for name, split in splits.items()}
     else:
         channels, size = 3, size or 224
-    teacher_augment = [entry for entry in teacher_augment if parse_augment(entry)[0] not in MIXES]
+    teacher_augment = [entry for entry in teacher_augment if parse_augment(entry)[0] not in MIX_AUGMENTS]
     student_views = View(
-        build_augments(augment), _random_crop(augment, size, first.pixels is not None), build_mixes(augment)
+        build_augments(augment), _random_crop(augment, size, first.pixels is not None), build_mix_augments(augment)
     )
     teacher_views = View(
         build_augments(teacher_augment), _random_crop(teacher_augment, size, first.pixels is not None)
@@ -372,7 +327,7 @@ def load_images(
             crop=crop,
             random_crop=view.crop,
             augments=view.augments,
-            mixes=view.mixes,
+            mix_augments=view.mix_augments,
             route=split.route,
         )
 
@@ -388,7 +343,7 @@ def load_images(
         build(splits["test"]),
         list(raw.classes),
         for_teacher,
-        raw.routes,
+        raw.route_names,
     )
 
 
@@ -407,7 +362,7 @@ def _reordered(raw: RawImages, classes: list[str]) -> RawImages:
 
 def _try_augments(images: ImageSet) -> None:
     """Augment one image in a few ways, so that an option that no constructor checks fails before any training."""
-    if not images.augmented:
+    if not images.is_augmented:
         return
     try:
         images.fetch(torch.zeros(8, dtype=torch.int64), torch.arange(8))
@@ -422,7 +377,7 @@ def _try_augments(images: ImageSet) -> None:
 
 def hide_labels(images: ImageSet, count: int, seed: int, *, drop: bool) -> ImageSet:
     """Keep the labels of ``count`` images, stratified; the others lose theirs, or are dropped."""
-    chosen, rest = stratified(images.labels, count, seed, "data.labels")
+    chosen, rest = stratified_split(images.labels, count, seed, "data.labels")
     if drop:
         return images.select(chosen)
     hidden = images.labels.clone()

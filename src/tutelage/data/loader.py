@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage.data.batch import Batch, as_batch, spans
+from tutelage.data.batch import Batch, as_batch, even_spans
 from tutelage.data.views import view_seeds
 from tutelage.errors import DataError, TutelageError
 
@@ -32,7 +32,7 @@ class Rows(Protocol):
         ...
 
     @property
-    def augmented(self) -> bool:
+    def is_augmented(self) -> bool:
         """Whether a row looks different under another view seed."""
         ...
 
@@ -50,13 +50,13 @@ class RankSlice:
     world: int = 1
     accumulate: int = 1
 
-    def cut(self, length: int) -> list[tuple[int, int]]:
+    def micro_batches(self, length: int) -> list[tuple[int, int]]:
         """The spans of this process's micro-batches in a batch of ``length`` rows."""
-        parts = spans(length, self.world * self.accumulate)
+        parts = even_spans(length, self.world * self.accumulate)
         return parts[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
 
 
-def here() -> RankSlice:
+def current_rank() -> RankSlice:
     """This process among those that a launcher started and that see each other; alone without one."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     return RankSlice(torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else RankSlice()
@@ -77,7 +77,7 @@ class Batches(Protocol):
         ...
 
 
-def order(length: int, seed: int, epoch: int) -> Tensor:
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
     """A permutation that is a function of run seed and epoch alone."""
     generator = torch.Generator().manual_seed(((seed * 1_000_003) ^ (epoch * 7_919)) & (2**63 - 1))
     return torch.randperm(length, generator=generator)
@@ -130,19 +130,19 @@ class PlannedBatches:
 
     def plan(self, epoch: int) -> list[Tensor]:
         """The rows of each step of an epoch."""
-        rows = order(len(self.data), self.seed, epoch)
+        rows = epoch_order(len(self.data), self.seed, epoch)
         lengths: Tensor | None = getattr(self.data, "lengths", None)
         if lengths is None:
             return self.cut(rows)
         windows = [w[lengths[w].argsort(stable=True)] for w in rows.split(WINDOW * self.batch_size)]
         steps = self.cut(torch.cat(windows))
-        return [steps[i] for i in order(len(steps), self.seed + 1, epoch)]
+        return [steps[i] for i in epoch_order(len(steps), self.seed + 1, epoch)]
 
     def epoch(self, epoch: int, share: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
         rows = self.plan(epoch)[skip:]
         view, seed = (epoch, self.seed) if self.views is None else (epoch % self.views, SHARED_VIEWS)
-        keys = [(view, step_rows, span) for step_rows in rows for span in share.cut(len(step_rows))]
+        keys = [(view, step_rows, span) for step_rows in rows for span in share.micro_batches(len(step_rows))]
         fetched = iter(_fetch_all(_Views(self.data, seed), keys, self.workers))
         for _ in rows:
             yield [next(fetched) for _ in range(share.accumulate)]
@@ -170,7 +170,7 @@ class _Views:
         epoch, rows, (start, stop) = key
         mine = rows[start : max(stop, start + 1)] if start < len(rows) else rows[-1:]
         views = None
-        if self.seed is not None and self.data.augmented:
+        if self.seed is not None and self.data.is_augmented:
             views = view_seeds(self.seed, epoch, self.data.ids[mine])
         batch = self.data.fetch(mine, views).check_finite()
         return batch if start < stop else batch.rows(0, 0)
@@ -264,7 +264,7 @@ class LoaderBatches:
             raise DataError("the loader yields no batches", remedy="check its data set and drop_last")
         self.loader, self.seed, self.to_batch = loader, seed, to_batch
 
-    def check_whole(self) -> None:
+    def check_no_drop_last(self) -> None:
         """Raise :class:`DataError` where the loader leaves out the last rows of an epoch, others each time."""
         if getattr(self.loader, "drop_last", False) is True:
             raise DataError(
@@ -279,7 +279,7 @@ class LoaderBatches:
         Raises:
             DataError: the loader leaves out the last rows of an epoch, others each time.
         """
-        self.check_whole()
+        self.check_no_drop_last()
         found = []
         for (batch,) in self.epoch(0, RankSlice()):
             if batch.ids is None:
@@ -305,10 +305,10 @@ class LoaderBatches:
                 return
             if step >= skip:
                 batch = self.to_batch(raw).check_finite()
-                yield [batch.rows(start, stop) for start, stop in share.cut(len(batch))]
+                yield [batch.rows(start, stop) for start, stop in share.micro_batches(len(batch))]
 
 
-class InOrder:
+class SequentialBatches:
     """All rows once, in order, unaugmented: for evaluation.
 
     Args:

@@ -52,7 +52,7 @@ class Masking:
         return torch.where(chosen & (draw[1] >= 0.9), other, seen), labels
 
 
-def masking_for(tokenizer: Any, share: float) -> Masking:
+def build_masking(tokenizer: Any, share: float) -> Masking:
     """That of a tokenizer of transformers, whose special tokens are never put in a word's place.
 
     Raises:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from tutelage.data.batch import IGNORE, TextTask
-from tutelage.data.text_sources import RawText, RawTexts
+from tutelage.data.text_sources import RawTextData, RawTextSplit
 from tutelage.errors import DataError, nearest
 
 
-def class_names(raw: RawText, label: Sequence[str], task: TextTask, classes: Sequence[str] | None) -> list[str]:
+def resolve_class_names(
+    raw: RawTextData, label: Sequence[str], task: TextTask, classes: Sequence[str] | None
+) -> list[str]:
     """Names in the order of the logits: as given, as the source numbers them, or sorted.
 
     Raises:
@@ -55,8 +57,8 @@ def _name(value: Any) -> str:
     return str(int(value)) if isinstance(value, (bool, float)) and value == int(value) else str(value)
 
 
-def labels_of(
-    raw: RawText, rows: RawTexts, label: Sequence[str], task: TextTask, names: list[str], split: str
+def encode_labels(
+    raw: RawTextData, rows: RawTextSplit, label: Sequence[str], task: TextTask, names: list[str], split: str
 ) -> tuple[Tensor, Tensor | None, list[list[int]] | None]:
     """Class indices, targets and tags of a split."""
     known, values = {name: i for i, name in enumerate(names)}, [rows.columns[c] for c in label]
@@ -90,7 +92,7 @@ def labels_of(
     return none, None, None
 
 
-def _number(value: Any, column: str, raw: RawText, split: str) -> float:
+def _number(value: Any, column: str, raw: RawTextData, split: str) -> float:
     if value is None:
         return float("nan")
     try:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.data.images import path_id
-from tutelage.data.sources import load_hub
+from tutelage.data.image_sources import load_hub_splits, path_id
 from tutelage.errors import ConfigError, DataError, nearest, require, suggest
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -22,7 +21,7 @@ Paths = str | Mapping[Any, str]
 
 
 @dataclass
-class RawTexts:
+class RawTextSplit:
     """One split as its source has it.
 
     Attributes:
@@ -37,7 +36,7 @@ class RawTexts:
 
 
 @dataclass
-class RawText:
+class RawTextData:
     """The splits of a source, and what it says of their columns.
 
     Attributes:
@@ -48,12 +47,12 @@ class RawText:
     """
 
     name: str
-    splits: dict[str, RawTexts]
+    splits: dict[str, RawTextSplit]
     names: dict[str, list[str]] = field(default_factory=dict)
     digest: str = ""
 
 
-def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], columns: Sequence[str]) -> RawText:
+def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], columns: Sequence[str]) -> RawTextData:
     """The splits of a source, with the columns that are asked for.
 
     Args:
@@ -69,7 +68,7 @@ def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], colu
     kind, _, name = source.partition(":")
     if kind == "hf" and name:
         return _huggingface(name, options, columns)
-    readers: dict[str, Callable[[Path, Sequence[str]], RawTexts]] = {"plain": _plain, "table": _table}
+    readers: dict[str, Callable[[Path, Sequence[str]], RawTextSplit]] = {"plain": _plain, "table": _table}
     if source not in readers:
         names = [*readers, "hf:DATASET_ID"]
         raise ConfigError(
@@ -91,7 +90,7 @@ def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], colu
         digest.update(split.encode())
         for each in _files(Path(file)):
             _digest(each, digest)
-    return RawText(str(path), splits, digest=digest.hexdigest())
+    return RawTextData(str(path), splits, digest=digest.hexdigest())
 
 
 def _digest(path: Path, into: Any) -> None:
@@ -136,7 +135,7 @@ def read_table(path: Path) -> Any:
         ) from None
 
 
-def _table(path: Path, columns: Sequence[str]) -> RawTexts:
+def _table(path: Path, columns: Sequence[str]) -> RawTextSplit:
     """Columns of such a file."""
     table = read_table(path)
     found = {}
@@ -148,7 +147,7 @@ def _table(path: Path, columns: Sequence[str]) -> RawTexts:
                 remedy=f"its columns: {', '.join(table.column_names)}",
             )
         found[column] = table[column].to_pylist()
-    return RawTexts(found, table.num_rows, torch.arange(table.num_rows))
+    return RawTextSplit(found, table.num_rows, torch.arange(table.num_rows))
 
 
 def _csv(path: Path, delimiter: str = ",") -> Any:
@@ -189,7 +188,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 # Plain text --------------------------------------------------------------------------------------------
 
 
-def _plain(path: Path, columns: Sequence[str]) -> RawTexts:
+def _plain(path: Path, columns: Sequence[str]) -> RawTextSplit:
     """Files that end in .txt, whose paragraphs (between empty lines) are the texts."""
     if not path.exists():
         raise DataError("no such file or folder", where=str(path), remedy="check data.path")
@@ -209,17 +208,17 @@ def _plain(path: Path, columns: Sequence[str]) -> RawTexts:
             ids.append(path_id(f"{name}#{i}"))
     if not texts:
         raise DataError("has no text", where=str(path), remedy="give files that end in .txt, with text in them")
-    return RawTexts(dict.fromkeys(columns, texts), len(texts), torch.tensor(ids, dtype=torch.int64))
+    return RawTextSplit(dict.fromkeys(columns, texts), len(texts), torch.tensor(ids, dtype=torch.int64))
 
 
 # Hugging Face ------------------------------------------------------------------------------------------
 
 
-def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> RawText:
+def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> RawTextData:
     require("datasets", "text", f"the data set hf:{name}")
     import datasets
 
-    parts = load_hub(name, options)
+    parts = load_hub_splits(name, options)
     names: dict[str, list[str]] = {}
     splits, start = {}, 0
     for split, part in parts.items():
@@ -233,9 +232,9 @@ def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> 
             inner = getattr(feature, "feature", feature)  # of a sequence of class labels
             if isinstance(inner, datasets.ClassLabel):
                 names[column] = list(inner.names)
-        splits[split] = RawTexts(
+        splits[split] = RawTextSplit(
             {column: part[column][:] for column in columns}, len(part), torch.arange(start, start + len(part))
         )
         start += len(part)
     digest = "-".join(str(getattr(part, "_fingerprint", "")) for part in parts.values())
-    return RawText(f"hf:{name}", splits, names, digest)
+    return RawTextData(f"hf:{name}", splits, names, digest)

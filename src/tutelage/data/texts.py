@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tutelage.data.alignment import NOWHERE, align_predicted
 from tutelage.data.batch import IGNORE, LABELS, Batch, TextTask
 from tutelage.data.chat import Learn
-from tutelage.data.images import stratified
-from tutelage.data.masking import Masking, masking_for
-from tutelage.data.spans import NOWHERE, predicted
-from tutelage.data.text_labels import class_names, labels_of
-from tutelage.data.text_sources import Paths, RawText, RawTexts, open_texts
-from tutelage.data.tokens import Progress, Tokens, cut, fingerprint
+from tutelage.data.images import stratified_split
+from tutelage.data.masking import Masking, build_masking
+from tutelage.data.text_labels import encode_labels, resolve_class_names
+from tutelage.data.text_sources import Paths, RawTextData, RawTextSplit, open_texts
+from tutelage.data.tokens import Progress, Tokens, tokenize, tokenizer_fingerprint
 from tutelage.data.views import view_seeds
 from tutelage.errors import DataError
 
@@ -49,14 +49,14 @@ class TextSet:
     masking: Masking | None = None
     teacher_tokens: tuple[Tokens, ...] = ()
     route: Tensor | None = None
-    mixes: Sequence[Any] = ()
+    mix_augments: Sequence[Any] = ()
     """None: a text is not mixed with others."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def augmented(self) -> bool:
+    def is_augmented(self) -> bool:
         """Whether a view depends on its seed."""
         return self.masking is not None
 
@@ -90,7 +90,7 @@ class TextSet:
         taught = _inputs(self.teacher_tokens, places) if self.teacher_tokens else None
         theirs, spans = self._aligned(places, labels)
         return Batch(
-            inputs, labels, mask=mask, ids=self.ids[rows], views=views if self.augmented else None,
+            inputs, labels, mask=mask, ids=self.ids[rows], views=views if self.is_augmented else None,
             route=None if self.route is None else self.route[rows], task=LABELS[self.task],
             targets=None if self.targets is None else self.targets[rows], teacher_inputs=taught,
             teacher_labels=theirs, spans=spans,
@@ -105,7 +105,7 @@ class TextSet:
         assert theirs.ends is not None
         told = theirs.next_tokens(places)
         ends = [side.padded(side.ends, places, NOWHERE) for side in (mine, theirs)]  # type: ignore[arg-type]
-        return told, predicted(ends[0], ends[1], labels, told)
+        return told, align_predicted(ends[0], ends[1], labels, told)
 
     def _tagged(self, places: Any) -> Tensor:
         """The class of each word at its first token."""
@@ -151,8 +151,8 @@ class TextData:
     max_length: int
     settings: dict[str, Any]
     """What the tokens depend on, for caches."""
-    routes: list[str] = field(default_factory=list)
-    kept: Tensor | None = None
+    route_names: list[str] = field(default_factory=list)
+    teacher_token_ids: Tensor | None = None
     """``[K]``, the teacher's id of each token, where the tokenizer has a part of the teacher's vocabulary."""
     teacher_tokenizer: Any = None
     """The teacher's, where tokens of both are aligned."""
@@ -162,7 +162,7 @@ class TextData:
         """What a model is built for."""
         return {"classes": len(self.classes), "task": self.task}
 
-    def made_from(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What a batch depends on beside its views, as JSON."""
         return self.settings
 
@@ -174,7 +174,7 @@ class TextData:
 
     def preprocessing(self) -> dict[str, Any]:
         """What a user of the student must know to cut a text as it was."""
-        return {"max_length": self.max_length, "tokenizer": fingerprint(self.tokenizer)}
+        return {"max_length": self.max_length, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
 
 def load_texts(
@@ -202,7 +202,7 @@ def load_texts(
     validation: float = 0.1,
     test: float = 0.2,
     split_seed: int = 0,
-    raw: RawText | None = None,
+    raw: RawTextData | None = None,
     progress: Progress = lambda blocks, _: blocks,
 ) -> TextData:
     """Load texts, cut them into tokens once, and keep their splits apart.
@@ -221,17 +221,17 @@ def load_texts(
         DataError: missing, broken, empty or contradictory data; names the file and the row.
         ConfigError: an unknown source.
     """
-    columns, wanted = listed(text), listed(label)
-    theirs = columns if teacher_text is None else listed(teacher_text)
+    columns, wanted = as_list(text), as_list(label)
+    theirs = columns if teacher_text is None else as_list(teacher_text)
     if raw is None:
         raw = read_texts(
             source, path=path, options=options, text=text, teacher_text=teacher_text, label=label, route=route
         )
     raw = _without_empty(raw, dict.fromkeys([*columns, *theirs]), empty)
-    names = class_names(raw, wanted, task, classes)
+    names = resolve_class_names(raw, wanted, task, classes)
     key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
     other = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
-    differs = theirs != columns or fingerprint(other) != fingerprint(tokenizer)
+    differs = theirs != columns or tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
     align = align and differs and task == "causal" and theirs == columns
     if differs and task in ("mlm", "causal", "tokens") and not align:
         other_way = ", or method kind: cross-tokenizer" if task == "causal" and theirs == columns else ""
@@ -252,10 +252,10 @@ def load_texts(
     for i, (split, rows) in enumerate(raw.splits.items()):
 
         def tokens(
-            groups: Sequence[Sequence[str]], by: Any, what: str, rows: RawTexts = rows, split: str = split
+            groups: Sequence[Sequence[str]], by: Any, what: str, rows: RawTextSplit = rows, split: str = split
         ) -> tuple[Tokens, ...]:
             return tuple(
-                cut(
+                tokenize(
                     [rows.columns[n] for n in group],
                     by,
                     max_length=max_length,
@@ -272,7 +272,7 @@ def load_texts(
 
         ranks = task == "ranking"  # the student reads each text by itself, the teacher an answer with its query
         found = tokens([[c] for c in columns] if ranks else [columns], tokenizer, "texts")
-        given, targets, tags = labels_of(raw, rows, wanted, task, names, split)
+        given, targets, tags = encode_labels(raw, rows, wanted, task, names, split)
         count = len(found[0])
         packed = pack and task in ("mlm", "causal")
         sets[split] = TextSet(
@@ -283,7 +283,7 @@ def load_texts(
             task,
             targets,
             tags,
-            masking_for(tokenizer, mask) if task == "mlm" else None,
+            build_masking(tokenizer, mask) if task == "mlm" else None,
             tokens([[theirs[0], c] for c in theirs[1:]] if ranks else [theirs], other, "teacher's texts")
             if differs or ranks
             else (),
@@ -301,7 +301,7 @@ def load_texts(
         train = train.select(chosen) if unlabeled == "drop" else replace(train, labels=hidden)
     settings = {
         "columns": [columns, theirs], "max_length": max_length, "pack": pack, "mask": mask if task == "mlm" else None,
-        "tokenizers": [fingerprint(tokenizer), fingerprint(other)], "content": raw.digest,
+        "tokenizers": [tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(other)], "content": raw.digest,
         "learn": learn if task == "causal" else None,
     }  # fmt: skip
     return TextData(
@@ -310,7 +310,7 @@ def load_texts(
     )  # fmt: skip
 
 
-def listed(columns: str | Sequence[str] | None) -> list[str]:
+def as_list(columns: str | Sequence[str] | None) -> list[str]:
     """One name, several or none, as a list."""
     return [columns] if isinstance(columns, str) else list(columns or [])
 
@@ -324,7 +324,7 @@ def read_texts(
     teacher_text: str | Sequence[str] | None,
     label: str | Sequence[str] | None,
     route: str | None,
-) -> RawText:
+) -> RawTextData:
     """The columns that :func:`load_texts` needs, before any tokenizer.
 
     The arguments are those of a recipe's ``data``, which describes them.
@@ -333,11 +333,11 @@ def read_texts(
         DataError: missing or broken data, or no such column.
         ConfigError: an unknown source.
     """
-    columns = [*listed(text), *listed(teacher_text), *listed(label), *listed(route)]
+    columns = [*as_list(text), *as_list(teacher_text), *as_list(label), *as_list(route)]
     return open_texts(source, path=path, options=options or {}, columns=list(dict.fromkeys(columns)))
 
 
-def _without_empty(raw: RawText, columns: Mapping[str, None], empty: str) -> RawText:
+def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) -> RawTextData:
     """The texts, none of them empty or missing."""
     splits = {}
     for split, rows in raw.splits.items():
@@ -368,7 +368,7 @@ def _without_empty(raw: RawText, columns: Mapping[str, None], empty: str) -> Raw
             raise DataError(f"all texts of the {split} split are empty", where=raw.name, remedy="check data.text")
         if bad:
             left = np.setdiff1d(np.arange(rows.length), bad)
-            rows = RawTexts({c: [v[i] for i in left] for c, v in rows.columns.items()}, len(left), rows.ids[left])
+            rows = RawTextSplit({c: [v[i] for i in left] for c, v in rows.columns.items()}, len(left), rows.ids[left])
         splits[split] = rows
     return replace(raw, splits=splits)
 
@@ -403,7 +403,7 @@ def _split(
 def _drawn(texts: TextSet, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
     """``count`` rows and the others, in ascending order; of classes with each one's share kept."""
     if texts.task == "classes" and bool((texts.labels != IGNORE).all()):
-        return stratified(texts.labels, count, seed, what, "texts")
+        return stratified_split(texts.labels, count, seed, what, "texts")
     if count > len(texts):
         raise DataError(f"{what}: {count} texts are asked for, there are {len(texts)}", remedy="lower it")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tutelage.data.alignment import TokenEnds
 from tutelage.data.batch import IGNORE
-from tutelage.data.chat import Learn, as_conversation, encoded
-from tutelage.data.spans import Measure
+from tutelage.data.chat import Learn, as_conversation, encode_learned
 from tutelage.errors import DataError
 
 FOLDER = Path("runs") / "tokens"
@@ -42,7 +42,7 @@ class Tokens:
         side: where padding goes.
         segments: of each, the number of its text in a packed row whose texts do not see each other; ``None`` where
             rows have one text, or all of it is seen.
-        ends: of each, where it ends in the text (:mod:`tutelage.data.spans`); ``None`` where nobody asked.
+        ends: of each, where it ends in the text (:mod:`tutelage.data.alignment`); ``None`` where nobody asked.
     """
 
     ids: npt.NDArray[np.int32]
@@ -112,7 +112,7 @@ class Tokens:
         return torch.from_numpy(labels)
 
 
-def cut(
+def tokenize(
     columns: Sequence[Sequence[Any]],
     tokenizer: Any,
     *,
@@ -155,12 +155,12 @@ def cut(
         )
     settings = {"max_length": max_length, "pack": pack, "words": words, "columns": len(columns), "learn": learn}
     settings |= {"ends": True} if ends else {}
-    text = json.dumps([key, fingerprint(tokenizer), settings], sort_keys=True)
+    text = json.dumps([key, tokenizer_fingerprint(tokenizer), settings], sort_keys=True)
     path = FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.arrow" if key else None
     if path is not None and path.exists() and (found := _read(path, pad, side)) is not None:
         return found
 
-    measure = Measure(tokenizer) if ends else None
+    measure = TokenEnds(tokenizer) if ends else None
 
     def block(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
         if learn is not None:
@@ -184,7 +184,7 @@ def cut(
     return found
 
 
-def fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """What tells a tokenizer from another: a digest of all that decides how it cuts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -257,7 +257,7 @@ def _learned(
     max_length: int,
     pieces: bool,
     learn: Learn,
-    measure: Measure | None,
+    measure: TokenEnds | None,
 ) -> dict[str, Any]:
     """Texts and conversations for a causal model; with ``pieces`` what is too long of a text is a row of its own."""
     ids: list[list[int]] = []
@@ -266,7 +266,7 @@ def _learned(
     for row in zip(*columns, strict=True):
         text = as_conversation(row)
         if measure is None:
-            own, learned = encoded(text, tokenizer, learn)
+            own, learned = encode_learned(text, tokenizer, learn)
         else:
             own, learned, places = measure(text, learn)
             ends.append(places[:max_length])

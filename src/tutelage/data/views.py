@@ -85,12 +85,14 @@ def transform(name: str, options: dict[str, Any]) -> Augment:
     module = getattr(v2, name)(**options)
 
     def apply(images: Tensor, seeds: Tensor) -> Tensor:
-        return torch.stack([drawn(module, image, int(seed)) for image, seed in zip(images, seeds, strict=True)])
+        return torch.stack(
+            [apply_seeded(module, image, int(seed)) for image, seed in zip(images, seeds, strict=True)]
+        )
 
     return apply
 
 
-def drawn(transform: Callable[[Any], Any], image: Any, seed: int) -> Any:
+def apply_seeded(transform: Callable[[Any], Any], image: Any, seed: int) -> Any:
     """``transform(image)`` under generators seeded by ``seed``, which leaves no trace of itself."""
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -156,10 +158,10 @@ def _check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha={alpha!r} is not a number above 0")
 
 
-OURS: dict[str, Callable[..., Augment]] = {"flip": flip, "shift": shift}
-MIXES: dict[str, Callable[..., Mix]] = {"cutmix": cutmix, "mixup": mixup}
+TENSOR_AUGMENTS: dict[str, Callable[..., Augment]] = {"flip": flip, "shift": shift}
+MIX_AUGMENTS: dict[str, Callable[..., Mix]] = {"cutmix": cutmix, "mixup": mixup}
 """Augmentations that take another image too. What comes of it has no single class: only a teacher can label it."""
-THEIRS = {
+TORCHVISION_AUGMENTS = {
     "auto-augment": "AutoAugment",
     "color-jitter": "ColorJitter",
     "erase": "RandomErasing",
@@ -178,7 +180,7 @@ def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: unknown name, or not one of these forms.
     """
-    allowed = [*OURS, *MIXES, *THEIRS, *CROPS]
+    allowed = [*TENSOR_AUGMENTS, *MIX_AUGMENTS, *TORCHVISION_AUGMENTS, *CROPS]
     if isinstance(entry, str):
         name, value = entry, None
     elif len(entry) == 1:
@@ -220,25 +222,29 @@ def build_augments(entries: Sequence[str | dict[str, Any]]) -> list[Augment]:
     built: list[Augment] = []
     for position, entry in enumerate(entries):
         name, options = parse_augment(entry)
-        if name in CROPS or name in MIXES:
+        if name in CROPS or name in MIX_AUGMENTS:
             continue
         try:
-            if name in OURS:
-                built.append(OURS[name](**options, stream=16 * position))
+            if name in TENSOR_AUGMENTS:
+                built.append(TENSOR_AUGMENTS[name](**options, stream=16 * position))
             else:
-                built.append(transform(THEIRS[name], options))
+                built.append(transform(TORCHVISION_AUGMENTS[name], options))
         except (TypeError, ValueError) as error:
-            known = [p for p in inspect.signature(OURS[name]).parameters if p != "stream"] if name in OURS else []
+            known = (
+                [p for p in inspect.signature(TENSOR_AUGMENTS[name]).parameters if p != "stream"]
+                if name in TENSOR_AUGMENTS
+                else []
+            )
             raise ConfigError(
                 f"data.augment: {name} with {options}: {error}",
                 remedy=f"its options: {', '.join(known)}"
                 if known
-                else f"see torchvision.transforms.v2.{THEIRS[name]}",
+                else f"see torchvision.transforms.v2.{TORCHVISION_AUGMENTS[name]}",
             ) from None
     return built
 
 
-def build_mixes(entries: Sequence[str | dict[str, Any]]) -> list[tuple[int, Mix]]:
+def build_mix_augments(entries: Sequence[str | dict[str, Any]]) -> list[tuple[int, Mix]]:
     """The mixes of a recipe, each with the stream that its partners come from.
 
     Raises:
@@ -247,14 +253,14 @@ def build_mixes(entries: Sequence[str | dict[str, Any]]) -> list[tuple[int, Mix]
     built: list[tuple[int, Mix]] = []
     for position, entry in enumerate(entries):
         name, options = parse_augment(entry)
-        if name not in MIXES:
+        if name not in MIX_AUGMENTS:
             if built:
                 raise ConfigError(
                     f"data.augment: {name} comes after a mix of two images", remedy="put mixup and cutmix last"
                 )
             continue
         try:
-            built.append((16 * position, MIXES[name](**options, stream=16 * position)))
+            built.append((16 * position, MIX_AUGMENTS[name](**options, stream=16 * position)))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"data.augment: {name} with {options}: {error}", remedy="its option: alpha") from None
     return built

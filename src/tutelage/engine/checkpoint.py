@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from tutelage.engine.zero import Zero
 from tutelage.errors import CheckpointError
-from tutelage.files import DRAFT, new_folder
+from tutelage.files import TEMPORARY_PREFIX, atomic_folder
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
@@ -135,7 +135,7 @@ def save_checkpoint(folder: Path, parts: dict[str, Any]) -> None:
     """Write a checkpoint whole or not at all."""
     tensors: dict[str, Tensor] = {}
     state = pack(parts, "", tensors)
-    with new_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         save_file(tensors, str(draft / TENSORS))
         (draft / STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -168,6 +168,6 @@ def newest(folder: Path) -> Path | None:
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest."""
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        trash = old.with_name(f"{DRAFT}{old.name}")
+        trash = old.with_name(f"{TEMPORARY_PREFIX}{old.name}")
         old.rename(trash)  # one step out of sight: a kill in the middle leaves no half checkpoint
         shutil.rmtree(trash, ignore_errors=True)

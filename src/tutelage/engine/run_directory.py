@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import RunDirectoryError
-from tutelage.files import DRAFT, explained, new_folder, write_text
+from tutelage.files import TEMPORARY_PREFIX, atomic_folder, wrap_write_errors, write_text
 
 
 class RunDirectory:
@@ -82,7 +82,7 @@ class RunDirectory:
 
     def export(self, model: Path) -> None:
         """Make the finished model in that folder the run's student."""
-        with new_folder(self.path / "student") as folder:
+        with atomic_folder(self.path / "student") as folder:
             shutil.copytree(model, folder, ignore=shutil.ignore_patterns("result.json"), dirs_exist_ok=True)
 
     def result(self, training: str) -> dict[str, Any] | None:
@@ -103,7 +103,7 @@ class RunDirectory:
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
         if self.writes:
-            with explained(self.metrics):
+            with wrap_write_errors(self.metrics):
                 self.path.mkdir(parents=True, exist_ok=True)
                 with open(self.metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -129,7 +129,7 @@ class RunDirectory:
             *(self.path / "checkpoints").glob("*"),
         ):
             if folder.is_dir():
-                for draft in folder.glob(f"{DRAFT}*"):
+                for draft in folder.glob(f"{TEMPORARY_PREFIX}*"):
                     shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tutelage.config import TrainConfig
-from tutelage.data.loader import here
+from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError, MissingDependencyError
 
 STAGES = (1, 2)
@@ -110,7 +110,7 @@ class Zero:
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {k: v.detach() for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
-        main, whole = here().rank == 0, dict[nn.Parameter, Tensor]()
+        main, whole = current_rank().rank == 0, dict[nn.Parameter, Tensor]()
         found = {k: v.cpu().clone() for k, v in state.items()} if main else {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.requires_grad and name in state:
@@ -129,7 +129,7 @@ class Zero:
         learning, found = self._learning(), dict[str, dict[str, Tensor]]()
         for name, parameter in learning.items():
             parts = {key: safe_get_full_optimizer_state(parameter, key) for key in kept}
-            if here().rank == 0:
+            if current_rank().rank == 0:
                 found[name] = {k: v.detach().cpu().clone() for k, v in (parts | steps).items()}
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": names}

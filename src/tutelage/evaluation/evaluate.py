@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.data.batch import Batch, spans
+from tutelage.data.batch import Batch, even_spans
 from tutelage.data.loader import RankSlice
 from tutelage.errors import CapabilityError, DataError
 from tutelage.evaluation.metrics import METRICS, Metrics
@@ -130,7 +130,7 @@ def _scored(
     scores: Metrics | None = None
     theirs = iter(teacher) if teacher is not None else None
     for batch in batches:
-        start, stop = spans(len(batch), share.world)[share.rank]
+        start, stop = even_spans(len(batch), share.world)[share.rank]
         highest = int(batch.labels.max()) if batch.labels.numel() else 0
         mine = batch.rows(start, stop).to(device)
         said = ask(mine)

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tutelage.config import CacheConfig, DataConfig, Recipe
-from tutelage.data import Batch, Data, InOrder
+from tutelage.data import Batch, Data, SequentialBatches
 from tutelage.engine import Accelerator, make_accelerator, precision_here
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.experiment.measure import fingerprint
@@ -157,8 +157,8 @@ def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | RemoteTeacher
         who: dict[str, Any] = {"served": {k: v for k, v in teacher.facts.items() if k != "longest"}}
     else:
         runs = as_it_runs(teacher)
-        if data.routes:
-            runs["routes"] = [recipe.data.route, data.routes]
+        if data.route_names:
+            runs["routes"] = [recipe.data.route, data.route_names]
         who = fingerprint(teacher.model) | ({"runs": runs} if runs else {})
     return {
         "teacher": who,
@@ -168,14 +168,16 @@ def provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | RemoteTeacher
             **(
                 {"image_column": recipe.data.image_column}
                 if isinstance(recipe.data, DataConfig)
-                else {"task": recipe.data.task, **data.made_from()}
+                else {"task": recipe.data.task, **data.provenance()}
             ),
         },
         "preprocessing": data.preprocessing() | chat_template(getattr(data, "tokenizer", None)),
         "augment": recipe.data.augment,
-        "views": recipe.data.views if data.train.augmented else None,
+        "views": recipe.data.views if data.train.is_augmented else None,
         # an image that is mixed with others depends on which there are
-        "rows": hashlib.sha256(data.train.ids.numpy().tobytes()).hexdigest()[:16] if data.train.mixes else None,
+        "rows": hashlib.sha256(data.train.ids.numpy().tobytes()).hexdigest()[:16]
+        if data.train.mix_augments
+        else None,
         "precision": precision_here(recipe.train.precision),
     }
 
@@ -247,7 +249,7 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
             where="method",
             remedy="a cache is for methods that a teacher teaches, such as method=logit",
         )
-    views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.augmented else [None]
+    views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.is_augmented else [None]
     start = time.monotonic()
     with stopping(terminal.say) as should_stop, open_remote_teacher(c, terminal, method, classes) as remote:
         asked = teacher or remote
@@ -256,7 +258,9 @@ def fill(recipe: Recipe, *, out: str | Path | None = None, terminal: Terminal | 
         with opened as cache, accelerator.autocast():
             terminal.say(f"cache: {cache.folder}, {len(cache.reader):,} rows known")
             for view in views:
-                batches = InOrder(data.train, recipe.train.batch_size, workers=recipe.data.workers, view=view)
+                batches = SequentialBatches(
+                    data.train, recipe.train.batch_size, workers=recipe.data.workers, view=view
+                )
                 what = "teacher" if view is None else f"teacher, view {view + 1} of {len(views)}"
                 for i, batch in enumerate(terminal.iterate(batches, what)):
                     if i % accelerator.num_processes == accelerator.process_index:

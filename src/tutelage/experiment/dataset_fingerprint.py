@@ -39,7 +39,7 @@ def samples(
         DataError: ids that are not one whole number for each sample, or the loader drops some.
     """
     batches = LoaderBatches(loader, 0, to_batch)
-    batches.check_whole()
+    batches.check_no_drop_last()
     ids, digests = [], []
     for (batch,) in itertools.chain(
         shown(batches.epoch(0, RankSlice())), itertools.islice(batches.epoch(1, RankSlice()), AGAIN)
@@ -69,7 +69,7 @@ def _ids(batch: Batch) -> Any:
         raise CapabilityError(
             "a cache keeps the teacher's word by sample id, and the loader's batches have none",
             where="distill(cache=...)",
-            remedy="tutelage.data.WithIds(data) numbers the samples of a data set of pairs for its DataLoader; else "
+            remedy="tutelage.data.IndexedDataset(data) numbers the samples of a data set of pairs; else "
             "set ids in to_batch, or leave cache out",
         )
     if batch.views is not None:

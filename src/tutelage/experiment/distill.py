@@ -23,7 +23,7 @@ from tutelage.config import (
     TrainConfig,
 )
 from tutelage.config.teachers import cache_section
-from tutelage.data import Batch, InOrder, LoaderBatches, as_batch
+from tutelage.data import Batch, LoaderBatches, SequentialBatches, as_batch
 from tutelage.engine import from_main, make_accelerator, precision_here, tracking
 from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, ModelError
 from tutelage.experiment.caching import open_own_cache
@@ -107,7 +107,7 @@ def distill(
         cache: keep the teacher's word on disk, so that it is asked for each training sample once, in this run and in
             later ones: a folder; keys of a recipe's ``teacher.cache``, as ``path``, ``keep`` and ``dtype``; or
             ``True``, for a folder in ``runs/cache`` with a name of its own. The loader's batches must have sample
-            ids, as by :class:`tutelage.data.WithIds`, and show a sample the same each time. It is read once more,
+            ids, as by :class:`tutelage.data.IndexedDataset`, and show a sample the same each time. It is read again,
             to see that it is the data that the cache was made from.
         to_batch: makes a :class:`tutelage.data.Batch` of what the loaders yield; for causal language models
             :func:`tutelage.data.causal_batch`.
@@ -212,8 +212,8 @@ def distill(
         method=lambda: copy.deepcopy(pristine),
         batches=batches,
         config=config,
-        test=InOrder(eval_data, to_batch=to_batch),
-        validation=None if validation is None else InOrder(validation, to_batch=to_batch),
+        test=SequentialBatches(eval_data, to_batch=to_batch),
+        validation=None if validation is None else SequentialBatches(validation, to_batch=to_batch),
         seeds=seeds,
         baseline=baseline,
         teacher_mode=teacher_mode,
@@ -326,7 +326,7 @@ def _check_arguments(
                 f"distill({name}=...), a {type(loader).__name__}, cannot be iterated again and again",
                 remedy="give a list of batches or a DataLoader: it is read once for each model",
             )
-        check_order(name, InOrder(loader, to_batch=to_batch))
+        check_order(name, SequentialBatches(loader, to_batch=to_batch))
 
 
 def check_order(name: str, batches: Iterable[Batch]) -> None:

@@ -12,14 +12,14 @@ from torch import nn
 
 from tutelage.config import TextDataConfig
 from tutelage.data import Batch, Data, as_batch
-from tutelage.data.texts import listed
+from tutelage.data.texts import as_list
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation import evaluate
 from tutelage.experiment.run_artifacts import SavedModel, checked_recipe, data_of, find, rows_of, whole_test
-from tutelage.export.check import ROWS, drawn
-from tutelage.export.export import Exported, check_format, free_folder, write_export
+from tutelage.export.bundle import TASKS, Inputs, ModelBundle, auto_class, named_inputs
+from tutelage.export.check import ROWS, random_inputs
+from tutelage.export.export import ExportResult, check_format, check_output_folder, write_export
 from tutelage.export.runtimes import input_names
-from tutelage.export.subject import TASKS, Inputs, Subject, as_inputs, auto_class
 from tutelage.progress import Terminal
 
 CALIBRATION = 256
@@ -36,7 +36,7 @@ def export_student(
     preprocessing: Mapping[str, Any] | None = None,
     to_batch: Callable[[Any], Batch] = as_batch,
     terminal: Terminal | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write a finished model in a format that runs elsewhere, and see there that it answers as before.
 
     Args:
@@ -57,25 +57,25 @@ def export_student(
     if isinstance(source, nn.Module):
         return _of_module(source, to, out, data, classes, preprocessing, to_batch)
     found = find(source, terminal)
-    subject = found.subject
-    check_format(to, subject.model)
+    bundle = found.bundle
+    check_format(to, bundle.model)
     place = Path(out) if out is not None else (found.run if found.is_student else found.folder) / "export" / to  # type: ignore[operator]
-    free_folder(place)
+    check_output_folder(place)
     known = _data(found, data, terminal)
     if known is None:
-        names = input_names(subject.model, subject.task, subject.tokenizer)
-        batches = drawn(subject.task, subject.preprocessing, names, _vocabulary(subject), ROWS)
+        names = input_names(bundle.model, bundle.task, bundle.tokenizer)
+        batches = random_inputs(bundle.task, bundle.preprocessing, names, _vocabulary(bundle), ROWS)
         read_from, calibration, measure = "made up, for no run says which data", [], None
-        terminal.say(f"note: {subject.source} is in no run: it is checked on inputs that are made up; --data RECIPE")
+        terminal.say(f"note: {bundle.source} is in no run: it is checked on inputs that are made up; --data RECIPE")
     else:
-        batches = rows_of(known.test, ROWS, subject.task)
+        batches = rows_of(known.test, ROWS, bundle.task)
         read_from = f"rows of the test split of {known.name}"
-        calibration = rows_of(known.validation, CALIBRATION, subject.task) if to == "int8" else []
-        measure = None if subject.task == "embedding" else partial(_measured, known)
+        calibration = rows_of(known.validation, CALIBRATION, bundle.task) if to == "int8" else []
+        measure = None if bundle.task == "embedding" else partial(_measured, known)
     facts = {"summary": found.summary if found.is_student else {}, "recipe": found.config,
-             "auto": auto_class(subject.task)}  # fmt: skip
+             "auto": auto_class(bundle.task)}  # fmt: skip
     return write_export(
-        subject,
+        bundle,
         to,
         place,
         batches,
@@ -89,7 +89,7 @@ def export_student(
 
 def _data(found: SavedModel, given: Any, terminal: Terminal) -> Data | None:
     if isinstance(given, (str, Path)):
-        return data_of(checked_recipe(given), found.subject, terminal)
+        return data_of(checked_recipe(given), found.bundle, terminal)
     if given is not None:
         raise ConfigError(
             f"export_student(data=...) is a {type(given).__name__}, and the source is a folder",
@@ -104,7 +104,7 @@ def _pairs(found: SavedModel) -> bool:
     return (
         isinstance(config, TextDataConfig)
         and config.task not in ("causal", "ranking")
-        and len(listed(config.text)) == 2
+        and len(as_list(config.text)) == 2
     )
 
 
@@ -114,8 +114,8 @@ def _measured(data: Data, model: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
 
 
-def _vocabulary(subject: Subject) -> int:
-    return len(subject.tokenizer) if subject.tokenizer is not None else 0
+def _vocabulary(bundle: ModelBundle) -> int:
+    return len(bundle.tokenizer) if bundle.tokenizer is not None else 0
 
 
 def _of_module(
@@ -126,7 +126,7 @@ def _of_module(
     classes: list[str] | None,
     preprocessing: Mapping[str, Any] | None,
     to_batch: Callable[[Any], Batch],
-) -> Exported:
+) -> ExportResult:
     if out is None or data is None or isinstance(data, (str, Path)):
         raise ConfigError(
             "export_student(MODULE) needs a folder and inputs",
@@ -136,7 +136,7 @@ def _of_module(
     rows = 0
     for raw in data:
         batch = to_batch(raw)
-        batches.append(as_inputs(batch.rows(0, min(len(batch), ROWS - rows)).to("cpu").inputs))
+        batches.append(named_inputs(batch.rows(0, min(len(batch), ROWS - rows)).to("cpu").inputs))
         rows += len(batch)
         if rows >= ROWS:
             break
@@ -149,7 +149,7 @@ def _of_module(
     if "image" in batches[0] and first.ndim == 4:
         given = {"size": first.shape[-1], "channels": first.shape[1], "crop": 1.0, "mean": [0.0] * first.shape[1],
                  "std": [1.0] * first.shape[1]} | given  # fmt: skip
-    subject = Subject(
+    bundle = ModelBundle(
         model=model.cpu().eval(),
         task="images" if "image" in batches[0] else _task(model),
         classes=list(classes or []),
@@ -158,7 +158,7 @@ def _of_module(
         source=f"a {type(model).__name__}",
     )
     try:
-        return write_export(subject, to, Path(out), batches, read_from="rows of the given loader", facts={})
+        return write_export(bundle, to, Path(out), batches, read_from="rows of the given loader", facts={})
     finally:
         model.to(place).train(training)
 

@@ -15,7 +15,7 @@ import yaml
 from tutelage.config import differing_keys
 from tutelage.engine import RunDirectory
 from tutelage.errors import Interrupted, RunDirectoryError, TutelageError
-from tutelage.files import explained, locked, write_text
+from tutelage.files import try_lock, wrap_write_errors, write_text
 
 FREE_TO_CHANGE = {
     "train.trackers", "train.log_every", "train.keep_checkpoints", "data.workers", "teacher.train.trackers",
@@ -40,7 +40,7 @@ def choose_run_directory(out: str | Path | None, name: str, resume: bool) -> Pat
             return taken[-1][1]
         return Path("runs") / (name if not taken else f"{name}-{taken[-1][0] + 1}")
     path = Path(out)
-    with explained(path):
+    with wrap_write_errors(path):
         is_file = path.exists() and not path.is_dir()
     if is_file:
         raise RunDirectoryError("is a file", where=str(path), remedy="choose another --out")
@@ -57,7 +57,7 @@ def choose_run_directory(out: str | Path | None, name: str, resume: bool) -> Pat
 
 def holds_something(path: Path) -> bool:
     """Whether ``path`` is a folder that is not empty."""
-    with explained(path):
+    with wrap_write_errors(path):
         return path.is_dir() and any(path.iterdir())
 
 
@@ -116,12 +116,12 @@ def open_run_directory(
         yield run
         return
     check_same(path, yaml.safe_load(config_yaml), resume)
-    with explained(path):
+    with wrap_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / "run.lock", os.O_CREAT | os.O_RDWR)
     try:
         deadline = time.monotonic() + patience
-        while not locked(lock):
+        while not try_lock(lock):
             if time.monotonic() >= deadline:
                 raise RunDirectoryError(
                     "another process is writing to it", where=str(path), remedy="wait for it, or choose another --out"

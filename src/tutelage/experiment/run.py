@@ -23,7 +23,7 @@ from tutelage.config import (
     TeacherConfig,
     dump_recipe,
 )
-from tutelage.data import Data, ImageData, InOrder, PlannedBatches, TextData, load_images
+from tutelage.data import Data, ImageData, PlannedBatches, SequentialBatches, TextData, load_images
 from tutelage.data.batch import IGNORE, LABELS
 from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
 from tutelage.errors import ConfigError, RunDirectoryError
@@ -152,7 +152,7 @@ def comparison(recipe: Recipe, data: Data) -> ExperimentSpec:
     """The comparison that a recipe asks for on its data."""
     labelled: Any = data.train
     if data.task not in UNLABELLED:
-        labelled = replace(data.train, mixes=()).select((data.train.labels != IGNORE).nonzero().flatten())
+        labelled = replace(data.train, mix_augments=()).select((data.train.labels != IGNORE).nonzero().flatten())
     sets = {"baseline": labelled, "distilled": data.train}
     size, workers = recipe.train.batch_size, recipe.data.workers
 
@@ -184,11 +184,11 @@ def comparison(recipe: Recipe, data: Data) -> ExperimentSpec:
         method=method_factory(recipe),
         batches=batches,
         config=recipe.train,
-        validation=InOrder(data.validation, workers=aside),
-        test=InOrder(data.test, workers=aside),
+        validation=SequentialBatches(data.validation, workers=aside),
+        test=SequentialBatches(data.test, workers=aside),
         seeds=recipe.seeds,
         baseline=recipe.baseline,
-        remember=None if data.train.augmented else InOrder(data.train, workers=aside),
+        remember=None if data.train.is_augmented else SequentialBatches(data.train, workers=aside),
         remember_rows=len(data.train),
         classes=data.classes,
         supervised=supervised(data),
@@ -285,7 +285,7 @@ def of_teacher(recipe: Recipe, data: Data, facts: dict[str, Any]) -> dict[str, A
         only = members[0]
         single = {"teacher": only.model, "train_teacher": only.train, "teacher_card": dict(only.card)}
         return {**shared, **single, "inference": only.inference, "head_only": only.head_only}
-    route = None if t.route is None else routes(t.route, data.routes)
+    route = None if t.route is None else routes(t.route, data.route_names)
     plan = EnsemblePlan(members, t.combine or "probabilities", t.weights, t.average_temperature or 1.0, route)
     return {**shared, "teacher": plan.untrained, "ensemble": plan}
 

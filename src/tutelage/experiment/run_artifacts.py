@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from tutelage.config import Recipe, TextDataConfig, build_recipe, load_recipe
-from tutelage.data import Data, InOrder, load_images, load_texts
-from tutelage.data.tokens import fingerprint
+from tutelage.data import Data, SequentialBatches, load_images, load_texts
+from tutelage.data.tokens import tokenizer_fingerprint
 from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, nearest
 from tutelage.experiment.run import read_summary
-from tutelage.export.subject import Inputs, Subject, as_inputs, read_subject
+from tutelage.export.bundle import Inputs, ModelBundle, load_bundle, named_inputs
 from tutelage.models import MODEL_CARD
 from tutelage.models.files import read_card
 from tutelage.progress import Terminal
@@ -46,9 +46,9 @@ class SavedModel:
     terminal: Terminal
 
     @cached_property
-    def subject(self) -> Subject:
+    def bundle(self) -> ModelBundle:
         """The model."""
-        return read_subject(self.folder)
+        return load_bundle(self.folder)
 
     @property
     def is_student(self) -> bool:
@@ -61,7 +61,7 @@ class SavedModel:
         Raises:
             DataError: it is gone, or other data than the model's.
         """
-        return None if self.recipe is None else data_of(self.recipe, self.subject, self.terminal)
+        return None if self.recipe is None else data_of(self.recipe, self.bundle, self.terminal)
 
 
 def find(path: str | Path, terminal: Terminal) -> SavedModel:
@@ -108,7 +108,7 @@ def _found(folder: Path, run: Path | None, terminal: Terminal) -> SavedModel:
     return SavedModel(folder, run, recipe, config, summary, terminal)
 
 
-def data_of(recipe: Recipe, subject: Subject, terminal: Terminal) -> Data:
+def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal) -> Data:
     """The data of a recipe as a model reads it: with its class order, and cut by its tokenizer.
 
     Raises:
@@ -118,12 +118,12 @@ def data_of(recipe: Recipe, subject: Subject, terminal: Terminal) -> Data:
     config = recipe.data
     if not isinstance(config, TextDataConfig):
         fields = config.model_dump(exclude={"kind", "workers", "views", "augment", "labels", "unlabeled"})
-        if subject.classes:
-            fields["classes"] = subject.classes
+        if bundle.classes:
+            fields["classes"] = bundle.classes
         data = load_images(**fields, progress=terminal.iterate)
-        known, found = subject.preprocessing, data.preprocessing()
+        known, found = bundle.preprocessing, data.preprocessing()
         changed = [k for k in found if k in known and known[k] != found[k]]
-        if changed and subject.folder is not None and (subject.folder / MODEL_CARD).exists():
+        if changed and bundle.folder is not None and (bundle.folder / MODEL_CARD).exists():
             key = changed[0]
             raise DataError(
                 f"not the images that the model was trained on: {key} is {found[key]}, and was {known[key]}",
@@ -131,21 +131,19 @@ def data_of(recipe: Recipe, subject: Subject, terminal: Terminal) -> Data:
                 remedy="put the data back as it was when the run began",
             )
         return data
-    _check_tokenizer(subject)
+    _check_tokenizer(bundle)
     unused = {"kind", "metric", "tokenizer", "views", "workers", "classes", "pack", "teacher_text", "labels",
               "unlabeled", "route"}  # fmt: skip
     fields = config.model_dump(exclude=unused)
-    return load_texts(
-        **fields, tokenizer=subject.tokenizer, classes=subject.classes or None, progress=terminal.iterate
-    )
+    return load_texts(**fields, tokenizer=bundle.tokenizer, classes=bundle.classes or None, progress=terminal.iterate)
 
 
-def _check_tokenizer(subject: Subject) -> None:
-    folder = subject.folder
+def _check_tokenizer(bundle: ModelBundle) -> None:
+    folder = bundle.folder
     if folder is None or not (folder / MODEL_CARD).exists():
         return
     known = (read_card(folder).get("preprocessing") or {}).get("tokenizer")
-    if known is not None and fingerprint(subject.tokenizer) != known:
+    if known is not None and tokenizer_fingerprint(bundle.tokenizer) != known:
         raise CheckpointError(
             "the tokenizer beside the model is another than it was trained with",
             where=str(folder),
@@ -156,7 +154,7 @@ def _check_tokenizer(subject: Subject) -> None:
 def rows_of(split: Any, count: int, task: str) -> list[Inputs]:
     """Inputs of so many rows of a split, drawn once and for all."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
-    batches = [as_inputs(split.fetch(rows).inputs) for rows in order.split(BATCH)]
+    batches = [named_inputs(split.fetch(rows).inputs) for rows in order.split(BATCH)]
     return [one_side(inputs) for inputs in batches] if task == "embedding" else batches
 
 
@@ -165,9 +163,9 @@ def one_side(inputs: Inputs) -> Inputs:
     return {k: v for k, v in inputs.items() if not k.startswith(("positive_", "negative_"))}
 
 
-def whole_test(data: Data) -> InOrder:
+def whole_test(data: Data) -> SequentialBatches:
     """The test split, in batches, to be measured on."""
-    return InOrder(data.test)
+    return SequentialBatches(data.test)
 
 
 def checked_recipe(given: str | Path) -> Recipe:

@@ -13,11 +13,11 @@ from torch import nn
 from tutelage.config import Recipe, StudentConfig, TextDataConfig
 from tutelage.data import PlannedBatches, RankSlice, TextData, load_texts, read_texts
 from tutelage.data.batch import Batch
-from tutelage.data.text_sources import RawText
-from tutelage.data.texts import listed
+from tutelage.data.text_sources import RawTextData
+from tutelage.data.texts import as_list
 from tutelage.errors import ConfigError
-from tutelage.models import known_classes, tokenizer_of
-from tutelage.models.texts import CrossEncoder, SentenceEncoder
+from tutelage.models import load_tokenizer, read_class_names
+from tutelage.models.pretrained import CrossEncoder, SentenceEncoder
 from tutelage.progress import Terminal
 from tutelage.students import block_influence, prune, trim_embeddings, trim_tokenizer
 
@@ -45,15 +45,15 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     asked = {k: fields[k] for k in ("source", "path", "options", "text", "teacher_text", "label", "route")}
     raw = read_texts(**asked)
     whole = load_texts(**fields, **given, tokenizer=mine, raw=raw)
-    texts = training_texts(raw, whole, listed(config.text))
+    texts = training_texts(raw, whole, as_list(config.text))
     terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")
     trimmed, kept = trim_tokenizer(mine, texts)
     terminal.say(f"vocabulary: {len(kept):,} of {len(mine):,} tokens are kept")
     data = load_texts(**fields, **given, tokenizer=trimmed, raw=raw)
-    return replace(data, kept=kept)
+    return replace(data, teacher_token_ids=kept)
 
 
-def training_texts(raw: RawText, data: TextData, columns: Sequence[str]) -> list[str]:
+def training_texts(raw: RawTextData, data: TextData, columns: Sequence[str]) -> list[str]:
     """The texts that are trained on, once the others are cut off; of lists of words, joined."""
     known, rows = set(data.for_teacher.ids.tolist()), raw.splits["train"]
     kept = [i for i, each in enumerate(rows.ids.tolist()) if each in known]
@@ -66,16 +66,16 @@ def _teacher_tokenizer(recipe: Recipe) -> Any:
     if teacher is None:
         return None
     own = [m.model for m in teacher.each if m.model is not None and m.model.partition(":")[0] in ("hf", "package")]
-    return tokenizer_of(own[0]) if own else None
+    return load_tokenizer(own[0]) if own else None
 
 
 def _student_tokenizer(recipe: Recipe, theirs: Any) -> Any:
     data, student = recipe.data, recipe.student
     assert isinstance(data, TextDataConfig)
     if data.tokenizer is not None:
-        return tokenizer_of(data.tokenizer)
+        return load_tokenizer(data.tokenizer)
     if student.model.partition(":")[0] in ("hf", "package"):
-        return tokenizer_of(student.model)
+        return load_tokenizer(student.model)
     if theirs is None:
         raise ConfigError(
             "neither teacher nor student brings a tokenizer",
@@ -92,7 +92,7 @@ def _known(recipe: Recipe) -> list[str] | None:
         return None
     if recipe.data.task not in ("classes", "multi-label", "tokens"):
         return None
-    return known_classes(teacher.model, teacher.checkpoint)
+    return read_class_names(teacher.model, teacher.checkpoint)
 
 
 def students_of(config: StudentConfig, data: TextData, teacher: nn.Module) -> Callable[[int], nn.Module]:
@@ -116,8 +116,8 @@ def students_of(config: StudentConfig, data: TextData, teacher: nn.Module) -> Ca
 
     def student(seed: int) -> nn.Module:
         part: Any = prune(whole, **asked, importance=importance, initial=config.initial, seed=seed).model
-        if data.kept is not None:
-            part = trim_embeddings(part, data.kept)
+        if data.teacher_token_ids is not None:
+            part = trim_embeddings(part, data.teacher_token_ids)
         part.requires_grad_(True)
         return with_tokenizer(type(teacher)(part) if isinstance(teacher, SentenceEncoder) else part, data)
 

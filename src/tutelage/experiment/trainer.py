@@ -28,7 +28,7 @@ from tutelage.experiment.spec import (
     taught_on,
 )
 from tutelage.experiment.teachers import ModelTeacher
-from tutelage.files import new_folder
+from tutelage.files import atomic_folder
 from tutelage.methods import DistillationModule, Method, needs_of, prepare_student
 from tutelage.models import save_model
 from tutelage.students import ReusedHead, to_float_model
@@ -199,9 +199,9 @@ def train_and_keep(
             found, models = _measured_others(outcome, ctx, rebuild, test, references, others.method())
             result["others"] = found
             for name, card_of in others.cards.items():  # before the result, which says that all is there
-                with new_folder(ctx.run.model(f"{training.name}-{name}")) as folder:
+                with atomic_folder(ctx.run.model(f"{training.name}-{name}")) as folder:
                     save_model(models[name], folder, card_of)
-        with new_folder(ctx.run.model(training.name)) as folder:
+        with atomic_folder(ctx.run.model(training.name)) as folder:
             save_model(to_float_model(result.pop("model")), folder, card)
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         ctx.terminal.say(

@@ -9,21 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tutelage.export.answers import predict
-    from tutelage.export.export import Exported, write_export
+    from tutelage.export.bundle import ModelBundle
+    from tutelage.export.export import ExportResult, write_export
+    from tutelage.export.inference import predict
     from tutelage.export.runtimes import Export, open_export
-    from tutelage.export.subject import Subject
 
 _WHERE = {
     "Export": "runtimes",
-    "Exported": "export",
-    "Subject": "subject",
+    "ExportResult": "export",
+    "ModelBundle": "bundle",
     "open_export": "runtimes",
-    "predict": "answers",
+    "predict": "inference",
     "write_export": "export",
 }
 
-__all__ = ["Export", "Exported", "Subject", "open_export", "predict", "write_export"]
+__all__ = ["Export", "ExportResult", "ModelBundle", "open_export", "predict", "write_export"]
 
 
 def __getattr__(name: str) -> Any:

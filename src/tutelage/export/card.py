@@ -182,10 +182,14 @@ def _check(manifest: Mapping[str, Any]) -> str:
     check = manifest["check"]
     lines = [f"Compared with the student it was made from on {check['rows']} inputs ({check['inputs']})."]
     if "tolerance" in check:
-        lines.append(f"Greatest difference of any output: {check['greatest']:.2g}, allowed {check['tolerance']:g}.")
+        lines.append(
+            f"Greatest difference of any output: {check['max_difference']:.2g}, allowed {check['tolerance']:g}."
+        )
     else:
         what = {"embedding": "Mean cosine", "regression": "Correlation"}.get(manifest["task"], "Equal answers")
-        lines.append(f"{what}: {check['alike']:.2%}. Greatest difference of any output: {check['greatest']:.2g}.")
+        lines.append(
+            f"{what}: {check['agreement']:.2%}. Greatest difference of any output: {check['max_difference']:.2g}."
+        )
         how = manifest.get("how", {})
         ranges = (
             f"fixed by {how['calibration_rows']} rows that are not of the test split"

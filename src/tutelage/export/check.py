@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import NumericsError
-from tutelage.export.subject import IMAGE, Inputs
+from tutelage.export.bundle import IMAGE, Inputs
 
 TOLERANCE = 1e-4
 """Most by which any logit may differ."""
 
-ALIKE = 0.5
+MIN_AGREEMENT = 0.5
 """What eight bits must at least keep: the share of equal answers, or the likeness of embeddings or numbers."""
 
 ROWS = 256
@@ -23,7 +23,9 @@ ROWS = 256
 Answer = Callable[[Inputs], Tensor]
 
 
-def compare(source: Answer, export: Answer, batches: Sequence[Inputs], task: str, *, exact: bool) -> dict[str, Any]:
+def compare_outputs(
+    source: Answer, export: Answer, batches: Sequence[Inputs], task: str, *, exact: bool
+) -> dict[str, Any]:
     """Ask both the same, and say how far they are apart.
 
     Args:
@@ -34,36 +36,36 @@ def compare(source: Answer, export: Answer, batches: Sequence[Inputs], task: str
         exact: whether they are to agree to :data:`TOLERANCE`; else in their answers.
 
     Returns:
-        ``rows``; ``greatest``, the greatest difference of any output; ``alike``, the share of equal answers (of
-        embeddings the mean cosine, of numbers the correlation).
+        ``rows``; ``max_difference`` of any output; ``agreement``: the share of equal predictions, of embeddings the
+        mean cosine, of regression the correlation.
 
     Raises:
         NumericsError: they do not agree, or are not finite.
     """
     greatest, rows = 0.0, 0
     pairs: list[tuple[Tensor, Tensor]] = []
-    for inputs in sized(batches):
+    for inputs in split_first_row(batches):
         theirs, ours = source(inputs).float(), export(inputs).float()
         if theirs.shape != ours.shape:
             raise NumericsError(
                 f"the export gives {tuple(ours.shape)} where the student gives {tuple(theirs.shape)}", remedy=REMEDY
             )
-        theirs, ours = counted(theirs, inputs), counted(ours, inputs)
+        theirs, ours = drop_padding(theirs, inputs), drop_padding(ours, inputs)
         for who, values in (("student", theirs), ("export", ours)):
             if not bool(torch.isfinite(values).all()):
                 raise NumericsError(f"the {who} gives NaN or infinity", remedy=REMEDY)
         if theirs.numel():
             greatest = max(greatest, float((theirs - ours).abs().max()))
-        pairs.append(likeness(theirs, ours, task))
+        pairs.append(agreement(theirs, ours, task))
         rows += len(next(iter(inputs.values())))
     alike = _mean(pairs, task)
-    found = {"rows": rows, "greatest": greatest, "alike": alike}
+    found = {"rows": rows, "max_difference": greatest, "agreement": alike}
     if exact and greatest > TOLERANCE:
         raise NumericsError(
             f"the export differs from the student by up to {greatest:.2g} on {rows} inputs, more than {TOLERANCE:g}",
             remedy=REMEDY,
         )
-    if not exact and alike < ALIKE:
+    if not exact and alike < MIN_AGREEMENT:
         what = {"embedding": "cosine", "regression": "correlation"}.get(task, "share of equal answers")
         raise NumericsError(
             f"in eight bits the student is no longer itself: the {what} with it is {alike:.1%} on {rows} inputs",
@@ -75,7 +77,7 @@ def compare(source: Answer, export: Answer, batches: Sequence[Inputs], task: str
 REMEDY = "nothing was written; another format may hold it: --to safetensors, onnx, torch-export"
 
 
-def counted(values: Tensor, inputs: Inputs) -> Tensor:
+def drop_padding(values: Tensor, inputs: Inputs) -> Tensor:
     """Outputs at tokens that are not padding; all of those that are of whole rows."""
     mask = inputs.get("attention_mask")
     if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:
@@ -83,7 +85,7 @@ def counted(values: Tensor, inputs: Inputs) -> Tensor:
     return values
 
 
-def likeness(theirs: Tensor, ours: Tensor, task: str) -> tuple[Tensor, Tensor]:
+def agreement(theirs: Tensor, ours: Tensor, task: str) -> tuple[Tensor, Tensor]:
     """Of each answer, what is compared."""
     if task == "regression":
         return theirs.flatten(), ours.flatten()
@@ -103,7 +105,7 @@ def _mean(pairs: Sequence[tuple[Tensor, Tensor]], task: str) -> float:
     return float(torch.corrcoef(torch.stack([first, second]))[0, 1])
 
 
-def sized(batches: Sequence[Inputs]) -> Iterator[Inputs]:
+def split_first_row(batches: Sequence[Inputs]) -> Iterator[Inputs]:
     """The same rows, the first alone: one row and several must both do, and so must other numbers of tokens."""
     for i, inputs in enumerate(batches):
         if i == 0 and len(next(iter(inputs.values()))) > 1:
@@ -113,7 +115,7 @@ def sized(batches: Sequence[Inputs]) -> Iterator[Inputs]:
             yield inputs
 
 
-def drawn(
+def random_inputs(
     task: str, preprocessing: dict[str, Any], names: Sequence[str], vocabulary: int, rows: int = 64
 ) -> list[Inputs]:
     """Inputs made up, for a model without a run whose data could be read; always the same ones."""

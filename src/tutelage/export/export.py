@@ -20,26 +20,26 @@ from typing import Any
 from torch import nn
 
 from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, suggest
+from tutelage.export.bundle import Inputs, ModelBundle, TraceModule, is_transformers
 from tutelage.export.card import model_card
-from tutelage.export.check import TOLERANCE, compare
-from tutelage.export.formats import FORMATS, few_rows, output_name
-from tutelage.export.runtimes import MANIFEST, AsModule, input_names, open_export
-from tutelage.export.subject import Graph, Inputs, Subject, is_transformers
-from tutelage.files import new_folder
+from tutelage.export.check import TOLERANCE, compare_outputs
+from tutelage.export.formats import FORMATS, output_name, trace_rows
+from tutelage.export.runtimes import MANIFEST, RuntimeModule, input_names, open_export
+from tutelage.files import atomic_folder
 
-ROUNDED = ("int8",)
+QUANTISED = ("int8",)
 """Formats that change the weights, and so the answers."""
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """A finished export: its folder and what is in its ``export.json``."""
 
     path: Path
     manifest: dict[str, Any]
 
 
-def possible(model: nn.Module) -> list[str]:
+def supported_formats(model: nn.Module) -> list[str]:
     """The formats that a model can be written in."""
     return [name for name in FORMATS if name != "hf" or is_transformers(model)]
 
@@ -52,16 +52,16 @@ def check_format(to: str, model: nn.Module) -> None:
             where="--to",
             remedy=f"allowed: {', '.join(FORMATS)}",
         )
-    if to not in possible(model):
+    if to not in supported_formats(model):
         raise CapabilityError(
             f"the student is a {type(model).__name__}, which is no model of transformers",
             where=f"--to {to}",
-            remedy=f"possible are: {', '.join(possible(model))}",
+            remedy=f"possible are: {', '.join(supported_formats(model))}",
         )
 
 
 def write_export(
-    subject: Subject,
+    bundle: ModelBundle,
     to: str,
     out: Path,
     batches: Sequence[Inputs],
@@ -71,11 +71,11 @@ def write_export(
     facts: Mapping[str, Any] | None = None,
     measure: Callable[[nn.Module], Mapping[str, Any]] | None = None,
     pairs: bool = False,
-) -> Exported:
+) -> ExportResult:
     """Write a model, load it again in the runtime that is to run it, and see that it answers as its source does.
 
     Args:
-        subject: the model with all that its use needs.
+        bundle: the model with all that its use needs.
         to: the format.
         out: the folder; an export that is there is replaced once this one is complete.
         batches: inputs on which both are compared.
@@ -92,53 +92,53 @@ def write_export(
         RunDirectoryError: the folder holds something else, or cannot be written.
         MissingDependencyError: the format needs an extra.
     """
-    check_format(to, subject.model)
+    check_format(to, bundle.model)
     if not batches:
         raise CapabilityError("there are no inputs to check the export with", remedy="give some, in data=")
-    free_folder(out)
-    names = tuple(n for n in input_names(subject.model, subject.task, subject.tokenizer) if n in batches[0])
-    if subject.task != "images" and subject.tokenizer is None:
+    check_output_folder(out)
+    names = tuple(n for n in input_names(bundle.model, bundle.task, bundle.tokenizer) if n in batches[0])
+    if bundle.task != "images" and bundle.tokenizer is None:
         names = tuple(batches[0])
-    positions = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
-    with new_folder(out) as folder:
-        how = FORMATS[to](subject, folder, names, few_rows(batches[0]), calibration)
-        if subject.tokenizer is not None:
-            subject.tokenizer.save_pretrained(folder)
+    positions = getattr(getattr(bundle.model, "config", None), "max_position_embeddings", None)
+    with atomic_folder(out) as folder:
+        how = FORMATS[to](bundle, folder, names, trace_rows(batches[0]), calibration)
+        if bundle.tokenizer is not None:
+            bundle.tokenizer.save_pretrained(folder)
         manifest: dict[str, Any] = {
             "tutelage": version("tutelage"),
             "format": to,
-            "task": subject.task,
+            "task": bundle.task,
             "inputs": list(names),
-            "output": output_name(subject.task),
-            "classes": subject.classes,
-            "preprocessing": subject.preprocessing,
-            "source": subject.source,
+            "output": output_name(bundle.task),
+            "classes": bundle.classes,
+            "preprocessing": bundle.preprocessing,
+            "source": bundle.source,
             **({"pairs": True} if pairs else {}),
             **({} if positions is None else {"positions": positions}),
             **({"how": how} if how else {}),
         }
         _write(folder, manifest)
         export = open_export(folder, tokenizer=False)
-        exact = to not in ROUNDED
-        found = compare(Graph(subject.model, names).answer, export.run, batches, subject.task, exact=exact)
+        exact = to not in QUANTISED
+        found = compare_outputs(TraceModule(bundle.model, names).run, export.run, batches, bundle.task, exact=exact)
         manifest["check"] = {**found, "inputs": read_from, **({"tolerance": TOLERANCE} if exact else {})}
         if measure is not None and not exact:
             manifest["measured"] = {
-                "source": dict(measure(AsModule(Graph(subject.model, names).answer, names))),
-                "export": dict(measure(AsModule(export.run, names))),
+                "source": dict(measure(RuntimeModule(TraceModule(bundle.model, names).run, names))),
+                "export": dict(measure(RuntimeModule(export.run, names))),
             }
         manifest["bytes"] = sum(p.stat().st_size for p in folder.glob("model*"))
         _write(folder, manifest)
         (folder / "README.md").write_text(model_card(manifest, dict(facts or {})), encoding="utf-8")
         del export  # closes the file before the folder gets its name
-    return Exported(out, manifest)
+    return ExportResult(out, manifest)
 
 
 def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def free_folder(out: Path) -> None:
+def check_output_folder(out: Path) -> None:
     """Raise :class:`RunDirectoryError` unless nothing is there, or an older export."""
     if out.exists() and not out.is_dir():
         raise RunDirectoryError("is a file", where=str(out), remedy="choose another --out")

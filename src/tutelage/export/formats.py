@@ -16,55 +16,55 @@ from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
 from tutelage.errors import CapabilityError, ModelError, TutelageError, require
+from tutelage.export.bundle import IMAGE, Inputs, ModelBundle, TraceModule, is_transformers
 from tutelage.export.runtimes import ONNX, PROGRAM
-from tutelage.export.subject import IMAGE, Graph, Inputs, Subject, is_transformers
-from tutelage.files import quiet
+from tutelage.files import silence_transformers
 from tutelage.models import MODEL_CARD, WEIGHTS, save_model
 from tutelage.models.files import read_card
 
-Writer = Callable[[Subject, Path, tuple[str, ...], Inputs, Sequence[Inputs]], dict[str, Any]]
+Writer = Callable[[ModelBundle, Path, tuple[str, ...], Inputs, Sequence[Inputs]], dict[str, Any]]
 """Writes a model to a folder, given the names of its inputs, a few rows of them, and others to calibrate with;
 returns what is to be known of how."""
 
 
 def _safetensors(
-    subject: Subject, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
+    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
 ) -> dict[str, Any]:
-    if subject.folder is None:
+    if bundle.folder is None:
         raise CapabilityError(
             "a module of your own has no folder that says how to build it again",
             remedy="--to onnx and --to torch-export write its graph",
         )
-    own = subject.folder
-    card = read_card(own) if (own / MODEL_CARD).exists() else {"task": subject.task, "classes": subject.classes}
-    if is_transformers(subject.model):
-        save_model(subject.model, folder, card)
+    own = bundle.folder
+    card = read_card(own) if (own / MODEL_CARD).exists() else {"task": bundle.task, "classes": bundle.classes}
+    if is_transformers(bundle.model):
+        save_model(bundle.model, folder, card)
     else:
-        save_shared(subject.model, str(folder / WEIGHTS))
+        save_shared(bundle.model, str(folder / WEIGHTS))
         (folder / MODEL_CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return {}
 
 
 def _huggingface(
-    subject: Subject, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
+    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
 ) -> dict[str, Any]:
-    with quiet(), _labelled(subject):
-        subject.model.save_pretrained(folder)  # type: ignore[operator]
-    if subject.task == "images" and subject.preprocessing.get("channels") == 3:
+    with silence_transformers(), _labelled(bundle):
+        bundle.model.save_pretrained(folder)  # type: ignore[operator]
+    if bundle.task == "images" and bundle.preprocessing.get("channels") == 3:
         (folder / "preprocessor_config.json").write_text(
-            json.dumps(image_processor(subject.preprocessing), indent=2) + "\n", encoding="utf-8"
+            json.dumps(image_processor(bundle.preprocessing), indent=2) + "\n", encoding="utf-8"
         )
     return {}
 
 
 @contextmanager
-def _labelled(subject: Subject) -> Iterator[None]:
+def _labelled(bundle: ModelBundle) -> Iterator[None]:
     """The model with the names of its labels in its config, for as long as it is saved."""
-    config: Any = subject.model.config
+    config: Any = bundle.model.config
     before = (dict(config.id2label), dict(config.label2id)) if getattr(config, "id2label", None) else None
-    if before is not None and subject.classes and len(before[0]) == len(subject.classes):
-        config.id2label = dict(enumerate(subject.classes))
-        config.label2id = {name: i for i, name in enumerate(subject.classes)}
+    if before is not None and bundle.classes and len(before[0]) == len(bundle.classes):
+        config.id2label = dict(enumerate(bundle.classes))
+        config.label2id = {name: i for i, name in enumerate(bundle.classes)}
     try:
         yield
     finally:
@@ -88,20 +88,20 @@ def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _program(
-    subject: Subject, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
+    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
 ) -> dict[str, Any]:
-    graph, given = _drawn(subject.model, names, few)
+    graph, given = _drawn(bundle.model, names, few)
     dynamic = _dynamic(names, given, [torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC])
-    with _explained(subject.model, "torch-export"):
+    with _explained(bundle.model, "torch-export"):
         program = torch.export.export(graph, given, dynamic_shapes=dynamic)
         torch.export.save(program, folder / PROGRAM)
     return {"torch": torch.__version__}
 
 
 def _onnx(
-    subject: Subject, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
+    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
 ) -> dict[str, Any]:
-    return write_onnx(subject.model, names, few, folder / ONNX, output_name(subject.task))
+    return write_onnx(bundle.model, names, few, folder / ONNX, output_name(bundle.task))
 
 
 def output_name(task: str) -> str:
@@ -144,8 +144,8 @@ def write_onnx(
     return {"opset": next(o.version for o in opset if o.domain in ("", "ai.onnx"))}
 
 
-def _drawn(model: nn.Module, names: tuple[str, ...], few: Inputs) -> tuple[Graph, tuple[Tensor, ...]]:
-    return Graph(model, names).eval(), tuple(few[name] for name in names)
+def _drawn(model: nn.Module, names: tuple[str, ...], few: Inputs) -> tuple[TraceModule, tuple[Tensor, ...]]:
+    return TraceModule(model, names).eval(), tuple(few[name] for name in names)
 
 
 def _dynamic(names: tuple[str, ...], given: Sequence[Tensor], axes: Sequence[Any]) -> Any:
@@ -188,17 +188,17 @@ def _hushed() -> Iterator[None]:
 
 
 def _int8(
-    subject: Subject, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
+    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
 ) -> dict[str, Any]:
     whole = folder / "whole.onnx"
-    found = write_onnx(subject.model, names, few, whole, output_name(subject.task))
-    found |= quantise_onnx(whole, folder / ONNX, names, others if convolves(subject.model) else ())
+    found = write_onnx(bundle.model, names, few, whole, output_name(bundle.task))
+    found |= quantise_onnx(whole, folder / ONNX, names, others if has_convolutions(bundle.model) else ())
     whole.unlink()
     whole.with_name("whole.onnx.data").unlink(missing_ok=True)
     return found
 
 
-def convolves(model: nn.Module) -> bool:
+def has_convolutions(model: nn.Module) -> bool:
     """Whether a model has convolutions, which ONNX Runtime is slow at when activations are rounded as they come."""
     return any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in model.modules())
 
@@ -261,7 +261,7 @@ FORMATS: dict[str, Writer] = {
 """Writes each format."""
 
 
-def few_rows(inputs: Inputs) -> Inputs:
+def trace_rows(inputs: Inputs) -> Inputs:
     """Rows to draw a graph with: as many that no size is mistaken for a constant."""
     rows = len(next(iter(inputs.values())))
     if rows >= 2:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import CheckpointError, nearest, require
-from tutelage.export.subject import Graph, Inputs, auto_class, read_subject
-from tutelage.files import quiet
-from tutelage.models import load_model, tokenizer_of
-from tutelage.models.texts import SentenceEncoder
+from tutelage.export.bundle import Inputs, TraceModule, auto_class, load_bundle
+from tutelage.files import silence_transformers
+from tutelage.models import load_model, load_tokenizer
+from tutelage.models.pretrained import SentenceEncoder
 
 MANIFEST = "export.json"
 """What an export holds and needs, as JSON."""
@@ -53,7 +53,7 @@ class Export:
         return tuple(self.manifest["inputs"])
 
 
-class AsModule(nn.Module):
+class RuntimeModule(nn.Module):
     """An export as a module, for whatever measures modules."""
 
     def __init__(self, run: Run, names: tuple[str, ...]) -> None:
@@ -94,7 +94,7 @@ def open_export(folder: str | Path, *, tokenizer: bool = True) -> Export:
     model, run = opener(folder, task, names)
     cutter = None
     if tokenizer and task != "images":
-        cutter = tokenizer_of(f"hf:{folder}")
+        cutter = load_tokenizer(f"hf:{folder}")
     return Export(folder, manifest, run, cutter, model)
 
 
@@ -108,7 +108,7 @@ def _of_model(folder: Path) -> Export:
             "no such folder", where=str(folder), remedy=f"{hint}make an export: tutelage export RUN --to onnx"
         )
     try:
-        subject = read_subject(place)
+        bundle = load_bundle(place)
     except CheckpointError as error:
         if place == folder and "holds no model" in error.what:
             raise CheckpointError(
@@ -117,12 +117,12 @@ def _of_model(folder: Path) -> Export:
                 remedy="make one: tutelage export RUN --to onnx",
             ) from None
         raise
-    names = input_names(subject.model, subject.task, subject.tokenizer)
+    names = input_names(bundle.model, bundle.task, bundle.tokenizer)
     manifest = {
-        "format": "safetensors", "task": subject.task, "inputs": list(names), "classes": subject.classes,
-        "preprocessing": subject.preprocessing,
+        "format": "safetensors", "task": bundle.task, "inputs": list(names), "classes": bundle.classes,
+        "preprocessing": bundle.preprocessing,
     }  # fmt: skip
-    return Export(place, manifest, Graph(subject.model, names).answer, subject.tokenizer, subject.model)
+    return Export(place, manifest, TraceModule(bundle.model, names).run, bundle.tokenizer, bundle.model)
 
 
 def input_names(model: nn.Module, task: str, tokenizer: Any) -> tuple[str, ...]:
@@ -141,9 +141,9 @@ Opened = tuple[nn.Module | None, Run]
 
 
 def _safetensors(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
-    subject = read_subject(folder) if task == "embedding" else None  # of a ranking one side is used
-    model = load_model(folder) if subject is None else subject.model
-    return model, Graph(model, names).answer
+    bundle = load_bundle(folder) if task == "embedding" else None  # of a ranking one side is used
+    model = load_model(folder) if bundle is None else bundle.model
+    return model, TraceModule(model, names).run
 
 
 def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
@@ -151,12 +151,12 @@ def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
     import transformers
 
     try:
-        with quiet():
+        with silence_transformers():
             model = getattr(transformers, auto_class(task)).from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _damaged(folder, error) from None
     model = SentenceEncoder(model) if task == "embedding" else model
-    return model, Graph(model.eval(), names).answer
+    return model, TraceModule(model.eval(), names).run
 
 
 def _program(folder: Path, task: str, names: tuple[str, ...]) -> Opened:

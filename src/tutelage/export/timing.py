@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tutelage.errors import TutelageError
-from tutelage.export.formats import few_rows, quantise_onnx, write_onnx
+from tutelage.export.bundle import Inputs, TraceModule
+from tutelage.export.formats import quantise_onnx, trace_rows, write_onnx
 from tutelage.export.runtimes import Run, onnx_session
-from tutelage.export.subject import Graph, Inputs
 from tutelage.taps import compile_apart
 
 COLUMNS = ("eager", "compiled", "onnx", "int8")
@@ -34,7 +34,9 @@ Cell = tuple[str, str, int]
 """Model, column, rows of a batch."""
 
 
-def interleaved(cells: Mapping[Cell, Callable[[], object]], rounds: int, seed: int = 0) -> dict[Cell, list[float]]:
+def time_interleaved(
+    cells: Mapping[Cell, Callable[[], object]], rounds: int, seed: int = 0
+) -> dict[Cell, list[float]]:
     """Seconds of each call, all of them once a round, in another order each round.
 
     A machine's speed drifts, and what runs first after another finds warm or cold caches: both fall on all alike, so
@@ -58,7 +60,7 @@ def interleaved(cells: Mapping[Cell, Callable[[], object]], rounds: int, seed: i
     return times
 
 
-def summed(times: Sequence[float], rows: int, base: Sequence[float] | None) -> dict[str, Any]:
+def summarise_times(times: Sequence[float], rows: int, base: Sequence[float] | None) -> dict[str, Any]:
     """Figures of one cell: milliseconds of a batch, rows a second, and how often it fits into the base's time.
 
     Args:
@@ -78,18 +80,18 @@ def summed(times: Sequence[float], rows: int, base: Sequence[float] | None) -> d
     return found
 
 
-def flops(model: nn.Module, names: tuple[str, ...], one: Inputs) -> int:
+def count_flops(model: nn.Module, names: tuple[str, ...], one: Inputs) -> int:
     """Floating-point operations of one forward pass on one row, a multiplication and an addition being two.
 
     Counted are matrix products, convolutions and attention, as torch counts them.
     """
-    graph = Graph(model, names)
+    graph = TraceModule(model, names)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        graph.answer(one)
+        graph.run(one)
     return int(counter.get_total_flops())
 
 
-def runner(column: str, model: nn.Module, names: tuple[str, ...], few: Inputs, calibration: Sequence[Inputs],
+def prepare_runner(column: str, model: nn.Module, names: tuple[str, ...], few: Inputs, calibration: Sequence[Inputs],
            folder: Path) -> tuple[Run, Path | None]:  # fmt: skip
     """A model made ready to run in one way, and the file that it is run from, where there is one.
 
@@ -105,12 +107,12 @@ def runner(column: str, model: nn.Module, names: tuple[str, ...], few: Inputs, c
         TutelageError: it cannot be run so.
     """
     if column == "eager":
-        return Graph(model, names).answer, None
+        return TraceModule(model, names).run, None
     if column == "compiled":
         return _compiled(model, names), None
     whole = folder / "whole.onnx"
     if not whole.exists():
-        write_onnx(model, names, few_rows(few), whole)
+        write_onnx(model, names, trace_rows(few), whole)
     path = whole
     if column == "int8":
         path = folder / "int8.onnx"
@@ -124,7 +126,7 @@ def runner(column: str, model: nn.Module, names: tuple[str, ...], few: Inputs, c
 
 
 def _compiled(model: nn.Module, names: tuple[str, ...]) -> Run:
-    graph = Graph(model, names).eval()
+    graph = TraceModule(model, names).eval()
     compile_apart(graph, dynamic=False)  # models that share graphs would soon have no more, and run uncompiled
 
     @torch.no_grad()
@@ -135,7 +137,7 @@ def _compiled(model: nn.Module, names: tuple[str, ...]) -> Run:
     return run
 
 
-def attempted(call: Callable[[], Any]) -> tuple[Any, str | None]:
+def try_call(call: Callable[[], Any]) -> tuple[Any, str | None]:
     """What a call gives, or why it cannot: a way to run that a machine or a model does not have is left out."""
     try:
         return call(), None
@@ -171,7 +173,7 @@ def peak_memory(kind: str, path: Path, names: tuple[str, ...], inputs: Inputs, t
         np.savez(given, **arrays)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(
-            [sys.executable, "-m", "tutelage.export.child", kind, str(path), str(given), str(threads)],
+            [sys.executable, "-m", "tutelage.export.memory_probe", kind, str(path), str(given), str(threads)],
             capture_output=True, text=True, env=environment, check=False,
         )  # fmt: skip
     if done.returncode != 0:

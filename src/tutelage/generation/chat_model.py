@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from tutelage.data.chat import encoded
+from tutelage.data.chat import encode_learned
 from tutelage.errors import ModelError
 from tutelage.generation.requests import Message
-from tutelage.models import tokenizer_of
-from tutelage.models.texts import pretrained
+from tutelage.models import load_tokenizer
+from tutelage.models.pretrained import load_pretrained
 from tutelage.progress import Terminal
 
 BATCH = 16
@@ -31,14 +31,14 @@ class ChatModel:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.tokenizer: Any = tokenizer_of(name)
+        self.tokenizer: Any = load_tokenizer(name)
         if not self.tokenizer.chat_template:
             raise ModelError(f"{name} has a tokenizer without chat template", remedy="give a model of conversations")
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        self.model: Any = pretrained(name, "causal", None, {}).to(self.device).eval()
+        self.model: Any = load_pretrained(name, "causal", None, {}).to(self.device).eval()
 
     @torch.no_grad()
     def answers(self, threads: Sequence[Sequence[Message]], most: int, terminal: Terminal) -> list[str]:
@@ -68,7 +68,7 @@ class ChatModel:
         """Mean of ``-log p`` over all tokens of the given answers, their ends included."""
         total, count = 0.0, 0
         for thread, answer in zip(threads, given, strict=True):
-            ids, learned = encoded([*thread, {"role": "assistant", "content": answer}], self.tokenizer)
+            ids, learned = encode_learned([*thread, {"role": "assistant", "content": answer}], self.tokenizer)
             tokens = torch.tensor(ids, device=self.device)
             begins = len(learned) - learned[::-1].index(True)
             last = begins - learned[:begins][::-1].index(False)  # earlier turns of the conversation are not judged

@@ -26,7 +26,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from tutelage.errors import JournalError
-from tutelage.files import explained, locked
+from tutelage.files import try_lock, wrap_write_errors
 from tutelage.generation.requests import ChatAnswer, FailedRequest, Outcome, Request, canonical
 
 FORMAT = 1
@@ -66,11 +66,11 @@ class Journal:
         self._committing: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "journal")
         self.failure: OSError | None = None
-        with explained(path):
+        with wrap_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         try:
-            if not locked(self._file):
+            if not try_lock(self._file):
                 raise JournalError(
                     "another process is writing to it", where=str(path), remedy="wait for it, or choose another --out"
                 )
@@ -85,7 +85,7 @@ class Journal:
         header = {"journal": FORMAT, **made_of}
         open_asks: dict[str, tuple[int, int]] = {}
         end = 0
-        with explained(self.path), open(self.path, "rb") as file:
+        with wrap_write_errors(self.path), open(self.path, "rb") as file:
             for number, raw in enumerate(file, 1):
                 try:
                     line = from_json(raw)  # json takes thrice as long
@@ -104,13 +104,13 @@ class Journal:
                         raise self._damaged(number) from None
                 end += len(raw)
                 if not raw.endswith(b"\n"):
-                    with explained(self.path):
+                    with wrap_write_errors(self.path):
                         os.write(self._file, b"\n")
                     end += 1
         for tokens, cost in open_asks.values():
             self._lose(tokens, cost)
         self.unsettled = open_asks
-        with explained(self.path):
+        with wrap_write_errors(self.path):
             os.ftruncate(self._file, end)
             self._end = end
             if end == 0:
@@ -234,7 +234,7 @@ class Journal:
         line = {"batch": name, **fields}
         self.batches.setdefault(name, {}).update(line)
         self.append(canonical(line) + b"\n")
-        with explained(self.path):
+        with wrap_write_errors(self.path):
             os.fsync(self._file)
 
     def append(self, line: bytes, done: Callable[[], None] | None = None) -> int:
@@ -243,7 +243,7 @@ class Journal:
         Raises:
             RunDirectoryError: the disk refuses.
         """
-        with explained(self.path):
+        with wrap_write_errors(self.path):
             if self.failure is not None:
                 raise self.failure
             try:
@@ -280,13 +280,13 @@ class Journal:
         while self._committing is not None:
             await asyncio.wait([self._committing])
         if self.failure is not None:
-            with explained(self.path):
+            with wrap_write_errors(self.path):
                 raise self.failure
 
     def close(self) -> None:
         """Sync, and let others write."""
         try:
-            with explained(self.path):
+            with wrap_write_errors(self.path):
                 os.fsync(self._file)
         finally:
             self._thread.shutdown()

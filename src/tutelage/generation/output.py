@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from tutelage.config import Generations
-from tutelage.files import new_folder, write_text
+from tutelage.files import atomic_folder, write_text
 from tutelage.generation.conversations import Conversation, RejectedConversation
 from tutelage.generation.diversity import diversity
 
@@ -84,7 +84,7 @@ def write(
         RunDirectoryError: the disk refuses.
     """
     splits = divided(kept, settings.held_out)
-    with new_folder(path / "data") as folder:
+    with atomic_folder(path / "data") as folder:
         for split, items in splits.items():
             WRITERS[settings.format](rows(items, settings, version), folder / f"{split}.{settings.format}")
     lines = [

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from tutelage.config import BudgetConfig, EndpointConfig
 from tutelage.errors import Interrupted, JournalError, RunDirectoryError
-from tutelage.files import explained
+from tutelage.files import wrap_write_errors
 from tutelage.generation.answers import RequestPlan
 from tutelage.generation.batch_api import BatchClient
 from tutelage.generation.budget import UNIT, Budget
@@ -33,7 +33,7 @@ def opened(path: Path, made_of: Mapping[str, Any]) -> Journal:
         RunDirectoryError: the folder is a file, or cannot be written.
         JournalError: it holds something else, another journal, or one that another process writes to.
     """
-    with explained(path):
+    with wrap_write_errors(path):
         if path.exists() and not path.is_dir():
             raise RunDirectoryError("is a file", where=str(path), remedy="choose another --out")
         others = [p.name for p in path.iterdir()] if path.is_dir() else []

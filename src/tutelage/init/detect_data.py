@@ -35,7 +35,7 @@ LEAST = {"images": 3, "classes": 3}
 
 
 @dataclass(frozen=True)
-class Found:
+class DataDescription:
     """What was found.
 
     Attributes:
@@ -77,7 +77,9 @@ class Found:
         return f"{many} texts{kinds}{of}{told}: task {self.task}"
 
 
-def look(data: str, *, task: str | None = None, text: Sequence[str] | None = None, label: str | None = None) -> Found:
+def describe_data(
+    data: str, *, task: str | None = None, text: Sequence[str] | None = None, label: str | None = None
+) -> DataDescription:
     """Find out what ``data`` is.
 
     Args:
@@ -137,13 +139,15 @@ def _missing(path: Path) -> DataError:
     )
 
 
-def _named(data: str, task: str | None, text: Sequence[str] | None, label: str | None) -> Found:
+def _named(data: str, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:
     if data in NAMED:
         if task not in (None, "images"):
             raise ConfigError(f"--task {task}, and {data} is images", remedy="remove --task")
         rows, size, tested = NAMED[data]
         counts = {str(i): rows // CLASSES_OF_NAMED for i in range(CLASSES_OF_NAMED)}
-        return Found("images", data, None, rows, ("train", "test") if tested else ("train",), counts, size, 1)
+        return DataDescription(
+            "images", data, None, rows, ("train", "test") if tested else ("train",), counts, size, 1
+        )
     if data.startswith("torchvision:"):
         task = task or "images"
     if task is None:
@@ -152,11 +156,11 @@ def _named(data: str, task: str | None, text: Sequence[str] | None, label: str |
             remedy=f"say what to learn: --task, one of {', '.join(TASKS)}",
         )
     if task == "images":
-        return Found("images", data)
+        return DataDescription("images", data)
     if data.startswith("torchvision:"):
         raise ConfigError(f"--task {task}, and {data} is images", remedy="remove --task")
     told = _given(text) or "text"
-    return Found(task, data, text=told, label=(label or "label") if task in LABELLED else None)
+    return DataDescription(task, data, text=told, label=(label or "label") if task in LABELLED else None)
 
 
 def _given(text: Sequence[str] | None) -> str | list[str] | None:
@@ -166,8 +170,8 @@ def _given(text: Sequence[str] | None) -> str | list[str] | None:
 # Folders -----------------------------------------------------------------------------------------------
 
 
-def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str | None) -> Found:
-    from tutelage.data.sources import EXTENSIONS, SPLIT_NAMES
+def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:
+    from tutelage.data.image_sources import IMAGE_EXTENSIONS, SPLIT_NAMES
     from tutelage.data.text_sources import TABLES
 
     tables = {
@@ -181,7 +185,7 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
     if len(every) == 1:
         return _table({"train": every[0]}, str(every[0]), task, text, label)
     suffixes = Counter(p.suffix.lower() for p in path.rglob("*") if p.is_file())
-    images = sum(suffixes[s] for s in EXTENSIONS)
+    images = sum(suffixes[s] for s in IMAGE_EXTENSIONS)
     if images and images >= suffixes[".txt"]:
         if task not in (None, "images"):
             raise ConfigError(f"--task {task}, and {path} holds images", remedy="remove --task, or give texts")
@@ -196,10 +200,10 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
     )
 
 
-def _images(path: Path) -> Found:
-    from tutelage.data.sources import imagefolder
+def _images(path: Path) -> DataDescription:
+    from tutelage.data.image_sources import read_image_folder
 
-    raw = imagefolder(path, None)
+    raw = read_image_folder(path, None)
     train = raw.splits["train"]
     counts = train.labels.bincount(minlength=len(raw.classes)).tolist()
     assert train.open is not None
@@ -207,10 +211,10 @@ def _images(path: Path) -> Found:
     sides = [min(train.open(row).size) for row in range(0, len(train.labels), step)]
     rows = sum(len(s.labels) for s in raw.splits.values())
     classes = dict(zip(raw.classes, counts, strict=True))
-    return Found("images", "imagefolder", str(path), rows, tuple(raw.splits), classes, int(median(sides)))
+    return DataDescription("images", "imagefolder", str(path), rows, tuple(raw.splits), classes, int(median(sides)))
 
 
-def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> Found:
+def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDescription:
     from tutelage.data.text_sources import open_texts
 
     task = task or "causal"
@@ -221,7 +225,7 @@ def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> Found:
     if text:
         raise ConfigError("--text names a column, and plain text has none", remedy="remove it")
     rows = open_texts("plain", path=str(path), options={}, columns=["text"]).splits["train"]
-    return Found(task, "plain", str(path), rows.length, length=_long(rows.columns["text"]))
+    return DataDescription(task, "plain", str(path), rows.length, length=_long(rows.columns["text"]))
 
 
 # Tables ------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> Found:
 
 def _table(
     files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None, label: str | None
-) -> Found:
+) -> DataDescription:
     from tutelage.data.text_sources import read_table
 
     if task == "images":
@@ -267,7 +271,9 @@ def _table(
     first = columns[told if isinstance(told, str) else told[0]]
     path = str(files["train"]) if len(files) == 1 else {split: str(file) for split, file in files.items()}
     rows = sum(t.num_rows for t in tables.values())
-    return Found(task, "table", path, rows, tuple(files), classes, text=told, label=label, length=_long(first))
+    return DataDescription(
+        task, "table", path, rows, tuple(files), classes, text=told, label=label, length=_long(first)
+    )
 
 
 def _text_columns(

@@ -15,7 +15,7 @@ from tutelage.config import MODELS, build_recipe
 from tutelage.config.lines import parse_yaml
 from tutelage.config.models import known_model, known_student
 from tutelage.errors import ConfigError, DataError, require
-from tutelage.init.detect_data import CLASSES_OF_NAMED, LABELLED, NAMED, Found
+from tutelage.init.detect_data import CLASSES_OF_NAMED, LABELLED, NAMED, DataDescription
 
 STEPS = 1_500
 """Optimizer steps that a student on images is given, as far as 10 to 60 epochs allow."""
@@ -36,8 +36,8 @@ class Named(NamedTuple):
     checkpoint: str | None = None
 
 
-def first_recipe(
-    found: Found, *, teacher: str | None = None, student: str | None = None, checkpoint: str | None = None
+def draft_recipe(
+    found: DataDescription, *, teacher: str | None = None, student: str | None = None, checkpoint: str | None = None
 ) -> str:
     """A commented recipe that ``tutelage run`` takes as it is.
 
@@ -86,7 +86,7 @@ def _model(given: str, flag: str) -> Named:
         raise ConfigError(f"{flag}: {error}", remedy="or give a folder with a model") from None
 
 
-def _head(found: Found) -> Iterator[str]:
+def _head(found: DataDescription) -> Iterator[str]:
     yield f"# {found.words()[0].upper()}{found.words()[1:]}."
     yield "# Written by `tutelage init`. `tutelage doctor` with this file says what will go wrong before it does;"
     yield "# what every key means is on the page Recipes of the documentation."
@@ -113,7 +113,9 @@ def _card(named: Named, key: str, more: str = "") -> str:
 # Images ------------------------------------------------------------------------------------------------
 
 
-def _of_images(found: Found, teacher: str | None, student: str | None, checkpoint: str | None) -> Iterator[str]:
+def _of_images(
+    found: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
+) -> Iterator[str]:
     if found.source == "imagefolder":
         require("PIL", "vision", "reading image files")
     elif found.source not in NAMED:
@@ -171,7 +173,7 @@ def _of_images(found: Found, teacher: str | None, student: str | None, checkpoin
     yield from _seeds(train)
 
 
-def _side(found: Found, teacher: str | None) -> tuple[int | None, str]:
+def _side(found: DataDescription, teacher: str | None) -> tuple[int | None, str]:
     """Height and width that images are brought to, and why."""
     library = teacher is not None and teacher.partition(":")[0] in LIBRARY
     if found.source in NAMED and not library:
@@ -203,7 +205,7 @@ def _student_of(teacher: Named, size: int | None) -> Named:
     return Named("timm:resnet18", {}) if teacher.model.partition(":")[0] in LIBRARY else _small(size, big=False)
 
 
-def _parameters(named: Named, found: Found, size: int | None) -> str:
+def _parameters(named: Named, found: DataDescription, size: int | None) -> str:
     """How many parameters a model has, as a sentence, once it is known that it can be built; else nothing."""
     if named.model.startswith("hf:") or named.options.get("pretrained") or found.source.partition(":")[1]:
         return ""
@@ -215,7 +217,7 @@ def _parameters(named: Named, found: Found, size: int | None) -> str:
     return f"{sum(p.numel() for p in built.parameters()):,} parameters. "
 
 
-def _shares(found: Found) -> dict[str, float]:
+def _shares(found: DataDescription) -> dict[str, float]:
     """Larger shares for validation and test, where the usual ones would leave classes without an image.
 
     Raises:
@@ -226,7 +228,7 @@ def _shares(found: Found) -> dict[str, float]:
         return {}
     import torch
 
-    from tutelage.data.images import stratified
+    from tutelage.data.images import stratified_split
 
     labels = torch.arange(classes).repeat_interleave(torch.tensor(list(found.classes.values())))
     shares: dict[str, float] = {}
@@ -238,7 +240,7 @@ def _shares(found: Found) -> dict[str, float]:
         if share != usual:
             shares[key] = share
         try:
-            _, rest = stratified(labels, round(len(labels) * share), 0, f"data.{key}")
+            _, rest = stratified_split(labels, round(len(labels) * share), 0, f"data.{key}")
         except DataError as error:
             raise DataError(error.what, where=str(found.path), remedy="add some to the smallest class") from None
         labels = labels[rest]
@@ -292,7 +294,9 @@ SMALL = 2_000
 """Texts below which a student gets more epochs."""
 
 
-def _of_texts(found: Found, teacher: str | None, student: str | None, checkpoint: str | None) -> Iterator[str]:
+def _of_texts(
+    found: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
+) -> Iterator[str]:
     require("transformers", "text", "learning from texts")
     plan = PLANS[found.task]
     big, why = _teacher_of_texts(found, teacher)
@@ -365,7 +369,7 @@ def _of_texts(found: Found, teacher: str | None, student: str | None, checkpoint
         yield from _seeds(found.rows)
 
 
-def _teacher_of_texts(found: Found, given: str | None) -> tuple[Named, str]:
+def _teacher_of_texts(found: DataDescription, given: str | None) -> tuple[Named, str]:
     """The teacher, and why this one."""
     if given is not None:
         named = _model(given, "--teacher")
@@ -391,11 +395,11 @@ def _teacher_of_texts(found: Found, given: str | None) -> tuple[Named, str]:
 
 def _config(named: Named) -> dict[str, Any] | None:
     """A transformers model's config, where it is on this machine."""
-    from tutelage.models.texts import source_of
+    from tutelage.models.pretrained import resolve_source
 
     if named.model.partition(":")[0] not in ("hf", "package"):
         return None
-    source, file = source_of(named.model)
+    source, file = resolve_source(named.model)
     import transformers
 
     if not file and (path := Path(source) / "config.json").is_file():
@@ -416,7 +420,7 @@ def _layers(named: Named) -> int | None:
     return next((settings[k] for k in ("num_hidden_layers", "n_layer", "n_layers") if k in settings), None)
 
 
-def _max_length(found: Found, teacher: Named) -> int:
+def _max_length(found: DataDescription, teacher: Named) -> int:
     """Tokens that a long text has, at four characters each, up to what the teacher takes."""
     settings = _config(teacher) or {}
     most = next((settings[k] for k in ("max_position_embeddings", "n_positions") if k in settings), LENGTHS[-1])
@@ -424,13 +428,13 @@ def _max_length(found: Found, teacher: Named) -> int:
     return int(min(next((n for n in LENGTHS if wanted <= n), LENGTHS[-1]), most))
 
 
-def _knows(teacher: Named, found: Found) -> bool:
+def _knows(teacher: Named, found: DataDescription) -> bool:
     """Whether the teacher was trained for these labels."""
-    from tutelage.models.texts import known_classes
+    from tutelage.models.pretrained import read_class_names
 
     if teacher.model.partition(":")[0] not in ("hf", "package") or found.task != "classes":
         return False
-    known = known_classes(teacher.model, teacher.checkpoint)
+    known = read_class_names(teacher.model, teacher.checkpoint)
     return known is not None and set(known) == set(found.classes or {})
 
 
@@ -441,11 +445,11 @@ def _has_masked_head(teacher: Named) -> bool:
 
 def _check_chat(teacher: Named) -> None:
     """Raise :class:`ConfigError` where the teacher is on this machine and its tokenizer has no chat template."""
-    from tutelage.models.texts import tokenizer_of
+    from tutelage.models.pretrained import load_tokenizer
 
     if _config(teacher) is None:
         return
-    if not tokenizer_of(teacher.model).chat_template:
+    if not load_tokenizer(teacher.model).chat_template:
         raise ConfigError(
             f"{teacher.model} has no chat template, and the data is conversations",
             remedy="give a teacher that was trained to answer, or set its tokenizer's chat_template and save it",

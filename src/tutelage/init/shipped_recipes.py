@@ -9,16 +9,16 @@ from importlib.resources.abc import Traversable
 from tutelage.errors import ConfigError, suggest
 
 
-def shipped() -> dict[str, str]:
+def list_recipes() -> dict[str, str]:
     """What each shipped recipe does, in one line, by name."""
     return {name: _about(file.read_text(encoding="utf-8")) for name, file in _files().items()}
 
 
-def recipe_text(name: str) -> str:
+def read_recipe(name: str) -> str:
     """The YAML of a shipped recipe.
 
     Args:
-        name: as :func:`shipped` lists it; ``recipes/NAME.yaml`` will do too.
+        name: as :func:`list_recipes` lists it; ``recipes/NAME.yaml`` will do too.
 
     Raises:
         ConfigError: there is none of that name; names the nearest.

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
-from tutelage.data import Data, InOrder
+from tutelage.data import Data, SequentialBatches
 from tutelage.engine import RunDirectory
 from tutelage.evaluation import evaluate
 from tutelage.experiment.run import build_model, load_data, model_spec, read_summary
@@ -186,7 +186,7 @@ class Results:
         data = load_data(recipe, Terminal(speaks=False))
         spec = model_spec(recipe.student, data)
         nets = (build_model(recipe.student, spec, data, seed) for seed in recipe.seeds)
-        return [float(evaluate(net, InOrder(data.test), torch.device("cpu"))[key]) for net in nets]
+        return [float(evaluate(net, SequentialBatches(data.test), torch.device("cpu"))[key]) for net in nets]
 
     def row(self, arm: str, name: str, weights: str = "last") -> list[float]:
         """Test accuracy of a row of a workflow, a value a seed."""
@@ -227,5 +227,5 @@ class Results:
                 load_weights(net, self.out / "arms" / FIRST["images"] / "models" / model)
             net.eval()
             with torch.no_grad():
-                self._logits[model] = [net(batch.inputs).double() for batch in InOrder(data.validation)]
+                self._logits[model] = [net(batch.inputs).double() for batch in SequentialBatches(data.validation)]
         return torch.cat(self._logits[model])

@@ -14,7 +14,7 @@ from torch import nn
 from tutelage.config import Recipe
 from tutelage.data import read_texts
 from tutelage.errors import ConfigError, DataError, require
-from tutelage.files import new_folder
+from tutelage.files import atomic_folder
 
 VOCABULARY = 2048
 """Tokens of the student, whose tokenizer is made of the teacher's answers: a closed teacher's own is not needed."""
@@ -63,7 +63,7 @@ def prepare(recipe: Recipe, out: Path) -> None:
                 remedy="give the same files, or choose another --out",
             )  # fmt: skip
         return
-    with new_folder(folder_of(out)) as folder:
+    with atomic_folder(folder_of(out)) as folder:
         for name, rows in (("own", train), ("other", shuffled(train)), ("held", held)):
             lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
+from tutelage.data.alignment import NOWHERE, find_shared_tokens
 from tutelage.data.batch import Batch, Task
-from tutelage.data.spans import NOWHERE, shared_entries
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Term
 from tutelage.methods.text_terms import head_terms, linear_head
@@ -22,7 +22,7 @@ class CrossTokenizerMethod(TokenMethod):
     r"""A language model taught by one with another tokenizer:
     :math:`\alpha\,\mathrm{soft} + (1-\alpha)\,\mathrm{CE}`.
 
-    Tokens of both are aligned in spans that stand for the same bytes (:mod:`tutelage.data.spans`), and each span that
+    Tokens of both are aligned in spans that stand for the same bytes (:mod:`tutelage.data.alignment`). Each span that
     counts counts once. With ``compare="spans"``: where a span is one token to both, and the same entry of both
     vocabularies, the next-token distributions are compared over the entries that both have, all others as one
     outcome, as :math:`T^2 D`. Any other span is an outcome of which each model knows the probability, the product of
@@ -96,7 +96,7 @@ class CrossTokenizerMethod(TokenMethod):
                 where="method",
                 remedy="pass tokenizers=(the student's, the teacher's), or set compare: uld",
             )
-        own, other = shared_entries(mine, theirs)
+        own, other = find_shared_tokens(mine, theirs)
         if len(own) < 2:
             raise CapabilityError(
                 f"the vocabularies share {len(own)} entries, so next tokens cannot be compared",
@@ -111,7 +111,7 @@ class CrossTokenizerMethod(TokenMethod):
             if batch.teacher_inputs is not None:
                 raise CapabilityError(
                     "the teacher reads other tokens than the student, and nobody says which belong together",
-                    remedy="give Batch.spans and teacher_labels, by tutelage.data.spans; a recipe's data has them",
+                    remedy="give Batch.spans and teacher_labels, by tutelage.data.alignment; recipes give them",
                 )
             return None
         assert batch.teacher_labels is not None

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from tutelage.data.loader import here
+from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError, ConfigError, EndpointError
-from tutelage.files import explained, quiet
+from tutelage.files import silence_transformers, wrap_write_errors
 from tutelage.methods.sampling import Completion, ends_of
 from tutelage.servers import JsonClient, TransientServerError, list_models
 from tutelage.students import to_float_model
@@ -87,7 +87,7 @@ class Rollouts:
 
     def shape(self, student: nn.Module) -> None:
         """Keep a copy of the student, for the names and kinds of its weights; on the main process."""
-        if self.every is not None and here().rank == 0:
+        if self.every is not None and current_rank().rank == 0:
             self._mold = (copy.deepcopy(student).cpu(),)
 
     def take(self, student: nn.Module, step: int, sampling: float) -> None:
@@ -105,13 +105,13 @@ class Rollouts:
             return
         state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         before, self._handed = self._handed, step
-        if here().rank == 0:
+        if current_rank().rank == 0:
             self._write(state, self._place(step), ends_of(student), sampling)
             if self.kind == "vllm":
                 self._reload(self._place(step))
             if before is not None:
                 shutil.rmtree(self._place(before), ignore_errors=True)
-        if here().world > 1:
+        if current_rank().world > 1:
             top = [None if self._top is None else str(self._top)]
             dist.broadcast_object_list(top)
             self._top = Path(str(top[0]))
@@ -207,14 +207,14 @@ class Rollouts:
 
             drawn = {"temperature": sampling, "top_k": 0, "top_p": 1.0} if sampling else {}
             model.generation_config = GenerationConfig(do_sample=sampling > 0, eos_token_id=ends or None, **drawn)
-        with explained(folder), quiet():
+        with wrap_write_errors(folder), silence_transformers():
             model.save_pretrained(folder)
             if (tokenizer := getattr(model, "tokenizer", None)) is not None:
                 tokenizer.save_pretrained(folder)
 
     def _place(self, step: int) -> Path:
         if self._top is None:
-            with explained(Path(self.folder or tempfile.gettempdir())):
+            with wrap_write_errors(Path(self.folder or tempfile.gettempdir())):
                 if self.folder is not None:
                     Path(self.folder).mkdir(parents=True, exist_ok=True)
                 self._top = Path(tempfile.mkdtemp(prefix="tutelage-rollouts-", dir=self.folder)).resolve()

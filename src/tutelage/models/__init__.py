@@ -2,7 +2,7 @@
 
 from tutelage.models.build import ZOO, ModelSpec, build, label_names
 from tutelage.models.files import MODEL_CARD, WEIGHTS, load_model, load_weights, save_model
-from tutelage.models.texts import known_classes, source_of, tokenizer_of
+from tutelage.models.pretrained import load_tokenizer, read_class_names, resolve_source
 
 __all__ = [
     "MODEL_CARD",
@@ -10,11 +10,11 @@ __all__ = [
     "ZOO",
     "ModelSpec",
     "build",
-    "known_classes",
     "label_names",
     "load_model",
+    "load_tokenizer",
     "load_weights",
+    "read_class_names",
+    "resolve_source",
     "save_model",
-    "source_of",
-    "tokenizer_of",
 ]

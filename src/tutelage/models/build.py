@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from tutelage.errors import MissingDependencyError, ModelError, nearest, require, suggest
+from tutelage.models.pretrained import load_pretrained
 from tutelage.models.small import MLP, ConvNet, ResNet
-from tutelage.models.texts import pretrained
 
 ZOO: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": MLP, "resnet": ResNet}
 """Our own small networks."""
@@ -130,7 +130,7 @@ def _torchvision(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Mo
 
 
 def _huggingface(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Module:
-    return pretrained(spec.model, spec.task, classes, spec.options)
+    return load_pretrained(spec.model, spec.task, classes, spec.options)
 
 
 _LIBRARIES: dict[str, Callable[[str, ModelSpec, list[str] | None], nn.Module]] = {

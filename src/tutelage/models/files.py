@@ -23,9 +23,9 @@ from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
 from tutelage.errors import CheckpointError, nearest
-from tutelage.files import quiet
+from tutelage.files import silence_transformers
 from tutelage.models.build import ModelSpec, build
-from tutelage.models.texts import pretrained
+from tutelage.models.pretrained import load_pretrained
 
 WEIGHTS = "model.safetensors"
 MODEL_CARD = "model.json"
@@ -42,7 +42,7 @@ def save_model(model: nn.Module, folder: Path, card: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if callable(save_pretrained):
-        with quiet():
+        with silence_transformers():
             save_pretrained(folder)
         if (tokenizer := getattr(model, "tokenizer", None)) is not None:
             tokenizer.save_pretrained(folder)
@@ -169,7 +169,7 @@ def load_model(folder: str | Path) -> nn.Module:
     if (
         card.get("task") is not None and (folder / "config.json").exists()
     ):  # of transformers, whatever it was cut from
-        return pretrained(f"hf:{folder}", card["task"], None, {}).eval()
+        return load_pretrained(f"hf:{folder}", card["task"], None, {}).eval()
     if card.get("spec") is None:
         if (folder / "config.json").exists():
             import transformers

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tutelage.config import BornAgainConfig, Recipe
-from tutelage.data import InOrder
+from tutelage.data import SequentialBatches
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.run import build_model, decoding, model_spec
 from tutelage.models import load_weights
@@ -107,7 +107,10 @@ def scored_together(stages: StageRunner, folders: Sequence[str], device: torch.d
         load_weights(model, Path(folder))
         models.append(LiveTeacher(model).to(device))
     workers = decoding(recipe, data)
-    splits = {"test": InOrder(data.test, workers=workers), "validation": InOrder(data.validation, workers=workers)}
+    splits = {
+        "test": SequentialBatches(data.test, workers=workers),
+        "validation": SequentialBatches(data.validation, workers=workers),
+    }
     found = []
     for many in range(2, len(models) + 1):
         together = EnsembleTeacher(models[:many])

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tutelage.config import SearchConfig
 from tutelage.errors import RunDirectoryError
-from tutelage.files import explained
+from tutelage.files import wrap_write_errors
 from tutelage.search.search_space import SearchDimension, own_values
 
 STATES = {
@@ -120,7 +120,7 @@ class SearchStudy:
     def __init__(self, journal: Path, space: Sequence[SearchDimension], config: SearchConfig) -> None:
         self.space, self.journal = list(space), journal
         pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
-        with explained(journal), _quiet():
+        with wrap_write_errors(journal), _quiet():
             _mend(journal)
             try:
                 storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_HeldAnyway()))
@@ -144,7 +144,7 @@ class SearchStudy:
 
     def next(self) -> TrialRequest:
         """A trial that a killed process left, else a new one."""
-        with explained(self.journal), _quiet():
+        with wrap_write_errors(self.journal), _quiet():
             left = [
                 t for t in self.study.get_trials(deepcopy=False)
                 if t.state == TrialState.RUNNING and t.number not in self.out
@@ -167,7 +167,7 @@ class SearchStudy:
         last = max(known.intermediate_values, default=-1)
         if step < last:
             return False
-        with explained(self.journal), _quiet():
+        with wrap_write_errors(self.journal), _quiet():
             if step > last:
                 trial.report(value, step)
             return bool(trial.should_prune())
@@ -175,7 +175,7 @@ class SearchStudy:
     def finish(self, number: int, result: TrialResult) -> None:
         """Take note of how a trial ended."""
         trial = self.out.pop(number)
-        with explained(self.journal), _quiet():
+        with wrap_write_errors(self.journal), _quiet():
             trial.set_user_attr("state", result.state)
             trial.set_user_attr("seeds", result.seeds)
             trial.set_user_attr("seconds", round(result.seconds, 2))

@@ -36,7 +36,7 @@ from tutelage.experiment.spec import ExperimentSpec, RunContext, prepare_student
 from tutelage.experiment.teacher_setup import all_needs, as_taught, in_memory, rememberable, taught_by
 from tutelage.experiment.teachers import Member, ModelTeacher
 from tutelage.experiment.trainer import training_of
-from tutelage.files import new_folder
+from tutelage.files import atomic_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
 from tutelage.progress import Terminal
@@ -236,7 +236,7 @@ def _train_member(member: Member, model: nn.Module, c: ExperimentSpec, ctx: RunC
         ctx.terminal.finished()
     trained = member.model()
     trained.load_state_dict(outcome.best)
-    with new_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         save_model(trained, draft, dict(member.card))
     assert outcome.progress.best is not None
     ctx.terminal.say(f"{member.name}: validation {outcome.progress.best[0]:.2%}, {outcome.progress.seconds:.0f} s")

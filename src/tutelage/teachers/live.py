@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
-from tutelage.data.loader import here
+from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError
 from tutelage.taps import Needs, Observer, compile_apart
 from tutelage.teachers.int8 import quantise_linear_layers
@@ -106,7 +106,7 @@ class LiveTeacher:
         """This teacher, its model moved to ``device`` unless it has one of its own."""
         self.close()
         self._here = torch.device(device)
-        if not (self.sharded and here().world > 1):
+        if not (self.sharded and current_rank().world > 1):
             self.model.to(self.device or device)
         return self
 
@@ -179,7 +179,7 @@ class LiveTeacher:
         elif self.compile:  # a copy with the same weights, so that the caller's module is not compiled
             tensors = [*runs.parameters(), *runs.buffers()]
             runs = copy.deepcopy(runs, {id(x): x for x in tensors})
-        if self.sharded and here().world > 1:
+        if self.sharded and current_rank().world > 1:
             self._parts = runs = self._parts or shard_model(runs, self._here)
         observer = Observer(runs, needs)
         if self.compile:  # after the taps, which a compiled model would ignore

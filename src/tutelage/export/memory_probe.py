@@ -1,6 +1,6 @@
 """A process that loads one model, runs it three times, and says how much memory it had resident at most.
 
-``python -m tutelage.export.child model|onnx PATH INPUTS.npz THREADS``; of ONNX Runtime, torch is not imported.
+``python -m tutelage.export.memory_probe model|onnx PATH INPUTS.npz THREADS``; of ONNX Runtime, torch is not imported.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def _onnx(path: str, threads: int) -> Callable[[dict[str, Any]], object]:
 def _model(path: str, threads: int) -> Callable[[dict[str, Any]], object]:
     import torch
 
-    from tutelage.export.subject import Graph, read_subject
+    from tutelage.export.bundle import TraceModule, load_bundle
 
     torch.set_num_threads(threads)
 
     def load() -> Any:
-        return read_subject(path).model
+        return load_bundle(path).model
 
     def run(model: Any, given: dict[str, Any]) -> object:
-        return Graph(model, tuple(given)).answer({k: torch.from_numpy(v) for k, v in given.items()})
+        return TraceModule(model, tuple(given)).run({k: torch.from_numpy(v) for k, v in given.items()})
 
     return _after_libraries(load, run)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import inspect
 import struct
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage.data.images import RawImages, RawSplit, path_id
 from tutelage.errors import ConfigError, DataError, nearest, require, suggest
 
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),
@@ -28,6 +29,49 @@ FASHION_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)
+
+
+@dataclass
+class RawSplit:
+    """A split as its source has it: pixels or a way to open each image, and labels."""
+
+    labels: Tensor
+    pixels: Tensor | None = None
+    """uint8 ``[N, C, H, W]``, or none and ``open`` instead."""
+    open: Callable[[int], Any] | None = None
+    """Row -> PIL image."""
+    ids: Tensor | None = None
+    """Stable sample ids. Default: the row's number."""
+    route: Tensor | None = None
+    """int64 ``[N]``: which of the source's routes each row is of."""
+
+    def take(self, rows: Tensor) -> RawSplit:
+        """The given rows, ids kept."""
+        ids = torch.arange(len(self.labels)) if self.ids is None else self.ids
+        opener = self.open
+        return RawSplit(
+            self.labels[rows],
+            None if self.pixels is None else self.pixels[rows],
+            None if opener is None else partial(_open_row, opener, rows),
+            ids[rows],
+            None if self.route is None else self.route[rows],
+        )
+
+
+def _open_row(opener: Callable[[int], Any], rows: Tensor, row: int) -> Any:
+    return opener(int(rows[row]))
+
+
+@dataclass
+class RawImages:
+    """A source: its splits, its class names, and its usual normalisation."""
+
+    classes: list[str]
+    splits: dict[str, RawSplit]
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    route_names: list[str] = field(default_factory=list)
+    """Values of the column that chooses teachers, where there is one."""
 
 
 def open_source(
@@ -48,13 +92,16 @@ def open_source(
     """
     kind, _, name = source.partition(":")
     if kind == "torchvision" and name:
-        return torchvision_source(name, path, options)
+        return read_torchvision(name, path, options)
     if kind == "hf" and name:
-        return huggingface_source(name, options, image_column, label_column, route)
+        return read_huggingface(name, options, image_column, label_column, route)
     if source == "imagefolder":
         assert path is not None
-        return imagefolder(Path(path), classes, by_folder=route is not None)
-    simple: dict[str, Callable[[str | None], RawImages]] = {"digits": digits, "fashion-mnist": fashion_mnist}
+        return read_image_folder(Path(path), classes, by_folder=route is not None)
+    simple: dict[str, Callable[[str | None], RawImages]] = {
+        "digits": read_digits,
+        "fashion-mnist": read_fashion_mnist,
+    }
     if source in simple:
         return simple[source](path)
     names = [*simple, "imagefolder", "torchvision:NAME", "hf:DATASET_ID"]
@@ -64,7 +111,7 @@ def open_source(
     )
 
 
-def digits(path: str | None) -> RawImages:
+def read_digits(path: str | None) -> RawImages:
     """1,797 images of handwritten digits, 8x8, from scikit-learn; no split of its own."""
     from sklearn.datasets import load_digits
 
@@ -73,7 +120,7 @@ def digits(path: str | None) -> RawImages:
     return RawImages([str(i) for i in range(10)], {"train": RawSplit(torch.from_numpy(labels).long(), pixels)})
 
 
-def fashion_mnist(path: str | None) -> RawImages:
+def read_fashion_mnist(path: str | None) -> RawImages:
     """60,000 and 10,000 images of clothes, 28x28: Debian's files where installed, else torchvision's download."""
     folders = (Path(path),) if path else FASHION_FOLDERS
     for folder in folders:
@@ -87,7 +134,7 @@ def fashion_mnist(path: str | None) -> RawImages:
                 splits[split] = RawSplit(labels, pixels)
             return RawImages(FASHION_CLASSES, splits, [0.2860], [0.3530])
     try:
-        raw = torchvision_source("FashionMNIST", path, {})
+        raw = read_torchvision("FashionMNIST", path, {})
     except DataError as error:
         raise DataError(
             f"Fashion-MNIST is neither in {folders[0]} nor can it be downloaded: {error.what}",
@@ -145,7 +192,7 @@ def _open_item(items: Any, key: str | int, row: int) -> Any:
     return items[row][key]
 
 
-def imagefolder(path: Path, classes: list[str] | None, *, by_folder: bool = False) -> RawImages:
+def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool = False) -> RawImages:
     """Image files in one sub-folder for each class, with or without split folders above them.
 
     A sample's id is a hash of its path, so it survives the adding of other files. With ``by_folder`` the folder
@@ -192,12 +239,12 @@ def imagefolder(path: Path, classes: list[str] | None, *, by_folder: bool = Fals
             )
         files, labels, route = [], [], []
         for label, name in enumerate(names):
-            mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
             if not mine and split == "train":
                 raise DataError(
                     "has no images",
                     where=str(root / name),
-                    remedy=f"add files ending in one of {', '.join(sorted(EXTENSIONS))}, or remove the folder",
+                    remedy=f"add files ending in one of {', '.join(sorted(IMAGE_EXTENSIONS))}, or remove the folder",
                 )
             files += mine
             labels += [label] * len(mine)
@@ -213,7 +260,7 @@ def imagefolder(path: Path, classes: list[str] | None, *, by_folder: bool = Fals
         splits[split] = RawSplit(torch.tensor(labels, dtype=torch.int64), open=partial(_open_file, files), ids=ids)
         if by_folder:
             splits[split].route = routes.numbered(route)
-    return RawImages(names, splits, routes=routes.names)
+    return RawImages(names, splits, route_names=routes.names)
 
 
 class _Routes:
@@ -233,7 +280,7 @@ class _NoSuchSplit(DataError):
     """A data set does not know a split's name, and may know another."""
 
 
-def torchvision_source(name: str, path: str | None, options: dict[str, Any]) -> RawImages:
+def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> RawImages:
     """A classification data set of torchvision, by class name; downloaded where it can be.
 
     Raises:
@@ -300,7 +347,7 @@ def _torchvision_split(part: Any) -> RawSplit:
     return RawSplit(torch.as_tensor(np.asarray(labels)).long(), open=partial(_open_item, part, 0))
 
 
-def load_hub(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def load_hub_splits(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The splits of a data set by id, under our names; one without splits is all for training.
 
     Raises:
@@ -324,7 +371,7 @@ def load_hub(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def huggingface_source(
+def read_huggingface(
     name: str,
     options: dict[str, Any],
     image_column: str | None,
@@ -339,7 +386,7 @@ def huggingface_source(
     require("datasets", "vision", f"the data set hf:{name}")
     import datasets
 
-    parts = load_hub(name, options)
+    parts = load_hub_splits(name, options)
     features = parts["train"].features
     image = image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
     label = label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
@@ -365,4 +412,9 @@ def huggingface_source(
             splits[split].route = routes.numbered(values)
     highest = max(int(s.labels.max()) for s in splits.values() if len(s.labels))
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else range(highest + 1)
-    return RawImages([str(c) for c in classes], splits, routes=routes.names)
+    return RawImages([str(c) for c in classes], splits, route_names=routes.names)
+
+
+def path_id(path: str) -> int:
+    """A stable sample id, from a path relative to the data set's folder."""
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import CapabilityError, ConfigError, ModelError, require
-from tutelage.files import quiet
+from tutelage.files import silence_transformers
 
 # torchao, which transformers imports wherever it is installed, has torch remark on how it registers its types
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
 
-HEADS: dict[str, str] = {
+AUTO_CLASSES: dict[str, str] = {
     "images": "AutoModelForImageClassification",
     "classes": "AutoModelForSequenceClassification",
     "multi-label": "AutoModelForSequenceClassification",
@@ -32,13 +32,13 @@ HEADS: dict[str, str] = {
 }
 """transformers' class for each task."""
 
-PROBLEMS = {
+PROBLEM_TYPES = {
     "classes": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression",
 }  # fmt: skip
 """What transformers calls tasks of one output a text."""
 
 
-def source_of(model: str) -> tuple[str, dict[str, str]]:
+def resolve_source(model: str) -> tuple[str, dict[str, str]]:
     """Where transformers finds a model: the id or folder of ``hf:``, or the folder of ``package:NAME/FOLDER``.
 
     Either may name a GGUF file at its end, which comes as the option ``gguf_file``.
@@ -82,7 +82,7 @@ def _of_file(name: str, model: str) -> tuple[str, dict[str, str]]:
     return source or ".", {"gguf_file": file}
 
 
-def pretrained(model: str, task: str, classes: list[str] | None, options: dict[str, Any]) -> nn.Module:
+def load_pretrained(model: str, task: str, classes: list[str] | None, options: dict[str, Any]) -> nn.Module:
     """A model of transformers with its weights, and an output layer for the task: its own where that fits, else new.
 
     ``fresh`` on the module names the parameters that did not come with the weights.
@@ -94,13 +94,13 @@ def pretrained(model: str, task: str, classes: list[str] | None, options: dict[s
     require("transformers", "vision" if task == "images" else "text", f"the model {model}")
     import transformers
 
-    source, file = source_of(model)
+    source, file = resolve_source(model)
     options = {"dtype": torch.float32, **file, **options}
     config = transformers.AutoConfig.from_pretrained(source, **file)
     if task == "ranking" and any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
         found, fresh = _loaded("AutoModelForSequenceClassification", source, options)
         return _marked(CrossEncoder(found), fresh)
-    if task in ("images", *PROBLEMS, "tokens") and classes is not None:
+    if task in ("images", *PROBLEM_TYPES, "tokens") and classes is not None:
         own = len(config.id2label) == len(classes) and _has_head(config)
         if not own or _names(config) is None:
             options |= {
@@ -109,11 +109,11 @@ def pretrained(model: str, task: str, classes: list[str] | None, options: dict[s
                 "label2id": {c: i for i, c in enumerate(classes)},
                 "ignore_mismatched_sizes": True,  # a new head for other classes, as for fine-tuning
             }
-        if task in PROBLEMS:
-            options["problem_type"] = PROBLEMS[task]
-    found, fresh = _loaded(HEADS[task], source, options)
+        if task in PROBLEM_TYPES:
+            options["problem_type"] = PROBLEM_TYPES[task]
+    found, fresh = _loaded(AUTO_CLASSES[task], source, options)
     if file:
-        found = _whole(found)
+        found = _strip_gguf(found)
     return _marked(WRAPPERS[task](found), fresh) if task in WRAPPERS else _marked(found, fresh)
 
 
@@ -131,13 +131,13 @@ def _names(config: Any) -> list[str] | None:
 def _loaded(kind: str, source: str, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     import transformers
 
-    with quiet():
+    with silence_transformers():
         model, info = getattr(transformers, kind).from_pretrained(source, output_loading_info=True, **options)
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())]
     return model, sorted({*info["missing_keys"], *mismatched})
 
 
-def _whole(model: nn.Module) -> nn.Module:
+def _strip_gguf(model: nn.Module) -> nn.Module:
     """The same model with nothing of the file that it was read from, which transformers would not let it be saved."""
     known = model.config.to_dict()  # type: ignore[union-attr, operator]
     known.pop("quantization_config", None)  # or whoever loads it would be told of a file that is not there
@@ -155,7 +155,7 @@ def _marked(model: nn.Module, fresh: list[str]) -> nn.Module:
     return model
 
 
-def tokenizer_of(model: str) -> Any:
+def load_tokenizer(model: str) -> Any:
     """The tokenizer beside a model, ``hf:`` or ``package:``.
 
     Raises:
@@ -169,9 +169,9 @@ def tokenizer_of(model: str) -> Any:
     require("transformers", "text", "a tokenizer")
     from transformers import AutoTokenizer
 
-    source, file = source_of(model)
+    source, file = resolve_source(model)
     try:
-        with quiet():
+        with silence_transformers():
             found = AutoTokenizer.from_pretrained(source, **file)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -189,9 +189,9 @@ def tokenizer_of(model: str) -> Any:
     return found
 
 
-def known_classes(model: str, checkpoint: str | None) -> list[str] | None:
+def read_class_names(model: str, checkpoint: str | None) -> list[str] | None:
     """The class names that a transformers model was trained with; ``None`` where it has no such names."""
-    source = checkpoint if checkpoint is not None and Path(checkpoint).is_dir() else source_of(model)[0]
+    source = checkpoint if checkpoint is not None and Path(checkpoint).is_dir() else resolve_source(model)[0]
     path = Path(source) / "config.json"
     if not path.is_file():
         return None

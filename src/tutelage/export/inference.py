@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tutelage.data.images import to_pixels
 from tutelage.errors import CheckpointError, DataError, require
+from tutelage.export.bundle import IMAGE, Inputs
 from tutelage.export.runtimes import Export, open_export
-from tutelage.export.subject import IMAGE, Inputs
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 """Files of a folder that are taken for images."""
@@ -49,20 +49,20 @@ def predict(
         DataError: an input that is no image, or empty.
         MissingDependencyError: what the export's runtime needs is not installed.
     """
-    return list(predictions(export, inputs, top=top, tokens=tokens))
+    return list(iter_predictions(export, inputs, top=top, tokens=tokens))
 
 
-def predictions(
+def iter_predictions(
     export: str | Path | Export, inputs: Iterable[str | Path], *, top: int = 5, tokens: int = 64
 ) -> Iterator[dict[str, Any]]:
     """:func:`predict`, one after another."""
     opened = export if isinstance(export, Export) else open_export(export)
     task = opened.manifest["task"]
     if task == "images":
-        for paths in _blocks(image_files(inputs)):
+        for paths in _blocks(list_image_files(inputs)):
             pixels = torch.stack([read_image(path, opened.manifest["preprocessing"]) for path in paths])
             for path, row in zip(paths, opened.run({IMAGE: pixels}), strict=True):
-                yield {"input": str(path), "labels": ranked(row.softmax(-1), opened.manifest["classes"], top)}
+                yield {"input": str(path), "labels": top_labels(row.softmax(-1), opened.manifest["classes"], top)}
         return
     given = [str(text) for text in inputs]
     empty = [i for i, text in enumerate(given) if not text.strip()]
@@ -86,7 +86,7 @@ def _blocks(items: Iterable[T]) -> Iterator[list[T]]:
 # Images ------------------------------------------------------------------------------------------------
 
 
-def image_files(inputs: Iterable[str | Path]) -> list[Path]:
+def list_image_files(inputs: Iterable[str | Path]) -> list[Path]:
     """Files, and those in folders, sorted.
 
     Raises:
@@ -132,7 +132,7 @@ def read_image(path: Path, preprocessing: dict[str, Any]) -> Tensor:
     return pixels.float().mul_(1 / 255).sub_(mean).div_(std)
 
 
-def ranked(scores: Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]:
+def top_labels(scores: Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]:
     """The likeliest labels of a row."""
     best = scores.topk(min(top, len(scores)))
     return [
@@ -144,7 +144,7 @@ def ranked(scores: Tensor, names: Sequence[str], top: int) -> list[dict[str, Any
 # Texts -------------------------------------------------------------------------------------------------
 
 
-def encode(export: Export, texts: Sequence[str]) -> Inputs:
+def tokenize_texts(export: Export, texts: Sequence[str]) -> Inputs:
     """Token ids and what goes with them, padded to the longest."""
     cutter = export.tokenizer
     if cutter.pad_token_id is None:
@@ -170,18 +170,18 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _classes(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
-    for text, row in zip(texts, export.run(encode(export, texts)), strict=True):
-        yield {"input": text, "labels": ranked(row.softmax(-1), export.manifest["classes"], top)}
+    for text, row in zip(texts, export.run(tokenize_texts(export, texts)), strict=True):
+        yield {"input": text, "labels": top_labels(row.softmax(-1), export.manifest["classes"], top)}
 
 
 def _multi_label(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
-    for text, row in zip(texts, export.run(encode(export, texts)), strict=True):
-        yield {"input": text, "labels": ranked(row.sigmoid(), export.manifest["classes"], top)}
+    for text, row in zip(texts, export.run(tokenize_texts(export, texts)), strict=True):
+        yield {"input": text, "labels": top_labels(row.sigmoid(), export.manifest["classes"], top)}
 
 
 def _regression(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
     names = export.manifest["classes"]
-    for text, row in zip(texts, export.run(encode(export, texts)), strict=True):
+    for text, row in zip(texts, export.run(tokenize_texts(export, texts)), strict=True):
         yield {"input": text, "values": {n: float(x) for n, x in zip(names, row.flatten(), strict=False)}}
 
 
@@ -199,7 +199,7 @@ def _tokens(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iter
             if word is not None:
                 places.setdefault(word, at)
         found = [
-            {"word": words[w], **ranked(logits[at].softmax(-1), export.manifest["classes"], 1)[0]}
+            {"word": words[w], **top_labels(logits[at].softmax(-1), export.manifest["classes"], 1)[0]}
             for w, at in places.items()
         ]
         yield {"input": text, "words": found}
@@ -208,7 +208,7 @@ def _tokens(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iter
 def _masked(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
     cutter = export.tokenizer
     for text in texts:
-        inputs = encode(export, [text])
+        inputs = tokenize_texts(export, [text])
         where = (inputs["input_ids"][0] == cutter.mask_token_id).nonzero().flatten().tolist()
         if not where:
             raise DataError(
@@ -229,27 +229,27 @@ def _masked(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iter
 
 
 def _embedding(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
-    for text, row in zip(texts, export.run(encode(export, texts)), strict=True):
+    for text, row in zip(texts, export.run(tokenize_texts(export, texts)), strict=True):
         yield {"input": text, "embedding": [float(x) for x in row]}
 
 
 def _causal(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
     for text in texts:
-        yield {"input": text, "text": write(export, text, tokens)}
+        yield {"input": text, "text": generate_text(export, text, tokens)}
 
 
 @torch.no_grad()
-def write(export: Export, text: str, tokens: int) -> str:
+def generate_text(export: Export, text: str, tokens: int) -> str:
     """What a causal language model writes behind a text, or answers to it, always its likeliest next token.
 
     A tokenizer with a chat template is given the text as a user's message. A graph keeps nothing between tokens: each
     is computed from the whole text before it.
     """
-    from tutelage.data.chat import rendered
+    from tutelage.data.chat import render_conversation
 
     cutter = export.tokenizer
     if cutter.chat_template:
-        prompt = rendered([{"role": "user", "content": text}], cutter, prompt=True)
+        prompt = render_conversation([{"role": "user", "content": text}], cutter, prompt=True)
         ids = cutter(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     else:
         ids = cutter(text, return_tensors="pt")["input_ids"]

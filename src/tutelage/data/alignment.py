@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tutelage.data.batch import IGNORE
-from tutelage.data.chat import Conversation, Learn, answer_spans, encoded, rendered
+from tutelage.data.chat import Conversation, Learn, encode_learned, find_answer_spans, render_conversation
 from tutelage.errors import DataError
 
 Ends = npt.NDArray[np.int64]
@@ -31,7 +31,7 @@ PART = 1 << 32
 # Where tokens end -------------------------------------------------------------------------------------
 
 
-class Measure:
+class TokenEnds:
     """Finds where the tokens of a tokenizer end.
 
     Args:
@@ -44,7 +44,7 @@ class Measure:
         self.sizes = np.array([-1 if b is None else len(b) for b in known], np.int64)
 
     def __call__(self, text: str | Conversation, learn: Learn = "answers") -> tuple[list[int], list[bool], Ends]:
-        """Token ids, whether each is learned (:func:`tutelage.data.chat.encoded`), and where each ends.
+        """Token ids, whether each is learned (:func:`tutelage.data.chat.encode_learned`), and where each ends.
 
         The token that closes a text or an answer ends one byte behind it, whatever it is. Of a conversation its
         answers alone have places.
@@ -52,9 +52,9 @@ class Measure:
         Raises:
             DataError: as ``encoded``, or a chat template under which the tokens' places cannot be found.
         """
-        ids, learned = encoded(text, self.tokenizer, learn)
+        ids, learned = encode_learned(text, self.tokenizer, learn)
         plain = isinstance(text, str)
-        whole = text if isinstance(text, str) else rendered(text, self.tokenizer)
+        whole = text if isinstance(text, str) else render_conversation(text, self.tokenizer)
         cut = self.tokenizer(whole, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
         offsets = np.array(cut["offset_mapping"], np.int64).reshape(-1, 2)
         if list(cut["input_ids"]) != ids[: len(offsets)] or len(ids) - len(offsets) > plain:
@@ -83,7 +83,7 @@ class Measure:
             runs = zip(np.flatnonzero(marks == 1), np.flatnonzero(marks == -1), strict=True)
             spans = [(int(offsets[a, 0]), int(offsets[b - 1, 1])) for a, b in runs]
         else:
-            spans = answer_spans(text, self.tokenizer, whole)
+            spans = find_answer_spans(text, self.tokenizer, whole)
         for (start, stop), words in zip(spans, said, strict=len(spans) == len(said)):
             at = whole.find(words, start, stop)
             if at < 0:
@@ -117,7 +117,7 @@ class Measure:
         return ends
 
 
-def aligned(mine: Ends, theirs: Ends) -> tuple[Ends, Ends]:
+def align_spans(mine: Ends, theirs: Ends) -> tuple[Ends, Ends]:
     """Numbers of the spans that tokens belong to, the same on both sides.
 
     A span goes from one place where tokens of both sides end to the next; it holds one token of each side or more.
@@ -142,8 +142,8 @@ def aligned(mine: Ends, theirs: Ends) -> tuple[Ends, Ends]:
     return found[0], found[1]
 
 
-def predicted(mine: Ends, theirs: Ends, labels: Tensor, their_labels: Tensor) -> dict[str, Tensor]:
-    """The spans of :func:`aligned`, each at the positions that predict its tokens; those that are predicted whole.
+def align_predicted(mine: Ends, theirs: Ends, labels: Tensor, their_labels: Tensor) -> dict[str, Tensor]:
+    """The spans of :func:`align_spans` all of whose tokens are predicted, at the positions that predict them.
 
     Args:
         mine: ``[B, L]`` ends of the student's tokens.
@@ -154,7 +154,7 @@ def predicted(mine: Ends, theirs: Ends, labels: Tensor, their_labels: Tensor) ->
     Returns:
         ``student`` ``[B, L]`` and ``teacher`` ``[B, L']``: numbers of spans, or -1.
     """
-    sides, told = aligned(mine, theirs), (labels.numpy(), their_labels.numpy())
+    sides, told = align_spans(mine, theirs), (labels.numpy(), their_labels.numpy())
     shifted, lost = [], [np.empty(0, np.int64)]
     for spans, given in zip(sides, told, strict=True):
         lost.append(spans[:, 0])  # nothing predicts the first token
@@ -170,7 +170,7 @@ def predicted(mine: Ends, theirs: Ends, labels: Tensor, their_labels: Tensor) ->
 # What vocabularies share ----------------------------------------------------------------------------------
 
 
-def shared_entries(mine: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+def find_shared_tokens(mine: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     """The ids of the entries that two tokenizers both have, ``[S]`` each, in the same order.
 
     Entries are the same if they stand for the same bytes; of tokenizers that write their entries the same way, if

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import CapabilityError, CheckpointError, ConfigError
-from tutelage.models import MODEL_CARD, label_names, load_model, tokenizer_of
+from tutelage.models import MODEL_CARD, label_names, load_model, load_tokenizer
 from tutelage.models.files import read_card
-from tutelage.models.texts import HEADS, BiEncoder, CrossEncoder, SentenceEncoder, pretrained
+from tutelage.models.pretrained import AUTO_CLASSES, BiEncoder, CrossEncoder, SentenceEncoder, load_pretrained
 from tutelage.taps import logits_of
 from tutelage.taps.observe import no_cache_arguments
 
@@ -32,7 +32,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelBundle:
     """A model with all that its use needs.
 
     Attributes:
@@ -54,7 +54,7 @@ class Subject:
     source: str = "a model"
 
 
-def read_subject(folder: str | Path) -> Subject:
+def load_bundle(folder: str | Path) -> ModelBundle:
     """The model in a folder that a run exported, or that transformers saved.
 
     Raises:
@@ -72,7 +72,7 @@ def read_subject(folder: str | Path) -> Subject:
         model, task = load_model(folder), _task_of(folder) if unsaid else str(card.get("task") or "images")
     elif (folder / "config.json").exists():
         card, task = {}, _task_of(folder)
-        model = pretrained(f"hf:{folder}", task, None, {}).eval()
+        model = load_pretrained(f"hf:{folder}", task, None, {}).eval()
     else:
         raise CheckpointError(
             f"holds no model: neither {MODEL_CARD} nor config.json",
@@ -88,7 +88,7 @@ def read_subject(folder: str | Path) -> Subject:
     if isinstance(model, BiEncoder):  # of a ranking, what is used is one side: the embedding of a text
         model, task = SentenceEncoder(model.model).eval(), "embedding"
     given = card.get("preprocessing") or {}
-    return Subject(
+    return ModelBundle(
         model=model,
         task=task,
         classes=list(card.get("classes") or label_names(model) or []) if task not in UNLABELLED else [],
@@ -135,19 +135,19 @@ def _longest(model: nn.Module, task: str) -> dict[str, Any]:
 
 def _tokenizer(folder: Path) -> Any:
     try:
-        return tokenizer_of(f"hf:{folder}")
+        return load_tokenizer(f"hf:{folder}")
     except ConfigError as error:
         raise CheckpointError(
             f"has no tokenizer beside its model: {error.what}", where=str(folder), remedy="save it there"
         ) from None
 
 
-def as_inputs(given: Tensor | Mapping[str, Tensor]) -> Inputs:
+def named_inputs(given: Tensor | Mapping[str, Tensor]) -> Inputs:
     """The inputs of a batch by name."""
     return {IMAGE: given} if isinstance(given, Tensor) else dict(given)
 
 
-class Graph(nn.Module):
+class TraceModule(nn.Module):
     """A model with its inputs by position and its logits (or embeddings) alone: what a graph is drawn of.
 
     Args:
@@ -167,7 +167,7 @@ class Graph(nn.Module):
         return logits_of(self.model(**dict(zip(self.names, inputs, strict=True)), **self._options))
 
     @torch.no_grad()
-    def answer(self, inputs: Inputs) -> Tensor:
+    def run(self, inputs: Inputs) -> Tensor:
         """The same of inputs by name."""
         found: Tensor = self(*(inputs[name] for name in self.names))
         return found
@@ -181,4 +181,4 @@ def is_transformers(model: nn.Module) -> bool:
 
 def auto_class(task: str) -> str:
     """transformers' class for a task."""
-    return HEADS[task]
+    return AUTO_CLASSES[task]
