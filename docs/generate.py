@@ -16,7 +16,7 @@ from tutelage.data import views
 from tutelage.engine import optim
 from tutelage.errors import ConfigError
 from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES
-from tutelage.methods.features import Site
+from tutelage.methods.features import FeaturePair
 from tutelage.models import ZOO
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -34,24 +34,24 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "student.lora": config.LowRankConfig,
     "workflow: kind: born-again": config.BornAgainConfig,
     "workflow: kind: assistant-chain": config.AssistantChainConfig,
-    "method: kind: logit": config.LogitConfig,
-    "method: kind: feature": config.FeatureConfig,
-    "method: kind: simkd": config.SimkdConfig,
-    "method: kind: triple": config.TripleConfig,
-    "method: kind: tinybert": config.TinybertConfig,
-    "method: kind: minilm": config.MinilmConfig,
-    "method: kind: patient": config.PatientConfig,
-    "method: kind: embedding": config.EmbeddingConfig,
-    "method: kind: byot": config.ByotConfig,
-    "method: kind: token": config.TokenConfig,
-    "method: kind: on-policy": config.OnPolicyConfig,
-    "method.rollouts": config.RolloutsConfig,
-    "method: kind: cross-tokenizer": config.CrossTokenizerConfig,
-    "method: kind: sequence": config.SequenceConfig,
-    "method: kind: mutual": config.MutualConfig,
-    "method: kind: supervised": config.SupervisedConfig,
-    "method: kind: teacher-free": config.TeacherFreeConfig,
-    "method.pairs": config.PairConfig,
+    "method: kind: logit": config.LogitOptions,
+    "method: kind: feature": config.FeatureOptions,
+    "method: kind: simkd": config.SimkdOptions,
+    "method: kind: triple": config.TripleOptions,
+    "method: kind: tinybert": config.TinybertOptions,
+    "method: kind: minilm": config.MinilmOptions,
+    "method: kind: patient": config.PatientOptions,
+    "method: kind: embedding": config.EmbeddingOptions,
+    "method: kind: byot": config.ByotOptions,
+    "method: kind: token": config.TokenOptions,
+    "method: kind: on-policy": config.OnPolicyOptions,
+    "method.rollouts": config.RolloutsOptions,
+    "method: kind: cross-tokenizer": config.CrossTokenizerOptions,
+    "method: kind: sequence": config.SequenceOptions,
+    "method: kind: mutual": config.MutualOptions,
+    "method: kind: supervised": config.SupervisedOptions,
+    "method: kind: teacher-free": config.TeacherFreeOptions,
+    "method.pairs": config.PairOptions,
     "train": config.TrainConfig,
     "train.optimizer": config.OptimizerConfig,
     "train.schedule": config.ScheduleConfig,
@@ -359,7 +359,7 @@ def feature_objectives() -> Iterator[str]:
     yield "### Losses on features: `loss`"
     yield ""
     student, teacher = (2, 8, 8, 8), (2, 16, 8, 8)
-    site = Site("student", "teacher", student, teacher, False)
+    site = FeaturePair("student", "teacher", student, teacher, False)
     rows = []
     for name, entry in FEATURE_LOSSES.items():
         weight = f"{entry.weight(site, {}):.4g}" if callable(entry.weight) else f"{entry.weight:g}"
@@ -482,11 +482,11 @@ SHORT: dict[str, dict[str, Any]] = {
     "TrainConfig.schedule": {"type": "string"},
     "TeacherConfig.cache": {"type": ["boolean", "string"]},
     "TeacherConfig.members": {"type": "array", "items": {"type": ["string", "object"]}, "minItems": 2},
-    "ByotConfig.exits": {"type": "string"},
-    "FeatureConfig.pairs": {"type": "string"},
+    "ByotOptions.exits": {"type": "string"},
+    "FeatureOptions.pairs": {"type": "string"},
     "SearchConfig.space": {"type": "object"},
     "AssistantChainConfig.assistants": {"type": ["string", "array"]},
-    "MutualConfig.peers": {"type": "integer", "minimum": 1},
+    "MutualOptions.peers": {"type": "integer", "minimum": 1},
     "StudentConfig.lora": {"type": "integer", "minimum": 1},
 }
 """What may stand in the place of a section, which the classes themselves never see."""

@@ -106,7 +106,7 @@ def test_exits_of_other_networks(student: nn.Module, options: Any, taps: list[st
     assert method.taps == (taps or options["exits"])
     terms = module(b, None)
     assert all(torch.isfinite(term.sum) for term in terms.values())
-    for model in method.others(student).values():
+    for model in method.auxiliary_models(student).values():
         assert model.eval()(b.inputs).shape == (5, 4)
 
 
@@ -138,7 +138,7 @@ def test_the_plain_network_is_exported_and_its_exits_are_measured(tmp_path: Path
     method = prepare_method(ByotMethod(), student, None, b.rows(0, 2), 0)
     student.load_state_dict({k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")})
     method.load_state_dict({k.removeprefix("method."): v for k, v in state.items() if k.startswith("method.")})
-    early = method.others(student)["exit-1"].eval()
+    early = method.auxiliary_models(student)["exit-1"].eval()
     with torch.no_grad():
         right = (early(b.inputs).argmax(1) == b.labels).float().mean()
     assert row["last"]["accuracy"]["values"][1] == pytest.approx(float(right))

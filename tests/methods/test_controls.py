@@ -209,7 +209,9 @@ def test_a_method_that_needs_a_teacher_says_so_at_once(teacher: dict[str, None],
 
 
 def test_whether_a_method_needs_a_teacher_is_the_same_in_recipes_and_in_code() -> None:
-    assert {k for k, c in METHOD_KINDS.items() if c.taught} == {k for k, m in METHODS.items() if m.needs is not None}
+    assert {k for k, c in METHOD_KINDS.items() if c.needs_teacher} == {
+        k for k, m in METHODS.items() if m.needs is not None
+    }
 
 
 def test_doctor_taps_and_cache_without_a_teacher(tmp_path: Path) -> None:

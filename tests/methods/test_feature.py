@@ -17,7 +17,7 @@ from tutelage.data import Batch
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, ModelError
 from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES, FeatureMethod, Method, prepare_method
-from tutelage.methods.features import Compared
+from tutelage.methods.features import PairwiseLoss
 from tutelage.models.small import ConvNet
 from tutelage.progress import Terminal
 from tutelage.students import PROJECTORS
@@ -49,7 +49,7 @@ def test_schema_and_registry_name_the_same() -> None:
     assert set(config.PROJECTORS) == set(PROJECTORS)
 
 
-PLAIN = [name for name, entry in FEATURE_LOSSES.items() if issubclass(entry.link, Compared)]
+PLAIN = [name for name, entry in FEATURE_LOSSES.items() if issubclass(entry.link, PairwiseLoss)]
 PAIRS = [{"student": f"stages.{i}", "teacher": f"stages.{i}"} for i in range(2)]
 
 

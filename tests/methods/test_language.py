@@ -23,7 +23,7 @@ from tutelage.engine.gradient_checkpointing import recompute
 from tutelage.errors import CacheError, CapabilityError, DataError
 from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, prepare_method
-from tutelage.methods.token import check_apart
+from tutelage.methods.token import check_packed_rows_are_separate
 from tutelage.models.pretrained import _strip_gguf as whole_of
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
@@ -171,11 +171,11 @@ def test_a_text_longer_than_a_row_is_cut_into_pieces_where_rows_are_packed(cutte
 def test_a_model_in_which_packed_texts_see_each_other_is_refused(cutter: Any, folder: Path) -> None:
     _, packed = causal(cutter, worlds.texts(6), max_length=128, pack=True)
     blind = model(folder)
-    check_apart("student", blind, packed)
+    check_packed_rows_are_separate("student", blind, packed)
     plain = blind.model.forward
     blind.model.forward = lambda *a, position_ids=None, **k: plain(*a, **k)  # as a model without positions
     with pytest.raises(CapabilityError, match="lets the texts of a packed row see each other"):
-        check_apart("student", blind, packed)
+        check_packed_rows_are_separate("student", blind, packed)
 
 
 @pytest.mark.parametrize("kind", ["Gemma2", "Cohere", "Granite", "Llama", "GPT2", "Qwen3", "Mistral"])

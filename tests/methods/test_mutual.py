@@ -50,7 +50,7 @@ def batch(size: int = 7) -> Batch:
 
 def trio(**options: Any) -> DistillationModule:
     method = MutualMethod(2, **options)
-    method.join([network(1), network(2)])
+    method.add_peers([network(1), network(2)])
     student = network(0)
     method.build(student, None, batch(2))
     return DistillationModule(student, method).train()
@@ -103,7 +103,7 @@ def test_stale_copies_are_renewed_when_due_and_never_in_between() -> None:
     module = trio(refresh=3)
     method: Any = module.method
     start = copy.deepcopy(method.stale)
-    method.starts(module.student, 4, 10)
+    method.before_training(module.student, 4, 10)
     for step in (5, 6, 7):
         with torch.no_grad():
             for p in [*module.student.parameters(), *method.members.parameters()]:
@@ -122,7 +122,7 @@ def test_stale_peers_speak_in_evaluation_mode_and_stay_in_it() -> None:
     method = MutualMethod(1, refresh=2)
     torch.manual_seed(0)
     student, peer = (nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 4)) for _ in range(2))
-    method.join([peer])
+    method.add_peers([peer])
     method.build(student, None, batch(2))
     module, b = DistillationModule(student, method).train(), batch()
     before = {k: v.clone() for k, v in method.stale.state_dict().items()}
@@ -138,7 +138,7 @@ def test_burning_in_learns_from_labels_alone() -> None:
     module, b = trio(burn_in=0.5), batch()
     method: Any = module.method
     for step, burning in ((0, True), (4, True), (5, False), (9, False)):
-        method.starts(module.student, step, 10)
+        method.before_training(module.student, step, 10)
         with torch.no_grad():
             terms = module(b, None)
         assert all((float(terms[k].sum) == 0) == burning for k in terms if k.startswith("mutual"))

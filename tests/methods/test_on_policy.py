@@ -29,7 +29,7 @@ def test_the_students_answers_stand_behind_the_prompts_and_they_alone_count(cutt
     rows = [TURNS, TURNS[:2], *(r["messages"] for r in worlds.conversations(1))]
     _, batch = causal(cutter, rows, max_length=256)
     student, teacher = model(folder, 2).train(), model(folder)
-    written = ready(student, teacher, batch).prepared(student, batch)
+    written = ready(student, teacher, batch).prepare_batch(student, batch)
     assert student.training
     assert isinstance(written.inputs, dict)
     for row, text in enumerate(rows):
@@ -49,7 +49,7 @@ def test_greedy_answers_are_what_the_student_finds_likeliest_and_stop_at_their_e
     method = ready(student, model(folder), batch, sampling_temperature=0.0, max_new_tokens=12)
 
     def answers() -> list[list[int]]:
-        written = method.prepared(student, batch)
+        written = method.prepare_batch(student, batch)
         assert isinstance(written.inputs, dict)
         with torch.no_grad():
             best = student(**written.inputs).logits.argmax(-1)
@@ -72,7 +72,7 @@ def test_a_text_without_a_prompt_is_gone_on_with_and_a_long_prompt_is_cut_at_its
     (text,) = worlds.texts(1)
     _, batch = causal(cutter, [text, [{"role": "user", "content": "y" * 90}, TURNS[1]]], max_length=256)
     student = model(folder, 2)
-    written = ready(student, model(folder), batch, max_prompt_tokens=20).prepared(student, batch)
+    written = ready(student, model(folder), batch, max_prompt_tokens=20).prepare_batch(student, batch)
     assert isinstance(written.inputs, dict)
     assert isinstance(batch.inputs, dict)
     begins = [int(m.nonzero()[0]) + 1 for m in written.mask]  # type: ignore[union-attr]
@@ -88,7 +88,7 @@ def test_lambda_is_the_share_of_batches_that_the_student_writes(share: float, cu
     student = model(folder, 2)
     method = ready(student, model(folder), batch, lmbda=share, max_new_tokens=1)
     torch.manual_seed(0)
-    own = sum(method.prepared(student, batch) is not batch for _ in range(100))
+    own = sum(method.prepare_batch(student, batch) is not batch for _ in range(100))
     assert abs(own / 100 - share) < 0.12
     assert (share > 0) or own == 0
 
@@ -97,7 +97,7 @@ def test_the_loss_of_what_it_wrote_is_the_divergence_from_the_teacher_there(cutt
     _, batch = causal(cutter, [TURNS, TURNS[:2]], max_length=256)
     student, teacher = model(folder, 2), model(folder)
     method = ready(student, teacher, batch, divergence="js", beta=0.1, alpha=0.8)
-    written = method.prepared(student, batch)
+    written = method.prepare_batch(student, batch)
     found = total(student, method, written, LiveTeacher(teacher).signal(written, method.needs))
     mine, theirs = (m(**written.inputs).logits[written.mask] for m in (student, teacher))
     torch.testing.assert_close(found, 0.8 * losses.js(mine, theirs.detach(), beta=0.1), rtol=1e-5, atol=1e-6)
@@ -109,12 +109,12 @@ def test_answers_are_kept_used_again_and_the_oldest_go(cutter: Any, folder: Path
     student = model(folder, 2)
     method = ready(student, model(folder), batches[0], replay_buffer=3, replay_share=0.0)
     torch.manual_seed(0)
-    made = [method.prepared(student, batch) for batch in batches]
+    made = [method.prepare_batch(student, batch) for batch in batches]
     assert int(method.written) == 6
-    method.reuse = 1.0
-    again = {tuple(method.prepared(student, batches[0]).inputs["input_ids"][0].tolist()) for _ in range(40)}  # type: ignore[index, call-overload]
+    method.replay_share = 1.0
+    again = {tuple(method.prepare_batch(student, batches[0]).inputs["input_ids"][0].tolist()) for _ in range(40)}  # type: ignore[index, call-overload]
     assert again == {tuple(b.inputs["input_ids"][0].tolist()) for b in made[3:]}  # type: ignore[index, call-overload]
-    drawn = method.prepared(student, batches[0])
+    drawn = method.prepare_batch(student, batches[0])
     match = next(b for b in made if torch.equal(b.inputs["input_ids"], drawn.inputs["input_ids"]))  # type: ignore[index, call-overload]
     assert torch.equal(match.mask, drawn.mask)  # type: ignore[arg-type]
     assert {"kept", "spans", "written"} <= set(method.state_dict())
@@ -124,7 +124,7 @@ def test_the_long_part_is_the_policy_gradient_of_what_follows(cutter: Any, folde
     _, batch = causal(cutter, [TURNS, TURNS[:2]], max_length=256)
     student, teacher = model(folder, 2), model(folder)
     method = ready(student, teacher, batch, divergence="reverse_kl", long=0.5)
-    written = method.prepared(student, batch)
+    written = method.prepare_batch(student, batch)
     terms = passed(student, method, written, LiveTeacher(teacher).signal(written, method.needs))
     terms["long"].sum.backward()
     found = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
@@ -158,7 +158,7 @@ def test_answers_drawn_from_both_are_weighted_as_if_from_the_student(cutter: Any
     _, batch = causal(cutter, [TURNS, TURNS[:2]], max_length=256)
     student, teacher = sharp(model(folder, 2)), sharp(model(folder))
     method = ready(student, teacher, batch, divergence="reverse_kl", mix=0.4, long=0.5)
-    written = method.prepared(student, batch)
+    written = method.prepare_batch(student, batch)
     terms = passed(student, method, written, LiveTeacher(teacher).signal(written, method.needs))
     (terms["soft"].sum + terms["long"].sum).backward()
     found = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
@@ -200,7 +200,7 @@ def test_tokens_are_drawn_from_the_mixture(share: float, cutter: Any, folder: Pa
         {k: v.repeat_interleave(1500, 0) for k, v in batch.inputs.items()},  # type: ignore[union-attr]
         batch.labels.repeat_interleave(1500, 0), mask=batch.mask.repeat_interleave(1500, 0),  # type: ignore[union-attr]
     )  # fmt: skip
-    written = method.prepared(student, many)
+    written = method.prepare_batch(student, many)
     ids = written.inputs["input_ids"]  # type: ignore[index, call-overload]
     for i in range(2):
         first = ids[i * 1500 : (i + 1) * 1500, begins[i]]
@@ -226,12 +226,12 @@ def test_lambda_grows_where_the_loss_of_an_evaluation_does(cutter: Any, folder: 
     method = ready(model(folder, 2), model(folder), batch, lmbda=0.0, adaptive=0.4, slack=0.1)
     seen = []
     for loss in (3.0, 2.0, 3.05, 3.1, 3.15, 3.3, 9.0, 10.0):
-        method.validated({"loss": loss})
+        method.after_validation({"loss": loss})
         seen.append(round(float(method.share), 3))
     assert seen == [0.0, 0.0, 0.0, 0.4, 0.4, 0.8, 1.0, 1.0]
     fixed = ready(model(folder, 2), model(folder), batch, lmbda=0.3)
-    fixed.validated({"loss": 1.0})
-    fixed.validated({"loss": 9.0})
+    fixed.after_validation({"loss": 1.0})
+    fixed.after_validation({"loss": 9.0})
     assert float(fixed.share) == pytest.approx(0.3)
 
 
@@ -248,18 +248,18 @@ def test_the_share_of_kept_answers_rises_with_the_training(cutter: Any, folder: 
     _, batch = causal(cutter, [TURNS[:2]])
     student = model(folder, 2)
     method = ready(student, model(folder), batch, replay_buffer=4, replay_share="rising", max_new_tokens=1)
-    method.prepared(student, batch)
+    method.prepare_batch(student, batch)
     shares = []
     for step in (0, 50, 100):
-        method.starts(student, step, 100)
+        method.before_training(student, step, 100)
         before = int(method.written)
         for _ in range(60):
-            method.prepared(student, batch)
+            method.prepare_batch(student, batch)
         shares.append(1 - (int(method.written) - before) / 60)
     assert shares[0] == 0
     assert abs(shares[1] - 0.5) < 0.2
     assert shares[2] == 1
-    method.starts(student, 0, 2)
+    method.before_training(student, 0, 2)
     method.after_step()
     assert method._done == 0.5
 

@@ -68,7 +68,7 @@ def test_a_server_writes_what_the_student_would(server: servers.Server, cutter: 
     student.generation_config.eos_token_id = list(range(0, len(cutter), 9))  # ends at different places
     own = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=12)
     asked = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=12, rollouts=of(server))
-    mine, theirs = own.prepared(student, batch), asked.prepared(student, batch)
+    mine, theirs = own.prepare_batch(student, batch), asked.prepare_batch(student, batch)
     assert same(mine, theirs)
     assert torch.equal(mine.counted(), theirs.counted())
     assert len(set(theirs.counted().sum(1).tolist())) > 1
@@ -84,14 +84,14 @@ def test_it_writes_as_the_student_was_at_most_so_many_steps_ago(
     student, teacher = model(folder, 2), model(folder)
     own = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8)
     method = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8, rollouts=of(server, every=2))
-    first = own.prepared(student, batch)
-    assert same(method.prepared(student, batch), first)
+    first = own.prepare_batch(student, batch)
+    assert same(method.prepare_batch(student, batch), first)
     moved(student, 0.3)
     method.after_step()
-    assert same(method.prepared(student, batch), first)
+    assert same(method.prepare_batch(student, batch), first)
     method.after_step()
-    changed = method.prepared(student, batch)
-    assert same(changed, own.prepared(student, batch))
+    changed = method.prepare_batch(student, batch)
+    assert same(changed, own.prepare_batch(student, batch))
     assert not same(changed, first)
     places = [Path(body["kwargs"]["weights_path"]) for path, body in server.told if path == "/collective_rpc"]
     assert [place.name for place in places] == ["step-000000000", "step-000000002"]
@@ -110,7 +110,7 @@ def test_adapters_are_handed_over_as_part_of_a_plain_model(server: servers.Serve
     moved(student, 0.1)
     own = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8)
     method = ready(student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8, rollouts=of(server))
-    assert same(method.prepared(student, batch), own.prepared(student, batch))
+    assert same(method.prepare_batch(student, batch), own.prepare_batch(student, batch))
     assert not any("lora" in name for name, _ in server.model.named_parameters())
     assert any("lora" in name for name, _ in student.named_parameters())
 
@@ -122,7 +122,7 @@ def test_a_server_draws_from_the_softmax_whatever_the_models_own_settings(
     student = model(folder, 2)
     student.generation_config.top_k, student.generation_config.do_sample = 3, True
     method = ready(student, model(folder), batch, sampling_temperature=0.7, rollouts=of(server))
-    method.prepared(student, batch)
+    method.prepare_batch(student, batch)
     assert {body["temperature"] for body in server.asked} == {0.7}
     kept = json.loads((Path(server.told[0][1]["kwargs"]["weights_path"]) / "generation_config.json").read_text())
     assert (kept["do_sample"], kept["top_k"], kept["temperature"]) == (True, 0, 0.7)
@@ -138,7 +138,7 @@ def test_a_server_without_the_students_weights_writes_as_it_is(
         student, teacher, batch, sampling_temperature=0.0, max_new_tokens=8, rollouts=of(server, every=None)
     )
     its = ready(server.model, teacher, batch, sampling_temperature=0.0, max_new_tokens=8)
-    assert same(method.prepared(student, batch), its.prepared(server.model, batch))
+    assert same(method.prepare_batch(student, batch), its.prepare_batch(server.model, batch))
     assert not server.told
 
 
@@ -165,7 +165,7 @@ def test_a_fault_that_passes_changes_nothing(fault: Any, server: servers.Server,
     server.faults[:] = [None, fault, None, fault]
     method = ready(student, teacher, batch, sampling_temperature=0.0, rollouts=of(server))
     own = ready(student, teacher, batch, sampling_temperature=0.0)
-    assert same(method.prepared(student, batch), own.prepared(student, batch))
+    assert same(method.prepare_batch(student, batch), own.prepare_batch(student, batch))
     assert len(server.asked) == len(ROWS) + 2
 
 
@@ -182,7 +182,7 @@ def test_a_fault_that_stays_is_an_error(
     server.faults[:] = [fault] * 300
     method = ready(student, teacher, batch, rollouts=of(server, max_retry_time=0.2))
     with pytest.raises(EndpointError, match=said):
-        method.prepared(student, batch)
+        method.prepare_batch(student, batch)
 
 
 def test_a_server_that_takes_no_weights_is_an_error(server: servers.Server, cutter: Any, folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_server_that_takes_no_weights_is_an_error(server: servers.Server, cutt
     server.takes = False
     method = ready(student, teacher, batch, rollouts=of(server))
     with pytest.raises(EndpointError, match=r"does not take the student's weights: refuses \(404\)") as refused:
-        method.prepared(student, batch)
+        method.prepare_batch(student, batch)
     assert "VLLM_SERVER_DEV_MODE=1" in str(refused.value)
 
 
@@ -206,7 +206,7 @@ def test_what_does_not_go_together_is_refused(server: servers.Server, cutter: An
     student = model(folder, 2)
     method = ready(student, model(folder), batch, rollouts=of(server, kind="openai"))
     with pytest.raises(CapabilityError, match="no tokenizer"):
-        method.prepared(student, batch)
+        method.prepare_batch(student, batch)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_real_server_writes_what_the_student_would(cutter: Any, folder: Path, 
             rollouts={"url": url, "kind": "openai", "every": 1, "folder": str(tmp_path)},
         )  # fmt: skip
         for _ in range(2):
-            mine, theirs = own.prepared(student, batch), method.prepared(student, batch)
+            mine, theirs = own.prepare_batch(student, batch), method.prepare_batch(student, batch)
             assert isinstance(mine.inputs, dict)
             assert isinstance(theirs.inputs, dict)
             for row in range(3):  # text that is cut anew may have other tokens, but the same characters

@@ -203,7 +203,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         before = method.hidden.links[0].memory.student.clone()  # type: ignore[union-attr, operator]
     if kind.endswith("mutual"):
         method = MutualMethod(1, refresh=2)
-        method.join([network(8, seed=6)])
+        method.add_peers([network(8, seed=6)])
         method.build(student, None, Rows().fetch(torch.arange(2)))
     data: Any = Rows()
     if kind.endswith("on-policy"):  # greedy, so that all write the same, and to ends at different places

@@ -13,22 +13,22 @@ from tutelage.config.generate import Generations
 from tutelage.config.judge import JudgeConfig
 from tutelage.config.methods import (
     METHOD_KINDS,
-    ByotConfig,
-    CrossTokenizerConfig,
-    EmbeddingConfig,
-    FeatureConfig,
-    LogitConfig,
-    MinilmConfig,
-    MutualConfig,
-    OnPolicyConfig,
-    PatientConfig,
-    SequenceConfig,
-    SimkdConfig,
-    SupervisedConfig,
-    TeacherFreeConfig,
-    TinybertConfig,
-    TokenConfig,
-    TripleConfig,
+    ByotOptions,
+    CrossTokenizerOptions,
+    EmbeddingOptions,
+    FeatureOptions,
+    LogitOptions,
+    MinilmOptions,
+    MutualOptions,
+    OnPolicyOptions,
+    PatientOptions,
+    SequenceOptions,
+    SimkdOptions,
+    SupervisedOptions,
+    TeacherFreeOptions,
+    TinybertOptions,
+    TokenOptions,
+    TripleOptions,
 )
 from tutelage.config.models import StudentConfig
 from tutelage.config.samples import SamplesConfig
@@ -51,22 +51,22 @@ class Recipe(Section):
     the same if there is one; and for ``workflow: born-again``."""
     student: StudentConfig
     method: Annotated[
-        LogitConfig
-        | ByotConfig
-        | CrossTokenizerConfig
-        | EmbeddingConfig
-        | FeatureConfig
-        | MinilmConfig
-        | MutualConfig
-        | OnPolicyConfig
-        | PatientConfig
-        | SimkdConfig
-        | SupervisedConfig
-        | TeacherFreeConfig
-        | SequenceConfig
-        | TinybertConfig
-        | TokenConfig
-        | TripleConfig,
+        LogitOptions
+        | ByotOptions
+        | CrossTokenizerOptions
+        | EmbeddingOptions
+        | FeatureOptions
+        | MinilmOptions
+        | MutualOptions
+        | OnPolicyOptions
+        | PatientOptions
+        | SimkdOptions
+        | SupervisedOptions
+        | TeacherFreeOptions
+        | SequenceOptions
+        | TinybertOptions
+        | TokenOptions
+        | TripleOptions,
         Field(discriminator="kind"),
     ]
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -98,8 +98,8 @@ class Recipe(Section):
         elif self.teacher is None:
             if isinstance(self.workflow, AssistantChainConfig):
                 raise Misfit("an assistant-chain starts from a teacher; add 'teacher'", "workflow")
-            if self.method.taught:
-                without = ", ".join(kind for kind, config in METHOD_KINDS.items() if not config.taught)
+            if self.method.needs_teacher:
+                without = ", ".join(kind for kind, config in METHOD_KINDS.items() if not config.needs_teacher)
                 raise Misfit(
                     f"{self.method.kind} needs a teacher, and there is none; add 'teacher', or take a method without "
                     f"one: {without}",
@@ -191,7 +191,7 @@ class Recipe(Section):
             raise Misfit(
                 "simkd takes over one teacher's classifier, and there are several; use another method", "method"
             )
-        if teacher.members is not None and isinstance(self.method, FeatureConfig):
+        if teacher.members is not None and isinstance(self.method, FeatureOptions):
             self._of_members(self.method, teacher)
         if teacher.cache is not None and self.data.augment and self.data.views is None:
             raise Misfit(
@@ -217,7 +217,7 @@ class Recipe(Section):
                 f"{odd[0]!r}",
                 "teacher",
             )
-        if self.method.taught and not self.method.accepts_remote_teacher:
+        if self.method.needs_teacher and not self.method.accepts_remote_teacher:
             able = ", ".join(kind for kind, config in METHOD_KINDS.items() if config.accepts_remote_teacher)
             raise Misfit(
                 f"a teacher behind a server says the likeliest next tokens, and {self.method.kind} needs more; "
@@ -227,7 +227,7 @@ class Recipe(Section):
         if self.data.task != "causal":
             raise Misfit(f"a teacher behind a server says next tokens, and the task is {self.data.task!r}", "data")
         method = self.method
-        if isinstance(method, TokenConfig):
+        if isinstance(method, TokenOptions):
             for key, value, right in (
                 ("hidden", method.hidden, 0), ("temperature", method.temperature, 1),
                 ("divergence", method.divergence, "kl"),
@@ -239,7 +239,7 @@ class Recipe(Section):
                         "method",
                     )
 
-    def _of_members(self, method: FeatureConfig, teacher: TeacherConfig) -> None:
+    def _of_members(self, method: FeatureOptions, teacher: TeacherConfig) -> None:
         if method.pairs is None:
             raise Misfit(
                 "which member's features are meant by 'pairs: auto' is not said; "

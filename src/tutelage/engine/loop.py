@@ -138,13 +138,13 @@ def fit(t: Training, accelerator: Accelerator) -> Outcome:
 
 def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     s.resume()
-    s.bare.method.starts(s.bare.student, s.at.step, t.steps)
+    s.bare.method.before_training(s.bare.student, s.at.step, t.steps)
     t.watcher.started(t.name, s.at.step, t.steps)
     per_epoch = t.batches.steps_per_epoch
     while s.at.step < t.steps and not s.at.stopped_early:
         epoch, done = divmod(s.at.step, per_epoch)
         for micros in s.asked(t.batches.epoch(epoch, s.share, skip=done)):
-            s.bare.method.scales = scale = s.scales([batch for batch, _ in micros])
+            s.bare.method.loss_scales = scale = s.scales([batch for batch, _ in micros])
             for batch, said in micros:
                 with accelerator.accumulate(s.module):
                     terms = s.module(batch, said())
@@ -182,7 +182,7 @@ class _State:
         with nullcontext() if self.zero is None else self.zero.as_without():
             self.module, prepared = accelerator.prepare(module, optimizer)
         self.bare: DistillationModule = accelerator.unwrap_model(self.module)
-        if t.method.validates and t.validation is None:
+        if t.method.needs_validation and t.validation is None:
             raise CapabilityError(
                 f"{type(t.method).__name__} adapts to the loss on validation data, and there is none",
                 remedy="give validation data, or leave adaptive out",
@@ -241,14 +241,14 @@ class _State:
             yield pending
 
     def prepared(self, batch: Batch) -> Batch:
-        if not self.t.method.writes:
+        if not self.t.method.generates_batches:
             return batch
         with self.autocast():
             module: Any = self.module
             if isinstance(module, FSDPModule):
                 written: Batch = module(batch, None, writing=True)  # type: ignore[operator]
                 return written
-            return self.t.method.prepared(self.bare.student, batch)
+            return self.t.method.prepare_batch(self.bare.student, batch)
 
     def signal(self, batch: Batch) -> Signal | None:
         needs = needs_of(self.t.method, self.t.teacher)
@@ -390,7 +390,7 @@ class _State:
                 self.best = checkpoint.full_model_state(self.module, self.zero)
             else:
                 at.stale += 1
-        self.bare.method.validated(scores)
+        self.bare.method.after_validation(scores)
         if t.config.early_stop is not None and at.stale >= t.config.early_stop:
             at.stopped_early = True
         line = {

@@ -90,7 +90,7 @@ def check_output(c: ExperimentSpec, device: torch.device, model: nn.Module, who:
 def check_written(c: ExperimentSpec, method: Method) -> None:
     """Raise :class:`CapabilityError` where the student writes what the teacher is to have been asked before."""
     for given, where in ((c.cache, "teacher.cache"), (c.prefetch, "teacher.inference.overlap")):
-        if method.writes and given is not None:
+        if method.generates_batches and given is not None:
             raise CapabilityError(
                 f"{type(method).__name__} asks the teacher about what the student has just written, "
                 "which nobody knows ahead",
@@ -196,4 +196,4 @@ def check_method_runs(
             signal = get_signal(teacher, each, batch)
             seen = Observation() if each.student_needs is None else observe(student, batch.inputs, each.student_needs)
             each(seen, batch, signal)
-            each.rehearse(student, batch)
+            each.check_generation(student, batch)

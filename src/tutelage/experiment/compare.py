@@ -49,14 +49,14 @@ def compare(c: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
         check_teachers(c, ctx.device, untrained)
     adapted_student, method = prepare_student_and_method(c, student, untrained, c.seeds[0])
     ctx.terminal.say(f"loss = {method.formula()}")
-    for name, other in method.others(adapted_student).items():
+    for name, other in method.auxiliary_models(adapted_student).items():
         if check_output(c, ctx.device, other, name) != classes:
             raise CapabilityError(
                 f"{name} does not score the student's {classes} classes", remedy="set its number of classes"
             )
     extra = projectors(method)
     if method.peers:
-        beside = sum(parameters(peer) for peer in method.others(adapted_student).values())
+        beside = sum(parameters(peer) for peer in method.auxiliary_models(adapted_student).values())
         ctx.terminal.say(f"peers: {len(method.peers)}, of {beside:,} parameters, trained along and saved in models/")
     if has_adapters(adapted_student):
         learned = sum(p.numel() for p in adapted_student.parameters() if p.requires_grad)

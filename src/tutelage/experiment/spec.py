@@ -195,7 +195,7 @@ def prepare_student_and_method(
     """What is trained of ``student``, and the method, fitted to it and the teacher; both start as the seed says."""
     method, example = c.method(), example_of(c)
     if method.peers:
-        method.join(peers(c, method, seed))
+        method.add_peers(peers(c, method, seed))
     student = prepare_student(method, student, teacher, example, seed)
     ids = c.batches("distilled", seed).ids if method.needs_ids else None
     return student, prepare_method(method, student, teacher, example, seed, ids)
@@ -222,7 +222,7 @@ def projectors(method: Method) -> int:
 
 def taught_on(c: ExperimentSpec, method: Method, seed: int) -> Batches:
     """The training data of a method under a seed: all of it, or what has a label where the rest teaches nothing."""
-    return c.batches("distilled" if method.unlabelled else "baseline", seed)
+    return c.batches("distilled" if method.uses_unlabelled else "baseline", seed)
 
 
 def initial_student(c: ExperimentSpec, arm: Arm, seed: int, live: ModelTeacher | None) -> tuple[nn.Module, Method]:

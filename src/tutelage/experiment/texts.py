@@ -39,7 +39,7 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     fields = config.model_dump(exclude={"kind", "metric", "tokenizer", "views", "workers", "classes"})
     classes = config.classes or _known(recipe)
     given: dict[str, Any] = {"classes": classes, "teacher_tokenizer": theirs, "progress": terminal.iterate}
-    given["align"] = recipe.method.aligns
+    given["align"] = recipe.method.cross_tokenizer
     if recipe.student.vocabulary is None:
         return load_texts(**fields, **given, tokenizer=mine)
     asked = {k: fields[k] for k in ("source", "path", "options", "text", "teacher_text", "label", "route")}

@@ -59,7 +59,7 @@ def train_student(
         model = c.student(seed)
         return model if arm == "baseline" else prepare_student(c.method(), model, model_of(live), example_of(c), seed)
 
-    others = training.method.others(training.student)
+    others = training.method.auxiliary_models(training.student)
     cards = [{**card, **c.peer_card(asked), "arm": arm} for asked in training.method.peers]
     kept = dict(zip(others, cards, strict=True)) if cards else {}
     return train_and_keep(
@@ -195,7 +195,7 @@ def train_and_keep(
         ctx.terminal.finished()
     if ctx.accelerator.is_main_process:
         result = _measured(training, outcome, ctx, rebuild, test, references)
-        if others is not None and training.method.others(training.student):
+        if others is not None and training.method.auxiliary_models(training.student):
             found, models = _measured_others(outcome, ctx, rebuild, test, references, others.method())
             result["others"] = found
             for name, card_of in others.cards.items():  # before the result, which says that all is there
@@ -230,7 +230,7 @@ def _measured_others(
     """
     student = rebuild().to(ctx.device)
     method.to(ctx.device)
-    models = method.others(student)
+    models = method.auxiliary_models(student)
     example = next(iter(test)).rows(0, 2).to(ctx.device)
     found: dict[str, Any] = {name: {"parameters": reached(model, example)} for name, model in models.items()}
     for which, weights, of_method in (

@@ -90,7 +90,7 @@ class Distiller(DistillationModule):
         place = next((p.device for p in student.parameters()), torch.device("cpu"))
         few = _batch(example, to_batch).rows(0, EXAMPLE).to(place)
         if peers:
-            method.join(peers)
+            method.add_peers(peers)
         adapted_student = prepare_student(method, student, model, few, seed)
         prepare_method(method, adapted_student, model, few, seed, ids)
         if method.phases() and not phases_done:
@@ -116,7 +116,7 @@ class Distiller(DistillationModule):
         """
         if isinstance(self.teacher, LiveTeacher):
             self.teacher.to(self.device)
-        self.method.starts(self.student, step, total)
+        self.method.before_training(self.student, step, total)
 
     def losses(self, *micros: Any) -> Iterator[Tensor]:
         """The loss of each micro-batch of one optimizer step; call ``backward`` on each before the next.
@@ -146,7 +146,7 @@ class Distiller(DistillationModule):
     def batch(self, raw: Any) -> Batch:
         """What the data yields as the batch that is learned from, on the student's device."""
         batch = _batch(raw, self.to_batch).to(self.device)
-        return self.method.prepared(self.student, batch) if self.method.writes else batch
+        return self.method.prepare_batch(self.student, batch) if self.method.generates_batches else batch
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """How many positions each term averages over in a step of these micro-batches, on all processes."""
@@ -167,7 +167,7 @@ class Distiller(DistillationModule):
         """
         counts = self.counts(batches)
         scale = {name: self.method.weights[name] * _world() / n.clamp(min=1) for name, n in counts.items()}
-        self.method.scales = scale
+        self.method.loss_scales = scale
         self.terms = {}
         return scale
 

@@ -39,20 +39,19 @@ class Method(nn.Module):
 
     Attributes:
         needs: what the teacher's signal must hold; ``None`` for a method without a teacher.
-        student_needs: what must be known of the student's forward pass; ``None`` where the student is not run.
+        student_needs: what is captured in the student's forward pass; ``None`` if the student is not run.
         weights: the weight of each term, by name. The engine applies it, once.
         needs_ids: whether :meth:`build` needs the sample ids of the training data.
-        takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) will do for its logits, and
-            these for its output head.
-        writes: whether :meth:`prepared` makes batches that nobody has seen before, so that the teacher must be one
-            that can be asked about anything, at the moment.
-        validates: whether it learns from :meth:`validated`, so that there must be validation data.
-        unlabelled: whether samples without a label teach it anything; else it is trained on the labelled ones.
-        task: what the labels that it learns from are.
-        scales: by what the engine will multiply each term's sum; empty where nobody said. A method whose gradients
-            are made in its forward pass can make one of all its terms, knowing them.
-        peers: what else is to be trained with the student, as whoever builds models understands it; ``None`` for the
-            student's own architecture. :meth:`join` gets a model for each.
+        takes_sparse: whether part of the teacher's distribution (``topk``, ``sampled``) can replace its logits, and
+            these its output head.
+        generates_batches: whether :meth:`prepare_batch` returns new inputs, so that the teacher must be live.
+        needs_validation: whether it uses :meth:`after_validation`, so that there must be validation data.
+        uses_unlabelled: whether the loss has a term for samples without a label; else only labelled ones are used.
+        task: the kind of labels.
+        loss_scales: the factor by which the engine multiplies the sum of each term; empty if unknown. A method that
+            computes gradients in its forward pass needs them to add up its terms.
+        peers: models to train with the student, in the form that the caller builds models from; ``None`` for a copy
+            of the student's architecture. :meth:`add_peers` gets a model for each.
     """
 
     needs: Needs | None = Needs()
@@ -60,17 +59,17 @@ class Method(nn.Module):
     weights: dict[str, float]
     needs_ids: bool = False
     takes_sparse: bool = False
-    writes: bool = False
-    validates: bool = False
-    unlabelled: bool = True
+    generates_batches: bool = False
+    needs_validation: bool = False
+    uses_unlabelled: bool = True
     task: Task = "classes"
-    scales: Mapping[str, Tensor] = MappingProxyType({})
+    loss_scales: Mapping[str, Tensor] = MappingProxyType({})
     peers: Sequence[Any] = ()
 
-    def join(self, models: Sequence[nn.Module]) -> None:
-        """Take in a model for each of ``peers``, with an initialisation of its own; called before :meth:`adapt`."""
+    def add_peers(self, models: Sequence[nn.Module]) -> None:
+        """Add a model for each of ``peers``, with its own initialisation; called before :meth:`adapt_student`."""
 
-    def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
+    def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The module that is trained and exported. Default: the student as it is.
 
         ``teacher`` is ``None`` where there is none, which only methods that need none meet.
@@ -86,7 +85,7 @@ class Method(nn.Module):
         Neither model may be changed. Use :func:`prepare_method`, which makes the initialisation a function of a seed.
 
         Args:
-            student: what :meth:`adapt` returned.
+            student: what :meth:`adapt_student` returned.
             teacher: it may not be trained yet; ``None`` where there is none.
             example: a few samples.
             ids: ``[M]``, the sample ids of the training data, where they are known.
@@ -96,7 +95,7 @@ class Method(nn.Module):
         """What is trained first, in this order, each with an optimizer and a schedule of its own."""
         return ()
 
-    def starts(self, student: nn.Module, step: int, total: int) -> None:
+    def before_training(self, student: nn.Module, step: int, total: int) -> None:
         """Called before the first step of a training, or the first after it was resumed.
 
         Args:
@@ -105,23 +104,23 @@ class Method(nn.Module):
             total: optimizer steps in all.
         """
 
-    def prepared(self, student: nn.Module, batch: Batch) -> Batch:
+    def prepare_batch(self, student: nn.Module, batch: Batch) -> Batch:
         """What a batch of the data becomes before it is counted and the teacher is asked. Default: what it is.
 
-        Called once for each micro-batch with the student as it is at that step, and with ``writes`` alone.
+        Called once for each micro-batch with the student as it is at that step, and with ``generates_batches`` alone.
         """
         return batch
 
-    def rehearse(self, student: nn.Module, batch: Batch) -> None:
-        """Try what :meth:`prepared` depends on beside the models, such as a server; before anything is trained."""
+    def check_generation(self, student: nn.Module, batch: Batch) -> None:
+        """Test what :meth:`prepare_batch` depends on, such as a server, before the training."""
 
     def after_step(self) -> None:
         """Called after each optimizer step, before any evaluation or checkpoint."""
 
-    def validated(self, scores: Mapping[str, Any]) -> None:
+    def after_validation(self, metrics: Mapping[str, Any]) -> None:
         """Called after each evaluation on validation data, with its metrics, the same on all processes."""
 
-    def others(self, student: nn.Module) -> dict[str, nn.Module]:
+    def auxiliary_models(self, student: nn.Module) -> dict[str, nn.Module]:
         """What else gives logits once it is trained, by name: peers, or exits of ``student``. Measured beside it."""
         return {}
 
@@ -182,14 +181,14 @@ def prepare_student(
     """What ``method`` trains and exports for ``student``; what it adds is a function of ``seed`` alone.
 
     Args:
-        method: its :meth:`Method.adapt` is asked.
+        method: its :meth:`Method.adapt_student` is asked.
         student: as it was made.
         teacher: the teacher's model; ``None`` where there is none.
         example: a few samples of the data.
         seed: of the run.
     """
     with _stream(seed):
-        return method.adapt(student, teacher, example)
+        return method.adapt_student(student, teacher, example)
 
 
 @contextmanager
@@ -233,13 +232,13 @@ class DistillationModule(nn.Module):
         self._observer = None
 
     def forward(self, batch: Batch, signal: Signal | None, *, writing: bool = False) -> Any:
-        """The method's terms for one batch; with ``writing`` what :meth:`Method.prepared` makes of it.
+        """The method's terms for one batch; with ``writing`` what :meth:`Method.prepare_batch` makes of it.
 
         A sharded student can be run inside of this forward alone, for there its weights are gathered.
         """
         if writing:
             with torch.no_grad():
-                return self.method.prepared(self.student, batch)
+                return self.method.prepare_batch(self.student, batch)
         check_task(self.method, batch)
         needs = self.method.student_needs
         if needs is not None and (self._observer is None or self._observer.needs != needs):
@@ -301,7 +300,7 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
         raise CapabilityError(
             f"{name} needs a teacher and there is none", remedy="give a teacher, or use a method that needs none"
         )
-    if method.writes and getattr(teacher, "is_precomputed", False):
+    if method.generates_batches and getattr(teacher, "is_precomputed", False):
         raise CapabilityError(
             f"{name} asks about what the student has just written, and {type(teacher).__name__} knows the data only",
             remedy="use a live teacher, or a method that learns from the data, such as kind: token",

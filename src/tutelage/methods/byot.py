@@ -146,7 +146,7 @@ class ByotMethod(Method):
         counts = self.counts(batch)
         return {name: Term(total, counts[name]) for name, total in sums.items()}
 
-    def others(self, student: nn.Module) -> dict[str, nn.Module]:
+    def auxiliary_models(self, student: nn.Module) -> dict[str, nn.Module]:
         """The student as it answers at each exit, from shallow to deep."""
         pairs = zip(self.taps, self.exits, strict=True)
         return {f"exit-{i}": Early(student, tap, leave) for i, (tap, leave) in enumerate(pairs, 1)}

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.methods.base import Method, Phase, Term
-from tutelage.methods.features import FEATURE_LOSSES, Compared, Link, Setting, Site, Where, token_positions
+from tutelage.methods.features import (
+    FEATURE_LOSSES,
+    FeatureContext,
+    FeatureLoss,
+    FeaturePair,
+    PairwiseLoss,
+    Where,
+    token_positions,
+)
 from tutelage.methods.logit import LogitMethod
 from tutelage.students import feature_shapes, find_embedding_tap, find_preactivations, find_stages
 from tutelage.students.projectors import Shape
@@ -72,13 +80,13 @@ class PairsMethod(Method):
                     raise ModelError(error.what, where=f"method.pairs[{i}].{who}", remedy=error.remedy) from None
         mine = feature_shapes(student, example, [p["student"] for p in given])
         theirs = feature_shapes(teacher, example.for_teacher(), [p["teacher"] for p in given])
-        setting = Setting(student, teacher, example, ids)
+        setting = FeatureContext(student, teacher, example, ids)
         self.links, self.names, self.weights = nn.ModuleList(), [], {}
         for indices in _groups(given):
             first = given[indices[0]]
             entry = FEATURE_LOSSES[first["loss"]]
             options = {k: v for k, v in first.items() if k not in _KEYS}
-            if issubclass(entry.link, Compared) and entry.link.projects:
+            if issubclass(entry.link, PairwiseLoss) and entry.link.projects:
                 options |= {"projector": first["projector"], "norm": first["norm"]}
             try:
                 sites = [_site(example, given[i], mine, theirs) for i in indices]
@@ -103,7 +111,7 @@ class PairsMethod(Method):
             unique = f"{name}#{n}"
         return unique
 
-    def _named(self) -> list[tuple[str, Link]]:
+    def _named(self) -> list[tuple[str, FeatureLoss]]:
         return list(zip(self.names, self.links, strict=True))  # type: ignore[arg-type]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -262,9 +270,11 @@ def _groups(given: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return [list(indices) for _, indices in groupby(range(len(given)), key)]
 
 
-def _site(example: Batch, pair: Mapping[str, Any], mine: Mapping[str, Shape], theirs: Mapping[str, Shape]) -> Site:
+def _site(
+    example: Batch, pair: Mapping[str, Any], mine: Mapping[str, Shape], theirs: Mapping[str, Shape]
+) -> FeaturePair:
     s, t = mine[pair["student"]], theirs[pair["teacher"]]
-    return Site(pair["student"], pair["teacher"], s, t, _tokens(example, s, t))
+    return FeaturePair(pair["student"], pair["teacher"], s, t, _tokens(example, s, t))
 
 
 def _check(pair: Mapping[str, Any], where: str, *, paths: bool) -> None:
@@ -279,7 +289,7 @@ def _check(pair: Mapping[str, Any], where: str, *, paths: bool) -> None:
     if missing:
         raise ConfigError(f"has no tap {missing[0]!r}", where=where, remedy="give {student: TAP, teacher: TAP}")
     entry = FEATURE_LOSSES[name]
-    projects = issubclass(entry.link, Compared) and entry.link.projects
+    projects = issubclass(entry.link, PairwiseLoss) and entry.link.projects
     if not projects and (pair["projector"] != "auto" or pair["norm"]):
         raise ConfigError(f"{name} takes no projector", where=where, remedy="leave out projector and norm")
     options = {k: v for k, v in pair.items() if k not in _KEYS}

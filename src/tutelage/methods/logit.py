@@ -69,7 +69,7 @@ class SupervisedMethod(Method):
     """
 
     needs = None
-    unlabelled = False
+    uses_unlabelled = False
 
     def __init__(self, label_smoothing: float = 0.0, *, task: Task = "classes") -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class TeacherFreeMethod(Method):
     """
 
     needs = None
-    unlabelled = False
+    uses_unlabelled = False
 
     def __init__(
         self,

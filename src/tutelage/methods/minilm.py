@@ -97,7 +97,7 @@ class MinilmMethod(Method):
         self.found: tuple[Attention, Attention] | None = None
         self.needs = self.student_needs = Needs(logits=False)
 
-    def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
+    def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The student, with all behind the compared layer's queries, keys and values frozen."""
         self.build(student, teacher, example)
         assert self.student_needs is not None

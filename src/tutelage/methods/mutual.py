@@ -96,7 +96,7 @@ class MutualMethod(Method):
     def _named(self) -> list[str]:
         return [f"peer-{i}" for i in range(1, len(self.peers) + 1)]
 
-    def join(self, models: Sequence[nn.Module]) -> None:
+    def add_peers(self, models: Sequence[nn.Module]) -> None:
         """Take in the other students."""
         self.members = nn.ModuleList(models)
 
@@ -125,7 +125,7 @@ class MutualMethod(Method):
         if self.refresh is not None:
             self.stale = nn.ModuleList([copy.deepcopy(model) for model in students]).requires_grad_(False)
 
-    def starts(self, student: nn.Module, step: int, total: int) -> None:
+    def before_training(self, student: nn.Module, step: int, total: int) -> None:
         """Note where the training is, and whose weights are to be copied."""
         self._student, self._step, self._total = [student], step, total
 
@@ -136,7 +136,7 @@ class MutualMethod(Method):
             for old, new in zip(self.stale, [*self._student, *self.members], strict=True):
                 _copy(new, old)
 
-    def others(self, student: nn.Module) -> dict[str, nn.Module]:
+    def auxiliary_models(self, student: nn.Module) -> dict[str, nn.Module]:
         """The peers."""
         return dict(zip(self._named(), self.members, strict=True))
 

@@ -74,7 +74,7 @@ class OnPolicyMethod(TokenMethod):
     """
 
     takes_sparse = False
-    writes = True
+    generates_batches = True
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class OnPolicyMethod(TokenMethod):
             adaptive,
             slack,
         )
-        self.validates = adaptive > 0
+        self.needs_validation = adaptive > 0
         self._mixed: tuple[nn.Module, float] | None = None  # no part of what is trained
         self._step, self._total = 0, 1
         if long:
@@ -208,7 +208,7 @@ class OnPolicyMethod(TokenMethod):
         if self.rollouts is not None:
             self.rollouts.shape(student)
 
-    def rehearse(self, student: nn.Module, batch: Batch) -> None:
+    def check_generation(self, student: nn.Module, batch: Batch) -> None:
         """Whether the server takes the student's weights and writes.
 
         Raises:
@@ -217,7 +217,7 @@ class OnPolicyMethod(TokenMethod):
         if self.rollouts is not None:
             self.rollouts.check(student, next(_prompts(batch, self.max_prompt_tokens)), self.sampling_temperature)
 
-    def starts(self, student: nn.Module, step: int, total: int) -> None:
+    def before_training(self, student: nn.Module, step: int, total: int) -> None:
         """Where the training stands, of which the share of kept answers may be a function."""
         self._step, self._total = step, total
 
@@ -225,11 +225,11 @@ class OnPolicyMethod(TokenMethod):
         """One further."""
         self._step += 1
 
-    def validated(self, scores: Mapping[str, Any]) -> None:
+    def after_validation(self, metrics: Mapping[str, Any]) -> None:
         """Lambda grows where the loss has."""
         if not self.adaptive:
             return
-        loss = float(scores["loss"])
+        loss = float(metrics["loss"])
         if torch.isinf(self.bar):
             self.bar.fill_(loss)
         elif loss >= float(self.bar) + self.slack:
@@ -238,7 +238,7 @@ class OnPolicyMethod(TokenMethod):
 
     # What the student writes -------------------------------------------------------------------------------------
 
-    def prepared(self, student: nn.Module, batch: Batch) -> Batch:
+    def prepare_batch(self, student: nn.Module, batch: Batch) -> Batch:
         """With probability lambda the batch with answers of the student's own, new or kept."""
         if self.rollouts is not None:
             self.rollouts.take(student, self._step, self.sampling_temperature)

@@ -79,7 +79,7 @@ class PatientMethod(Method):
         self.mapped: list[tuple[int, int]] = []
         self.projector: Projector | None = None
 
-    def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
+    def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The student; without labels of either kind, with what is behind the compared layers frozen."""
         self.build(student, teacher, example)
         if self.outputs.weights:

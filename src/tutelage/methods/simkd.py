@@ -64,7 +64,7 @@ class SimkdMethod(Method):
         self.labels = bool(self.logit.alpha or self.logit.hard)
         self.weights = {**(self.logit.weights if self.labels else {}), "simkd": weight}
 
-    def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> ReusedHead:
+    def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> ReusedHead:
         """The student with a projector and the teacher's classifier."""
         assert teacher is not None
         reused, self.tap = reuse_head(student, teacher, example, factor=self.factor)

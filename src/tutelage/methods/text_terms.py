@@ -74,7 +74,7 @@ def head_terms(
     Raises:
         ValueError: as :func:`tutelage.losses.linear_sums`.
     """
-    shares = method.scales or {name: method.weights[name] / counts[name].clamp(min=1) for name in asked}
+    shares = method.loss_scales or {name: method.weights[name] / counts[name].clamp(min=1) for name in asked}
     weights = [shares[name] for name in asked]
     sums = losses.linear_sums(head.inputs, linear_head(head), list(asked.values()), weights=weights)
     return {name: Term(total, counts[name]) for name, total in zip(asked, sums, strict=True)}

@@ -206,7 +206,7 @@ class TinybertMethod(Method):
         self.weights = {**(of_layers if self.together else {}), **self.outputs.weights}
         self.needs = self.student_needs = Needs(logits=bool(prediction))
 
-    def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
+    def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The student; without predictions, with what is behind the compared layers frozen."""
         self.build(student, teacher, example)
         if self.outputs.weights:

@@ -109,9 +109,9 @@ class TokenMethod(Method):
                     where="method",
                     remedy="take a causal language model, or kind: logit",
                 )
-        check_apart("student", student, example)
+        check_packed_rows_are_separate("student", student, example)
         if teacher is not None:
-            check_apart("teacher", teacher, example)
+            check_packed_rows_are_separate("teacher", teacher, example)
         if "hidden" in self.weights:
             assert teacher is not None
             mine, theirs = find_layers("student", student, example), find_layers("teacher", teacher, example)
@@ -215,7 +215,7 @@ class SequenceMethod(TokenMethod):
     the teacher its answers stand; Taori et al., Alpaca (2023).
     """
 
-    unlabelled = True
+    uses_unlabelled = True
     needs = None
 
     def __init__(self, *, task: Task = "classes") -> None:
@@ -257,7 +257,7 @@ PARTS: dict[str, type[losses.TopKTargets] | type[losses.SampledTargets]] = {
 """What a part of a distribution is to the chunked losses."""
 
 
-def check_apart(who: str, model: nn.Module, example: Batch) -> None:
+def check_packed_rows_are_separate(who: str, model: nn.Module, example: Batch) -> None:
     """Whether a model keeps the texts of packed rows apart, by a dry run; nothing where rows are not packed.
 
     Raises:

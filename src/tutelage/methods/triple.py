@@ -71,7 +71,7 @@ class TripleMethod(Method):
         self.projector: Projector | None = None
         self.taps: tuple[str, str] | None = None
 
-    def adapt(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
+    def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The student, with a head that is not learned from frozen."""
         self.build(student, teacher, example)
         return freeze_unreached(student, example, self.student_needs, head=bool({"mlm", "kd"} & set(self.weights)))

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from tutelage.config.methods.base import MethodConfig
+from tutelage.config.methods.base import MethodOptions
 from tutelage.config.methods.encoders import (
-    EmbeddingConfig,
-    MinilmConfig,
-    PatientConfig,
-    TinybertConfig,
-    TripleConfig,
+    EmbeddingOptions,
+    MinilmOptions,
+    PatientOptions,
+    TinybertOptions,
+    TripleOptions,
 )
-from tutelage.config.methods.feature import FEATURE_LOSSES, PROJECTORS, FeatureConfig, PairConfig, SimkdConfig
+from tutelage.config.methods.feature import FEATURE_LOSSES, PROJECTORS, FeatureOptions, PairOptions, SimkdOptions
 from tutelage.config.methods.language import (
-    CrossTokenizerConfig,
-    OnPolicyConfig,
-    RolloutsConfig,
-    SequenceConfig,
-    TokenConfig,
+    CrossTokenizerOptions,
+    OnPolicyOptions,
+    RolloutsOptions,
+    SequenceOptions,
+    TokenOptions,
 )
-from tutelage.config.methods.logit import LOGIT_LOSSES, SOFT_OF_TASK, SOFT_TEMPERATURES, LogitConfig, SoftConfig
-from tutelage.config.methods.untaught import ByotConfig, MutualConfig, SupervisedConfig, TeacherFreeConfig
+from tutelage.config.methods.logit import (
+    LOGIT_LOSSES,
+    SOFT_OF_TASK,
+    SOFT_TEMPERATURES,
+    LogitOptions,
+    SoftLabelOptions,
+)
+from tutelage.config.methods.untaught import ByotOptions, MutualOptions, SupervisedOptions, TeacherFreeOptions
 
-METHOD_KINDS: dict[str, type[MethodConfig]] = {
-    "byot": ByotConfig,
-    "cross-tokenizer": CrossTokenizerConfig,
-    "embedding": EmbeddingConfig,
-    "feature": FeatureConfig,
-    "logit": LogitConfig,
-    "minilm": MinilmConfig,
-    "mutual": MutualConfig,
-    "on-policy": OnPolicyConfig,
-    "patient": PatientConfig,
-    "sequence": SequenceConfig,
-    "simkd": SimkdConfig,
-    "supervised": SupervisedConfig,
-    "teacher-free": TeacherFreeConfig,
-    "tinybert": TinybertConfig,
-    "token": TokenConfig,
-    "triple": TripleConfig,
+METHOD_KINDS: dict[str, type[MethodOptions]] = {
+    "byot": ByotOptions,
+    "cross-tokenizer": CrossTokenizerOptions,
+    "embedding": EmbeddingOptions,
+    "feature": FeatureOptions,
+    "logit": LogitOptions,
+    "minilm": MinilmOptions,
+    "mutual": MutualOptions,
+    "on-policy": OnPolicyOptions,
+    "patient": PatientOptions,
+    "sequence": SequenceOptions,
+    "simkd": SimkdOptions,
+    "supervised": SupervisedOptions,
+    "teacher-free": TeacherFreeOptions,
+    "tinybert": TinybertOptions,
+    "token": TokenOptions,
+    "triple": TripleOptions,
 }
 """Every method that a recipe can name, with its options."""
 
@@ -48,24 +54,24 @@ __all__ = [
     "PROJECTORS",
     "SOFT_OF_TASK",
     "SOFT_TEMPERATURES",
-    "ByotConfig",
-    "CrossTokenizerConfig",
-    "EmbeddingConfig",
-    "FeatureConfig",
-    "LogitConfig",
-    "MethodConfig",
-    "MinilmConfig",
-    "MutualConfig",
-    "OnPolicyConfig",
-    "PairConfig",
-    "PatientConfig",
-    "RolloutsConfig",
-    "SequenceConfig",
-    "SimkdConfig",
-    "SoftConfig",
-    "SupervisedConfig",
-    "TeacherFreeConfig",
-    "TinybertConfig",
-    "TokenConfig",
-    "TripleConfig",
+    "ByotOptions",
+    "CrossTokenizerOptions",
+    "EmbeddingOptions",
+    "FeatureOptions",
+    "LogitOptions",
+    "MethodOptions",
+    "MinilmOptions",
+    "MutualOptions",
+    "OnPolicyOptions",
+    "PairOptions",
+    "PatientOptions",
+    "RolloutsOptions",
+    "SequenceOptions",
+    "SimkdOptions",
+    "SoftLabelOptions",
+    "SupervisedOptions",
+    "TeacherFreeOptions",
+    "TinybertOptions",
+    "TokenOptions",
+    "TripleOptions",
 ]

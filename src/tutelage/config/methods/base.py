@@ -11,12 +11,12 @@ from tutelage.config.base import Count, Misfit, Section
 from tutelage.errors import shorten, suggest
 
 
-class MethodConfig(Section):
+class MethodOptions(Section):
     """What every method has."""
 
-    taught: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
     """Whether it needs a teacher."""
-    aligns: ClassVar[bool] = False
+    cross_tokenizer: ClassVar[bool] = False
     """Whether teacher and student may cut texts into other tokens, which are then aligned."""
     accepts_remote_teacher: ClassVar[bool] = False
     """Whether the likeliest next tokens, which a server gives, are enough of a teacher."""

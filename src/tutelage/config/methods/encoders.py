@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tutelage.config.base import Count, Misfit, NotNegative, Positive
-from tutelage.config.methods.base import Layers, MethodConfig, check_labels_weight
+from tutelage.config.methods.base import Layers, MethodOptions, check_labels_weight
 
 
-class TripleConfig(MethodConfig):
+class TripleOptions(MethodOptions):
     """DistilBERT: 5 * T^2 * KL to the teacher's word for each token + 2 * CE with the masked ones + 1 * the cosine
     distance of the last hidden states. A term with weight 0 is not computed."""
 
@@ -29,7 +29,7 @@ class TripleConfig(MethodConfig):
     labels are, which costs about a seventh."""
 
 
-class TinybertConfig(MethodConfig):
+class TinybertOptions(MethodOptions):
     """TinyBERT: embeddings, hidden states and attention of mapped layers first, and then the predictions."""
 
     kind: Literal["tinybert"]
@@ -58,7 +58,7 @@ class TinybertConfig(MethodConfig):
     """Attention head by head, or the mean over heads, whose numbers may then differ."""
 
     @model_validator(mode="after")
-    def _staged(self) -> TinybertConfig:
+    def _staged(self) -> TinybertOptions:
         if self.stage1_fraction and not (self.prediction and (self.embedding or self.hidden or self.attention)):
             raise Misfit(
                 f"stage1_fraction: {self.stage1_fraction:g}, and one of its two stages weighs nothing; leave it out",
@@ -67,7 +67,7 @@ class TinybertConfig(MethodConfig):
         return self
 
 
-class MinilmConfig(MethodConfig):
+class MinilmOptions(MethodOptions):
     """MiniLM: the distributions of one layer's attention, or relations between its queries, keys and values. Learns
     from texts without labels; depths and widths are free."""
 
@@ -95,14 +95,14 @@ class MinilmConfig(MethodConfig):
     """T of all these distributions."""
 
     @model_validator(mode="after")
-    def _versioned(self) -> MinilmConfig:
+    def _versioned(self) -> MinilmOptions:
         for name in ("queries", "keys") if self.version == 1 else ("attention",):
             if getattr(self, name) is not None:
                 raise Misfit(f"version {self.version} has no term {name!r}; leave it out", name)
         return self
 
 
-class PatientConfig(MethodConfig):
+class PatientOptions(MethodOptions):
     """Patient knowledge distillation: alpha * KD + (1 - alpha) * CE + beta * the distance of mapped layers' [CLS]
     states, each divided by its norm."""
 
@@ -123,12 +123,12 @@ class PatientConfig(MethodConfig):
     """``authors``: mean over elements and layers, to which these weights belong; ``paper``: their sums."""
 
     @model_validator(mode="after")
-    def _weighed(self) -> PatientConfig:
+    def _weighed(self) -> PatientOptions:
         check_labels_weight(self.alpha, self.hard)
         return self
 
 
-class EmbeddingConfig(MethodConfig):
+class EmbeddingOptions(MethodOptions):
     """Sentence embeddings: the teacher's vector of a text, or of its source where the student reads a translation,
     and the similarities within a batch. Learns from texts without labels."""
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tutelage.config.base import NotNegative, Section
 from tutelage.config.methods.base import auto_or_list, check_known_options, known
-from tutelage.config.methods.logit import SoftConfig
+from tutelage.config.methods.logit import SoftLabelOptions
 
 FEATURE_LOSSES: dict[str, tuple[str, ...]] = {
     "attention_kl": ("heads", "inputs", "temperature"),
@@ -36,7 +36,7 @@ PROJECTORS = ("auto", "conv1x1", "identity", "linear", "mlp")
 FeatureLossName = Annotated[str, known("loss", FEATURE_LOSSES)]
 
 
-class PairConfig(Section):
+class PairOptions(Section):
     """Two modules whose outputs are compared. What it leaves out is taken from the method."""
 
     student: str
@@ -55,12 +55,12 @@ class PairConfig(Section):
     """Options of the loss."""
 
 
-class FeatureConfig(SoftConfig):
+class FeatureOptions(SoftLabelOptions):
     """Hidden states beside soft labels: alpha * kd + (1 - alpha) * ce + a loss over pairs, weighted."""
 
     kind: Literal["feature"]
     """Matches hidden states of teacher and student, through what the loss learns for that."""
-    pairs: Annotated[list[PairConfig] | None, auto_or_list("pairs", "[{student: PATH, teacher: PATH}, ...]")] = None
+    pairs: Annotated[list[PairOptions] | None, auto_or_list("pairs", "[{student: PATH, teacher: PATH}, ...]")] = None
     """``auto``, the default: what the loss's paper compares, as the table of losses below says. Or a list of
     ``{student: TAP, teacher: TAP}``, each with ``loss``, ``weight``, ``projector``, ``norm`` and ``options``
     of its own where wanted. ``tutelage taps RECIPE`` lists what there is to tap."""
@@ -80,14 +80,14 @@ class FeatureConfig(SoftConfig):
     them. The two stages of FitNets, each with its own optimizer and schedule. Default 0: both together."""
 
     @model_validator(mode="after")
-    def _taken(self) -> FeatureConfig:
+    def _taken(self) -> FeatureOptions:
         check_known_options(self.loss, self.options, FEATURE_LOSSES, "options")
         for pair in self.pairs or []:
             check_known_options(pair.loss or self.loss, pair.options, FEATURE_LOSSES, "pairs")
         return self
 
 
-class SimkdConfig(SoftConfig):
+class SimkdOptions(SoftLabelOptions):
     """SimKD: the student's features, projected, go through the teacher's own classifier."""
 
     kind: Literal["simkd"]

@@ -7,12 +7,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section
-from tutelage.config.methods.base import Layers, MethodConfig, check_labels_weight
+from tutelage.config.methods.base import Layers, MethodOptions, check_labels_weight
 
 Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "tvd"]
 
 
-class TokenConfig(MethodConfig):
+class TokenOptions(MethodOptions):
     """Language models, token by token: alpha * T^2 * D(teacher, student) + (1 - alpha) * CE with the next tokens.
     The scores of all tokens never exist at once."""
 
@@ -41,12 +41,12 @@ class TokenConfig(MethodConfig):
     a layer out."""
 
     @model_validator(mode="after")
-    def _weighed(self) -> TokenConfig:
+    def _weighed(self) -> TokenOptions:
         check_divergence(self)
         return self
 
 
-class RolloutsConfig(Section):
+class RolloutsOptions(Section):
     """A server that writes in the student's place. Every few steps it gets the student's weights, as a folder that it
     must be able to read."""
 
@@ -73,7 +73,7 @@ class RolloutsConfig(Section):
     """Seconds after which a server that does not answer is given up."""
 
     @model_validator(mode="after")
-    def _named(self) -> RolloutsConfig:
+    def _named(self) -> RolloutsOptions:
         if self.kind == "openai" and (self.every is None) != (self.model is not None):
             raise Misfit(
                 "kind: openai has new weights under the name of their folder: leave 'model' out, or set every: null "
@@ -83,7 +83,7 @@ class RolloutsConfig(Section):
         return self
 
 
-class OnPolicyConfig(TokenConfig):
+class OnPolicyOptions(TokenOptions):
     """Language models, taught on what the student itself writes: with probability lambda a batch's answers are its
     own, and the teacher scores them (GKD). Not with a cache, nor with packed rows."""
 
@@ -119,11 +119,11 @@ class OnPolicyConfig(TokenConfig):
     0.1, with ``lmbda: 0``). Needs validation data."""
     slack: NotNegative = 0.1
     """Of ``adaptive``, in nats."""
-    rollouts: RolloutsConfig | None = None
+    rollouts: RolloutsOptions | None = None
     """A server that writes in the student's place. Default: the student writes in this process. See below."""
 
     @model_validator(mode="after")
-    def _long(self) -> OnPolicyConfig:
+    def _long(self) -> OnPolicyOptions:
         alone = (self.divergence, self.temperature, self.sampling_temperature, self.replay_buffer)
         if self.long and alone != ("reverse_kl", 1.0, 1.0, 0):
             raise Misfit(
@@ -138,12 +138,12 @@ class OnPolicyConfig(TokenConfig):
         return self
 
 
-class CrossTokenizerConfig(MethodConfig):
+class CrossTokenizerOptions(MethodOptions):
     """A language model taught by one with another tokenizer: alpha * soft + (1 - alpha) * CE with the next tokens.
     Tokens of both are aligned by the bytes that they stand for; what chat templates and tokenizers put around a text
     may differ."""
 
-    aligns: ClassVar[bool] = True
+    cross_tokenizer: ClassVar[bool] = True
     kind: Literal["cross-tokenizer"]
     """For causal language models and data of task causal, whose rows are not packed."""
     compare: Literal["spans", "uld"] = "spans"
@@ -169,14 +169,14 @@ class CrossTokenizerConfig(MethodConfig):
     """Of ``skew_kl``: from the student to the mixture."""
 
     @model_validator(mode="after")
-    def _weighed(self) -> CrossTokenizerConfig:
+    def _weighed(self) -> CrossTokenizerOptions:
         check_divergence(self)
         if self.compare == "uld" and (self.divergence, self.rest) != ("kl", "bucket"):
             raise Misfit("'divergence' and 'rest' are for compare: spans, this is uld; leave them out", "compare")
         return self
 
 
-def check_divergence(config: TokenConfig | CrossTokenizerConfig) -> None:
+def check_divergence(config: TokenOptions | CrossTokenizerOptions) -> None:
     """Raise where an option is of another divergence, or the weights leave nothing for the labels."""
     for name, owner in (("beta", "js"), ("skew", "skew_kl"), ("reverse", "skew_kl")):
         if getattr(config, name) is not None and config.divergence != owner:
@@ -184,11 +184,11 @@ def check_divergence(config: TokenConfig | CrossTokenizerConfig) -> None:
     check_labels_weight(config.alpha, config.hard)
 
 
-class SequenceConfig(MethodConfig):
+class SequenceOptions(MethodOptions):
     """Maximum likelihood of the next tokens: of a teacher's answers, sequence-level distillation (Alpaca). No teacher
     is asked."""
 
     kind: Literal["sequence"]
     """For causal language models and data of task causal."""
 
-    taught: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False

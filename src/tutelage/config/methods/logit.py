@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tutelage.config.base import Misfit, NotNegative, Positive
-from tutelage.config.methods.base import MethodConfig, check_known_options, check_labels_weight, known
+from tutelage.config.methods.base import MethodOptions, check_known_options, check_labels_weight, known
 
 LOGIT_LOSSES: dict[str, tuple[str, ...]] = {
     "binary_kd": (),
@@ -35,7 +35,7 @@ SOFT_OF_TASK = {"classes": "kd", "multi-label": "binary_kd", "regression": "mse"
 """The loss on logits that goes with what labels are, where none is given."""
 
 
-class SoftConfig(MethodConfig):
+class SoftLabelOptions(MethodOptions):
     """Soft labels beside hard ones: what every method has."""
 
     temperature: Positive | None = None
@@ -53,7 +53,7 @@ class SoftConfig(MethodConfig):
     """Options of that: ``alpha`` and ``beta`` of dkd, ``standardize`` of kd, ``beta`` and ``gamma`` of dist ..."""
 
     @model_validator(mode="after")
-    def _weighed(self) -> SoftConfig:
+    def _weighed(self) -> SoftLabelOptions:
         check_labels_weight(self.alpha, self.hard)
         check_known_options(self.soft, self.soft_options, LOGIT_LOSSES, "soft_options")
         usual = SOFT_TEMPERATURES[self.soft]
@@ -63,7 +63,7 @@ class SoftConfig(MethodConfig):
         return self
 
 
-class LogitConfig(SoftConfig):
+class LogitOptions(SoftLabelOptions):
     """Soft labels of Hinton et al.: alpha * T^2 * KL(p_T || p_S) + (1 - alpha) * CE; or others on logits."""
 
     kind: Literal["logit"] = "logit"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from tutelage.config.base import Count, Fraction, NotNegative, Positive
-from tutelage.config.methods.base import MethodConfig, auto_or_list
+from tutelage.config.methods.base import MethodOptions, auto_or_list
 from tutelage.config.models import ModelConfig
 from tutelage.errors import shorten
 
@@ -24,12 +24,12 @@ def _peers(given: Any) -> Any:
     return [{"model": one} if isinstance(one, str) else one for one in given]
 
 
-class MutualConfig(MethodConfig):
+class MutualOptions(MethodOptions):
     """Students that teach each other: of each, CE + weight * the mean over its peers of T^2 * KL(p_peer || p). Deep
     mutual learning; with `target: mean`, `refresh` and `burn_in` codistillation. The recipe's student is one of them,
     the one that is exported and compared with itself alone; its peers are saved in `models/` and measured too."""
 
-    taught: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     kind: Literal["mutual"]
     """Learns from peers that are trained along; the teacher, where there is one, is only compared with."""
     peers: Annotated[list[ModelConfig | None], BeforeValidator(_peers)] = 1  # type: ignore[assignment]
@@ -48,11 +48,11 @@ class MutualConfig(MethodConfig):
     """Share of the steps in which the labels alone are learned."""
 
 
-class ByotConfig(MethodConfig):
+class ByotOptions(MethodOptions):
     """Be your own teacher: exits at the student's stages learn from the labels and from its own deepest classifier.
     Exits are trained along, measured and not exported."""
 
-    taught: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     kind: Literal["byot"]
     """The network teaches itself; the teacher, where there is one, is only compared with."""
     exits: Annotated[list[str] | None, auto_or_list("taps", "for example [stages.0, stages.1]")] = None
@@ -68,21 +68,21 @@ class ByotConfig(MethodConfig):
     """By how much an exit's bottleneck is narrower than that."""
 
 
-class SupervisedConfig(MethodConfig):
+class SupervisedOptions(MethodOptions):
     """The labels alone, smoothed or not, in place of a teacher's: a control. Learns from labelled images only."""
 
-    taught: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     kind: Literal["supervised"]
     """Cross-entropy; the teacher, where there is one, is only compared with."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the target that is spread evenly over all classes; 0.1 is usual."""
 
 
-class TeacherFreeConfig(MethodConfig):
+class TeacherFreeOptions(MethodOptions):
     """Tf-KD: (1 - alpha) * CE + alpha * soft labels of a teacher that nobody trained. Learns from labelled images
     only."""
 
-    taught: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     kind: Literal["teacher-free"]
     """Soft labels made by hand, a control; the teacher, where there is one, is only compared with."""
     alpha: Fraction = 0.1

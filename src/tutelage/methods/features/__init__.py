@@ -1,16 +1,16 @@
 """From a student's features to its teacher's: what is learned for that, and what compares them."""
 
-from tutelage.methods.features.base import Link, Setting, Site, Where, token_positions
-from tutelage.methods.features.compared import Compared
+from tutelage.methods.features.base import FeatureContext, FeatureLoss, FeaturePair, Where, token_positions
+from tutelage.methods.features.compared import PairwiseLoss
 from tutelage.methods.features.registry import FEATURE_LOSSES, FeatureLossName
 
 __all__ = [
     "FEATURE_LOSSES",
-    "Compared",
+    "FeatureContext",
+    "FeatureLoss",
     "FeatureLossName",
-    "Link",
-    "Setting",
-    "Site",
+    "FeaturePair",
+    "PairwiseLoss",
     "Where",
     "token_positions",
 ]

@@ -15,7 +15,7 @@ from tutelage.students.projectors import Shape
 Where = Literal["activations", "embedding", "last", "named", "stages"]
 
 
-class Site(NamedTuple):
+class FeaturePair(NamedTuple):
     """A pair of taps, found in both models."""
 
     student: str
@@ -26,7 +26,7 @@ class Site(NamedTuple):
     """Whether there is one feature for each position of a text, some of which may not count."""
 
 
-class Setting(NamedTuple):
+class FeatureContext(NamedTuple):
     """What a link is fitted to."""
 
     student: nn.Module
@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     ids: Tensor | None
 
 
-class Link(nn.Module):
+class FeatureLoss(nn.Module):
     """One term of a loss on features: one pair, or several that are learned together.
 
     Args:
@@ -54,7 +54,7 @@ class Link(nn.Module):
     needs_ids: ClassVar[bool] = False
     """Whether it needs the sample ids of the training data."""
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.sites, self.options = list(sites), dict(options)
         for site in sites:

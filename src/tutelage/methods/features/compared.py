@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
-from tutelage.methods.features.base import Link, Setting, Site, mean_over, token_positions
+from tutelage.methods.features.base import FeatureContext, FeatureLoss, FeaturePair, mean_over, token_positions
 from tutelage.students import build_projector
 
 
-class Compared(Link):
+class PairwiseLoss(FeatureLoss):
     """One pair and a function of tensors, with a projector where shapes must agree."""
 
     maps = False
     loss: Callable[..., Tensor]
     projects: ClassVar[bool] = False
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         kept = {k: v for k, v in options.items() if k not in ("projector", "norm")}
         super().__init__(sites, setting, kept)
         (site,) = sites
@@ -50,63 +50,63 @@ class Compared(Link):
         return type(self).loss(s, t, mask=self.counted(batch), reduction="sum", **self.options)
 
 
-class Hint(Compared):
+class Hint(PairwiseLoss):
     """FitNets' regressor, and the mean square."""
 
     loss = staticmethod(losses.hint)
     projects = True
 
 
-class AttentionTransfer(Compared):
+class AttentionTransfer(PairwiseLoss):
     """Maps of activation."""
 
     loss = staticmethod(losses.attention_transfer)
     maps = True
 
 
-class SelectivityTransfer(Compared):
+class SelectivityTransfer(PairwiseLoss):
     """Sets of channels."""
 
     loss = staticmethod(losses.nst)
     maps = True
 
 
-class Correlation(Compared):
+class Correlation(PairwiseLoss):
     """Kernels between examples."""
 
     loss = staticmethod(losses.correlation)
     relation = True
 
 
-class ProbabilisticTransfer(Compared):
+class ProbabilisticTransfer(PairwiseLoss):
     """Distributions over neighbours."""
 
     loss = staticmethod(losses.pkt)
     relation = True
 
 
-class Angles(Compared):
+class Angles(PairwiseLoss):
     """Angles of triples of examples."""
 
     loss = staticmethod(losses.rkd_angle)
     relation = True
 
 
-class Distances(Compared):
+class Distances(PairwiseLoss):
     """Distances of pairs of examples."""
 
     loss = staticmethod(losses.rkd_distance)
     relation = True
 
 
-class Similarity(Compared):
+class Similarity(PairwiseLoss):
     """Inner products of pairs of examples."""
 
     loss = staticmethod(losses.similarity)
     relation = True
 
 
-class TokenRelation(Compared):
+class TokenRelation(PairwiseLoss):
     """Base of losses whose examples are the query tokens of an attention."""
 
     heads_first: ClassVar[bool] = True
@@ -115,7 +115,7 @@ class TokenRelation(Compared):
         "attn_implementation: eager"
     )
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         super().__init__(sites, setting, options)
         s, t = sites[0].student_shape, sites[0].teacher_shape
         kind, wanted = ("attention [B, H, L, L]", 4) if self.heads_first else ("vectors [B, L, D]", 3)
@@ -146,7 +146,7 @@ class AttentionDivergence(TokenRelation):
 
     loss = staticmethod(losses.attention_kl)
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         super().__init__(sites, setting, {"inputs": "probabilities", **options})
 
 

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError
-from tutelage.methods.features.base import Link, Setting, Site, counted_rows, mean_over, token_positions
+from tutelage.methods.features.base import (
+    FeatureContext,
+    FeatureLoss,
+    FeaturePair,
+    counted_rows,
+    mean_over,
+    token_positions,
+)
 from tutelage.students import match_dtype
 
 
-class Contrast(Link):
+class Contrast(FeatureLoss):
     """CRD: a head for each embedding, and the memory of every training example.
 
     Negatives are drawn from all other examples, whatever their class. (The authors' sampler leaves out those of the
@@ -38,7 +45,7 @@ class Contrast(Link):
     needs_ids = True
     ids: Tensor
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         options = {"variant": "authors", **options}
         width, negatives = options.pop("width", 128), options.pop("negatives", 16_384)
         momentum = options.pop("momentum", 0.5)

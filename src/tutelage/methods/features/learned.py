@@ -14,7 +14,7 @@ from tutelage import losses
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Phase, Term
-from tutelage.methods.features.base import Link, Setting, Site, counted_rows
+from tutelage.methods.features.base import FeatureContext, FeatureLoss, FeaturePair, counted_rows
 from tutelage.students import Projector, build_projector, find_last_norm, match_dtype, resize_like
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
@@ -31,7 +31,7 @@ def _convolutions(inputs: int, outputs: int, maps: bool) -> nn.Module:
     )
 
 
-class Variational(Link):
+class Variational(FeatureLoss):
     """VID: a network that predicts the teacher's feature, and a variance for each of its channels.
 
     Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer (CVPR 2019); three 1x1
@@ -42,7 +42,7 @@ class Variational(Link):
     epsilon = 1e-5
     variance = 5.0
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         super().__init__(sites, setting, options)
         (site,) = sites
         s, t = site.student_shape, site.teacher_shape
@@ -74,7 +74,7 @@ class Variational(Link):
         return counted.unsqueeze(-1).expand(-1, shape[1]) if len(shape) == 3 and counted.ndim == 1 else counted
 
 
-class Overhaul(Link):
+class Overhaul(FeatureLoss):
     """Overhaul: features before ReLU, through a 1x1 convolution and batch norm, against a margin ReLU.
 
     The margins come from the batch norm that makes the teacher's feature, or where a shortcut is added after it, from
@@ -85,7 +85,7 @@ class Overhaul(Link):
 
     margins: list[Tensor]
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         super().__init__(sites, setting, options)
         self.connectors = nn.ModuleList(
             build_projector(s.student_shape, s.teacher_shape, kind="conv1x1", norm=True) for s in sites
@@ -110,7 +110,7 @@ class Overhaul(Link):
         return total
 
 
-class FactorTransfer(Link):
+class FactorTransfer(FeatureLoss):
     """Factor transfer: a paraphraser of the teacher's feature, trained first, and a translator of the student's.
 
     Args:
@@ -125,7 +125,7 @@ class FactorTransfer(Link):
 
     maps = False
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         options = dict(options)
         rate, self.share = options.pop("rate", 0.5), options.pop("share", 0.1)
         super().__init__(sites, setting, options)
@@ -232,7 +232,7 @@ class Fusion(nn.Module):
         return self.widen(y), x
 
 
-class Review(Link):
+class Review(FeatureLoss):
     """ReviewKD: the teacher's stages from the student's same and deeper stages, fused from the deepest on.
 
     Args:
@@ -243,7 +243,7 @@ class Review(Link):
     Reference: Chen et al., Distilling Knowledge via Knowledge Review (CVPR 2021).
     """
 
-    def __init__(self, sites: Sequence[Site], setting: Setting, options: Mapping[str, Any]) -> None:
+    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
         options = dict(options)
         middle = options.pop("width", None) or min(512, sites[-1].student_shape[1])
         if "levels" in options:

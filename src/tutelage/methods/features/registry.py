@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.methods.features.base import Link, Site, Where
+from tutelage.methods.features.base import FeatureLoss, FeaturePair, Where
 from tutelage.methods.features.compared import (
     Angles,
     AttentionDivergence,
@@ -38,33 +38,33 @@ class FeatureLossName:
         source: where the weight comes from.
     """
 
-    link: type[Link]
+    link: type[FeatureLoss]
     options: tuple[str, ...] = ()
-    weight: float | Callable[[Site, Mapping[str, Any]], float] = 1.0
+    weight: float | Callable[[FeaturePair, Mapping[str, Any]], float] = 1.0
     where: Where = "stages"
     joint: bool = False
     source: str = "ours"
 
 
-def _by_elements(mean: float, variant: str, elements: Callable[[Site], int]) -> Callable[..., float]:
+def _by_elements(mean: float, variant: str, elements: Callable[[FeaturePair], int]) -> Callable[..., float]:
     """A weight published for a mean over elements, for a variant that sums them too."""
 
-    def weight(site: Site, options: Mapping[str, Any]) -> float:
+    def weight(site: FeaturePair, options: Mapping[str, Any]) -> float:
         return mean if options.get("variant") == variant else mean / elements(site)
 
     return weight
 
 
-def _positions(site: Site) -> int:
+def _positions(site: FeaturePair) -> int:
     return math.prod(min(a, b) for a, b in zip(site.student_shape[2:], site.teacher_shape[2:], strict=True))
 
 
-def _elements(site: Site) -> int:
+def _elements(site: FeaturePair) -> int:
     """Elements of an example; of tokens, each of which is one, of a token."""
     return site.teacher_shape[-1] if len(site.teacher_shape) == 3 else math.prod(site.teacher_shape[1:])
 
 
-def _of_factor(site: Site, options: Mapping[str, Any]) -> float:
+def _of_factor(site: FeaturePair, options: Mapping[str, Any]) -> float:
     """500 for a mean over the factor's elements."""
     channels = max(round(options.get("rate", 0.5) * site.teacher_shape[1]), 1)
     elements = channels * math.prod(site.teacher_shape[2:])
