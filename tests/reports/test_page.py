@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tutelage.engine.rundir import RunDirectory
 
 from support.fake_runs import CLASSES, CONFIG, make_run, make_summary
+from tutelage.engine.run_directory import RunDirectory
 from tutelage.errors import RunDirectoryError
 from tutelage.files import TEMPORARY_PREFIX
 from tutelage.reports import write_report

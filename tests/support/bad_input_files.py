@@ -1,4 +1,4 @@
-"""A small recipe, what it needs, and many ways to break both. Used by test_bad_input.py."""
+"""A small recipe, what it needs, and many ways to break both. Used by tests/experiment/bad_input."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def edit_card(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**card, **changes}), encoding="utf-8")
 
 
-# Models that a recipe can name as bad_input_files:NAME --------------------------------------------------
+# Models that a recipe can name as support.bad_input_files:NAME
 
 
 def no_module(classes: int) -> Any:

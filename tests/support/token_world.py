@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -112,3 +113,6 @@ def same(
     close(a, b, tolerance)
     for x, y in zip(gradients(a, of, by), gradients(b, others or of, by), strict=True):
         close(x, y, tolerance)
+
+
+every = pytest.mark.parametrize("name", DIVERGENCES)

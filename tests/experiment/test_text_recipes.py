@@ -1,0 +1,277 @@
+"""Recipes of every task of text encoders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from support.text_worlds import FILLER, encoder, sentences, table, tokenizer
+from tutelage import api
+from tutelage.config import SOFT_OF_TASK, Recipe, build_recipe, load_recipe
+from tutelage.data import load_texts
+from tutelage.errors import ConfigError, TutelageError
+from tutelage.experiment.texts import load_text_data
+from tutelage.methods.label_losses import HARD
+from tutelage.models import load_model
+from tutelage.progress import Terminal
+from tutelage.search.search import search_recipe
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def recipe(data: dict[str, Any], **more: Any) -> Recipe:
+    raw: dict[str, Any] = {
+        "name": "t",
+        "data": {"source": "table", "path": "d.jsonl", "max_length": 32, **data},
+        "teacher": {"model": f"hf:{Path('encoder').resolve()}", "train": {"epochs": 12}},
+        "student": {"model": "teacher", "layers": 1},
+        "method": {"kind": "logit", "temperature": 2},
+        "train": {"epochs": 6, "batch_size": 16, "optimizer": {"kind": "adamw", "lr": 0.003}},
+    }
+    return build_recipe(raw | more)
+
+
+def run(r: Recipe, out: str = "out") -> dict[str, Any]:
+    return api.run(r, out=out, terminal=Terminal(speaks=False)).summary
+
+
+def test_a_run_cuts_the_student_and_leaves_a_model_of_transformers() -> None:
+    encoder(Path("encoder"))
+    rows = sentences(240)
+    table(Path("d.jsonl"), rows)
+    summary = run(recipe({"label": "label"}))
+    assert summary["teacher"]["accuracy"] > 0.8
+    assert summary["students"]["distilled"]["best"]["accuracy"]["mean"] > 0.8
+    assert 0 < summary["capacity_ratio"] < 1
+    text = "a simple tool for audio with stereo mixer"
+    outside = (
+        "import sys, json, transformers; sys.modules['tutelage'] = None;"
+        f"print(json.dumps(transformers.pipeline('text-classification', 'out/student', top_k=None)({text!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", outside], capture_output=True, text=True, check=True, timeout=120)
+    said = {s["label"]: s["score"] for s in json.loads(done.stdout.splitlines()[-1])[0]}
+    cutter, model = transformers.AutoTokenizer.from_pretrained("out/student"), load_model("out/student")
+    with torch.no_grad():
+        scores = F.softmax(model(**cutter(text, return_tensors="pt")).logits, -1)[0]
+    assert said == {
+        name: pytest.approx(float(p), abs=1e-5) for name, p in zip(["math", "net", "sound"], scores, strict=True)
+    }
+    assert max(said, key=said.__getitem__) == "sound"
+    assert "accuracy" in Path("out/report.html").read_text()
+
+
+TASKS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("multi-label", {"label": "topics"}, {}, "f1"),
+    ("regression", {"label": "size"}, {"method": {"kind": "logit"}}, "spearman"),
+    ("tokens", {"text": "words", "label": "tags"}, {}, "accuracy"),
+    ("mlm", {}, {"method": {"kind": "triple"}}, "accuracy"),
+    ("embedding", {}, {"method": {"kind": "embedding"},
+                       "teacher": {"model": "hf:encoder"}}, "spearman"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "data", "more", "metric"), TASKS, ids=[t[0] for t in TASKS])
+def test_every_task_trains_and_is_measured(
+    task: str, data: dict[str, Any], more: dict[str, Any], metric: str
+) -> None:
+    encoder(Path("encoder"))
+    rows = [{**r, "topics": [r["label"]], "size": len(r["text"]) / 50, "words": r["text"].split(),
+             "tags": [w[0] for w in r["text"].split()]} for r in sentences(120)]  # fmt: skip
+    table(Path("d.jsonl"), rows)
+    summary = run(recipe({"task": task, **data}, **more))
+    assert summary["metric"] == metric
+    best = summary["students"]["distilled"]["best"]
+    assert 0 <= best[metric]["mean"] <= 1
+    assert ("gain" in summary) == (task != "embedding")
+    assert load_model("out/student") is not None
+    assert Path("out/student/tokenizer.json").exists()
+    assert Path("out/report.html").exists()
+
+
+def test_a_bi_encoder_learns_from_a_cross_encoder() -> None:
+    encoder(Path("cross"), "BertForSequenceClassification", num_labels=1)
+    encoder(Path("encoder"))
+    rows = sentences(120)
+    triples = [
+        {"query": a["text"], "answer": rows[i - 3]["text"], "other": rows[i - 1]["text"]} for i, a in enumerate(rows)
+    ]
+    table(Path("d.jsonl"), triples)
+    data = {"task": "ranking", "text": ["query", "answer", "other"]}
+    more = {
+        "teacher": {"model": "hf:cross"},
+        "student": {"model": "hf:encoder"},
+        "method": {"kind": "logit", "alpha": 1},
+    }
+    summary = run(recipe(data, **more))
+    assert summary["formula"] == "1 * margin_mse + 0 * ce"
+    assert summary["metric"] == "accuracy"
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation"]["loss"] for line in lines if "validation" in line]
+    assert losses[-1] < losses[0], "margins come closer to the cross-encoder's"
+    whole = load_texts(
+        "table", tokenizer=tokenizer(), path="d.jsonl", text=["query", "answer", "other"], task="ranking"
+    )
+    batch = whole.train.fetch(torch.arange(3))
+    cutter, first = tokenizer(), triples[int(batch.ids[0])]
+    taught = batch.for_teacher().inputs
+    assert isinstance(taught, dict)
+    pair = cutter(first["query"], first["other"])["input_ids"]
+    assert taught["negative_input_ids"][0, : len(pair)].tolist() == pair
+
+
+def test_a_teacher_of_the_same_classes_in_another_order_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["sound", "math", "net"]
+    table(Path("d.jsonl"), sentences(240))
+    encoder(Path("encoder"))
+    first = recipe({"label": "label", "classes": names}, baseline=False)
+    run(first, "first")
+    package = Path("site/my_encoders")
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    Path("first/models/teacher").rename(package / "tuned")
+    monkeypatch.syspath_prepend(str(Path("site").resolve()))
+    summary = run(recipe({"label": "label"}, teacher={"model": "package:my_encoders/tuned"}), "second")
+    assert summary["classes"] == names, "the teacher's order, by name"
+    assert summary["teacher"]["accuracy"] == json.loads(Path("first/summary.json").read_text())["teacher"]["accuracy"]
+
+
+def test_a_trimmed_vocabulary_goes_with_its_student() -> None:
+    encoder(Path("encoder"))
+    rows = [r | {"text": r["text"].replace("prime", "vector")} for r in sentences(150)]
+    table(Path("d.jsonl"), rows)
+    student = {"model": "teacher", "layers": 1, "vocabulary": "corpus"}
+    summary = run(recipe({"label": "label"}, student=student))
+    assert summary["students"]["distilled"]["best"]["accuracy"]["mean"] > 0.6
+    cutter = transformers.AutoTokenizer.from_pretrained("out/student")
+    model = load_model("out/student")
+    assert len(cutter) == model.config.vocab_size < len(tokenizer())
+    assert "prime" not in cutter.get_vocab()
+    assert {"music", "server", "matrix"} <= set(cutter.get_vocab())
+    assert "vector" in cutter.get_vocab()
+
+
+def test_a_vocabulary_is_trimmed_to_what_is_trained_on_alone() -> None:
+    encoder(Path("encoder"))
+    rows = sentences(150)
+    table(Path("d.jsonl"), rows)
+    asked = recipe({"label": "label", "limit": 6}, student={"model": "teacher", "layers": 1, "vocabulary": "corpus"})
+    data = load_text_data(asked, Terminal(speaks=False))
+    trained = {w for i in data.train.ids.tolist() for w in rows[i]["text"].split()}
+    held = {w for row in rows for w in row["text"].split()} - trained
+    whole_words = {w for w in data.tokenizer.get_vocab() if len(w) > 1 and w[0] not in "#["}
+    assert held
+    assert whole_words == {w for w in trained if len(w) > 1}
+    assert data.teacher_token_ids is not None
+
+
+def test_a_teacher_with_a_small_vocabulary_is_timed_on_its_own_tokens() -> None:
+    encoder(Path("small"), cutter=tokenizer(drop=FILLER.split()))
+    encoder(Path("encoder"))
+    table(Path("d.jsonl"), sentences(90))
+    teacher = {"model": "hf:small", "train": {"epochs": 1}}
+    summary = run(recipe({"label": "label"}, teacher=teacher, student={"model": "hf:encoder"}))
+    assert set(summary["latency"]) == {"teacher", "student"}
+
+
+@pytest.mark.parametrize(("data", "more", "says"), [
+    ({"label": "label"}, {"teacher": {"model": "hf:encoder", "trainable": "head"}}, "add 'train'"),
+    ({"task": "embedding"}, {"teacher": {"model": "hf:encoder", "train": {"epochs": 1}}}, "nothing to train teacher"),
+    ({"label": "label"}, {"teacher": {"model": "hf:encoder", "augment": ["flip"]}}, "is for images"),
+    ({"task": "mlm", "labels": 10}, {}, "use 'limit'"),
+    ({"task": "mlm", "pack": True, "route": "row"}, {}, "of several routes"),
+    ({"label": "label", "tokenizer": "hf:other"}, {}, "the teacher's tokenizer"),
+])  # fmt: skip
+def test_keys_that_would_do_nothing_are_refused(data: dict[str, Any], more: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        recipe(data, **more)
+
+
+def test_what_goes_by_accuracy_refuses_another_metric() -> None:
+    with pytest.raises(ConfigError, match="a search goes by accuracy, and the recipe by f1"):
+        search_recipe(recipe({"label": "label", "metric": "f1"}), trials=2, out="s")
+    chain = {"teacher": None, "workflow": {"kind": "born-again"}, "student": {"model": "hf:encoder"}}
+    with pytest.raises(ConfigError, match="workflows compare accuracy, and the metric is 'f1'"):
+        recipe({"label": "label", "metric": "f1"}, **chain)
+
+
+def test_the_objective_of_each_task_is_the_methods_own() -> None:
+    assert {task: hard.soft for task, hard in HARD.items()} == SOFT_OF_TASK
+
+
+@pytest.mark.parametrize(("more", "says"), [
+    ({"student": {"model": "teacher", "layers": 9}}, "9"),
+    ({"student": {"model": "hf:other"}, "data": {"task": "mlm"}, "method": {"kind": "triple"}},
+     "cut texts into other tokens"),
+    ({"teacher": {"model": "mlp"}}, "brings a tokenizer"),
+    ({"teacher": {"model": "package:no_such_thing/model"}}, "no installed package 'no_such_thing'"),
+])  # fmt: skip
+def test_models_that_do_not_fit_are_named(more: dict[str, Any], says: str) -> None:
+    encoder(Path("encoder"))
+    encoder(Path("other"), cutter=tokenizer(drop=["matrix"]))
+    table(Path("d.jsonl"), sentences(60))
+    data = {"label": "label"} if "data" not in more else more.pop("data")
+    with pytest.raises(TutelageError, match=says):
+        run(recipe(data, **more))
+
+
+@pytest.mark.parametrize(("data", "says"), [
+    ({"source": "tabel", "text": "text", "path": "x"}, "did you mean 'table'"),
+    ({"source": "plain", "path": "x"}, "plain text has no labels"),
+    ({"source": "table"}, "needs 'path'"),
+    ({"source": "table", "path": "x", "task": "mlm", "label": "y"}, "has no labels"),
+    ({"source": "table", "path": "x", "pack": True}, "for task mlm"),
+    ({"source": "table", "path": "x", "metric": "spearman"}, "allowed: accuracy, f1, matthews"),
+    ({"source": "table", "path": "x", "txt": "a"}, "unknown key 'data.txt', did you mean 'text'"),
+])  # fmt: skip
+def test_sections_that_contradict_themselves(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_recipe({"name": "t", "data": data, "teacher": "mlp", "student": "mlp", "method": {}})
+    assert says.replace(", did you mean", " (did you mean") in str(error.value) or says in str(error.value)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["classify-text", "distilbert-minilm", "sentence-embedding"])
+def test_shipped_recipes_run_in_small(name: str) -> None:
+    encoder(Path("encoder"), layers=6)
+    table(Path("train.jsonl"), sentences(90))
+    table(Path("test.jsonl"), sentences(30, seed=1))
+    changes = ["data.path={train: train.jsonl, test: test.jsonl}", "train.epochs=1", "teacher.model=hf:encoder",
+               "train.precision=no", "seeds=[0]"]  # fmt: skip
+    if name != "sentence-embedding":
+        changes.append("teacher.train.epochs=1")
+    summary = run(load_recipe(ROOT / "recipes" / f"{name}.yaml", changes))
+    assert summary["parameters"]["student"] < summary["parameters"]["teacher"]
+    model = load_model("out/student")
+    assert model.config.num_hidden_layers == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_the_published_set_up_of_distilbert_takes_two_steps() -> None:
+    torch.manual_seed(0)
+    cutter = tokenizer()
+    transformers.BertForMaskedLM(transformers.BertConfig()).save_pretrained("base")  # BERT-base, random weights
+    cutter.save_pretrained("base")
+    table(Path("d.jsonl"), sentences(600))
+    changes = [
+        "data.source=table", "data.options={}", "data.path=d.jsonl", "data.max_length=64", "teacher.model=hf:base",
+        "train.epochs=null", "train.steps=2", "train.batch_size=8", "train.accumulate=2", "train.precision=no",
+        "train.evaluate_every=2", "data.test=0.05", "data.validation=0.05",
+    ]  # fmt: skip
+    summary = run(load_recipe(ROOT / "recipes" / "distilbert-base.yaml", changes))
+    assert summary["parameters"]["teacher"] == pytest.approx(110e6, rel=0.01)
+    assert summary["parameters"]["student"] == pytest.approx(67e6, rel=0.01)
+    assert summary["formula"] == "2 * mlm + 5 * kd(T=2, counted) + 1 * cosine"
