@@ -364,6 +364,16 @@ def test_a_head_is_kept_with_its_scale_and_its_cap(tmp_path: Path) -> None:
     torch.testing.assert_close(read.head.scores(slice(None))[counted], said.dense()[counted])
 
 
+def test_a_head_is_kept_under_autocast(tmp_path: Path) -> None:
+    """A run with ``precision: bf16`` fills the cache inside of autocast, where the product with the head is bf16."""
+    live, batch = Talker(), texts()
+    with CachedTeacher(tmp_path, TOKENS["hidden"], {}, live) as cache, torch.autocast("cpu", torch.bfloat16):
+        cache.fill(batch)
+    read = CachedTeacher(tmp_path, TOKENS["hidden"], {}).signal(batch, Needs(logits=True, head=True))
+    assert read.head is not None
+    assert torch.equal(read.head.weight, live.weight)
+
+
 def test_a_head_that_does_not_make_the_logits_alone_is_not_kept(tmp_path: Path) -> None:
     class Capped(Talker):
         def signal(self, batch: Batch, needs: Needs) -> Signal:

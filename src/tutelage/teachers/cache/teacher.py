@@ -186,7 +186,7 @@ class CachedTeacher:
         assert self.live is not None
         one = self.live.signal(batch.rows(0, 1), Needs(logits=True, head=True))
         assert one.head is not None
-        made = one.head.map(Tensor.float).scores(slice(None))
+        made = one.head.map(Tensor.float).scores(slice(None)).float()  # bf16 inside of autocast
         said = one.dense().float()
         if made.shape != said.shape or not torch.allclose(made, said, rtol=1e-2, atol=1e-2 * float(said.abs().max())):
             raise CapabilityError(
