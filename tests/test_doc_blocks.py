@@ -31,10 +31,10 @@ from tutelage.config.lines import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if "api" not in p.parts)]
-BLOCK = re.compile(r"(?:^(Not run in the tests: [^\n]+)\n\n)?^```(\w*)([^\n]*)\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"(?:^<!-- (not run: [^\n]+) -->\n)?^```(\w*)([^\n]*)\n(.*?)^```$", re.M | re.S)
 
 NOT_RUN = {
-    "README.md": 4,
+    "README.md": 2,
     "tutorials/language-models.md": 1,
     "how-to/larger-models.md": 2,
     "how-to/served-teacher.md": 1,
@@ -202,7 +202,7 @@ SERVERS = {"how-to/served-teacher.md": served}
 def command(line: str) -> None:
     """A line of a shell block, in this process."""
     words = shlex.split(line, comments=True)
-    assert words[0] == "tutelage", f"cannot run {line!r}: mark the block, `Not run in the tests: ...`"
+    assert words[0] == "tutelage", f"cannot run {line!r}: mark the block with `<!-- not run: REASON -->`"
     small = SMALL.get(words[1], [])
     if small and words[2] == "digits.yaml" and "teacher.train=null" not in words:
         small = [*small, SMALL_TEACHER]

@@ -180,3 +180,14 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     losses = (tmp_path / "site" / "api" / "losses" / "index.html").read_text(encoding="utf-8")
     missing = [name for name, _ in public("tutelage.losses") if f"tutelage.losses.{name}" not in losses]
     assert not missing
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+
+
+def test_tests_that_the_features_page_names_exist() -> None:
+    named = re.findall(r"`(tests/[^`]+)`", (ROOT / "docs" / "features.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    assert [path for path in named if not (ROOT / path).exists()] == []
