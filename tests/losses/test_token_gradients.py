@@ -30,13 +30,13 @@ def counted(monkeypatch) -> list[bool]:
     """An entry for each pass over the tokens: whether gradients were made in it."""
     from tutelage.losses import chunked
 
-    passes, go = [], chunked._go
+    passes, go = [], chunked._run
 
     def watched(problem, tensors, weights, wanted):
         passes.append(wanted is not None)
         return go(problem, tensors, weights, wanted)
 
-    monkeypatch.setattr(chunked, "_go", watched)
+    monkeypatch.setattr(chunked, "_run", watched)
     return passes
 
 

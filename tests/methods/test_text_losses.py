@@ -284,7 +284,7 @@ def test_dropout_of_the_students_attention_is_not_compared() -> None:
 def in_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Let so many tokens go together."""
     monkeypatch.setattr(chunked, "CHUNK", {"cpu": 0})
-    monkeypatch.setattr(chunked, "FEWEST", tokens)
+    monkeypatch.setattr(chunked, "MIN_TOKENS", tokens)
 
 
 def test_scores_of_the_vocabulary_exist_for_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

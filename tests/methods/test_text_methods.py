@@ -248,13 +248,13 @@ def test_the_engine_says_before_how_terms_are_weighted_so_one_gradient_serves_al
         b.labels[0] = -100  # uneven
     train(teacher, loader)
     factors: list[Tensor | None] = []
-    common = chunked._common
+    common = chunked._common_factor
 
     def watched(*args: Any) -> Tensor | None:
         factors.append(common(*args))
         return factors[-1]
 
-    monkeypatch.setattr(chunked, "_common", watched)
+    monkeypatch.setattr(chunked, "_common_factor", watched)
     tutelage.distill(
         teacher, student, loader, eval_data=loader, method=TripleMethod(cosine=0), epochs=2, baseline=False,
         out=tmp_path / "run", verbose=False, train={"accumulate": 2}

@@ -1,17 +1,17 @@
-"""Pure losses: ``objective(student, teacher, ..., *, mask=None, reduction="mean")``.
+"""Pure losses: ``loss(student, teacher, ..., *, mask=None, reduction="mean")``.
 
-Each is a function of tensors that drops into any training loop::
+Each is a function of tensors for any training loop::
 
     loss = losses.kd(student_logits, teacher_logits, temperature=4.0)
 
-For language models there is the same from hidden states, without the logits of a whole vocabulary::
+For language models there are losses on hidden states, without the logits of all tokens at once::
 
     loss = losses.linear_divergence(hidden, head, (teacher_hidden, teacher_head), temperature=2.0)
 
-Most have a value per example, which ``mask`` can leave out and ``reduction="none"`` shows.
+Most have a value per example: ``mask`` excludes examples and ``reduction="none"`` returns their values.
 Relations (``dist``, ``mlkd``, ``similarity``, ``correlation``, ``pkt``, ``rkd_distance``,
-``rkd_angle``, ``cosine_matrix``) compare the examples of a batch with each other: for them ``mask`` deletes rows,
-and ``reduction="none"`` is an error.
+``rkd_angle``, ``cosine_matrix``) compare the examples of a batch with each other: ``mask`` deletes rows, and
+``reduction="none"`` is an error.
 """
 
 from tutelage.losses.attention import attention_kl, attention_mse, value_relation

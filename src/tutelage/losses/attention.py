@@ -1,11 +1,10 @@
 """Losses on the attention of transformers.
 
-HeadProjection are ``[B, H, L, L]``: query by key, before the softmax and before any mask is added.
-An example is a query token, so that a loss is averaged over the tokens that count, in the
-whole batch. ``mask`` is ``[B, L]``, true at tokens and false at padding, which then counts
-neither as query nor as key; or ``[B, L, L]``, true where a query may see a key, for causal
-attention. ``reduction="none"`` gives ``[B, L]``. float32 inside (float64 where that comes
-in), no gradient to the teacher.
+Attention scores are ``[B, H, L, L]``: query by key, before the softmax and before any mask is added. An example is a
+query token, so a loss is averaged over all tokens of the batch that count. ``mask`` is ``[B, L]``, true at tokens and
+false at padding, which counts neither as query nor as key; or ``[B, L, L]``, true where a query may attend to a key,
+for causal attention. ``reduction="none"`` gives ``[B, L]``. float32 inside (float64 for float64 inputs), no gradient
+to the teacher.
 """
 
 from __future__ import annotations
@@ -18,39 +17,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.losses.common import (
+    Mask,
     Reduction,
     as_float,
-    check_batch,
     check_choice,
+    check_same_batch,
     check_temperature,
-    precise,
     reduce,
+    without_autocast,
 )
 from tutelage.losses.logits import divergence
 
 Heads = Literal["each", "mean"]
 
 HIDDEN = -1e30
-"""Score of a key that is not seen. Finite: minus infinity on both sides gives NaN."""
+"""Score of a masked key. Finite, because minus infinity on both sides gives NaN."""
 
 
-@precise
+@without_autocast
 def attention_mse(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    heads: Heads = "each",
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, *, heads: Heads = "each", mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""TinyBERT's attention loss: :math:`\tfrac1H \sum_h \mathrm{MSE}(A^S_h, A^T_h)` of the scores.
 
     Args:
         student: scores ``[B, H, L, L]``.
         teacher: scores ``[B, H, L, L]``; receives no gradient.
-        heads: ``each`` compares head by head; ``mean`` the scores averaged over heads, of which
-            student and teacher may then have different numbers.
-        mask: ``[B, L]`` or ``[B, L, L]``, see above. Pairs that it leaves out do not count.
+        heads: ``each`` compares head by head; ``mean`` compares the scores averaged over heads, whose numbers may
+            differ.
+        mask: ``[B, L]`` or ``[B, L, L]``, see above. Masked pairs do not count.
         reduction: ``mean`` over query tokens that count, ``sum``, or ``none`` for ``[B, L]``.
 
     Returns:
@@ -71,7 +66,7 @@ def attention_mse(
     return reduce(value, tokens, reduction)
 
 
-@precise
+@without_autocast
 def attention_kl(
     student: Tensor,
     teacher: Tensor,
@@ -79,28 +74,27 @@ def attention_kl(
     heads: Heads = "each",
     inputs: Literal["scores", "probabilities"] = "scores",
     temperature: float = 1.0,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""MiniLM's attention transfer: :math:`\tfrac1H \sum_h T^2\,\mathrm{KL}(A^T_h \| A^S_h)` of each query.
 
     Args:
-        student: scores ``[B, H, L, L]``, over the root of the head width.
+        student: scores ``[B, H, L, L]``, divided by the root of the head width.
         teacher: scores ``[B, H, L, L]``; receives no gradient.
-        heads: ``each`` compares head by head; ``mean`` the distributions averaged over heads, of
-            which student and teacher may then have different numbers.
-        inputs: ``probabilities`` where the values are attention after the softmax, as a Hugging
-            Face model's ``attentions`` are. As scores they would be nearly uniform.
+        heads: ``each`` compares head by head; ``mean`` compares the distributions averaged over heads, whose numbers
+            may differ.
+        inputs: ``probabilities`` for attention after the softmax, such as ``attentions`` of a Hugging Face model.
         temperature: T of the softmax, above 0.
-        mask: ``[B, L]`` or ``[B, L, L]``, see above. Keys that it leaves out get probability 0.
+        mask: ``[B, L]`` or ``[B, L, L]``, see above. Masked keys get probability 0.
         reduction: ``mean`` over query tokens that count, ``sum``, or ``none`` for ``[B, L]``.
 
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
 
     Raises:
-        ValueError: shapes differ, head counts differ under ``heads="each"``, unknown ``inputs``,
-            temperature not above 0.
+        ValueError: shapes differ, head counts differ under ``heads="each"``, unknown ``inputs``, temperature not
+            above 0.
 
     Reference: Wang et al., MiniLM (NeurIPS 2020), self-attention distribution transfer, with T = 1.
     """
@@ -117,38 +111,35 @@ def attention_kl(
     return reduce(value, tokens, reduction)
 
 
-@precise
+@without_autocast
 def value_relation(
     student: Tensor,
     teacher: Tensor,
     *,
     heads: int = 12,
     temperature: float = 1.0,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""MiniLM's relation loss: KL between :math:`\mathrm{softmax}(V V^\top/\sqrt{d})` of teacher and student.
 
-    For values (v1), and as well for queries and keys (v2). The vectors of all heads are joined and
-    split again into ``heads`` relation heads, so that neither the widths nor the numbers of
-    attention heads have to agree: a relation is ``[L, L]`` whatever they are.
+    For values (v1), and also for queries and keys (v2). The vectors of all heads are joined and split again into
+    ``heads`` relation heads, so widths and numbers of attention heads may differ: a relation is always ``[L, L]``.
 
     Args:
         student: values ``[B, L, D]`` of a layer, heads joined.
         teacher: values ``[B, L, D']``; receives no gradient.
-        heads: relation heads; must divide D and D'. v1: the number of attention heads, equal in
-            both. The published v2 numbers belong to 48 (base) and 64 (large teachers).
+        heads: relation heads; must divide D and D'. v1: the number of attention heads, equal in both. v2: the
+            published numbers use 48 (base) and 64 (large teachers).
         temperature: T of the softmax, above 0.
         mask: ``[B, L]`` or ``[B, L, L]``, see above.
         reduction: ``mean`` over tokens that count, ``sum``, or ``none`` for ``[B, L]``.
 
     Returns:
-        Nats times T^2, averaged over relation heads; zero, with zero gradient, when student
-        equals teacher.
+        Nats times T^2, averaged over relation heads; zero, with zero gradient, when student equals teacher.
 
     Raises:
-        ValueError: shapes differ but for the width, a width that ``heads`` does not divide,
-            temperature not above 0.
+        ValueError: shapes differ other than in width, ``heads`` does not divide a width, temperature not above 0.
 
     Reference: Wang et al., MiniLM (NeurIPS 2020), value-relation transfer; MiniLMv2 (ACL Findings 2021).
     """
@@ -167,7 +158,7 @@ def value_relation(
     student, teacher = as_float(student), as_float(teacher).detach()
     pairs, tokens = _visible(mask, student.unsqueeze(1))
     if tokens is not None:
-        # what a padded token holds, NaN included, would reach the others through the products
+        # NaN in a padded token would reach the others through the products
         hidden = ~_present(mask, tokens).unsqueeze(-1)
         student, teacher = student.masked_fill(hidden, 0.0), teacher.masked_fill(hidden, 0.0)
     value = _relation_kl(_products(student, heads), _products(teacher, heads), pairs, temperature)
@@ -183,7 +174,7 @@ def _products(x: Tensor, heads: int) -> Tensor:
 def _relation_kl(
     student: Tensor, teacher: Tensor, pairs: Tensor | None, temperature: float, average: bool = False
 ) -> Tensor:
-    """``[B, L]`` T^2 times the KL of each query's distribution over the keys it sees, mean over heads."""
+    """``[B, L]`` T^2 times the KL of each query's distribution over its visible keys, mean over heads."""
 
     def log_attention(scores: Tensor) -> Tensor:
         if pairs is not None:
@@ -197,18 +188,18 @@ def _relation_kl(
 
 
 def _scores(student: Tensor, teacher: Tensor, heads: Heads, average: bool = True) -> tuple[Tensor, Tensor]:
-    """HeadProjection in working precision; with one head where they are to be averaged."""
+    """Scores in working precision; with one head, their mean, if ``average`` and ``heads`` is ``mean``."""
     check_choice("heads", heads, "each", "mean")
-    check_batch(student, teacher)
+    check_same_batch(student, teacher)
     if student.ndim != 4 or teacher.ndim != 4 or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be attention "
-            "[B, H, L, L] over the same tokens; with different tokenizers there is nothing to compare"
+            "[B, H, L, L] over the same tokens: use one tokenizer for both"
         )
     if heads == "each" and student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"student has {student.shape[1]} heads and teacher {teacher.shape[1]}: head by head there is no "
-            'pairing; use heads="mean", or value_relation, which needs none'
+            f"student has {student.shape[1]} heads and teacher {teacher.shape[1]}, which cannot be compared "
+            'head by head; use heads="mean", or value_relation'
         )
     student, teacher = as_float(student), as_float(teacher).detach()
     if average and heads == "mean":
@@ -216,8 +207,8 @@ def _scores(student: Tensor, teacher: Tensor, heads: Heads, average: bool = True
     return student, teacher
 
 
-def _visible(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Which keys each query sees, ``[B, L, L]``, and which queries count, ``[B, L]``."""
+def _visible(mask: Mask, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The visible keys of each query, ``[B, L, L]``, and the queries that count, ``[B, L]``."""
     if mask is None:
         return None, None
     batch, length = x.shape[0], x.shape[-2]
@@ -227,11 +218,11 @@ def _visible(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | No
     if mask.shape == (batch, length, length):
         return mask.bool(), mask.bool().any(-1)
     raise ValueError(
-        f"mask {tuple(mask.shape)} must be [B, L], true at tokens, or [B, L, L], true where a query sees a "
-        f"key, here with B = {batch} and L = {length}"
+        f"mask {tuple(mask.shape)} must be [B, L], true at tokens, or [B, L, L], true where a query attends to "
+        f"a key, here with B = {batch} and L = {length}"
     )
 
 
-def _present(mask: Tensor | None, tokens: Tensor) -> Tensor:
-    """Tokens that are query or key of a pair that counts, ``[B, L]``."""
+def _present(mask: Mask, tokens: Tensor) -> Tensor:
+    """``[B, L]``, true at tokens that are query or key of a pair that counts."""
     return tokens if mask is None or mask.ndim == 2 else tokens | mask.bool().any(-2)

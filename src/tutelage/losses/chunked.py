@@ -1,7 +1,7 @@
-"""The engine of token losses: scores of a vocabulary for some tokens at a time, and never for all.
+"""The engine of token losses: logits over a vocabulary exist for some tokens at a time, never for all.
 
-A chunk's scores are made, compared, turned into gradients of the head and of what went into it, and dropped. Nothing
-is computed twice, which a gradient checkpoint would have to.
+A chunk's logits are computed, compared, turned into gradients of the head and of its inputs, and dropped. Nothing is
+computed twice, as gradient checkpointing would.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tutelage.losses.closed_form_grads import LossAndGrad
+from tutelage.losses.common import Mask
 from tutelage.losses.heads import GradientSums, HeadProjection, LinearHead
 
 CHUNK = {"cpu": 1 << 24}
-"""Most scores that exist at a time, for each of student and teacher, by type of device: so many that the head's
-gradient is not read and written too often."""
+"""Most logits of a chunk, for each of student and teacher, by device type: large enough that the head's gradient is
+not read and written too often."""
 CHUNK_ELSEWHERE = 1 << 28
-FEWEST = 128
+MIN_TOKENS = 128
 """Tokens of a chunk below which matrix products are slow, however large the vocabulary."""
 SLAB = 1 << 17
-"""HeadProjection that are compared at a time on a CPU, for each of its threads: they stay in its cache."""
+"""Logits that a CPU compares at a time, per thread: they fit in its cache."""
 SLAB_ELSEWHERE = 1 << 26
-"""The same on other devices: enough to keep them busy, and little beside a chunk, in float32 several times over."""
+"""The same on other devices: enough to keep them busy, and small compared to a chunk."""
 
 Rows = slice | Tensor
 """Some of N tokens."""
+Weight = float | Tensor
+"""A factor of a loss: a scalar, or ``[N]``."""
 
 
-class FewClasses(NamedTuple):
-    """A loss at T = 1 whose gradient by the scores is ``q - even``, less ``weights`` at a few classes.
+class SparseTargetLoss(NamedTuple):
+    """A loss at T = 1 whose gradient by the logits is ``q - even``, less ``weights`` at a few classes.
 
     Attributes:
         value: ``[n]``.
@@ -52,31 +55,32 @@ class TokenLoss(NamedTuple):
     """One loss of tokens.
 
     Attributes:
-        mask: ``[N]``, true where it counts; ``None`` counts all.
-        open: makes what gives tensors ``[n, ...]`` of a chunk: the teacher's raw scores, or its draws, or labels.
-            They are valid until the next chunk. Called once a pass, so that nothing is kept between passes.
-        compare: (the student's scores ``[m, V]``, which it leaves as they are, those tensors for the same tokens, and
-            whether a gradient is wanted) -> each token's loss, and the gradient by the scores.
-        few: the same from the student's log probabilities, for parts of which several share one softmax.
+        mask: ``[N]``.
+        open: creates a function that returns the target tensors ``[n, ...]`` of a chunk: the teacher's raw logits,
+            its samples, or labels. They are valid until the next chunk. It is called once per pass, so that nothing
+            is kept between passes.
+        compute: (the student's logits ``[m, V]``, which it does not change, the targets of the same tokens, and
+            whether a gradient is required) -> each token's loss, and the gradient by the logits.
+        sparse: the same from the student's log-probabilities, for losses that can share one softmax.
     """
 
-    mask: Tensor | None
+    mask: Mask
     open: Callable[[], Callable[[Rows], tuple[Tensor, ...]]]
-    compare: Callable[[Tensor, tuple[Tensor, ...], bool], LossAndGrad]
-    few: Callable[[Tensor, tuple[Tensor, ...]], FewClasses] | None = None
+    compute: Callable[[Tensor, tuple[Tensor, ...], bool], LossAndGrad]
+    sparse: Callable[[Tensor, tuple[Tensor, ...]], SparseTargetLoss] | None = None
 
 
 @dataclass(frozen=True)
 class ChunkedProblem:
-    """What is computed, but for the tensors that learn.
+    """What to compute, without the tensors that are trained.
 
     Attributes:
         head: of the student.
         parts: the losses.
         size: of the vocabulary without padding.
         dtype: of the projections; ``None`` for that of the tensors.
-        chunk: tokens at a time, or ``None`` for what suits the device.
-        each: whether every token's loss is wanted, and not their sum.
+        chunk: tokens at a time; ``None`` for a size that suits the device.
+        per_token: return every token's loss instead of sums.
     """
 
     head: LinearHead
@@ -84,174 +88,163 @@ class ChunkedProblem:
     size: int
     dtype: torch.dtype | None
     chunk: int | None
-    each: bool = False
+    per_token: bool = False
 
 
-def chunked_losses(
-    problem: ChunkedProblem, hidden: Tensor, weights: Sequence[float | Tensor] | None
-) -> tuple[Tensor, ...]:
+def chunked_losses(problem: ChunkedProblem, hidden: Tensor, weights: Sequence[Weight] | None) -> tuple[Tensor, ...]:
     """The weighted total of all parts, and then each part, with their gradients.
 
     Args:
         problem: what to compute.
         hidden: ``[N, D]``.
-        weights: by what the parts' sums will be multiplied, up to a common factor, in what is differentiated. If it
-            is so, one gradient is made, in the forward pass. If it turns out not to be so, or without weights, it is
-            made in the backward pass, for which everything is projected once more.
+        weights: the factors of the sums in the loss that will be differentiated, up to a common factor. If they are
+            right, one gradient is computed, in the forward pass. If they are wrong or missing, it is computed in the
+            backward pass, which projects everything once more.
 
     Returns:
         The total, a scalar (zero without weights), and the sum of each part, or its values ``[N]`` with
-        ``problem.each``; float32 or more.
+        ``problem.per_token``; float32 or more.
     """
-    given = None if weights is None or problem.each else tuple(weights)
-    found: tuple[Tensor, ...] = _Losses.apply(
-        problem, given, torch.is_grad_enabled(), hidden, *problem.head.tensors()
+    known = None if weights is None or problem.per_token else tuple(weights)
+    outputs: tuple[Tensor, ...] = _ChunkedLosses.apply(
+        problem, known, torch.is_grad_enabled(), hidden, *problem.head.tensors()
     )
-    return found
+    return outputs
 
 
-class _Losses(torch.autograd.Function):
-    """Gradients are made in the forward pass, where the scores are, and only scaled in the backward pass."""
+class _ChunkedLosses(torch.autograd.Function):
+    """Gradients are computed in the forward pass, where the logits are, and only scaled in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        problem: ChunkedProblem,
-        weights: Sequence[float | Tensor] | None,
-        learns: bool,
-        *tensors: Tensor | None,
+        ctx: Any, problem: ChunkedProblem, weights: Sequence[Weight] | None, enabled: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        wanted = tuple(learns and need for need in ctx.needs_input_grad[3:])
-        made = weights is not None and any(wanted)
-        values, gradients = _go(problem, tensors, weights if made else None, wanted if made else None)
-        found = values if problem.each else [value.sum() for value in values]
-        total = found[0].new_zeros(())
-        for value, weight in zip(found, weights or (), strict=False):
+        required = tuple(enabled and need for need in ctx.needs_input_grad[3:])
+        early = weights is not None and any(required)
+        values, gradients = _run(problem, tensors, weights if early else None, required if early else None)
+        outputs = values if problem.per_token else [value.sum() for value in values]
+        total = outputs[0].new_zeros(())
+        for value, weight in zip(outputs, weights or (), strict=False):
             total = total + value * weight
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.weights, ctx.wanted, ctx.made = problem, weights, wanted, made
+        ctx.problem, ctx.weights, ctx.required, ctx.early = problem, weights, required, early
         ctx.save_for_backward(*tensors, *gradients)
-        return (total, *found)
+        return (total, *outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_total: Tensor | None, *by_parts: Tensor | None) -> tuple[Any, ...]:
-        asked = [by for by in (by_total, *by_parts) if by is not None]
-        if not asked:
-            return (None,) * (3 + len(ctx.wanted))
-        problem: ChunkedProblem = ctx.problem
+        incoming = [by for by in (by_total, *by_parts) if by is not None]
+        if not incoming:
+            return (None,) * (3 + len(ctx.required))
         saved = ctx.saved_tensors
         tensors, gradients = saved[:5], saved[5:]
-        scale = _common(by_total, by_parts, ctx.weights) if ctx.made else None
-        again = _kept_for_more()
+        scale = _common_factor(by_total, by_parts, ctx.weights) if ctx.early else None
+        keep_graph = _keeps_graph()
         if scale is None:
-            zero = asked[0].new_zeros(())
+            zero = incoming[0].new_zeros(())
             weights = [zero if by is None else by for by in by_parts]
             if by_total is not None and ctx.weights is not None:
                 weights = [by + by_total * weight for by, weight in zip(weights, ctx.weights, strict=True)]
-            _, gradients = _go(problem, tensors, weights, ctx.wanted)
+            _, gradients = _run(ctx.problem, tensors, weights, ctx.required)
         elif not (scale.is_cpu and scale == 1.0):
-            gradients = [None if g is None else g * scale if again else g.mul_(scale) for g in gradients]
-        if not again:
-            ctx.problem = None  # the teacher's word, which else lives as long as the loss does
-        found = (None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True))
-        return None, None, None, *found
+            gradients = [None if g is None else g * scale if keep_graph else g.mul_(scale) for g in gradients]
+        if not keep_graph:
+            ctx.problem = None  # the teacher's tensors, which would live as long as the loss does
+        cast = (None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True))
+        return None, None, None, *cast
 
 
-def _go(
+def _run(
     problem: ChunkedProblem,
     tensors: Sequence[Tensor | None],
-    weights: Sequence[float | Tensor] | None,
-    wanted: Sequence[bool] | None,
+    weights: Sequence[Weight] | None,
+    required: Sequence[bool] | None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Values ``[N]`` of each part, and the gradients of their weighted sum; a weight is a scalar, or ``[N]``."""
+    """Values ``[N]`` of each part, and the gradients of their weighted sum."""
     hidden, *of_head = tensors
     assert hidden is not None
     with torch.autocast(hidden.device.type, enabled=False):
-        scores = HeadProjection(problem.head, of_head, hidden, problem.size, problem.dtype)
-        gradients = None if wanted is None else GradientSums(scores, wanted, tensors)
-        precise = torch.promote_types(scores.dtype, torch.float32)
+        projection = HeadProjection(problem.head, of_head, hidden, problem.size, problem.dtype)
+        gradients = None if required is None else GradientSums(projection, required, tensors)
+        precise = torch.promote_types(projection.dtype, torch.float32)
         values = [hidden.new_zeros(len(hidden), dtype=precise) for _ in problem.parts]
-        take = [part.open() for part in problem.parts]
+        readers = [part.open() for part in problem.parts]
         slab = SLAB * torch.get_num_threads() if hidden.is_cpu else SLAB_ELSEWHERE
         slab = max(slab // problem.size, 1)
-        for rows, which in _chunks(problem, len(hidden), hidden.device):
-            raw = scores.project(rows)
-            slopes = raw if gradients is None else gradients.slopes(raw)
-            taken = {k: take[k](rows) for k in which}
+        for rows, parts in _chunks(problem, len(hidden), hidden.device):
+            raw = projection.project(rows)
+            grads = raw if gradients is None else gradients.buffer_for(raw)
+            targets = {k: readers[k](rows) for k in parts}
             for start in range(0, len(raw), slab):
-                now = slice(start, min(start + slab, len(raw)))
-                at, finished = _pick(rows, now), problem.head.finished(raw[now])
+                here = slice(start, min(start + slab, len(raw)))
+                at, logits = _subset(rows, here), problem.head.finish(raw[here])
                 total: Tensor | None = None
-                own_of = {k: tuple(x[now] for x in given) for k, given in taken.items()}
-                alike = [k for k in taken if problem.parts[k].few is not None]
-                if weights is not None and gradients is not None and len(alike) > 1:
-                    given = {k: (own_of.pop(k), _column(weights[k], at)) for k in alike}
-                    found, total = _together(problem.parts, given, finished.log_softmax(-1))
-                    for k, value in found.items():
+                own = {k: tuple(x[here] for x in of_part) for k, of_part in targets.items()}
+                shared = [k for k in targets if problem.parts[k].sparse is not None]
+                if weights is not None and gradients is not None and len(shared) > 1:
+                    weighted = {k: (own.pop(k), _column(weights[k], at)) for k in shared}
+                    losses, total = _share_softmax(problem.parts, weighted, logits.log_softmax(-1))
+                    for k, value in losses.items():
                         values[k][at] = value
-                for k, own in own_of.items():
-                    value, slope = problem.parts[k].compare(finished, own, gradients is not None)
+                for k, of_part in own.items():
+                    value, grad = problem.parts[k].compute(logits, of_part, gradients is not None)
                     values[k][at] = value
-                    if slope is not None and weights is not None:
-                        slope.mul_(_column(weights[k], at))
-                        total = slope if total is None else total.add_(slope)
+                    if grad is not None and weights is not None:
+                        grad.mul_(_column(weights[k], at))
+                        total = grad if total is None else total.add_(grad)
                 if total is not None:
-                    slopes[now] = problem.head.unfinished_(total, finished)
+                    grads[here] = problem.head.finish_backward_(total, logits)
             if gradients is not None:
-                gradients.add(slopes, rows)
+                gradients.add(grads, rows)
     return values, [None] * len(tensors) if gradients is None else gradients.sums
 
 
-def _together(
-    parts: Sequence[TokenLoss], given: dict[int, tuple[tuple[Tensor, ...], float | Tensor]], log_q: Tensor
+def _share_softmax(
+    parts: Sequence[TokenLoss], weighted: dict[int, tuple[tuple[Tensor, ...], Weight]], log_q: Tensor
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Values of some parts, and the gradient of their weighted sum by the scores; ``log_q`` is used up.
+    """Values of some parts, and the gradient of their weighted sum by the logits; overwrites ``log_q``.
 
     Args:
-        parts: all of them.
-        given: of those that are meant what they compare with, and their weight.
+        parts: all parts.
+        weighted: the targets and the weight of each part to compute.
         log_q: ``[n, V]``.
     """
-    found: dict[int, tuple[FewClasses, float | Tensor]] = {}
-    for k, (own, weight) in given.items():
-        few = parts[k].few
-        assert few is not None
-        found[k] = few(log_q, own), weight
-    slope = log_q.exp_().mul_(sum(weight for _, weight in found.values()))
-    for one, weight in found.values():
-        if one.even is not None:
-            slope.sub_((one.even * weight).to(slope.dtype))
-        slope.scatter_add_(-1, one.index, (one.weights * -weight).to(slope.dtype))
-    return {k: one.value for k, (one, _) in found.items()}, slope
+    losses: dict[int, tuple[SparseTargetLoss, Weight]] = {}
+    for k, (targets, weight) in weighted.items():
+        compute = parts[k].sparse
+        assert compute is not None
+        losses[k] = compute(log_q, targets), weight
+    grad = log_q.exp_().mul_(sum(weight for _, weight in losses.values()))
+    for loss, weight in losses.values():
+        if loss.even is not None:
+            grad.sub_((loss.even * weight).to(grad.dtype))
+        grad.scatter_add_(-1, loss.index, (loss.weights * -weight).to(grad.dtype))
+    return {k: loss.value for k, (loss, _) in losses.items()}, grad
 
 
-def _column(weight: float | Tensor, at: Rows) -> float | Tensor:
+def _column(weight: Weight, at: Rows) -> Weight:
     return weight[at].unsqueeze(-1) if isinstance(weight, Tensor) and weight.ndim else weight
 
 
-def _pick(rows: Rows, some: slice) -> Rows:
-    """Of the tokens ``rows`` those at the places ``some``."""
-    if isinstance(rows, Tensor):
-        return rows[some]
-    return slice(rows.start + some.start, rows.start + some.stop)
+def _subset(rows: Rows, part: slice) -> Rows:
+    """The tokens at the places ``part`` of ``rows``."""
+    return rows[part] if isinstance(rows, Tensor) else slice(rows.start + part.start, rows.start + part.stop)
 
 
 def _chunks(problem: ChunkedProblem, count: int, device: torch.device) -> Iterator[tuple[Rows, Sequence[int]]]:
-    """Tokens that go together, packed, and the parts for which they count: those of a chunk are the same for all."""
-    size = problem.chunk or max(CHUNK.get(device.type, CHUNK_ELSEWHERE) // max(problem.size, 1), FEWEST)
-    for rows, which in _groups([part.mask for part in problem.parts], count, device):
+    """The packed tokens of each chunk, and the parts for which all of them count."""
+    size = problem.chunk or max(CHUNK.get(device.type, CHUNK_ELSEWHERE) // max(problem.size, 1), MIN_TOKENS)
+    for rows, parts in _groups([part.mask for part in problem.parts], count, device):
         length = count if rows is None else len(rows)
         even = -(-length // max(-(-length // size), 1))
         for start in range(0, length, max(even, 1)):
-            now = slice(start, min(start + even, length))
-            yield (now if rows is None else rows[now]), which
+            here = slice(start, min(start + even, length))
+            yield (here if rows is None else rows[here]), parts
 
 
-def _groups(
-    masks: Sequence[Tensor | None], count: int, device: torch.device
-) -> Iterator[tuple[Tensor | None, Sequence[int]]]:
-    """Tokens (``None``: all) by the masks that count them."""
+def _groups(masks: Sequence[Mask], count: int, device: torch.device) -> Iterator[tuple[Tensor | None, Sequence[int]]]:
+    """Tokens (``None``: all) grouped by the masks in which they count."""
     every = range(len(masks))
     if all(mask is None for mask in masks):
         yield None, every
@@ -259,16 +252,16 @@ def _groups(
     code = torch.zeros(count, dtype=torch.long, device=device)
     for k, mask in enumerate(masks):
         code += (1 if mask is None else mask.long()) << k
-    for one in range(1, 1 << len(masks)):
-        rows = (code == one).nonzero().flatten()
+    for number in range(1, 1 << len(masks)):
+        rows = (code == number).nonzero().flatten()
         if len(rows):
-            yield (None if len(rows) == count else rows), [k for k in every if one >> k & 1]
+            yield (None if len(rows) == count else rows), [k for k in every if number >> k & 1]
 
 
-def _common(
-    by_total: Tensor | None, by_parts: Sequence[Tensor | None], weights: Sequence[float | Tensor]
+def _common_factor(
+    by_total: Tensor | None, by_parts: Sequence[Tensor | None], weights: Sequence[Weight]
 ) -> Tensor | None:
-    """By what the gradient of the weighted sum is to be multiplied; ``None`` if the parts are weighted otherwise."""
+    """The factor of the gradient of the weighted sum; ``None`` if the parts have other weights than expected."""
     if by_total is not None and all(by is None for by in by_parts):
         return by_total
     if any(by is None for by in by_parts):
@@ -280,9 +273,9 @@ def _common(
     return common if by_total is None else common + by_total
 
 
-def _kept_for_more() -> bool:
-    """Whether this backward pass keeps its graph, so that another may come and find the gradients as they were."""
+def _keeps_graph() -> bool:
+    """Whether this backward pass keeps its graph: another one may need the unscaled gradients."""
     try:
         return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-    except AttributeError:  # private to torch, which uses it for the same end
+    except AttributeError:  # private to torch, which uses it for the same purpose
         return True

@@ -1,4 +1,4 @@
-"""What every loss shares: precision, masking and reduction, each in one place."""
+"""Helpers that all losses share: precision, checks, masking, reduction and safe normalisation."""
 
 from __future__ import annotations
 
@@ -9,45 +9,51 @@ from typing import Literal, ParamSpec
 import torch
 from torch import Tensor
 
+from tutelage.errors import shorten
+
+Mask = Tensor | None
+"""Booleans, true where an example (or token) counts; ``None`` counts all."""
+
 Reduction = Literal["none", "mean", "sum"]
+"""``mean`` and ``sum`` are over the examples that count; ``none`` returns one value per example, 0 where masked."""
 
 P = ParamSpec("P")
 
 
-def precise(objective: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """``objective`` with autocast off: its matrix products stay in the precision they come in."""
+def without_autocast(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """``loss`` with autocast disabled: its matrix products keep the precision of its inputs."""
 
-    @functools.wraps(objective)
+    @functools.wraps(loss)
     def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         student = args[0] if args else kwargs.get("student")
         if not isinstance(student, Tensor):
             raise TypeError(f"student must be a tensor, not {type(student).__name__}")
         with torch.autocast(student.device.type, enabled=False):
-            return objective(*args, **kwargs)
+            return loss(*args, **kwargs)
 
     return call
 
 
 def as_float(x: Tensor) -> Tensor:
-    """``x`` in the precision that losses work in: float32, or float64 where that came in."""
+    """``x`` in the working precision of losses: float64 if it is float64, else float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 # ------------------------------------------------------------------- checks
 
 
-def check_pair(student: Tensor, teacher: Tensor) -> None:
+def check_same_shape(student: Tensor, teacher: Tensor) -> None:
     """Raise ``ValueError`` unless student and teacher have the same shape."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape: "
-            "a loss that broadcast them would compare every row with every other. "
-            "Select the classes they share, or project the student first."
+            "broadcasting would compare every row with every other row. "
+            "Select the classes that both have, or project the student first."
         )
 
 
-def check_batch(student: Tensor, teacher: Tensor) -> None:
-    """Raise ``ValueError`` unless both have a first dimension, and of the same length."""
+def check_same_batch(student: Tensor, teacher: Tensor) -> None:
+    """Raise ``ValueError`` unless both have a first dimension of the same size."""
     if not student.ndim or not teacher.ndim or student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must hold the same examples, "
@@ -56,7 +62,7 @@ def check_batch(student: Tensor, teacher: Tensor) -> None:
 
 
 def check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
-    """``mask`` as booleans; raises ``ValueError`` when it is not of ``shape``."""
+    """``mask`` as booleans; raises ``ValueError`` unless it has ``shape``."""
     if mask.shape != shape:
         raise ValueError(
             f"mask {tuple(mask.shape)} must have the shape of the examples, {tuple(shape)}: one entry for each row"
@@ -65,7 +71,7 @@ def check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_labels(labels: Tensor, student: Tensor) -> None:
-    """Raise ``ValueError`` unless there is one label for each row of ``student``."""
+    """Raise ``ValueError`` unless ``student`` has one label per row."""
     if labels.shape != student.shape[:-1]:
         raise ValueError(
             f"labels {tuple(labels.shape)} must be one class index for each row of logits, "
@@ -76,79 +82,79 @@ def check_labels(labels: Tensor, student: Tensor) -> None:
 def check_temperature(temperature: float) -> float:
     """``temperature``; raises ``ValueError`` unless it is above 0."""
     if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be above 0 (1 leaves logits as they are)")
+        raise ValueError(f"temperature={temperature}: must be above 0 (1 leaves logits unchanged)")
     return temperature
 
 
-def check_choice(name: str, given: str, *allowed: str) -> str:
-    """``given``; raises ``ValueError`` unless it is one of ``allowed``."""
-    if given not in allowed:
-        raise ValueError(f"{name}={given!r}: allowed are {', '.join(map(repr, allowed))}")
-    return given
+def check_choice(name: str, value: str, *allowed: str) -> str:
+    """``value``; raises ``ValueError`` unless it is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={shorten(value)}: allowed are {', '.join(map(repr, allowed))}")
+    return value
 
 
 # ------------------------------------------------------------------ masking
 
 
-def hide(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x`` with zeros in the rows that ``mask``, over its leading dimensions, leaves out.
+def zero_masked(x: Tensor, mask: Mask) -> Tensor:
+    """``x`` with zeros in the rows that ``mask`` (over its leading dimensions) excludes.
 
-    Zeros, and not a multiplication of the result, because a masked row may hold
-    anything, NaN included, and 0 * NaN is NaN in the gradient too.
+    The values are replaced, not multiplied by 0: a masked row may contain NaN, and 0 * NaN is NaN, in the gradient
+    too.
     """
     if mask is None:
         return x
-    hidden = ~check_mask(mask, x.shape[: mask.ndim])
-    return x.masked_fill(hidden.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), 0.0)
+    excluded = ~check_mask(mask, x.shape[: mask.ndim])
+    return x.masked_fill(excluded.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), 0.0)
 
 
-def rows(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Student and detached teacher in working precision, masked rows replaced by zeros.
+def float_pair(student: Tensor, teacher: Tensor, mask: Mask, examples: int = -1) -> tuple[Tensor, Tensor]:
+    """Student and detached teacher in working precision, with zeros in masked rows.
 
     Args:
         student: ``[..., C]``.
-        teacher: the same shape.
-        mask: ``[...]``, true where the row counts; ``None`` counts all.
+        teacher: the same leading dimensions.
+        mask: of the shape ``student.shape[:examples]``.
+        examples: how many leading dimensions enumerate examples; -1: all but the last.
 
     Raises:
-        ValueError: the shapes differ, or the mask's is not that of the leading dimensions.
+        ValueError: the mask has another shape.
     """
-    check_pair(student, teacher)
     if mask is not None:
-        mask = check_mask(mask, student.shape[:-1])
-    return hide(as_float(student), mask), hide(as_float(teacher).detach(), mask)
+        mask = check_mask(mask, student.shape[:examples])
+    return zero_masked(as_float(student), mask), zero_masked(as_float(teacher).detach(), mask)
 
 
-def batch_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, reduction: Reduction) -> tuple[Tensor, Tensor]:
-    """``[N, D]`` student and detached teacher for a relation, masked rows deleted.
+def float_rows(student: Tensor, teacher: Tensor, mask: Mask, examples: int = -1) -> tuple[Tensor, Tensor]:
+    """:func:`float_pair` of two tensors of one shape; raises ``ValueError`` if the shapes differ."""
+    check_same_shape(student, teacher)
+    return float_pair(student, teacher, mask, examples)
+
+
+def batch_rows(student: Tensor, teacher: Tensor, mask: Mask, reduction: Reduction) -> tuple[Tensor, Tensor]:
+    """``[N, D]`` student and detached teacher for a loss between the rows of a batch; masked rows are deleted.
 
     Args:
         student: ``[B, ...]``; all but the first dimension is flattened.
         teacher: ``[B, ...]``, of any other width.
-        mask: ``[B]``, true where the row counts.
-        reduction: what the caller asked for.
+        mask: ``[B]``.
+        reduction: ``mean`` or ``sum``.
 
     Raises:
-        ValueError: other batch size, mask of another shape, ``reduction="none"`` or unknown.
+        ValueError: batch sizes differ, the mask has another shape, or ``reduction`` is ``none`` or unknown.
     """
-    check_relation(reduction)
-    check_batch(student, teacher)
-    student, teacher = as_float(student), as_float(teacher).detach()
-    if mask is not None:
-        mask = check_mask(mask, student.shape[:1])
-        student, teacher = student[mask], teacher[mask]
-    return per_example(student), per_example(teacher)
-
-
-def check_relation(reduction: Reduction) -> None:
-    """Raise ``ValueError`` unless ``reduction`` is one that a relation can have."""
     if reduction == "none":
         raise ValueError(
             "reduction='none': this loss compares relations between the rows of a batch, "
             "so that no row has a value of its own; use 'mean' or 'sum'"
         )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: allowed are 'mean' and 'sum'")
+    check_choice("reduction", reduction, "mean", "sum")
+    check_same_batch(student, teacher)
+    student, teacher = as_float(student), as_float(teacher).detach()
+    if mask is not None:
+        mask = check_mask(mask, student.shape[:1])
+        student, teacher = student[mask], teacher[mask]
+    return per_example(student), per_example(teacher)
 
 
 def per_example(x: Tensor, leading: int = 1) -> Tensor:
@@ -159,15 +165,16 @@ def per_example(x: Tensor, leading: int = 1) -> Tensor:
 # ---------------------------------------------------------------- reduction
 
 
-def reduce(value: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+def reduce(value: Tensor, mask: Mask, reduction: Reduction) -> Tensor:
     """Reduce one value per example, ``[...]``, over the examples that count.
 
-    ``mean`` divides by the number of unmasked examples, at least 1, so that an empty
-    or fully masked batch gives a zero that is still connected to the graph.
+    ``mean`` divides by the number of unmasked examples, at least 1: an empty or fully masked batch gives a zero that
+    is still connected to the graph.
 
     Raises:
         ValueError: unknown ``reduction``.
     """
+    check_choice("reduction", reduction, "none", "mean", "sum")
     if mask is not None:
         mask = check_mask(mask, value.shape)
         value = value.masked_fill(~mask, 0.0)
@@ -175,26 +182,24 @@ def reduce(value: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
         return value
     if reduction == "sum":
         return value.sum()
-    if reduction == "mean":
-        return value.sum() / (max(value.numel(), 1) if mask is None else mask.sum().clamp(min=1))
-    raise ValueError(f"reduction={reduction!r}: allowed are 'none', 'mean' and 'sum'")
+    return value.sum() / (max(value.numel(), 1) if mask is None else mask.sum().clamp(min=1))
 
 
 def reduce_batch(value: Tensor, count: int, reduction: Reduction) -> Tensor:
-    """A relation's ``mean``, or its ``sum``: the mean times the ``count`` rows that it is made of.
+    """The ``mean`` of a loss between rows, or its ``sum``: the mean times ``count``, the number of rows.
 
-    So that (sum, count) divides to the mean, as for losses with a value per row.
+    (sum, count) then divides to the mean, as for losses with a value per row.
     """
     return value if reduction == "mean" else value * count
 
 
-# ------------------------------------------------------- safe normalisations
+# ------------------------------------------------------- safe normalisation
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:
-    """``x / ||x||_2`` along ``dim``; a vector of zeros stays one, with zero gradient.
+    """``x / ||x||_2`` along ``dim``; a zero vector stays zero, with zero gradient.
 
-    Scaled by its largest entry first, so that squares neither overflow nor vanish.
+    The vector is scaled by its largest entry first, so that its squares neither overflow nor underflow.
     """
     if not x.shape[dim]:
         return x
@@ -208,8 +213,8 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
 def centre(x: Tensor, dim: int = -1) -> Tensor:
     """``x - mean(x)`` along ``dim``; a constant vector gives zeros, with zero gradient.
 
-    The mean of equal numbers is off by a rounding error, which a division by the
-    deviation would blow up to the size of a signal.
+    The mean of equal numbers has a rounding error, which a division by the deviation would amplify to the size of a
+    signal.
     """
     if not x.shape[dim]:
         return x

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation, and the memory bank it draws its negatives from."""
+"""Contrastive representation distillation, and the memory bank that provides its negatives."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.losses.common import (
+    Mask,
     Reduction,
     as_float,
     check_choice,
     check_mask,
-    check_pair,
+    check_same_shape,
     check_temperature,
-    hide,
-    precise,
     reduce,
     unit,
+    without_autocast,
+    zero_masked,
 )
 
 
 class ContrastiveMemory(nn.Module):
-    """Last known embedding of every training example, of student and teacher.
+    """The last embedding of every training example, of student and teacher.
 
-    All state is in buffers: it moves, saves and resumes with the module. Embeddings have norm 1.
-    One step is ``draw``, :func:`crd`, ``update``.
+    All state is in buffers, so it moves and is saved with the module. Embeddings have norm 1. One step is ``draw``,
+    :func:`crd`, ``update``.
 
     Args:
         size: examples in the training set, M.
@@ -47,7 +48,7 @@ class ContrastiveMemory(nn.Module):
         self.momentum = momentum
         self.register_buffer("student", unit(torch.randn(size, width)))
         self.register_buffer("teacher", unit(torch.randn(size, width)))
-        # M times the mean of exp(score), of both directions, which `calibrate` measures once; 0: not yet
+        # M times the mean of exp(score) in each direction, measured once by `calibrate`; 0 before
         self.register_buffer("scales", torch.zeros(2))
 
     @property
@@ -57,11 +58,11 @@ class ContrastiveMemory(nn.Module):
 
     def draw(self, index: Tensor, count: int) -> Tensor:
         """``[B, count]`` indices of other examples than ``index`` ``[B]``, uniform, with replacement."""
-        drawn = torch.randint(self.size - 1, (len(index), count), device=index.device)
-        return drawn + (drawn >= index.unsqueeze(-1)).long()
+        others = torch.randint(self.size - 1, (len(index), count), device=index.device)
+        return others + (others >= index.unsqueeze(-1)).long()
 
     @torch.no_grad()
-    def update(self, index: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> None:
+    def update(self, index: Tensor, student: Tensor, teacher: Tensor, mask: Mask = None) -> None:
         """Move the embeddings of ``index`` ``[B]`` towards the given ones ``[B, D]``."""
         if mask is not None:
             keep = check_mask(mask, index.shape)
@@ -72,7 +73,7 @@ class ContrastiveMemory(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, student: Tensor, teacher: Tensor, negatives: Tensor, *, temperature: float = 0.07) -> None:
-        """Fix the normalisers of ``variant="authors"`` by a first batch; later calls change nothing."""
+        """Set the normalisers of ``variant="authors"`` from a first batch; later calls change nothing."""
         if self.scales.any():
             return
         pairs = ((student, self.teacher), (teacher, self.student))
@@ -87,12 +88,12 @@ def scores(anchor: Tensor, bank: Tensor, index: Tensor) -> Tensor:
     """Products ``[B, N]`` of each ``anchor`` ``[B, D]`` with the rows ``index`` ``[B, N]`` of ``bank``."""
     bank = bank.to(anchor.dtype)
     if bank.shape[0] <= index.shape[-1] * bank.shape[-1]:
-        # cheaper than B x N x D gathered rows, of which many are the same
+        # cheaper than gathering B x N x D values
         return (anchor @ bank.T).gather(-1, index)
     return (bank[index] @ anchor.unsqueeze(-1)).squeeze(-1)
 
 
-@precise
+@without_autocast
 def crd(
     student: Tensor,
     teacher: Tensor,
@@ -102,31 +103,31 @@ def crd(
     *,
     temperature: float = 0.07,
     variant: Literal["paper", "authors"] = "paper",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Contrastive representation distillation (CRD): tell the pair of one input from N others.
+    r"""Contrastive representation distillation (CRD): discriminate the pair of one input from N others.
 
     :math:`-\log h(s, t) - \sum_n \log(1 - h_n)`, with
-    :math:`h = e^{s \cdot t/\tau} / (e^{s \cdot t/\tau} + N/M)` the probability that two embeddings belong
-    to the same of M examples. Summed over both anchors: the student against the teacher's
-    memory and the teacher against the student's.
+    :math:`h = e^{s \cdot t/\tau} / (e^{s \cdot t/\tau} + N/M)` the probability that two embeddings belong to the same
+    of M examples. Summed over both anchors: the student against the teacher's memory, and the teacher against the
+    student's.
 
-    The teacher's embedding comes from a learned head and does receive gradient; detach the
-    features in front of the head. The memory receives none, and is not changed: call
-    ``memory.update`` after the step.
+    The teacher's embedding comes from a learned head and receives a gradient; detach the features before the head.
+    The memory receives none, and is not changed: call ``memory.update`` after the step.
 
     Args:
         student: embeddings ``[B, D]`` of the student's head; normalised here.
         teacher: embeddings ``[B, D]`` of the teacher's head; normalised here.
-        index: ``[B]``, which training examples these are, from 0 to M - 1.
-        negatives: ``[B, N]``, indices of others: ``memory.draw(index, N)``. The paper has N = 16384.
-        memory: last known embeddings.
+        index: ``[B]``, the numbers of these training examples, from 0 to M - 1.
+        negatives: ``[B, N]``, numbers of others: ``memory.draw(index, N)``. The paper uses N = 16384.
+        memory: the last embeddings.
         temperature: :math:`\tau`, above 0.
-        variant: ``paper`` takes the positive from the batch. ``authors``, their code, to which
-            the published numbers (weight 0.8) belong, takes it from the memory, and divides each
-            :math:`e^{s \cdot t/\tau}` by M times its mean over a first batch: ``memory.calibrate``. The loss is then
-            about a thousandth of the paper's, in which a negative costs 1.4 nats at the start.
+        variant: ``paper`` takes the positive from the batch. ``authors``, the code of the published numbers (weight
+            0.8), takes it from the memory, and divides each :math:`e^{s \cdot t/\tau}` by M times its mean over a
+            first
+            batch: ``memory.calibrate``. The loss is then about a thousandth of the paper's, in which a negative costs
+            1.4 nats at the start.
         mask: ``[B]``, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
@@ -134,15 +135,15 @@ def crd(
         Nats. Not zero at equality: it is a classification loss.
 
     Raises:
-        ValueError: shapes differ or do not fit the memory, temperature not above 0, unknown
-            variant, or ``authors`` before the memory is calibrated.
+        ValueError: shapes differ or do not fit the memory, temperature not above 0, unknown variant, or ``authors``
+            before the memory is calibrated.
 
-    Reference: Tian, Krishnan, Isola, Contrastive Representation Distillation (ICLR 2020), the
-    contrastive loss of section 3 with its critic h. Anchoring both sides is as in their code.
+    Reference: Tian, Krishnan, Isola, Contrastive Representation Distillation (ICLR 2020), the contrastive loss of
+    section 3 with its critic h. Both sides are anchors, as in their code.
     """
     tau = check_temperature(temperature)
     check_choice("variant", variant, "paper", "authors")
-    check_pair(student, teacher)
+    check_same_shape(student, teacher)
     size, width = memory.student.shape
     if student.ndim != 2 or student.shape[1] != width:
         raise ValueError(f"student {tuple(student.shape)} must be embeddings [B, {width}], as wide as the memory's")
@@ -153,16 +154,16 @@ def crd(
         )
     if mask is not None:
         mask = check_mask(mask, index.shape)
-    index, negatives = hide(index, mask), hide(negatives, mask)
-    student, teacher = unit(hide(as_float(student), mask)), unit(hide(as_float(teacher), mask))
+    index, negatives = zero_masked(index, mask), zero_masked(negatives, mask)
+    student, teacher = unit(zero_masked(as_float(student), mask)), unit(zero_masked(as_float(teacher), mask))
 
-    # h = sigmoid(s.t / tau - offset), in which the exponentials of +-1 / tau never appear
+    # h = sigmoid(s.t / tau - offset) avoids the exponentials of +-1 / tau
     prior = math.log(max(negatives.shape[1], 1) / size)
     offsets = memory.scales.new_full((2,), prior)
     if variant == "authors":
         if not memory.scales.all():
             raise ValueError(
-                "variant='authors' divides by normalisers that the memory has not measured: "
+                "variant='authors' divides by normalisers that the memory has not measured yet: "
                 "call memory.calibrate with the first batch"
             )
         offsets = prior + memory.scales.log()

@@ -1,7 +1,7 @@
 """Losses on intermediate features, element by element.
 
-Student and teacher are features ``[B, ...]`` of one shape: project the student first. Every function
-works in float32 (float64 where that comes in) and sends no gradient to the teacher.
+Student and teacher are features ``[B, ...]`` of one shape: project the student first. Every function works in float32
+(float64 for float64 inputs) and sends no gradient to the teacher.
 """
 
 from __future__ import annotations
@@ -14,78 +14,68 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.losses.common import (
+    Mask,
     Reduction,
     as_float,
     check_choice,
-    check_mask,
-    check_pair,
-    hide,
+    check_same_shape,
+    float_rows,
     per_example,
-    precise,
     reduce,
     unit,
+    without_autocast,
 )
 
 
-def _pair(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pair(student: Tensor, teacher: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     """``[*examples, D]`` of two features of one shape; examples are the mask's dimensions, or B."""
-    check_pair(student, teacher)
     if not student.ndim:
         raise ValueError("student is a scalar: a feature has at least the dimension of the examples")
     leading = 1 if mask is None else max(mask.ndim, 1)
-    if mask is not None:
-        mask = check_mask(mask, student.shape[:leading])
-    student, teacher = hide(as_float(student), mask), hide(as_float(teacher).detach(), mask)
+    student, teacher = float_rows(student, teacher, mask, leading)
     return per_example(student, leading), per_example(teacher, leading)
 
 
-@precise
-def hint(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
+@without_autocast
+def hint(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduction = "mean") -> Tensor:
     r"""FitNets' hint: mean over the elements of an example of :math:`(F^S - F^T)^2`.
 
     Args:
         student: projected features ``[B, ...]``.
         teacher: the same shape; receives no gradient.
-        mask: ``[B]``, true where the example counts; or of more leading dimensions, such as
-            ``[B, L]`` for tokens ``[B, L, D]``, whose entries are then the examples.
+        mask: ``[B]``, true where the example counts; or with more leading dimensions, such as ``[B, L]`` for tokens
+            ``[B, L, D]``, which are then the examples.
         reduction: ``mean`` over examples that count, ``sum``, or ``none``.
 
     Raises:
         ValueError: shapes differ.
 
-    Reference: Romero et al., FitNets (ICLR 2015), equation 3, which has half the sum over elements:
-    this times half their number. The published CIFAR-100 numbers (weight 100) belong to the mean,
-    as here.
+    Reference: Romero et al., FitNets (ICLR 2015), equation 3, which has half the sum over elements: this times half
+    their number. The published CIFAR-100 numbers (weight 100) use the mean, as here.
     """
     student, teacher = _pair(student, teacher, mask)
     return reduce((student - teacher).square().mean(-1), mask, reduction)
 
 
-@precise
+@without_autocast
 def simkd(
     student: Tensor,
     teacher: Tensor,
     *,
     variant: Literal["paper", "authors"] = "paper",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""SimKD: :math:`\|P(F^S) - F^T\|_2^2` of the features in front of the teacher's classifier.
 
-    The student, projected, is to use the teacher's classifier as its own.
+    The projected student uses the teacher's classifier as its own.
 
     Args:
         student: projected features ``[B, ...]``.
         teacher: the same shape; receives no gradient.
-        variant: ``paper`` sums over elements; ``authors``, their code, to which the published
-            numbers belong, averages over them and is then the same as :func:`hint`.
-        mask: ``[B]``, or of more leading dimensions, true where the example counts.
+        variant: ``paper`` sums over elements; ``authors``, the code of the published numbers, averages over them and
+            is then the same as :func:`hint`.
+        mask: ``[B]``, or with more leading dimensions, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none``.
 
     Raises:
@@ -99,24 +89,22 @@ def simkd(
     return reduce(squares.sum(-1) if variant == "paper" else squares.mean(-1), mask, reduction)
 
 
-@precise
+@without_autocast
 def factor_transfer(
     student: Tensor,
     teacher: Tensor,
     *,
     variant: Literal["paper", "authors"] = "paper",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Factor transfer: :math:`\|F^S/\|F^S\|_2 - F^T/\|F^T\|_2\|_1` of whole factors.
+    r"""Factor transfer: :math:`\|F^S/\|F^S\|_2 - F^T/\|F^T\|_2\|_1` of factors.
 
     Args:
-        student: factor ``[B, ...]`` that a translator makes of the student's features.
-        teacher: factor of the same shape that a pretrained paraphraser makes of the teacher's;
-            receives no gradient.
-        variant: ``paper`` sums over elements; ``authors``, their code, to which the published
-            weights belong, averages over them.
-        mask: ``[B]``, or of more leading dimensions, true where the example counts.
+        student: factor ``[B, ...]``, a translator's output for the student's features.
+        teacher: factor of the same shape, a pretrained paraphraser's output for the teacher's; receives no gradient.
+        variant: ``paper`` sums over elements; ``authors``, the code of the published weights, averages over them.
+        mask: ``[B]``, or with more leading dimensions, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none``.
 
     Returns:
@@ -125,8 +113,8 @@ def factor_transfer(
     Raises:
         ValueError: shapes differ, unknown variant.
 
-    Reference: Kim, Park, Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer
-    (NeurIPS 2018), the factor transfer loss with p = 1.
+    Reference: Kim, Park, Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer (NeurIPS 2018),
+    the factor transfer loss with p = 1.
     """
     check_choice("variant", variant, "paper", "authors")
     student, teacher = _pair(student, teacher, mask)
@@ -134,19 +122,14 @@ def factor_transfer(
     return reduce(gaps.sum(-1) if variant == "paper" else gaps.mean(-1), mask, reduction)
 
 
-@precise
+@without_autocast
 def overhaul(
-    student: Tensor,
-    teacher: Tensor,
-    margin: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, margin: Tensor, *, mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Overhaul of feature distillation: partial L2 to the teacher's features before ReLU.
 
-    The teacher's features pass a margin ReLU, :math:`t = \max(F^T, m_c)`. An element costs
-    :math:`(t - s)^2`, except where :math:`s \le t \le 0`: a student below a feature that is off is off too.
+    The teacher's features pass a margin ReLU, :math:`t = \max(F^T, m_c)`. The loss of an element is
+    :math:`(t - s)^2`, and 0 where :math:`s \le t \le 0`: there the ReLU sets both to zero.
 
     Args:
         student: projected features ``[B, C, ...]``, before any ReLU.
@@ -161,15 +144,11 @@ def overhaul(
     Raises:
         ValueError: shapes differ, or the margin is not one for each channel.
 
-    Reference: Heo et al., A Comprehensive Overhaul of Feature Distillation (ICCV 2019), margin ReLU
-    and partial L2 distance. Their code weighs this sum by 1/1000 and halves it at every earlier
-    stage; the published numbers belong to those weights.
+    Reference: Heo et al., A Comprehensive Overhaul of Feature Distillation (ICCV 2019), margin ReLU and partial L2
+    distance. The published numbers use the weights of their code: 1/1000, halved at every earlier stage.
     """
     margin = _per_channel("margin", margin, student)
-    if mask is not None:
-        mask = check_mask(mask, student.shape[:1])
-    check_pair(student, teacher)
-    student, teacher = hide(as_float(student), mask), hide(as_float(teacher).detach(), mask)
+    student, teacher = float_rows(student, teacher, mask, 1)
     target = torch.maximum(teacher, margin.detach().to(teacher.dtype))
     off = (student.detach() <= target) & (target <= 0)
     squares = (target - student).square().masked_fill(off, 0.0)
@@ -179,9 +158,9 @@ def overhaul(
 def overhaul_margin(weight: Tensor, bias: Tensor) -> Tensor:
     r"""Margins ``[C]`` for :func:`overhaul` from the teacher's batch norm before the ReLU.
 
-    The mean of the negative part: :math:`E[x \mid x < 0]` with
-    :math:`x \sim \mathcal N(\mathrm{bias}, \mathrm{weight}^2)`. Just below 0 for a channel that is
-    hardly ever negative, where the authors' code takes -3 times its deviation.
+    The mean of the negative part: :math:`E[x \mid x < 0]` with :math:`x \sim \mathcal N(\mathrm{bias},
+    \mathrm{weight}^2)`. Just below 0 for a channel that is almost never negative, where the authors' code uses -3
+    times its deviation.
 
     Args:
         weight: ``[C]``, the batch norm's scale.
@@ -192,10 +171,10 @@ def overhaul_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
     Reference: Heo et al. (2019), the teacher's transform.
     """
-    check_pair(weight, bias)
+    check_same_shape(weight, bias)
     scale, shift = weight.detach().double().abs(), bias.detach().double()
     z = -shift / scale.clamp(min=torch.finfo(scale.dtype).tiny)
-    # phi(z) / Phi(z), by logarithms, since both vanish; beyond 30 deviations by its limit
+    # phi(z) / Phi(z) by logarithms, since both vanish; its limit beyond 30 deviations
     bounded = z.clamp(-30.0, 30.0)
     log_density = -0.5 * bounded.square() - 0.5 * math.log(2 * math.pi)
     hazard = (log_density - torch.special.log_ndtr(bounded)).exp()
@@ -213,7 +192,7 @@ def _per_channel(name: str, value: Tensor, features: Tensor) -> Tensor:
     return value.view(-1, *[1] * (features.ndim - 2))
 
 
-@precise
+@without_autocast
 def vid(
     student: Tensor,
     teacher: Tensor,
@@ -221,36 +200,32 @@ def vid(
     *,
     epsilon: float = 1e-5,
     variant: Literal["paper", "authors"] = "paper",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Variational information distillation: :math:`\sum \log\sigma_c + (F^T - \mu(F^S))^2 / 2\sigma_c^2`.
 
-    The negative log-likelihood, less its constant, of the teacher's features under a Gaussian
-    whose mean the student predicts and whose variance is learned per channel. A likelihood and
-    no divergence: it can be negative, and is not zero at equality.
+    The negative log-likelihood, without its constant, of the teacher's features under a Gaussian whose mean the
+    student predicts and whose variance is learned per channel. It can be negative, and is not zero at equality.
 
     Args:
         student: predicted mean ``[B, C, ...]``.
         teacher: features of the same shape; receives no gradient.
-        spread: ``[C]``, learned: the variance is ``softplus(spread) + epsilon``. It receives gradient.
+        spread: ``[C]``, learned: the variance is ``softplus(spread) + epsilon``. Receives a gradient.
         epsilon: least variance.
-        variant: ``paper`` sums over elements; ``authors``, their code, to which the published
-            numbers (weight 1) belong, averages over them.
+        variant: ``paper`` sums over elements; ``authors``, the code of the published numbers (weight 1), averages
+            over them.
         mask: ``[B]``, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
     Raises:
         ValueError: shapes differ, spread is not one for each channel, unknown variant.
 
-    Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer (CVPR 2019),
-    the Gaussian with a variance for each channel.
+    Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer (CVPR 2019), the Gaussian with
+    a variance for each channel.
     """
     check_choice("variant", variant, "paper", "authors")
     variance = F.softplus(as_float(_per_channel("spread", spread, student))) + epsilon
-    if mask is not None:
-        mask = check_mask(mask, student.shape[:1])
-    check_pair(student, teacher)
-    student, teacher = hide(as_float(student), mask), hide(as_float(teacher).detach(), mask)
+    student, teacher = float_rows(student, teacher, mask, 1)
     nll = per_example(0.5 * variance.log() + (teacher - student).square() / (2 * variance))
     return reduce(nll.sum(-1) if variant == "paper" else nll.mean(-1), mask, reduction)

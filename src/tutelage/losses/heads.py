@@ -1,8 +1,8 @@
-"""Output layers over a vocabulary, as values: what turns hidden states into scores, and gradients of one into the
-other's."""
+"""Output layers over a vocabulary: their projection of hidden states to logits, and its gradients."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from tutelage.losses.common import as_float
 
 TILE = 1 << 13
-"""Rows of a head whose gradient exists at a time in another precision than that which it is summed in."""
+"""Rows of a head whose gradient exists at a time in a lower precision than that of the sum."""
 
 
 class LoRA(NamedTuple):
@@ -34,18 +34,18 @@ class LoRA(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearHead:
-    """How hidden states ``h`` become scores: ``cap(scale * (h @ (weight + LoRA).T + bias))``.
+    """How hidden states ``h`` become logits: ``cap(scale * (h @ (weight + LoRA).T + bias))``.
 
-    Tensors that require a gradient get one. A tied weight is the embedding's own parameter, whose gradients add up;
-    one that FSDP or tensor parallelism has sharded is gathered once, and its gradient is sharded alike and the mean
-    over processes, as FSDP's is.
+    Tensors that require a gradient get one. A tied weight is the embedding's own parameter, whose gradients add up. A
+    weight sharded by FSDP or tensor parallelism is gathered once; its gradient is sharded in the same way and is the
+    mean over processes, as in FSDP.
 
     Attributes:
         weight: ``[V, D]``.
         bias: ``[V]``.
-        scale: of the scores: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``.
+        scale: of the logits: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``.
         softcap: c of ``c tanh(z / c)``, Gemma's ``final_logit_softcapping``; ``None`` for none.
-        lora: what is learned beside a weight, which may be frozen.
+        lora: low-rank matrices added to the weight, which may be frozen.
     """
 
     weight: Tensor
@@ -56,7 +56,7 @@ class LinearHead:
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap={self.softcap}: must be above 0, or None for scores as they are")
+            raise ValueError(f"softcap={self.softcap}: must be above 0, or None for no soft cap")
         if self.weight.ndim != 2 or (self.bias is not None and self.bias.shape != self.weight.shape[:1]):
             bias = "" if self.bias is None else f" and bias {tuple(self.bias.shape)}"
             raise ValueError(
@@ -72,76 +72,67 @@ class LinearHead:
                 )
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Weight, bias, and LoRA's a and b, whole on this process."""
+        """Weight, bias, and LoRA's a and b, gathered on this process."""
         a, b = (None, None) if self.lora is None else self.lora[:2]
-        return tuple(None if x is None else _whole(x) for x in (self.weight, self.bias, a, b))
+        return tuple(None if x is None else _gathered(x) for x in (self.weight, self.bias, a, b))
 
-    def finished(self, raw: Tensor) -> Tensor:
-        """HeadProjection from ``h @ weight.T + bias``, in the precision of losses; it may be ``raw`` itself."""
+    def finish(self, raw: Tensor) -> Tensor:
+        """Logits from ``h @ weight.T + bias``, in the precision of losses; they may be ``raw`` itself."""
         raw = as_float(raw)
         if self.softcap is not None:
             return torch.mul(raw, self.scale / self.softcap).tanh_().mul_(self.softcap)
         return raw if self.scale == 1.0 else raw * self.scale
 
-    def unfinished_(self, slope: Tensor, finished: Tensor) -> Tensor:
-        """The gradient by raw scores from that by finished ones, in its place."""
+    def finish_backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient by the raw projection from that by the logits, in place."""
         if self.softcap is not None:
-            slope.addcmul_(slope * finished, finished, value=-1.0 / self.softcap**2)
-        return slope if self.scale == 1.0 else slope.mul_(self.scale)
+            grad.addcmul_(grad * logits, logits, value=-1.0 / self.softcap**2)
+        return grad if self.scale == 1.0 else grad.mul_(self.scale)
 
     @property
     def rows(self) -> int:
-        """V, the padding of the vocabulary included."""
+        """V, including padding."""
         return self.weight.shape[0]
 
 
-def as_head(given: Tensor | LinearHead) -> LinearHead:
+def as_head(head: Tensor | LinearHead) -> LinearHead:
     """A weight ``[V, D]`` as a head."""
-    return given if isinstance(given, LinearHead) else LinearHead(given)
+    return head if isinstance(head, LinearHead) else LinearHead(head)
 
 
-def _whole(x: Tensor) -> Tensor:
-    """``x`` gathered where it is sharded; its gradient goes back to the shards as the mean over processes.
+def _gathered(x: Tensor) -> Tensor:
+    """``x``, gathered if it is sharded; its gradient returns to the shards as the mean over processes.
 
-    Processes that saw different tokens have different gradients, whose mean is what FSDP makes of those that it
-    gathered itself; where all saw the same, as under tensor parallelism, it is any of them.
+    Processes with different tokens have different gradients, of which FSDP takes the mean too. With the same tokens
+    on all processes, as under tensor parallelism, the mean is any of them.
     """
     if not hasattr(x, "full_tensor"):
         return x
     from torch.distributed.tensor import Partial
 
     mesh = x.device_mesh  # type: ignore[attr-defined]
-    whole: Tensor = x.full_tensor(grad_placements=[Partial("sum")] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())  # gloo has no mean of its own
-    return whole
+    full: Tensor = x.full_tensor(grad_placements=[Partial("sum")] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())  # gloo has no mean of its own
+    return full
 
 
 class HeadProjection:
-    """What a head makes of some hidden states at a time.
+    """The raw logits of some hidden states at a time.
 
     Args:
-        head: the LoRA's scale is read off it.
+        head: provides the scale of its LoRA.
         tensors: of the head, in the order of :meth:`LinearHead.tensors`.
         hidden: ``[N, D]``.
-        size: V without its padding, which is never projected.
+        size: V without padding, which is never projected.
         dtype: of the projections: that of autocast, or ``None`` for the tensors' own.
     """
 
     def __init__(
-        self,
-        head: LinearHead,
-        tensors: Sequence[Tensor | None],
-        hidden: Tensor,
-        size: int,
-        dtype: torch.dtype | None,
+        self, head: LinearHead, tensors: Sequence[Tensor | None], hidden: Tensor, size: int, dtype: torch.dtype | None
     ) -> None:
-        assert tensors[0] is not None
-        given = [x for x in (hidden, *tensors) if x is not None]
         if dtype is None:
-            dtype = given[0].dtype
-            for x in given[1:]:
-                dtype = torch.promote_types(dtype, x.dtype)
+            dtype = functools.reduce(torch.promote_types, [x.dtype for x in (hidden, *tensors) if x is not None])
         self.dtype, self.hidden, self.size = dtype, hidden.detach(), size
         weight, bias, a, b = (None if x is None else x.detach().to(dtype) for x in tensors)
         assert weight is not None
@@ -151,7 +142,7 @@ class HeadProjection:
         self.buffer: Tensor | None = None
 
     def project(self, rows: slice | Tensor) -> Tensor:
-        """``[n, V]``, before :meth:`LinearHead.finished`, of some tokens; valid until the next call."""
+        """``[n, V]`` of some tokens, before :meth:`LinearHead.finish`; valid until the next call."""
         hidden = self.hidden[rows].to(self.dtype)
         if self.buffer is None or len(self.buffer) < len(hidden):
             self.buffer = hidden.new_empty(len(hidden), self.size)
@@ -169,61 +160,63 @@ class GradientSums:
     """Sums, in float32 or more, of the gradients by hidden states and by a head's tensors.
 
     Args:
-        scores: of the student.
-        wanted: whether hidden states, weight, bias, LoRA's a and b are to have one.
-        like: those tensors.
+        projection: of the student.
+        required: whether hidden states, weight, bias, LoRA's a and b require a gradient.
+        tensors: those tensors.
     """
 
-    def __init__(self, scores: HeadProjection, wanted: Sequence[bool], like: Sequence[Tensor | None]) -> None:
-        self.scores = scores
+    def __init__(
+        self, projection: HeadProjection, required: Sequence[bool], tensors: Sequence[Tensor | None]
+    ) -> None:
+        self.projection = projection
         self.sums = [
-            None if x is None or not want else torch.zeros_like(
+            None if x is None or not needed else torch.zeros_like(
                 x, dtype=torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format
             )
-            for x, want in zip(like, wanted, strict=True)
+            for x, needed in zip(tensors, required, strict=True)
         ]  # fmt: skip
-        # float16 has no room for the slopes of a large vocabulary, which no loss scale has made larger yet
-        self.dtype = torch.float32 if scores.dtype == torch.float16 else scores.dtype
-        self.weight = scores.weight.to(self.dtype)
+        # the gradients of a large vocabulary underflow in float16, and no loss scale has been applied yet
+        self.dtype = torch.float32 if projection.dtype == torch.float16 else projection.dtype
+        self.weight = projection.weight.to(self.dtype)
         self.buffer: Tensor | None = None
 
-    def slopes(self, scores: Tensor) -> Tensor:
-        """Where the gradient by ``scores`` is to be written: in their place, if it is precise enough."""
-        if self.dtype == scores.dtype:
-            return scores
-        if self.buffer is None or self.buffer.shape[0] < len(scores):
-            self.buffer = torch.empty_like(scores, dtype=self.dtype)
-        return self.buffer[: len(scores)]
+    def buffer_for(self, raw: Tensor) -> Tensor:
+        """Where to write the gradient by the raw logits: in their place if they are precise enough."""
+        if self.dtype == raw.dtype:
+            return raw
+        if self.buffer is None or self.buffer.shape[0] < len(raw):
+            self.buffer = torch.empty_like(raw, dtype=self.dtype)
+        return self.buffer[: len(raw)]
 
-    def add(self, slope: Tensor, rows: slice | Tensor) -> None:
-        """Add the gradients of some rows, from that by their raw scores ``[n, V]``."""
+    def add(self, grad: Tensor, rows: slice | Tensor) -> None:
+        """Add the gradients of some rows, from that by their raw logits ``[n, V]``."""
         by_hidden, by_weight, by_bias, by_a, by_b = self.sums
-        lora = self.scores.lora
+        lora, size = self.projection.lora, self.projection.size
         if by_hidden is not None:
-            part = slope @ self.weight
+            part = grad @ self.weight
             if lora is not None:
-                part.addmm_(slope @ lora.b.to(self.dtype), lora.a.to(self.dtype), alpha=lora.scale)
+                part.addmm_(grad @ lora.b.to(self.dtype), lora.a.to(self.dtype), alpha=lora.scale)
             by_hidden[rows] = part.to(by_hidden.dtype)
         if by_bias is not None:
-            by_bias[: self.scores.size] += slope.sum(0, dtype=by_bias.dtype)
+            by_bias[:size] += grad.sum(0, dtype=by_bias.dtype)
         if by_weight is None and by_a is None and by_b is None:
             return
-        hidden = self.scores.hidden[rows].to(self.dtype)
+        hidden = self.projection.hidden[rows].to(self.dtype)
         if by_weight is not None:
-            _add_product(by_weight[: self.scores.size], slope, hidden)
+            _add_product(by_weight[:size], grad, hidden)
         if lora is None:
             return
         if by_b is not None:
             low = (hidden @ lora.a.to(self.dtype).mT) * lora.scale
-            _add_product(by_b[: self.scores.size], slope, low)
+            _add_product(by_b[:size], grad, low)
         if by_a is not None:
-            by_a.add_((slope @ lora.b.to(self.dtype)).mT @ hidden, alpha=lora.scale)
+            by_a.add_((grad @ lora.b.to(self.dtype)).mT @ hidden, alpha=lora.scale)
 
 
-def _add_product(into: Tensor, slope: Tensor, hidden: Tensor) -> None:
-    """``into += slope.T @ hidden``, without a second tensor of that size."""
-    if into.dtype == slope.dtype:
-        into.addmm_(slope.mT, hidden)
+def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """``total += grad.T @ hidden``, without a second tensor of that size."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.mT, hidden)
         return
-    for start in range(0, len(into), TILE):
-        into[start : start + TILE] += slope[:, start : start + TILE].mT @ hidden
+    for start in range(0, len(total), TILE):
+        total[start : start + TILE] += grad[:, start : start + TILE].mT @ hidden

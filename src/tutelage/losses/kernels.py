@@ -1,8 +1,8 @@
-"""Kernels of other packages, for a GPU: what torch passes over memory a dozen times for, they do in a few passes.
+"""GPU kernels of other packages, which need a few passes over memory where torch needs a dozen.
 
-Each gives what :mod:`tutelage.losses.closed_form_grads` gives, with T^2 and from scores as they are, so that all else
-(masks, soft caps, LoRA, other terms, sums in float32) is the same with and without it. Where a package is not
-installed, is too old, or has no kernel for the device, torch does it.
+Each returns what :mod:`tutelage.losses.closed_form_grads` returns, times T^2 and from logits, so that masks, soft
+caps, LoRA, other terms and sums in float32 are the same with and without it. If a package is missing, too old, or has
+no kernel for the device, torch computes the loss.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from tutelage.losses.closed_form_grads import LossAndGrad
 
 DEVICES = {"cuda"}
-"""Types of devices on which kernels are looked for."""
+"""Device types for which kernels are used."""
 
 Kernel = Callable[[Tensor, Tensor, float, bool], LossAndGrad]
-"""(student's scores ``[n, V]``, which it leaves as they are, the teacher's, T, whether the gradient is wanted)."""
+"""(student's logits ``[n, V]``, which it does not change, the teacher's, T, whether the gradient is required)."""
 
 
-def kernel_for(divergence: str, scores: Tensor) -> Kernel | None:
-    """What computes ``divergence`` of such scores, or ``None`` for torch. None is more precise than float32."""
-    if divergence not in KERNELS or scores.device.type not in DEVICES or scores.dtype != torch.float32:
+def kernel_for(divergence: str, logits: Tensor) -> Kernel | None:
+    """The kernel for ``divergence`` of such logits, or ``None`` for torch. Kernels support float32 only."""
+    if divergence not in KERNELS or logits.device.type not in DEVICES or logits.dtype != torch.float32:
         return None
     return KERNELS[divergence]()
 
@@ -36,21 +36,21 @@ def liger_kl() -> Kernel | None:
     Reference: Hsu et al., Liger Kernel (2024).
     """
     try:
-        import liger_kernel.functional  # noqa: F401  # says which kernels there are
+        import liger_kernel.functional  # noqa: F401  # registers the kernels
         from liger_kernel.backends import available_impls, dispatch
     except ImportError:
         return None
     if not available_impls("kl_loss_and_grad"):
         return None
-    least = torch.finfo(torch.float32).tiny  # of a probability, below which the kernel takes its logarithm as that
+    least = torch.finfo(torch.float32).tiny  # the kernel clamps probabilities to this before it takes logarithms
 
-    def compare(scores: Tensor, said: Tensor, t: float, learns: bool) -> LossAndGrad:
-        p = (said if t == 1.0 else said / t).softmax(-1)
-        with torch.cuda.device_of(scores):
-            value, slope = dispatch("kl_loss_and_grad", scores.clone(), p, None, -100, t, least, t**2)
-        return LossAndGrad(value, slope if learns else None)
+    def compute(logits: Tensor, teacher: Tensor, t: float, needs_grad: bool) -> LossAndGrad:
+        p = (teacher if t == 1.0 else teacher / t).softmax(-1)
+        with torch.cuda.device_of(logits):
+            value, grad = dispatch("kl_loss_and_grad", logits.clone(), p, None, -100, t, least, t**2)
+        return LossAndGrad(value, grad if needs_grad else None)
 
-    return compare
+    return compute
 
 
 KERNELS: dict[str, Callable[[], Kernel | None]] = {"kl": liger_kl}

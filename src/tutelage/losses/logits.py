@@ -1,8 +1,7 @@
-"""Losses on class scores: soft targets, hard targets, and both.
+"""Losses on logits: soft targets, hard targets, and both.
 
-Student and teacher are logits ``[..., C]``, before any softmax, of the same shape: a row is
-an example, or a token. Every function works in float32 (float64 where that comes in), sends
-no gradient to the teacher, and averages over rows, never over classes.
+Student and teacher are logits ``[..., C]`` of the same shape; a row is an example or a token. Every function works in
+float32 (float64 for float64 inputs), sends no gradient to the teacher, and averages over rows, never over classes.
 """
 
 from __future__ import annotations
@@ -14,49 +13,50 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.losses.common import (
+    Mask,
     Reduction,
     as_float,
     centre,
     check_choice,
     check_labels,
     check_mask,
-    check_pair,
+    check_same_shape,
     check_temperature,
-    hide,
-    precise,
+    float_rows,
     reduce,
-    rows,
     unit,
+    without_autocast,
+    zero_masked,
 )
 
 IGNORE = -100
-"""The label of a row that has none, as in ``torch.nn.functional.cross_entropy``."""
+"""The label of a row without one, as in ``torch.nn.functional.cross_entropy``."""
 
 
-@precise
+@without_autocast
 def kd(
     student: Tensor,
     teacher: Tensor,
     *,
     temperature: float = 4.0,
     standardize: bool = False,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Soft-target loss of Hinton et al.: :math:`T^2\,\mathrm{KL}(p^T \| p^S)`.
 
-    With :math:`p = \mathrm{softmax}(z / T)`. The gradient by the student's logits is
-    :math:`T (p^S - p^T)`, so its size stays comparable with that of a hard-label loss
-    at any temperature. :math:`T^2` is applied here and nowhere else.
+    With :math:`p = \mathrm{softmax}(z / T)`. The gradient by the student's logits is :math:`T (p^S - p^T)`, so its
+    size is comparable with that of a hard-label loss at any temperature. :math:`T^2` is applied here and nowhere
+    else.
 
     Args:
         student: logits ``[..., C]``.
         teacher: logits of the same shape; receives no gradient.
         temperature: T, above 0.
-        standardize: first bring every row of logits, of both, to mean 0 and deviation 1, so
-            that the student need not match the teacher's scale (Sun et al.). A constant row,
-            which has no deviation, becomes zeros: a uniform distribution, with zero gradient.
-        mask: ``[...]``, true where the row counts. Same result as deleting the other rows.
+        standardize: first scale every row of logits, of both, to mean 0 and deviation 1, so that the student need not
+            match the teacher's scale (Sun et al.). A constant row becomes zeros: a uniform distribution, with zero
+            gradient.
+        mask: ``[...]``, true where the row counts. The result is the same as without the other rows.
         reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
@@ -66,11 +66,11 @@ def kd(
         ValueError: shapes differ, or the temperature is not above 0.
 
     Reference: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (2015), section 2.
-    Sun et al., Logit Standardization in Knowledge Distillation (CVPR 2024), algorithm 1: deviation
-    over C. Their code, to which the published numbers belong, divides by the deviation over C - 1:
-    the same as T * sqrt(C / (C - 1)) here, times (C - 1) / C.
+    Sun et al., Logit Standardization in Knowledge Distillation (CVPR 2024), algorithm 1: deviation over C. Their
+    code, with the published numbers, divides by the deviation over C - 1: the same as T * sqrt(C / (C - 1)) here,
+    times (C - 1) / C.
     """
-    student, teacher = rows(student, teacher, mask)
+    student, teacher = float_rows(student, teacher, mask)
     if standardize:
         student, teacher = standard(student), standard(teacher)
     log_q, log_p = soften(student, temperature), soften(teacher, temperature)
@@ -88,23 +88,18 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def standard(logits: Tensor) -> Tensor:
-    """Rows with mean 0 and (population) deviation 1; constant rows become zeros."""
+    """Rows scaled to mean 0 and (population) deviation 1; constant rows become zeros."""
     return float(logits.shape[-1]) ** 0.5 * unit(centre(logits))
 
 
-@precise
+@without_autocast
 def soft_cross_entropy(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    temperature: float = 4.0,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, *, temperature: float = 4.0, mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Cross-entropy against the teacher's distribution: :math:`-T^2 \sum_i p^T_i \log p^S_i`.
 
-    The same gradient as :func:`kd`, but not zero when student equals teacher: its least value
-    is T^2 times the teacher's entropy. Use :func:`kd` where the value is read.
+    Its gradient is that of :func:`kd`, but it is not zero when student equals teacher: its minimum is T^2 times the
+    teacher's entropy. Use :func:`kd` if the value matters.
 
     Args:
         student: logits ``[..., C]``.
@@ -118,24 +113,19 @@ def soft_cross_entropy(
 
     Reference: Hinton et al. (2015), section 2.
     """
-    student, teacher = rows(student, teacher, mask)
+    student, teacher = float_rows(student, teacher, mask)
     log_q, log_p = soften(student, temperature), soften(teacher, temperature)
     return reduce(-(log_p.exp() * log_q).sum(-1) * temperature**2, mask, reduction)
 
 
-@precise
+@without_autocast
 def cross_entropy(
-    student: Tensor,
-    labels: Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
+    student: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Hard-label loss. Rows whose label is -100 do not count.
 
     With smoothing :math:`\epsilon` the target is :math:`(1-\epsilon)` on the label plus :math:`\epsilon / C` on every
-    class, the label included.
+    class, including the label.
 
     Args:
         student: logits ``[..., C]``.
@@ -150,9 +140,9 @@ def cross_entropy(
     Reference: Szegedy et al., Rethinking the Inception Architecture (CVPR 2016), section 7.
     """
     if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing}: must lie in [0, 1); at 1 the labels say nothing")
-    counts = _labelled(student, labels, mask)
-    logits = hide(as_float(student), counts)
+        raise ValueError(f"label_smoothing={label_smoothing}: must lie in [0, 1); at 1 the labels have no effect")
+    counts = labelled_rows(student, labels, mask)
+    logits = zero_masked(as_float(student), counts)
     flat = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]),
         labels.masked_fill(~counts, IGNORE).reshape(-1),
@@ -163,14 +153,14 @@ def cross_entropy(
     return reduce(flat.view(labels.shape), counts, reduction)
 
 
-def _labelled(student: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows ``[...]`` that have a label and count."""
+def labelled_rows(student: Tensor, labels: Tensor, mask: Mask) -> Tensor:
+    """``[...]``, true at rows that count and have a label; raises ``ValueError`` for labels of another shape."""
     check_labels(labels, student)
     counts = labels != IGNORE
     return counts if mask is None else counts & check_mask(mask, labels.shape)
 
 
-@precise
+@without_autocast
 def teacher_free(
     student: Tensor,
     labels: Tensor,
@@ -178,30 +168,30 @@ def teacher_free(
     correct: float = 0.99,
     temperature: float = 20.0,
     variant: Literal["paper", "authors"] = "paper",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Soft labels of a teacher that nobody trained: :math:`T^2\,\mathrm{KL}(p^d_T \| p^S_T)`.
+    r"""Soft targets of a virtual teacher: :math:`T^2\,\mathrm{KL}(p^d_T \| p^S_T)`.
 
-    The virtual teacher :math:`p^d` has ``correct`` on the label and shares the rest evenly; :math:`p_T` is a
-    distribution softened by T, :math:`p_T \propto p^{1/T}`. Rows whose label is -100 do not count.
+    The virtual teacher :math:`p^d` has probability ``correct`` for the label and the same for all other classes;
+    :math:`p_T` is a distribution softened by T, :math:`p_T \propto p^{1/T}`. Rows whose label is -100 do not count.
 
     Args:
         student: logits ``[..., C]``, of at least 2 classes.
         labels: class indices ``[...]``, or -100.
-        correct: the virtual teacher's probability of the label, above 1/C and below 1; the paper has 0.9 or more.
-        temperature: T, above 0; the paper has 20 or more.
-        variant: ``authors`` is the code to which the published numbers belong:
+        correct: the virtual teacher's probability of the label, above 1/C and below 1; the paper uses 0.9 or more.
+        temperature: T, above 0; the paper uses 20 or more.
+        variant: ``authors`` is the code of the published numbers:
             :math:`\mathrm{KL}(\mathrm{softmax}(p^d / T) \| p^S_1)`, which softens probabilities as if they were
-            logits, leaves the student as it is and has no :math:`T^2`. At T = 20 its target is all but uniform.
+            logits, does not soften the student and has no :math:`T^2`. At T = 20 its target is almost uniform.
         mask: ``[...]``, true where the row counts.
         reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
-        Nats, for ``paper`` times T^2, which the paper leaves out and every soft loss here has.
+        Nats, for ``paper`` times T^2, which the paper omits and every soft loss here has.
 
     Raises:
-        ValueError: labels are not one for each row, a probability that makes no teacher, a temperature not above 0.
+        ValueError: labels are not one for each row, or ``correct`` or the temperature is out of range.
 
     Reference: Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization (CVPR 2020),
     section 5, Tf-KD_reg.
@@ -210,10 +200,10 @@ def teacher_free(
     t, classes = check_temperature(temperature), student.shape[-1]
     if not 1.0 / max(classes, 1) < correct < 1.0:
         raise ValueError(
-            f"correct={correct} of {classes} classes: must lie between 1/C and 1, or the label is not the likeliest"
+            f"correct={correct} of {classes} classes: must lie between 1/C and 1, for the label to be the most likely"
         )
-    counts = _labelled(student, labels, mask)
-    logits = hide(as_float(student), counts)
+    counts = labelled_rows(student, labels, mask)
+    logits = zero_masked(as_float(student), counts)
     virtual = torch.full_like(logits, (1.0 - correct) / (classes - 1))
     virtual = virtual.scatter(-1, labels.masked_fill(~counts, 0).unsqueeze(-1), correct)
     if variant == "authors":
@@ -230,18 +220,18 @@ def distillation(
     *,
     temperature: float = 4.0,
     alpha: float = 0.9,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""The combined loss :math:`\alpha\,T^2\,\mathrm{KL}(p^T\|p^S) + (1-\alpha)\,\mathrm{CE}(y, p^S)`.
 
-    Each half is averaged over its own rows: the soft one over all that the mask leaves,
-    the hard one over those that have a label besides.
+    Each half is averaged over its own rows: the soft one over all that count, the hard one over those that count and
+    have a label.
 
     Args:
         student: logits ``[..., C]``.
         teacher: logits of the same shape; receives no gradient.
-        labels: class indices ``[...]``; -100 for a row without a label, which the teacher still teaches.
+        labels: class indices ``[...]``; -100 for a row without a label, which still has the soft half.
         temperature: T of the soft half. The hard half is always at 1.
         alpha: weight of the soft half, in [0, 1].
         mask: ``[...]``, true where the row counts.
@@ -253,25 +243,20 @@ def distillation(
     Reference: Hinton et al. (2015), section 2, with the weights named as in most later work.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha={alpha}: must lie in [0, 1]; it weighs soft against hard labels")
+        raise ValueError(f"alpha={alpha}: must lie in [0, 1]: the weight of the soft labels")
     soft = kd(student, teacher, temperature=temperature, mask=mask, reduction=reduction)
     hard = cross_entropy(student, labels, mask=mask, reduction=reduction)
     return alpha * soft + (1.0 - alpha) * hard
 
 
-@precise
+@without_autocast
 def binary_kd(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    temperature: float = 4.0,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, *, temperature: float = 4.0, mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""KD of independent yes-or-no labels: :math:`T^2 \sum_l \mathrm{KL}(p^T_l \| p^S_l)`.
 
-    With :math:`p_l = \mathrm{sigmoid}(z_l / T)` a distribution over yes and no. For multi-label
-    tasks, and for binary ones with a single logit (``[..., 1]``).
+    With :math:`p_l = \mathrm{sigmoid}(z_l / T)`, a distribution over yes and no. For multi-label tasks, and for
+    binary tasks with a single logit (``[..., 1]``).
 
     Args:
         student: logits ``[..., L]``, one per label.
@@ -286,24 +271,20 @@ def binary_kd(
     Raises:
         ValueError: shapes differ, or the temperature is not above 0.
 
-    Reference: Yang et al., Multi-Label Knowledge Distillation (ICCV 2023), the one-versus-all
-    logit loss, with T added. With T = 1 it is theirs.
+    Reference: Yang et al., Multi-Label Knowledge Distillation (ICCV 2023), the one-versus-all logit loss, which has
+    T = 1.
     """
     t = check_temperature(temperature)
-    student, teacher = rows(student, teacher, mask)
+    student, teacher = float_rows(student, teacher, mask)
     p = (teacher / t).sigmoid()
     yes = F.logsigmoid(teacher / t) - F.logsigmoid(student / t)
     no = F.logsigmoid(-teacher / t) - F.logsigmoid(-student / t)
     return reduce((p * yes + (-teacher / t).sigmoid() * no).sum(-1) * t**2, mask, reduction)
 
 
-@precise
+@without_autocast
 def binary_cross_entropy(
-    student: Tensor,
-    targets: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
+    student: Tensor, targets: Tensor, *, mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Hard-label loss of independent yes-or-no labels: :math:`-\sum_l y_l \log p_l + (1-y_l) \log(1-p_l)`.
 
@@ -321,23 +302,17 @@ def binary_cross_entropy(
 
     Reference: Yang et al., Multi-Label Knowledge Distillation (ICCV 2023), equation 1.
     """
-    student, targets = rows(student, targets, mask)
+    student, targets = float_rows(student, targets, mask)
     loss = F.binary_cross_entropy_with_logits(student, targets, reduction="none").sum(-1)
     return reduce(loss, mask, reduction)
 
 
-@precise
-def mse(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    r"""Squared distance of the outputs themselves: :math:`\|z^S - z^T\|_2^2`, summed over outputs.
+@without_autocast
+def mse(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduction = "mean") -> Tensor:
+    r"""Squared distance of the outputs: :math:`\|z^S - z^T\|_2^2`, summed over outputs.
 
-    For logits (up to the mean of a row, 2C times the limit of :func:`kd` at T -> infinity), and
-    for the outputs of a regression.
+    For logits (up to the mean of a row, 2C times the limit of :func:`kd` at T -> infinity), and for the outputs of a
+    regression.
 
     Args:
         student: logits or predicted values ``[..., C]``.
@@ -348,51 +323,49 @@ def mse(
     Raises:
         ValueError: shapes differ.
 
-    Reference: Kim et al., Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in
-    Knowledge Distillation (IJCAI 2021). Ba and Caruana (2014) minimise half of it. Code
-    that averages over classes besides computes this divided by C.
+    Reference: Kim et al., Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation
+    (IJCAI 2021). Ba and Caruana (2014) minimise half of it. Code that averages over classes computes this over C.
     """
-    student, teacher = rows(student, teacher, mask)
+    student, teacher = float_rows(student, teacher, mask)
     return reduce((student - teacher).square().sum(-1), mask, reduction)
 
 
-@precise
+@without_autocast
 def bounded_regression(
     student: Tensor,
     teacher: Tensor,
     targets: Tensor,
     *,
     margin: float = 0.0,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Teacher-bounded regression: the student's squared error, while it is not below the teacher's.
+    r"""Teacher-bounded regression: the student's squared error, unless it is below the teacher's.
 
-    :math:`\|s - y\|^2` where :math:`\|s - y\|^2 + m > \|t - y\|^2`, else 0. A teacher's output can
-    point away from the truth, so that it serves as a bound and not as a target. Add it, times
-    one half in the paper, to the loss against the targets.
+    :math:`\|s - y\|^2` where :math:`\|s - y\|^2 + m > \|t - y\|^2`, else 0. A teacher's output can point away from
+    the truth, so it is a bound and not a target. Add it, times one half in the paper, to the loss against the
+    targets.
 
     Args:
         student: predicted values ``[..., C]``.
         teacher: the same shape; receives no gradient.
         targets: true values, the same shape.
-        margin: m, in squared units of the targets: by how much the student has to be better
-            before it is left alone.
+        margin: m, in squared units of the targets: by how much the student must be better for a loss of 0.
         mask: ``[...]``, true where the row counts.
         reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
-        Squared error; zero, at ``margin=0``, where the student is no worse than the teacher.
+        Squared error; with ``margin=0`` zero where the student is no worse than the teacher.
 
     Raises:
         ValueError: shapes differ.
 
-    Reference: Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation
-    (NIPS 2017), the teacher-bounded regression loss. For targets without a bound see :func:`mse`.
+    Reference: Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation (NIPS 2017), the
+    teacher-bounded regression loss. Without a bound see :func:`mse`.
     """
-    check_pair(student, targets)
-    student, teacher = rows(student, teacher, mask)
-    targets = hide(as_float(targets).detach(), mask)
+    check_same_shape(student, targets)
+    student, teacher = float_rows(student, teacher, mask)
+    targets = zero_masked(as_float(targets).detach(), mask)
     error = (student - targets).square().sum(-1)
     bound = (teacher - targets).square().sum(-1)
     return reduce(error.masked_fill(error.detach() + margin <= bound, 0.0), mask, reduction)

@@ -1,6 +1,6 @@
-"""Losses on feature maps ``[B, C, H, W]``: what is where, and at which resolution.
+"""Losses on feature maps ``[B, C, H, W]``.
 
-Every function works in float32 (float64 where that comes in) and sends no gradient to the teacher.
+Every function works in float32 (float64 for float64 inputs) and sends no gradient to the teacher.
 """
 
 from __future__ import annotations
@@ -11,49 +11,47 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.losses.common import (
+    Mask,
     Reduction,
-    as_float,
-    check_batch,
     check_choice,
-    check_mask,
-    check_pair,
-    hide,
+    check_same_batch,
+    check_same_shape,
+    float_pair,
     per_example,
-    precise,
     reduce,
     unit,
+    without_autocast,
 )
 
 
-@precise
+@without_autocast
 def attention_transfer(
     student: Tensor,
     teacher: Tensor,
     *,
     variant: Literal["normalised", "authors"] = "normalised",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Attention transfer: :math:`\|A^S/\|A^S\|_2 - A^T/\|A^T\|_2\|_2^2`, :math:`A = \sum_c |F_c|^2`.
 
     Args:
         student: feature map ``[B, C, H, W]``.
-        teacher: feature map ``[B, C', H', W']``; receives no gradient. Of different spatial sizes
-            the larger map is average-pooled to the smaller before squaring.
-        variant: ``normalised`` sums the squares over positions. ``authors``, their code, averages
-            over them: H W times smaller. The published weight, 1000, belongs to it.
+        teacher: feature map ``[B, C', H', W']``; receives no gradient. If the spatial sizes differ, the larger map is
+            average-pooled to the smaller before squaring.
+        variant: ``normalised`` sums the squares over positions. ``authors``, the code of the published weight, 1000,
+            averages over them: H W times smaller.
         mask: ``[B]``, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
     Returns:
         In [0, 2], over H W for ``authors``; zero, with zero gradient, when student equals teacher.
-        A map that is zero everywhere has zero attention, and gets no gradient.
+        A zero map has zero attention, and gets no gradient.
 
     Raises:
         ValueError: not feature maps, other batch size, unknown variant.
 
-    Reference: Zagoruyko and Komodakis, Paying More Attention to Attention (ICLR 2017), equation 2,
-    squared: there it is the norm of the difference itself.
+    Reference: Zagoruyko and Komodakis, Paying More Attention to Attention (ICLR 2017), equation 2, squared.
     """
     check_choice("variant", variant, "normalised", "authors")
     student, teacher = _maps(student, teacher, mask)
@@ -66,25 +64,24 @@ def _attention(features: Tensor) -> Tensor:
     return unit(features.square().sum(1).flatten(1))
 
 
-@precise
+@without_autocast
 def nst(
     student: Tensor,
     teacher: Tensor,
     *,
     kernel: Literal["polynomial", "linear"] = "polynomial",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Neuron selectivity transfer: squared MMD between the sets of channels, as maps over positions.
 
-    With :math:`x_i` and :math:`y_j` the L2-normalised maps of the channels of teacher and student,
-    the mean of :math:`k(x_i, x_{i'})`, plus that of :math:`k(y_j, y_{j'})`, less twice that of
-    :math:`k(x_i, y_j)`.
+    With :math:`x_i` and :math:`y_j` the L2-normalised maps of the channels of teacher and student, the mean of
+    :math:`k(x_i, x_{i'})`, plus that of :math:`k(y_j, y_{j'})`, less twice that of :math:`k(x_i, y_j)`.
 
     Args:
         student: feature map ``[B, C, H, W]``.
-        teacher: feature map ``[B, C', H', W']``; receives no gradient. Of different spatial sizes
-            the larger map is average-pooled to the smaller.
+        teacher: feature map ``[B, C', H', W']``; receives no gradient. If the spatial sizes differ, the larger map is
+            average-pooled to the smaller.
         kernel: ``polynomial`` :math:`(x \cdot y)^2`, the paper's choice; or ``linear``.
         mask: ``[B]``, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
@@ -95,8 +92,8 @@ def nst(
     Raises:
         ValueError: not feature maps, other batch size, unknown kernel.
 
-    Reference: Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer
-    (2017), the squared MMD with d = 2, c = 0.
+    Reference: Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (2017), the
+    squared MMD with d = 2, c = 0.
     """
     check_choice("kernel", kernel, "polynomial", "linear")
     student, teacher = _maps(student, teacher, mask)
@@ -112,25 +109,25 @@ def nst(
     return reduce(value, mask, reduction)
 
 
-@precise
+@without_autocast
 def review(
     student: Tensor,
     teacher: Tensor,
     *,
     levels: tuple[int, ...] = (4, 2, 1),
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""ReviewKD's hierarchical context loss (HCL): mean squares over a pyramid of resolutions.
 
-    :math:`\sum_k 2^{-k} \mathrm{MSE}_k / \sum_k 2^{-k}`, where level 0 is the maps as they are and the
-    others are average-pooled to 4x4, 2x2 and 1x1. Levels that are not smaller than the map
-    are left out. For one stage; the method sums over stages.
+    :math:`\sum_k 2^{-k} \mathrm{MSE}_k / \sum_k 2^{-k}`, where level 0 is the full maps and the others are
+    average-pooled to 4x4, 2x2 and 1x1. Levels that are not smaller than the map are skipped. For one stage; the
+    method sums over stages.
 
     Args:
         student: fused feature map ``[B, C, H, W]``.
         teacher: the same shape; receives no gradient.
-        levels: side lengths of the pyramid, falling.
+        levels: side lengths of the pyramid, decreasing.
         mask: ``[B]``, true where the example counts.
         reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
@@ -140,10 +137,10 @@ def review(
     Raises:
         ValueError: shapes differ, or they are not feature maps.
 
-    Reference: Chen et al., Distilling Knowledge via Knowledge Review (CVPR 2021), the HCL; the
-    weights are those of the authors' code, the paper gives none.
+    Reference: Chen et al., Distilling Knowledge via Knowledge Review (CVPR 2021), the HCL; the weights are those of
+    the authors' code.
     """
-    check_pair(student, teacher)
+    check_same_shape(student, teacher)
     student, teacher = _maps(student, teacher, mask)
     gap = student - teacher
     value, weight, total = per_example(gap.square()).mean(-1), 1.0, 1.0
@@ -157,18 +154,16 @@ def review(
     return reduce(value / total, mask, reduction)
 
 
-def _maps(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _maps(student: Tensor, teacher: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     """Two feature maps over the same positions, ``[B, C, H, W]`` with any channel counts."""
-    check_batch(student, teacher)
+    check_same_batch(student, teacher)
     if student.ndim != 4 or teacher.ndim != 4:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be feature maps "
-            "[B, C, H, W]: this loss compares positions, of which these have none; "
+            "[B, C, H, W], because this loss compares positions; "
             "reshape tokens [B, H * W, C] to a map, or use hint for vectors"
         )
-    if mask is not None:
-        mask = check_mask(mask, student.shape[:1])
-    student, teacher = hide(as_float(student), mask), hide(as_float(teacher).detach(), mask)
+    student, teacher = float_pair(student, teacher, mask, 1)
     if student.shape[2:] != teacher.shape[2:]:
         size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
         student, teacher = F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)

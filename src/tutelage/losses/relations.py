@@ -1,9 +1,8 @@
 """Losses on the relations between the examples of a batch.
 
-Student and teacher are features ``[B, ...]`` of the same examples, of any two widths; all but the
-first dimension is flattened. No example has a value of its own: ``mask`` deletes rows before
-anything is compared, ``reduction="none"`` is an error, and ``sum`` is the mean times the rows
-that count. A larger batch, or the same one in pieces, is another loss.
+Student and teacher are features ``[B, ...]`` of the same examples, of any two widths; all but the first dimension is
+flattened. No example has a value of its own: ``mask`` deletes rows before the comparison, ``reduction="none"`` is an
+error, and ``sum`` is the mean times the number of rows that count. The loss depends on how the data is batched.
 """
 
 from __future__ import annotations
@@ -16,27 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tutelage.losses.common import (
-    Reduction,
-    batch_rows,
-    check_choice,
-    precise,
-    reduce_batch,
-    unit,
-)
+from tutelage.losses.common import Mask, Reduction, batch_rows, check_choice, reduce_batch, unit, without_autocast
 
 CHUNK = 1 << 20
-"""Most angles that :func:`rkd_angle` holds at a time."""
+"""Most angles that :func:`rkd_angle` computes at a time."""
 
 
-@precise
-def similarity(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
+@without_autocast
+def similarity(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduction = "mean") -> Tensor:
     r"""Similarity-preserving loss (SP): :math:`\tfrac1{B^2}\|G_S - G_T\|_F^2`.
 
     G is the ``[B, B]`` matrix of inner products of the examples, each row divided by its L2 norm.
@@ -61,19 +47,19 @@ def similarity(
     return reduce_batch(gap.square().sum() / max(count, 1) ** 2, count, reduction)
 
 
-@precise
+@without_autocast
 def correlation(
     student: Tensor,
     teacher: Tensor,
     *,
     gamma: float = 0.4,
     order: int = 2,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Correlation congruence (CC): :math:`\tfrac1{B^2}\|K_S - K_T\|_F^2`.
 
-    K is the Gaussian kernel :math:`e^{-\gamma\|x-y\|^2}` of L2-normalised features by its Taylor series,
+    K is the Gaussian kernel :math:`e^{-\gamma\|x-y\|^2}` of L2-normalised features, as its Taylor series
     :math:`e^{-2\gamma}\sum_{p=0}^{P} (2\gamma)^p (x \cdot y)^p / p!`.
 
     Args:
@@ -90,9 +76,9 @@ def correlation(
     Raises:
         ValueError: other batch size, order below 1, ``reduction="none"``.
 
-    Reference: Peng et al., Correlation Congruence for Knowledge Distillation (ICCV 2019), the
-    generalised kernel with the series to P = 2 and gamma = 0.4. Numbers under the name CC in
-    the CRD benchmark are of another loss, on differences of neighbours in the batch.
+    Reference: Peng et al., Correlation Congruence for Knowledge Distillation (ICCV 2019), the generalised kernel with
+    the series to P = 2 and gamma = 0.4. "CC" in the CRD benchmark is another loss, on differences of neighbours in
+    the batch.
     """
     if order < 1:
         raise ValueError(f"order={order}: must be at least 1; at 0 the kernel is constant and nothing is learned")
@@ -111,13 +97,13 @@ def correlation(
     return reduce_batch(gap.square().sum() / max(count, 1) ** 2, count, reduction)
 
 
-@precise
+@without_autocast
 def pkt(
     student: Tensor,
     teacher: Tensor,
     *,
     variant: Literal["paper", "authors"] = "paper",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Probabilistic knowledge transfer: KL between the rows' distributions over their neighbours.
@@ -128,21 +114,20 @@ def pkt(
     Args:
         student: features ``[B, ...]``.
         teacher: features ``[B, ...]`` of any width; receives no gradient.
-        variant: ``paper`` leaves out an example's similarity with itself. ``authors``, their code,
-            keeps it, adds 1e-7 inside the logarithms, and averages over all B^2 pairs; the
-            published weight, 30000, belongs to it.
+        variant: ``paper`` excludes an example's similarity with itself. ``authors``, the code of the published
+            weight, 30000, includes it, adds 1e-7 inside the logarithms, and averages over all B^2 pairs.
         mask: ``[B]``, true where the example counts; the others are deleted.
         reduction: ``mean`` is the formula above; ``sum`` is B times that, the paper's sum.
 
     Returns:
-        Nats; zero, with zero gradient (``authors``: up to 1e-7), when student equals teacher.
-        Fewer than 3 rows have a single neighbour each, and nothing to tell.
+        Nats; zero, with zero gradient (``authors``: up to 1e-7), when student equals teacher, and always zero for
+        fewer than 3 rows, which have at most one neighbour each.
 
     Raises:
         ValueError: other batch size, unknown variant, ``reduction="none"``.
 
-    Reference: Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer
-    (ECCV 2018), the cosine kernel.
+    Reference: Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer (ECCV 2018),
+    the cosine kernel.
     """
     check_choice("variant", variant, "paper", "authors")
     student, teacher = batch_rows(student, teacher, mask, reduction)
@@ -159,32 +144,26 @@ def pkt(
 
 
 def _cosine_kernel(x: Tensor) -> Tensor:
-    """``[B, B]`` cosines, brought to [0, 1]."""
+    """``[B, B]`` cosines, scaled to [0, 1]."""
     x = unit(x)
     return (x @ x.T + 1) / 2
 
 
 def _neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``[B, B]`` probabilities of each row's neighbours, itself excluded, and their logarithms."""
-    # exactly opposite vectors have a kernel of 0, whose logarithm no student could reach
+    """``[B, B]`` probabilities of each row's neighbours, without itself, and their logarithms."""
+    # the kernel of exactly opposite vectors is 0, whose logarithm is infinite
     kernel = _cosine_kernel(x).clamp(min=torch.finfo(x.dtype).eps)
     others = kernel.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
     total = others.sum(1, keepdim=True)
     return others / total, kernel.log() - total.log()
 
 
-@precise
-def rkd_distance(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
+@without_autocast
+def rkd_distance(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduction = "mean") -> Tensor:
     r"""Relational KD by distances: :math:`\tfrac1{B^2} \sum_{i,j} \ell(d^S_{ij}/\mu^S - d^T_{ij}/\mu^T)`.
 
-    :math:`\ell` is the Huber loss with threshold 1, d the Euclidean distance, :math:`\mu` the mean of
-    those that are above 0. Features that are all equal have no scale: their distances stay 0.
+    :math:`\ell` is the Huber loss with threshold 1, d the Euclidean distance, :math:`\mu` the mean of the distances
+    above 0. If all features are equal, their distances stay 0.
 
     Args:
         student: features ``[B, ...]``.
@@ -193,15 +172,15 @@ def rkd_distance(
         reduction: ``mean`` is the formula above; ``sum`` is B times that.
 
     Returns:
-        Zero, with zero gradient, when student equals teacher, in any scale and place. The same for
-        a batch repeated k times.
+        Zero, with zero gradient, when student equals teacher, also if scaled or shifted. The same for a batch
+        repeated k times.
 
     Raises:
         ValueError: other batch size, ``reduction="none"``.
 
-    Reference: Park et al., Relational Knowledge Distillation (CVPR 2019), section 3.2.1, which has the
-    sum. The published weights (25, with 50 for angles) belong to the authors' mean over
-    all B^2 pairs, a row with itself included, as here.
+    Reference: Park et al., Relational Knowledge Distillation (CVPR 2019), section 3.2.1, which has the sum. The
+    published weights (25, with 50 for angles) are for the authors' mean over all B^2 pairs, including a row with
+    itself, as here.
     """
     student, teacher = batch_rows(student, teacher, mask, reduction)
     gap = F.smooth_l1_loss(_relative(_distances(student)), _relative(_distances(teacher)), reduction="sum")
@@ -211,7 +190,7 @@ def rkd_distance(
 
 def _distances(x: Tensor) -> Tensor:
     """``[B, B]`` Euclidean distances, exactly 0 between equal rows, with zero gradient there."""
-    # by differences: through inner products equal rows would be apart by a rounding error
+    # by differences: inner products would give equal rows a distance of a rounding error
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -222,21 +201,15 @@ def _relative(distances: Tensor) -> Tensor:
     return distances / torch.where(apart.any(), mean, torch.ones_like(mean))
 
 
-@precise
-def rkd_angle(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
+@without_autocast
+def rkd_angle(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduction = "mean") -> Tensor:
     r"""Relational KD by angles: :math:`\tfrac1{B^3} \sum_{i,j,k} \ell(\cos\angle^S_{ijk} - \cos\angle^T_{ijk})`.
 
     :math:`\cos\angle_{ijk} = \langle e_{ij}, e_{kj} \rangle` with :math:`e_{ij} = (x_i - x_j)/\|x_i - x_j\|`,
     zero between equal rows; :math:`\ell` is the Huber loss with threshold 1.
 
-    Memory is that of ``[B, B]`` matrices: angles are made vertex by vertex from inner products,
-    the gradient with them. First derivatives only.
+    Memory is that of ``[B, B]`` matrices: angles and the gradient are computed vertex by vertex from inner products.
+    First derivatives only.
 
     Args:
         student: features ``[B, ...]``.
@@ -245,14 +218,14 @@ def rkd_angle(
         reduction: ``mean`` is the formula above; ``sum`` is B times that.
 
     Returns:
-        Zero, with zero gradient, when student equals teacher, in any scale and place. The same for
-        a batch repeated k times.
+        Zero, with zero gradient, when student equals teacher, also if scaled or shifted. The same for a batch
+        repeated k times.
 
     Raises:
         ValueError: other batch size, ``reduction="none"``.
 
-    Reference: Park et al. (2019), section 3.2.2, which has the sum. The published weight, 50,
-    belongs to the authors' mean over all B^3 triples, degenerate ones included, as here.
+    Reference: Park et al. (2019), section 3.2.2, which has the sum. The published weight, 50, is for the authors'
+    mean over all B^3 triples, including degenerate ones, as here.
     """
     student, teacher = batch_rows(student, teacher, mask, reduction)
     count = len(student)
@@ -261,8 +234,8 @@ def rkd_angle(
 
 
 def _corners(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Inner products and inverse distances, ``[B, B]``, from which every angle follows."""
-    # float64, because an angle between close neighbours is a small difference of large products
+    """Inner products and inverse distances, ``[B, B]``, which determine every angle."""
+    # float64: an angle between close neighbours is a small difference of large products
     wide = x.dtype if x.device.type == "mps" else torch.float64
     distances = _distances(x)
     equal = distances == 0
@@ -275,15 +248,14 @@ def _corners(x: Tensor) -> tuple[Tensor, Tensor]:
 class _AngleLoss(torch.autograd.Function):
     """Sum over all triples of the Huber loss between two sets of angles.
 
-    The gradient is made in the forward pass, chunk by chunk: keeping what autograd would need
-    for it takes B^3 numbers.
+    The gradient is computed in the forward pass, chunk by chunk: autograd would store B^3 numbers.
     """
 
     @staticmethod
     def forward(ctx: Any, gram_s: Tensor, inverse_s: Tensor, gram_t: Tensor, inverse_t: Tensor) -> Tensor:
         count = len(gram_s)
         total = gram_s.new_zeros(())
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_gram, d_inverse = torch.zeros_like(gram_s), torch.zeros_like(inverse_s)
         step = max(CHUNK // max(count, 1) ** 2, 1)
         for start in range(0, count, step):
@@ -294,7 +266,7 @@ class _AngleLoss(torch.autograd.Function):
             # Huber: slope * gap - slope^2 / 2, inside the threshold and outside
             total += torch.dot(slope.flatten(), gap.flatten())
             total -= 0.5 * torch.dot(slope.flatten(), slope.flatten())
-            if not wanted:
+            if not needs_grad:
                 continue
             r = inverse_s[j]
             # angle_ik = r_i r_k n_ik with n_ik = g_ik - g_ij - g_kj + g_jj, symmetric in i and k

@@ -1,8 +1,7 @@
-"""Losses on the structure of predictions: the target against the rest, classes across a batch.
+"""Losses on the structure of predictions: the target against other classes, and classes across a batch.
 
-Student and teacher are logits ``[..., C]``. :func:`dkd` has a value per row. :func:`dist` and
-:func:`mlkd` compare what classes do across the batch: they are relations, so that ``mask``
-deletes rows and ``reduction="none"`` is an error.
+Student and teacher are logits ``[..., C]``. :func:`dkd` has a value per row. :func:`dist` and :func:`mlkd` compare
+the rows of a batch: ``mask`` deletes rows and ``reduction="none"`` is an error.
 """
 
 from __future__ import annotations
@@ -14,23 +13,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.losses.common import (
+    Mask,
     Reduction,
     batch_rows,
     centre,
-    check_labels,
     check_mask,
-    check_pair,
+    check_same_shape,
     check_temperature,
-    precise,
+    float_rows,
     reduce,
     reduce_batch,
-    rows,
     unit,
+    without_autocast,
 )
-from tutelage.losses.logits import IGNORE, divergence, soften
+from tutelage.losses.logits import divergence, labelled_rows, soften
 
 
-@precise
+@without_autocast
 def dkd(
     student: Tensor,
     teacher: Tensor,
@@ -39,17 +38,15 @@ def dkd(
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Decoupled KD: :math:`T^2 (\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD})`.
 
-    TCKD is the KL between (target, all others) pairs of probabilities, NCKD the KL between the
-    distributions over the classes other than the target. KL = TCKD + (1 - p_target) NCKD, so that
-    :func:`kd` mutes NCKD where the teacher is confident; here it keeps its own weight.
-
-    With two classes one class is left besides the target: NCKD is identically zero, ``beta``
-    does nothing, and what remains is alpha times :func:`kd`.
+    TCKD is the KL between (target, all others) pairs of probabilities, NCKD the KL between the distributions over the
+    classes other than the target. KL = TCKD + (1 - p_target) NCKD, so :func:`kd` suppresses NCKD where the teacher is
+    confident; here it has its own weight. With two classes NCKD is identically zero, and this is alpha times
+    :func:`kd`.
 
     Args:
         student: logits ``[..., C]``, C at least 2.
@@ -67,19 +64,16 @@ def dkd(
     Raises:
         ValueError: shapes differ, fewer than 2 classes, or the temperature is not above 0.
 
-    Reference: Zhao et al., Decoupled Knowledge Distillation (CVPR 2022), equations 6 and 7. The
-    published CIFAR numbers use T = 4 with T^2 on both parts, as here.
+    Reference: Zhao et al., Decoupled Knowledge Distillation (CVPR 2022), equations 6 and 7. The published CIFAR
+    numbers use T = 4 with T^2 on both parts, as here.
     """
-    check_labels(labels, student)
+    counts = labelled_rows(student, labels, mask)
     if student.shape[-1] < 2:
         raise ValueError(
-            f"student {tuple(student.shape)} has {student.shape[-1]} class: there is no other class to "
-            "decouple the target from, and the loss would be identically zero; use binary_kd for one logit"
+            f"student {tuple(student.shape)} has {student.shape[-1]} class: DKD needs another class than "
+            "the target, or the loss is identically zero; use binary_kd for one logit"
         )
-    counts = labels != IGNORE
-    if mask is not None:
-        counts = counts & check_mask(mask, labels.shape)
-    student, teacher = rows(student, teacher, counts)
+    student, teacher = float_rows(student, teacher, counts)
     target = labels.masked_fill(~counts, 0).unsqueeze(-1)
     target_q, rest_q, others_q = _decouple(student, target, temperature)
     target_p, rest_p, others_p = _decouple(teacher, target, temperature)
@@ -97,7 +91,7 @@ def _decouple(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tenso
     return log_p.gather(-1, target), rest, F.log_softmax(others, dim=-1)
 
 
-@precise
+@without_autocast
 def dist(
     student: Tensor,
     teacher: Tensor,
@@ -105,16 +99,16 @@ def dist(
     beta: float = 1.0,
     gamma: float = 1.0,
     temperature: float = 1.0,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""DIST: :math:`T^2(\beta\,L_{inter} + \gamma\,L_{intra})`, with :math:`1 - \rho` as distance.
 
-    :math:`\rho` is Pearson's correlation of the probabilities: of each row across classes (inter),
-    and of each class across the rows of the batch (intra). A relation.
+    :math:`\rho` is Pearson's correlation of the probabilities: of each row across classes (inter), and of each class
+    across the rows of the batch (intra).
 
-    A vector that is constant (a class with the same probability in every row, a batch of one) has
-    no correlation: its distance is 0 when the other is constant too, else 1, without gradient.
+    A constant vector (a class with the same probability in every row, a batch of one) has no correlation: its
+    distance is 0 if the other is constant too, else 1, without gradient.
 
     Args:
         student: logits ``[..., C]``.
@@ -131,9 +125,8 @@ def dist(
     Raises:
         ValueError: shapes differ, temperature not above 0, ``reduction="none"``.
 
-    Reference: Huang et al., Knowledge Distillation from A Stronger Teacher (NeurIPS 2022), the
-    inter-class and intra-class relations of section 4. Their ImageNet numbers belong to
-    beta = gamma = T = 1; T^2 is as in their code, and changes nothing there.
+    Reference: Huang et al., Knowledge Distillation from A Stronger Teacher (NeurIPS 2022), the inter-class and
+    intra-class relations of section 4. Their ImageNet numbers use beta = gamma = T = 1; T^2 is as in their code.
     """
     student, teacher = _class_rows(student, teacher, mask, reduction)
     q, p = soften(student, temperature).exp(), soften(teacher, temperature).exp()
@@ -143,9 +136,9 @@ def dist(
     return reduce_batch((beta * inter + gamma * intra) * temperature**2, len(q), reduction)
 
 
-def _class_rows(student: Tensor, teacher: Tensor, mask: Tensor | None, reduction: Reduction) -> tuple[Tensor, Tensor]:
+def _class_rows(student: Tensor, teacher: Tensor, mask: Mask, reduction: Reduction) -> tuple[Tensor, Tensor]:
     """``[N, C]`` logits of all rows that count, for a loss over the batch."""
-    check_pair(student, teacher)
+    check_same_shape(student, teacher)
     if mask is not None:
         mask = check_mask(mask, student.shape[:-1]).reshape(-1)
     count = student.shape[:-1].numel()
@@ -161,7 +154,7 @@ def _pearson_distance(x: Tensor, y: Tensor, dim: int) -> Tensor:
     return value.masked_fill(x.detach().any(dim) != y.any(dim), 1.0)
 
 
-@precise
+@without_autocast
 def mlkd(
     student: Tensor,
     teacher: Tensor,
@@ -170,7 +163,7 @@ def mlkd(
     instance: float = 1.0,
     batch: float = 1.0,
     classes: float = 1.0,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Multi-level logit distillation, summed over several temperatures.
@@ -181,13 +174,12 @@ def mlkd(
     - batch: :math:`\tfrac1N \|P_S P_S^\top - P_T P_T^\top\|_F^2`;
     - class: :math:`\tfrac1C \|P_S^\top P_S - P_T^\top P_T\|_F^2`.
 
-    T^2 belongs to the divergence only; the two others are squared distances of matrices. A
-    relation: the batch and class parts grow with N.
+    T^2 belongs to the divergence only; the two others are squared distances of matrices, which grow with N.
 
     Args:
         student: logits ``[..., C]``.
         teacher: logits of the same shape; receives no gradient.
-        temperatures: every T to augment the predictions with, each above 0.
+        temperatures: the values of T, each above 0.
         instance: weight of the instance part.
         batch: weight of the batch part.
         classes: weight of the class part.
@@ -200,10 +192,9 @@ def mlkd(
     Raises:
         ValueError: shapes differ, no temperature or one not above 0, ``reduction="none"``.
 
-    Reference: Jin, Wang, Lin, Multi-Level Logit Distillation (CVPR 2023), instance-, batch- and
-    class-level alignment with prediction augmentation. The published numbers come from the
-    authors' code, with these five temperatures, which besides trains on two views and scales batch- and
-    class-level parts by the share, about a half, of rows and classes of which the teacher is least sure.
+    Reference: Jin, Wang, Lin, Multi-Level Logit Distillation (CVPR 2023), instance-, batch- and class-level alignment
+    with prediction augmentation. The published numbers are of the authors' code, with these five temperatures, which
+    also trains on two views and uses only the rows and classes, about a half, with the least certain predictions.
     """
     if not temperatures:
         raise ValueError("temperatures is empty: the loss would be identically zero; give at least one")

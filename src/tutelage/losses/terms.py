@@ -1,19 +1,19 @@
-"""The terms of a loss of tokens, and each of them as what chunks of scores are compared by."""
+"""The terms of a token loss, and how each compares chunks of logits."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tutelage.losses.chunked import ChunkedProblem, FewClasses, Rows, TokenLoss
+from tutelage.losses.chunked import ChunkedProblem, Rows, SparseTargetLoss, TokenLoss
 from tutelage.losses.closed_form_grads import DIVERGENCES, Divergence, LossAndGrad, labelled, sampled, topk
-from tutelage.losses.common import check_choice, check_mask, check_temperature
-from tutelage.losses.cross_vocabulary import Comparison, Rest, over_shared, sorted_distance
+from tutelage.losses.common import Mask, check_choice, check_mask, check_temperature
+from tutelage.losses.cross_vocabulary import Rest, over_shared, sorted_distance
 from tutelage.losses.heads import HeadProjection, LinearHead, as_head
 from tutelage.losses.kernels import kernel_for
 from tutelage.losses.logits import IGNORE
@@ -21,10 +21,10 @@ from tutelage.losses.logits import IGNORE
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """A teacher's k largest classes; all others are one outcome with the rest of the mass (``topk_kd``).
+    """A teacher's k largest classes; all others are one outcome with the remaining mass (``topk_kd``).
 
     Attributes:
-        index: ``[..., k]``, each once.
+        index: ``[..., k]``, distinct classes.
         log_probs: ``[..., k]``, at the temperature of the loss, natural logarithm.
     """
 
@@ -34,10 +34,10 @@ class TopKTargets:
 
 @dataclass(frozen=True)
 class SampledTargets:
-    """Draws from a teacher's distribution (``sampled_kd``).
+    """Samples of a teacher's distribution (``sampled_kd``).
 
     Attributes:
-        index: ``[..., k]``; one may come several times.
+        index: ``[..., k]``; classes may repeat.
         weights: ``[..., k]``, whose expectation is the distribution at the temperature of the loss.
     """
 
@@ -46,8 +46,11 @@ class SampledTargets:
 
 
 HeadLike = Tensor | LinearHead
-TeacherDistribution = tuple[Tensor, HeadLike] | Tensor | TopKTargets | SampledTargets
-"""What a teacher says: (hidden states ``[..., D']``, head), logits ``[..., V]``, or part of a distribution."""
+"""A head, or its weight ``[V, D]``."""
+DenseDistribution = tuple[Tensor, HeadLike] | Tensor
+"""(Hidden states ``[..., D']``, head), or logits ``[..., V]``."""
+TeacherDistribution = DenseDistribution | TopKTargets | SampledTargets
+"""A teacher's distribution over the vocabulary: dense, its largest classes, or samples."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class SoftTargets:
         teacher: as in :func:`linear_divergence`, as are ``divergence``, ``temperature``, ``beta``, ``alpha`` and
             ``reverse``.
         mask: ``[...]``, true where the token counts.
-        token_weights: as of :class:`HardTargets`.
+        token_weights: as in :class:`HardTargets`.
     """
 
     teacher: TeacherDistribution
@@ -67,7 +70,7 @@ class SoftTargets:
     beta: float | None = None
     alpha: float | None = None
     reverse: bool | None = None
-    mask: Tensor | None = None
+    mask: Mask = None
     token_weights: Tensor | None = None
 
 
@@ -77,15 +80,16 @@ class CrossVocabularyTargets:
 
     Attributes:
         teacher: hidden states ``[..., D']`` and a head, or logits ``[..., V']``, at the student's positions.
-        shared: the ids of the entries that both have, ``[S]`` of the student and ``[S]`` of the teacher. All others
-            are one outcome. ``None``: sorted probabilities are compared (:func:`uld`), whatever ``divergence`` is.
-        rest: of ``shared``; with ``uld``, sorted probabilities of the others are compared besides.
-        divergence: of ``shared``, as in :func:`linear_divergence`, as are ``temperature``, ``beta``, ``alpha`` and
+        shared: the ids of the entries that both vocabularies have, ``[S]`` of the student and ``[S]`` of the teacher.
+            All others are one outcome. ``None``: sorted probabilities are compared (:func:`uld`) and ``divergence``
+            is not used.
+        rest: with ``shared``: ``uld`` also compares the sorted probabilities of the other entries.
+        divergence: with ``shared``, as in :func:`linear_divergence`, as are ``temperature``, ``beta``, ``alpha`` and
             ``reverse``.
         mask: ``[...]``, true where the token counts.
     """
 
-    teacher: tuple[Tensor, HeadLike] | Tensor
+    teacher: DenseDistribution
     shared: tuple[Tensor, Tensor] | None = None
     rest: Rest = "bucket"
     divergence: str = "kl"
@@ -93,7 +97,7 @@ class CrossVocabularyTargets:
     beta: float | None = None
     alpha: float | None = None
     reverse: bool | None = None
-    mask: Tensor | None = None
+    mask: Mask = None
 
 
 @dataclass(frozen=True)
@@ -101,61 +105,85 @@ class HardTargets:
     """A term of :func:`linear_sums`: cross-entropy at T = 1.
 
     Attributes:
-        labels: ``[...]``, the token of each position, or -100; they are not shifted here.
+        labels: ``[...]``, the token of each position, already shifted, or -100.
         mask: ``[...]``, true where the token counts.
-        token_weights: ``[...]``, by what each token's loss is multiplied, of any sign. No gradient reaches them.
+        token_weights: ``[...]``, a factor of each token's loss, of any sign. Receives no gradient.
     """
 
     labels: Tensor
-    mask: Tensor | None = None
+    mask: Mask = None
     token_weights: Tensor | None = None
 
 
-def problem_of(
+class _Student(NamedTuple):
+    """What the terms need to know of the student's logits.
+
+    Attributes:
+        shape: of the positions.
+        size: of the vocabulary without padding.
+        vocabulary: as given.
+        dtype: of the projections.
+    """
+
+    shape: torch.Size
+    size: int
+    vocabulary: int | None
+    dtype: torch.dtype | None
+
+
+Open = Callable[[], Callable[[Rows], tuple[Tensor, ...]]]
+Compute = Callable[[Tensor, tuple[Tensor, ...], bool], LossAndGrad]
+
+
+def build_problem(
     hidden: Tensor,
     head: HeadLike,
     terms: Sequence[SoftTargets | HardTargets | CrossVocabularyTargets],
     vocabulary: int | None,
     chunk: int | None,
     *,
-    each: bool,
+    per_token: bool,
 ) -> ChunkedProblem:
-    """Everything checked, and flattened to one dimension of tokens."""
+    """Check all inputs and flatten them to one dimension of tokens."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"student_hidden must be a tensor, not {type(hidden).__name__}")
     head = as_head(head)
     _check_width("student's hidden states", hidden, head)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: must be 1 token or more, or None")
-    size = _real("the student", head.rows, vocabulary)
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    size = _unpadded("the student", head.rows, vocabulary)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float64 in (hidden.dtype, head.weight.dtype):
-        dtype = None  # which autocast leaves alone
-    shape = hidden.shape[:-1]
-    parts = [_PARTS[type(term)](term, shape, size, vocabulary, dtype) for term in terms]
-    return ChunkedProblem(head, parts, size, dtype, chunk, each)
+        dtype = None  # autocast does not change float64
+    student = _Student(hidden.shape[:-1], size, vocabulary, dtype)
+    builders: dict[type, Callable[..., TokenLoss]] = {
+        CrossVocabularyTargets: _cross_vocabulary, HardTargets: _hard, SoftTargets: _soft
+    }  # fmt: skip
+    parts = [builders[type(term)](term, student) for term in terms]
+    return ChunkedProblem(head, parts, size, dtype, chunk, per_token)
 
 
-def _hard(term: HardTargets, shape: torch.Size, *_: object) -> TokenLoss:
+def _hard(term: HardTargets, student: _Student) -> TokenLoss:
+    shape = student.shape
     if term.labels.shape != shape:
         raise ValueError(f"labels {tuple(term.labels.shape)} must be one token for each of {tuple(shape)} positions")
     mask = term.labels != IGNORE
     if term.mask is not None:
         mask = mask & check_mask(term.mask, shape)
 
-    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
-        return labelled(scores.log_softmax(-1), own[0], learns)
+    def compute(logits: Tensor, targets: tuple[Tensor, ...], needs_grad: bool) -> LossAndGrad:
+        return labelled(logits.log_softmax(-1), targets[0], needs_grad)
 
-    def few(log_q: Tensor, own: tuple[Tensor, ...]) -> FewClasses:
-        index = own[0].unsqueeze(-1)
-        return FewClasses(labelled(log_q, own[0], False).value, index, log_q.new_ones(index.shape))
+    def sparse(log_q: Tensor, targets: tuple[Tensor, ...]) -> SparseTargetLoss:
+        index = targets[0].unsqueeze(-1)
+        return SparseTargetLoss(labelled(log_q, targets[0], False).value, index, log_q.new_ones(index.shape))
 
-    part = TokenLoss(mask.reshape(-1), _given(term.labels.reshape(-1)), compare, few)
-    return _weighted(part, term.token_weights, shape)
+    part = TokenLoss(mask.reshape(-1), _stored(term.labels.reshape(-1)), compute, sparse)
+    return _with_token_weights(part, term.token_weights, shape)
 
 
-def _weighted(part: TokenLoss, weights: Tensor | None, shape: torch.Size) -> TokenLoss:
+def _with_token_weights(part: TokenLoss, weights: Tensor | None, shape: torch.Size) -> TokenLoss:
     """``part`` with each token's loss multiplied."""
     if weights is None:
         return part
@@ -164,87 +192,96 @@ def _weighted(part: TokenLoss, weights: Tensor | None, shape: torch.Size) -> Tok
     flat = weights.detach().reshape(-1)
 
     def opened() -> Callable[[Rows], tuple[Tensor, ...]]:
-        take = part.open()
-        return lambda rows: (*take(rows), flat[rows])
+        read = part.open()
+        return lambda rows: (*read(rows), flat[rows])
 
-    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
-        value, slope = part.compare(scores, own[:-1], learns)
-        by = own[-1].to(value.dtype)
-        return LossAndGrad(value * by, None if slope is None else slope.mul_(by.to(slope.dtype).unsqueeze(-1)))
+    def compute(logits: Tensor, targets: tuple[Tensor, ...], needs_grad: bool) -> LossAndGrad:
+        value, grad = part.compute(logits, targets[:-1], needs_grad)
+        factor = targets[-1].to(value.dtype)
+        return LossAndGrad(value * factor, None if grad is None else grad.mul_(factor.to(grad.dtype).unsqueeze(-1)))
 
-    return part._replace(open=opened, compare=compare, few=None)
-
-
-def _soft(
-    term: SoftTargets, shape: torch.Size, size: int, vocabulary: int | None, dtype: torch.dtype | None
-) -> TokenLoss:
-    check_temperature(term.temperature)
-    mask = None if term.mask is None else check_mask(term.mask, shape).reshape(-1)
-    divergence = _divergence(term.divergence, beta=term.beta, alpha=term.alpha, reverse=term.reverse)
-    teacher = term.teacher
-    if isinstance(teacher, TopKTargets | SampledTargets):
-        said, against = _sparse(term, teacher, shape)
-    elif isinstance(teacher, Tensor):
-        said, against = _logits(teacher, shape, size, vocabulary), _dense(term, divergence, None)
-    else:
-        head = as_head(teacher[1])
-        said = _projected(teacher[0], head, shape, size, vocabulary, dtype)
-        against = _dense(term, divergence, head)
-    few = _drawn if isinstance(teacher, SampledTargets) and term.temperature == 1.0 else None
-    return _weighted(TokenLoss(mask, said, against, few), term.token_weights, shape)
+    return part._replace(open=opened, compute=compute, sparse=None)
 
 
-def _drawn(log_q: Tensor, own: tuple[Tensor, ...]) -> FewClasses:
-    """Of :class:`SampledTargets` at T = 1."""
-    index, weights = own[0], own[1].to(log_q.dtype)
-    even = (1.0 - weights.sum(-1, keepdim=True)) / log_q.shape[-1]
-    return FewClasses(sampled(log_q, index, weights, False).value, index, weights, even)
-
-
-def _crossed(
-    term: CrossVocabularyTargets, shape: torch.Size, size: int, vocabulary: int | None, dtype: torch.dtype | None
-) -> TokenLoss:
-    t = check_temperature(term.temperature)
-    mask = None if term.mask is None else check_mask(term.mask, shape).reshape(-1)
-    divergence = _divergence(term.divergence, beta=term.beta, alpha=term.alpha, reverse=term.reverse)
-    head: LinearHead | None = None
-    if isinstance(term.teacher, Tensor):
-        theirs = term.teacher.shape[-1]
-        said = _logits(term.teacher, shape, theirs, None)
-    else:
-        head = as_head(term.teacher[1])
-        theirs = head.rows
-        said = _projected(term.teacher[0], head, shape, theirs, None, dtype)
-    against: Comparison = sorted_distance()
-    if term.shared is not None:
-        _check_shared(term.shared, size, theirs)
-        against = over_shared(divergence, *term.shared, term.rest)
-
-    def compare(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
-        raw = (own[0] if head is None else head.finished(own[0])).to(scores.dtype)
-        return _scaled(against(scores if t == 1.0 else scores / t, raw if t == 1.0 else raw / t, learns), t)
-
-    return TokenLoss(mask, said, compare)
-
-
-def _check_shared(shared: tuple[Tensor, Tensor], student: int, teacher: int) -> None:
-    own, theirs = shared
-    fits = own.ndim == 1 and own.shape == theirs.shape and len(own)
-    if not fits or int(own.max()) >= student or int(theirs.max()) >= teacher:
+def _soft(term: SoftTargets, student: _Student) -> TokenLoss:
+    t, mask, divergence = _common_options(term, student)
+    if isinstance(term.teacher, TopKTargets | SampledTargets):
+        part = _sparse(term, term.teacher, student.shape)._replace(mask=mask)
+        return _with_token_weights(part, term.token_weights, student.shape)
+    opened, finish, size = _dense_teacher(term.teacher, student)
+    if _unpadded("the teacher", size, student.vocabulary) != student.size:
         raise ValueError(
-            f"shared entries {tuple(own.shape)} and {tuple(theirs.shape)} must be lists of one length, of ids below "
-            f"{student} (the student's vocabulary) and {teacher} (the teacher's)"
+            f"the student scores {student.size} tokens, the teacher {size}: if they share a vocabulary and only its "
+            "padding differs, pass vocabulary=, the number of tokens without padding"
         )
 
+    def compute(logits: Tensor, targets: tuple[Tensor, ...], needs_grad: bool) -> LossAndGrad:
+        teacher = finish(targets[0]).to(logits.dtype)
+        kernel = kernel_for(term.divergence, logits)
+        if kernel is not None:
+            return kernel(logits, teacher, t, needs_grad)
+        return _scaled(divergence(_softened(logits, t), _softened(teacher, t), needs_grad), t)
 
-_PARTS: dict[type, Callable[..., TokenLoss]] = {
-    CrossVocabularyTargets: _crossed,
-    HardTargets: _hard,
-    SoftTargets: _soft,
-}
+    return _with_token_weights(TokenLoss(mask, opened, compute), term.token_weights, student.shape)
 
-Open = Callable[[], Callable[[Rows], tuple[Tensor, ...]]]
-Against = Callable[[Tensor, tuple[Tensor, ...], bool], LossAndGrad]
+
+def _sparse(term: SoftTargets, teacher: TopKTargets | SampledTargets, shape: torch.Size) -> TokenLoss:
+    if term.divergence != "kl":
+        raise ValueError(
+            f"{type(teacher).__name__} support divergence 'kl' only, and divergence is {term.divergence!r}: the "
+            "others depend on what the student predicts where the teacher's probabilities are unknown, most of all "
+            "where it leaves the support; set divergence to kl, or give the teacher's logits or its hidden states "
+            "and head"
+        )
+    t = term.temperature
+    loss = topk if isinstance(teacher, TopKTargets) else sampled
+    index, values = teacher.index, teacher.log_probs if isinstance(teacher, TopKTargets) else teacher.weights
+    if index.shape != values.shape or index.shape[:-1] != shape or index.ndim != len(shape) + 1:
+        raise ValueError(
+            f"index {tuple(index.shape)} and its values {tuple(values.shape)} must be of one shape, [..., k] for "
+            f"positions {tuple(shape)}: a few classes for each"
+        )
+
+    def compute(logits: Tensor, targets: tuple[Tensor, ...], needs_grad: bool) -> LossAndGrad:
+        return _scaled(loss(_softened(logits, t), targets[0], targets[1].to(logits.dtype), needs_grad), t)
+
+    def sparse(log_q: Tensor, targets: tuple[Tensor, ...]) -> SparseTargetLoss:
+        index, weights = targets[0], targets[1].to(log_q.dtype)
+        even = (1.0 - weights.sum(-1, keepdim=True)) / log_q.shape[-1]
+        return SparseTargetLoss(sampled(log_q, index, weights, False).value, index, weights, even)
+
+    stored = _stored(index.reshape(-1, index.shape[-1]), values.detach().reshape(-1, index.shape[-1]))
+    return TokenLoss(None, stored, compute, sparse if loss is sampled and t == 1.0 else None)
+
+
+def _cross_vocabulary(term: CrossVocabularyTargets, student: _Student) -> TokenLoss:
+    t, mask, divergence = _common_options(term, student)
+    opened, finish, size = _dense_teacher(term.teacher, student, own_vocabulary=True)
+    distance = sorted_distance()
+    if term.shared is not None:
+        own, theirs = term.shared
+        fits = own.ndim == 1 and own.shape == theirs.shape and len(own)
+        if not fits or int(own.max()) >= student.size or int(theirs.max()) >= size:
+            raise ValueError(
+                f"shared entries {tuple(own.shape)} and {tuple(theirs.shape)} must be lists of one length, of ids "
+                f"below {student.size} (the student's vocabulary) and {size} (the teacher's)"
+            )
+        distance = over_shared(divergence, own, theirs, term.rest)
+
+    def compute(logits: Tensor, targets: tuple[Tensor, ...], needs_grad: bool) -> LossAndGrad:
+        teacher = finish(targets[0]).to(logits.dtype)
+        return _scaled(distance(_over(logits, t), _over(teacher, t), needs_grad), t)
+
+    return TokenLoss(mask, opened, compute)
+
+
+def _common_options(
+    term: SoftTargets | CrossVocabularyTargets, student: _Student
+) -> tuple[float, Tensor | None, Divergence]:
+    """Temperature, flat mask and divergence of a term."""
+    t = check_temperature(term.temperature)
+    mask = None if term.mask is None else check_mask(term.mask, student.shape).reshape(-1)
+    return t, mask, _divergence(term.divergence, beta=term.beta, alpha=term.alpha, reverse=term.reverse)
 
 
 def check_divergence(
@@ -261,93 +298,62 @@ def check_divergence(
     _divergence(name, beta=beta, alpha=alpha, reverse=reverse)
 
 
-def _divergence(divergence: str, **given: Any) -> Divergence:
+def _divergence(divergence: str, **options: Any) -> Divergence:
     check_choice("divergence", divergence, *DIVERGENCES)
-    make = DIVERGENCES[divergence]
-    options = {name: value for name, value in given.items() if value is not None}
+    factory = DIVERGENCES[divergence]
+    options = {name: value for name, value in options.items() if value is not None}
     for name in options:
-        if name not in inspect.signature(make).parameters:
+        if name not in inspect.signature(factory).parameters:
             owners = [k for k, f in DIVERGENCES.items() if name in inspect.signature(f).parameters]
             raise ValueError(f"{name} is an option of {' and '.join(owners)}, not of {divergence}: leave it out")
-    return make(**options)
+    return factory(**options)
 
 
-def _given(*tensors: Tensor) -> Open:
+def _stored(*tensors: Tensor) -> Open:
     return lambda: lambda rows: tuple(x[rows] for x in tensors)
 
 
-def _softened(scores: Tensor, t: float) -> Tensor:
-    return (scores if t == 1.0 else scores / t).log_softmax(-1)
+def _over(logits: Tensor, t: float) -> Tensor:
+    return logits if t == 1.0 else logits / t
 
 
-def _scaled(found: LossAndGrad, t: float) -> LossAndGrad:
-    """By T^2, with the gradient by scores that are not softened."""
-    return LossAndGrad(found.value.mul_(t**2), None if found.slope is None else found.slope.mul_(t))
+def _softened(logits: Tensor, t: float) -> Tensor:
+    return _over(logits, t).log_softmax(-1)
 
 
-def _dense(term: SoftTargets, divergence: Divergence, head: LinearHead | None) -> Against:
-    """Against the teacher's raw scores."""
-    t = term.temperature
-
-    def against(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
-        said = (own[0] if head is None else head.finished(own[0])).to(scores.dtype)
-        kernel = kernel_for(term.divergence, scores)
-        if kernel is not None:
-            return kernel(scores, said, t, learns)
-        return _scaled(divergence(_softened(scores, t), _softened(said, t), learns), t)
-
-    return against
+def _scaled(loss: LossAndGrad, t: float) -> LossAndGrad:
+    """Times T^2, with the gradient by logits instead of logits over T."""
+    return LossAndGrad(loss.value.mul_(t**2), None if loss.grad is None else loss.grad.mul_(t))
 
 
-def _logits(logits: Tensor, shape: torch.Size, size: int, vocabulary: int | None) -> Open:
-    _check_positions("teacher's logits", logits, shape)
-    _check_vocabularies(size, logits.shape[-1], vocabulary)
-    return _given(logits.detach().reshape(-1, logits.shape[-1])[:, :size])
-
-
-def _projected(
-    hidden: Tensor, head: LinearHead, shape: torch.Size, size: int, vocabulary: int | None, dtype: torch.dtype | None
-) -> Open:
+def _dense_teacher(
+    teacher: DenseDistribution, student: _Student, own_vocabulary: bool = False
+) -> tuple[Open, Callable[[Tensor], Tensor], int]:
+    """How to read a teacher's raw logits, how to finish them, and the size of its vocabulary."""
+    shape = student.shape
+    if isinstance(teacher, Tensor):
+        _check_positions("teacher's logits", teacher, shape)
+        width = teacher.shape[-1]
+        logits = teacher.detach().reshape(-1, width)[:, : None if own_vocabulary else student.size]
+        return _stored(logits), lambda raw: raw, width
+    hidden, head = teacher[0], as_head(teacher[1])
     _check_positions("teacher's hidden states", hidden, shape)
     _check_width("teacher's hidden states", hidden, head)
-    _check_vocabularies(size, head.rows, vocabulary)
-    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    flat, size = hidden.detach().reshape(-1, hidden.shape[-1]), head.rows if own_vocabulary else student.size
 
     def opened() -> Callable[[Rows], tuple[Tensor, ...]]:
         with torch.no_grad():
-            scores = HeadProjection(head, head.tensors(), flat, size, dtype)
-        return lambda rows: (scores.project(rows),)
+            projection = HeadProjection(head, head.tensors(), flat, size, student.dtype)
+        return lambda rows: (projection.project(rows),)
 
-    return opened
+    return opened, head.finish, head.rows
 
 
-def _sparse(term: SoftTargets, teacher: TopKTargets | SampledTargets, shape: torch.Size) -> tuple[Open, Against]:
-    if term.divergence != "kl":
+def _check_positions(name: str, x: Tensor, shape: torch.Size) -> None:
+    if x.ndim != len(shape) + 1 or x.shape[:-1] != shape:
         raise ValueError(
-            f"divergence={term.divergence!r} of {type(teacher).__name__}: a part of the teacher's distribution gives "
-            "kl alone, for the others ask what the student says beyond it, and truncated are least where it leaves "
-            "the support; give the teacher's logits, or its hidden states and head"
-        )
-    loss = topk if isinstance(teacher, TopKTargets) else sampled
-    index, values = teacher.index, teacher.log_probs if isinstance(teacher, TopKTargets) else teacher.weights
-    if index.shape != values.shape or index.shape[:-1] != shape or index.ndim != len(shape) + 1:
-        raise ValueError(
-            f"index {tuple(index.shape)} and its values {tuple(values.shape)} must be of one shape, [..., k] for "
-            f"positions {tuple(shape)}: a few classes for each"
-        )
-
-    def against(scores: Tensor, own: tuple[Tensor, ...], learns: bool) -> LossAndGrad:
-        found = loss(_softened(scores, term.temperature), own[0], own[1].to(scores.dtype), learns)
-        return _scaled(found, term.temperature)
-
-    return _given(index.reshape(-1, index.shape[-1]), values.detach().reshape(-1, index.shape[-1])), against
-
-
-def _check_positions(name: str, given: Tensor, shape: torch.Size) -> None:
-    if given.ndim != len(shape) + 1 or given.shape[:-1] != shape:
-        raise ValueError(
-            f"the {name}, {tuple(given.shape)}, must be ({', '.join([*map(str, shape), '...'])}), as the student's "
-            "are: pass both for the same tokens"
+            f"the {name}, {tuple(x.shape)}, must be ({', '.join([*map(str, shape), '...'])}), like the student's: "
+            "pass both for the same tokens"
         )
 
 
@@ -358,15 +364,7 @@ def _check_width(name: str, hidden: Tensor, head: LinearHead) -> None:
         )
 
 
-def _check_vocabularies(student: int, teacher: int, vocabulary: int | None) -> None:
-    if _real("the teacher", teacher, vocabulary) != student:
-        raise ValueError(
-            f"the student scores {student} tokens, the teacher {teacher}: where they share a vocabulary and only its "
-            "padding differs, pass vocabulary=, how many are real"
-        )
-
-
-def _real(name: str, rows: int, vocabulary: int | None) -> int:
+def _unpadded(name: str, rows: int, vocabulary: int | None) -> int:
     if vocabulary is None:
         return rows
     if not 0 < vocabulary <= rows:

@@ -1,7 +1,6 @@
-"""Losses on the directions of vectors ``[..., D]``: of hidden states, and of the embeddings of texts.
+"""Losses on vectors ``[..., D]``: hidden states, embeddings of texts, and scores of rankers.
 
-Lengths do not matter. Every function works in float32 (float64 where that comes in) and sends no gradient to the
-teacher.
+Every function works in float32 (float64 for float64 inputs) and sends no gradient to the teacher.
 """
 
 from __future__ import annotations
@@ -12,29 +11,24 @@ import torch
 from torch import Tensor
 
 from tutelage.losses.common import (
+    Mask,
     Reduction,
     batch_rows,
     check_choice,
-    precise,
+    float_rows,
     reduce,
     reduce_batch,
-    rows,
     unit,
+    without_autocast,
 )
 
 
-@precise
-def cosine(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
+@without_autocast
+def cosine(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduction = "mean") -> Tensor:
     r"""DistilBERT's loss of hidden states: :math:`1 - \cos(h^S, h^T)` of each vector.
 
-    Computed as half the squared distance of the vectors divided by their norms, which is the same and exact near 0.
-    A vector of zeros has no direction, and 0.5 between it and any other.
+    Computed as half the squared distance of the unit vectors, which is the same and exact near 0. The distance
+    between a zero vector and any other is 0.5.
 
     Args:
         student: vectors ``[..., D]``, such as the hidden states ``[B, L, D]`` of tokens.
@@ -50,17 +44,17 @@ def cosine(
 
     Reference: Sanh et al., DistilBERT (2019), section 2, the cosine embedding loss of the last hidden states.
     """
-    student, teacher = rows(student, teacher, mask)
+    student, teacher = float_rows(student, teacher, mask)
     return reduce(0.5 * (unit(student) - unit(teacher)).square().sum(-1), mask, reduction)
 
 
-@precise
+@without_autocast
 def patient(
     student: Tensor,
     teacher: Tensor,
     *,
     variant: Literal["paper", "authors"] = "paper",
-    mask: Tensor | None = None,
+    mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Patient knowledge distillation: :math:`\| h^S/\|h^S\|_2 - h^T/\|h^T\|_2 \|_2^2` of a layer's [CLS] state.
@@ -68,8 +62,8 @@ def patient(
     Args:
         student: states ``[..., D]``, one for each text.
         teacher: the same shape; receives no gradient.
-        variant: ``paper`` sums over the elements of a state; ``authors``, their code, to which the published
-            weights (10 to 1000) belong, averages over them.
+        variant: ``paper`` sums over the elements of a state; ``authors``, the code of the published weights (10 to
+            1000), averages over them.
         mask: ``[...]``, true where the text counts.
         reduction: ``mean`` over texts that count, ``sum``, or ``none`` for ``[...]``.
 
@@ -83,22 +77,16 @@ def patient(
     patient teacher.
     """
     check_choice("variant", variant, "paper", "authors")
-    student, teacher = rows(student, teacher, mask)
+    student, teacher = float_rows(student, teacher, mask)
     gap = (unit(student) - unit(teacher)).square()
     return reduce(gap.sum(-1) if variant == "paper" else gap.mean(-1), mask, reduction)
 
 
-@precise
-def cosine_matrix(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
+@without_autocast
+def cosine_matrix(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduction = "mean") -> Tensor:
     r"""Similarities of embeddings: :math:`\tfrac{1}{B(B-1)} \sum_{i \ne j} (\cos^S_{ij} - \cos^T_{ij})^2`.
 
-    What a search by embeddings ranks by. A text's similarity with itself is 1 in both, and left out.
+    A search by embeddings ranks by these similarities. A text's similarity with itself, always 1, is excluded.
 
     Args:
         student: embeddings ``[B, D]``.
@@ -107,8 +95,7 @@ def cosine_matrix(
         reduction: ``mean`` is the formula above; ``sum`` is B times that.
 
     Returns:
-        Zero, with zero gradient, when student equals teacher, in any rotation. Fewer than two texts have no pair,
-        and give 0.
+        Zero, with zero gradient, when student equals teacher, in any rotation. 0 for fewer than two texts.
 
     Raises:
         ValueError: other batch size, ``reduction="none"``.
@@ -124,18 +111,12 @@ def cosine_matrix(
     return reduce_batch(others.sum() / max(count * (count - 1), 1), count, reduction)
 
 
-@precise
-def margin_mse(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
+@without_autocast
+def margin_mse(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduction = "mean") -> Tensor:
     r"""Margin-MSE: :math:`\tfrac{1}{P-1} \sum_{j>0} ((s^S_0 - s^S_j) - (s^T_0 - s^T_j))^2` of a query's scores.
 
-    For a ranker of any scale of scores taught by one of another, such as a bi-encoder by a cross-encoder: only the
-    differences to the passage that is relevant are compared.
+    For rankers with scores of different scales, such as a bi-encoder student of a cross-encoder: only the differences
+    to the relevant passage are compared.
 
     Args:
         student: scores ``[..., P]`` of a query's passages; the first is the relevant one.
@@ -150,13 +131,13 @@ def margin_mse(
         ValueError: shapes differ, fewer than two passages.
 
     Reference: Hofstaetter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
-    Distillation (2020), section 3, with one passage that is not relevant.
+    Distillation (2020), section 3, which has one irrelevant passage.
     """
     if student.ndim < 1 or student.shape[-1] < 2:
         raise ValueError(
-            f"scores {tuple(student.shape)} hold fewer than two passages for a query, and a margin is between two: "
+            f"scores {tuple(student.shape)} have fewer than two passages for a query, and a margin needs two: "
             "give [..., P], the relevant one first"
         )
-    student, teacher = rows(student, teacher, mask)
+    student, teacher = float_rows(student, teacher, mask)
     gap = student - teacher
     return reduce((gap[..., :1] - gap[..., 1:]).square().mean(-1), mask, reduction)
