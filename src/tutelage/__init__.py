@@ -1,8 +1,8 @@
-"""Knowledge distillation: a teacher that is too big becomes a student that is small, fast and yours.
+"""Knowledge distillation: train a small student model from a large teacher model.
 
-``tutelage.distill(teacher, student, train_loader, eval_data=...)`` compares the student with and without
-its teacher; ``tutelage.losses`` are losses for anybody's own loop. Names load when they are used, so
-that the command line starts without torch.
+``tutelage.distill(teacher, student, train_loader, eval_data=...)`` trains the student with and without its teacher
+and compares the two. ``tutelage.losses`` has the losses as pure functions. Names are imported on first use, so
+the command line starts without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_WHERE = {
+_MODULES = {
     "DistillResult": "tutelage.api",
     "TutelageError": "tutelage.errors",
     "distill": "tutelage.api",
@@ -31,7 +31,7 @@ _WHERE = {
     "run": "tutelage.api",
     "run_search": "tutelage.api",
 }
-_ROOMS = ("config", "data", "export", "engine", "methods", "models", "losses", "reports", "taps", "teachers")
+_PACKAGES = ("config", "data", "export", "engine", "methods", "models", "losses", "reports", "taps", "teachers")
 
 __all__ = [
     "DistillResult",
@@ -52,8 +52,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    if name in _ROOMS:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _PACKAGES:
         return importlib.import_module(f"tutelage.{name}")
     raise AttributeError(f"module 'tutelage' has no attribute {name!r}")

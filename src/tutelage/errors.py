@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 REFUSALS = {
@@ -131,6 +132,18 @@ def nearest(given: str, allowed: list[str], count: int = 3) -> list[str]:
     import difflib
 
     return difflib.get_close_matches(given[:80], allowed, n=count, cutoff=0.4)
+
+
+def did_you_mean(path: Path, otherwise: str, names: Iterable[str] = ()) -> str:
+    """A remedy for a path that does not exist: its nearest sibling, else ``otherwise``."""
+    siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    close = nearest(str(path), [*siblings, *names], 1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty; the name of its class where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:

@@ -1,5 +1,4 @@
-"""Files that appear whole or not at all, what an operating system says when it refuses, in words, and libraries that
-say nothing while they read and write."""
+"""Atomic writes of files and folders, errors of the operating system as messages, and a silent transformers."""
 
 from __future__ import annotations
 
@@ -16,19 +15,19 @@ from pathlib import Path
 from tutelage.errors import REFUSALS, RunDirectoryError, refusal
 
 TEMPORARY_PREFIX = ".tutelage-tmp."
-"""How the names of files and folders begin that are not complete yet."""
+"""Prefix of the names of incomplete files and folders."""
 
-_ROOM = "free some space, then go on with --resume"
+_FREE_SPACE = "free some space, then go on with --resume"
 _REMEDIES = dict.fromkeys(REFUSALS, "choose another --out") | {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
     errno.EACCES: "choose another --out, or fix the folder's permissions",
 }
 
 
 @contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write at ``path`` into a :class:`RunDirectoryError`."""
+    """Convert an error of the operating system about ``path`` to :class:`RunDirectoryError`."""
     try:
         yield
     except RunDirectoryError:
@@ -37,17 +36,17 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
         raise RunDirectoryError(f"cannot be written: {refusal(error)}", where=str(path), remedy=remedy) from error
     except Exception as error:
-        # safetensors reports the system's refusal as an error of its own
+        # safetensors has its own class for errors of the operating system
         if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
             full = "28" in str(error) or "space" in str(error)
             reason = REFUSALS[errno.ENOSPC] if full else str(error)
-            remedy = _ROOM if full else "check the path and the disk"
+            remedy = _FREE_SPACE if full else "check the path and the disk"
             raise RunDirectoryError(f"cannot be written: {reason}", where=str(path), remedy=remedy) from error
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name, synced, then renamed."""
+    """Write a file atomically: to a temporary name, synced, then renamed."""
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}.")
@@ -65,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at ``path`` complete, synced, in one rename, or not at all."""
+    """Yield a temporary folder; on success sync it and rename it to ``path``, on failure delete it."""
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}."))
@@ -90,7 +89,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def try_lock(handle: int) -> bool:
-    """Whether this process now holds the lock of an open file, which ends with the process."""
+    """Lock an open file until this process ends; return whether the lock was free."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -100,8 +99,8 @@ def try_lock(handle: int) -> bool:
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """transformers without its bars and its remarks on new heads, which are said better elsewhere."""
-    if importlib.util.find_spec("transformers") is None:  # whatever has save_pretrained without it
+    """Turn off the progress bars and warnings of transformers."""
+    if importlib.util.find_spec("transformers") is None:
         yield
         return
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""From a model's name to a module."""
+"""Build a module from the name that a recipe gives."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from tutelage.errors import MissingDependencyError, ModelError, nearest, require, suggest
+from tutelage.errors import MissingDependencyError, ModelError, first_line, nearest, require, shorten, suggest
 from tutelage.models.pretrained import load_pretrained
 from tutelage.models.small import MLP, ConvNet, ResNet
 
 ZOO: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": MLP, "resnet": ResNet}
-"""Our own small networks."""
+"""The small networks of this package."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Enough to build a model again.
+    """The arguments that build a model.
 
     Attributes:
         model: ``convnet``, ``mlp``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID``,
@@ -29,7 +29,7 @@ class ModelSpec:
         classes: number of classes.
         channels: channels of the images.
         size: height and width of the images.
-        task: what a transformers model is to do: ``images``, or a task of texts.
+        task: of a transformers model: ``images``, or a text task.
     """
 
     model: str
@@ -40,7 +40,7 @@ class ModelSpec:
     task: str = "images"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The fields, for JSON."""
         return asdict(self)
 
 
@@ -49,12 +49,12 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
 
     Args:
         spec: what to build.
-        classes: class names, which a Hugging Face model keeps in its config.
-        where: the recipe's key, for error messages.
+        classes: class names for the config of a Hugging Face model.
+        where: key of the recipe, for error messages.
 
     Raises:
-        ModelError: unknown name, or options that the constructor refuses.
-        MissingDependencyError: the name needs an extra.
+        ModelError: the name is unknown, or the constructor rejects the options.
+        MissingDependencyError: the model needs an extra.
     """
     kind, colon, name = spec.model.partition(":")
     try:
@@ -66,21 +66,12 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
             return _callable(kind, name, spec)
     except (ModelError, MissingDependencyError) as error:
         raise type(error)(error.what, where=where, remedy=error.remedy) from None
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OSError,
-        AttributeError,
-        KeyError,
-        ImportError,
-        SyntaxError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (TypeError, ValueError, RuntimeError, OSError, AttributeError, LookupError, ImportError,
+            SyntaxError) as error:  # fmt: skip
         raise ModelError(
-            f"cannot build {spec.model!r} with options {spec.options}: {reason}",
+            f"cannot build {spec.model!r} with options {shorten(spec.options)}: {first_line(error)}",
             where=where,
-            remedy=_signature(spec.model, spec.options),
+            remedy=_option_remedy(spec.model, spec.options),
         ) from None
     names = [*ZOO, "timm:NAME", "torchvision:NAME", "hf:ID", "package:NAME/FOLDER", "package.module:callable"]
     raise ModelError(
@@ -90,9 +81,9 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
     )
 
 
-def _signature(model: str, options: dict[str, Any]) -> str:
+def _option_remedy(model: str, options: dict[str, Any]) -> str:
     if model.startswith("hf:") or "pretrained" in options:
-        return "check its name, its options and the network; HF_HUB_OFFLINE=1 allows only what is on disk"
+        return "check its name, its options and the network; with HF_HUB_OFFLINE=1 only local files are used"
     if model not in ZOO:
         return "check its name and options"
     fixed = {"classes", "channels", "size", "self"}
@@ -100,14 +91,16 @@ def _signature(model: str, options: dict[str, Any]) -> str:
     return f"options of {model}: {', '.join(known)}"
 
 
+def _nearest(name: str, known: list[str]) -> str:
+    return f"nearest: {', '.join(nearest(name, known)) or 'none'}"
+
+
 def _timm(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Module:
     require("timm", "vision", f"the model timm:{name}")
     import timm
 
     if not timm.is_model(name.split(".")[0]):
-        raise ModelError(
-            f"timm has no model {name!r}", remedy=f"nearest: {', '.join(nearest(name, timm.list_models())) or 'none'}"
-        )
+        raise ModelError(f"timm has no model {name!r}", remedy=_nearest(name, timm.list_models()))
     model: nn.Module = timm.create_model(name, num_classes=spec.classes, in_chans=spec.channels, **spec.options)
     return model
 
@@ -117,13 +110,11 @@ def _torchvision(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Mo
     from torchvision import models
 
     if name not in (known := models.list_models(module=models)):
-        raise ModelError(
-            f"torchvision has no classifier {name!r}", remedy=f"nearest: {', '.join(nearest(name, known)) or 'none'}"
-        )
+        raise ModelError(f"torchvision has no classifier {name!r}", remedy=_nearest(name, known))
     if spec.channels != 3:
         raise ModelError(
             f"torchvision:{name} takes 3 channels, the images have {spec.channels}",
-            remedy=f"timm:{name} takes any number of channels",
+            remedy=f"use timm:{name}, which takes any number of channels",
         )
     model: nn.Module = models.get_model(name, num_classes=spec.classes, **spec.options)
     return model
@@ -143,28 +134,26 @@ _LIBRARIES: dict[str, Callable[[str, ModelSpec, list[str] | None], nn.Module]] =
 
 def _callable(module: str, name: str, spec: ModelSpec) -> nn.Module:
     try:
-        factory = getattr(importlib.import_module(module), name)
+        namespace = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModelError(
-            f"no module {error.name!r}", remedy="the folder it is in must be on PYTHONPATH, or the package installed"
+            f"no module {error.name!r}", remedy="put its folder on PYTHONPATH, or install the package"
         ) from None
-    except AttributeError:
-        known = [n for n in vars(importlib.import_module(module)) if not n.startswith("_")]
+    factory = getattr(namespace, name, None)
+    if factory is None:
         raise ModelError(
-            f"{module} has no {name!r}", remedy=f"nearest: {', '.join(nearest(name, known)) or 'none'}"
-        ) from None
-    takes = inspect.signature(factory).parameters
-    facts = {"classes": spec.classes, "num_classes": spec.classes, "channels": spec.channels, "size": spec.size}
-    built = factory(**{**{k: v for k, v in facts.items() if k in takes}, **spec.options})
-    if not isinstance(built, nn.Module):
-        raise ModelError(
-            f"{module}:{name} returned a {type(built).__name__}", remedy="it must return a torch.nn.Module"
+            f"{module} has no {name!r}", remedy=_nearest(name, [n for n in vars(namespace) if not n.startswith("_")])
         )
-    return built
+    parameters = inspect.signature(factory).parameters
+    facts = {"classes": spec.classes, "num_classes": spec.classes, "channels": spec.channels, "size": spec.size}
+    model = factory(**{**{k: v for k, v in facts.items() if k in parameters}, **spec.options})
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{module}:{name} returned a {type(model).__name__}", remedy="return a torch.nn.Module")
+    return model
 
 
 def label_names(model: nn.Module) -> list[str] | None:
-    """The class names that a model carries, in the order of its logits; ``None`` where it has none."""
+    """The class names in the config of a model, in the order of its logits; ``None`` where it has none."""
     table = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(table, dict) or not table:
         return None

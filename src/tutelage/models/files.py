@@ -1,8 +1,8 @@
-"""Saving and loading models without running anybody's code.
+"""Save and load models without executing code from the files.
 
-A model's folder holds ``model.safetensors`` and ``model.json``: how to build it again, its class
-names and what to do to an image first. A Hugging Face model is saved by its own
-``save_pretrained`` beside these, so that it loads where tutelage is not installed.
+The folder of a model holds ``model.safetensors`` and ``model.json``: the arguments that build the model, the class
+names and the preprocessing. A Hugging Face model is saved with its own ``save_pretrained``, so that it also loads
+without tutelage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
-from tutelage.errors import CheckpointError, nearest
+from tutelage.errors import CheckpointError, did_you_mean, first_line
 from tutelage.files import silence_transformers
 from tutelage.models.build import ModelSpec, build
 from tutelage.models.pretrained import load_pretrained
@@ -32,12 +32,12 @@ MODEL_CARD = "model.json"
 
 
 def save_model(model: nn.Module, folder: Path, card: Mapping[str, Any]) -> None:
-    """Write a model's folder; the card last, so that a folder with a card is complete.
+    """Write the folder of a model. The card comes last, so a folder with a card is complete.
 
     Args:
         model: any module, on any device.
-        folder: made if absent.
-        card: JSON; ``spec`` tells how to build the model again.
+        folder: created if absent.
+        card: JSON; ``spec`` has the fields of a :class:`ModelSpec`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
@@ -52,29 +52,25 @@ def save_model(model: nn.Module, folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file, by name.
+    """Read the tensors of a file, by name.
 
     Raises:
-        CheckpointError: missing, truncated, holding code, or not a mapping of names to tensors.
+        CheckpointError: the file is missing, truncated, contains code, or is no mapping of names to tensors.
     """
     if not path.is_file():
-        siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        close = nearest(str(path), siblings, 1)
-        raise CheckpointError(
-            "no such file", where=str(path), remedy=f"did you mean {close[0]}?" if close else "check the path"
-        )
+        raise CheckpointError("no such file", where=str(path), remedy=did_you_mean(path, "check the path"))
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other pickle protocols; whether it can be read is all that matters
+            warnings.simplefilter("ignore")  # about old pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(
             f"not a whole safetensors file: {error}", where=str(path), remedy="copy or download it again"
         ) from None
     except pickle.UnpicklingError as error:
-        if "global" not in str(error).lower():  # what would run is named so
+        if "global" not in str(error).lower():  # torch names the global that it refuses to import
             raise CheckpointError(
                 "is damaged, or a pickle that torch.save did not write",
                 where=str(path),
@@ -87,9 +83,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
             struct.error) as error:  # fmt: skip
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"cannot be read as weights: {reason}", where=str(path), remedy="copy or download it again"
+            f"cannot be read as weights: {first_line(error)}", where=str(path), remedy="copy or download it again"
         ) from None
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -104,24 +99,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load weights from a file, or from a folder that a run exported, into a built model.
+    """Load weights into a model, from a file or from the folder of a saved model.
 
     Raises:
-        CheckpointError: unreadable, or of another model; names the first keys and shapes that differ.
+        CheckpointError: the file is unreadable or belongs to another model; the message names the first differences.
     """
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
     prefix = getattr(model, "weights_prefix", "")
     tensors, own = {f"{prefix}{k}": v for k, v in read_tensors(file).items()}, model.state_dict()
-    given = {own[k].data_ptr() for k in own if k in tensors}  # tied weights are stored under one of their names
-    missing = [k for k in own if k not in tensors and own[k].numel() and own[k].data_ptr() not in given]
+    loaded = {own[k].data_ptr() for k in own if k in tensors}  # tied weights are stored under one of their names
+    missing = [k for k in own if k not in tensors and own[k].numel() and own[k].data_ptr() not in loaded]
     unexpected = [k for k in tensors if k not in own]
     if missing or unexpected:
         raise CheckpointError(
             f"is of another model than {type(model).__name__}: missing {missing[:3]}, not expected {unexpected[:3]} "
             f"({len(missing)} and {len(unexpected)} in all)",
             where=str(file),
-            remedy="give the checkpoint of this very model, with the same options",
+            remedy="give the checkpoint of this model, built with the same options",
         )
     shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     if shapes:
@@ -130,7 +125,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"{k} is {tuple(tensors[k].shape)} in the file and {tuple(own[k].shape)} in {type(model).__name__}"
             + (f", and {len(shapes) - 1} more differ" if len(shapes) > 1 else ""),
             where=str(file),
-            remedy="give the checkpoint of this very model, with the same number of classes and the same options",
+            remedy="give the checkpoint of this model, with the same number of classes and the same options",
         )
     model.load_state_dict(tensors, strict=False)
     for name, tensor in model.state_dict().items():
@@ -139,10 +134,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a model's folder.
+    """Read the card of a model's folder.
 
     Raises:
-        CheckpointError: missing or not JSON.
+        CheckpointError: the card is missing or not JSON.
     """
     path = folder / MODEL_CARD
     try:
@@ -162,13 +157,11 @@ def load_model(folder: str | Path) -> nn.Module:
     """Build the model in a folder that a run exported and load its weights, in evaluation mode.
 
     Raises:
-        CheckpointError: incomplete folder, or a model that only its owner's code can build.
+        CheckpointError: the folder is incomplete, or the model can only be built by the caller's code.
     """
     folder = Path(folder)
     card = read_card(folder)
-    if (
-        card.get("task") is not None and (folder / "config.json").exists()
-    ):  # of transformers, whatever it was cut from
+    if card.get("task") is not None and (folder / "config.json").exists():
         return load_pretrained(f"hf:{folder}", card["task"], None, {}).eval()
     if card.get("spec") is None:
         if (folder / "config.json").exists():
@@ -190,7 +183,7 @@ def load_model(folder: str | Path) -> nn.Module:
         ) from None
     model = build(spec, card.get("classes"), where=str(folder / MODEL_CARD))
     if isinstance(card.get("reused_head"), dict):
-        # by name: a model's folder may hold a student with another's head, and models know no students
+        # imported by name: the room "models" must not depend on the room "students"
         model = import_module("tutelage.students").ReusedHead(model, **card["reused_head"])
     load_weights(model, folder)
     return model.eval()

@@ -1,11 +1,11 @@
-"""Models of texts: transformers' own by what is asked of them, and encoders of sentences."""
+"""Models of transformers with the head of a task, and wrappers for sentence embeddings and ranking."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.errors import CapabilityError, ConfigError, ModelError, require
+from tutelage.errors import CapabilityError, ConfigError, ModelError, first_line, require
 from tutelage.files import silence_transformers
 
-# torchao, which transformers imports wherever it is installed, has torch remark on how it registers its types
+# transformers imports torchao where it is installed, and torch then warns about how torchao registers its types
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
 
 AUTO_CLASSES: dict[str, str] = {
@@ -30,48 +30,48 @@ AUTO_CLASSES: dict[str, str] = {
     "embedding": "AutoModel",
     "ranking": "AutoModel",
 }
-"""transformers' class for each task."""
+"""The auto class of transformers for each task."""
 
 PROBLEM_TYPES = {
     "classes": "single_label_classification", "multi-label": "multi_label_classification", "regression": "regression",
 }  # fmt: skip
-"""What transformers calls tasks of one output a text."""
+"""``config.problem_type`` for each task with one output per text."""
 
 
 def resolve_source(model: str) -> tuple[str, dict[str, str]]:
-    """Where transformers finds a model: the id or folder of ``hf:``, or the folder of ``package:NAME/FOLDER``.
+    """The argument of ``from_pretrained`` for ``hf:ID``, ``hf:FOLDER`` or ``package:NAME/FOLDER``, and its options.
 
-    Either may name a GGUF file at its end, which comes as the option ``gguf_file``.
+    The name may end in a GGUF file, which becomes the option ``gguf_file``.
 
     Raises:
-        ModelError: no such package, no such folder in it, or no such file.
-        MissingDependencyError: a GGUF file, and the package that reads it is not installed.
+        ModelError: there is no such package, folder or file.
+        MissingDependencyError: the model is a GGUF file, and the package gguf is not installed.
     """
     kind, _, name = model.partition(":")
     if kind != "package":
-        return _of_file(name, model)
+        return _split_gguf(name, model)
     package, _, inside = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     if not places:
         raise ModelError(f"there is no installed package {package!r}", remedy=f"install it: pip install {package}")
-    found = Path(places[0]) / inside
-    if found.suffix == GGUF and found.is_file():
-        return _of_file(str(found), model)
-    if not (found / "config.json").is_file():
+    path = Path(places[0]) / inside
+    if path.suffix == GGUF and path.is_file():
+        return _split_gguf(str(path), model)
+    if not (path / "config.json").is_file():
         known = [p.parent for p in Path(places[0]).rglob("config.json")] + list(Path(places[0]).rglob(f"*{GGUF}"))
-        shown = sorted(str(p.relative_to(places[0])) for p in known)
+        names = sorted(str(p.relative_to(places[0])) for p in known)
         raise ModelError(
             f"package {package} has no folder {inside!r} with a model",
-            remedy=f"it has: {', '.join(shown[:5]) or 'none'}",
+            remedy=f"it has: {', '.join(names[:5]) or 'none'}",
         )
-    return str(found), {}
+    return str(path), {}
 
 
 GGUF = ".gguf"
 
 
-def _of_file(name: str, model: str) -> tuple[str, dict[str, str]]:
+def _split_gguf(name: str, model: str) -> tuple[str, dict[str, str]]:
     if not name.endswith(GGUF):
         return name, {}
     require("gguf", "language", f"the GGUF file {model}")
@@ -83,12 +83,12 @@ def _of_file(name: str, model: str) -> tuple[str, dict[str, str]]:
 
 
 def load_pretrained(model: str, task: str, classes: list[str] | None, options: dict[str, Any]) -> nn.Module:
-    """A model of transformers with its weights, and an output layer for the task: its own where that fits, else new.
+    """Load a model of transformers. Its output layer is the pretrained one where it fits the task, else a new one.
 
-    ``fresh`` on the module names the parameters that did not come with the weights.
+    The attribute ``fresh`` of the module has the names of the parameters that are newly initialised.
 
     Raises:
-        ModelError: nothing of that name.
+        ModelError: there is no such model.
         MissingDependencyError: transformers is not installed.
     """
     require("transformers", "vision" if task == "images" else "text", f"the model {model}")
@@ -98,8 +98,8 @@ def load_pretrained(model: str, task: str, classes: list[str] | None, options: d
     options = {"dtype": torch.float32, **file, **options}
     config = transformers.AutoConfig.from_pretrained(source, **file)
     if task == "ranking" and any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
-        found, fresh = _loaded("AutoModelForSequenceClassification", source, options)
-        return _marked(CrossEncoder(found), fresh)
+        module, fresh = _from_pretrained("AutoModelForSequenceClassification", source, options)
+        return _with_fresh(CrossEncoder(module), fresh)
     if task in ("images", *PROBLEM_TYPES, "tokens") and classes is not None:
         own = len(config.id2label) == len(classes) and _has_head(config)
         if not own or _names(config) is None:
@@ -107,28 +107,28 @@ def load_pretrained(model: str, task: str, classes: list[str] | None, options: d
                 "num_labels": len(classes),
                 "id2label": dict(enumerate(classes)),
                 "label2id": {c: i for i, c in enumerate(classes)},
-                "ignore_mismatched_sizes": True,  # a new head for other classes, as for fine-tuning
+                "ignore_mismatched_sizes": True,  # a new head for other classes
             }
         if task in PROBLEM_TYPES:
             options["problem_type"] = PROBLEM_TYPES[task]
-    found, fresh = _loaded(AUTO_CLASSES[task], source, options)
+    module, fresh = _from_pretrained(AUTO_CLASSES[task], source, options)
     if file:
-        found = _strip_gguf(found)
-    return _marked(WRAPPERS[task](found), fresh) if task in WRAPPERS else _marked(found, fresh)
+        module = _strip_gguf(module)
+    return _with_fresh(WRAPPERS[task](module) if task in WRAPPERS else module, fresh)
 
 
 def _has_head(config: Any) -> bool:
-    """Whether the weights hold an output layer for the config's labels."""
+    """Whether the weights include a classification head."""
     return any("Classification" in a for a in config.architectures or [])
 
 
 def _names(config: Any) -> list[str] | None:
-    """Its label names in order; ``None`` where they are transformers' own LABEL_0, LABEL_1 ..."""
+    """The label names in order; ``None`` where they are the defaults LABEL_0, LABEL_1 ..."""
     names = [str(config.id2label[k]) for k in sorted(config.id2label, key=int)]
     return None if all(n == f"LABEL_{i}" for i, n in enumerate(names)) else names
 
 
-def _loaded(kind: str, source: str, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+def _from_pretrained(kind: str, source: str, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     import transformers
 
     with silence_transformers():
@@ -138,9 +138,9 @@ def _loaded(kind: str, source: str, options: dict[str, Any]) -> tuple[nn.Module,
 
 
 def _strip_gguf(model: nn.Module) -> nn.Module:
-    """The same model with nothing of the file that it was read from, which transformers would not let it be saved."""
+    """A copy of the model without the GGUF entries of its config, with which transformers refuses to save it."""
     known = model.config.to_dict()  # type: ignore[union-attr, operator]
-    known.pop("quantization_config", None)  # or whoever loads it would be told of a file that is not there
+    known.pop("quantization_config", None)
     config = type(model.config).from_dict(known)  # type: ignore[union-attr]
     config.dtype = torch.float32
     plain = type(model)(config)
@@ -149,22 +149,22 @@ def _strip_gguf(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _marked(model: nn.Module, fresh: list[str]) -> nn.Module:
+def _with_fresh(model: nn.Module, fresh: list[str]) -> nn.Module:
     prefix = getattr(model, "weights_prefix", "")
     model.fresh = [f"{prefix}{name}" for name in fresh]  # type: ignore[assignment]
     return model
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer beside a model, ``hf:`` or ``package:``.
+    """Load the tokenizer of a model ``hf:`` or ``package:``.
 
     Raises:
-        ConfigError: the model is of another kind, or has none.
+        ConfigError: the model has no tokenizer, or a slow one.
     """
     kind = model.partition(":")[0]
     if kind not in ("hf", "package"):
         raise ConfigError(
-            f"model {model!r} brings no tokenizer", where="data.tokenizer", remedy="name one, as hf:ID or hf:FOLDER"
+            f"model {model!r} has no tokenizer", where="data.tokenizer", remedy="name one, as hf:ID or hf:FOLDER"
         )
     require("transformers", "text", "a tokenizer")
     from transformers import AutoTokenizer
@@ -172,25 +172,24 @@ def load_tokenizer(model: str) -> Any:
     source, file = resolve_source(model)
     try:
         with silence_transformers():
-            found = AutoTokenizer.from_pretrained(source, **file)
+            tokenizer = AutoTokenizer.from_pretrained(source, **file)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{model} has no tokenizer: {reason}",
+            f"{model} has no tokenizer: {first_line(error)}",
             where="data.tokenizer",
             remedy="name another, as hf:ID or hf:FOLDER",
         ) from None
-    if not getattr(found, "is_fast", False):
+    if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
             f"{model} has a slow tokenizer",
             where="data.tokenizer",
             remedy="save a fast one: tokenizer.json beside it",
         )
-    return found
+    return tokenizer
 
 
 def read_class_names(model: str, checkpoint: str | None) -> list[str] | None:
-    """The class names that a transformers model was trained with; ``None`` where it has no such names."""
+    """The class names in the config of a transformers model; ``None`` where it has none."""
     source = checkpoint if checkpoint is not None and Path(checkpoint).is_dir() else resolve_source(model)[0]
     path = Path(source) / "config.json"
     if not path.is_file():
@@ -203,14 +202,11 @@ def read_class_names(model: str, checkpoint: str | None) -> list[str] | None:
     return _names(known) if _has_head(known) and known.id2label else None
 
 
-# Encoders of sentences ---------------------------------------------------------------------------------
-
-
 class SentenceEncoder(nn.Module):
-    """One embedding for each text: the mean of an encoder's last hidden states over tokens that are not padding.
+    """Text embeddings: the mean of an encoder's last hidden states over the tokens that are not padding.
 
     Args:
-        model: gives ``last_hidden_state``.
+        model: an encoder whose output has ``last_hidden_state``.
 
     Reference: Reimers and Gurevych, Sentence-BERT (EMNLP 2019), section 3, MEAN.
     """
@@ -223,7 +219,7 @@ class SentenceEncoder(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Of the model inside."""
+        """The config of the encoder."""
         return self.model.config
 
     @property
@@ -237,7 +233,7 @@ class SentenceEncoder(nn.Module):
         return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Save the model inside, and what sentence-transformers reads beside it."""
+        """Save the encoder and the files that sentence-transformers reads."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
         parts: list[dict[str, Any]] = [
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -249,45 +245,45 @@ class SentenceEncoder(nn.Module):
         (Path(folder) / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=1), encoding="utf-8")
 
 
+def _positive_and_negative(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The inputs of the two answers, without their prefix."""
+    prefixes = ("positive_", "negative_")
+    return [{k.removeprefix(p): v for k, v in inputs.items() if k.startswith(p)} for p in prefixes]
+
+
 class BiEncoder(SentenceEncoder):
-    """Scores of two answers to a query: the product of its embedding with each of theirs."""
+    """Scores of two answers to a query: dot products of the embeddings of query and answer."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Tensor:  # noqa: D102
         own = {k: v for k, v in more.items() if not k.startswith(("positive_", "negative_"))}
         query = super().forward(input_ids, attention_mask, **own)
-        sides = [
-            super(BiEncoder, self).forward(**{k.removeprefix(side): v for k, v in more.items() if k.startswith(side)})
-            for side in ("positive_", "negative_")
-        ]
-        return torch.stack([(query * side).sum(-1) for side in sides], -1)
+        answers = [super(BiEncoder, self).forward(**side) for side in _positive_and_negative(more)]
+        return torch.stack([(query * answer).sum(-1) for answer in answers], -1)
 
 
 class CrossEncoder(nn.Module):
-    """Scores of two answers to a query, each read together with it.
+    """Scores of two answers to a query; the model reads query and answer together.
 
     Raises:
-        CapabilityError: the model gives more than one score for a pair.
+        CapabilityError: the model has more than one output per pair.
     """
 
     weights_prefix = "model."
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if model.config.num_labels != 1:  # type: ignore[union-attr]
+        labels = model.config.num_labels  # type: ignore[union-attr]
+        if labels != 1:
             raise CapabilityError(
-                f"a cross-encoder gives one score for a pair, this one {model.config.num_labels}",  # type: ignore[union-attr]
+                f"a cross-encoder has one output for each pair, this model has {labels}",
                 remedy="use one that was trained to rank, with num_labels 1",
             )
         self.model = model
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Scores ``[B, 2]`` of the answer and of the other."""
-        sides = [
-            self.model(**{k.removeprefix(side): v for k, v in inputs.items() if k.startswith(side)}).logits[:, 0]
-            for side in ("positive_", "negative_")
-        ]
-        return torch.stack(sides, -1)
+        """Scores ``[B, 2]`` of the positive and the negative answer."""
+        return torch.stack([self.model(**side).logits[:, 0] for side in _positive_and_negative(inputs)], -1)
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"embedding": SentenceEncoder, "ranking": BiEncoder}
-"""What is put around a model for a task."""
+"""The wrapper around the model of a task."""

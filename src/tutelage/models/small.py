@@ -1,8 +1,7 @@
-"""Three small networks of our own, for images of about 8x8 to 64x64 pixels.
+"""Three small networks for images of about 8x8 to 64x64 pixels.
 
-They exist so that a first run needs no other package and no download. All take
-``[B, channels, height, width]`` and give logits ``[B, classes]``; all end in a linear
-layer named ``head``, and all but :class:`MLP` have their stages under ``stages``.
+They need no other package and no download. They map ``[B, channels, height, width]`` to logits
+``[B, classes]``. The last layer is linear and named ``head``; all but :class:`MLP` have their stages in ``stages``.
 """
 
 from __future__ import annotations
@@ -52,10 +51,10 @@ class ConvNet(nn.Module):
     Args:
         classes: number of classes.
         channels: channels of the image.
-        size: unused; the network takes any size. Accepted so that all three are built alike.
+        size: unused, since the network takes any size; all three networks have the same arguments.
         widths: channels of each stage.
         depth: convolutions in each stage.
-        stem_stride: stride of the very first convolution; 2 makes the network about 4 times faster.
+        stem_stride: stride of the first convolution; 2 makes the network about 4 times faster.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
             )
-        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()  # modules, so that what goes into them can be tapped
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()  # modules, so that taps can read their inputs
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, outputs, H / stride, W / stride]``."""
@@ -114,9 +113,9 @@ class ResNet(nn.Module):
     Args:
         classes: number of classes.
         channels: channels of the image.
-        size: unused; the network takes any size. Accepted so that all three are built alike.
+        size: unused, since the network takes any size; all three networks have the same arguments.
         blocks: basic blocks in each stage.
-        widths: channels of each stage; the stem has those of the first.
+        widths: channels of each stage; the stem has as many as the first stage.
 
     Reference: He et al., Deep Residual Learning for Image Recognition (2016), section 4.2.
     """
