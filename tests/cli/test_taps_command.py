@@ -71,7 +71,7 @@ def test_a_tree_of_shapes_and_what_auto_would_take(command: Command) -> None:
 
 
 def test_calls_items_and_modules_that_did_not_run(command: Command) -> None:
-    code, out, _ = command("test_taps_command:Strange", "--shape", "3x4x4")
+    code, out, _ = command(f"{__name__}:Strange", "--shape", "3x4x4")
     assert code == 0
     for line in ("[small]  [B, 3, 4, 4]", "[deep][0]  [B, 48]", "[deep][1][0]  [B, 16]", "[deep][2]  None",
                  "Conv2d  x2  12", "@0 to @1  [B, 3, 4, 4]", "@0  [B, 48]", "@1  [B, 16]", "[half]  [B, 3, 4, 4]",

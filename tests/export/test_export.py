@@ -443,7 +443,7 @@ def test_the_command_says_what_was_checked(cnn: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "differs from the student by at most 0 (allowed 0.0001) on 256 inputs" in said
     assert "tutelage predict made IMAGE" in said
-    with pytest.raises(ConfigError, match="nothing to ask about"):
+    with pytest.raises(ConfigError, match="there is no input"):
         main_(["predict", "made"])
 
 

@@ -1,4 +1,4 @@
-"""The command line. It imports torch only once there is something to compute."""
+"""The command line. Commands import torch only when they compute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tutelage.cli import doctor, export, generate, init, run, taps
+from tutelage.cli import bench, doctor, export, generate, init, run, taps
 from tutelage.cli.base import say
 from tutelage.errors import BudgetSpent, Interrupted, TutelageError
 
@@ -17,12 +17,12 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Knowledge distillation: a teacher that is too big becomes a student that is small, fast and yours.",
+    help="Knowledge distillation: train a small student model from a large teacher model.",
 )
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         from tutelage import __version__
 
@@ -33,7 +33,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 for command in (
     init.init,
     init.recipes,
-    export.bench,
+    bench.bench,
     export.export,
     export.predict,
     run.run,
@@ -49,14 +49,14 @@ for command in (
     app.command()(command)
 
 
-def _fail(error: TutelageError, code: int) -> NoReturn:
+def _fail(error: object, code: int) -> NoReturn:
     sys.stderr.write(f"tutelage: {error}\n")
     sys.stderr.flush()
     sys.exit(code)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one message and exit code 2, a spent budget 3, a stop 130."""
+    """Run the command line. Exit codes: 2 after a user's mistake, 3 after a spent budget, 130 after a stop."""
     command: Callable[..., Any] = app
     try:
         command(args)
@@ -67,5 +67,4 @@ def main(args: list[str] | None = None) -> None:
     except TutelageError as error:
         _fail(error, 2)
     except KeyboardInterrupt:
-        sys.stderr.write("tutelage: stopped at once; --resume goes on from the last checkpoint\n")
-        sys.exit(130)
+        _fail("stopped at once; --resume continues from the last checkpoint", 130)

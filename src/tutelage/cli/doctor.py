@@ -1,4 +1,4 @@
-"""``tutelage doctor``: what will go wrong before it does."""
+"""``tutelage doctor``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from tutelage.cli.base import Overrides, RecipeArgument
 
 
 def doctor(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Load everything, run one batch, and print what will go wrong before it does."""
+    """Check a recipe before a run: load everything, run a few steps, and report problems."""
     from tutelage.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    from rich.console import Console
+    from rich.markup import escape
+
     from tutelage.cli.doctor_checks import examine
 
     findings = examine(loaded)
     marks = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}
-    from rich.console import Console
-    from rich.markup import escape
-
     console = Console(soft_wrap=True)
     for finding in findings:
         console.print(f"{marks[finding.level]} {escape(finding.topic)}: {escape(finding.text)}", highlight=False)

@@ -1,14 +1,13 @@
-"""The commands that train: ``tutelage run``, ``search``, ``cache`` and ``lab``; and ``report``."""
+"""``tutelage run``, ``search``, ``cache``, ``lab`` and ``report``."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tutelage.cli.base import Overrides, RecipeArgument, say
+from tutelage.cli.base import Overrides, RecipeArgument, argument, flag, option, say, with_resume_command
 from tutelage.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -21,57 +20,43 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The run directory. Default: the first free of runs/NAME, runs/NAME-2 ...", show_default=False
-        ),
+        Path | None, option(help="The run directory. Default: the first free of runs/NAME, runs/NAME-2 ...")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that directory.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in that directory.")] = False,
 ) -> None:
-    """Train teacher (if it has no weights), baseline student and distilled student; compare."""
+    """Train the teacher (if it has no weights), the baseline student and the distilled student; compare them."""
     from tutelage.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from tutelage import api
 
     try:
-        finished = api.run(loaded, out=out, resume=resume)
+        result = api.run(loaded, out=out, resume=resume)
     except Interrupted as stop:
-        words = [
-            "tutelage",
-            "run",
-            str(recipe),
-            *(overrides or []),
-            *(["--out", str(out)] if out else []),
-            "--resume",
-        ]
-        raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
+        raise with_resume_command(stop, "run", recipe, *(overrides or []), *flag("out", out), "--resume") from None
     if api.is_main():
-        _show(finished.summary, finished.path)
+        _show(result.summary, result.path)
     api.leave()
 
 
 def search(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Settings to try. Default: the recipe's, 20.", show_default=False)
-    ] = None,
+    trials: Annotated[int | None, option(min=1, help="Number of trials. Default: search.trials, 20.")] = None,
     key: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=LOW:HIGH[:log]|KEY=a,b,c", show_default=False,
-            help="A key and what it may be, in place of the recipe's space; repeatable.",
+        option(
+            metavar="KEY=LOW:HIGH[:log]|KEY=a,b,c",
+            help="A key and its range or values, instead of the recipe's search space; repeatable.",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that each run a trial at a time.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials in parallel.")] = 1,
     out: Annotated[
-        Path | None,
-        typer.Option(help="The folder. Default: the first free of runs/NAME-search, ...", show_default=False),
+        Path | None, option(help="The folder of the search. Default: the first free of runs/NAME-search, ...")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in that folder.")] = False,
-) -> None:  # fmt: skip
-    """Try settings of a recipe, choose on validation, and test the chosen against the recipe once."""
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the search in that folder.")] = False,
+) -> None:
+    """Search hyperparameters on validation, then test the best ones against the recipe once."""
     from tutelage.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -79,33 +64,26 @@ def search(
     from tutelage.reports import found_words
 
     try:
-        searched = api.run_search(loaded, trials=trials, keys=key or (), workers=workers, out=out, resume=resume)
+        result = api.run_search(loaded, trials=trials, keys=key or (), workers=workers, out=out, resume=resume)
     except Interrupted as stop:
-        words = [
-            *("tutelage", "search", str(recipe), *(overrides or [])),
-            *(["--trials", str(trials)] if trials else []),
-            *(word for one in key or [] for word in ("--key", one)),
-            *(["--workers", str(workers)] if workers > 1 else []),
-            *(["--out", str(out)] if out else []),
-            "--resume",
-        ]
-        raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
-    path = searched.path
-    say(f"\n{found_words(searched.found)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
+        keys = [word for one in key or [] for word in ("--key", one)]
+        parallel = flag("workers", workers) if workers > 1 else ()
+        words = [*(overrides or []), *flag("trials", trials), *keys, *parallel, *flag("out", out)]
+        raise with_resume_command(stop, "search", recipe, *words, "--resume") from None
+    path = result.path
+    say(f"\n{found_words(result.found)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
 
 
 def cache(
-    what: Annotated[
-        str, typer.Argument(metavar="RECIPE|verify|info|compact", help="A recipe, or what to do with DIR.")
-    ],
+    what: Annotated[str, typer.Argument(metavar="RECIPE|verify|info|compact", help="A recipe, or an action on DIR.")],
     rest: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...|DIR", help="Overrides, or the folder of a cache.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The folder of the cache. Default: the one that the recipe's runs use.")
+        Path | None, typer.Option(help="The folder of the cache. Default: the one that runs of the recipe use.")
     ] = None,
 ) -> None:
-    """Ask a recipe's teacher once and keep its word on disk; or check, describe and join a cache."""
+    """Precompute the teacher's outputs for a recipe; verify, inspect or compact a cache."""
     if what in CACHE_ACTIONS:
         if len(rest or []) != 1 or out is not None:
             raise ConfigError(f"tutelage cache {what} takes one folder", remedy=f"tutelage cache {what} DIR")
@@ -124,7 +102,7 @@ def cache(
     rate = filled.computed / filled.seconds if filled.seconds else 0.0
     say(
         f"{filled.path}: {filled.rows:,} rows, {filled.computed:,} of them computed now in {filled.seconds:.0f} s "
-        f"({rate:,.0f} a second)"
+        f"({rate:,.0f} per second)"
     )
     leave()
 
@@ -132,52 +110,47 @@ def cache(
 def lab(
     ids: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ID]... [KEY=VALUE]...", help="Experiments; keys of the recipe that all start from.",
-                       show_default=False),
+        argument(metavar="[ID]... [KEY=VALUE]...", help="Experiments, and overrides of the recipe they start from."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All experiments.")] = False,
-    listed: Annotated[bool, typer.Option("--list", help="List the experiments and stop.")] = False,
-    budget: Annotated[Literal["small", "full"], typer.Option(help="small (minutes, no evidence) or full.")] = "full",
-    seeds: Annotated[int | None, typer.Option(help="Seeds an arm. Default: the budget's.", min=1,
-                                              show_default=False)] = None,
-    jobs: Annotated[int, typer.Option(help="Processes that each train an arm.", min=1)] = 1,
-    out: Annotated[Path, typer.Option(help="The lab's folder.")] = Path("runs/lab"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the lab in that folder.")] = False,
-) -> None:  # fmt: skip
-    """Measure the lecture's claims, and say which hold."""
+    every: Annotated[bool, typer.Option("--all", help="Run all experiments.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the experiments and exit.")] = False,
+    budget: Annotated[
+        Literal["small", "full"], typer.Option(help="small (takes minutes, proves nothing) or full.")
+    ] = "full",
+    seeds: Annotated[int | None, option(min=1, help="Seeds of each arm. Default: from the budget.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that train arms in parallel.")] = 1,
+    out: Annotated[Path, typer.Option(help="The folder of the lab.")] = Path("runs/lab"),
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the lab in that folder.")] = False,
+) -> None:
+    """Test claims from the literature by experiment, and report which hold."""
     given = ids or []
-    from tutelage import lab as room
+    from tutelage import lab as experiments
 
     if listed:
-        for name, claim in room.CLAIMS.items():
+        for name, claim in experiments.CLAIMS.items():
             say(f"{name}: {claim.claim}")
         return
     names = [word for word in given if "=" not in word]
     overrides = [word for word in given if "=" in word]
     try:
-        found = room.run_lab(
+        result = experiments.run_lab(
             names, every=every, budget=budget, seeds=seeds, overrides=overrides, out=out, resume=resume, jobs=jobs
-        )  # fmt: skip
+        )
     except Interrupted as stop:
-        words = ["tutelage", "lab", *given, *(["--all"] if every else []), "--budget", budget]
-        words += ["--seeds", str(seeds)] if seeds else []
-        words += ["--jobs", str(jobs), "--out", str(out), "--resume"]
-        raise Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}") from None
-    for name, experiment in found["experiments"].items():
+        words = [*given, "--all" if every else None, "--budget", budget, *flag("seeds", seeds)]
+        raise with_resume_command(stop, "lab", *words, "--jobs", jobs, "--out", out, "--resume") from None
+    for name, experiment in result["experiments"].items():
         say(f"{name}: {experiment['verdict']}")
         for part in experiment["parts"]:
-            say(f"  {part['says']}: {room.measured(part)}, {part['verdict']}")
+            say(f"  {part['says']}: {experiments.measured(part)}, {part['verdict']}")
     say(f"page: {out / 'lab.html'}")
 
 
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of runs, searches and judgements.", show_default=False),
-    ],
+    runs: Annotated[list[Path], argument(metavar="RUN...", help="Folders of runs, searches and judgements.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
-    """One HTML page for one run, or several side by side."""
+    """Write one HTML page about one run, or about several side by side."""
     from tutelage.reports import write_report
 
     say(f"report: {write_report(runs, out)}")
@@ -203,7 +176,7 @@ def _show(summary: dict[str, Any], path: Path) -> None:
 
 
 def _table(rows: list[dict[str, Any]], width: int, metric: str = "accuracy") -> Table:
-    """A row for each model where the terminal is wide enough, else a column for each."""
+    """One row per model; in a narrow terminal one column per model."""
     from rich import box
     from rich.table import Table
 

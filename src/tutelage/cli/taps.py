@@ -1,56 +1,53 @@
-"""``tutelage taps``: what there is to compare in a model."""
+"""``tutelage taps``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from tutelage.cli.base import argument, option
 from tutelage.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tutelage.cli.taps_survey import Survey
+    from rich.tree import Tree
+
+    from tutelage.cli.taps_survey import Node, Survey
 
 
 def taps(
     model: Annotated[
         str,
-        typer.Argument(
+        argument(
             metavar="MODEL",
-            help="A recipe, a model as recipes name it (resnet, timm:resnet18), or a folder that a run exported.",
-            show_default=False,
+            help="A recipe, a model as recipes name it (resnet, timm:resnet18), or the folder of an exported model.",
         ),
     ],
-    of: Annotated[
-        str | None, typer.Option(help="Of a recipe: student or teacher; default both.", show_default=False)
-    ] = None,
+    of: Annotated[str | None, option(help="With a recipe: student or teacher. Default: both.")] = None,
     shape: Annotated[
-        str | None,
-        typer.Option(help="Of one example, such as 3x64x64, or 16 tokens. Default: the model's.", show_default=False),
+        str | None, option(help="Shape of one example: 3x64x64 for images, 16 for tokens. Default: the model's.")
     ] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes. Default: 10.", show_default=False)] = None,
-    option: Annotated[
+    classes: Annotated[int | None, option(help="Number of classes. Default: 10.")] = None,
+    option_: Annotated[
         list[str] | None,
-        typer.Option(
-            "-o", "--option", metavar="KEY=VALUE", show_default=False,
-            help="An option of the model, or a key of the recipe to override; repeatable.",
+        option(
+            "-o",
+            "--option",
+            metavar="KEY=VALUE",
+            help="An option of the model, or an override of the recipe; repeatable.",
         ),
     ] = None,
-    depth: Annotated[
-        int | None, typer.Option(help="Levels of modules to show. Default: all.", show_default=False, min=1)
-    ] = None,
-) -> None:  # fmt: skip
-    """Print a model's modules with their output shapes: what a method's pairs can name."""
+    depth: Annotated[int | None, option(min=1, help="Levels of modules to print. Default: all.")] = None,
+) -> None:
+    """Print the modules of a model and the shapes of their outputs, which `pairs` of a method can name."""
     from tutelage.config import load_recipe
 
     if Path(model).is_file() or model.endswith((".yaml", ".yml")):
-        refused = [key for key, given in (("--shape", shape), ("--classes", classes)) if given is not None]
-        if refused:
-            raise ConfigError(f"{refused[0]} is for a model; a recipe's data decides", remedy="leave it out")
+        for key, given in (("--shape", shape), ("--classes", classes)):
+            if given is not None:
+                raise ConfigError(f"{key} is for a model; a recipe takes it from its data", remedy="leave it out")
         if of not in (None, "student", "teacher"):
             raise ConfigError(f"--of {of}: a recipe has no such model", remedy="allowed: student, teacher")
-        recipe = load_recipe(model, option or [])
+        recipe = load_recipe(model, option_ or [])
         from tutelage.cli.taps_survey import survey_recipe
         from tutelage.multistage.workflows import first_stage
 
@@ -58,11 +55,11 @@ def taps(
     else:
         if of is not None:
             raise ConfigError(f"--of {of} is for recipes, and {model} is none", remedy="leave it out")
-        size, options = _size(shape), _options(option or [])
+        size, options = _size(shape), _options(option_ or [])
         from tutelage.cli.taps_survey import survey_model
 
         surveys = [survey_model(model, size=size, classes=classes, options=options)]
-    _show_taps(surveys, depth)
+    _print(surveys, depth)
 
 
 def _size(shape: str | None) -> tuple[int, ...] | None:
@@ -71,8 +68,8 @@ def _size(shape: str | None) -> tuple[int, ...] | None:
     parts = shape.lower().split("x")
     if len(parts) not in (1, 3) or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise ConfigError(
-            f"--shape {shape} is no shape of one example",
-            remedy="CHANNELSxHEIGHTxWIDTH of an image, such as 3x64x64, or a number of tokens, such as 16",
+            f"--shape {shape} is not the shape of one example",
+            remedy="give CHANNELSxHEIGHTxWIDTH for images, as in 3x64x64, or a number of tokens, as in 16",
         )
     return tuple(int(p) for p in parts)
 
@@ -89,53 +86,54 @@ def _options(given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _show_taps(surveys: list[Survey], depth: int | None) -> None:
+def _print(surveys: list[Survey], depth: int | None) -> None:
     from rich.console import Console
     from rich.text import Text
-    from rich.tree import Tree
 
     console = Console(soft_wrap=True)
     for survey in surveys:
-        auto = {path: size for size, path in survey.stages.items()}
-        trees: dict[str, Tree] = {}
         console.print(Text.assemble((survey.title, "bold"), f"  on {survey.inputs}"))
-        for node in survey.nodes:
-            parent, _, name = node.path.rpartition(".")
-            level = node.path.count(".") + 1 if node.path else 0
-            if depth is not None and level > depth:
-                continue
-            ran = node.calls > 0
-            plain = len(node.outputs) == 1 and not node.outputs[0][0]
-            line = Text.assemble((name or "(the model)", "bold" if ran else "dim"), ("  " + node.kind, "dim"))
-            if plain:
-                line.append("  " + node.outputs[0][1], "cyan")
-            if node.calls > 1:
-                line.append(f"  x{node.calls}", "yellow")
-            if node.parameters:
-                line.append(f"  {node.parameters:,}", "dim")
-            if not ran:
-                line.append("  did not run", "dim yellow")
-            if level == depth and node.inside:
-                line.append(f"  +{node.inside} inside", "dim")
-            if node.path in auto:
-                line.append("  auto {}x{}".format(*auto[node.path]), "green")
-            tree = trees[parent].add(line) if node.path else Tree(line, guide_style="dim")
-            trees[node.path] = tree
-            for key, text in () if plain else node.outputs:
-                tree.add(Text.assemble((key, "magenta"), ("  " + text, "cyan")))
-        console.print(trees[""])
-        found = ", ".join("{} ({}x{})".format(path, *size) for path, size in auto.items())
-        console.print(
-            Text(
-                f"pairs: auto would take {found}"
-                if found
-                else "pairs: auto finds no feature maps here: name the taps"
-            )
-        )
+        auto = {path: size for size, path in survey.stages.items()}
+        console.print(_tree(survey.nodes, auto, depth))
+        paths = ", ".join("{} ({}x{})".format(path, *size) for path, size in auto.items())
+        none = "pairs: auto finds no feature maps here: name the taps"
+        console.print(Text(f"pairs: auto would take {paths}" if paths else none))
         console.print()
     if len(surveys) == 2:
         both = [size for size in surveys[0].stages if size in surveys[1].stages]
-        found = ", ".join("{} with {} ({}x{})".format(*(s.stages[size] for s in surveys), *size) for size in both)
+        pairs = ", ".join("{} with {} ({}x{})".format(*(s.stages[size] for s in surveys), *size) for size in both)
         console.print(
-            Text(f"pairs: auto would pair {found}" if found else "pairs: auto would find no resolution in both")
+            Text(f"pairs: auto would pair {pairs}" if pairs else "pairs: auto would find no resolution in both")
         )
+
+
+def _tree(nodes: list[Node], auto: dict[str, tuple[int, int]], depth: int | None) -> Tree:
+    """The modules down to ``depth``; ``auto`` has the sizes of the feature maps that ``pairs: auto`` takes."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    trees: dict[str, Tree] = {}
+    for node in nodes:
+        parent, _, name = node.path.rpartition(".")
+        level = node.path.count(".") + 1 if node.path else 0
+        if depth is not None and level > depth:
+            continue
+        ran = node.calls > 0
+        single = len(node.outputs) == 1 and not node.outputs[0][0]
+        line = Text.assemble((name or "(the model)", "bold" if ran else "dim"), ("  " + node.kind, "dim"))
+        if single:
+            line.append("  " + node.outputs[0][1], "cyan")
+        if node.calls > 1:
+            line.append(f"  x{node.calls}", "yellow")
+        if node.parameters:
+            line.append(f"  {node.parameters:,}", "dim")
+        if not ran:
+            line.append("  did not run", "dim yellow")
+        if level == depth and node.inside:
+            line.append(f"  +{node.inside} inside", "dim")
+        if node.path in auto:
+            line.append("  auto {}x{}".format(*auto[node.path]), "green")
+        trees[node.path] = trees[parent].add(line) if node.path else Tree(line, guide_style="dim")
+        for key, text in () if single else node.outputs:
+            trees[node.path].add(Text.assemble((key, "magenta"), ("  " + text, "cyan")))
+    return trees[""]

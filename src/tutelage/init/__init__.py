@@ -1,4 +1,4 @@
-"""Where a newcomer starts: recipes that ship, and one written for the user's own data and models."""
+"""A recipe for the user's own data, and the recipes of the package."""
 
 from tutelage.init.detect_data import TASKS, DataDescription, describe_data
 from tutelage.init.recipe_template import draft_recipe

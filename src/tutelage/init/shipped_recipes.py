@@ -1,4 +1,4 @@
-"""The recipes that come with the package."""
+"""The recipes of the package."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from tutelage.errors import ConfigError, suggest
 
 
 def list_recipes() -> dict[str, str]:
-    """What each shipped recipe does, in one line, by name."""
+    """One line about each recipe of the package, by name."""
     return {name: _about(file.read_text(encoding="utf-8")) for name, file in _files().items()}
 
 
 def read_recipe(name: str) -> str:
-    """The YAML of a shipped recipe.
+    """Read a recipe of the package as YAML.
 
     Args:
-        name: as :func:`list_recipes` lists it; ``recipes/NAME.yaml`` will do too.
+        name: a name from :func:`list_recipes`, or ``recipes/NAME.yaml``.
 
     Raises:
-        ConfigError: there is none of that name; names the nearest.
+        ConfigError: there is no such recipe.
     """
     files, bare = _files(), name.rpartition("/")[2].removesuffix(".yaml")
     if bare not in files:
         raise ConfigError(
-            f"no shipped recipe is called {name!r}" + suggest(bare, list(files)),
+            f"the package has no recipe {name!r}" + suggest(bare, list(files)),
             remedy="`tutelage recipes` lists them",
         )
     return files[bare].read_text(encoding="utf-8")
@@ -34,12 +34,11 @@ def read_recipe(name: str) -> str:
 
 def _files() -> dict[str, Traversable]:
     folder = resources.files("tutelage") / "recipes"
-    found = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
-    return dict(sorted(found.items()))
+    return dict(sorted((f.name.removesuffix(".yaml"), f) for f in folder.iterdir() if f.name.endswith(".yaml")))
 
 
 def _about(text: str) -> str:
-    """The first sentence of the comment that a recipe begins with."""
+    """The first sentence of the comment at the start of a recipe."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#") or line.strip() == "#":
