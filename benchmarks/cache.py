@@ -196,7 +196,7 @@ def read(batches: int) -> dict[str, Any]:
                 start = time.perf_counter()
                 for ids in wanted:
                     position = reader.find(ids, ids)
-                    layout.decode(reader.rows(position)[1], None, "cpu")
+                    layout.decode(reader.rows(position)[1], Needs(hidden=tuple(layout.hidden)), "cpu")
                 rate = size * batches / (time.perf_counter() - start)
                 found[f"{width} classes, batches of {size}"] = {"rows_per_second": rate, "shards": len(reader.shards)}
                 print(width, size, f"{rate:,.0f} rows a second", flush=True)
@@ -236,13 +236,13 @@ def cold(rounds: int) -> dict[str, Any]:
                 for now, following in pairwise(wanted):
                     start = time.perf_counter()
                     if way == "told":
-                        reader.expect(reader.find(following, following))
+                        reader.prefetch(reader.find(following, following))
                         hints.append(1000 * (time.perf_counter() - start))
                     start = time.perf_counter()
                     while time.perf_counter() - start < 0.02:
                         pass
                     start = time.perf_counter()
-                    layout.decode(reader.rows(reader.find(now, now))[1], None, "cpu")
+                    layout.decode(reader.rows(reader.find(now, now))[1], Needs(hidden=tuple(layout.hidden)), "cpu")
                     waited.append(1000 * (time.perf_counter() - start))
                 read_bytes[way] += psutil.Process().io_counters().read_bytes - before
                 del reader
@@ -313,7 +313,7 @@ def fidelity(most: int) -> dict[str, Any]:
                 sums["full"] += (_gradient(s, Signal(t), temperature).T @ hidden).double()
                 for name, layout in layouts.items():
                     columns = layout.encode(Signal(t), seeds)
-                    signal = layout.decode(columns, temperature, "cpu")
+                    signal = layout.decode(columns, Needs(temperature=temperature), "cpu")
                     sums[name] += (_gradient(s, signal, temperature).T @ hidden).double()
                     bytes_of[name] += _bytes(columns)
                     if signal.sparse is not None:

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
+from tutelage.taps import Needs
 from tutelage.teachers import Layout, Signal, Sparse
 from tutelage.teachers.cache.columns import nbytes
 
@@ -273,7 +274,7 @@ def measure(
             sharing = {key: pair for key, pair in sharing.items() if pair[1][0] in targets}
         for layout, alike in sharing.values():
             columns = layout.encode(Signal(said.unsqueeze(0)), torch.tensor([number]), counted)
-            read = layout.decode(columns, 1.0, "cpu", counted=counted).sparse
+            read = layout.decode(columns, Needs(temperature=1.0), "cpu", counted=counted).sparse
             assert read is not None
             for name in alike:
                 size[name] += nbytes(columns)

@@ -158,7 +158,7 @@ def test_the_system_is_told_of_the_pages_of_the_rows_that_come_and_of_no_others(
     reader.shards = [shard._replace(mapped=t) for shard, t in zip(reader.shards, told, strict=True)]  # type: ignore[arg-type]
     ids = np.array([50, 3, 170]) * 7
     position = reader.find(ids, np.zeros_like(ids))
-    reader.expect(position)
+    reader.prefetch(position)
     _, columns = reader.rows(position)
     for number, count in ((0, 2), (1, 1)):
         shard, spans = reader.shards[number], told[number].spans
@@ -185,7 +185,7 @@ def test_a_student_of_a_cache_larger_than_memory_is_the_same_and_each_batch_is_a
     api.run(build_recipe(json.loads(json.dumps(recipe))), out=tmp_path / "a", terminal=SILENT)
     monkeypatch.setattr("tutelage.teachers.cache.reader.memory_for_cache", lambda: 0)
     happened: list[tuple[str, tuple[int, ...]]] = []
-    for name in ("expect", "rows"):
+    for name in ("prefetch", "rows"):
         whole = getattr(CacheReader, name)
 
         def noted(self: CacheReader, positions: Any, name: str = name, whole: Any = whole) -> Any:
@@ -196,8 +196,8 @@ def test_a_student_of_a_cache_larger_than_memory_is_the_same_and_each_batch_is_a
     api.run(build_recipe(json.loads(json.dumps(recipe))), out=tmp_path / "b", terminal=SILENT)
     file = Path("models") / "distilled-seed0" / "model.safetensors"
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert [name for name, _ in happened[:6]] == ["expect", "expect", "rows", "expect", "rows", "expect"]
-    announced = [positions for name, positions in happened if name == "expect"]
+    assert [name for name, _ in happened[:6]] == ["prefetch", "prefetch", "rows", "prefetch", "rows", "prefetch"]
+    announced = [positions for name, positions in happened if name == "prefetch"]
     assert announced == [positions for name, positions in happened if name == "rows"]
     assert len(announced) == 12
 
@@ -263,7 +263,7 @@ def test_the_sample_is_unbiased_and_drawn_by_the_row(tmp_path: Path) -> None:
         from tutelage.teachers import Signal
 
         columns = layout.encode(Signal(logits.expand(n, -1)), torch.arange(n))
-        part = layout.decode(columns, 2.0, "cpu").sparse
+        part = layout.decode(columns, Needs(temperature=2.0), "cpu").sparse
         assert part is not None
         mean.scatter_add_(0, part.index.flatten(), part.values.double().flatten() / n)
         p = (logits[0] / 2).double().softmax(-1)

@@ -105,7 +105,7 @@ def test_shards_are_joined_and_rows_that_came_twice_go(tmp_path: Path) -> None:
             writer_only.fill(some(20, start))
             assert writer_only.writer is not None
             writer_only.writer.flush()
-            writer_only.pending.clear()
+            writer_only._pending.clear()
         writer_only.close()
     assert "twice" in verify_cache(folder)[0]
     before = CachedTeacher(folder, layout, FROM).signal(some(), Needs(temperature=4.0)).sparse
@@ -153,7 +153,7 @@ def test_several_write_and_read_one_cache(tmp_path: Path) -> None:
     for cache in both:
         assert cache.writer is not None
         cache.writer.flush()
-        cache.looked = -100.0
+        cache._refresh_time = -100.0
     asked = both[0].computed_rows
     for start in range(0, 80, 10):
         both[0].signal(some(10, start), Needs())

@@ -48,7 +48,7 @@ def part(kept: Layout, said: Tensor, temperature: float = 1.0, first: int = 0) -
     """What is read of ``[B, L, C]`` logits."""
     counted = torch.ones(said.shape[:2], dtype=torch.bool)
     columns = kept.encode(Signal(said), torch.arange(first, first + len(said)), counted)
-    found = kept.decode(columns, temperature, "cpu", counted=counted).sparse
+    found = kept.decode(columns, Needs(temperature=temperature), "cpu", counted=counted).sparse
     assert found is not None
     return found
 

@@ -113,7 +113,7 @@ def test_a_head_comes_back_in_float32() -> None:
 def test_int8_is_what_rounding_to_127_steps_gives() -> None:
     linear, x = nn.Linear(33, 5), torch.randn(2, 3, 33)
     layer = Int8Linear(linear)
-    assert layer.whole.dtype == torch.int8
+    assert layer.quantised.dtype == torch.int8
     steps = x.abs().amax(-1, keepdim=True) / 127
     rounded = (x / steps).round() * steps
     weight, bias = linear.weight.detach(), linear.bias.detach()

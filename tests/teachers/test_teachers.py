@@ -66,7 +66,7 @@ def test_memory_gives_the_live_logits_by_sample_whatever_the_order() -> None:
 def test_memory_refuses_other_samples_other_views_and_other_needs() -> None:
     data = load_images("digits", limit=50, augment=["flip"])
     memory = MemoryTeacher(LiveTeacher(unsettled()), SequentialBatches(data.train))
-    with pytest.raises(CapabilityError, match="nothing is remembered"):
+    with pytest.raises(CapabilityError, match="no teacher outputs in memory"):
         memory.signal(data.test.fetch(torch.arange(4)), Needs())
     with pytest.raises(CapabilityError, match="another view"):
         memory.signal(data.train.fetch(torch.arange(4), torch.arange(4)), Needs())
@@ -95,7 +95,7 @@ def test_hidden_states_are_remembered_row_by_row() -> None:
     for tap in needs.hidden:
         torch.testing.assert_close(said.hidden[tap], expected.hidden[tap])
     assert memory.signal(batch, Needs(logits=False, hidden=("stages.0",))).logits is None
-    with pytest.raises(CapabilityError, match=r"stages\.1 of the teacher is not remembered"):
+    with pytest.raises(CapabilityError, match=r"stages\.1 of the teacher is not in memory"):
         memory.signal(batch, Needs(hidden=("stages.1",)))
 
 

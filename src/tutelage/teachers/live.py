@@ -1,4 +1,4 @@
-"""A teacher that is a model in this process."""
+"""A teacher that runs a model in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
 from tutelage.data.loader import current_rank
-from tutelage.errors import CapabilityError
+from tutelage.errors import CapabilityError, shorten
 from tutelage.taps import Needs, Observer, compile_apart
 from tutelage.teachers.int8 import quantise_linear_layers
 from tutelage.teachers.sharding import find_blocks, shard_model
@@ -22,36 +22,35 @@ from tutelage.teachers.signal import Signal
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types of numbers that a whole model can be in."""
+"""Types to which a model can be converted."""
 
 
 class LiveTeacher:
-    """A frozen model: no gradient, evaluation mode at every call, out of reach of the student's training.
+    """A frozen model: no gradient, and evaluation mode at every call.
 
-    It is not an ``nn.Module`` itself, so it cannot end up in a student's parameters, state dict,
-    optimizer or distributed wrapper. Whatever else switches the model to training mode, each call
-    switches it back first, so its batch statistics never move and its dropout is off. Its taps stay on the model
-    from the first signal that needs them to the end of this object, or :meth:`close`; whatever else runs the model
-    is not recorded.
+    It is not an ``nn.Module``, so it cannot become part of a student's parameters, state dict, optimizer or
+    distributed wrapper. Every call switches the model to evaluation mode first, so its batch statistics never change
+    and its dropout is off, even if other code switches the model to training mode. Its taps stay on the model from
+    the first signal that needs them until :meth:`close` or the end of this object. They record nothing when other
+    code runs the model.
 
-    What makes it faster never touches ``model``: with a ``dtype`` a copy of it runs, compiled or not, made at the
-    first signal and again after :meth:`to`. Signals are float32 on the batch's device whatever runs.
+    Speed options never change ``model``: with a ``dtype`` or ``compile`` a copy runs, which the first signal after
+    construction or :meth:`to` creates. Signals are float32 on the batch's device in every case.
 
     Args:
         model: any module; its parameters are frozen in place and their gradients dropped.
-        mode: ``eval``, or ``train_bn`` to normalise by the statistics of the batch at hand. The
-            running statistics stay as they are in both.
-        dtype: ``bf16`` or ``fp16``, the numbers that a copy of the model computes in, whatever mixed precision the
-            student has; ``int8``, linear layers of a copy quantised, on a CPU.
-        compile: ``torch.compile`` what runs.
-        batch_size: most rows that run at once; a longer batch is cut and what is said of its parts put together.
-        device: where it runs. Default: where :meth:`to` put it.
-        sharded: where a launcher started several processes, each keeps a part of its blocks' weights (FSDP2) where it
-            runs; ``model`` stays whole where it is, on the CPU. The processes must ask it the same number of times.
+        mode: ``eval``, or ``train_bn`` to normalise by the statistics of the batch. Running statistics never change.
+        dtype: ``bf16`` or ``fp16``: a copy of the model computes in it, independently of the student's mixed
+            precision. ``int8``: a copy with quantised linear layers, on a CPU.
+        compile: apply ``torch.compile``.
+        batch_size: largest number of rows that run at once; longer batches are split, and their signals concatenated.
+        device: where the model runs. Default: the device of :meth:`to`.
+        sharded: with several processes, each holds a part of the weights of the model's blocks (FSDP2). ``model``
+            itself stays complete on the CPU. All processes must call :meth:`signal` the same number of times.
 
     Raises:
-        CapabilityError: unknown mode or dtype, ``train_bn`` without batch norm or in parts of a batch, ``int8``
-            without a linear layer or on a GPU; ``sharded`` with what runs another way, or without blocks.
+        CapabilityError: unknown mode or dtype; ``train_bn`` without batch norm or with ``batch_size``; ``int8``
+            without a linear layer or on a GPU; ``sharded`` with another option, or without blocks.
     """
 
     def __init__(
@@ -68,19 +67,21 @@ class LiveTeacher:
         if mode not in ("eval", "train_bn"):
             raise CapabilityError(f"unknown teacher mode {mode!r}", remedy="allowed: eval, train_bn")
         if dtype not in (None, "int8", *FLOATS):
-            raise CapabilityError(f"unknown dtype {dtype!r} of a teacher", remedy="allowed: bf16, fp16, int8")
+            raise CapabilityError(f"unknown teacher dtype {dtype!r}", remedy="allowed: bf16, fp16, int8")
         if batch_size is not None and batch_size < 1:
-            raise CapabilityError(f"batch_size={batch_size} of a teacher", remedy="give at least 1")
+            raise CapabilityError(f"the teacher has batch_size={batch_size}", remedy="set at least 1")
         others = {"mode": mode == "train_bn", "dtype": dtype == "int8", "compile": compile, "batch_size": batch_size,
                   "device": device}  # fmt: skip
         if sharded and any(others.values()):
-            key = next(k for k, given in others.items() if given)
-            raise CapabilityError(f"a sharded teacher runs as it is, and {key} is set", remedy=f"leave {key} out")
+            key = next(k for k, value in others.items() if value)
+            raise CapabilityError(
+                f"a sharded teacher takes no other option, and {key} is set", remedy=f"remove {key}"
+            )
         if sharded:
             find_blocks(model)
         self.sharded = sharded
         self.model = model.requires_grad_(False).eval()
-        self.model.zero_grad(set_to_none=True)  # what its own training left
+        self.model.zero_grad(set_to_none=True)
         self.mode, self.dtype, self.compile, self.batch_size = mode, dtype, compile, batch_size
         self.device = None if device is None else _device(device)
         self.provides = frozenset({"logits", "hidden"} if dtype == "int8" else {"logits", "hidden", "head"})
@@ -90,20 +91,20 @@ class LiveTeacher:
         self._here = torch.device("cpu")
         if mode == "train_bn" and not any(isinstance(m, _BatchNorm) for m in model.modules()):
             raise CapabilityError(
-                f"teacher mode 'train_bn', but {type(model).__name__} has no batch norm", remedy="use mode: eval"
+                f"teacher mode is 'train_bn', and {type(model).__name__} has no batch norm", remedy="set mode: eval"
             )
         if mode == "train_bn" and batch_size is not None:
             raise CapabilityError(
-                "teacher mode 'train_bn' normalises by the whole batch, and batch_size would cut it",
-                remedy="leave batch_size out, or use mode: eval",
+                "teacher mode 'train_bn' normalises by the whole batch, and batch_size splits it",
+                remedy="remove batch_size, or set mode: eval",
             )
         if dtype == "int8":
-            quantise_linear_layers(model)  # whether it can be, before anything is trained
+            quantise_linear_layers(model)  # an early error if there is nothing to quantise
         if self.device is not None:
             model.to(self.device)
 
     def to(self, device: torch.device | str) -> Self:
-        """This teacher, its model moved to ``device`` unless it has one of its own."""
+        """Move the model to ``device``, unless the teacher has a device of its own; returns the teacher."""
         self.close()
         self._here = torch.device(device)
         if not (self.sharded and current_rank().world > 1):
@@ -111,34 +112,34 @@ class LiveTeacher:
         return self
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
-        """The model's word on the batch, without gradient.
+        """The model's output for the batch, without gradient.
 
         Raises:
             CapabilityError: the model cannot run in its ``dtype``.
         """
-        needs = replace(needs, temperature=None)  # logits are whole, whatever softens them
+        needs = replace(needs, temperature=None)  # dense logits serve every temperature
         batch = batch.for_teacher()
-        here, size = batch.labels.device, self.batch_size or len(batch)
+        device, size = batch.labels.device, self.batch_size or len(batch)
         if self.device is not None:
             batch = batch.to(self.device)
         starts = range(0, max(len(batch), 1), max(size, 1))
-        said = [self._run(batch.rows(i, i + size) if len(batch) > size else batch, needs) for i in starts]
-        return _moved(_joined(said), here)
+        signal = _concat([self._run(batch.rows(i, i + size) if len(batch) > size else batch, needs) for i in starts])
+        return signal.map(lambda x: x if x.device == device else x.to(device, non_blocking=device.type != "cpu"))
 
     def close(self) -> None:
-        """Take the taps off the model, and drop its copies; the next signal makes them again."""
+        """Remove the taps from the model and delete its copies; the next signal creates them again."""
         while self._observers:
             self._observers.popitem()[1].close()
         self._modules, self._parts = [], None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes to another process: taps are put on there."""
+        """The state without taps and copies, which another process creates again."""
         return {**self.__dict__, "_observers": {}, "_modules": [], "_parts": None}
 
     def _run(self, batch: Batch, needs: Needs) -> Signal:
         observer = self._observers.get(needs)
         if observer is None:
-            observer = self._observers[needs] = self._opened(needs)
+            observer = self._observers[needs] = self._open(needs)
         if any(m.training for m in self._modules):
             for module in (self.model, observer.model):
                 module.eval()
@@ -148,31 +149,28 @@ class LiveTeacher:
             inputs = (
                 {k: _cast(v, cast) for k, v in inputs.items()} if isinstance(inputs, dict) else _cast(inputs, cast)
             )
-        # Not inference_mode: it is no faster (docs/log.md), and what it gives cannot be saved for backward.
+        # Not inference_mode: it is no faster (docs/log.md), and its outputs cannot be saved for backward.
         with torch.no_grad(), self._own_precision(batch.labels.device), self._batch_statistics(observer.model):
             try:
-                seen = observer(inputs)
+                output = observer(inputs)
             except NotImplementedError as error:
                 raise CapabilityError(
-                    f"the teacher cannot run in {self.dtype or 'its type of numbers'} here: {str(error)[:200]}",
-                    remedy="another teacher.inference.dtype, or none",
+                    f"the teacher cannot run in {self.dtype or 'its dtype'} on this device: {str(error)[:200]}",
+                    remedy="set another dtype for the teacher, or remove dtype",
                 ) from error
-        if self.dtype is None:
-            return Signal(seen.logits, seen.hidden, seen.head)
-        head = seen.head and seen.head.map(lambda x: x.float())
-        hidden = {tap: x.float() for tap, x in seen.hidden.items()}
-        return Signal(None if seen.logits is None else seen.logits.float(), hidden, head)
+        signal = Signal(output.logits, output.hidden, output.head)
+        return signal if self.dtype is None else signal.map(Tensor.float)
 
-    def _opened(self, needs: Needs) -> Observer:
-        """An observer of what runs for these needs: the model, or a copy of it."""
+    def _open(self, needs: Needs) -> Observer:
+        """An observer of the module that runs for these needs: the model, or a copy of it."""
         runs = self.model
         if self.dtype in FLOATS:
             runs = copy.deepcopy(runs).to(FLOATS[self.dtype])
         elif self.dtype == "int8":
-            place = next(runs.parameters()).device
-            if place.type != "cpu":
+            device = next(runs.parameters()).device
+            if device.type != "cpu":
                 raise CapabilityError(
-                    f"int8 is for teachers on a CPU, this one is on {place}",
+                    f"dtype int8 runs on a CPU only, and the teacher is on {device}",
                     remedy="set teacher.inference.device: cpu, or dtype: bf16",
                 )
             runs = quantise_linear_layers(runs)
@@ -182,7 +180,7 @@ class LiveTeacher:
         if self.sharded and current_rank().world > 1:
             self._parts = runs = self._parts or shard_model(runs, self._here)
         observer = Observer(runs, needs)
-        if self.compile:  # after the taps, which a compiled model would ignore
+        if self.compile:  # after the taps, since a compiled model ignores later hooks
             compile_apart(runs)
         running = (self.model, runs, *(o.model for o in self._observers.values()))
         self._modules = list({id(m): m for model in running for m in model.modules()}.values())
@@ -203,7 +201,7 @@ class LiveTeacher:
             return
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         tracking = [m.track_running_stats for m in norms]
-        for m in norms:  # not tracking: the batch's own statistics are used and none are kept
+        for m in norms:  # without tracking, a batch norm uses the statistics of the batch and stores none
             m.training, m.track_running_stats = True, False
         try:
             yield
@@ -214,34 +212,24 @@ class LiveTeacher:
 
 def _device(device: torch.device | str) -> torch.device:
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(0, device=device)
+        return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         raise CapabilityError(
-            f"there is no device {str(device)!r} for the teacher: {str(error).splitlines()[0]}",
-            remedy="give cpu, cuda or cuda:1, as this machine has them, or leave it out",
+            f"there is no device {shorten(str(device))} for the teacher: {str(error).splitlines()[0]}",
+            remedy="set a device of this machine, such as cpu, cuda or cuda:1, or remove it",
         ) from None
-    return found
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
 
 
-def _moved(signal: Signal, device: torch.device) -> Signal:
-    def to(x: Tensor) -> Tensor:
-        return x if x.device == device else x.to(device, non_blocking=device.type != "cpu")
-
-    head = signal.head and signal.head.map(to)
-    logits = None if signal.logits is None else to(signal.logits)
-    return Signal(logits, {tap: to(x) for tap, x in signal.hidden.items()}, head)
-
-
-def _joined(said: Sequence[Signal]) -> Signal:
-    """What was said of the parts of a batch, as of the whole."""
-    first = said[0]
-    if len(said) == 1:
+def _concat(signals: Sequence[Signal]) -> Signal:
+    """The signal of a batch from the signals of its parts."""
+    first = signals[0]
+    if len(signals) == 1:
         return first
-    head = first.head and first.head._replace(inputs=torch.cat([s.head.inputs for s in said if s.head]))
-    logits = None if first.logits is None else torch.cat([s.dense() for s in said])
-    return Signal(logits, {tap: torch.cat([s.hidden[tap] for s in said]) for tap in first.hidden}, head)
+    head = first.head and first.head._replace(inputs=torch.cat([s.head.inputs for s in signals if s.head]))
+    logits = None if first.logits is None else torch.cat([s.dense() for s in signals])
+    return Signal(logits, {tap: torch.cat([s.hidden[tap] for s in signals]) for tap in first.hidden}, head)

@@ -1,4 +1,4 @@
-"""A teacher of which each process keeps a part: its blocks, whose weights are gathered one block at a time."""
+"""A teacher whose blocks are sharded over processes; weights are gathered one block at a time."""
 
 from __future__ import annotations
 
@@ -15,44 +15,45 @@ from tutelage.taps import output_head
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that follow one another: of its lists those that it says are not to be split, else the
-    longest list; without its output head and what shares a weight with something else.
+    """The consecutive layers of a model: modules in lists that ``_no_split_modules`` names, else the longest list.
+
+    The output head and layers that share a weight with another module are left out.
 
     Raises:
-        CapabilityError: it has none.
+        CapabilityError: the model has none.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     lists = [list(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-    found = [m for each in lists for m in each if type(m).__name__ in names] or max(lists, key=len, default=[])
+    candidates = [m for each in lists for m in each if type(m).__name__ in names] or max(lists, key=len, default=[])
     places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     try:
         head: nn.Module | None = output_head(model)
     except ModelError:
         head = None
-    found = [
+    blocks = [
         block
-        for block in found
+        for block in candidates
         if any(True for _ in block.parameters())
         and all(places[id(p)] == 1 for p in block.parameters())
         and all(m is not head for m in block.modules())
     ]
-    if not found:
+    if not blocks:
         raise CapabilityError(
-            f"{type(model).__name__} has no list of layers that could be kept in parts",
+            f"{type(model).__name__} has no list of layers to shard",
             where="teacher.inference.sharded",
-            remedy="leave it out, or put the teacher behind a server (teacher.endpoint)",
+            remedy="remove it, or put the teacher behind a server (teacher.endpoint)",
         )
-    return found
+    return blocks
 
 
 def shard_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """What runs in the place of ``model``: the same weights, of each block this process's part alone on ``device``.
+    """A copy of ``model`` of which ``device`` holds only this process's shard of each block.
 
-    Embeddings, norms and the output head are whole on every process. All processes must run it together. ``model``
-    stays as it is, where it is.
+    Embeddings, norms and the output head are complete on every process. All processes must run it together. ``model``
+    does not change.
     """
     own = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
-    memo: dict[int, Any] = dict(own)  # the same numbers, until they are moved
+    memo: dict[int, Any] = dict(own)  # share storage until the parameters move
     runs = copy.deepcopy(model, memo)
     blocks = find_blocks(runs)
     inside = {p for block in blocks for p in block.parameters()}

@@ -1,9 +1,9 @@
-"""What a teacher says about a batch, in one type for every kind of teacher."""
+"""The output of a teacher for a batch, in one type for every kind of teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -18,11 +18,11 @@ class Sparse:
     """Part of a distribution over classes, at one temperature.
 
     Attributes:
-        kind: ``topk``: the largest classes, with their log-probabilities; ``sampled``: draws, with weights whose
-            expectation is the distribution.
-        index: classes ``[..., k]``, int64.
-        values: ``[..., k]`` log-probabilities, or weights.
-        classes: how many there are in all.
+        kind: ``topk``: the largest classes with their log-probabilities; ``sampled``: random classes with weights,
+            whose expectation is the distribution.
+        index: ``[..., k]`` classes, int64.
+        values: ``[..., k]`` log-probabilities or weights.
+        classes: number of classes in total.
         temperature: T of the distribution.
     """
 
@@ -35,13 +35,13 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Signal:
-    """A teacher's word on one batch. It carries no gradient.
+    """A teacher's output for one batch, without gradient.
 
     Attributes:
         logits: dense scores ``[B, C]`` or ``[B, L, C]``, at temperature 1.
-        hidden: activations by module path.
-        head: input and weights of the output layer, from which a chunked loss makes logits itself.
-        sparse: part of the distribution, from a teacher that keeps no more.
+        hidden: activations by tap.
+        head: input and weights of the output layer, from which a chunked loss computes logits.
+        sparse: part of the distribution, from a teacher without dense logits.
     """
 
     logits: Tensor | None = None
@@ -49,17 +49,26 @@ class Signal:
     head: Head | None = None
     sparse: Sparse | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Signal:
+        """The signal with each of its tensors changed, apart from sparse ones."""
+        return replace(
+            self,
+            logits=None if self.logits is None else change(self.logits),
+            hidden={tap: change(x) for tap, x in self.hidden.items()},
+            head=self.head and self.head.map(change),
+        )
+
     def dense(self) -> Tensor:
-        """The dense logits; raises :class:`CapabilityError` when the signal has none."""
+        """The dense logits; raises :class:`CapabilityError` if the signal has none."""
         if self.logits is None:
             raise CapabilityError(
-                "the signal has no dense logits", remedy="declare needs=Needs(logits=True) in the method"
+                "the teacher's signal has no dense logits", remedy="declare needs=Needs(logits=True) in the method"
             )
         return self.logits
 
     @property
     def vocabulary(self) -> int | None:
-        """Number of classes, or size of the vocabulary."""
+        """The number of classes, or the size of the vocabulary."""
         if self.logits is not None:
             return self.logits.shape[-1]
         if self.sparse is not None:
@@ -68,13 +77,13 @@ class Signal:
 
 
 class Teacher(Protocol):
-    """Anything that gives a :class:`Signal` for a batch."""
+    """Any object that computes a :class:`Signal` for a batch."""
 
     @property
     def provides(self) -> frozenset[str]:
-        """Which of ``logits``, ``hidden``, ``head``, and of ``topk`` and ``sampled`` for logits, it can give."""
+        """What the teacher can compute: any of ``logits``, ``hidden``, ``head``, ``topk`` and ``sampled``."""
         ...
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
-        """Its word on the batch, as far as needed."""
+        """The teacher's output for the batch, as far as needed."""
         ...

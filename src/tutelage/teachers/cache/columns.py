@@ -1,4 +1,4 @@
-"""Rows as columns of numbers, of one width or of any."""
+"""Columns of numbers, with rows of one width or of different lengths."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 LONG = 64
-"""From this mean length on, rows are copied one by one: an index for each number would cost more than they."""
+"""Mean row length from which rows are copied one by one; for shorter rows, one index array is faster."""
 
 
 @dataclass
 class Ragged:
-    """Rows of different lengths: all values in a row, and where each row ends."""
+    """Rows of different lengths: the values of all rows, concatenated, and the length of each row."""
 
     values: Array
     lengths: Array
@@ -27,18 +27,18 @@ Columns = dict[str, Array | Ragged]
 
 
 def concat_columns(parts: Sequence[Columns]) -> Columns:
-    """Rows of several parts after each other."""
-    joined: Columns = {}
+    """The rows of several parts, concatenated."""
+    result: Columns = {}
     for name in parts[0]:
         columns = [part[name] for part in parts]
         if isinstance(columns[0], Ragged):
-            joined[name] = Ragged(
+            result[name] = Ragged(
                 np.concatenate([c.values for c in columns]),  # type: ignore[union-attr]
                 np.concatenate([c.lengths for c in columns]),  # type: ignore[union-attr]
             )
         else:
-            joined[name] = np.concatenate(columns)  # type: ignore[arg-type]
-    return joined
+            result[name] = np.concatenate(columns)  # type: ignore[arg-type]
+    return result
 
 
 def take_rows(columns: Columns, rows: Array) -> Columns:
@@ -55,16 +55,30 @@ def take_rows(columns: Columns, rows: Array) -> Columns:
 
 def take_ragged(values: Array, starts: Array, lengths: Array, rows: Array) -> Ragged:
     """The given rows of a ragged column."""
-    some = lengths[rows].astype(np.int64)
+    selected = lengths[rows].astype(np.int64)
     first = starts[rows].astype(np.int64)
-    if len(rows) and some.mean() >= LONG:
-        spans = zip(first.tolist(), (first + some).tolist(), strict=True)
-        return Ragged(np.concatenate([values[start:stop] for start, stop in spans]), some)
-    before = np.cumsum(some) - some
-    at = np.arange(int(some.sum())) + np.repeat(first - before, some)
-    return Ragged(values[at], some)
+    if len(rows) and selected.mean() >= LONG:
+        spans = zip(first.tolist(), (first + selected).tolist(), strict=True)
+        return Ragged(np.concatenate([values[start:stop] for start, stop in spans]), selected)
+    before = np.cumsum(selected) - selected
+    at = np.arange(int(selected.sum())) + np.repeat(first - before, selected)
+    return Ragged(values[at], selected)
 
 
 def nbytes(columns: Columns) -> int:
     """Bytes of all columns."""
     return sum(c.values.nbytes + 4 * len(c.lengths) if isinstance(c, Ragged) else c.nbytes for c in columns.values())
+
+
+def prefix_sums(values: Array) -> Array:
+    """``[N + 1]`` sums of the values before each place, from 0 to the total."""
+    out: Array = np.concatenate([[0], np.cumsum(values)]).astype(np.int64)
+    return out
+
+
+def sum_groups(values: Array, lengths: Array) -> Array:
+    """The sum of each group, where consecutive groups have ``lengths`` values."""
+    ends = np.cumsum(lengths)
+    total = prefix_sums(values)
+    out: Array = total[ends] - total[ends - lengths]
+    return out

@@ -1,13 +1,13 @@
-"""The files of a cache: a manifest, and shards that appear whole or not at all.
+"""The files of a cache: a manifest, and shards that are written atomically.
 
 ::
 
-    manifest.json               what is kept, and what it was made from; written once
+    manifest.json               the layout and the provenance; written once
     shard-RANK-TIME-N.arrow     one record batch: id, view, a digest of the input, and the columns of the layout
-    shard-RANK-TIME-N.json      its rows, its bytes and its SHA-256; there only once the shard is complete
-    head.safetensors, head.json the output head, of a cache that keeps what goes into it, and the same of that
+    shard-RANK-TIME-N.json      side file: rows, bytes and SHA-256 of the shard; exists only for a complete shard
+    head.safetensors, head.json the output head of a cache of head inputs, and its side file
 
-Every JSON file holds a checksum of itself and must be, byte for byte, what this module writes.
+Every JSON file contains a checksum of itself and must be, byte for byte, what this module writes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shard(NamedTuple):
 
 @contextmanager
 def wrap_os_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal into a :class:`CacheError`."""
+    """Turn an error of the operating system into a :class:`CacheError`."""
     try:
         yield
     except CacheError:
@@ -54,13 +54,13 @@ def wrap_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CacheError(
             f"cannot be written: {refusal(error)}", where=str(path),
-            remedy="what is there stays valid: make room or choose another folder, then go on",
+            remedy="free some space or choose another folder, and run again; rows that are on disk stay valid",
         ) from error  # fmt: skip
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file that is at ``path`` whole or not at all: a draft, synced, then renamed."""
+def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears at ``path`` only when it is complete: a synced draft, then a rename."""
     draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name}")
     with wrap_os_errors(path.parent):
         try:
@@ -74,39 +74,39 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-# JSON that knows itself ----------------------------------------------------------------------------------
+# JSON with a checksum --------------------------------------------------------------------------------------
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:
     plain = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True)
-    whole = {**content, "checksum": hashlib.sha256(plain.encode()).hexdigest()}
-    return (json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+    full = {**content, "checksum": hashlib.sha256(plain.encode()).hexdigest()}
+    return (json.dumps(full, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with its checksum."""
-    with _appearing(path) as file:
+    with _atomic_file(path) as file:
         file.write(_sealed(content))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What :func:`write_sealed` wrote.
+    """Read and verify what :func:`write_sealed` wrote.
 
     Raises:
-        CacheError: missing, or not byte for byte what was written.
+        CacheError: the file is missing or damaged.
     """
     try:
         raw = path.read_bytes()
         content = json.loads(raw)
         content.pop("checksum")
         if _sealed(content) != raw:
-            raise ValueError("its checksum is not that of its content")
+            raise ValueError("checksum and content differ")
     except FileNotFoundError:
-        raise CacheError("there is no such file", where=str(path), remedy="is this the folder of a cache?") from None
+        raise CacheError("file not found", where=str(path), remedy="give the folder of a cache") from None
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CacheError(
-            f"is damaged: {error}", where=str(path), remedy="delete it with its shard; these rows are written again"
-            if path.name != MANIFEST else "this cache cannot be trusted: write another",
+            f"the file is damaged: {error}", where=str(path), remedy="delete the file and its shard; the next run "
+            "writes these rows again" if path.name != MANIFEST else "delete this cache and write another",
         ) from None  # fmt: skip
     return dict(content)
 
@@ -119,16 +119,16 @@ def write_manifest(folder: Path, layout: Layout, made_from: Mapping[str, Any]) -
 
 
 def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any]]:
-    """What a cache keeps and what it was made from.
+    """The layout and the provenance of a cache.
 
     Raises:
-        CacheError: no cache, a damaged manifest, or one of another version.
+        CacheError: there is no cache, or its manifest is damaged or of another format.
     """
     content = read_sealed(folder / MANIFEST)
     if content.get("format") != FORMAT:
         raise CacheError(
-            f"is of format {content.get('format')}, this version reads {FORMAT}", where=str(folder),
-            remedy="write it again, or use the version that wrote it",
+            f"the cache has format {content.get('format')}, and this version reads {FORMAT}", where=str(folder),
+            remedy="write the cache again, or use the version of tutelage that wrote it",
         )  # fmt: skip
     return Layout.from_dict(content["layout"]), dict(content["made_from"])
 
@@ -137,12 +137,12 @@ def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any]]:
 
 
 def has_output(folder: Path) -> bool:
-    """Whether the output head is there, whole."""
+    """Whether the output head is stored completely."""
     return (folder / f"{HEAD}.json").exists()
 
 
 def write_output(folder: Path, output: OutputLayer) -> None:
-    """Write the output head, in its own type of numbers."""
+    """Write the output head, in its own dtype."""
     numbers = {"scale": output.scale, "softcap": output.softcap}
     tensors = {
         name: x.detach().cpu().contiguous()
@@ -150,50 +150,50 @@ def write_output(folder: Path, output: OutputLayer) -> None:
         if x is not None
     }
     raw = save(tensors)
-    with _appearing(folder / f"{HEAD}.safetensors") as file:
+    with _atomic_file(folder / f"{HEAD}.safetensors") as file:
         file.write(raw)
     write_sealed(folder / f"{HEAD}.json", {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} | numbers)
 
 
 def read_output(folder: Path) -> OutputLayer:
-    """What :func:`write_output` wrote.
+    """Read and verify what :func:`write_output` wrote.
 
     Raises:
-        CacheError: missing, or not what was written.
+        CacheError: the head is missing or damaged.
     """
-    known, path = read_sealed(folder / f"{HEAD}.json"), folder / f"{HEAD}.safetensors"
+    side, path = read_sealed(folder / f"{HEAD}.json"), folder / f"{HEAD}.safetensors"
     raw = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(raw).hexdigest() != known["sha256"]:
+    if hashlib.sha256(raw).hexdigest() != side["sha256"]:
         raise CacheError(
-            "is missing or does not hold what was written", where=str(path),
-            remedy=f"delete it and {HEAD}.json; it is written again",
+            "the output head is missing, or its SHA-256 differs", where=str(path),
+            remedy=f"delete it and {HEAD}.json; the next run writes both again",
         )  # fmt: skip
     tensors = load(raw)
-    return OutputLayer(tensors["weight"], tensors.get("bias"), known["scale"], known["softcap"])
+    return OutputLayer(tensors["weight"], tensors.get("bias"), side["scale"], side["softcap"])
 
 
 # Shards ----------------------------------------------------------------------------------------------------
 
 
 def schema(layout: Layout) -> pa.Schema:
-    """Arrow's schema of a shard."""
+    """The Arrow schema of a shard."""
     fields = [pa.field("id", pa.int64()), pa.field("view", pa.int64()), pa.field("digest", pa.uint64())]
-    for name, (width, dtype) in layout.widths().items():
+    for name, (width, dtype) in layout.fixed_columns().items():
         fields.append(pa.field(name, pa.list_(pa.from_numpy_dtype(dtype), width)))
-    for name, dtype in layout.ragged().items():
+    for name, dtype in layout.ragged_columns().items():
         fields.append(pa.field(name, pa.list_(pa.from_numpy_dtype(dtype))))
     return pa.schema(fields)
 
 
 def write_shard(folder: Path, name: str, layout: Layout, keys: Mapping[str, Array], columns: Columns) -> Shard:
-    """Write a shard and, once it is on disk under its name, its side file."""
+    """Write a shard, then its side file."""
     arrays = [pa.array(keys[key]) for key in ("id", "view", "digest")]
-    for column, (width, _) in layout.widths().items():
+    for column, (width, _) in layout.fixed_columns().items():
         values = columns[column]
         assert isinstance(values, np.ndarray)
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
         arrays.append(pa.FixedSizeListArray.from_arrays(flat, width))
-    for column in layout.ragged():
+    for column in layout.ragged_columns():
         ragged = columns[column]
         assert isinstance(ragged, Ragged)
         offsets = np.zeros(len(ragged.lengths) + 1, dtype=np.int32)
@@ -201,7 +201,7 @@ def write_shard(folder: Path, name: str, layout: Layout, keys: Mapping[str, Arra
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(ragged.values)))
     batch = pa.record_batch(arrays, schema=schema(layout))
     path = folder / f"{name}.arrow"
-    with _appearing(path) as file:
+    with _atomic_file(path) as file:
         sink = _Hashed(file)
         with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
             writer.write_batch(batch)
@@ -232,67 +232,64 @@ class _Hashed:
         return self.size
 
     def close(self) -> None:
-        """The file stays open: it is synced first."""
+        """Leave the file open; the caller syncs and closes it."""
 
 
 def complete_shards(folder: Path) -> list[Shard]:
     """Every shard with a side file, by name.
 
     Raises:
-        CacheError: a damaged side file, or a shard that is missing or of another size.
+        CacheError: a side file is damaged, or a shard is missing or has another size.
     """
-    return [_shard(folder, side, read_sealed(side)) for side in sorted(folder.glob("shard-*.json"))]
+    return [read_side_file(side) for side in side_files(folder)]
 
 
-def _shard(folder: Path, side: Path, known: Mapping[str, Any]) -> Shard:
-    shard = Shard(folder / str(known["shard"]), known["rows"], known["bytes"], known["sha256"])
+def side_files(folder: Path) -> list[Path]:
+    """The side files of all complete shards, by name."""
+    return sorted(folder.glob("shard-*.json"))
+
+
+def read_side_file(side: Path) -> Shard:
+    """The shard that a side file describes.
+
+    Raises:
+        CacheError: the side file is damaged, or the shard is missing or has another size.
+    """
+    content = read_sealed(side)
+    shard = Shard(side.parent / str(content["shard"]), content["rows"], content["bytes"], content["sha256"])
     if shard.path.stem != side.stem:
-        raise CacheError(f"is of another shard, {known['shard']}", where=str(side), remedy="delete it")
+        raise CacheError(f"the side file names another shard, {shard.path.name}", where=str(side), remedy="delete it")
     size = shard.path.stat().st_size if shard.path.is_file() else None
     if size != shard.size:
         raise CacheError(
-            "is missing" if size is None else f"has {size:,} bytes where {shard.size:,} were written",
-            where=str(shard.path), remedy=f"delete it and {side.name}; these rows are written again",
+            "the shard is missing" if size is None else f"has {size:,} bytes where {shard.size:,} were written",
+            where=str(shard.path), remedy=f"delete it and {side.name}; the next run writes these rows again",
         )  # fmt: skip
     return shard
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_shard(shard: Shard) -> None:
-    """Raise :class:`CacheError` unless a shard holds the bytes that were written."""
-    if checksum(shard.path) != shard.sha256:
+    """Raise :class:`CacheError` unless a shard has the SHA-256 that its side file states."""
+    with shard.path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != shard.sha256:
         raise CacheError(
-            "does not hold what was written: its SHA-256 differs", where=str(shard.path),
-            remedy=f"delete it and {shard.path.with_suffix('.json').name}; these rows are written again",
+            "the shard is damaged: its SHA-256 differs", where=str(shard.path),
+            remedy=f"delete it and {shard.path.with_suffix('.json').name}; the next run writes these rows again",
         )  # fmt: skip
 
 
 def open_shard(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns, mmap.mmap]:
-    """Keys and columns of a shard, and its memory map: nothing is read until it is asked for."""
+    """Keys and columns of a shard, and its memory map. Numbers are read from disk on first access."""
     with shard.path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
     keys = {key: batch.column(key).to_numpy() for key in ("id", "view", "digest")}
     columns: Columns = {}
-    for name, (width, _) in layout.widths().items():
+    for name, (width, _) in layout.fixed_columns().items():
         columns[name] = batch.column(name).values.to_numpy().reshape(batch.num_rows, width)
-    for name in layout.ragged():
+    for name in layout.ragged_columns():
         array = batch.column(name)
         offsets = array.offsets.to_numpy()
         columns[name] = Ragged(array.values.to_numpy(), np.diff(offsets))
     return keys, columns, mapped
-
-
-def hash_keys(ids: Array, views: Array) -> Array:
-    """One number for each (id, view)."""
-    with np.errstate(over="ignore"):
-        mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= views.view(np.uint64) if views.dtype == np.int64 else views.astype(np.uint64)
-        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-        out: Array = mixed ^ (mixed >> np.uint64(32))
-    return out

@@ -1,4 +1,4 @@
-"""Looking at a cache, checking it, and joining its shards."""
+"""Inspects, verifies and compacts a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tutelage.teachers.cache.files import (
     open_shard,
     read_manifest,
     read_output,
-    read_sealed,
+    read_side_file,
+    side_files,
 )
 from tutelage.teachers.cache.layout import tokens_per_sample
 from tutelage.teachers.cache.reader import CacheReader
@@ -30,10 +31,10 @@ COMPACT_BYTES = 2**28
 
 
 def inspect_cache(folder: Path) -> dict[str, Any]:
-    """What a cache keeps, of how many samples and views, in how many bytes, and what it was made from.
+    """Layout, provenance, and the number of rows, samples, views and bytes of a cache.
 
     Raises:
-        CacheError: no cache, or a damaged one.
+        CacheError: there is no cache, or it is damaged.
     """
     layout, made_from = read_manifest(folder)
     shards = complete_shards(folder)
@@ -54,29 +55,35 @@ def inspect_cache(folder: Path) -> dict[str, Any]:
         "bytes": size,
         "bytes_per_row": size / rows if rows else 0.0,
         **({} if tokens is None else {"tokens": tokens, "bytes_per_token": size / max(tokens, 1)}),
-        "leftovers": [p.name for p in sorted(folder.glob("*")) if _leftover(p, shards)],
+        "leftovers": [path.name for path in _leftovers(folder, shards)],
     }
 
 
-def _leftover(path: Path, shards: Iterable[Shard]) -> bool:
+def _leftovers(folder: Path, shards: Iterable[Shard]) -> list[Path]:
+    """Files of interrupted writes: drafts, shards without a side file, an output head without a side file."""
     complete = {shard.path.name for shard in shards}
-    orphan = path.name == f"{HEAD}.safetensors" and not has_output(path.parent)
-    return path.name.startswith(DRAFT) or (path.suffix == ".arrow" and path.name not in complete) or orphan
+    return [
+        path
+        for path in sorted(folder.glob("*"))
+        if path.name.startswith(DRAFT)
+        or (path.suffix == ".arrow" and path.name not in complete)
+        or (path.name == f"{HEAD}.safetensors" and not has_output(folder))
+    ]
 
 
 def verify_cache(
     folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
 ) -> list[str]:
-    """Everything that is wrong with a cache, in words; empty where nothing is.
+    """Every defect of a cache, as messages; empty for an intact cache.
 
-    Checks the manifest, every side file and every shard byte by byte, and that keys and lengths fit.
+    Checks the manifest, every side file and every byte of every shard, and that keys and lengths fit.
     """
     try:
         layout, _ = read_manifest(folder)
     except TutelageError as error:
         return [str(error)]
     faults: list[str] = []
-    sides = sorted(folder.glob("shard-*.json"))
+    sides = side_files(folder)
     if "head" in layout.provides and (sides or has_output(folder)):
         try:
             read_output(folder)
@@ -84,21 +91,18 @@ def verify_cache(
             faults.append(str(error))
     for side in progress(sides, "checking shards"):
         try:
-            known = read_sealed(side)
-            shard = Shard(folder / str(known["shard"]), known["rows"], known["bytes"], known["sha256"])
-            if shard.path.stem != side.stem or not shard.path.is_file():
-                raise CacheError(f"its shard {known['shard']} is missing", where=str(side), remedy="delete it")
+            shard = read_side_file(side)
             check_shard(shard)
             keys, columns, _ = open_shard(shard, layout)
             if any(len(k) != shard.rows for k in keys.values()) or nbytes(columns) == 0:
-                raise CacheError("does not hold the rows that its side file names", where=str(shard.path))
+                raise CacheError("the shard does not have the rows that its side file states", where=str(shard.path))
         except (TutelageError, OSError, ValueError, KeyError) as error:
             faults.append(str(error))
     if not faults:
         try:
             duplicates = CacheReader(folder, verify=False).duplicates
             if duplicates:
-                faults.append(f"{folder}: {duplicates} rows are there twice\n  -> tutelage cache compact {folder}")
+                faults.append(f"{folder}: {duplicates} rows are stored twice\n  -> tutelage cache compact {folder}")
         except TutelageError as error:
             faults.append(str(error))
     return faults
@@ -107,16 +111,15 @@ def verify_cache(
 def compact_cache(
     folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
 ) -> dict[str, int]:
-    """Join the shards of a cache into few, each row once, and delete what is no longer needed.
+    """Merge the shards of a cache into few, each row once, and delete files that are not needed any more.
 
-    New shards are complete before an old one goes: stopped at any moment, no row is lost.
+    New shards are complete before an old one is deleted, so an interruption loses no row.
 
     Raises:
         CacheError: the cache is damaged, or cannot be written.
     """
     reader = CacheReader(folder)
-    old = complete_shards(folder)
-    before = {"shards": len(old), "bytes": sum(s.size for s in old), "rows": len(reader)}
+    old, rows = complete_shards(folder), len(reader)
     writer = CacheWriter(folder, reader.layout, shard_bytes=COMPACT_BYTES, shard_seconds=float("inf"))
     try:
         for keys, columns in progress(reader.all_rows(), "joining shards"):
@@ -127,10 +130,9 @@ def compact_cache(
         shard.path.with_suffix(".json").unlink()
         shard.path.unlink()
     complete = complete_shards(folder)
-    for path in folder.glob("*"):
-        if _leftover(path, complete):
-            path.unlink()
+    for path in _leftovers(folder, complete):
+        path.unlink()
     return {
-        "shards_before": before["shards"], "bytes_before": before["bytes"], "rows": before["rows"],
+        "shards_before": len(old), "bytes_before": sum(s.size for s in old), "rows": rows,
         "shards": len(complete), "bytes": sum(s.size for s in complete),
     }  # fmt: skip

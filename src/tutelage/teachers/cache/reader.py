@@ -1,4 +1,4 @@
-"""Reading a cache: memory-mapped, by (sample id, view seed), in any order."""
+"""Reads a cache, memory-mapped, by (sample id, view seed) in any order."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import psutil
 
 from tutelage.errors import CacheError
 from tutelage.teachers.cache.columns import Array, Columns, Ragged, concat_columns, take_ragged, take_rows
-from tutelage.teachers.cache.files import Shard, check_shard, complete_shards, hash_keys, open_shard, read_manifest
+from tutelage.teachers.cache.files import Shard, check_shard, complete_shards, open_shard, read_manifest
+from tutelage.teachers.cache.keys import hash_keys
 
 
-class _Open(NamedTuple):
+class _OpenShard(NamedTuple):
     keys: dict[str, Array]
     columns: Columns
     starts: dict[str, Array]
@@ -23,7 +24,7 @@ class _Open(NamedTuple):
     address: int
 
     def spans(self, rows: Array) -> Iterator[tuple[int, int]]:
-        """Where in the file the columns of ``rows`` are, as first byte and number of bytes from a page's begin on."""
+        """Where the columns of ``rows`` are in the file: page-aligned first byte, and number of bytes."""
         for name, column in self.columns.items():
             if isinstance(column, Ragged):
                 size = column.values.itemsize
@@ -39,22 +40,22 @@ class _Open(NamedTuple):
 class CacheReader:
     """The complete shards of a cache.
 
-    A cache that fits into memory is read from there: checking it has brought it there. Of a larger one, only what is
-    asked for is read, and :meth:`expect` says what is going to be.
+    A cache that fits into memory stays in the page cache after it is verified. From a larger one only the rows that
+    are needed are read, and :meth:`prefetch` starts to read rows early.
 
     Args:
         folder: of the cache.
         verify: compare every shard with its SHA-256 first, which reads it once.
 
     Raises:
-        CacheError: no cache, or a damaged one.
+        CacheError: there is no cache, or it is damaged.
     """
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
         self.folder, self.verify = folder, verify
         self.layout, self.made_from = read_manifest(folder)
-        self.known: dict[Path, _Open] = {}
-        self.shards: list[_Open] = []
+        self.by_path: dict[Path, _OpenShard] = {}
+        self.shards: list[_OpenShard] = []
         self.duplicates = 0
         self.scattered = False
         self._index: tuple[Array, Array, Array] = (
@@ -66,9 +67,9 @@ class CacheReader:
         return len(self._index[0])
 
     def refresh(self) -> bool:
-        """Take up shards that have been completed since; whether there were any."""
+        """Open shards that were completed since the last call; returns whether there are any."""
         shards = complete_shards(self.folder)
-        new = [shard for shard in shards if shard.path not in self.known]
+        new = [shard for shard in shards if shard.path not in self.by_path]
         self.scattered = self.scattered or sum(shard.size for shard in shards) > memory_for_cache()
         for shard in new:
             if self.verify:
@@ -82,14 +83,14 @@ class CacheReader:
         keys, columns, mapped = open_shard(shard, self.layout)
         starts = {n: np.cumsum(c.lengths) - c.lengths for n, c in columns.items() if isinstance(c, Ragged)}
         if self.scattered:
-            mapped.madvise(mmap.MADV_RANDOM)  # else the system reads 128 KiB around every row
+            mapped.madvise(mmap.MADV_RANDOM)  # otherwise the system reads 128 KiB around every row
         elif not self.verify:
             mapped.madvise(mmap.MADV_WILLNEED)
         address = np.frombuffer(mapped, dtype=np.uint8).ctypes.data
-        self.known[shard.path] = _Open(keys, columns, starts, mapped, address)
+        self.by_path[shard.path] = _OpenShard(keys, columns, starts, mapped, address)
 
     def _build(self) -> None:
-        self.shards = list(self.known.values())
+        self.shards = list(self.by_path.values())
         hashes = np.concatenate([hash_keys(s.keys["id"], s.keys["view"]) for s in self.shards])
         which = np.repeat(np.arange(len(self.shards), dtype=np.int32), [len(s.keys["id"]) for s in self.shards])
         rows = np.concatenate([np.arange(len(s.keys["id"])) for s in self.shards])
@@ -99,9 +100,12 @@ class CacheReader:
         first[1:] = hashes[1:] != hashes[:-1]
         again = np.flatnonzero(~first)
         for i in again.tolist():
-            if self._key(which[i], rows[i]) != self._key(which[i - 1], rows[i - 1]):
+            one, other = self._key(which[i - 1], rows[i - 1]), self._key(which[i], rows[i])
+            if one != other:
                 raise CacheError(
-                    "two samples have the same hash", where=str(self.folder), remedy="give one of them another id"
+                    f"the keys (sample id, view seed) {one} and {other} have the same hash",
+                    where=str(self.folder),
+                    remedy="give one of the samples another id",
                 )
         self.duplicates = len(again)
         self._index = hashes[first], which[first], rows[first]
@@ -111,18 +115,17 @@ class CacheReader:
         return int(keys["id"][row]), int(keys["view"][row])
 
     def find(self, ids: Array, views: Array) -> Array:
-        """Positions ``[B]`` for :meth:`rows`; -1 where there is no such row."""
+        """Positions ``[B]`` for :meth:`rows`; -1 for rows that the cache does not have."""
         hashes = self._index[0]
         if not len(hashes):
             return np.full(len(ids), -1)
-        wanted = hash_keys(ids, views)
-        at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-        found = hashes[at] == wanted
-        out: Array = np.where(found, at, -1)
+        keys = hash_keys(ids, views)
+        at = np.minimum(np.searchsorted(hashes, keys), len(hashes) - 1)
+        out: Array = np.where(hashes[at] == keys, at, -1)
         return out
 
-    def expect(self, positions: Array) -> None:
-        """Let the system read rows that are asked for next, while others are worked on; returns at once."""
+    def prefetch(self, positions: Array) -> None:
+        """Let the system start to read rows that are needed next; returns at once."""
         if not self.scattered:
             return
         which, rows = self._index[1][positions], self._index[2][positions]
@@ -132,7 +135,7 @@ class CacheReader:
                 shard.mapped.madvise(mmap.MADV_WILLNEED, start, length)
 
     def rows(self, positions: Array) -> tuple[dict[str, Array], Columns]:
-        """Keys and columns of rows, in the order asked for."""
+        """Keys and columns of rows, in the order of ``positions``."""
         which, rows = self._index[1][positions], self._index[2][positions]
         order = np.argsort(which, kind="stable")
         sorted_which = which[order]
@@ -160,5 +163,5 @@ class CacheReader:
 
 
 def memory_for_cache() -> int:
-    """Bytes of a cache that may be expected to stay in memory: half of what is free now."""
+    """Bytes of a cache that the page cache can hold: half of the free memory."""
     return int(psutil.virtual_memory().available) // 2

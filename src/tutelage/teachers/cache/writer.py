@@ -1,4 +1,4 @@
-"""Writing a cache in the background, with bounded memory."""
+"""Writes a cache in a background thread, with bounded memory."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from tutelage.teachers.cache.files import write_shard
 from tutelage.teachers.cache.layout import Layout
 
 SHARD_BYTES = 2**25
-"""A shard is closed once it holds this much ..."""
+"""A shard is written when it has this many bytes ..."""
 
 SHARD_SECONDS = 20.0
-"""... or this long after its first row, so that a crash loses little."""
+"""... or this many seconds after its first row, so that a crash loses little."""
 
-WAITING = 16
-"""Batches that may wait for the writer; then the teacher waits for it."""
+QUEUE_SIZE = 16
+"""Batches that can wait for the writer; then :meth:`CacheWriter.put` blocks."""
 
 
 class CacheWriter:
-    """Takes columns batch by batch and writes shards from a thread of its own.
+    """Takes columns batch by batch and writes shards in a background thread.
 
-    What goes wrong there is raised at the next call: nothing that was handed over is lost silently.
+    An error in the thread is raised at the next call, so no row is lost silently.
 
     Args:
-        folder: of the cache; its manifest is there.
-        layout: what is kept.
-        rank: of this process, so that several write side by side.
+        folder: of the cache; its manifest exists.
+        layout: of the cache.
+        rank: of this process; it makes shard names of several processes different.
         shard_bytes: see :data:`SHARD_BYTES`.
         shard_seconds: see :data:`SHARD_SECONDS`.
     """
@@ -48,25 +48,25 @@ class CacheWriter:
     ) -> None:
         self.folder, self.layout, self.rank = folder, layout, rank
         self.shard_bytes, self.shard_seconds = shard_bytes, shard_seconds
-        self.queue: queue.Queue[Any] = queue.Queue(WAITING)
+        self.queue: queue.Queue[Any] = queue.Queue(QUEUE_SIZE)
         self.error: BaseException | None = None
         self.started = time.time_ns()
-        self.count = self.written = 0
+        self.count = 0
         self.parts: list[tuple[dict[str, Array], Columns]] = []
         self.bytes, self.first = 0, 0.0
         self.thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
         self.thread.start()
 
     def put(self, keys: dict[str, Array], columns: Columns) -> None:
-        """Hand over rows; waits while :data:`WAITING` batches are in line.
+        """Add rows; blocks while :data:`QUEUE_SIZE` batches wait.
 
         Raises:
-            CacheError: what the thread could not write, now or before.
+            CacheError: the thread could not write, now or earlier.
         """
         self._send((keys, columns))
 
     def flush(self) -> None:
-        """Wait until everything handed over is on disk, in complete shards."""
+        """Wait until all rows are on disk, in complete shards."""
         done = threading.Event()
         self._send(done)
         while not done.wait(0.1):
@@ -74,7 +74,7 @@ class CacheWriter:
         self._raise()
 
     def close(self) -> None:
-        """Flush, and end the thread. Whatever happens, the thread is gone afterwards."""
+        """Flush and end the thread; the thread ends also on errors."""
         try:
             if self.error is None:
                 self.flush()
@@ -109,7 +109,7 @@ class CacheWriter:
                 return
             try:
                 self._take(item)
-            except BaseException as error:  # noqa: BLE001  # raised in the thread that hands over
+            except BaseException as error:  # noqa: BLE001  # raised at the next call
                 self.error = error
             if isinstance(item, threading.Event):
                 item.set()
@@ -137,4 +137,3 @@ class CacheWriter:
         name = f"shard-{self.rank:03d}-{self.started:x}-{self.count:05d}"
         self.count += 1
         write_shard(self.folder, name, self.layout, keys, columns)
-        self.written += len(keys["id"])
