@@ -46,7 +46,7 @@ def test_a_cache_of_something_else_is_refused(change: dict[str, Any], field: str
         with pytest.raises(CacheError, match=r"stored\."):
             CachedTeacher(tmp_path / "c", other, FROM)
     same = CachedTeacher(tmp_path / "c", layout, FROM)
-    with pytest.raises(CapabilityError, match="T = 4, and T = 2"):
+    with pytest.raises(CapabilityError, match="T = 4, and the method needs T = 2"):
         same.signal(some(), Needs(temperature=2.0))
     with pytest.raises(CapabilityError, match=r"does not keep head:input"):
         same.signal(some(), Needs(hidden=("head:input",), temperature=4.0))

@@ -102,7 +102,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         if _sealed(content) != raw:
             raise ValueError("checksum and content differ")
     except FileNotFoundError:
-        raise CacheError("file not found", where=str(path), remedy="give the folder of a cache") from None
+        raise CacheError("no such file", where=str(path), remedy="give the folder of a cache") from None
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CacheError(
             f"the file is damaged: {error}", where=str(path), remedy="delete the file and its shard; the next run "

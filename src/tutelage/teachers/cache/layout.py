@@ -58,9 +58,9 @@ class Layout:
 
     Attributes:
         keep: ``dense``: all logits; ``topk``: the ``k`` largest; ``sampled``: ``draws`` from the distribution, with
-            the ``head`` largest classes exactly and the draws from the others; ``stochastic_rounding``: ``draws`` times each
-            probability, rounded stochastically; ``hidden``: the inputs of the output head, whose weights are stored
-            once. ``None``: no logits.
+            the ``head`` largest classes exactly and the draws from the others; ``stochastic_rounding``: ``draws``
+            times each probability, rounded stochastically; ``hidden``: the inputs of the output head, whose weights
+            are stored once. ``None``: no logits.
         classes: number of classes of the teacher.
         dtype: of stored numbers.
         k: see ``keep``.
@@ -299,8 +299,9 @@ class Layout:
             return self.temperatures[0]
         if temperature not in self.temperatures:
             stored = ", ".join(f"{t:g}" for t in self.temperatures)
+            needed = "states no temperature" if temperature is None else f"needs T = {temperature:g}"
             raise CapabilityError(
-                f"the cache stores {self.keep} distributions at T = {stored}, and the method needs T = {temperature}",
+                f"the cache stores {self.keep} distributions at T = {stored}, and the method {needed}",
                 remedy="set method.temperature to a stored one, or write another cache: the temperature of a sparse "
                 "distribution cannot change afterwards",
             )
