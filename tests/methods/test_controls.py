@@ -130,7 +130,7 @@ def test_a_virtual_teacher_that_does_not_know_the_label_is_refused_before_the_st
 
 def test_doctor_says_that_nobody_is_asked() -> None:
     texts = {finding.topic: finding.text for finding in examine(recipe("teacher-free"), SILENT)}
-    assert texts["capabilities"] == "the method asks no teacher"
+    assert texts["capabilities"] == "the method needs no teacher"
     assert texts["method"] == "loss = 0.1 * teacher_free(T=20, correct=0.99, authors) + 0.9 * ce"
 
 

@@ -1,4 +1,4 @@
-"""``tutelage bench``: teacher, student and any others, side by side: size, cost, speed, memory and quality."""
+"""Measure teacher, student and other models side by side: size, operations, speed, memory and quality."""
 
 from __future__ import annotations
 
@@ -43,24 +43,25 @@ from tutelage.models import ModelSpec, build, load_weights, save_model
 from tutelage.progress import Terminal
 
 BATCHES, ROUNDS = (1, 8, 32), 20
-"""Rows of a batch, and timed calls of each, where nobody says otherwise."""
+"""Default batch sizes, and default number of timed calls."""
 
 
 @dataclass
 class BenchModel:
-    """A model that is measured.
+    """A model to measure.
 
     Attributes:
-        name: in tables.
+        name: name in the tables.
         role: ``teacher``, ``student`` or ``other``.
-        model: in evaluation mode, on the CPU.
-        task: what it is for.
-        names: of its inputs.
-        data: what it reads; ``None`` where inputs are made up.
-        preprocessing: what it reads is like, where that is so.
-        vocabulary: of a model of texts.
-        card: how to build it again, so that a process of its own can.
-        quality: of the test split, as its run found it.
+        model: the module, in evaluation mode, on the CPU.
+        task: ``images`` or a text task.
+        names: names of its inputs.
+        data: data with a test split; ``None``: inputs are random.
+        preprocessing: shape of the random inputs.
+        vocabulary: vocabulary size of a text model.
+        card: the model card, from which another process builds the model.
+        quality: test metric of its run.
+        reads: ``teacher`` if the model takes the teacher's inputs.
     """
 
     name: str
@@ -76,7 +77,7 @@ class BenchModel:
     reads: str = "student"
 
     def inputs(self, count: int) -> Inputs:
-        """A batch of so many rows; real ones where there are any."""
+        """A batch of ``count`` rows, from the test split where there is one."""
         if self.data is None:
             batch = random_inputs(self.task, self.preprocessing, self.names, self.vocabulary, 16)[0]
             times = -(-count // len(batch[self.names[0]]))
@@ -86,9 +87,8 @@ class BenchModel:
         return self._named(self.data.test.fetch(rows))
 
     def _named(self, batch: Batch) -> Inputs:
-        shown = batch.for_teacher() if self.reads == "teacher" else batch
-        given = named_inputs(shown.inputs)
-        return one_side(given) if self.task == "embedding" else given
+        inputs = named_inputs((batch.for_teacher() if self.reads == "teacher" else batch).inputs)
+        return one_side(inputs) if self.task == "embedding" else inputs
 
 
 def bench(
@@ -102,43 +102,43 @@ def bench(
     memory: bool = True,
     terminal: Terminal | None = None,
 ) -> dict[str, Any]:
-    """Measure models side by side, in one loop, and write what was found.
+    """Measure models side by side, in one loop, and write the results.
 
     Args:
-        sources: runs, of which teacher and student are measured; folders of models; models as recipes name them.
-        out: the JSON file. Default: ``bench.json`` in the first run, else here.
-        batch_sizes: rows of a batch.
-        rounds: timed calls of each model, way to run it and batch.
-        columns: of ``eager``, ``compiled``, ``onnx`` and ``int8``.
-        quality: whether rounded models are tried on the test split.
-        memory: whether each is run in a process of its own besides, for its peak.
-        terminal: where progress is shown.
+        sources: runs (their teacher and student are measured), folders of models, or models as recipes name them.
+        out: the JSON file. Default: ``bench.json`` in the first run, else in the current folder.
+        batch_sizes: batch sizes.
+        rounds: timed calls of each model, runtime and batch size.
+        columns: runtimes, of ``eager``, ``compiled``, ``onnx`` and ``int8``.
+        quality: evaluate int8 models on the test split.
+        memory: measure peak memory, in one process per model and runtime.
+        terminal: prints progress.
 
     Raises:
-        TutelageError: one of its subclasses, with the remedy. A way to run a model that cannot be had is no error:
-            the result says why.
+        TutelageError: one of its subclasses. A runtime that does not work for a model is no error; the result has
+            the reason.
     """
     terminal = terminal or Terminal()
     _check(sources, batch_sizes, rounds, columns)
-    found, place = load_bench_models(sources, terminal)
+    models, place = load_bench_models(sources, terminal)
     threads = torch.get_num_threads()
-    metric = next((m for m in (place.get("metric"),) if m), "accuracy")
+    metric = place.get("metric") or "accuracy"
     with ExitStack() as stack:
-        folders = {c.name: Path(stack.enter_context(tempfile.TemporaryDirectory())) for c in found}
+        folders = {c.name: Path(stack.enter_context(tempfile.TemporaryDirectory())) for c in models}
         runs: dict[tuple[str, str], tuple[Run, Path | None]] = {}
         failed: dict[tuple[str, str], str] = {}
-        for c in found:
+        for c in models:
             for column in columns:
                 terminal.say(f"preparing {c.name}, {column}")
-                made, why = try_call(partial(_ready, c, column, folders[c.name], batch_sizes))
+                runtime, why = try_call(partial(_ready, c, column, folders[c.name], batch_sizes))
                 if why is None:
-                    runs[c.name, column] = made
+                    runs[c.name, column] = runtime
                 else:
                     failed[c.name, column] = why
         terminal.say(f"timing: {len(runs) * len(batch_sizes)} cells, {rounds} rounds")
         cells: dict[Cell, Any] = {
             (c.name, column, size): partial(runs[c.name, column][0], inputs)
-            for c in found
+            for c in models
             for size in batch_sizes
             for inputs in [c.inputs(size)]
             for column in columns
@@ -146,9 +146,9 @@ def bench(
         }
         times = time_interleaved(cells, rounds)
         rows = [
-            _row(c, columns, batch_sizes, runs, failed, times, found[0], folders[c.name], metric, quality, memory,
+            _row(c, columns, batch_sizes, runs, failed, times, models[0], folders[c.name], metric, quality, memory,
                  threads)
-            for c in found
+            for c in models
         ]  # fmt: skip
     result = {
         "tutelage": version("tutelage"),
@@ -158,7 +158,7 @@ def bench(
         "rounds": rounds,
         "batch_sizes": list(batch_sizes),
         "metric": metric,
-        "base": found[0].name,
+        "base": models[0].name,
         "models": rows,
     }  # fmt: skip
     path = Path(out) if out is not None else (place.get("run") or Path()) / "bench.json"
@@ -182,16 +182,13 @@ def _check(sources: Sequence[Any], sizes: Sequence[int], rounds: int, columns: S
             )
 
 
-# Who is measured ---------------------------------------------------------------------------------------
-
-
 def load_bench_models(sources: Sequence[str | Path], terminal: Terminal) -> tuple[list[BenchModel], dict[str, Any]]:
-    """The models, teachers first; and the first run's folder and metric, where there is a run."""
-    found: list[BenchModel] = []
+    """The models, teachers first; and the folder and metric of the first run."""
+    models: list[BenchModel] = []
     place: dict[str, Any] = {}
     for source in sources:
         if not Path(source).exists() and (":" in str(source) or "/" not in str(source)):
-            found.append(_named(str(source), found))
+            models.append(_named(str(source), models))
             continue
         of = find(source, terminal)
         data = of.data()
@@ -200,12 +197,12 @@ def load_bench_models(sources: Sequence[str | Path], terminal: Terminal) -> tupl
         label = of.run.name if of.is_student and of.run is not None else of.folder.name
         if of.is_student:
             teacher = _teacher(of, data, f"{label} teacher")
-            found += [] if teacher is None else [teacher]
-        found.append(_student(of, data, f"{label} student" if of.is_student else label))
-    for c in found:
-        if [o.name for o in found].count(c.name) > 1:
-            c.name = f"{c.name} ({found.index(c) + 1})"
-    return sorted(found, key=lambda c: c.role != "teacher"), place
+            models += [] if teacher is None else [teacher]
+        models.append(_student(of, data, f"{label} student" if of.is_student else label))
+    for c in models:
+        if [o.name for o in models].count(c.name) > 1:
+            c.name = f"{c.name} ({models.index(c) + 1})"
+    return sorted(models, key=lambda c: c.role != "teacher"), place
 
 
 def _student(of: SavedModel, data: Data | None, name: str) -> BenchModel:
@@ -221,7 +218,7 @@ def _student(of: SavedModel, data: Data | None, name: str) -> BenchModel:
 
 
 def _quality(of: SavedModel) -> float | None:
-    """What the run found of this very model on the test split."""
+    """The test metric of this model in its run."""
     if of.run is None:
         return None
     metric = str(of.summary.get("metric", "accuracy"))
@@ -233,12 +230,12 @@ def _quality(of: SavedModel) -> float | None:
 
 
 def _teacher(of: SavedModel, data: Data | None, name: str) -> BenchModel | None:
-    """The teacher of a run, where it is one model that runs here."""
+    """The teacher of a run, if it is one local model."""
     recipe, run = of.recipe, of.run
     if recipe is None or run is None or data is None or recipe.teacher is None:
         return None
     if recipe.teacher.members is not None or recipe.teacher.endpoint is not None or recipe.workflow is not None:
-        of.terminal.say(f"note: the teacher of {run} is not one model that runs here, and is left out")
+        of.terminal.say(f"note: the teacher of {run} is not one local model, and is not measured")
         return None
     member = teacher_member(recipe, recipe.teacher, 0, data, facts_of(data))
     model = member.model()
@@ -257,12 +254,12 @@ def _teacher(of: SavedModel, data: Data | None, name: str) -> BenchModel | None:
 
 
 def _named(name: str, before: Sequence[BenchModel]) -> BenchModel:
-    """A model as recipes name it, untrained; for the images of the run before it, where there is one."""
+    """An untrained model by its name in recipes, for the images of the run before it if there is one."""
     first = next((c for c in before if c.task == "images" and c.data is not None), None)
     texts = next((c for c in before if c.task != "images"), None)
     if texts is not None:
         raise ModelError(
-            f"{name}: beside a model of texts, only runs and folders can be measured",
+            f"{name}: with a text model, only runs and folders can be measured",
             remedy="give a folder with a model and its tokenizer",
         )
     library = name.partition(":")[0] in ("timm", "torchvision", "hf")
@@ -279,11 +276,8 @@ def _named(name: str, before: Sequence[BenchModel]) -> BenchModel:
     return BenchModel(name, "other", model, "images", ("image",), data, facts, card={"spec": spec.to_dict()})
 
 
-# One of them -------------------------------------------------------------------------------------------
-
-
 def _ready(c: BenchModel, column: str, folder: Path, sizes: Sequence[int]) -> tuple[Run, Path | None]:
-    """A way to run a model, once it has run each batch size: what is compiled is compiled."""
+    """A runtime of a model, after a warm-up call with each batch size."""
     calibration: list[Inputs] = []
     if column == "int8" and has_convolutions(c.model) and c.data is not None:
         calibration = rows_of(c.data.validation, CALIBRATION, c.task)
@@ -307,7 +301,7 @@ def _row(
     memory: bool,
     threads: int,
 ) -> dict[str, Any]:
-    """Everything that is known of one model."""
+    """The results of one model."""
     saved, size = _saved(c, folder)
     count, why = try_call(partial(count_flops, c.model, c.names, c.inputs(1)))
     ways: dict[str, Any] = {}
@@ -325,7 +319,7 @@ def _row(
             },
         }
         if column == "int8":
-            way["quality"] = _rounded_quality(c, run, metric) if quality else None
+            way["quality"] = _int8_quality(c, run, metric) if quality else None
         if memory and column != "compiled" and (path is not None or saved is not None):
             kind, file = ("onnx", path) if path is not None else ("model", saved)
             assert file is not None
@@ -345,7 +339,7 @@ def _row(
 
 
 def _saved(c: BenchModel, folder: Path) -> tuple[Path | None, int]:
-    """A folder that holds the model, where a process of its own can load it from, and the bytes of its weights."""
+    """A folder from which another process can load the model, and the bytes of its weights."""
     if c.card is None:
         return None, sum(p.numel() * p.element_size() for p in c.model.parameters())
     saved = folder / "saved"
@@ -356,8 +350,8 @@ def _saved(c: BenchModel, folder: Path) -> tuple[Path | None, int]:
     return saved, sum(p.stat().st_size for p in saved.glob("*.safetensors"))
 
 
-def _rounded_quality(c: BenchModel, run: Run, metric: str) -> float | None:
-    """Of a rounded model on the test split, read once; ``None`` where nothing says what is right."""
+def _int8_quality(c: BenchModel, run: Run, metric: str) -> float | None:
+    """The test metric of an int8 model; ``None`` without labelled data."""
     if (
         c.data is None
         or c.quality is None

@@ -1,4 +1,4 @@
-"""``tutelage taps``: what there is to tap in a model, with the shapes that one dry run shows."""
+"""The modules of a model and the shapes of their outputs, from one forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tutelage.config import Recipe
 from tutelage.data import Batch
-from tutelage.errors import ConfigError, ModelError
+from tutelage.errors import ConfigError, ModelError, first_line
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.run import comparison, load_data
 from tutelage.models import ModelSpec, build, load_model
@@ -23,25 +23,25 @@ from tutelage.taps import Needs, observe
 from tutelage.taps.tap import contents
 
 ROWS = 3
-"""Examples in the dry run; a first dimension of this size is shown as B."""
+"""Batch size of the forward pass; a first dimension of this size is printed as B."""
 
 SIZES = {"torchvision": 224, "timm": 224, "hf": 224}
-"""Height and width of the dry run's images by library, where neither the model nor the caller says; else 32."""
+"""Default height and width of images, by library; else 32."""
 
 TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Node:
-    """A module and what it gave.
+    """A module and its outputs.
 
     Attributes:
-        path: of the module; empty for the model itself.
-        kind: its class.
-        parameters: how many it holds, those inside it included.
-        inside: how many modules are in it, at all levels.
-        calls: how often it ran.
-        outputs: what it gave, as (what a tap adds to the path, shape). Of several calls that gave the same, one.
+        path: path of the module; empty for the model itself.
+        kind: name of its class.
+        parameters: number of parameters, including those of its submodules.
+        inside: number of its submodules, at all levels.
+        calls: number of its calls.
+        outputs: pairs (what a tap adds to the path, shape); one entry for calls with equal outputs.
     """
 
     path: str
@@ -57,10 +57,10 @@ class Survey:
     """The modules of one model.
 
     Attributes:
-        title: which model.
-        inputs: what it was run on.
+        title: name of the model.
+        inputs: names and shapes of its inputs.
         nodes: all its modules, outermost first.
-        stages: (height, width) of a feature map -> the path that ``pairs: auto`` would take for it.
+        stages: (height, width) of a feature map -> the path that ``pairs: auto`` takes for it.
     """
 
     title: str
@@ -70,13 +70,13 @@ class Survey:
 
 
 def survey(model: nn.Module, example: Batch, title: str, note: str = "") -> Survey:
-    """Run ``model`` once on ``example``, in evaluation mode, and list what every module gave.
+    """Run ``model`` once on ``example``, in evaluation mode, and list the outputs of every module.
 
     Args:
-        model: any; it is left as it was.
+        model: a module; its state does not change.
         example: a batch of at least one row.
-        title: of the survey.
-        note: said beside the shape of the inputs.
+        title: title of the survey.
+        note: printed after the shape of the inputs.
 
     Raises:
         ModelError: the model does not take the example.
@@ -84,32 +84,31 @@ def survey(model: nn.Module, example: Batch, title: str, note: str = "") -> Surv
     rows = len(example.labels)
     given = example.inputs if isinstance(example.inputs, Mapping) else {"": example.inputs}
     shapes = ", ".join(f"{name} {shape(x, rows)}".strip() for name, x in given.items())
-    seen: dict[str, list[dict[str, str]]] = {name: [] for name, _ in model.named_modules()}
+    calls: dict[str, list[dict[str, str]]] = {name: [] for name, _ in model.named_modules()}
 
-    def watching(path: str) -> Any:
+    def recorder(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen[path].append(dict(_items(output, rows)))
+            calls[path].append(dict(_items(output, rows)))
 
         return hook
 
-    handles = [module.register_forward_hook(watching(path)) for path, module in model.named_modules()]
+    handles = [module.register_forward_hook(recorder(path)) for path, module in model.named_modules()]
     try:
         with eval_no_grad(model):
             observe(model, example.inputs, Needs(logits=False))
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"does not take {shapes}: {reason}",
+            f"does not take {shapes}: {first_line(error)}",
             where=title,
-            remedy="give the shape that it takes, without the batch: --shape 3x64x64 of images, --shape 16 of tokens",
+            remedy="give the shape of one input: --shape 3x64x64 for images, --shape 16 for tokens",
         ) from None
     finally:
         for handle in handles:
             handle.remove()
     nodes = [
         Node(path, type(module).__name__, parameters(module),
-             sum(1 for _ in module.modules()) - 1, len(seen[path]),
-             tuple(_outputs(seen[path])))
+             sum(1 for _ in module.modules()) - 1, len(calls[path]),
+             tuple(_outputs(calls[path])))
         for path, module in model.named_modules()
     ]  # fmt: skip
     return Survey(title, shapes + note, nodes, find_stages(model, example))
@@ -121,7 +120,7 @@ def shape(x: Tensor, rows: int) -> str:
 
 
 def _outputs(calls: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """One entry for each item of each call; one for all calls where these agree."""
+    """One entry per item and call; one per item if all calls agree."""
     if len(calls) < 2:
         return [entry for call in calls for entry in call.items()]
     if all(call == calls[0] for call in calls):
@@ -130,7 +129,7 @@ def _outputs(calls: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 
 def _items(value: Any, rows: int, depth: int = 3) -> list[tuple[str, str]]:
-    """What a tap adds to reach each tensor in ``value``, and its shape; the name of a type where it is no tensor."""
+    """The suffix of a tap for each tensor in ``value``, and its shape, or its type where it is no tensor."""
     if isinstance(value, Tensor):
         return [("", shape(value, rows))]
     inside = contents(value)
@@ -139,19 +138,16 @@ def _items(value: Any, rows: int, depth: int = 3) -> list[tuple[str, str]]:
     return [(f"[{key}]{rest}", text) for key, x in inside.items() for rest, text in _items(x, rows, depth - 1)]
 
 
-# Which model ------------------------------------------------------------------------------------------------
-
-
 def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | None = None) -> list[Survey]:
-    """The recipe's models on three images of its data.
+    """Survey the models of a recipe on three samples of its data.
 
     Args:
-        recipe: names the models and the data.
+        recipe: the recipe.
         who: ``student``, ``teacher`` or both.
-        terminal: where progress is shown.
+        terminal: prints progress.
 
     Raises:
-        TutelageError: what the recipe names cannot be loaded.
+        TutelageError: the data or a model cannot be loaded.
     """
     data = load_data(recipe, terminal or Terminal())
     c = comparison(recipe, data)
@@ -164,7 +160,7 @@ def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | Non
         what = recipe.teacher.model or f"ensemble of {len(recipe.teacher.each)}"
         surveys["teacher"] = survey(c.teacher(), example.for_teacher(), f"teacher: {what}", where)
     if not surveys:
-        raise ConfigError("the recipe has no teacher", where="teacher", remedy="--of student shows the student")
+        raise ConfigError("the recipe has no teacher", where="teacher", remedy="use --of student")
     return [surveys[name] for name in who if name in surveys]
 
 
@@ -175,32 +171,30 @@ def survey_model(
     classes: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> Survey:
-    """A model by its name in recipes, or the folder that a run exported it to.
+    """Survey a model by its name in recipes, or from the folder of an exported model.
 
     Args:
-        name: of the model, or a folder.
-        size: of one example: (channels, height, width), or (tokens,); ``None`` for the model's own, else 3x32x32
-            of small networks and 3x224x224 of a library's.
-        classes: number of classes; 10 by default, and those of the folder.
-        options: for its constructor.
+        name: name of the model, or a folder.
+        size: shape of one example: (channels, height, width), or (tokens,). Default: the model's own, else 3x32x32
+            for the networks of this package and 3x224x224 for those of a library.
+        classes: number of classes. Default: that of the folder, else 10.
+        options: arguments of the constructor.
 
     Raises:
-        ModelError: unknown, or it cannot be built or run so.
-        CheckpointError: the folder is not whole.
-        MissingDependencyError: it needs an extra.
+        ModelError: the model is unknown, or cannot be built or run.
+        CheckpointError: the folder is incomplete.
+        MissingDependencyError: the model needs an extra.
     """
     channels, side = (size[0], size[-1]) if size and len(size) == 3 else (3, SIZES.get(name.partition(":")[0], 32))
     if Path(name).is_dir():
         for key, given in (("--classes", classes), ("-o", options)):
             if given:
-                raise ModelError(
-                    f"{key} cannot change a model that has its weights", where=name, remedy="leave it out"
-                )
+                raise ModelError(f"{key} cannot change a trained model", where=name, remedy="leave it out")
         model = load_model(name)
         own = _own_size(model, read_card(Path(name)).get("spec") or {})
     elif "/" in name and ":" not in name:
         raise ModelError(
-            "no such folder", where=name, remedy="give a recipe, a folder that a run exported, or a model"
+            "no such folder", where=name, remedy="give a recipe, the folder of an exported model, or a model's name"
         )
     else:
         with torch.random.fork_rng(devices=[]):
@@ -208,22 +202,21 @@ def survey_model(
         own = _own_size(model, {})
     texts = getattr(model, "main_input_name", "") == "input_ids"
     used = size or own or ((TOKENS,) if texts else (channels, side, side))
-    whose = (
-        "" if size else " (its own size; --shape gives another)" if own else " (the default; --shape gives another)"
-    )
+    origin = "its own size" if own else "the default"
+    note = "" if size else f" ({origin}; --shape gives another)"
     inputs: Tensor | dict[str, Tensor] = torch.zeros(ROWS, *used)
     if texts:
         inputs = {"input_ids": torch.ones(ROWS, *used, dtype=torch.long)}
-    return survey(model, Batch(inputs, torch.zeros(ROWS, dtype=torch.long)), name, whose)
+    return survey(model, Batch(inputs, torch.zeros(ROWS, dtype=torch.long)), name, note)
 
 
 def _own_size(model: nn.Module, spec: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """(channels, height, width), as the model's folder, timm's or Hugging Face's config has it; else ``None``."""
+    """(channels, height, width) from the model card, or from the config of timm or Hugging Face; else ``None``."""
     if spec.get("size"):
         return (spec["channels"], spec["size"], spec["size"])
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
     if size:
         return (getattr(config, "num_channels", 3), *(size if isinstance(size, (list, tuple)) else (size, size)))
-    found = getattr(model, "pretrained_cfg", {}).get("input_size")
-    return tuple(found) if found else None
+    size = getattr(model, "pretrained_cfg", {}).get("input_size")
+    return tuple(size) if size else None
