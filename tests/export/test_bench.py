@@ -15,7 +15,7 @@ from tutelage.cli.bench_models import bench
 from tutelage.errors import ConfigError, MissingDependencyError, RunDirectoryError
 from tutelage.export.timing import count_flops, peak_memory, prepare_runner, summarise_times, time_interleaved
 from tutelage.models import ModelSpec, build, save_model
-from tutelage.reports.bench import Point, _even, _mega, _on_log, frontier, table, write_bench
+from tutelage.reports.bench import BenchPoint, _even, _mega, _on_log, frontier, table, write_bench
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -53,8 +53,8 @@ def test_figures_are_those_worked_by_hand() -> None:
 
 
 def test_the_frontier_has_what_nothing_beats() -> None:
-    def point(latency: float, quality: float) -> Point:
-        return Point("m", "student", "eager", latency, quality)
+    def point(latency: float, quality: float) -> BenchPoint:
+        return BenchPoint("m", "student", "eager", latency, quality)
 
     all_of = [point(1, 0.5), point(2, 0.4), point(3, 0.9), point(3, 0.8), point(9, 0.9), point(4, 0.95)]
     assert frontier(all_of) == [point(1, 0.5), point(3, 0.9), point(4, 0.95)]
@@ -133,7 +133,7 @@ def test_a_way_that_cannot_be_had_says_why(cnn: Path, monkeypatch: pytest.Monkey
     ways = found["models"][0]["columns"]
     assert "onnxscript" in ways["onnx"]["failed"]
     assert "failed" not in ways["eager"]
-    assert "not to be had" in write_bench(found, Path("b.html")).read_text()
+    assert "not available" in write_bench(found, Path("b.html")).read_text()
 
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:

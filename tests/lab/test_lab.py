@@ -18,9 +18,9 @@ from tutelage.config import dump_recipe
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.lab import CLAIMS, arms, llm, run_lab
 from tutelage.lab.arms import ARMS, FIRST, Results, recipe_of
-from tutelage.lab.bench import base_recipes, lacking
-from tutelage.lab.judge import Finding, exact, gain, needed, within
 from tutelage.lab.page import facts
+from tutelage.lab.runner import base_recipes, lacking
+from tutelage.lab.statements import ExperimentResult, exact, gain, needed, within
 from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher
 from tutelage.teachers.cache import inspect_cache
@@ -42,7 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return out, run_lab(ids, budget="small", overrides=TINY, out=out, terminal=silent())
 
 
-def test_the_lecture_s_claims_are_all_there() -> None:
+def test_all_claims_are_there() -> None:
     assert list(CLAIMS) == [
         "soft-labels", "temperature", "t-squared", "gradient", "dark-knowledge", "fitnets", "attention-transfer",
         "self-distillation", "capacity-gap", "assistant", "augmentation", "distilbert", "llm",
@@ -53,7 +53,7 @@ def test_the_lecture_s_claims_are_all_there() -> None:
 def test_figures_are_those_of_the_runs(found: tuple[Path, dict[str, Any]]) -> None:
     out, lab = found
     summary = json.loads((out / "arms" / FIRST["images"] / "summary.json").read_text())
-    part = lab["experiments"]["soft-labels"]["parts"][0]
+    part = lab["experiments"]["soft-labels"]["statements"][0]
     assert part["mean"] == pytest.approx(summary["gain"]["last"]["mean"])
     assert (part["low"], part["high"]) == pytest.approx(
         (summary["gain"]["last"]["low"], summary["gain"]["last"]["high"])
@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_runs(found: tuple[Path, dict[str, Any]]) -> No
     assert json.loads((out / "lab.json").read_text()) == json.loads(json.dumps(lab))
     page, text = (out / "lab.html").read_text(), (out / "lab.md").read_text()
     for name in lab["experiments"]:
-        assert f"id='{name}'" in page
+        assert f'id="{name}"' in page
         assert f"(lab-{name}.svg)" in text
         assert (out / f"lab-{name}.svg").read_text().lstrip().startswith("<?xml")
 
@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_runs(found: tuple[Path, dict[str, Any]]) -> No
 def test_laws_hold_on_real_logits(found: tuple[Path, dict[str, Any]]) -> None:
     experiments = found[1]["experiments"]
     assert experiments["gradient"]["verdict"] == "reproduced"
-    slopes = [part["mean"] for part in experiments["t-squared"]["parts"]]
+    slopes = [part["mean"] for part in experiments["t-squared"]["statements"]]
     assert slopes[0] == pytest.approx(-2, abs=0.1)
     assert slopes[1] == pytest.approx(0, abs=0.1)
 
@@ -141,7 +141,7 @@ def test_a_closed_teacher_s_answers_are_learned_and_shuffled_ones_less(tmp_path:
     """Sums of two numbers in the prompt: what an answer has to do with its prompt can be learned."""
     given = [*answers(tmp_path, 100), "llm.samples.generations=0"]
     found = run_lab(["llm"], budget="small", overrides=given, out=tmp_path / "lab", terminal=silent())
-    first, second = found["experiments"]["llm"]["parts"]
+    first, second = found["experiments"]["llm"]["statements"]
     assert first["unit"] == "nats a token"
     assert first["mean"] > 1
     summaries = [
@@ -150,7 +150,7 @@ def test_a_closed_teacher_s_answers_are_learned_and_shuffled_ones_less(tmp_path:
     ]
     assert second["mean"] == pytest.approx(summaries[1]["loss"]["mean"] - summaries[0]["loss"]["mean"])
     page = (tmp_path / "lab" / "lab.html").read_text()
-    assert "a closed teacher&#x27;s answers in train.jsonl, 20 steps, 2 seeds an arm; budget small." in page
+    assert "a closed teacher&#39;s answers in train.jsonl, 20 steps, 2 seeds an arm; budget small." in page
     assert "fashion-mnist" not in page.partition("<script")[0], "of data that no experiment here is of"
     (tmp_path / "train.jsonl").write_text((tmp_path / "test.jsonl").read_text())
     with pytest.raises(ConfigError, match="not those that this lab began with"):
@@ -226,15 +226,15 @@ def test_verdicts_follow_from_intervals() -> None:
     open_ = [0.03, -0.01, 0.02, 0.0, 0.01]
     few = needed(open_, 0.005)
     assert few is not None
-    assert gain("", open_, [0.0] * 5).would_decide == few > 5
+    assert gain("", open_, [0.0] * 5).seeds_needed == few > 5
     assert within("", [1.0, 1.01, 0.99], 0.9, 1.1).verdict == "reproduced"
     assert within("", [1.3, 1.31, 1.29], 0.9, 1.1).verdict == "not reproduced"
     assert within("", [0.5, 1.5, 1.0], 0.9, 1.1).verdict == "inconclusive"
     assert exact("", 1e-9, 1e-6).verdict == "reproduced"
     good, bad, unknown = exact("", 0, 1), exact("", 2, 1), gain("", [0.95], [0.90])
-    assert Finding([good, good], []).verdict == "reproduced"
-    assert Finding([good, unknown], []).verdict == "inconclusive"
-    assert Finding([good, unknown, bad], []).verdict == "not reproduced"
+    assert ExperimentResult([good, good], []).verdict == "reproduced"
+    assert ExperimentResult([good, unknown], []).verdict == "inconclusive"
+    assert ExperimentResult([good, unknown, bad], []).verdict == "not reproduced"
 
 
 def test_similarity_is_read_as_it_was_kept(found: tuple[Path, dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from tutelage import api
 from tutelage.errors import DataError
 from tutelage.progress import Terminal
 from tutelage.reports import write_report
-from tutelage.reports.answers import verdict_words
+from tutelage.reports.judgements import verdict_text
 
 HOSTILE = "</p></script><script>alert(1)</script><img src=x onerror=alert(1)>"
 
@@ -33,8 +33,8 @@ def test_answers_and_their_judgement_are_side_by_side(tmp_path: Path) -> None:
     make_written(run)
     make_judged(run / "judged" / "alpaca-judge.json")
     body = body_of(write_report([run], tmp_path / "report.html"))
-    assert body.index("class='verdict'") < body.index("Answers before a judge") < body.index("What they write")
-    tile = re.search(r"Wins of after over before</dt><dd class='big'>(.*?)</dd><dd class='note'>(.*?)</dd>", body)
+    assert body.index('class="verdict"') < body.index("Answers before a judge") < body.index("Generated texts")
+    tile = re.search(r'Wins of after over before</dt><dd class="value">(.*?)</dd><dd class="note">(.*?)</dd>', body)
     assert tile is not None
     assert tile[1].replace("\u00a0", " ") == "73.0 %", "the rate of the student, whichever side it stands on"
     assert "66.0" in tile[2]
@@ -50,10 +50,10 @@ def test_answers_and_their_judgement_are_side_by_side(tmp_path: Path) -> None:
 
 
 def test_what_the_judge_said_in_words() -> None:
-    assert verdict_words(("a", "b"), ["win", "win"]) == "a and b: a preferred in both orders"
-    assert verdict_words(("a", "b"), ["tie", "loss"]) == "a and b: b preferred in one order, a tie in the other"
-    assert verdict_words(("a", "b"), ["tie", "win"]) == "a and b: a preferred in one order, a tie in the other"
-    assert verdict_words(("a / b", "c"), ["loss", "win"]) == "a / b and c: a tie: the judge contradicted itself"
+    assert verdict_text(("a", "b"), ["win", "win"]) == "a and b: a preferred in both orders"
+    assert verdict_text(("a", "b"), ["tie", "loss"]) == "a and b: b preferred in one order, a tie in the other"
+    assert verdict_text(("a", "b"), ["tie", "win"]) == "a and b: a preferred in one order, a tie in the other"
+    assert verdict_text(("a / b", "c"), ["loss", "win"]) == "a / b and c: a tie: the judge contradicted itself"
 
 
 def test_a_folder_of_a_judgement_has_a_page_of_its_own(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ async function measure([page, width]) {
   const raw = doc.querySelector("input[value=raw]"), loss = raw.closest("figure").querySelector(".plot");
   const before = loss.data.map((trace) => trace.name);
   raw.click();
-  const dark = doc.querySelector("figure.dark"), maps = [...dark.querySelectorAll(".plot")];
+  const dark = doc.querySelector("figure.similarity"), maps = [...dark.querySelectorAll(".plot")];
   const seen = () => maps.map((m) => m.data.map((trace) => [trace.zmin, trace.zmax, trace.hovertemplate]));
   const parts = [...dark.querySelectorAll("[data-when]")];
   const shown = () => parts.filter((part) => part.offsetHeight).map((part) => part.dataset.when);
@@ -71,7 +71,7 @@ async function measure([page, width]) {
     plots: doc.querySelectorAll(".plot").length, svgs: doc.querySelectorAll("[data-figure] svg").length,
     resources: view.performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:")),
     wide: [...doc.querySelectorAll(".plot")].filter((p) => p.scrollWidth > p.clientWidth).length,
-    soft, picked, unreached: reached, answers: doc.querySelectorAll("article.asked").length,
+    soft, picked, unreached: reached, answers: doc.querySelectorAll("article.prompt-panel").length,
     images: [...doc.images].filter((image) => !image.complete || !image.naturalWidth).length,
     preset, softer, own, side: new Set(maps.map((m) => m.getBoundingClientRect().top)).size,
     ink: doc.querySelector(".plot text").style.fill, before, after: loss.data.map((trace) => trace.name),
@@ -96,7 +96,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     plain = make_run(folder / "digits")
     names = [HOSTILE, "<img src=x onerror=\"document.title='taken'\">", "a very long name " * 9, *CLASSES[3:]]
-    hostile = make_summary(classes=names, name=HOSTILE, seeds=1, alone=None)
+    hostile = make_summary(classes=names, name=HOSTILE, seeds=1, baseline=None)
     hostile["formula"] = "x" * 300 + HOSTILE
     other = make_run(
         folder / ("long-name" * 12), hostile, config=f"# {'y' * 400}{HOSTILE}\n{CONFIG}".replace("4.0", "8.0")

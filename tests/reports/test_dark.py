@@ -14,9 +14,17 @@ from scipy.stats import spearmanr
 from support.fake_runs import CLASSES, CONFIG, make_run, make_summary, similarity_file
 from tutelage.errors import DataError
 from tutelage.reports import write_report
-from tutelage.reports.dark import finding, temperature
-from tutelage.reports.read import read_runs
-from tutelage.reports.similarity import Alike, alike, pairs_of, rank_correlation, shares, square
+from tutelage.reports.class_similarity import (
+    ClassSimilarity,
+    pairs_of,
+    rank_correlation,
+    shares,
+    similarities_of,
+    similarity_text,
+    square,
+)
+from tutelage.reports.run_files import read_records
+from tutelage.reports.sample_explorer import recipe_temperature
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -77,17 +85,17 @@ def test_where_there_is_no_order_there_is_no_correlation(b):
 
 def test_a_run_read_from_its_files(tmp_path):
     run = make_run(tmp_path / "digits")
-    (read,) = read_runs([run])
-    found = alike(read)
+    (read,) = read_records([run])
+    found = similarities_of(read)
     assert list(found) == ["1", "2", "4", "8", "20"]
     at = found["4"]
     kept = [json.loads((run / "similarity" / f"baseline-seed{s}.json").read_text())["sim"]["4"] for s in range(3)]
     by_hand = np.mean([shares(square(k, 10)) for k in kept], axis=0)
     assert np.allclose(at.mean["baseline"], by_hand, equal_nan=True)
-    assert at.order["distilled"] == {f"distilled-seed{s}": pytest.approx(1.0) for s in range(3)}
+    assert at.correlations["distilled"] == {f"distilled-seed{s}": pytest.approx(1.0) for s in range(3)}
     values = [at.mean["teacher"][pair] for pair in at.closest(45)]
     assert values == sorted(values, reverse=True)
-    assert at.nearer() == (3, 3)
+    assert at.closer_seeds() == (3, 3)
 
 
 def test_the_page_shows_teacher_and_students_at_every_temperature(tmp_path):
@@ -102,9 +110,9 @@ def test_the_page_shows_teacher_and_students_at_every_temperature(tmp_path):
     one = [trace["by"]["colours"]["one"] for trace in (m["data"][2] for m in maps)]
     assert one[0] == one[1] == one[2]
     shown = dark(page)
-    assert shown.count("<tr><th scope='row'>") == 5 * 10
-    assert re.findall(r"data-when='T=(\d+)'>", shown) == ["4"]
-    assert len(re.findall(r"data-when='T=\d+' hidden>", shown)) == 4
+    assert shown.count('<tr><th scope="row">') == 5 * 10
+    assert re.findall(r'data-when="T=(\d+)">', shown) == ["4"]
+    assert len(re.findall(r'data-when="T=\d+" hidden>', shown)) == 4
     assert "1/C is 10.00\u00a0% here. Students: mean over 3 seeds." in shown
     assert "distilled student 1.00" in shown
 
@@ -123,10 +131,10 @@ def test_the_page_shows_teacher_and_students_at_every_temperature(tmp_path):
 )
 def test_the_temperature_of_the_recipe_is_where_the_page_begins(tmp_path, config, expected):
     run = make_run(tmp_path / "digits", config=config)
-    (read,) = read_runs([run])
-    assert temperature(read) == expected
+    (read,) = read_records([run])
+    assert recipe_temperature(read) == expected
     preset = "8" if expected == 7 else "4"
-    assert f"data-when='T={preset}'>" in dark(page_of(run, out=tmp_path))
+    assert f'data-when="T={preset}">' in dark(page_of(run, out=tmp_path))
 
 
 def test_what_is_said_of_the_students_is_what_was_found():
@@ -134,14 +142,16 @@ def test_what_is_said_of_the_students_is_what_was_found():
     other = [0.3, 0.01, 0.04, 0.2, 0.05, 0.25]
 
     def said(**students):
-        return finding(
-            Alike(named({"teacher": teacher, **{k.replace("_", "-"): v for k, v in students.items()}})), "4", "abc"
+        return similarity_text(
+            ClassSimilarity(named({"teacher": teacher, **{k.replace("_", "-"): v for k, v in students.items()}})),
+            "4",
+            "abc",
         )
 
-    assert said() == "At T = 4 the teacher finds most alike: a and b, a and c, and b and c."
-    assert "nearer" not in said(distilled_seed0=teacher)
+    assert said() == "At T = 4 the most similar classes for the teacher are: a and b, a and c, and b and c."
+    assert "closer" not in said(distilled_seed0=teacher)
     one = said(baseline_seed0=other, distilled_seed0=teacher)
-    assert "distilled student is nearer to the teacher's order in this one seed, which cannot rule out chance" in one
+    assert "distilled student is closer to the teacher's order in this one seed, which cannot rule out chance" in one
     both = {"baseline_seed0": other, "distilled_seed0": teacher}
     assert "in each of 2 seeds" in said(**both, baseline_seed1=other, distilled_seed1=teacher)
     assert "in 1 of 2 seeds, not in all" in said(**both, baseline_seed1=teacher, distilled_seed1=other)
@@ -163,7 +173,7 @@ def test_several_runs_have_a_panel_each(tmp_path):
     page = page_of(*runs, out=tmp_path)
     assert len(maps_in(page)) == 5
     shown = dark(page)
-    assert shown.count("class='panel dark'") == 2
+    assert shown.count('class="panel similarity"') == 2
     assert "<h3>a</h3>" in shown
     assert "<h3>b</h3>" in shown
 
@@ -180,7 +190,7 @@ def test_too_many_classes_are_said_to_be(tmp_path):
     for file in (run / "similarity").iterdir():
         file.write_text(json.dumps({"classes": 50_257, "n": 9, "sim": {}}))
     page = page_of(run, out=tmp_path)
-    assert "This run has 50,257 classes, too many to keep how alike they are." in dark(page)
+    assert "This run has 50,257 classes, too many to store their similarities." in dark(page)
     assert maps_in(page) == []
 
 
@@ -216,8 +226,8 @@ def test_a_hundred_classes_are_labelled_here_and_there_and_hold_no_text(tmp_path
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("{", "Invalid JSON"),
-        ("[]", "should be an object"),
+        ("{", "is not JSON"),
+        ("[]", "should be a valid dictionary"),
         ('{"classes": 3, "n": 1, "sim": {"4": [1.0]}}', "not of 3 classes"),
         ('{"classes": 1, "n": 1, "sim": {"hot": [1.0]}}', "temperature"),
         ('{"classes": -1, "n": 1, "sim": {}}', "greater than or equal"),

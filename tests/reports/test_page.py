@@ -20,7 +20,7 @@ from tutelage.errors import RunDirectoryError
 from tutelage.files import TEMPORARY_PREFIX
 from tutelage.reports import write_report
 from tutelage.reports.page import as_json
-from tutelage.reports.panel import plot_text, thinned
+from tutelage.reports.plotting import plot_text, thin
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -42,7 +42,7 @@ def test_the_verdict_comes_first_and_everything_is_there(tmp_path):
     assert page.count("plotly.js v") == 1
     assert [p.name for p in out.parent.iterdir()] == ["report.html"]
     order = [
-        "class='verdict'",
+        'class="verdict"',
         "Results</caption>",
         "seed by seed",
         ">Validation accuracy",
@@ -97,11 +97,11 @@ def test_text_in_a_plot_is_short_and_no_markup():
 def test_a_long_curve_is_thinned_and_keeps_its_peaks():
     y = [math.sin(i / 50) for i in range(100_000)]
     y[54_321], y[77_777] = 40.0, -40.0
-    kept = thinned(range(len(y)), y)
+    kept = thin(range(len(y)), y)
     assert len(kept) <= 2000
     assert {54_321, 77_777} <= set(kept)
     assert kept == sorted(kept)
-    assert thinned(range(9), y[:9]) == list(range(9))
+    assert thin(range(9), y[:9]) == list(range(9))
 
 
 def test_a_long_run_makes_no_long_page(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from support.fake_runs import make_run, make_summary
 from tutelage.errors import DataError, RunDirectoryError
 from tutelage.reports import write_report
-from tutelage.reports.read import read_runs
+from tutelage.reports.run_files import read_records
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_summary_that_is_a_list(run):
 
 def test_a_line_cut_short_at_the_end_is_skipped(run):
     assert (run / "metrics.jsonl").read_text().endswith('{"training": "distilled-se')
-    (read,) = read_runs([run])
+    (read,) = read_records([run])
     assert read.metrics[-1]["training"] == "distilled-seed2"
 
 
@@ -99,5 +99,5 @@ def test_no_run_at_all(tmp_path):
 
 def test_runs_of_one_name_are_told_apart_and_one_run_named_twice_is_one(tmp_path):
     a, b = make_run(tmp_path / "a" / "digits"), make_run(tmp_path / "b" / "digits")
-    assert [r.label for r in read_runs([a, b, a])] == [str(a), str(b)]
-    assert [r.label for r in read_runs([a])] == ["digits"]
+    assert [r.label for r in read_records([a, b, a])] == [str(a), str(b)]
+    assert [r.label for r in read_records([a])] == ["digits"]

@@ -12,9 +12,9 @@ import pytest
 from support.fake_runs import CLASSES, make_run, make_samples, make_summary
 from tutelage.errors import DataError
 from tutelage.reports import write_report
-from tutelage.reports.cost import size
-from tutelage.reports.explorer import finding
-from tutelage.reports.wording import called
+from tutelage.reports.formatting import file_size
+from tutelage.reports.results import model_names
+from tutelage.reports.sample_explorer import disagreement_text
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 
@@ -35,14 +35,14 @@ def test_where_they_disagree_comes_with_pictures_and_who_is_right(tmp_path: Path
     make_samples(run, make_summary())
     body = body_of(run)
     assert "disagree on 99 of 900 test samples, 11.0 %" in body
-    assert "The teacher alone is right on 60, the distilled baseline student on 20" in body
+    assert "Only the teacher is right on 60, only the distilled student on 20" in body
     assert "The baseline student disagrees with the teacher on 100." in body
-    assert body.count("class='card apart'") == 6
-    assert body.count("class='card'") == 6
-    assert body.count("<img src='data:image/png;base64,") == 12
-    assert "<th scope='row'>zero</th><td>one</td><td>9</td>" in body
+    assert body.count('class="card disagree"') == 6
+    assert body.count('class="card"') == 6
+    assert body.count('<img src="data:image/png;base64,') == 12
+    assert '<th scope="row">zero</th><td>one</td><td>9</td>' in body
     assert "Agreement with the teacher by class" in body
-    assert "data-taught='4'" in body
+    assert 'data-recipe="4"' in body
     (data,) = explored(body)
     assert data["models"] == ["teacher", "baseline", "distilled"]
     assert len(data["samples"]) == 12
@@ -80,7 +80,7 @@ def test_texts_and_names_stay_text(tmp_path: Path) -> None:
     [
         (lambda one: one.update(image="javascript:alert(1)"), "image"),
         (lambda one: one.update(image="data:image/svg+xml;base64,AAAA"), "image"),
-        (lambda one: one["logits"].pop("teacher"), "lacks the scores of teacher"),
+        (lambda one: one["logits"].pop("teacher"), "lacks the logits of teacher"),
         (lambda one: one["logits"]["teacher"].pop(), "not all of 10 classes"),
         (lambda one: one.update(label=10), "a class is not among 10"),
     ],
@@ -101,7 +101,7 @@ def test_the_finding_without_a_teacher_and_without_a_difference() -> None:
         "exported": "distilled-seed0", "n": 10, "reference": "baseline", "student": "distilled",
         "agree": {"distilled": 10}, "right": {"both": 9, "reference": 0, "student": 0, "neither": 1},
     }  # fmt: skip
-    text = finding(found, called({"taught": False}))
+    text = disagreement_text(found, model_names({"taught": False}))
     assert text == (
         "The baseline student and the student with the method (distilled-seed0) disagree on 0 of 10 test samples, "
         "0.0 %."
@@ -115,13 +115,13 @@ def test_costs_are_read_from_the_folders(tmp_path: Path) -> None:
         (run / folder / "model.safetensors").write_bytes(b"x" * many)
     (run / "models" / "teacher" / "result.json").write_text('{"seconds": 90.0}')
     body = body_of(run)
-    assert "<th scope='row'>Weights on disk</th><td>4.0 MB</td><td>250 kB</td><td>250 kB</td><td>6.2 %</td>" in body
-    assert "<th scope='row'>Latency, p95</th><td>1.71 ms</td><td>0.55 ms</td><td>0.55 ms</td>" in body
-    assert "<th scope='row'>Training</th><td>1 min 30 s</td><td>42 s</td><td>42 s</td>" in body
+    assert '<th scope="row">Weights on disk</th><td>4.0 MB</td><td>250 kB</td><td>250 kB</td><td>6.2 %</td>' in body
+    assert '<th scope="row">Latency, p95</th><td>1.71 ms</td><td>0.55 ms</td><td>0.55 ms</td>' in body
+    assert '<th scope="row">Training</th><td>1 min 30 s</td><td>42 s</td><td>42 s</td>' in body
     (run / "models" / "teacher" / "result.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):
         body_of(run)
-    assert [size(n) for n in (None, 12, 1_500, 52_298_000, 3 * 10**9)] == [
+    assert [file_size(n) for n in (None, 12, 1_500, 52_298_000, 3 * 10**9)] == [
         "–",
         "12 bytes",
         "1.5 kB",
@@ -156,7 +156,7 @@ def test_a_run_judged_by_another_metric_does_not_speak_of_accuracy(tmp_path: Pat
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     body = body_of(run)
     assert "ccurac" not in re.sub(r"<pre.*?</pre>", "", body, flags=re.DOTALL)
-    for text in ("Test Spearman, seed by seed", "Validation Spearman", "Of the teacher&#x27;s Spearman",
+    for text in ("Test Spearman, seed by seed", "Validation Spearman", "Of the teacher&#39;s Spearman",
                  "Spearman, best on validation", "Spearman: times 100"):  # fmt: skip
         assert text in body, text
     both = body_of(run, make_run(tmp_path / "digits"))

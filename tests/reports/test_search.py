@@ -11,7 +11,7 @@ import pytest
 
 from support.browser import BROWSER, HOSTILE, looked_at
 from tutelage.errors import DataError
-from tutelage.reports import found_words, write_report
+from tutelage.reports import search_verdict, write_report
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -56,15 +56,15 @@ def make_search(path: Path, **changes: Any) -> Path:
 
 
 def words(path: Path) -> str:
-    return found_words(json.loads((path / "search.json").read_text(encoding="utf-8")))
+    return search_verdict(json.loads((path / "search.json").read_text(encoding="utf-8")))
 
 
 def test_the_verdict_tells_validation_from_test_and_shows_no_more_than_there_is(tmp_path: Path) -> None:
     said = words(make_search(tmp_path / "s"))
-    assert said.startswith("14 trials, 3 given up early, 1 diverged: method.temperature ")
-    assert "of the best of 14. Test, read once: 80.0 % against 80.0 %: +1.2 points, no difference shown" in said
+    assert said.startswith("14 trials, 3 stopped early, 1 diverged: method.temperature ")
+    assert "for the best of 14. Test, measured once: 80.0 % against 80.0 %: +1.2 points, no difference shown" in said
     same = words(make_search(tmp_path / "same", same=True))
-    assert "none is better on validation than the recipe as it is" in same
+    assert "none is better on validation than the unchanged recipe" in same
 
 
 def test_a_broken_file_is_named_with_its_key(tmp_path: Path) -> None:
@@ -81,4 +81,4 @@ def test_the_page_in_a_browser(tmp_path: Path, scheme: str) -> None:
     for f in looked_at(tmp_path, ["search.html"], scheme):
         assert f["title"] == "s – search"
         assert len(f["plots"]) == 5
-        assert f["plots"][0] == ["finished", "given up early", "recipe as it is", "chosen"]
+        assert f["plots"][0] == ["finished", "stopped early", "unchanged recipe", "chosen"]

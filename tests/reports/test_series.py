@@ -12,9 +12,9 @@ from support.browser import BROWSER, HOSTILE, looked_at
 from support.fake_runs import make_run
 from tutelage.errors import DataError
 from tutelage.files import write_text
-from tutelage.lab.judge import Figure, Finding, gain, point
-from tutelage.lab.page import lab_page, written
-from tutelage.reports import workflow_table, write_report
+from tutelage.lab.page import lab_page, markdown
+from tutelage.lab.statements import ExperimentPlot, ExperimentResult, gain, point
+from tutelage.reports import multistage_table, write_report
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -51,19 +51,22 @@ def make_lab() -> dict[str, Any]:
     """What two experiments found, made without training anything."""
     arms = {HOSTILE: [0.80, 0.81], "attention and soft labels": [0.83, 0.85], "none of both": [0.8, 0.8]}
     marks = [point(label, v) for label, v in arms.items()]
-    words = Figure("", "test accuracy", {"last epoch": marks, "best": marks}, percent=True, says="Accuracy.")
-    numbers = Figure("temperature", "norm", {"a": [point(t, [1 / t, 1.1 / t]) for t in (1.0, 2.0, 4.0, 8.0, 128.0)]},
-                     log_x=True, log_y=True, says="Norm.")  # fmt: skip
+    words = ExperimentPlot(
+        "", "test accuracy", {"last epoch": marks, "best": marks}, percent=True, caption="Accuracy."
+    )
+    curve = [point(t, [1 / t, 1.1 / t]) for t in (1.0, 2.0, 4.0, 8.0, 128.0)]
+    numbers = ExperimentPlot("temperature", "norm", {"a": curve},
+                     log_x=True, log_y=True, caption="Norm.")  # fmt: skip
     part = gain("it helps", arms["attention and soft labels"], arms[HOSTILE])
     each = {label: {"last": v, "best": v} for label, v in arms.items()}
-    finding = Finding([part], [words, numbers], [HOSTILE], each)
-    one = json.loads(json.dumps({"claim": HOSTILE, "design": "two arms", **finding.as_json()}))
+    result = ExperimentResult([part], [words, numbers], [HOSTILE], each)
+    one = json.loads(json.dumps({"claim": HOSTILE, "source": HOSTILE, "design": "two arms", **result.as_json()}))
     recipe = {"data": {"source": "digits", "labels": 300}, "train": {"epochs": 3}}
     return {"budget": "full", "seeds": [0, 1], "recipe": recipe, "experiments": {"soft-labels": one, "fitnets": one}}
 
 
 def test_the_table_in_the_terminal_names_the_first_difference(tmp_path: Path) -> None:
-    rows = workflow_table(json.loads((make_series(tmp_path / "s") / "summary.json").read_text()))
+    rows = multistage_table(json.loads((make_series(tmp_path / "s") / "summary.json").read_text()))
     assert [row["over"] for row in rows] == ["–", "+1.2 over generation 0", f"+1.2 over {HOSTILE}"]
 
 
@@ -73,7 +76,7 @@ def test_a_broken_file_is_named_with_its_key(tmp_path: Path) -> None:
 
 
 def test_the_lab_in_markdown_shows_every_part_arm_and_picture() -> None:
-    files = written(make_lab())
+    files = markdown(make_lab())
     assert (
         "| it helps | +3.50 points (−2.85 to +9.85) | inconclusive (about 3 seeds would decide) |" in files["lab.md"]
     )
@@ -82,7 +85,7 @@ def test_the_lab_in_markdown_shows_every_part_arm_and_picture() -> None:
     assert pictures == ["lab-soft-labels.svg", "lab-soft-labels-2.svg", "lab-fitnets.svg", "lab-fitnets-2.svg"]
     assert all(name in files["lab.md"] for name in pictures)
     assert "<script" not in files["lab-soft-labels.svg"]
-    assert written(make_lab()) == files, "pictures are the same bytes each time"
+    assert markdown(make_lab()) == files, "pictures are the same bytes each time"
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome")
@@ -93,6 +96,6 @@ def test_pages_in_a_browser(tmp_path: Path, scheme: str) -> None:
     write_text(tmp_path / "lab.html", lab_page(make_lab()))
     found = looked_at(tmp_path, ["series.html", "both.html", "lab.html"], scheme)
     assert [f["title"] for f in found[::2]] == [
-        "s – distillation report", "s and run – distillation report", "The lecture's claims, measured",
+        "s – distillation report", "s and run – distillation report", "Claims from the literature, measured",
     ]  # fmt: skip
     assert [len(f["plots"]) > 1 for f in found[::2]] == [False, True, True]

@@ -37,10 +37,10 @@ def test_each_score_stands_below_its_model_with_its_error(tmp_path: Path) -> Non
     body = body_of([scored(tmp_path / "digits", TASKS)], tmp_path)
     section = body[body.index("Tasks of lm-evaluation-harness") :]
     section = section[: section.index("</section>")]
-    heads = [re.sub(r"<.*?>", "", head) for head in re.findall(r"<th scope='col'>(.*?)</th>", section)]
+    heads = [re.sub(r"<.*?>", "", head) for head in re.findall(r'<th scope="col">(.*?)</th>', section)]
     assert heads == ["Task", "Metric", "teacher", "baseline student", "distilled student"]
     rows = [
-        re.findall(r"<t[hd](?: scope='row')?>(.*?)</t[hd]>", row)
+        re.findall(r'<t[hd](?: scope="row")?>(.*?)</t[hd]>', row)
         for row in re.findall(r"<tr>(.*?)</tr>", section[section.index("<tbody>") :])
     ]
     assert rows == [

@@ -8,7 +8,7 @@ import pytest
 
 from support.fake_runs import make_summary
 from tutelage.reports import final_table, verdict
-from tutelage.reports.wording import ABSENT, milliseconds, percent_spread, plain, points, seconds
+from tutelage.reports.formatting import ABSENT, duration, milliseconds, percent_spread, plain, points
 
 KEEPS = "keeps 97.9 % of the teacher's accuracy with 8.2 % of its parameters."
 
@@ -100,6 +100,6 @@ def test_a_tiny_difference_is_not_shown_as_zero():
 
 def test_figures():
     assert percent_spread({"mean": 0.913, "std": 0.004}) == "91.3 ± 0.4 %"
-    assert [milliseconds({"p50_ms": p}) for p in (0.0174, 1.386, 123.4)] == ["0.017 ms", "1.39 ms", "123.4 ms"]
+    assert [milliseconds(p) for p in (0.0174, 1.386, 123.4)] == ["0.017 ms", "1.39 ms", "123.4 ms"]
     assert plain(12.345) == "12.3"
-    assert [seconds(s) for s in (1.234, 42.4, 94.6, 3700)] == ["1.2 s", "42 s", "1 min 35 s", "1 h 1 min"]
+    assert [duration(s) for s in (1.234, 42.4, 94.6, 3700)] == ["1.2 s", "42 s", "1 min 35 s", "1 h 1 min"]

@@ -61,7 +61,7 @@ def search(
 
     loaded = load_recipe(recipe, overrides or [])
     from tutelage import api
-    from tutelage.reports import found_words
+    from tutelage.reports import search_verdict
 
     try:
         result = api.run_search(loaded, trials=trials, keys=key or (), workers=workers, out=out, resume=resume)
@@ -71,7 +71,7 @@ def search(
         words = [*(overrides or []), *flag("trials", trials), *keys, *parallel, *flag("out", out)]
         raise with_resume_command(stop, "search", recipe, *words, "--resume") from None
     path = result.path
-    say(f"\n{found_words(result.found)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
+    say(f"\n{search_verdict(result.found)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
 
 
 def cache(
@@ -141,8 +141,8 @@ def lab(
         raise with_resume_command(stop, "lab", *words, "--jobs", jobs, "--out", out, "--resume") from None
     for name, experiment in result["experiments"].items():
         say(f"{name}: {experiment['verdict']}")
-        for part in experiment["parts"]:
-            say(f"  {part['says']}: {experiments.measured(part)}, {part['verdict']}")
+        for statement in experiment["statements"]:
+            say(f"  {statement['statement']}: {experiments.measurement(statement)}, {statement['verdict']}")
     say(f"page: {out / 'lab.html'}")
 
 
@@ -159,8 +159,8 @@ def report(
 def _show(summary: dict[str, Any], path: Path) -> None:
     from rich.console import Console
 
-    from tutelage.reports import final_table, verdict, workflow_table
-    from tutelage.reports.metric import metric_of
+    from tutelage.reports import final_table, multistage_table, verdict
+    from tutelage.reports.selection_metric import metric_of
 
     console = Console()
     if not console.is_terminal:
@@ -168,7 +168,7 @@ def _show(summary: dict[str, Any], path: Path) -> None:
     console.print()
     many = "workflow" in summary
     console.print(
-        _table(workflow_table(summary) if many else final_table(summary), console.width, metric_of(summary))
+        _table(multistage_table(summary) if many else final_table(summary), console.width, metric_of(summary))
     )
     console.print(summary["verdict"] if many else verdict(summary), highlight=False, markup=False)
     console.print(f"student: {path / 'student'}", highlight=False, markup=False, soft_wrap=True)
@@ -180,17 +180,19 @@ def _table(rows: list[dict[str, Any]], width: int, metric: str = "accuracy") -> 
     from rich import box
     from rich.table import Table
 
-    from tutelage.reports.metric import TITLES
-    from tutelage.reports.wording import ABSENT, OF_TEACHER
+    from tutelage.reports.formatting import ABSENT
+    from tutelage.reports.results import NEEDS_TEACHER
+    from tutelage.reports.selection_metric import METRIC_LABELS
 
     titles = {
-        "accuracy": TITLES.get(metric, metric), "last": "last epoch", "agreement": "agreement", "kl": "KL to teacher",
+        "accuracy": METRIC_LABELS.get(metric, metric), "last": "last epoch", "agreement": "agreement",
+        "kl": "KL to teacher",
         "ece": "ECE", "parameters": "parameters", "latency": "latency",
         "over": "difference, points",
     }  # fmt: skip
     titles = {key: title for key, title in titles.items() if any(key in row for row in rows)}
     if all(row.get("agreement", ABSENT) == row.get("kl", ABSENT) == ABSENT for row in rows):  # there is no teacher
-        titles = {key: title for key, title in titles.items() if key not in OF_TEACHER}
+        titles = {key: title for key, title in titles.items() if key not in NEEDS_TEACHER}
     models = [[str(row["name"]), *(str(row.get(key, "")) for key in titles)] for row in rows]
     lines = [["", *titles.values()], *models]
     if sum(max(len(cell) for cell in column) + 2 for column in zip(*lines, strict=True)) > width:

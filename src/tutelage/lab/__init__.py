@@ -1,7 +1,7 @@
-"""The lecture's claims, each an experiment with a verdict. Runs workflows and writes reports; nothing imports it."""
+"""Claims from the literature, each an experiment with a verdict. No other room imports this one."""
 
-from tutelage.lab.bench import run_lab
 from tutelage.lab.claims import CLAIMS
-from tutelage.lab.page import measured
+from tutelage.lab.page import measurement
+from tutelage.lab.runner import run_lab
 
-__all__ = ["CLAIMS", "measured", "run_lab"]
+__all__ = ["CLAIMS", "measurement", "run_lab"]

@@ -1,7 +1,6 @@
-"""Reports: run directories to tables, plots and one HTML page. Reads files only; never loads a model."""
+"""Reports: run directories to tables, plots and HTML pages. Reads files only; never loads a model."""
 
-from tutelage.reports.found import found_words
 from tutelage.reports.page import write_report
-from tutelage.reports.wording import final_table, verdict, workflow_table
+from tutelage.reports.results import final_table, multistage_table, search_verdict, verdict
 
-__all__ = ["final_table", "found_words", "verdict", "workflow_table", "write_report"]
+__all__ = ["final_table", "multistage_table", "search_verdict", "verdict", "write_report"]

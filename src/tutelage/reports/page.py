@@ -1,7 +1,7 @@
-"""One self-contained HTML page of one or several runs, or of a search.
+"""HTML pages from Jinja2 templates and static files. A page is one file that loads nothing from the network.
 
-The page asks nothing of the network, and its content security policy lets no script run but the two that are
-written here: text from the data stays text.
+Templates escape every value, and the content security policy of a page allows no script but its own: text from the
+data stays text.
 """
 
 from __future__ import annotations
@@ -10,173 +10,163 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from tutelage.files import write_text
-from tutelage.reports import answers
-from tutelage.reports.cost import costs
-from tutelage.reports.dark import dark_knowledge
-from tutelage.reports.explore import EXPLORE
-from tutelage.reports.explorer import samples
-from tutelage.reports.figures import FIGURES, seed_by_seed
-from tutelage.reports.found import Search, is_search, read_search
-from tutelage.reports.metric import judged_by
-from tutelage.reports.panel import Panel
-from tutelage.reports.parts import comparison, configs, figure, final, headline
-from tutelage.reports.read import Judgement, Run, Series, read_runs
-from tutelage.reports.script import SCRIPT
-from tutelage.reports.search import search_body
-from tutelage.reports.series import told
-from tutelage.reports.style import STYLE
-from tutelage.reports.tasks import by_tasks
-from tutelage.reports.wording import escaped
+from tutelage.reports import judgements, multistage, overview, results, sample_explorer, search, tables
+from tutelage.reports.class_similarity import similarity_panel
+from tutelage.reports.plotting import Figure
+from tutelage.reports.result_figures import FIGURES, seed_by_seed
+from tutelage.reports.run_files import (
+    JudgementRecord,
+    MultistageRecord,
+    Record,
+    RunRecord,
+    SearchRecord,
+    is_search,
+    read_records,
+    read_search,
+)
+from tutelage.reports.selection_metric import metric_label, metric_labels, metric_of
+
+FOLDER = Path(__file__).parent
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write one HTML page about one run, workflow, search or judgement, or several side by side.
+    """Write one HTML page about one run, search or judgement, or about several side by side.
 
-    Beside others, a search stands for the runs in it that read the test split: the recipe as it was, and the chosen.
+    Beside other runs, a search stands for its runs that were measured on the test split: the unchanged recipe and the
+    chosen one.
 
     Args:
-        runs: folders of finished runs, workflows, searches and judgements.
-        out: the page; replaced whole if it is there.
+        runs: folders of finished runs, multi-stage runs, searches and judgements.
+        out: the page; an old one is replaced.
 
     Returns:
         ``out``.
 
     Raises:
-        RunDirectoryError: a run is not there or not finished, or ``out`` cannot be written.
-        DataError: a run's file is broken.
+        RunDirectoryError: a run is missing or not finished, or ``out`` cannot be written.
+        DataError: a file of a run is damaged.
     """
     out, paths = Path(out), [Path(run) for run in runs]
     if len(paths) == 1 and is_search(paths[0]):
-        write_text(out, search_page(read_search(paths[0])))
-        return out
-    each = [run for path in paths for run in (read_search(path).runs if is_search(path) else [path])]
-    write_text(out, page(read_runs(each)))
+        html = search_page(read_search(paths[0]))
+    else:
+        folders = [folder for path in paths for folder in (read_search(path).runs if is_search(path) else [path])]
+        html = report_page(read_records(folders))
+    write_text(out, html)
     return out
 
 
-def page(found: Sequence[Run | Series | Judgement]) -> str:
-    """The page's HTML."""
-    runs = [run for run in found if isinstance(run, Run)]
-    series = [one for one in found if isinstance(one, Series)]
-    drawn: list[Panel] = []
-    explored: list[dict[str, Any]] = []
-    parts = []
-    if runs:
-        parts = [headline(runs), comparison(runs), final(runs), by_tasks(runs), costs(runs), answers.judged(runs)]
-        parts += [answers.written(runs), _figures(runs, drawn), samples(runs, explored)]
-        parts += [dark_knowledge(runs, lambda panel: _number(panel, drawn))]
-    for one in series:
-        parts.append(told(one, lambda panel: _number(panel, drawn), alone=len(found) == 1))
-    for judgement in (one for one in found if isinstance(one, Judgement)):
-        parts.append(answers.judgement(judgement.found, judgement.label, heading="h1" if len(found) == 1 else "h2"))
-    title = " and ".join(one.label for one in found) if len(found) < 4 else f"{len(found)} runs"
-    return document(f"{title} – distillation report", "\n".join([*parts, configs(found)]), drawn, explored=explored)
+def report_page(records: Sequence[Record]) -> str:
+    """The HTML of the page on runs, multi-stage runs and judgements."""
+    runs = [record for record in records if isinstance(record, RunRecord)]
+    title = " and ".join(record.label for record in records) if len(records) < 4 else f"{len(records)} runs"
+    return render(
+        "report.html.jinja",
+        title=f"{title} – distillation report",
+        records=records,
+        runs=runs,
+        stages=[record for record in records if isinstance(record, MultistageRecord)],
+        judgements=[record for record in records if isinstance(record, JudgementRecord)],
+        metric=metric_labels(run.summary for run in runs),
+        other_metrics=sorted({metric_label(run.summary) for run in runs if metric_of(run.summary) != "accuracy"}),
+        has_teacher=any(run.summary.get("teacher") for run in runs),
+        has_joint_models=any(run.summary["students"]["distilled"].get("others") for run in runs),
+        seed_figure=seed_by_seed(runs) if runs else None,
+        figures_by_heading=_figures(runs),
+    )
 
 
-def search_page(search: Search) -> str:
-    """The HTML of the page of a search."""
-    drawn: list[Panel] = []
-    body = search_body(search, lambda panel: _number(panel, drawn))
-    return document(f"{search.label} – search", body, drawn)
+def search_page(record: SearchRecord) -> str:
+    """The HTML of the page on a search."""
+    return render("search.html.jinja", title=f"{record.label} – search", record=record)
 
 
-def document(
-    title: str,
-    body: str,
-    drawn: Sequence[Panel],
-    command: str = "tutelage report",
-    explored: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """A complete page in itself.
+def _figures(runs: Sequence[RunRecord]) -> dict[str, list[Figure]]:
+    """The figures of each run by their headings; figures side by side have the same range of values."""
+    metric = metric_labels(run.summary for run in runs)
+    figures = {
+        heading.format(metric=metric): [figure for run in runs if (figure := draw(run))]
+        for heading, draw in FIGURES.items()
+    }
+    for side_by_side in figures.values():
+        axes = [figure.layout["yaxis"] for figure in side_by_side]
+        ranges = [axis["range"] for axis in axes if "range" in axis and axis["range"][0] < axis["range"][1]]
+        if ranges and len(ranges) == len(axes):
+            for axis in axes:
+                axis["range"] = [min(low for low, _ in ranges), max(high for _, high in ranges)]
+    return figures
+
+
+# Templates -----------------------------------------------------------------------------------------------
+
+
+def render(template: str, **view: Any) -> str:
+    """The HTML of a page.
 
     Args:
-        title: of the window; text.
-        body: HTML.
-        drawn: the figures that the body has places for, in the order of their numbers.
-        command: what wrote it.
-        explored: the samples that the body has explorers of, in the order of their numbers.
+        template: a file in ``templates/``. It appends the data of its figures and explorers to
+            ``figures`` and ``explorers``.
+        view: the variables of the template.
     """
+    return _environment().get_template(template).render(figures=[], explorers=[], **view)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER / "templates"),
+        autoescape=lambda name: name is None or not name.endswith(".md.jinja"),
+        finalize=_keep_unit_on_line,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"json": as_json, "digest": _digest}
+    environment.globals |= {
+        "static": _static, "plotly": _plotly, "judgements_of": judgements, "multistage": multistage,
+        "overview": overview, "results": results, "explorer": sample_explorer, "search": search, "tables": tables,
+        "similarity_panel": similarity_panel,
+    }  # fmt: skip
+    return environment
+
+
+@jinja2.pass_eval_context
+def _keep_unit_on_line(context: jinja2.nodes.EvalContext, value: Any) -> Any:
+    """On HTML pages, binds ``%`` to its number by a no-break space, except in text that is marked as safe."""
+    is_text = context.autoescape and isinstance(value, str) and not isinstance(value, Markup)
+    return value.replace(" %", "\u00a0%") if is_text else value
+
+
+def _static(name: str) -> Markup:
+    return Markup((FOLDER / "static" / name).read_text(encoding="utf-8"))
+
+
+@cache
+def _plotly() -> Markup:
     from plotly.offline import get_plotlyjs
 
-    library, script = (_normal(code) for code in (get_plotlyjs(), SCRIPT + (EXPLORE if explored else "")))
-    data = f'<script type="application/json" id="samples">{as_json(list(explored))}</script>\n' if explored else ""
-    policy = "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src {_digest(library)} {_digest(script)}",
-            "style-src 'unsafe-inline'",
-            "img-src data: blob:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escaped(title)}</title>
-<link rel="icon" href="data:,">
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-<footer>Written by <code>{escaped(command)}</code>. This page is complete in itself and needs no network.</footer>
-</main>
-<script type="application/json" id="figures">{as_json([p.plotted() for p in drawn])}</script>
-{data}<script>{library}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+    return Markup(get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n"))  # as a browser normalises it
 
 
-def _figures(runs: Sequence[Run], drawn: list[Panel]) -> str:
-    def placed(panel: Panel, **more: Any) -> str:
-        return figure(panel, _number(panel, drawn), **more)
-
-    metric = judged_by(run.summary for run in runs)
-    parts = [placed(seed_by_seed(runs), heading=f"Test {metric}, seed by seed")]
-    by_heading = {
-        heading.format(metric=metric): [p for run in runs if (p := draw(run))] for heading, draw in FIGURES.items()
-    }
-    if len(runs) == 1:
-        figures = "".join(placed(panels[0], heading=heading) for heading, panels in by_heading.items() if panels)
-        return "\n".join([*parts, f"<div class='panels'>{figures}</div>"])
-    for heading, panels in by_heading.items():
-        if panels:
-            _level(panels)
-            grid = "".join(placed(panel, subheading=panel.label) for panel in panels)
-            note = f"<p class='note'>{escaped(panels[0].note)}</p>"
-            parts.append(f"<section><h2>{escaped(heading)}</h2>{note}<div class='panels side'>{grid}</div></section>")
-    return "\n".join(parts)
+def _digest(script: str) -> str:
+    """The hash of a script for the content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _number(panel: Panel, drawn: list[Panel]) -> int:
-    drawn.append(panel)
-    return len(drawn) - 1
-
-
-def _level(panels: Sequence[Panel]) -> None:
-    """Give axes with a range the same one, so that figures side by side compare."""
-    ranges = [panel.layout["yaxis"].get("range") for panel in panels]
-    if all(r is not None and r[0] < r[1] for r in ranges):
-        for panel in panels:
-            panel.layout["yaxis"]["range"] = [min(r[0] for r in ranges), max(r[1] for r in ranges)]
-
-
-def as_json(value: Any) -> str:
-    """JSON that can stand inside a script element: no character of it is markup; what is not finite is null."""
+def as_json(value: Any) -> Markup:
+    """JSON for a script element: it contains no markup, and null for numbers that are not finite."""
     text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def _finite(value: Any) -> Any:
@@ -185,12 +175,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _normal(code: str) -> str:
-    """The code as a browser reads it from the page, so that its digest is the browser's."""
-    return code.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _digest(code: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"

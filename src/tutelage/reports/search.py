@@ -1,322 +1,263 @@
-"""The page of a search: how validation answers to each key, trial by trial, and what was chosen."""
+"""The page of a search: validation accuracy against each key, trial by trial, and the chosen recipe."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tutelage.reports.found import Search, found_words, setting, value_words
-from tutelage.reports.panel import Dots, Panel, axes, plot_text, short
-from tutelage.reports.parts import figure, table
-from tutelage.reports.wording import (
-    ABSENT,
-    count,
-    escaped,
-    percent,
-    percent_spread,
-    points,
-    seconds,
+from tutelage.reports.formatting import ABSENT, bounds, count, duration, percent, percent_spread, points
+from tutelage.reports.overview import seeds_text
+from tutelage.reports.plotting import (
+    HEAT_SCALE,
+    Figure,
+    Json,
+    axes,
+    category_ticks,
+    percent_ticks,
+    plot_text,
+    scatter,
+    short,
 )
+from tutelage.reports.results import value_text, values_text
+from tutelage.reports.run_files import SearchRecord
+from tutelage.reports.tables import Cell, Row, Table
 
-Place = Callable[[Panel], int]
-"""Gives a panel its number on the page."""
+HEIGHT = 380
 
-STATES = {"finished": "finished", "pruned": "given up early", "diverged": "diverged", "failed": "failed"}
+STATES = {"finished": "finished", "pruned": "stopped early", "diverged": "diverged", "failed": "failed"}
 
-LOOKS = {
+MARKERS = {
     "finished": {"color": "--distilled", "symbol": "circle", "size": 9, "opacity": 0.85},
-    "given up early": {"color": "--quiet", "symbol": "x-thin-open", "size": 9, "line": {"width": 2}},
-    "recipe as it is": {"color": "--baseline", "symbol": "diamond", "size": 13},
+    "stopped early": {"color": "--quiet", "symbol": "x-thin-open", "size": 9, "line": {"width": 2}},
+    "unchanged recipe": {"color": "--baseline", "symbol": "diamond", "size": 13},
     "chosen": {"color": "--term3", "symbol": "star", "size": 16},
 }
+"""By the kind of trial."""
 
-NOTE = (
-    "Validation is what the search goes by, so the best trial's is too good: the best of many. Test is read once, "
-    "for the chosen recipe and for the recipe as it is. “Last”: the weights after the last epoch, which the search "
-    "compares. “Best”: those with the best validation accuracy of their training. ± is the standard deviation over "
-    "seeds; gains are paired over seeds, with their 95 % intervals."
-)
-
-
-def search_body(search: Search, place: Place) -> str:
-    """Everything that the page says."""
-    return "\n".join([_headline(search), _results(search), _figures(search, place), _trials(search), _best(search)])
+LINES = {
+    "stopped early": {"color": "--quiet", "width": 1, "dash": "dot"},
+    "finished": {"color": "--distilled", "width": 1},
+    "chosen": {"color": "--term3", "width": 3},
+}
 
 
-def _headline(search: Search) -> str:
-    found = search.found
-    facts = [
-        f"{found['loss'].capitalize()}; seeds {', '.join(map(str, found['seeds']))}",
-        f"search seed {found['settings'].get('seed', 0)}",
-        f"trials took {seconds(found['seconds'])}",
-    ]
+def search_facts(search: Mapping[str, Any]) -> str:
+    """Objective, seeds and time."""
+    objective = search["objective"]
     return (
-        f"<header><h1>Search of {escaped(found['name'])}</h1><p class='verdict'>{escaped(found_words(found))}</p>"
-        f"<p class='note'>{escaped('; '.join(facts))}.</p></header>"
+        f"{objective[:1].upper()}{objective[1:]}; {seeds_text(search['seeds']).lower()}; search seed "
+        f"{search['settings'].get('seed', 0)}; trials took {duration(search['seconds'])}."
     )
 
 
-def _results(search: Search) -> str:
-    found, best = search.found, search.chosen
-    default, test = found["default"], found["test"]
-    columns = ["Recipe", "Validation", "Test, last", "Test, best", *(d["key"] for d in found["space"])]
+def recipe_table(record: SearchRecord) -> Table:
+    """The recipe before and after the search, and the gains."""
+    search, best = record.search, record.best_trial
+    keys, test = [key["key"] for key in search["space"]], search["test"]
+    columns = ["Recipe", "Validation", "Test, last", "Test, best", *keys]
 
-    def row(name: str, validation: float, which: str, values: Sequence[str]) -> list[str]:
-        cells = [percent(validation), *(percent_spread(test[which][w]) for w in ("last", "best")), *values]
-        return [escaped(name), *map(escaped, cells)]
+    def row(name: str, validation: float, which: str, values: Sequence[str]) -> Row:
+        return [name, percent(validation), *(percent_spread(test[which][w]) for w in ("last", "best")), *values]
 
-    own = [ABSENT if d.get("own") is None else value_words(d["own"]) for d in found["space"]]
-    rows = [row("as it is", default["validation"], "default", own)]
-    if not found["same"]:
-        mine = [value_words(best["values"][d["key"]]) for d in found["space"]]
-        rows.append(row(f"chosen: trial {best['number']}", best["validation"], "chosen", mine))
-        gains = [found["gain_on_validation"], test["gain"]["last"], test["gain"]["best"]]
-        cells = [f"{escaped(points(g['mean']))}<br><span class='note'>{escaped(_ends(g))}</span>" for g in gains]
-        rows.append(["gain, points", *cells, *("" for _ in own)])
-    return f"<section>{table('Results', columns, rows)}<p class='note'>{escaped(NOTE)}</p></section>"
-
-
-def _ends(gain: dict[str, Any]) -> str:
-    if gain["low"] is None or gain["high"] is None:
-        return "one seed: no interval"
-    return f"{points(gain['low'])} to {points(gain['high'])}"
+    own = [ABSENT if key["own"] is None else value_text(key["own"]) for key in search["space"]]
+    rows = [row("unchanged", search["default"]["validation"], "default", own)]
+    if not search["same"]:
+        values = [value_text(best["values"][key]) for key in keys]
+        rows.append(row(f"chosen: trial {best['number']}", best["validation"], "chosen", values))
+        gains = [search["gain_on_validation"], test["gain"]["last"], test["gain"]["best"]]
+        cells = [Cell(points(gain["mean"]), note=bounds(gain)) for gain in gains]
+        rows.append(["gain, points", *cells, *[""] * len(own)])
+    return Table("Results", columns, rows)
 
 
-def _trials(search: Search) -> str:
-    keys = [d["key"] for d in search.found["space"]]
+def trial_table(record: SearchRecord) -> Table:
+    """Every trial."""
+    search, keys = record.search, [key["key"] for key in record.search["space"]]
     rows = []
-    for t in search.found["trials"]:
-        mark = " (chosen)" if t["number"] == search.found["best"] else ""
-        mark += " (as it is)" if t["number"] == search.found["default"].get("trial") else ""
-        state = STATES.get(t["state"], t["state"]) + (f": {t['why']}" if t.get("why") else "")
-        last = t["evaluations"][-1] if t["evaluations"] else None
-        shown = percent(t["validation"]) if t["state"] == "finished" else f"{percent(last)} then"
-        cells = [
-            f"{t['number']}{mark}", *(value_words(t["values"][key]) for key in keys), shown, state,
-            count(len(t["evaluations"])), seconds(t["seconds"]),
-        ]  # fmt: skip
-        rows.append([escaped(cell) for cell in cells])
-    columns = ["Trial", *keys, "Validation", "How it ended", "Evaluations, first seed", "Time"]
-    return f"<section>{table('Trials', columns, rows)}</section>"
+    for trial in search["trials"]:
+        mark = " (chosen)" if trial["number"] == search["best"] else ""
+        mark += " (unchanged)" if trial["number"] == search["default"]["trial"] else ""
+        state = STATES.get(trial["state"], trial["state"]) + (f": {trial['why']}" if trial["why"] else "")
+        last = trial["evaluations"][-1] if trial["evaluations"] else None
+        validation = ABSENT if last is None else f"{percent(last)} at its end"
+        if trial["state"] == "finished":
+            validation = percent(trial["validation"])
+        rows.append([
+            f"{trial['number']}{mark}", *(value_text(trial["values"][key]) for key in keys),
+            validation, state,
+            count(len(trial["evaluations"])), duration(trial["seconds"]),
+        ])  # fmt: skip
+    columns = ["Trial", *keys, "Validation", "State", "Evaluations, first seed", "Time"]
+    return Table("Trials", columns, rows)
 
 
-def _best(search: Search) -> str:
-    return (
-        "<section><h2>The best recipe</h2><details><summary>best.yaml</summary>"
-        f"<pre tabindex='0'><code>{escaped(search.best, breaking=True)}</code></pre></details></section>"
-    )
-
-
-# Figures -----------------------------------------------------------------------------------------
-
-
-def _figures(search: Search, place: Place) -> str:
-    responses = [response(search, d) for d in search.found["space"]]
-    others = {"Trial by trial": history(search), "Validation through training": curves(search)}
-    ranges = [d for d in search.found["space"] if d.get("values") is None]
+def search_figures(record: SearchRecord) -> dict[str, Figure]:
+    """The figures below those of each key, by their headings."""
+    search = record.search
+    figures = {"Trial by trial": history(record), "Validation through training": evaluation_curves(record)}
+    ranges = [key for key in search["space"] if key["values"] is None]
     if len(ranges) > 1:
-        shares = search.found["importance"]
-        first, second = sorted(ranges, key=lambda d: -shares.get(d["key"], 0.0))[:2]
-        others["Two keys at once"] = together(search, first, second)
-    if search.found["importance"]:
-        others["Which key matters"] = importance(search)
-    answers = "".join(figure(p, place(p), subheading=p.label) for p in responses)
-    note = (
-        "Each mark is a trial. Where several keys were varied at once, a mark's height is due to all. A trial that "
-        "was given up early is at its last validation accuracy, or at the lower edge where that is below."
-    )
-    rest = "".join(figure(p, place(p), heading=heading) for heading, p in others.items())
-    return (
-        f"<section><h2>How validation answers to each key</h2><p class='note'>{escaped(note)}</p>"
-        f"<div class='panels side'>{answers}</div></section><div class='panels'>{rest}</div>"
-    )
+        first, second = sorted(ranges, key=lambda key: -search["importance"].get(key["key"], 0.0))[:2]
+        figures["Two keys at once"] = two_keys(record, first, second)
+    if search["importance"]:
+        figures["Importance of keys"] = importance(record)
+    return figures
 
 
-def _marks(search: Search, x: Callable[[dict[str, Any]], float]) -> tuple[list[Dots], list[float]]:
-    """A trace for each kind of trial, and the range of validation that shows the finished ones."""
-    found = search.found
-    done = [t["validation"] for t in found["trials"] if t["state"] == "finished"]
-    pad = max(0.002, 0.12 * (max(done) - min(done)))
-    low, high = min(done) - 2 * pad, max(done) + pad
-    kinds: dict[str, list[dict[str, Any]]] = {name: [] for name in LOOKS}
-    for t in found["trials"]:
-        if t["state"] == "finished":
-            kinds["finished"].append(t)
-        elif t["evaluations"]:
-            kinds["given up early"].append(t)
-        if t["number"] == found["default"].get("trial"):
-            kinds["recipe as it is"].append(t)
-        if t["number"] == found["best"]:
-            kinds["chosen"].append(t)
-    data: list[Dots] = []
+def _trial_marks(record: SearchRecord, x: Callable[[Json], float]) -> tuple[list[Json], list[float]]:
+    """A trace for each kind of trial, and the range of validation accuracy of the finished ones."""
+    search = record.search
+    finished = [t["validation"] for t in search["trials"] if t["state"] == "finished"]
+    pad = max(0.002, 0.12 * (max(finished) - min(finished)))
+    low, high = min(finished) - 2 * pad, max(finished) + pad
+    kinds = {
+        "finished": [t for t in search["trials"] if t["state"] == "finished"],
+        "stopped early": [t for t in search["trials"] if t["state"] != "finished" and t["evaluations"]],
+        "unchanged recipe": [t for t in search["trials"] if t["number"] == search["default"]["trial"]],
+        "chosen": [record.best_trial],
+    }
+    data = []
     for name, trials in kinds.items():
+        values = [t["evaluations"][-1] if t["validation"] is None else t["validation"] for t in trials]
+        texts = [f"trial {t['number']}: {plot_text(values_text(t['values']), 90)}" for t in trials]
         if trials:
-            said = [t["validation"] if t["validation"] is not None else t["evaluations"][-1] for t in trials]
-            data.append({
-                "type": "scatter",
-                "mode": "markers",
-                "name": name,
-                "x": [short(x(t)) for t in trials],
-                "y": [short(max(v, low + 0.3 * pad)) for v in said],
-                "customdata": [
-                    [f"trial {t['number']}: {plot_text(setting(t['values']), 90)}", v]
-                    for t, v in zip(trials, said, strict=True)
-                ],
-                "marker": LOOKS[name],
-                "hovertemplate": "%{customdata[0]}<br>%{customdata[1]:.2%}<extra>" + name + "</extra>",
-            })  # fmt: skip
+            data.append(scatter(
+                name, [short(x(t)) for t in trials], [short(max(value, low + 0.3 * pad)) for value in values],
+                customdata=[list(pair) for pair in zip(texts, values, strict=True)], marker=MARKERS[name],
+                hovertemplate=f"%{{customdata[0]}}<br>%{{customdata[1]:.2%}}<extra>{name}</extra>",
+            ))  # fmt: skip
     return data, [low, high]
 
 
-def response(search: Search, dimension: dict[str, Any]) -> Panel:
+def _accuracy_axes(x: str, span: Sequence[float], xaxis: Json) -> Json:
+    yaxis = {"range": list(span), "tickformat": percent_ticks(*span)}
+    return axes(x, "validation accuracy", HEIGHT, xaxis=xaxis, yaxis=yaxis)
+
+
+def response(record: SearchRecord, key: Mapping[str, Any]) -> Figure:
     """Validation accuracy of every trial against its value of a key."""
-    key, choices = dimension["key"], dimension.get("values")
-    if choices is not None:
-        data, span = _marks(search, lambda t: choices.index(t["values"][key]))
-        xaxis: Dots = {
-            "tickvals": list(range(len(choices))),
-            "ticktext": [plot_text(value_words(v), 16) for v in choices],
-            "range": [-0.5, len(choices) - 0.5],
-        }
+    name, choices, best = key["key"], key["values"], record.best_trial
+    if choices is None:
+        data, span = _trial_marks(record, lambda t: t["values"][name])
+        xaxis = _range_axis(key)
     else:
-        data, span = _marks(search, lambda t: t["values"][key])
-        xaxis = _scale(dimension["low"], dimension["high"], bool(dimension.get("log")))
-    layout = axes(
-        plot_text(key, 40), "validation accuracy", height=380,
-        xaxis=xaxis, yaxis={"range": span, "tickformat": _form(span)},
-    )  # fmt: skip
-    best = search.chosen
-    says = f"Validation accuracy against {key}: best, {percent(best['validation'])}, at {setting(best['values'])}."
-    return Panel(key, says, data, layout)
+        data, span = _trial_marks(record, lambda t: choices.index(t["values"][name]))
+        ticks = category_ticks([plot_text(value_text(v), 16) for v in choices])
+        xaxis = {"tickvals": ticks["tickvals"], "ticktext": ticks["ticktext"], "range": [-0.5, len(choices) - 0.5]}
+    description = (
+        f"Validation accuracy against {name}: best, {percent(best['validation'])}, at {values_text(best['values'])}."
+    )
+    return Figure(name, description, data, _accuracy_axes(plot_text(name, 40), span, xaxis))
 
 
-def _scale(low: float, high: float, log: bool) -> Dots:
-    if not log:
+def _range_axis(key: Mapping[str, Any]) -> Json:
+    """The axis of a key that has a range."""
+    low, high = key["low"], key["high"]
+    if not key["log"]:
         pad = 0.04 * (high - low)
         return {"range": [low - pad, high + pad]}
     a, b = math.log10(low), math.log10(high)
-    decades = range(math.floor(a), math.ceil(b) + 1)
     steps = (1, 2, 5) if b - a < 2.5 else (1,)
+    decades = range(math.floor(a), math.ceil(b) + 1)
     ticks = [step * 10.0**d for d in decades for step in steps if low <= step * 10.0**d <= high]
     pad = 0.04 * (b - a)
-    return {
-        "type": "log", "range": [a - pad, b + pad], "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks],
-    }  # fmt: skip
+    return {"type": "log", "range": [a - pad, b + pad], "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
 
 
-def _form(span: Sequence[float]) -> str:
-    return ".0%" if span[1] - span[0] > 0.08 else ".1%"
-
-
-def history(search: Search) -> Panel:
+def history(record: SearchRecord) -> Figure:
     """Validation accuracy of trial after trial, and the best so far."""
-    data, span = _marks(search, lambda t: t["number"])
+    data, span = _trial_marks(record, lambda t: t["number"])
     x: list[int] = []
     y: list[float] = []
-    for t in search.found["trials"]:
-        if t["state"] == "finished":
-            y.append(max(t["validation"], y[-1] if y else 0.0))
-            x.append(t["number"])
-    last = search.found["trials"][-1]["number"]
-    x, y = [*x, last], [*y, y[-1]]
-    line: Dots = {
-        "type": "scatter", "mode": "lines", "name": "best so far", "x": x, "y": [short(v) for v in y],
-        "line": {"color": "--distilled", "width": 2, "shape": "hv"}, "hoverinfo": "skip",
-    }  # fmt: skip
-    layout = axes(
-        "trial", "validation accuracy", height=380,
-        xaxis={"range": [-0.5, last + 0.5]}, yaxis={"range": span, "tickformat": _form(span)},
+    for trial in record.search["trials"]:
+        if trial["state"] == "finished":
+            y.append(max(trial["validation"], y[-1] if y else 0.0))
+            x.append(trial["number"])
+    last = record.search["trials"][-1]["number"]
+    line = scatter(
+        "best so far", [*x, last], [short(v) for v in [*y, y[-1]]], "lines", hoverinfo="skip",
+        line={"color": "--distilled", "width": 2, "shape": "hv"},
     )  # fmt: skip
-    says = f"The best so far, trial by trial: from {percent(y[0])} to {percent(y[-1])}."
-    return Panel("", says, [line, *data], layout, note="The line is the best of the trials so far.")
+    layout = _accuracy_axes("trial", span, {"range": [-0.5, last + 0.5]})
+    description = f"The best so far, trial by trial: from {percent(y[0])} to {percent(y[-1])}."
+    return Figure("", description, [line, *data], layout, note="The line is the best of the trials so far.")
 
 
-def curves(search: Search) -> Panel:
-    """Validation accuracy of each trial's first seed, evaluation by evaluation: where trials were given up."""
-    looks = {
-        "given up early": {"color": "--quiet", "width": 1, "dash": "dot"},
-        "finished": {"color": "--distilled", "width": 1},
-        "chosen": {"color": "--term3", "width": 3},
-    }
-    found, data = search.found, []
+def evaluation_curves(record: SearchRecord) -> Figure:
+    """Validation accuracy of each trial's first seed, by evaluation."""
+    trials, best = record.search["trials"], record.search["best"]
     kinds = {
-        "given up early": [t for t in found["trials"] if t["state"] != "finished"],
-        "finished": [t for t in found["trials"] if t["state"] == "finished" and t["number"] != found["best"]],
-        "chosen": [search.chosen],
+        "stopped early": [t for t in trials if t["state"] != "finished"],
+        "finished": [t for t in trials if t["state"] == "finished" and t["number"] != best],
+        "chosen": [record.best_trial],
     }
-    for name, trials in kinds.items():
+    data = []
+    for name, of_kind in kinds.items():
         x: list[int | None] = []
         y: list[float | None] = []
         texts: list[str] = []
-        for t in trials:
-            many = len(t["evaluations"])
-            x += [*range(1, many + 1), None]
-            y += [*map(short, t["evaluations"]), None]
-            texts += [f"trial {t['number']}"] * (many + 1)
-        if len(x) > len(trials):
-            data.append({
-                "type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "customdata": texts,
-                "line": looks[name], "opacity": 1.0 if name == "chosen" else 0.7,
-                "hovertemplate": "%{customdata}, evaluation %{x}<br>%{y:.2%}<extra>" + name + "</extra>",
-            })  # fmt: skip
-    most = max(len(t["evaluations"]) for t in found["trials"])
-    xaxis = {"dtick": 1} if most <= 10 else {}
-    layout = axes("evaluation", "validation accuracy", height=380, xaxis=xaxis, yaxis={"tickformat": ".0%"})
-    gone = len(kinds["given up early"])
-    says = f"Validation accuracy through the training of each trial; {gone} of {len(found['trials'])} ended early."
-    return Panel("", says, data, layout, note="The first seed of each trial.")
+        for trial in of_kind:  # curves of one trace, separated by None
+            total = len(trial["evaluations"])
+            x += [*range(1, total + 1), None]
+            y += [*map(short, trial["evaluations"]), None]
+            texts += [f"trial {trial['number']}"] * (total + 1)
+        if len(x) > len(of_kind):
+            data.append(scatter(
+                name, x, y, "lines", customdata=texts, line=LINES[name], opacity=1.0 if name == "chosen" else 0.7,
+                hovertemplate=f"%{{customdata}}, evaluation %{{x}}<br>%{{y:.2%}}<extra>{name}</extra>",
+            ))  # fmt: skip
+    longest = max(len(t["evaluations"]) for t in trials)
+    xaxis = {"dtick": 1} if longest <= 10 else {}
+    layout = axes("evaluation", "validation accuracy", HEIGHT, xaxis=xaxis, yaxis={"tickformat": ".0%"})
+    stopped = len(kinds["stopped early"])
+    description = f"Validation accuracy through the training of each trial; {stopped} of {len(trials)} stopped early."
+    return Figure("", description, data, layout, note="The first seed of each trial.")
 
 
-def together(search: Search, across: dict[str, Any], up: dict[str, Any]) -> Panel:
+def two_keys(record: SearchRecord, across: Mapping[str, Any], up: Mapping[str, Any]) -> Figure:
     """The finished trials by two keys, coloured by their validation accuracy."""
-    done = [t for t in search.found["trials"] if t["state"] == "finished"]
-    said = [t["validation"] for t in done]
-    best = search.chosen
-    scale: Dots = {
-        "color": [short(v) for v in said], "colorscale": [[i / 3, f"--heat{i}"] for i in range(4)],
-        "cmin": min(said), "cmax": max(max(said), min(said) + 1e-6),
+    finished = [t for t in record.search["trials"] if t["state"] == "finished"]
+    values = [t["validation"] for t in finished]
+    low, high = min(values), max(values)
+    colours = {
+        "color": [short(v) for v in values], "colorscale": HEAT_SCALE, "cmin": low, "cmax": max(high, low + 1e-6),
         "size": 14, "line": {"color": "--quiet", "width": 1},
-        "colorbar": {"tickformat": _form([min(said), max(said)]), "thickness": 12, "outlinewidth": 0, "nticks": 5},
+        "colorbar": {"tickformat": percent_ticks(low, high), "thickness": 12, "outlinewidth": 0, "nticks": 5},
     }  # fmt: skip
-    data: list[Dots] = [
-        {
-            "type": "scatter", "mode": "markers", "name": "finished", "marker": scale,
-            "x": [short(t["values"][across["key"]]) for t in done],
-            "y": [short(t["values"][up["key"]]) for t in done],
-            "customdata": [[f"trial {t['number']}", t["validation"]] for t in done],
-            "hovertemplate": "%{customdata[0]}: %{x:.4g}, %{y:.4g}<br>%{customdata[1]:.2%}<extra></extra>",
-        },
-        {
-            "type": "scatter", "mode": "markers", "name": "chosen", "hoverinfo": "skip",
-            "x": [short(best["values"][across["key"]])], "y": [short(best["values"][up["key"]])],
-            "marker": {"color": "--term3", "symbol": "circle-open", "size": 22, "line": {"width": 3}},
-        },
+    ring = {"color": "--term3", "symbol": "circle-open", "size": 22, "line": {"width": 3}}
+
+    def places(trials: Sequence[Json]) -> tuple[list[float], list[float]]:
+        x, y = ([short(t["values"][key["key"]]) for t in trials] for key in (across, up))
+        return x, y
+
+    data = [
+        scatter("finished", *places(finished), marker=colours,
+                customdata=[[f"trial {t['number']}", t["validation"]] for t in finished],
+                hovertemplate="%{customdata[0]}: %{x:.4g}, %{y:.4g}<br>%{customdata[1]:.2%}<extra></extra>"),
+        scatter("chosen", *places([record.best_trial]), marker=ring, hoverinfo="skip"),
     ]  # fmt: skip
-    layout = axes(
-        plot_text(across["key"], 40), plot_text(up["key"], 40), height=380, showlegend=False,
-        xaxis=_scale(across["low"], across["high"], bool(across.get("log"))),
-        yaxis=_scale(up["low"], up["high"], bool(up.get("log"))),
-    )  # fmt: skip
-    says = f"Validation accuracy of finished trials by {across['key']} and {up['key']}."
-    return Panel("", says, data, layout, note="The colour is validation accuracy; the ring is the chosen trial.")
+    layout = axes(plot_text(across["key"], 40), plot_text(up["key"], 40), HEIGHT, showlegend=False,
+                  xaxis=_range_axis(across), yaxis=_range_axis(up))  # fmt: skip
+    description = f"Validation accuracy of finished trials by {across['key']} and {up['key']}."
+    note = "The colour is validation accuracy; the ring is the chosen trial."
+    return Figure("", description, data, layout, note=note)
 
 
-def importance(search: Search) -> Panel:
-    """Share of each key in what makes the best trials differ from the others."""
-    shares = sorted(search.found["importance"].items(), key=lambda item: item[1])
-    data: list[Dots] = [
+def importance(record: SearchRecord) -> Figure:
+    """The share of each key in the difference between the best trials and the others (PED-ANOVA)."""
+    shares = sorted(record.search["importance"].items(), key=lambda item: item[1])
+    data = [
         {
             "type": "bar", "orientation": "h", "x": [short(v) for _, v in shares], "y": list(range(len(shares))),
             "marker": {"color": "--distilled"}, "hovertemplate": "%{x:.0%}<extra></extra>",
             "text": [f"{v:.0%}" for _, v in shares], "textposition": "auto",
         }
     ]  # fmt: skip
-    layout = axes(
-        "share", "", height=120 + 40 * len(shares), showlegend=False,
-        xaxis={"tickformat": ".0%", "range": [0, 1.02]},
-        yaxis={"tickvals": list(range(len(shares))), "ticktext": [plot_text(k, 24) for k, _ in shares]},
-    )  # fmt: skip
-    says = "; ".join(f"{key}: {v:.0%}" for key, v in reversed(shares))
-    note = "PED-ANOVA over the finished trials: a hint, not a measurement, with so few."
-    return Panel("", f"Importance of keys. {says}.", data, layout, note=note)
+    yaxis = category_ticks([plot_text(key, 24) for key, _ in shares])
+    layout = axes("share", "", 120 + 40 * len(shares), showlegend=False,
+                  xaxis={"tickformat": ".0%", "range": [0, 1.02]},
+                  yaxis={"tickvals": yaxis["tickvals"], "ticktext": yaxis["ticktext"]})  # fmt: skip
+    description = "; ".join(f"{key}: {v:.0%}" for key, v in reversed(shares))
+    note = "PED-ANOVA over the finished trials: a hint, not a measurement, with so few trials."
+    return Figure("", f"Importance of keys. {description}.", data, layout, note=note)

@@ -23,7 +23,7 @@ from tutelage.files import write_text
 from tutelage.lab import llm
 from tutelage.lab.arms import ARMS, FIRST, SMALL, SMALL_LLM, SMALL_TEXTS, Bases, Results, merged, run_arm
 from tutelage.lab.claims import CLAIMS
-from tutelage.lab.page import lab_page, written
+from tutelage.lab.page import lab_page, markdown
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
 
@@ -161,18 +161,19 @@ def run_lab(
         known = _known(out / "lab.json")
         for name in asked:
             claim = CLAIMS[name]
-            finding = claim.judge(results)
+            result = claim.test(results)
             known[name] = {
-                "claim": claim.claim, "design": claim.design, "bases": bases_of(name), **finding.as_json()
+                "claim": claim.claim, "source": claim.source, "design": claim.design, "bases": bases_of(name),
+                **result.as_json(),
             }  # fmt: skip
-            terminal.say(f"{name}: {finding.verdict}")
+            terminal.say(f"{name}: {result.verdict}")
         found = {
             "budget": budget, "seeds": list(base.seeds), "recipe": yaml.safe_load(dump_recipe(base)),
             **{name: yaml.safe_load(dump_recipe(bases[name])) for name in ("texts", "llm")},
             "experiments": {name: known[name] for name in CLAIMS if name in known},
         }  # fmt: skip
         write_text(out / "lab.json", json.dumps(found, indent=1) + "\n")
-        for name, text in written(found).items():
+        for name, text in markdown(found).items():
             write_text(out / name, text)
         write_text(out / "lab.html", lab_page(found))
     return found

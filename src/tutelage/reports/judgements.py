@@ -1,0 +1,119 @@
+"""Texts of language models side by side, and the verdicts of a judge on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tutelage.reports.formatting import ABSENT, percent, plain
+from tutelage.reports.results import model_names
+from tutelage.reports.run_files import RunRecord
+from tutelage.reports.tables import Table
+
+VERDICTS = {
+    "win/win": "{a} preferred in both orders", "loss/loss": "{b} preferred in both orders",
+    "tie/win": "{a} preferred in one order, a tie in the other",
+    "loss/tie": "{b} preferred in one order, a tie in the other", "tie/tie": "a tie in both orders",
+    "loss/win": "a tie: the judge contradicted itself",
+}  # fmt: skip
+"""By the verdicts on the first of a pair in the two orders, sorted."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text of a model."""
+
+    role: str
+    name: str
+    text: str
+    is_preferred: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, its answers, and verdicts as sentences."""
+
+    text: str
+    answers: list[Answer]
+    verdicts: list[str] = field(default_factory=list)
+
+
+def generated_prompts(run: RunRecord) -> list[Prompt]:
+    """Test texts with the continuation of each model and that in the data."""
+    generations = run.generations
+    assert generations is not None
+    names = model_names(run.summary)
+    return [
+        Prompt(
+            text["prompt"],
+            [
+                *(Answer(model, names.get(model, model), text[model]) for model in generations["models"]),
+                Answer("other", "in the data", text["data"]),
+            ],
+        )
+        for text in generations["texts"]
+    ]
+
+
+def pair_table(judgement: Mapping[str, Any]) -> Table:
+    """Win rates of each pair of answers."""
+    columns = ["First", "Second", "Win rate", "Won", "Tied", "Lost", "Contradicted itself",
+               "Preferred the first answer", "Without verdict"]  # fmt: skip
+    rows = [
+        [
+            *pair["pair"], _win_rate(pair), str(pair["wins"]), str(pair["ties"]), str(pair["losses"]),
+            str(pair["opposed"]), percent(pair["first_place"], 0), str(pair["without_verdict"]),
+        ]
+        for pair in judgement["pairs"]
+    ]  # fmt: skip
+    return Table(f"Pairs of answers, judged by {judgement['judge']}", columns, rows)
+
+
+def _win_rate(pair: Mapping[str, Any]) -> str:
+    if pair["rate"] is None:
+        return ABSENT
+    bounds = "" if pair["low"] is None else f" ({percent(pair['low'])} to {percent(pair['high'])})"
+    return percent(pair["rate"]) + bounds
+
+
+def held_out_table(judgement: Mapping[str, Any]) -> Table | None:
+    """The loss of each model on the teacher's held-out answers; ``None`` where it was not measured."""
+    losses = [[name, plain(loss)] for name, loss in judgement["held_out_loss"].items()]
+    caption = "Loss on the teacher's held-out answers"
+    return Table(caption, ["Model", "Loss, nats a token"], losses, "narrow") if losses else None
+
+
+def judged_prompts(judgement: Mapping[str, Any]) -> list[Prompt]:
+    """Prompts with their answers and the verdicts on each pair."""
+    pairs = {" / ".join(pair["pair"]): pair["pair"] for pair in judgement["pairs"]}
+    prompts = []
+    for sample in judgement["samples"]:
+        verdicts = [(pairs[name], orders) for name, orders in sample["verdicts"].items() if name in pairs]
+        answers = [
+            Answer(judgement["roles"].get(name, "baseline"), name, text, _is_preferred(name, verdicts))
+            for name, text in sample["answers"].items()
+        ]
+        texts = [verdict_text(pair, orders) for pair, orders in verdicts]
+        prompts.append(Prompt(_conversation(sample["messages"]), answers, texts))
+    return prompts
+
+
+def verdict_text(pair: Sequence[str], orders: Sequence[str | None]) -> str:
+    """The verdicts on a pair in both orders, as a sentence."""
+    a, b = pair
+    if len(orders) != 2 or None in orders:
+        return f"{a} and {b}: no verdict"
+    return f"{a} and {b}: {VERDICTS['/'.join(sorted(map(str, orders)))].format(a=a, b=b)}"
+
+
+def _is_preferred(name: str, verdicts: Sequence[tuple[Sequence[str], Sequence[str | None]]]) -> bool:
+    """Whether an answer was preferred in both orders to every other answer that it was compared with."""
+    results = [("win" if pair[0] == name else "loss", orders) for pair, orders in verdicts if name in pair]
+    return bool(results) and all(list(orders) == [expected] * 2 for expected, orders in results)
+
+
+def _conversation(messages: Sequence[Mapping[str, str]]) -> str:
+    if len(messages) == 1:
+        return messages[0].get("content", "")
+    return "\n\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in messages)

@@ -1,0 +1,229 @@
+"""Verdicts in a sentence, and the rows of result tables as text, for the terminal and for pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tutelage.reports.formatting import (
+    ABSENT,
+    count,
+    duration,
+    interval,
+    milliseconds,
+    percent,
+    percent_spread,
+    plain,
+    plain_spread,
+    points,
+)
+from tutelage.reports.selection_metric import metric_label, metric_of, with_accuracy
+
+TEACHER, BASELINE, DISTILLED = "teacher", "baseline student", "distilled student"
+WITH_METHOD = "student with the method"
+"""Name of the distilled student where the method has no teacher."""
+
+CELLS = ("name", "accuracy", "last", "agreement", "kl", "ece", "loss", "parameters", "latency", "seconds")
+"""Keys of a row of the final table."""
+
+NEEDS_TEACHER = ("agreement", "kl")
+"""Those that exist only with a teacher."""
+
+
+def model_names(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The name of each role in a run."""
+    distilled = DISTILLED if summary.get("taught", True) else WITH_METHOD
+    return {"teacher": TEACHER, "baseline": BASELINE, "distilled": distilled}
+
+
+def short_names(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The same without the word student, for legends."""
+    return {
+        role: name.removeprefix("student ").removesuffix(" student") for role, name in model_names(summary).items()
+    }
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """The result of a run in one sentence.
+
+    A gain counts as shown only when its interval excludes zero. The sentence says so where there is one seed, and
+    thus no interval, and where there is no baseline, and thus no gain.
+    """
+    summary = with_accuracy(summary, metric_of(summary))
+    return f"{_against_baseline(summary)}{_against_teacher(summary)}."
+
+
+def _against_baseline(summary: Mapping[str, Any]) -> str:
+    students, has_teacher = summary["students"], summary.get("taught", True)
+    head = f"{'Distilled' if has_teacher else 'With the method'} {_mean_accuracy(students['distilled'])}"
+    if "baseline" not in students or "gain" not in summary:
+        return f"{head}; no baseline was trained, so the gain is unknown"
+    gain = summary["gain"]["best"]
+    outcome = ""
+    if gain["low"] is not None and gain["high"] is not None:
+        if gain["low"] <= 0 <= gain["high"]:
+            outcome = ", no difference shown"
+        elif gain["mean"] < 0:
+            outcome = f", {'distillation' if has_teacher else 'the method'} did worse"
+    baseline = _mean_accuracy(students["baseline"])
+    return f"{head} against baseline {baseline}: {points(gain['mean'])} points{outcome} ({interval(gain)})"
+
+
+def _mean_accuracy(arm: Mapping[str, Any]) -> str:
+    return percent(arm["best"]["accuracy"]["mean"])
+
+
+def _against_teacher(summary: Mapping[str, Any]) -> str:
+    teacher = (summary.get("teacher") or {}).get("accuracy")
+    if not teacher:
+        return ""
+    share = summary["students"]["distilled"]["best"]["accuracy"]["mean"] / teacher
+    ratio = summary["capacity_ratio"]
+    size = "as many parameters" if ratio == 1 else f"{percent(ratio)} of its parameters"
+    verb = "keeps" if share <= 1 else "reaches"
+    return f"; {verb} {percent(share)} of the teacher's {metric_label(summary)} with {size}"
+
+
+def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row for each model: teacher, members of an ensemble, baseline student and distilled student.
+
+    Without a teacher its rows are missing. Peers and exits, which are trained together with a student, follow it.
+
+    Returns:
+        Texts under the keys of :data:`CELLS`; an en dash where there is no such figure.
+    """
+    summary = with_accuracy(summary, metric_of(summary))
+    teacher, latency, sizes = summary.get("teacher"), summary.get("latency") or {}, summary["parameters"]
+
+    def speed(model: str) -> str:
+        return milliseconds((latency.get(model) or {}).get("p50_ms"))
+
+    rows = []
+    if teacher is not None:
+        rows.append(_model_row(TEACHER, teacher, sizes["teacher"]) | {"latency": speed("teacher")})
+        rows += [
+            _model_row(f"{member['name']}, weight {member['weight']:.2f}", member["test"], member["parameters"])
+            for member in (teacher.get("ensemble") or {}).get("members", [])
+        ]
+    names = model_names(summary)
+    for arm in ("baseline", "distilled"):
+        if result := summary["students"].get(arm):
+            took = duration((result.get("seconds") or {}).get("mean"))
+            rows.append(
+                _student_row(names[arm], result, sizes["student"]) | {"latency": speed("student"), "seconds": took}
+            )
+            rows += [
+                _student_row(name, other, other["parameters"]) for name, other in (result.get("others") or {}).items()
+            ]
+    return rows
+
+
+def _model_row(name: str, metrics: Mapping[str, Any], parameters: int) -> dict[str, str]:
+    return dict.fromkeys(CELLS, ABSENT) | {
+        "name": name,
+        "accuracy": percent(metrics["accuracy"]),
+        "ece": percent(metrics.get("ece")),
+        "loss": plain(metrics.get("loss")),
+        "parameters": count(parameters),
+    }
+
+
+def _student_row(name: str, result: Mapping[str, Any], parameters: int) -> dict[str, str]:
+    best = result["best"]
+    return dict.fromkeys(CELLS, ABSENT) | {
+        "name": name,
+        "accuracy": percent_spread(best.get("accuracy")),
+        "last": percent_spread(result["last"].get("accuracy")),
+        "agreement": percent_spread(best.get("agreement")),
+        "kl": plain_spread(best.get("kl")),
+        "ece": percent_spread(best.get("ece")),
+        "loss": plain_spread(best.get("loss")),
+        "parameters": count(parameters),
+    }
+
+
+def multistage_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The rows of a multi-stage run.
+
+    Returns:
+        Texts under ``name``, ``parameters``, ``accuracy``, ``last`` and ``over``: the gain over the first row that it
+        is compared with.
+    """
+    return [
+        {
+            "name": row["name"],
+            "parameters": count(row["parameters"]),
+            "accuracy": percent_spread(row["best"]["accuracy"]),
+            "last": percent_spread(row["last"]["accuracy"]),
+            "over": next(
+                (f"{points(pair['best']['mean'])} over {other}" for other, pair in row["against"].items()), ABSENT
+            ),
+        }
+        for row in summary["rows"]
+    ]
+
+
+def search_verdict(search: Mapping[str, Any]) -> str:
+    """The result of a search in three sentences.
+
+    The gain on validation is named as what it is: that of the best of many trials, by the metric that chose it. The
+    gain on the test split counts as shown only when its interval excludes zero.
+    """
+    trials, test = search["trials"], search["test"]
+    states = [trial["state"] for trial in trials]
+    stopped = "".join(
+        f", {count(states.count(state))} {text}"
+        for state, text in {"pruned": "stopped early", "diverged": "diverged", "failed": "failed"}.items()
+        if state in states
+    )
+    best = next(trial for trial in trials if trial["number"] == search["best"])
+    head = f"{count(len(trials))} trials{stopped}"
+    if search["same"]:
+        return (
+            f"{head}: none is better on validation than the unchanged recipe, {percent(best['validation'])}. "
+            f"Test, measured once: {percent(test['default']['last']['mean'])}."
+        )
+    gain = test["gain"]["last"]
+    outcome = ""
+    if gain["low"] is not None and gain["high"] is not None:
+        outcome = (
+            ", no difference shown" if gain["low"] <= 0 <= gain["high"] else ", worse" if gain["mean"] < 0 else ""
+        )
+    chosen, default = (percent(test[which]["last"]["mean"]) for which in ("chosen", "default"))
+    default_validation = percent(search["default"]["validation"])
+    validation_gain = points(search["gain_on_validation"]["mean"])
+    return (
+        f"{head}: {values_text(best['values'])} has {percent(best['validation'])} on validation, the unchanged "
+        f"recipe {default_validation}: {validation_gain} points, for the best of {count(len(trials))}. Test, "
+        f"measured once: {chosen} against {default}: {points(gain['mean'])} points{outcome} ({interval(gain)})."
+    )
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """``method.temperature 2.1, method.alpha 0.7``."""
+    return ", ".join(f"{key} {value_text(value)}" for key, value in values.items())
+
+
+def value_text(value: Any) -> str:
+    """A value as a recipe has it."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
+def judge_wins(judgement: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Win rates of the distilled student: title, rate, explanation."""
+    wins = []
+    for pair in judgement["pairs"]:
+        first, second = pair["pair"]
+        roles, rate, low, high = judgement["roles"], pair["rate"], pair["low"], pair["high"]
+        if roles.get(first) != "distilled":  # then the rate is that of the other side
+            first, second = second, first
+            rate = None if rate is None else 1 - rate
+            low, high = (None, None) if low is None else (1 - high, 1 - low)
+        if roles.get(first) == "distilled" and rate is not None:
+            bounds = "" if low is None else f", 95 % interval {percent(low)} to {percent(high)}"
+            how = f"{pair['judged']:,} prompts, judged by {judgement['judge']}{bounds}"
+            wins.append((f"Wins of {first} over {second}", percent(rate), how))
+    return wins

@@ -1,0 +1,385 @@
+"""What a page needs of the JSON files in a run directory. Keys that no page reads are ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class SeedSpread(_Record):
+    """A metric over seeds."""
+
+    mean: float
+    std: float | None = None
+    values: list[float]
+
+
+class PairedDifference(_Record):
+    """A difference over seeds, with its interval; one seed has no interval."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    level: float
+    n: int
+
+
+class StudentMetrics(_Record):
+    """Test metrics of the students of an arm, at one choice of weights."""
+
+    accuracy: SeedSpread
+    loss: SeedSpread | None = None
+    agreement: SeedSpread | None = None
+    kl: SeedSpread | None = None
+    ece: SeedSpread | None = None
+
+
+class ReliabilityBins(_Record):
+    """A reliability diagram."""
+
+    count: list[float]
+    confidence: list[float]
+    accuracy: list[float]
+
+
+class JointModel(_Record):
+    """A model that was trained together with the student: a peer, or an exit of the student."""
+
+    parameters: int
+    best: StudentMetrics
+    last: StudentMetrics
+
+
+class ArmResult(_Record):
+    """The students of an arm."""
+
+    best: StudentMetrics
+    last: StudentMetrics
+    reliability: ReliabilityBins | None = None
+    per_class: list[float] | None = None
+    seconds: SeedSpread | None = None
+    others: dict[str, JointModel] | None = None
+
+
+class ArmResults(_Record):
+    """Both arms; the baseline is optional."""
+
+    baseline: ArmResult | None = None
+    distilled: ArmResult
+
+
+class ModelMetrics(_Record):
+    """Metrics of one model on a split."""
+
+    accuracy: float
+    loss: float | None = None
+    ece: float | None = None
+
+
+class EnsembleMember(_Record):
+    """One of several teachers."""
+
+    name: str
+    weight: float
+    parameters: int
+    test: ModelMetrics
+    validation: ModelMetrics | None = None
+
+
+class EnsembleResult(_Record):
+    """How several teachers are combined."""
+
+    combine: str
+    weights: str
+    routed: bool
+    members: list[EnsembleMember]
+
+
+class TeacherResult(ModelMetrics):
+    """Test metrics of the teacher."""
+
+    n: int | None = None
+    reliability: ReliabilityBins | None = None
+    per_class: list[float] | None = None
+    validation: ModelMetrics | None = None
+    ensemble: EnsembleResult | None = None
+
+
+class ParameterCounts(_Record):
+    """Numbers of parameters."""
+
+    teacher: int | None = None
+    student: int
+
+
+class Latency(_Record):
+    """Milliseconds of a forward pass."""
+
+    p50_ms: float
+    p95_ms: float | None = None
+
+
+class RunSummary(_Record):
+    """``summary.json`` of a run."""
+
+    name: str
+    formula: str | None = None
+    taught: bool = True
+    classes: list[str] | None = None
+    seeds: list[int]
+    parameters: ParameterCounts
+    capacity_ratio: float | None = None
+    latency: dict[str, Latency] | None = None
+    teacher: TeacherResult | None = None
+    served: dict[str, Any] | None = None
+    """A teacher behind a server, which is not measured."""
+    students: ArmResults
+    gain: dict[str, PairedDifference] | None = None
+    tasks: dict[str, dict[str, dict[str, float]]] | None = None
+    """By model and task of lm-evaluation-harness: metrics by name."""
+    device: str | None = None
+    processes: int | None = None
+    exported: str | None = None
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> RunSummary:
+        if self.teacher is not None and (self.parameters.teacher is None or self.capacity_ratio is None):
+            raise ValueError("there is a teacher, but 'parameters.teacher' or 'capacity_ratio' is missing")
+        if self.teacher is None and self.served is None and self.taught:
+            raise ValueError("'teacher' is missing")
+        return self
+
+
+class StageDifference(_Record):
+    """A stage compared with another one."""
+
+    best: PairedDifference
+    last: PairedDifference
+
+
+class StageResult(_Record):
+    """A row of the table of a multi-stage run."""
+
+    name: str
+    role: str
+    parameters: int
+    best: StudentMetrics
+    last: StudentMetrics
+    taught_by: str | None = None
+    step: int | None = None
+    validation: SeedSpread | None = None
+    against: dict[str, StageDifference]
+
+
+class MultistageSummary(_Record):
+    """``summary.json`` of a multi-stage run."""
+
+    workflow: str
+    name: str
+    verdict: str
+    seeds: list[int]
+    rows: list[StageResult]
+    stages: list[str]
+    exported: str
+
+
+class LossTerm(_Record):
+    """A term of the loss."""
+
+    raw: float
+    weighted: float
+
+
+class MetricsLine(_Record):
+    """A line of ``metrics.jsonl``."""
+
+    training: str
+    step: int
+    epoch: float
+    loss: float | None = None
+    terms: dict[str, LossTerm] | None = None
+    validation: ModelMetrics | None = None
+
+
+class SimilarityFile(_Record):
+    """``similarity/NAME.json``: by temperature, the upper triangle of ``E[p_i p_j]``, row by row."""
+
+    classes: int = Field(ge=0)
+    n: int
+    sim: dict[str, list[float]]
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> SimilarityFile:
+        if any(len(upper) != self.classes * (self.classes + 1) // 2 for upper in self.sim.values()):
+            raise ValueError(f"a triangle is not of {self.classes} classes")
+        if not all(_is_temperature(t) for t in self.sim):
+            raise ValueError("a temperature is not a number above zero")
+        return self
+
+
+def _is_temperature(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+class SampleRow(_Record):
+    """A row of the test split with the logits of every model."""
+
+    row: int
+    label: int | None = None
+    image: str | None = Field(default=None, pattern=r"^data:image/png;base64,[A-Za-z0-9+/=]+$")
+    text: str | None = None
+    logits: dict[str, list[float]]
+
+
+class SamplesFile(_Record):
+    """``samples/test.json``."""
+
+    exported: str
+    n: int
+    reference: str
+    student: str
+    labelled: int
+    agree: dict[str, int]
+    right: dict[Literal["both", "reference", "student", "neither"], int]
+    by_class: dict[str, list[int]]
+    pairs: list[Annotated[list[int], Field(min_length=3, max_length=3)]]
+    samples: list[SampleRow]
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> SamplesFile:
+        classes = len(self.by_class.get("n", []))
+        if any(len(row) != classes for sample in self.samples for row in sample.logits.values()):
+            raise ValueError(f"the logits are not all of {classes} classes")
+        if any({self.reference, self.student} - sample.logits.keys() for sample in self.samples):
+            raise ValueError(f"a sample lacks the logits of {self.reference} or {self.student}")
+        if any(len(counts) != classes for counts in self.by_class.values()):
+            raise ValueError(f"a count is not of {classes} classes")
+        labels = [sample.label for sample in self.samples if sample.label is not None]
+        if not all(0 <= i < classes for i in [*labels, *(i for pair in self.pairs for i in pair[:2])]):
+            raise ValueError(f"a class is not among {classes}")
+        return self
+
+
+class GenerationsFile(_Record):
+    """``samples/written.json``: continuations of test texts by each model."""
+
+    exported: str
+    tokens: int
+    models: list[str]
+    texts: list[dict[str, str]]
+
+    @model_validator(mode="after")
+    def _check_models(self) -> GenerationsFile:
+        keys = {"prompt", "data", *self.models}
+        if any(keys - text.keys() for text in self.texts):
+            raise ValueError(f"a text lacks one of {', '.join(sorted(keys))}")
+        return self
+
+
+class JudgedPair(_Record):
+    """Two answers compared by the judge, over all prompts."""
+
+    pair: Annotated[list[str], Field(min_length=2, max_length=2)]
+    prompts: int
+    judged: int
+    wins: int
+    ties: int
+    losses: int
+    rate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    opposed: int
+    first_place: float | None = None
+    without_verdict: int
+
+
+class JudgedPrompt(_Record):
+    """A prompt, its answers, and the verdict on each pair in both orders."""
+
+    messages: list[dict[str, str]]
+    answers: dict[str, str]
+    verdicts: dict[str, list[Literal["win", "tie", "loss"] | None]]
+
+
+class JudgementFile(_Record):
+    """``judged.json``, and ``judged/NAME.json`` of a run."""
+
+    name: str
+    judge: str
+    prompts: int
+    roles: dict[str, Literal["teacher", "baseline", "distilled"]]
+    held_out_loss: dict[str, float]
+    pairs: list[JudgedPair]
+    samples: list[JudgedPrompt]
+
+
+class SearchKey(_Record):
+    """A key of the recipe and its range or choices."""
+
+    key: str
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    values: list[Any] | None = None
+    own: Any = None
+
+
+class SearchTrial(_Record):
+    """A trial of a search."""
+
+    number: int
+    state: str
+    values: dict[str, Any]
+    validation: float | None = None
+    seeds: list[float]
+    evaluations: list[float]
+    seconds: float
+    why: str | None = None
+
+
+class DefaultTrial(_Record):
+    """The recipe without changes."""
+
+    trial: int | None = None
+    validation: float
+    seeds: list[float]
+
+
+class SearchTest(_Record):
+    """Test metrics, which a search reads once."""
+
+    default: dict[str, SeedSpread]
+    chosen: dict[str, SeedSpread]
+    gain: dict[str, PairedDifference]
+
+
+class SearchFile(_Record):
+    """``search.json``."""
+
+    name: str
+    objective: str
+    seeds: list[int]
+    settings: dict[str, Any]
+    space: list[SearchKey]
+    trials: list[SearchTrial]
+    importance: dict[str, float]
+    best: int
+    default: DefaultTrial
+    same: bool
+    gain_on_validation: PairedDifference
+    test: SearchTest
+    seconds: float
+
+    @model_validator(mode="after")
+    def _check_best(self) -> SearchFile:
+        if not any(trial.number == self.best for trial in self.trials):
+            raise ValueError(f"has no trial {self.best}, which it names as the best")
+        return self
