@@ -363,8 +363,8 @@ def test_no_method_of_hidden_states_runs_a_head_over_the_vocabulary(factory: Cal
 @pytest.mark.parametrize(
     ("method", "never"),
     [
-        (lambda: TripleMethod(kd=0), ["Soft"]),
-        (lambda: TripleMethod(mlm=0), ["Hard"]),
+        (lambda: TripleMethod(kd=0), ["SoftTargets"]),
+        (lambda: TripleMethod(mlm=0), ["HardTargets"]),
         (lambda: TripleMethod(cosine=0), ["cosine"]),
         (lambda: TinybertMethod(attention=0, prediction=0), ["attention_mse", "soft_cross_entropy"]),
         (lambda: TinybertMethod(embedding=0, hidden=0, prediction=0), ["hint"]),

@@ -141,9 +141,9 @@ def test_find_knows_the_grammar() -> None:
         ("layer@", "number of a call"),
         ("layer@first", "number of a call"),
         ("layer:gradient", "not 'gradient'"),
-        ("layer:input@0", "another order"),
-        ("layer[0]@1", "another order"),
-        ("layer[0]x", "another order"),
+        ("layer:input@0", "wrong order"),
+        ("layer[0]@1", "wrong order"),
+        ("layer[0]x", "wrong order"),
     ],
 )
 def test_what_is_no_tap_says_why_and_what_one_is(tap: str, says: str) -> None:
@@ -161,7 +161,7 @@ def test_what_is_no_tap_says_why_and_what_one_is(tap: str, says: str) -> None:
         ("shared:input", ["ran 3 times", "shared@2:input the last"]),
         ("shared@3", ["ran 3 times", "no call 3", "shared@0 to shared@2"]),
         ("shared@-4", ["ran 3 times", "no call -4"]),
-        ("unused", ["gave nothing"]),
+        ("unused", ["has no value"]),
         ("dictionary", ["is a dict, not a tensor", "dictionary[plus], dictionary[minus]"]),
         ("dictionary[plsu]", ["no item 'plsu'", "plus, minus"]),
         ("dictionary[0]", ["no item '0'", "plus, minus"]),
@@ -281,7 +281,7 @@ def test_a_module_that_did_not_run_is_an_error_and_not_the_feature_of_the_batch_
     with Observer(model, Needs(hidden=("one",))) as observer:
         assert observer(torch.ones(1, 2)).hidden["one"].shape == (1, 2)
         model(torch.ones(1, 2))
-        with pytest.raises(ModelError, match="'one' gave nothing"):
+        with pytest.raises(ModelError, match="'one' has no value"):
             observer(torch.zeros(1, 2))
 
 

@@ -1,8 +1,7 @@
-"""Looking into a model while it runs: activations by module path, and its output head.
+"""Intermediate activations of a model by module path, and its output head.
 
-Teacher and student are read by the same class, :class:`Observer`, whatever kind of model they are. Which
-activation is said by a string, such as ``layer.1``, ``layer.1@0`` or ``encoder:input[hidden_states]``;
-:mod:`tutelage.taps.tap` has the grammar.
+:class:`Observer` reads teacher and student of any kind. A string such as ``layer.1``, ``layer.1@0`` or
+``encoder:input[hidden_states]`` names an activation; :mod:`tutelage.taps.tap` has the grammar.
 """
 
 from tutelage.taps.modes import evaluating

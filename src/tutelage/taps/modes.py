@@ -1,4 +1,4 @@
-"""The modes of a model's modules, training and evaluation."""
+"""Training and evaluation mode of a model's modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in evaluation mode; each of its modules gets its own mode back."""
+    """``model`` in evaluation mode; afterwards each module has its previous mode."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Running a model once, and what was seen of it."""
+"""Observing a forward pass: logits, taps and the output head."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from tutelage.taps.tap import Tap, of_input, of_output, resolve
 
 @dataclass(frozen=True)
 class Needs:
-    """What is to be known of one forward pass.
+    """What to observe of one forward pass.
 
     Attributes:
-        logits: the scores of every position.
+        logits: the model's logits.
         hidden: taps, such as module paths; :mod:`tutelage.taps.tap` has the grammar.
-        head: the input and the weights of the output head. Without ``logits`` the head itself is not
-            run, so the ``[..., C]`` scores never exist.
-        temperature: at which the logits will be softened; a teacher that keeps only part of a distribution
-            has it at some temperatures.
+        head: the input and the weights of the output head. Without ``logits`` the head itself is not run, so the
+            ``[..., C]`` logits never exist.
+        temperature: T of the soft labels; a teacher with top-k or sampled outputs has them at some temperatures only.
     """
 
     logits: bool = True
@@ -36,13 +35,13 @@ class Needs:
     temperature: float | None = None
 
     def kinds(self) -> frozenset[str]:
-        """The needs by the names that a teacher's ``provides`` uses."""
-        wanted = (("logits", self.logits), ("hidden", bool(self.hidden)), ("head", self.head))
-        return frozenset(name for name, want in wanted if want)
+        """The needs, by the names in a teacher's ``provides``."""
+        needs = (("logits", self.logits), ("hidden", bool(self.hidden)), ("head", self.head))
+        return frozenset(name for name, needed in needs if needed)
 
 
 class Adapter(NamedTuple):
-    """Low-rank matrices beside a weight: ``scale * b @ a`` is added to it."""
+    """A LoRA adapter: ``scale * b @ a`` is added to a weight."""
 
     a: Tensor
     """``[r, D]``."""
@@ -52,7 +51,7 @@ class Adapter(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The last linear layer, and what went into it."""
+    """The output layer and its input."""
 
     inputs: Tensor
     """``[..., D]``."""
@@ -61,24 +60,24 @@ class Head(NamedTuple):
     bias: Tensor | None
     """``[C]``."""
     scale: float = 1.0
-    """By which the layer's output is multiplied."""
+    """Factor of the layer's output."""
     softcap: float | None = None
-    """c of c tanh(z / c), which makes logits of that; ``None`` for none."""
+    """c of c tanh(z / c), applied last; ``None`` for none."""
     adapter: Adapter | None = None
-    """Low-rank matrices beside the weight."""
+    """The LoRA adapter of the weight."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Head:
-        """The head with each of its tensors changed."""
+        """The head with ``change`` applied to each of its tensors."""
         bias = None if self.bias is None else change(self.bias)
-        beside = self.adapter and Adapter(change(self.adapter.a), change(self.adapter.b), self.adapter.scale)
-        return self._replace(inputs=change(self.inputs), weight=change(self.weight), bias=bias, adapter=beside)
+        adapter = self.adapter and Adapter(change(self.adapter.a), change(self.adapter.b), self.adapter.scale)
+        return self._replace(inputs=change(self.inputs), weight=change(self.weight), bias=bias, adapter=adapter)
 
     def merged(self) -> Head:
-        """The same without an adapter: it is added to the weight."""
-        beside = self.adapter
-        if beside is None:
+        """The head with its adapter merged into the weight."""
+        if self.adapter is None:
             return self
-        return self._replace(weight=self.weight + beside.scale * beside.b @ beside.a, adapter=None)
+        a, b, scale = self.adapter
+        return self._replace(weight=self.weight + scale * b @ a, adapter=None)
 
     def scores(self, rows: slice | Tensor) -> Tensor:
         """Logits ``[n, C]`` of some of the inputs."""
@@ -92,7 +91,7 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen; only what was needed is there. ``hidden`` has copies, by tap."""
+    """What :class:`Needs` asked for. ``hidden`` has copies, by tap."""
 
     logits: Tensor | None = None
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
@@ -100,7 +99,7 @@ class Observation:
 
 
 class _Record:
-    """What the hooks of one observer write to. They hold on to this alone, never to a model or an observer."""
+    """The values that the hooks of one observer capture. Hooks refer to this only, never to a model or observer."""
 
     def __init__(self) -> None:
         self.active = False
@@ -108,67 +107,65 @@ class _Record:
 
     def clear(self, taps: tuple[Tap, ...] = (), trains: bool = False) -> None:
         self.calls = {tap.text: 0 for tap in taps}
-        self.kept: dict[str, list[Tensor | str]] = {tap.text: [] for tap in taps}
-        self.into_head: list[Tensor] = []
+        self.values: dict[str, list[Tensor | str]] = {tap.text: [] for tap in taps}
+        self.head_inputs: list[Tensor] = []
         self.trains = trains
 
-
-def _keep(record: _Record, tap: Tap, found: Tensor | str) -> None:
-    """Note one call of a tap's module."""
-    number, kept = record.calls[tap.text], record.kept[tap.text]
-    record.calls[tap.text] = number + 1
-    if (tap.call or 0) >= 0:
-        if number != (tap.call or 0):
-            return
-    elif len(kept) == -tap.call:  # type: ignore[operator]
-        del kept[0]
-    if not isinstance(found, str):
-        if record.trains and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _reentrant():
-            found = _REENTRANT
-        else:
-            found = found.clone()  # whatever the model does to its own afterwards
-    kept.append(found)
+    def add(self, tap: Tap, value: Tensor | str) -> None:
+        """Record one call of a tap's module: its tensor, or an error."""
+        number, values = self.calls[tap.text], self.values[tap.text]
+        self.calls[tap.text] = number + 1
+        if (tap.call or 0) >= 0:
+            if number != (tap.call or 0):
+                return
+        elif len(values) == -tap.call:  # type: ignore[operator]
+            del values[0]
+        if not isinstance(value, str):
+            if self.trains and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _is_reentrant():
+                value = _REENTRANT
+            else:
+                value = value.clone()  # the model may change its own in place
+        values.append(value)
 
 
 _REENTRANT = "would get no gradient: it is inside a re-entrant gradient checkpoint, which runs without autograd"
 
 
-def _reentrant() -> bool:
-    """Whether this is called from inside ``torch.utils.checkpoint`` with ``use_reentrant=True``."""
+def _is_reentrant() -> bool:
+    """Whether the caller runs inside ``torch.utils.checkpoint`` with ``use_reentrant=True``."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_qualname != "CheckpointFunction.forward":  # so named in all copies
+    while frame is not None and frame.f_code.co_qualname != "CheckpointFunction.forward":  # the name in all copies
         frame = frame.f_back
     return frame is not None
 
 
 class Observer:
-    """Runs a model and returns what is needed of each run, for as long as it is open.
+    """Runs a model and returns what ``needs`` lists.
 
-    The hooks are installed once, here; they record only while this observer runs the model, so nothing else that
-    runs it (an evaluation in between, the recomputation of a gradient checkpoint) is recorded, and nothing is kept
-    after a run. Open it before a compiled model runs for the first time: ``torch.compile`` ignores later hooks.
-
-    What is captured is a copy with a gradient, so in-place operations of the model do not reach it.
+    The hooks are installed once, here. They record only while this observer runs the model, not in an evaluation in
+    between or in the recomputation of a gradient checkpoint, and nothing is kept after a run. Open it before the
+    first run of a compiled model: ``torch.compile`` ignores later hooks. Captured tensors are copies with a gradient,
+    which in-place operations of the model do not change.
 
     Args:
-        model: its modules get hooks, which :meth:`close` takes off again, as does the end of this object.
+        model: its modules get hooks, which :meth:`close` or the deletion of this object removes.
         needs: what to return.
 
     Raises:
-        ModelError: a tap that cannot be read, an unknown module (names the three nearest), or no head.
+        ModelError: a tap with a syntax error, an unknown module (names the three nearest), or no head.
     """
 
     def __init__(self, model: nn.Module, needs: Needs) -> None:
         self.model, self.needs = model, needs
         self._record, self._handles = _Record(), list[Any]()
-        found = [resolve(model, text) for text in needs.hidden]
-        self._taps = tuple(tap for tap, _ in found)
+        modules = [resolve(model, text) for text in needs.hidden]
+        self._taps = tuple(tap for tap, _ in modules)
         self._head = output_head(model) if needs.head else None
-        self._finish, self._extra = logit_scaling(model), no_cache_arguments(model)
-        for tap, module in found:
-            self._handles.append(_hooked(module, tap, self._record))
+        self._scaling, self._arguments = logit_scaling(model), no_cache_arguments(model)
+        for tap, module in modules:
+            self._handles.append(_add_hook(module, tap, self._record))
         if self._head is not None:
-            self._handles.append(_hooked_head(self._head, self._record))
+            self._handles.append(_add_head_hook(self._head, self._record))
 
     def __call__(self, inputs: Tensor | Mapping[str, Tensor]) -> Observation:
         """Run the model.
@@ -177,36 +174,38 @@ class Observer:
             inputs: a tensor, passed as the one argument, or a mapping, passed as keyword arguments.
 
         Raises:
-            ModelError: no logits; a tap that gave nothing, no tensor, or several without saying which; a tap inside
-                a re-entrant gradient checkpoint of a model that trains.
+            ModelError: no logits; a tap without a value, without a tensor, or of a module with several calls without
+                a call number; a tap inside a re-entrant gradient checkpoint of a model in training.
         """
         record, head = self._record, self._head
         if self.needs.hidden and not self._handles:
-            raise ModelError("this observer is closed", remedy="make another one")
+            raise ModelError("this observer is closed", remedy="create a new one")
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         record.clear(self._taps, trains)
         record.active = True
         if head is not None and not self.needs.logits:
-            head.__dict__["forward"] = _unchanged
+            head.__dict__["forward"] = _identity
         try:
-            output = self.model(**{**inputs, **self._extra}) if isinstance(inputs, Mapping) else self.model(inputs)
-            hidden = {tap.text: _captured(record, tap) for tap in self._taps}
-            seen = None
+            if isinstance(inputs, Mapping):
+                output = self.model(**{**inputs, **self._arguments})
+            else:
+                output = self.model(inputs)
+            hidden = {tap.text: _captured_tensor(record, tap) for tap in self._taps}
+            observed_head = None
             if head is not None:
-                if len(record.into_head) != 1:
-                    raise ModelError(
-                        f"the output head ran {len(record.into_head)} times in one forward pass, not once"
-                    )
-                seen = Head(record.into_head[0], head.weight, head.bias, *self._finish, adapter_of(head))
+                if (calls := len(record.head_inputs)) != 1:
+                    raise ModelError(f"the output head ran {calls} times in one forward pass, not once")
+                (x,) = record.head_inputs
+                observed_head = Head(x, head.weight, head.bias, *self._scaling, adapter_of(head))
         finally:
             record.active = False
             record.clear()
             if head is not None:
-                head.__dict__.pop("forward", None)  # the class's own forward shows again
-        return Observation(logits_of(output) if self.needs.logits else None, hidden, seen)
+                head.__dict__.pop("forward", None)  # restores the class's own forward
+        return Observation(logits_of(output) if self.needs.logits else None, hidden, observed_head)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -221,116 +220,114 @@ class Observer:
             self.close()
 
 
-def _unchanged(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _hooked(module: nn.Module, tap: Tap, record: _Record) -> Any:
+def _add_hook(module: nn.Module, tap: Tap, record: _Record) -> Any:
     # Plain functions of plain attributes: torch.compile traces them into its graph, one graph with the record
-    # active and one without, and no break in either.
+    # active and one without, with no graph break in either.
     if tap.side == "input":
         names = list(inspect.signature(module.forward).parameters)
 
-        def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def capture_input(module: nn.Module, args: Any, kwargs: Any) -> None:
             if record.active:
-                _keep(record, tap, of_input(tap, args, kwargs, names))
+                record.add(tap, of_input(tap, args, kwargs, names))
 
-        return module.register_forward_pre_hook(enters, with_kwargs=True)
+        return module.register_forward_pre_hook(capture_input, with_kwargs=True)
 
-    def leaves(module: nn.Module, args: Any, output: Any) -> None:
+    def capture_output(module: nn.Module, args: Any, output: Any) -> None:
         if record.active:
-            _keep(record, tap, of_output(tap, output))
+            record.add(tap, of_output(tap, output))
 
-    return module.register_forward_hook(leaves)
+    return module.register_forward_hook(capture_output)
 
 
-def _hooked_head(head: nn.Linear, record: _Record) -> Any:
-    def enters(module: nn.Module, args: Any) -> None:
+def _add_head_hook(head: nn.Linear, record: _Record) -> Any:
+    def capture_input(module: nn.Module, args: Any) -> None:
         if record.active:
-            record.into_head.append(args[0])
+            record.head_inputs.append(args[0])
 
-    return head.register_forward_pre_hook(enters)
+    return head.register_forward_pre_hook(capture_input)
 
 
-def _captured(record: _Record, tap: Tap) -> Tensor:
-    """What the hooks kept for ``tap``."""
-    calls, kept = record.calls[tap.text], record.kept[tap.text]
+def _captured_tensor(record: _Record, tap: Tap) -> Tensor:
+    """The tensor that the hooks captured for ``tap``."""
+    calls, values = record.calls[tap.text], record.values[tap.text]
     if not calls:
         raise ModelError(
-            f"{tap.text!r} gave nothing in this forward pass",
-            remedy="it did not run, or the model was compiled and first run without this tap: "
-            "tap it from the first call on, or leave train.compile out",
+            f"{tap.text!r} has no value in this forward pass",
+            remedy="the module did not run, or the model was compiled and first run without this tap: "
+            "tap it before the first run, or leave train.compile out",
         )
     if tap.call is None and calls > 1:
         rest = tap.text[len(tap.path) :]
         raise ModelError(
             f"{tap.path!r} ran {calls} times in one forward pass",
             where=f"tap {tap.text!r}",
-            remedy=f"say which call: {tap.path}@0{rest} is the first, {tap.path}@{calls - 1}{rest} the last",
+            remedy=f"name the call: {tap.path}@0{rest} is the first, {tap.path}@{calls - 1}{rest} the last",
         )
-    if len(kept) < max(1, -(tap.call or 0)):
+    if len(values) < max(1, -(tap.call or 0)):
         raise ModelError(
             f"{tap.path!r} ran {calls} times in one forward pass: there is no call {tap.call}",
             where=f"tap {tap.text!r}",
             remedy=f"calls are {tap.path}@0 to {tap.path}@{calls - 1}",
         )
-    found = kept[0]
-    if isinstance(found, str):
-        remedy = (
-            "checkpoint with use_reentrant=False" if found is _REENTRANT else "`tutelage taps` shows what there is"
-        )
-        raise ModelError(found, where=f"tap {tap.text!r}", remedy=remedy)
-    return found
+    value = values[0]
+    if isinstance(value, str):
+        remedy = "checkpoint with use_reentrant=False" if value is _REENTRANT else "`tutelage taps` lists all taps"
+        raise ModelError(value, where=f"tap {tap.text!r}", remedy=remedy)
+    return value
 
 
 def compile_apart(model: nn.Module, **options: Any) -> None:
-    """``torch.compile`` a model in place, with a graph of its own; put its taps on before.
+    """``torch.compile`` a model in place, with a graph of its own; add its taps before.
 
-    ``model.compile()`` shares graphs among all models of a class, and leaves their taps out of account: one with taps
-    would run the graph of another without.
+    ``model.compile()`` shares graphs among all models of a class and ignores their taps: a model with taps would run
+    the graph of one without.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)
 
-    run.__code__ = run.__code__.replace()  # graphs are kept by the code object
+    run.__code__ = run.__code__.replace()  # torch caches graphs by code object
     model._compiled_call_impl = torch.compile(run, **options)
 
 
 def output_head(model: nn.Module) -> nn.Linear:
-    """The layer that makes logits: as the model names it, else its last linear layer.
+    """The layer that computes logits: the one that the model names, else its last linear layer.
 
     Raises:
         ModelError: there is no such layer.
     """
     for name in ("get_output_embeddings", "get_classifier"):
         getter = getattr(model, name, None)
-        found = as_linear(getter() if callable(getter) else None)
-        if found is not None:
-            return found
+        head = as_linear(getter() if callable(getter) else None)
+        if head is not None:
+            return head
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise ModelError(
             f"{type(model).__name__} has no linear output layer",
-            remedy="a method that needs the head works on models that end in nn.Linear",
+            remedy="this method needs a model whose last layer is nn.Linear",
         )
     return linear[-1]
 
 
 def as_linear(module: nn.Module | None) -> nn.Linear | None:
-    """``module`` if it is a linear layer, also one with low-rank matrices beside it: it has the same attributes."""
+    """``module`` if it is a linear layer, also one with a LoRA adapter, which has the same attributes."""
     base = getattr(module, "get_base_layer", None)
     if not isinstance(base() if callable(base) else module, nn.Linear):
         return None
-    found: Any = module
-    return found
+    linear: Any = module
+    return linear
 
 
 def adapter_of(head: nn.Module) -> Adapter | None:
-    """The low-rank matrices beside a linear layer.
+    """The LoRA adapter of a linear layer.
 
     Raises:
-        ModelError: several, or of a kind that is not a product of two.
+        ModelError: it has several adapters, or one that is not a product of two matrices.
     """
     if not hasattr(head, "get_base_layer"):
         return None
@@ -338,24 +335,24 @@ def adapter_of(head: nn.Module) -> Adapter | None:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
         raise ModelError(
-            f"the output head has the adapters {', '.join(names) or 'none'}, and scores are made of one plain LoRA",
-            remedy="keep one, active and not merged",
+            f"the output head has the adapters {', '.join(names) or 'none'}; only one plain LoRA is supported",
+            remedy="keep one LoRA adapter, active and not merged",
         )
     (name,) = names
     return Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
 
 
 def no_cache_arguments(model: nn.Module) -> dict[str, bool]:
-    """What keeps a decoder from filling a cache that nobody reads, and for which it would not look at packed rows."""
+    """The argument that turns off a decoder's cache, which is not used and would make it ignore packed rows."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     caches = bool(getattr(getattr(model, "config", None), "use_cache", False))
     return {"use_cache": False} if caches and "use_cache" in inspect.signature(base.forward).parameters else {}
 
 
 def logit_scaling(model: nn.Module) -> tuple[float, float | None]:
-    """What a transformers language model does to the output of its head, by its config: scale, and soft cap.
+    """Scale and soft cap that a transformers language model applies to its head's output, from its config.
 
-    Gemma caps, Cohere multiplies, Granite divides.
+    Gemma has a cap, Cohere a factor, Granite a divisor.
     """
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
@@ -369,35 +366,26 @@ def logit_scaling(model: nn.Module) -> tuple[float, float | None]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, ``.logits``, or the first of a tuple.
+    """The logits of a model's output: a tensor, ``.logits``, or the first item of a tuple.
 
     Raises:
-        ModelError: there is no tensor there.
+        ModelError: there is no tensor.
     """
     if isinstance(output, Tensor):
         return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, (tuple, list)) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
         raise ModelError(
             f"the model returned a {type(output).__name__} without logits",
             remedy="return a tensor, a tuple that starts with it, or an object with .logits",
         )
-    return found
+    return logits
 
 
 def observe(model: nn.Module, inputs: Tensor | Mapping[str, Tensor], needs: Needs | None) -> Observation:
-    """Run ``model`` once and return what is needed of it; not at all where ``needs`` is ``None``.
-
-    Args:
-        model: called with ``inputs`` as its one argument, or as keyword arguments.
-        inputs: a tensor or a mapping.
-        needs: what to return.
-
-    Raises:
-        ModelError: as :class:`Observer`.
-    """
+    """Run ``model`` once, as :class:`Observer`; with ``needs=None`` it is not run and the observation is empty."""
     if needs is None:
         return Observation()
     with Observer(model, needs) as observer:
@@ -405,12 +393,12 @@ def observe(model: nn.Module, inputs: Tensor | Mapping[str, Tensor], needs: Need
 
 
 def vocabulary_head(model: nn.Module) -> nn.Linear | None:
-    """The layer that scores a vocabulary for each position; ``None`` for a model without one."""
+    """The output layer over a vocabulary; ``None`` for a model without one."""
     getter = getattr(model, "get_output_embeddings", None)
     named = as_linear(getter() if callable(getter) else None)
     if named is not None:
         return named
-    if callable(getter):  # transformers says that it has none
+    if callable(getter):  # a transformers model without one
         return None
     try:
         last = output_head(model)

@@ -1,10 +1,10 @@
-"""What a tap says: ``PATH[@CALL][:input|:output][ITEM]...``
+"""The grammar of taps: ``PATH[@CALL][:input|:output][ITEM]...``
 
 ==================================  ===================================================================
-``layer.1``                         what the module gives; of a tuple its first tensor
-``layer.1@0``, ``layer.1@-1``       the same of its first and of its last call, where it runs several times
+``layer.1``                         the module's output; of a tuple its first tensor
+``layer.1@0``, ``layer.1@-1``       the output of its first and last call, if it runs several times
 ``layer.1:input``                   its first argument
-``layer.1:input[hidden_states]``    the argument of that name, however it is passed
+``layer.1:input[hidden_states]``    the argument of that name, passed by keyword or position
 ``encoder.attention[1]``            an item of a tuple or list
 ``block[attn]``, ``[logits]``       an item of a dictionary or of an output class; an empty path is the model
 ==================================  ===================================================================
@@ -30,13 +30,13 @@ _TAP = re.compile(
 
 @dataclass(frozen=True)
 class Tap:
-    """A tap, taken apart.
+    """A parsed tap.
 
     Attributes:
-        text: as it was given.
+        text: the tap as a string.
         path: of the module; empty for the model itself.
-        call: which of several calls, from 0, or from the end if negative; ``None`` if it runs once.
-        side: what goes in, or what comes out.
+        call: the number of the call, from 0, or from the end if negative; ``None`` for a module that runs once.
+        side: the module's input or output.
         items: keys or indices that lead to the tensor.
     """
 
@@ -48,15 +48,11 @@ class Tap:
 
 
 def parse_tap(text: str) -> Tap:
-    """``text`` taken apart.
-
-    Raises:
-        ModelError: it is no tap.
-    """
+    """Parse a tap; raises :class:`ModelError` for a syntax error."""
     match = _TAP.fullmatch(text)
     if match is None:
         raise ModelError(
-            f"cannot be read: {_fault(text)}",
+            f"syntax error: {_syntax_error(text)}",
             where=f"tap {text!r}",
             remedy="a tap is PATH[@CALL][:input|:output][ITEM]..., such as layer.1, layer.1@0, "
             "layer.1:input[hidden_states] or attention[1]",
@@ -71,25 +67,23 @@ def parse_tap(text: str) -> Tap:
     )
 
 
-def _fault(text: str) -> str:
+def _syntax_error(text: str) -> str:
     if text.count("[") != text.count("]") or "[]" in text:
         return "its square brackets are empty or not closed"
     _, at, call = text.partition("@")
     if at and not re.match(r"-?[0-9]+(?:$|[:\[])", call):
-        return "after '@' stands the number of a call"
+        return "'@' must be followed by the number of a call"
     _, colon, side = text.partition(":")
     if colon and not re.match(r"(?:input|output)(?:$|[@:\[])", side):
-        return f"after ':' stands input or output, not {side.partition('[')[0]!r}"
-    return "its parts stand in another order"
+        return f"':' must be followed by input or output, not {side.partition('[')[0]!r}"
+    return "its parts are in the wrong order"
 
 
 def resolve(model: nn.Module, text: str) -> tuple[Tap, nn.Module]:
-    """The tap and the module that it is on.
-
-    A name that has a special character of the grammar in it, as the keys of a ``ModuleDict`` may, is that module.
+    """The parsed tap and its module. A module whose name contains special characters of the grammar has priority.
 
     Raises:
-        ModelError: it is no tap, or there is no such module; names the three nearest.
+        ModelError: a syntax error, or no such module (names the three nearest).
     """
     try:
         return Tap(text, text), model.get_submodule(text)
@@ -107,25 +101,21 @@ def resolve(model: nn.Module, text: str) -> tuple[Tap, nn.Module]:
 
 
 def find_module(model: nn.Module, tap: str) -> nn.Module:
-    """The module that ``tap`` is on.
-
-    Raises:
-        ModelError: it is no tap, or there is no such module; names the three nearest.
-    """
+    """The module of ``tap``; raises :class:`ModelError` as :func:`resolve`."""
     return resolve(model, tap)[1]
 
 
-# From what a module takes and gives to one tensor -----------------------------------------------------
-# All of this is traced by torch.compile as part of the model: plain Python, and a fault is a string, not raised.
+# The tensor of a tap in a module's inputs or outputs ---------------------------------------------------
+# torch.compile traces these functions as part of the model: plain Python, and an error is returned as a string.
 
 
 def of_output(tap: Tap, output: Any) -> Tensor | str:
-    """The tensor that ``tap`` means in what its module gave, or what is wrong."""
+    """The tensor of ``tap`` in its module's output, or an error message."""
     return _tensor(tap, output, tap.items)
 
 
 def of_input(tap: Tap, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Tensor | str:
-    """The tensor that ``tap`` means among the arguments of its module, or what is wrong.
+    """The tensor of ``tap`` among its module's arguments, or an error message.
 
     Args:
         tap: on the input.
@@ -140,7 +130,7 @@ def of_input(tap: Tap, args: Sequence[Any], kwargs: Mapping[str, Any], names: Se
     if item not in given and not tap.items and kwargs:
         item = next(iter(kwargs))
     if item not in given:
-        return f"is not passed; there is {', '.join(given) or 'nothing'}"
+        return f"is not passed; the arguments are {', '.join(given) or 'none'}"
     return _tensor(tap, given[item], tap.items[1:])
 
 
@@ -166,7 +156,7 @@ _INDEX = re.compile("-?[0-9]+")
 
 
 def contents(value: Any) -> dict[str, Any]:
-    """The items of a tuple, list, dictionary or output class, by what stands in a tap's brackets."""
+    """The items of a tuple, list, dictionary or output class, by their names in a tap's brackets."""
     if isinstance(value, Mapping):
         return {str(key): x for key, x in value.items()}
     if isinstance(value, (tuple, list)):
