@@ -5,18 +5,17 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from tutelage import config, losses
+from tutelage.config import FEATURE_LOSSES, LOGIT_LOSSES, LossOptions
 from tutelage.data import views
 from tutelage.engine import optim
 from tutelage.errors import ConfigError
-from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES
-from tutelage.methods.features import FeaturePair
 from tutelage.models import ZOO
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -142,7 +141,7 @@ unless `teacher.train` asks for fine-tuning; see
 """
 
 
-ABOUT_LINKS = """\
+ABOUT_FEATURE_LOSSES = """\
 Weights that were published for a mean over elements are restated for losses that sum them, so that the loss is
 the same. What a loss learns beside the student is trained along and not exported:
 
@@ -219,6 +218,8 @@ def type_words(schema: dict[str, Any]) -> str:
 def default_words(cls: type[BaseModel], name: str) -> str:
     """A field's default as YAML; a dash where the key is simply absent."""
     field = cls.model_fields[name]
+    if name == "kind" and issubclass(cls, config.MethodOptions) and cls is not config.LogitOptions:
+        return "**must be given**"
     if field.is_required():
         return "by file name" if (cls, name) == (config.Recipe, "name") else "**must be given**"
     value = field.get_default(call_default_factory=True)
@@ -325,7 +326,7 @@ def schedules() -> Iterator[str]:
     )
 
 
-def soft_objectives() -> Iterator[str]:
+def logit_losses() -> Iterator[str]:
     """What `soft` can name."""
     yield "### Losses on logits: `soft`"
     yield ""
@@ -340,6 +341,7 @@ def soft_objectives() -> Iterator[str]:
             for name, entry in LOGIT_LOSSES.items()
         ),
     )
+    yield from option_meanings(LOGIT_LOSSES)
     yield "Published weights: `alpha: 1, hard: 1` for `dkd` (whose numbers come with a warm-up of 20 epochs, which is"
     yield "not here) and for `dist`; `alpha: 9, hard: 1` at T = 2 for `kd` with `standardize: true`."
     yield ""
@@ -354,37 +356,41 @@ PLACES = {
 }
 
 
-def feature_objectives() -> Iterator[str]:
+def feature_losses() -> Iterator[str]:
     """What `loss` can name."""
     yield "### Losses on features: `loss`"
     yield ""
     student, teacher = (2, 8, 8, 8), (2, 16, 8, 8)
-    site = FeaturePair("student", "teacher", student, teacher, False)
     rows = []
     for name, entry in FEATURE_LOSSES.items():
-        weight = f"{entry.weight(site, {}):.4g}" if callable(entry.weight) else f"{entry.weight:g}"
-        if callable(entry.weight) and name != "pkt":
-            weight += " for 16 channels of 8x8"
-        rows.append((
-            f"`{name}`", PLACES[entry.where], options_of(name, entry.options), f"{weight} ({entry.source})",
-        ))  # fmt: skip
+        weight = entry.weight(student, teacher, entry.options()) if callable(entry.weight) else entry.weight
+        cell = f"{weight:.4g}" + (" for 16 channels of 8x8" if callable(entry.weight) and name != "pkt" else "")
+        rows.append((f"`{name}`", PLACES[entry.pairs], options_of(name, entry.options), f"{cell} ({entry.source})"))
     yield from table(("loss", "`pairs: auto`", "options (default)", "weight where none is given (whose)"), rows)
-    yield ABOUT_LINKS
+    yield from option_meanings(FEATURE_LOSSES)
+    yield ABOUT_FEATURE_LOSSES
 
 
-OF_LINKS = {
-    "crd": {"negatives": "16384", "width": "128", "momentum": "0.5"},
-    "factor_transfer": {"rate": "0.5", "share": "0.1"},
-    "review": {"width": "the student's, at most 512"},
-}
-"""Defaults of options that the link takes and not the function."""
+def option_meanings(losses_by_name: Mapping[str, Any]) -> Iterator[str]:
+    """The table of all options of losses."""
+    rows = []
+    for name, entry in losses_by_name.items():
+        properties = entry.options.model_json_schema().get("properties", {})
+        rows += [(f"`{name}`", f"`{o}`", type_words(s), meaning(entry.options, o)) for o, s in properties.items()]
+    yield from table(("loss", "option", "value", "meaning"), rows)
 
 
-def options_of(name: str, options: Iterable[str]) -> str:
-    """Options of a loss with their defaults."""
-    known = inspect.signature(getattr(losses, name)).parameters
-    own = OF_LINKS.get(name, {})
-    return ", ".join(f"`{o}` ({own[o] if o in own else json.dumps(known[o].default)})" for o in options) or "–"
+def options_of(name: str, section: type[LossOptions]) -> str:
+    """Options of a loss with their defaults: the section's, else the function's."""
+    function = inspect.signature(getattr(losses, name)).parameters
+
+    def default(option: str) -> str:
+        own = section.model_fields[option].default
+        if own is None and option not in function:
+            return "see below"
+        return json.dumps(function[option].default if own is None else own)
+
+    return ", ".join(f"`{option}` ({default(option)})" for option in section.model_fields) or "–"
 
 
 ABOUT_INFERENCE = """\
@@ -451,8 +457,8 @@ search:
 AFTER = {
     "teacher": verbatim(ABOUT_ENSEMBLES),
     "teacher.inference": verbatim(ABOUT_INFERENCE),
-    "method: kind: logit": soft_objectives,
-    "method: kind: feature": feature_objectives,
+    "method: kind: logit": logit_losses,
+    "method: kind: feature": feature_losses,
     "data": augmentations,
     "student": models,
     "search": verbatim(ABOUT_SEARCH),

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from support.text_worlds import FILLER, encoder, sentences, table, tokenizer
 from tutelage import api
-from tutelage.config import SOFT_OF_TASK, Recipe, build_recipe, load_recipe
+from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, Recipe, build_recipe, load_recipe
 from tutelage.data import load_texts
 from tutelage.errors import ConfigError, TutelageError
 from tutelage.experiment.texts import load_text_data
-from tutelage.methods.label_losses import HARD
+from tutelage.methods.label_losses import LABEL_LOSSES
 from tutelage.models import load_model
 from tutelage.progress import Terminal
 from tutelage.search.search import search_recipe
@@ -206,8 +206,9 @@ def test_what_goes_by_accuracy_refuses_another_metric() -> None:
         recipe({"label": "label", "metric": "f1"}, **chain)
 
 
-def test_the_objective_of_each_task_is_the_methods_own() -> None:
-    assert {task: hard.soft for task, hard in HARD.items()} == SOFT_OF_TASK
+def test_every_task_has_a_loss_of_labels_and_a_default_loss_on_logits() -> None:
+    assert LABEL_LOSSES.keys() == SOFT_OF_TASK.keys()
+    assert all(task in LOGIT_LOSSES[name].tasks for task, name in SOFT_OF_TASK.items())
 
 
 @pytest.mark.parametrize(("more", "says"), [

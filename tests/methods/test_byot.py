@@ -183,7 +183,7 @@ def test_students_without_exits_are_named() -> None:
     ):  # fmt: skip
         b = world.to_batch(world.held[0]).rows(0, 2)
         with pytest.raises(ModelError, match=says):
-            prepare_method(ByotMethod([tap]), world.make(8), None, b, 0)
+            prepare_method(ByotMethod(exits=[tap]), world.make(8), None, b, 0)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,13 @@ def test_a_supervised_method_is_the_student_alone_to_the_last_bit(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "method", [SupervisedMethod(0.3), TeacherFreeMethod(0.4, 5.0, 0.8), TeacherFreeMethod(variant="paper")], ids=repr
+    "method",
+    [
+        SupervisedMethod(label_smoothing=0.3),
+        TeacherFreeMethod(alpha=0.4, temperature=5.0, correct=0.8),
+        TeacherFreeMethod(variant="paper"),
+    ],
+    ids=repr,
 )
 def test_terms_are_those_of_the_objectives_and_leave_out_rows_without_a_label(method: Any) -> None:
     logits = torch.randn(4, 5, requires_grad=True)
@@ -108,11 +114,11 @@ def test_a_cache_for_a_method_that_asks_nothing_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: SupervisedMethod(1.0), "label_smoothing=1.0"),
-        (lambda: TeacherFreeMethod(correct=1.0), "correct=1.0"),
-        (lambda: TeacherFreeMethod(alpha=1.1), "alpha=1.1"),
-        (lambda: TeacherFreeMethod(temperature=0.0), "temperature=0.0"),
-        (lambda: TeacherFreeMethod(variant="mine"), "variant='mine'"),  # type: ignore[arg-type]
+        (lambda: SupervisedMethod(label_smoothing=1.0), "label_smoothing: given 1.0"),
+        (lambda: TeacherFreeMethod(correct=1.0), "correct: given 1.0"),
+        (lambda: TeacherFreeMethod(alpha=1.1), "alpha: given 1.1"),
+        (lambda: TeacherFreeMethod(temperature=0.0), "temperature: given 0.0"),
+        (lambda: TeacherFreeMethod(variant="mine"), "variant: given 'mine'"),
         (lambda: recipe({"kind": "supervised", "label_smoothing": 1.0}), "label_smoothing"),
         (lambda: recipe({"kind": "supervised", "temperature": 4}), "unknown key 'method.temperature'"),
     ],
@@ -136,8 +142,10 @@ def test_doctor_says_that_nobody_is_asked() -> None:
 
 def test_options_of_a_recipe_are_those_of_the_method() -> None:
     for kind in ("supervised", "teacher-free"):
-        config = METHOD_KINDS[kind](kind=kind)
-        assert METHODS[kind](**config.model_dump(exclude={"kind"})).needs is None
+        options = METHOD_KINDS[kind]()
+        method = METHODS[kind](options)
+        assert method.options is options
+        assert method.needs is None
 
 
 # No teacher at all ---------------------------------------------------------------------------------------
@@ -230,7 +238,7 @@ def test_doctor_taps_and_cache_without_a_teacher(tmp_path: Path) -> None:
 def test_distill_without_a_teacher(tmp_path: Path) -> None:
     world = images()
     options: dict[str, Any] = {"eval_data": world.held, "epochs": 1, "out": tmp_path / "run", "verbose": False}
-    run = tutelage.distill(None, world.make(4), world.train, method=SupervisedMethod(0.1), **options)
+    run = tutelage.distill(None, world.make(4), world.train, method=SupervisedMethod(label_smoothing=0.1), **options)
     assert "teacher" not in run.summary
     assert type(run.student) is type(world.make(4))
     for method, more in ((None, {}), (LogitMethod(), {}), (SupervisedMethod(), {"inference": {"dtype": "bf16"}})):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from tutelage.data import Batch
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, ModelError
 from tutelage.methods import FEATURE_LOSSES, LOGIT_LOSSES, FeatureMethod, Method, prepare_method
-from tutelage.methods.features import PairwiseLoss
+from tutelage.methods.feature import feature_loss
+from tutelage.methods.features import FeatureLoss
+from tutelage.methods.logit import logit_loss
 from tutelage.models.small import ConvNet
 from tutelage.progress import Terminal
 from tutelage.students import PROJECTORS
@@ -42,24 +45,40 @@ def batch(n: int = 6) -> Batch:
     return Batch(torch.randn(n, 1, 8, 8), torch.randint(4, (n,)))
 
 
-def test_schema_and_registry_name_the_same() -> None:
-    assert {k: v.options for k, v in FEATURE_LOSSES.items()} == config.FEATURE_LOSSES
-    assert {k: v.options for k, v in LOGIT_LOSSES.items()} == config.LOGIT_LOSSES
-    assert {k: v.temperature for k, v in LOGIT_LOSSES.items()} == config.SOFT_TEMPERATURES
+def accepted(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", LOGIT_LOSSES)
+def test_every_logit_loss_has_a_function_that_takes_its_options(name: str) -> None:
+    entry, parameters = LOGIT_LOSSES[name], accepted(logit_loss(name))
+    assert set(entry.options.model_fields) <= parameters
+    assert ("temperature" in parameters) == (entry.temperature is not None)
+    assert ("labels" in parameters) == entry.needs_labels
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_every_feature_loss_has_a_class_and_a_function_that_takes_its_options(name: str) -> None:
+    entry = FEATURE_LOSSES[name]
+    assert issubclass(feature_loss(name), FeatureLoss)
+    assert set(entry.options.model_fields) - entry.options.method_only <= accepted(getattr(losses, name))
+
+
+def test_every_kind_of_projector_in_recipes_can_be_built() -> None:
     assert set(config.PROJECTORS) == set(PROJECTORS)
 
 
-PLAIN = [name for name, entry in FEATURE_LOSSES.items() if issubclass(entry.link, PairwiseLoss)]
+PLAIN = [name for name, entry in FEATURE_LOSSES.items() if entry.module == "PairwiseLoss"]
 PAIRS = [{"student": f"stages.{i}", "teacher": f"stages.{i}"} for i in range(2)]
 
 
-@pytest.mark.parametrize("name", [n for n in PLAIN if not n.startswith(("attention_mse", "attention_kl", "value"))])
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     torch.manual_seed(1)
     student, teacher, b = net(4, 8).eval(), net(6, 12).eval(), batch()
     mask = torch.tensor([True, True, False, True, True, False])
     b = Batch(b.inputs, b.labels, mask=mask)
-    method = prepare_method(FeatureMethod(PAIRS, loss=name, weight=3.0), student, teacher, b, seed=0)
+    method = prepare_method(FeatureMethod(pairs=PAIRS, loss=name, weight=3.0), student, teacher, b, seed=0)
     projects = name == "hint"
     terms = method(observe(student, b.inputs, method.student_needs), b, LiveTeacher(teacher).signal(b, method.needs))
     assert set(terms) == set(method.counts(b)) == set(method.weights)
@@ -68,7 +87,7 @@ def test_a_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
         assert int(term.count) == int(method.counts(b)[f"{name}({stage})"]) == 4
         s, t = (m.stages[: i + 1](b.inputs[mask]) for m in (student, teacher))
         if projects:
-            s = method.hidden.links[i].projector(s, t)
+            s = method.hidden.losses[i].projector(s, t)
         torch.testing.assert_close(term.sum / term.count, getattr(losses, name)(s, t), rtol=1e-4, atol=1e-6)
     assert bool(list(method.parameters())) == projects
 
@@ -78,7 +97,7 @@ def test_padding_is_no_token() -> None:
     student, teacher = world.make(8).eval(), world.make(16).eval()
     b = world.to_batch(world.held[1])
     pairs = [{"student": "bert.embeddings", "teacher": "bert.embeddings", "loss": o} for o in ("hint", "pkt")]
-    method = prepare_method(FeatureMethod(pairs), student, teacher, b, seed=0)
+    method = prepare_method(FeatureMethod(pairs=pairs), student, teacher, b, seed=0)
     hint, pkt = "hint(bert.embeddings)", "pkt(bert.embeddings)"
     assert int(method.counts(b)[hint]) == int(b.inputs["attention_mask"].sum())
     assert int(method.counts(b)[pkt]) == len(b)
@@ -95,7 +114,7 @@ def test_the_formula_names_every_term_and_the_seed_every_projector() -> None:
     pair = {"student": "stages.1", "teacher": "stages.1"}
 
     def made(seed: int) -> Method:
-        return prepare_method(FeatureMethod([pair, pair], weight=100), net(4, 8), net(6, 12), batch(), seed)
+        return prepare_method(FeatureMethod(pairs=[pair, pair], weight=100), net(4, 8), net(6, 12), batch(), seed)
 
     one, again, other = made(1), made(1), made(2)
     assert one.formula() == "0.9 * kd(T=4) + 0.1 * ce + 100 * hint(stages.1) + 100 * hint(stages.1)#2"
@@ -116,12 +135,12 @@ def test_the_formula_names_every_term_and_the_seed_every_projector() -> None:
         ({"loss": "hint", "options": {"kernel": "linear"}}, ConfigError, "no option 'kernel'"),
         ({"loss": "pkt", "projector": "mlp"}, ConfigError, "takes no projector"),
         ({"loss": "crd"}, CapabilityError, "no ids"),
-        ({"loss": "crd", "options": {"negatives": 0}}, ConfigError, "above 0"),
-        ({"loss": "factor_transfer", "options": {"share": 1.5}}, ConfigError, "between 0 and 1"),
-        ({"loss": "review", "options": {"levels": [0.5]}}, ConfigError, "whole number"),
-        ({"loss": "vid", "options": {"variant": "mine"}}, ConfigError, "allowed are"),
-        ({"stage1_fraction": 1.0}, ConfigError, "share of all steps"),
-        ({"pairs": []}, ConfigError, "empty"),
+        ({"loss": "crd", "options": {"negatives": 0}}, ConfigError, "greater than or equal to 1"),
+        ({"loss": "factor_transfer", "options": {"share": 1.5}}, ConfigError, "less than 1"),
+        ({"loss": "review", "options": {"levels": [0.5]}}, ConfigError, "valid integer"),
+        ({"loss": "vid", "options": {"variant": "mine"}}, ConfigError, "Input should be 'paper' or 'authors'"),
+        ({"stage1_fraction": 1.0}, ConfigError, "less than 1"),
+        ({"pairs": []}, ConfigError, "is no list of pairs"),
     ],
 )  # fmt: skip
 def test_misfits_are_named_before_anything_is_trained(
@@ -171,8 +190,8 @@ def test_a_recipe_runs_and_what_it_exports_has_no_trace(tmp_path: Path) -> None:
     folder = newest(found.path / "checkpoints" / "distilled-seed0")
     assert folder is not None
     saved = load_checkpoint(folder)
-    assert "method.hidden.links.1.projector.body.weight" in saved["model"]
-    assert any("links.1.projector.body.weight" in name for name in saved["optimizer"]["state"])
+    assert "method.hidden.losses.1.projector.body.weight" in saved["model"]
+    assert any("losses.1.projector.body.weight" in name for name in saved["optimizer"]["state"])
 
 
 def distil(out: Path, die_at: int | None = None, **options: Any) -> tutelage.DistillResult:

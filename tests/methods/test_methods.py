@@ -69,7 +69,7 @@ def test_a_soft_term_is_its_objective_on_the_rows_that_count(name: str) -> None:
     options = {"alpha": 2.0, "beta": 3.0} if name == "dkd" else {}
     method = LogitMethod(soft=name, alpha=0.7, soft_options=options)
     terms = method(observe(student, b.inputs, Needs()), b, LiveTeacher(teacher).signal(b, Needs()))
-    labels = LOGIT_LOSSES[name].labels
+    labels = LOGIT_LOSSES[name].needs_labels
     rows = b.labelled() if labels else b.counted()
     s, t = student(b.inputs)[rows], teacher(b.inputs)[rows]
     expected = getattr(losses, name)(*((s, t, b.labels[rows]) if labels else (s, t)), **options)
@@ -176,7 +176,7 @@ def test_what_auto_pairs() -> None:
 
     def taps(name: str) -> list[tuple[str, str]]:
         method = fit(FeatureMethod(loss=name), student, teacher, batch())
-        return [(s.student, s.teacher) for link in method.hidden.links for s in link.sites]
+        return [(s.student, s.teacher) for link in method.hidden.losses for s in link.pairs]
 
     assert taps("hint") == [("stages.0", "stages.0"), ("stages.1", "stages.1")]
     assert taps("similarity") == [("stages.1", "stages.1")]
@@ -192,8 +192,8 @@ def test_margins_are_those_of_the_norm_before_the_relu() -> None:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias)
     method = fit(FeatureMethod(loss="overhaul"), student, teacher, batch())
-    link = method.hidden.links[0]
-    assert [s.teacher for s in link.sites] == ["stages.0.5:input", "stages.1.5:input"]
+    link = method.hidden.losses[0]
+    assert [s.teacher for s in link.pairs] == ["stages.0.5:input", "stages.1.5:input"]
     for i in range(2):
         norm = teacher.stages[i][4]
         torch.testing.assert_close(link.get_buffer(f"margin{i}"), losses.overhaul_margin(norm.weight, norm.bias))
@@ -221,17 +221,17 @@ def test_vid_weighs_a_token_and_not_a_text() -> None:
     world = texts()
     b = world.to_batch(world.held[1])
     pairs = [{"student": "bert.embeddings", "teacher": "bert.embeddings"}]
-    method = fit(FeatureMethod(pairs, loss="vid"), world.make(8), world.make(16), b)
+    method = fit(FeatureMethod(pairs=pairs, loss="vid"), world.make(8), world.make(16), b)
     assert method.weights["vid(bert.embeddings)"] == 1 / 16
 
 
 def test_two_paraphrasers_are_two() -> None:
     student, teacher = pair()
     pairs = [{"student": f"stages.{i}", "teacher": f"stages.{i}"} for i in range(2)]
-    method = fit(FeatureMethod(pairs, loss="factor_transfer"), student, teacher, batch())
+    method = fit(FeatureMethod(pairs=pairs, loss="factor_transfer"), student, teacher, batch())
     assert [phase.name for phase in method.phases()] == ["paraphraser", "paraphraser#2"]
     with pytest.raises(ConfigError, match="nothing is left"):
-        fit(FeatureMethod(pairs, loss="factor_transfer", options={"share": 0.5}), student, teacher, batch())
+        fit(FeatureMethod(pairs=pairs, loss="factor_transfer", options={"share": 0.5}), student, teacher, batch())
 
 
 @pytest.mark.parametrize("name", ["hint", "vid", "overhaul", "factor_transfer", "review", "crd"])
@@ -267,7 +267,7 @@ def test_review_reaches_shallow_stages_of_the_teacher_from_deep_ones_of_the_stud
     student, teacher = pair(resnet=True)
     b = batch()
     method = fit(FeatureMethod(loss="review"), student, teacher, b)
-    link = method.hidden.links[0]
+    link = method.hidden.losses[0]
     features = [torch.randn(12, 4, 8, 8, requires_grad=True), torch.randn(12, 6, 4, 4, requires_grad=True)]
     targets = [torch.randn(12, 6, 8, 8), torch.randn(12, 10, 4, 4)]
     shallow = link.fusions[0](features[0], link.fusions[1](features[1], None, targets[1].shape[2:])[1], (8, 8))[0]
@@ -281,7 +281,7 @@ def test_the_contrast_remembers_whom_it_saw_after_the_step_and_not_before() -> N
     student, teacher = pair()
     b = batch()
     method = fit(FeatureMethod(loss="crd", options={"negatives": 5, "width": 7}), student, teacher, b)
-    link = method.hidden.links[0]
+    link = method.hidden.losses[0]
     module, half = DistillationModule(student, method).train(), b.rows(0, 6)
     before = link.memory.student.clone()
     terms = module(half, LiveTeacher(teacher).signal(half, method.needs))
@@ -295,7 +295,7 @@ def test_the_contrast_remembers_whom_it_saw_after_the_step_and_not_before() -> N
     module.eval()(half, LiveTeacher(teacher).signal(half, method.needs))
     method.after_step()
     assert torch.equal(link.memory.student, after)
-    assert {"hidden.links.0.memory.student", "hidden.links.0.memory.teacher"} <= set(method.state_dict())
+    assert {"hidden.losses.0.memory.student", "hidden.losses.0.memory.teacher"} <= set(method.state_dict())
     stranger = Batch(half.inputs, half.labels, ids=half.ids + 1)
     with pytest.raises(tutelage.errors.CapabilityError, match="does not know"):
         module.train()(stranger, LiveTeacher(teacher).signal(half, method.needs))
@@ -315,7 +315,7 @@ def test_attention_and_value_relations_of_encoders() -> None:
         {"student": f"{at}[1]", "teacher": f"{at}[1]", "loss": "attention_mse"},
         {"student": values, "teacher": values, "loss": "value_relation", "options": {"heads": 4}},
     ]  # fmt: skip
-    method = fit(FeatureMethod(pairs), student, teacher, b)
+    method = fit(FeatureMethod(pairs=pairs), student, teacher, b)
     module = DistillationModule(student, method).train()
     terms = module(b, LiveTeacher(teacher).signal(b, method.needs))
     for name in list(terms)[2:]:
@@ -376,7 +376,7 @@ def test_hints_come_first_and_leave_the_rest_of_the_student_alone(tmp_path: Path
 def test_the_paraphraser_is_trained_first_and_then_frozen(tmp_path: Path) -> None:
     run({"kind": "feature", "loss": "factor_transfer", "options": {"share": 0.5}}, tmp_path / "run")
     first, last = (weights(tmp_path / "run", f"distilled-seed0{n}") for n in ("-paraphraser", ""))
-    here, there = "method.paraphraser.", "method.hidden.links.0.paraphraser."
+    here, there = "method.paraphraser.", "method.hidden.losses.0.paraphraser."
     kept = {k.removeprefix(here): v for k, v in first.items() if k.startswith(here)}
     assert kept
     assert all(torch.equal(last[there + k], v) for k, v in kept.items())

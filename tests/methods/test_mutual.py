@@ -49,7 +49,7 @@ def batch(size: int = 7) -> Batch:
 
 
 def trio(**options: Any) -> DistillationModule:
-    method = MutualMethod(2, **options)
+    method = MutualMethod(peers=2, **options)
     method.add_peers([network(1), network(2)])
     student = network(0)
     method.build(student, None, batch(2))
@@ -119,7 +119,7 @@ def test_stale_copies_are_renewed_when_due_and_never_in_between() -> None:
 
 
 def test_stale_peers_speak_in_evaluation_mode_and_stay_in_it() -> None:
-    method = MutualMethod(1, refresh=2)
+    method = MutualMethod(peers=1, refresh=2)
     torch.manual_seed(0)
     student, peer = (nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 4)) for _ in range(2))
     method.add_peers([peer])
@@ -188,7 +188,7 @@ def test_the_student_starts_as_alone_and_its_peers_do_not(tmp_path: Path) -> Non
 
 def distil(out: Path, die_at: int | None = None, **options: Any) -> tutelage.DistillResult:
     world = images()
-    method = MutualMethod([None, lambda: world.make(4)], refresh=3, burn_in=0.3, target="mean")
+    method = MutualMethod(peers=[None, lambda: world.make(4)], refresh=3, burn_in=0.3, target="mean")
     return tutelage.distill(
         None, lambda: world.make(8), Shuffled(world.train, die_at), eval_data=world.held, validation=world.held,
         method=method, epochs=4, lr=5e-3, baseline=False, out=out, verbose=False,
@@ -225,9 +225,9 @@ def test_peers_that_start_alike_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="no function that makes a module"):
         tutelage.distill(
-            None, world.make(4), world.train, method=MutualMethod([{"model": "mlp"}]), **options
+            None, world.make(4), world.train, method=MutualMethod(peers=[{"model": "mlp"}]), **options
         )  # fmt: skip
-    five = MutualMethod([lambda: tutelage.models.small.ConvNet(classes=5, channels=1, widths=(4,))])
+    five = MutualMethod(peers=[lambda: tutelage.models.small.ConvNet(classes=5, channels=1, widths=(4,))])
     with pytest.raises(CapabilityError, match="peer-1 does not score the student's 4 classes"):
         tutelage.distill(None, world.make(4), world.train, method=five, **options)
 

@@ -194,15 +194,18 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
     method: Method = WithProjector()
     if kind == "feature":  # relations compare the rows of a micro-batch, so they are not among the pairs
         pairs = [{"student": "0", "teacher": "0"}, {"student": "2", "teacher": "2", "weight": 0.5}]
-        method = prepare_method(FeatureMethod(pairs, projector="mlp", weight=2.0), student, teacher, Rows().fetch(
+        feature = FeatureMethod(pairs=pairs, projector="mlp", weight=2.0)
+        method = prepare_method(feature, student, teacher, Rows().fetch(
             torch.arange(2)
         ), seed=4)  # fmt: skip
     if kind == "crd":
-        crd = FeatureMethod([{"student": "2", "teacher": "2"}], loss="crd", options={"negatives": 9, "width": 6})
+        crd = FeatureMethod(
+            pairs=[{"student": "2", "teacher": "2"}], loss="crd", options={"negatives": 9, "width": 6}
+        )
         method = prepare_method(crd, student, teacher, Rows().fetch(torch.arange(2)), seed=4, ids=Rows().ids)
         before = method.hidden.links[0].memory.student.clone()  # type: ignore[union-attr, operator]
     if kind.endswith("mutual"):
-        method = MutualMethod(1, refresh=2)
+        method = MutualMethod(peers=1, refresh=2)
         method.add_peers([network(8, seed=6)])
         method.build(student, None, Rows().fetch(torch.arange(2)))
     data: Any = Rows()

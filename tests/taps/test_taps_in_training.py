@@ -219,7 +219,7 @@ def test_the_feature_method_compiled_learns_what_it_learns_without(tmp_path: Pat
         torch.manual_seed(1)
         student, teacher = world.make(4), world.make(8)
         example = world.to_batch(world.train[0])
-        method = prepare_method(FeatureMethod("auto"), student, teacher, example, seed=0)
+        method = prepare_method(FeatureMethod(pairs="auto"), student, teacher, example, seed=0)
         config = TrainConfig(steps=6, compile=compiled, evaluate_every=2, optimizer=OptimizerConfig(lr=1e-2))
         training = Training("t", student, method, LoaderBatches(world.train, 0, world.to_batch), config,
                             RunDirectory(tmp_path / str(compiled)), teacher=LiveTeacher(teacher),

@@ -204,7 +204,7 @@ def test_distill_takes_a_list_of_teachers(tmp_path: Path) -> None:
     run = tutelage.distill(
         members, lambda: network(3), loader(), eval_data=loader(), validation=loader(), epochs=1,
         ensemble={"weights": "learned", "average_temperature": 4.0}, inference={"batch_size": 3},
-        out=tmp_path / "out", method=LogitMethod(4.0), verbose=False,
+        out=tmp_path / "out", method=LogitMethod(temperature=4.0), verbose=False,
     )  # fmt: skip
     found = run.summary["teacher"]["ensemble"]
     assert (len(found["members"]), found["weights"], found["average_temperature"]) == (2, "learned", 4.0)

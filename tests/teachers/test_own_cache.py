@@ -59,7 +59,7 @@ def taught(teacher: nn.Module, out: Path, data: Any = None, size: int = 16, **mo
     loader = more.pop("loader", None) or DataLoader(IndexedDataset(data or pictures()), size, shuffle=True)
     arguments = {"epochs": 3, "seeds": (0, 1), "baseline": False, "verbose": False, **more}
     return tutelage.distill(
-        teacher, lambda: network(4), loader, eval_data=HELD, method=LogitMethod(4.0), out=out, **arguments
+        teacher, lambda: network(4), loader, eval_data=HELD, method=LogitMethod(temperature=4.0), out=out, **arguments
     )
 
 

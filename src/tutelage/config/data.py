@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tutelage.config.base import Count, Fraction, Misfit, Section, Seed
+from tutelage.config.base import Count, Fraction, Section, Seed
+from tutelage.config.messages import Misfit
 from tutelage.errors import shorten, suggest
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section, Seed
+from tutelage.config.base import Count, Fraction, NotNegative, Positive, Section, Seed
+from tutelage.config.messages import Misfit
 from tutelage.errors import shorten
 
 RESERVED = ("model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from tutelage.config.base import Count, Misfit, Section
+from tutelage.config.base import Count, Section
 from tutelage.config.generate import (
     BudgetConfig,
     EndpointConfig,
@@ -15,6 +15,7 @@ from tutelage.config.generate import (
     check_pattern,
     check_priced,
 )
+from tutelage.config.messages import Misfit
 from tutelage.errors import shorten
 
 VERDICT = """\

@@ -303,7 +303,7 @@ def _validated(model: type[Checked], raw: dict[str, Any], name: str, places: Map
                 details["loc"] = (loc[0], *loc[2:])  # pydantic names the kind in between
             if inherited(details, error):
                 continue
-            problems.append(explain(details, name, places, kinds))
+            problems.append(explain(details, model, name, places, kinds))
         if len(problems) > MAX_PROBLEMS:
             problems[MAX_PROBLEMS:] = [f"... and {len(problems) - MAX_PROBLEMS} more problems"]
         raise ConfigError("\n".join(problems)) from None

@@ -1,21 +1,27 @@
-"""What pydantic found wrong, in words: file, line, key, what was given and what is allowed."""
+"""Messages for the errors that pydantic finds: file, line, key, the given value and what is allowed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tutelage.config.base import Misfit, Section
 from tutelage.config.lines import Key, Place
-from tutelage.config.recipe import Recipe
 from tutelage.errors import shorten, suggest
 
 SECRET = re.compile(r"key|secret|passw|auth|credential|bearer|^(api_?|access_?)?token$", re.IGNORECASE)
-"""Names of keys that somebody might put a secret under, which no message repeats."""
+"""Keys whose value may be a secret, which no message repeats."""
+
+
+class Misfit(ValueError):
+    """A value that does not fit its section, with the key of the section to name."""
+
+    def __init__(self, what: str, key: str) -> None:
+        super().__init__(what)
+        self.key = key
 
 
 def inherited(details: ErrorDetails, error: ValidationError) -> bool:
@@ -51,9 +57,9 @@ def where_given(name: str, places: Mapping[Key, Place], loc: Key) -> str:
     return name
 
 
-def _section(loc: Key, kinds: Mapping[str, type[Section]]) -> type[BaseModel] | None:
-    """The class whose field the last part of ``loc`` is; ``kinds`` are those of the sections that have several."""
-    model: Any = Recipe
+def _section(root: type[BaseModel], loc: Key, kinds: Mapping[str, type[BaseModel]]) -> type[BaseModel] | None:
+    """The class below ``root`` whose field the last part of ``loc`` is."""
+    model: Any = root
     space = loc[:2] == ("search", "space")
     if len(loc) > 1 and isinstance(loc[0], str) and loc[0] in kinds:
         model, loc = kinds[loc[0]], loc[1:]
@@ -68,21 +74,34 @@ def _section(loc: Key, kinds: Mapping[str, type[Section]]) -> type[BaseModel] | 
         model = next((o for o in _parts(field.annotation) if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if model is None:
             return None
-    found: type[BaseModel] = model
-    return found
+    return cast("type[BaseModel]", model)
 
 
 def _parts(annotation: Any) -> list[Any]:
     return [annotation, *(part for inner in getattr(annotation, "__args__", ()) for part in _parts(inner))]
 
 
-def explain(details: ErrorDetails, name: str, places: Mapping[Key, Place], kinds: Mapping[str, type[Section]]) -> str:
-    """One fault in words; ``kinds`` are the classes of the recipe's method and workflow."""
+def explain(
+    details: ErrorDetails,
+    root: type[BaseModel],
+    name: str,
+    places: Mapping[Key, Place],
+    kinds: Mapping[str, type[BaseModel]],
+) -> str:
+    """The message for one error.
+
+    Args:
+        details: of the error.
+        root: the class that was validated.
+        name: of the file, or of the class.
+        places: the lines of the keys.
+        kinds: the classes of those sections of a recipe that have a ``kind``.
+    """
     loc = details["loc"]
     where, key = where_given(name, places, loc), ".".join(str(p) for p in loc)
     given = details["input"]
     given_text = "nothing" if given is None else shorten(given)
-    section = _section(loc, kinds)
+    section = _section(root, loc, kinds)
     fields = [f for f in section.model_fields if f != "kind"] if section else []
     match details["type"]:
         case "extra_forbidden":
@@ -105,7 +124,7 @@ def explain(details: ErrorDetails, name: str, places: Mapping[Key, Place], kinds
             words = re.findall(r"'([^']*)'", allowed)
             return f"{where}: {key}: given {shorten(given)}{suggest(str(given), words)}\n  -> allowed: {allowed}"
         case "model_type" | "dict_type":
-            inside = _section((*loc, ""), kinds)
+            inside = _section(root, (*loc, ""), kinds)
             allowed = ", ".join(inside.model_fields) if inside else "any"
             return f"{where}: {key}: given {given_text}\n  -> it takes keys and values; keys: {allowed}"
         case _:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tutelage.config.base import Count, Misfit, Positive, Section
+from tutelage.config.base import Count, Positive, Section
+from tutelage.config.messages import Misfit
 from tutelage.errors import shorten, suggest
 
 MODELS = (

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from tutelage.config.base import Misfit, Section, Seed
+from tutelage.config.base import Section, Seed
 from tutelage.config.data import TAUGHT_ONLY, DataConfig, TextDataConfig
 from tutelage.config.evaluate import EvaluateConfig
 from tutelage.config.generate import Generations
 from tutelage.config.judge import JudgeConfig
+from tutelage.config.messages import Misfit
 from tutelage.config.methods import (
     METHOD_KINDS,
     ByotOptions,

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tutelage.config.base import Count, Misfit, NotNegative, Positive, Section, Seed
+from tutelage.config.base import Count, NotNegative, Positive, Section, Seed
 from tutelage.config.data import Augments
+from tutelage.config.messages import Misfit
 from tutelage.config.models import ModelConfig, ModelName
 from tutelage.config.train import TrainConfig
 from tutelage.errors import shorten

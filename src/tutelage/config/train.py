@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tutelage.config.base import Count, Misfit, NotNegative, Positive, Section
+from tutelage.config.base import Count, NotNegative, Positive, Section
+from tutelage.config.messages import Misfit
 from tutelage.errors import shorten, suggest
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from tutelage.config import (
     UNLABELLED,
     LowRankConfig,
     MemberConfig,
+    MethodOptions,
     ModelConfig,
     Recipe,
     TeacherConfig,
@@ -256,12 +256,12 @@ def cut_untrained(recipe: Recipe, data: TextData, seed: int) -> nn.Module:
     return students_of(recipe.student, data, member.model())(seed)
 
 
-def peer_config(recipe: Recipe, asked: Mapping[str, Any] | None) -> ModelConfig:
+def peer_config(recipe: Recipe, asked: ModelConfig | None) -> ModelConfig:
     """The model that a method asks for beside the student; of the student's architecture where it says no other."""
-    return recipe.student if asked is None else ModelConfig(**asked)
+    return recipe.student if asked is None else asked
 
 
-def build_peer(recipe: Recipe, data: Data, asked: Mapping[str, Any] | None, seed: int) -> nn.Module:
+def build_peer(recipe: Recipe, data: Data, asked: ModelConfig | None, seed: int) -> nn.Module:
     """Its initialisation."""
     config = peer_config(recipe, asked)
     return build_model(config, model_spec(config, data), data, seed, where="method.peers")
@@ -325,10 +325,10 @@ def teacher_member(recipe: Recipe, teacher: TeacherConfig, number: int, data: Da
 
 def method_factory(recipe: Recipe) -> Callable[[], Method]:
     """Builds the recipe's method."""
-    options, kind = recipe.method.model_dump(exclude={"kind"}), METHODS[recipe.method.kind]
-    if "task" in inspect.signature(kind).parameters:
-        options["task"] = LABELS[recipe.data.task]
-    return lambda: kind(**options)
+    kind, task = METHODS[recipe.method.kind], LABELS[recipe.data.task]
+    if kind.Options is not MethodOptions:
+        return lambda: kind(recipe.method, task=task)
+    return lambda: kind(**recipe.method.model_dump(exclude={"kind"}), task=task)
 
 
 def model_spec(config: ModelConfig, data: Data) -> ModelSpec:

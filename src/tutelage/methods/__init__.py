@@ -1,5 +1,6 @@
 """Methods: what is the loss of this batch."""
 
+from tutelage.config import FEATURE_LOSSES, LOGIT_LOSSES
 from tutelage.methods.base import (
     DistillationModule,
     Method,
@@ -15,8 +16,7 @@ from tutelage.methods.byot import ByotMethod
 from tutelage.methods.cross_tokenizer import CrossTokenizerMethod
 from tutelage.methods.embedding import EmbeddingMethod
 from tutelage.methods.feature import FeatureMethod, PairsMethod
-from tutelage.methods.features import FEATURE_LOSSES
-from tutelage.methods.logit import LOGIT_LOSSES, LogitMethod, SupervisedMethod, TeacherFreeMethod
+from tutelage.methods.logit import LogitMethod, SupervisedMethod, TeacherFreeMethod
 from tutelage.methods.minilm import MinilmMethod
 from tutelage.methods.mutual import MutualMethod
 from tutelage.methods.on_policy import OnPolicyMethod

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tutelage.config import MethodOptions
 from tutelage.data.batch import Batch, Task
-from tutelage.errors import CapabilityError
+from tutelage.errors import CapabilityError, ConfigError, shorten
 from tutelage.taps import Needs, Observation, Observer
 from tutelage.teachers.signal import Signal, Teacher
 
@@ -37,7 +37,19 @@ class Method(nn.Module):
     A method is a module so that what it learns besides the student (projectors) is trained,
     synchronised, clipped and saved with it.
 
+    Args:
+        options: of the class ``Options``, which a recipe's section ``method`` is too.
+        task: the kind of labels.
+        **keywords: the fields of ``Options``, in place of it.
+
+    Raises:
+        ConfigError: an unknown option or a wrong value, with the message that a recipe gets.
+        CapabilityError: labels that the method is not for.
+
     Attributes:
+        Options: the class of the options: names, types, ranges and defaults.
+        tasks: the kinds of labels that the method is for; ``None`` for all.
+        options: the options.
         needs: what the teacher's signal must hold; ``None`` for a method without a teacher.
         student_needs: what is captured in the student's forward pass; ``None`` if the student is not run.
         weights: the weight of each term, by name. The engine applies it, once.
@@ -54,6 +66,9 @@ class Method(nn.Module):
             of the student's architecture. :meth:`add_peers` gets a model for each.
     """
 
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    tasks: ClassVar[tuple[Task, ...] | None] = None
+    options: MethodOptions
     needs: Needs | None = Needs()
     student_needs: Needs | None = Needs()
     weights: dict[str, float]
@@ -65,6 +80,20 @@ class Method(nn.Module):
     task: Task = "classes"
     loss_scales: Mapping[str, Tensor] = MappingProxyType({})
     peers: Sequence[Any] = ()
+
+    def __init__(self, options: MethodOptions | None = None, /, *, task: Task = "classes", **keywords: Any) -> None:
+        super().__init__()
+        name, section = type(self).__name__, self.Options
+        if options is None:
+            options = section(**keywords)
+        elif keywords or not isinstance(options, section):
+            raise ConfigError(
+                f"{name} takes {section.__name__} or keywords, given {shorten(options)}",
+                remedy=f"{name}({section.__name__}(KEY=VALUE, ...)), or {name}(KEY=VALUE, ...)",
+            )
+        if self.tasks is not None and task not in self.tasks:
+            raise _wrong_labels(name, self.tasks[0], task, "use LogitMethod or FeatureMethod")
+        self.options, self.task = options, task
 
     def add_peers(self, models: Sequence[nn.Module]) -> None:
         """Add a model for each of ``peers``, with its own initialisation; called before :meth:`adapt_student`."""
@@ -272,14 +301,14 @@ class DistillationModule(nn.Module):
 
 
 def check_task(method: Method, batch: Batch) -> None:
-    """Raise :class:`CapabilityError` where the labels are of another task than the method's."""
+    """Raise :class:`CapabilityError` if the labels are of another task than the method's."""
     if batch.task != method.task:
-        name = type(method).__name__
-        takes = "task" in inspect.signature(type(method)).parameters
-        raise CapabilityError(
-            f"{name} learns from {method.task}, and the labels of this data are {batch.task}",
-            remedy=f"make it with task={batch.task!r}" if takes else "use LogitMethod or FeatureMethod",
-        )
+        remedy = f"make it with task={batch.task!r}" if method.tasks is None else "use LogitMethod or FeatureMethod"
+        raise _wrong_labels(type(method).__name__, method.task, batch.task, remedy)
+
+
+def _wrong_labels(name: str, expected: str, given: str, remedy: str) -> CapabilityError:
+    return CapabilityError(f"{name} learns from {expected}, and the labels of this data are {given}", remedy=remedy)
 
 
 def needs_of(method: Method, teacher: Teacher | None) -> Needs | None:

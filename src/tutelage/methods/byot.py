@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from tutelage import losses
+from tutelage.config import ByotOptions
 from tutelage.data.batch import Batch
-from tutelage.errors import ConfigError, ModelError
+from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Term
 from tutelage.students import eval_no_grad, find_embedding_tap, find_stages
 from tutelage.students.projectors import Shape, device_of
@@ -18,67 +18,41 @@ from tutelage.teachers.signal import Signal
 
 
 class ByotMethod(Method):
-    r"""Be your own teacher: cross-entropy and, of each exit i, a mixture of labels and the network's own word.
+    r"""Be your own teacher: cross-entropy and, for each exit i, a mixture of labels and the network's own logits.
 
     Exit i adds :math:`(1-\alpha)\,\mathrm{CE}(y, p_i) + \alpha\,\mathrm{KL}(p \| p_i) + \lambda\,\|F_i - F\|_2^2`,
-    with both p of the KL at T. The network's p, and F, what goes into its head, get no gradient from that. An exit is
+    with both p of the KL at T. The network's p, and F, the input of its head, get no gradient from that. An exit is
     a bottleneck, which brings a stage's map to the size and channels of the last one and averages it to :math:`F_i`,
-    and a linear classifier. Exits are trained along, measured, and not exported: the student stays the plain network.
+    and a linear classifier. Exits are trained and measured, but not exported: the student stays the plain network.
 
     There is no :math:`T^2`, as in the authors' code: :func:`tutelage.losses.kd` has it, so the term ``kd`` weighs
     :math:`\alpha / T^2`. And :func:`tutelage.losses.hint` is a mean over the D elements, so ``hint`` weighs
-    :math:`\lambda D`. Images without a label teach the exits alone.
-
-    Args:
-        exits: taps of the student, shallow to deep; or ``auto``: the last map of each resolution but the deepest.
-        alpha: share of the network's own word in the soft and hard labels of an exit, in [0, 1].
-        temperature: T, above 0.
-        hint: lambda, of the squared distance to the input of the head.
-        factor: by how much a bottleneck is narrower than that input.
-
-    Raises:
-        ConfigError: a value out of range.
+    :math:`\lambda D`. Images without a label train the exits alone.
 
     Reference: Zhang et al., Be Your Own Teacher (ICCV 2019), section 3. Defaults are those of the authors' later code
     for CIFAR-100 (alpha 0.3, T 3, lambda 0.03). In it lambda belongs to the distance, not to its square as in the
     paper and here; features go through one more linear layer, and the shallowest exit has none of it.
     """
 
+    Options = ByotOptions
+    options: ByotOptions
     needs = None
+    tasks = ("classes",)
 
-    def __init__(
-        self,
-        exits: Literal["auto"] | Sequence[str] | None = "auto",
-        *,
-        alpha: float = 0.3,
-        temperature: float = 3.0,
-        hint: float = 0.03,
-        factor: int = 4,
-    ) -> None:
-        super().__init__()
-        given = None if exits is None or exits == "auto" else list(exits)
-        for name, value, right, remedy in (
-            ("exits", exits, given is None or len(given) > 0, "auto, or a list of taps such as [stages.0]"),
-            ("alpha", alpha, 0.0 <= alpha <= 1.0, "must lie in [0, 1]"),
-            ("temperature", temperature, temperature > 0, "must be above 0"),
-            ("hint", hint, hint >= 0, "must be 0 or more"),
-            ("factor", factor, factor >= 1, "must be 1 or more"),
-        ):
-            if not right:
-                raise ConfigError(f"{name}={value!r}", remedy=remedy)
-        self.given, self.alpha, self.temperature, self.hint, self.factor = given, alpha, temperature, hint, factor
+    def __init__(self, options: ByotOptions | None = None, /, **keywords: Any) -> None:
+        super().__init__(options, **keywords)
         self.taps: list[str] = []
         self.deepest = ""
         self.exits = nn.ModuleList()
         self.weights = {"ce": 1.0}
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find the exits and make what is learned for them.
+        """Find the exits and build their bottlenecks and classifiers.
 
         Raises:
             ModelError: an unknown tap, a student without stages, or one that does not classify whole samples.
         """
-        self.taps, self.deepest = self._found(student, example), find_embedding_tap(student)
+        self.taps, self.deepest = self._find_exits(student, example), find_embedding_tap(student)
         with eval_no_grad(student):
             inputs = example.to(device_of(student)).inputs
             seen = observe(student, inputs, Needs(hidden=(*self.taps, self.deepest)))
@@ -99,23 +73,23 @@ class ByotMethod(Method):
                     f"{tap!r} gives {shape}: an exit is at a map [B, C, H, W] or a vector [B, D]",
                     where="method.exits", remedy="`tutelage taps` shows what there is",
                 )  # fmt: skip
-            made.append(Exit(shape, size, feature.shape[1], classes, factor=self.factor, signed=signed))
+            made.append(Exit(shape, size, feature.shape[1], classes, factor=self.options.factor, signed=signed))
         self.exits = nn.ModuleList(made)
         self.student_needs = Needs(hidden=(*self.taps, self.deepest))
-        soft, hint = self.alpha / self.temperature**2, self.hint * feature.shape[1]
+        soft, hint = self.options.alpha / self.options.temperature**2, self.options.hint * feature.shape[1]
         self.weights = {"ce": 1.0}
         for tap in self.taps:
-            self.weights |= {f"ce({tap})": 1.0 - self.alpha, f"kd({tap})": soft, f"hint({tap})": hint}
+            self.weights |= {f"ce({tap})": 1.0 - self.options.alpha, f"kd({tap})": soft, f"hint({tap})": hint}
 
-    def _found(self, student: nn.Module, example: Batch) -> list[str]:
+    def _find_exits(self, student: nn.Module, example: Batch) -> list[str]:
         """The taps of the exits."""
-        if self.given is not None:
-            for tap in self.given:
+        if self.options.exits is not None:
+            for tap in self.options.exits:
                 try:
                     find_module(student, tap)
                 except ModelError as error:
                     raise ModelError(error.what, where="method.exits", remedy=error.remedy) from None
-            return self.given
+            return self.options.exits
         paths = list(find_stages(student, example).values())[:-1]
         if not paths:
             raise ModelError(
@@ -134,30 +108,33 @@ class ByotMethod(Method):
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
         """``ce`` of the network, and ``ce``, ``kd`` and ``hint`` of each exit by its tap."""
         assert student.logits is not None
-        word, feature = student.logits.detach(), student.hidden[self.deepest].detach()
+        teacher_logits, feature = student.logits.detach(), student.hidden[self.deepest].detach()
         sums = {"ce": losses.cross_entropy(student.logits, batch.labels, mask=batch.mask, reduction="sum")}
-        for tap, leave in zip(self.taps, self.exits, strict=True):
-            mine, logits = leave(student.hidden[tap])
+        for tap, exit_head in zip(self.taps, self.exits, strict=True):
+            mine, logits = exit_head(student.hidden[tap])
             sums[f"ce({tap})"] = losses.cross_entropy(logits, batch.labels, mask=batch.mask, reduction="sum")
             sums[f"kd({tap})"] = losses.kd(
-                logits, word, temperature=self.temperature, mask=batch.mask, reduction="sum"
+                logits, teacher_logits, temperature=self.options.temperature, mask=batch.mask, reduction="sum"
             )
             sums[f"hint({tap})"] = losses.hint(mine, feature, mask=batch.mask, reduction="sum")
         counts = self.counts(batch)
         return {name: Term(total, counts[name]) for name, total in sums.items()}
 
     def auxiliary_models(self, student: nn.Module) -> dict[str, nn.Module]:
-        """The student as it answers at each exit, from shallow to deep."""
+        """The student with the logits of each exit, from shallow to deep."""
         pairs = zip(self.taps, self.exits, strict=True)
-        return {f"exit-{i}": Early(student, tap, leave) for i, (tap, leave) in enumerate(pairs, 1)}
+        return {f"exit-{i}": EarlyExit(student, tap, exit_head) for i, (tap, exit_head) in enumerate(pairs, 1)}
 
     def formula(self) -> str:
         """The loss in one line."""
-        soft, hint = f"{self.alpha / self.temperature**2:.3g} * kd(T={self.temperature:g})", f"{self.hint:g}"
-        where = ", ".join(self.taps or self.given or ["auto"])
+        soft, hint = (
+            f"{self.options.alpha / self.options.temperature**2:.3g} * kd(T={self.options.temperature:g})",
+            f"{self.options.hint:g}",
+        )
+        where = ", ".join(self.taps or self.options.exits or ["auto"])
         if self.taps:
             hint = f"{self.weights[f'hint({self.taps[0]})']:.3g}"
-        return f"1 * ce + at {where}: {1 - self.alpha:g} * ce + {soft} + {hint} * hint"
+        return f"1 * ce + at {where}: {1 - self.options.alpha:g} * ce + {soft} + {hint} * hint"
 
 
 class Exit(nn.Module):
@@ -199,15 +176,15 @@ class Exit(nn.Module):
         return x, self.head(x)
 
 
-class Early(nn.Module):
-    """A network that answers at an exit."""
+class EarlyExit(nn.Module):
+    """The network up to an exit, with the logits of the exit."""
 
-    def __init__(self, student: nn.Module, tap: str, leave: nn.Module) -> None:
+    def __init__(self, student: nn.Module, tap: str, exit_head: nn.Module) -> None:
         super().__init__()
-        self.student, self.tap, self.leave = student, tap, leave
+        self.student, self.tap, self.exit_head = student, tap, exit_head
 
     def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
         """Logits ``[B, classes]``."""
         seen = observe(self.student, named if inputs is None else inputs, Needs(logits=False, hidden=(self.tap,)))
-        logits: Tensor = self.leave(seen.hidden[self.tap])[1]
+        logits: Tensor = self.exit_head(seen.hidden[self.tap])[1]
         return logits

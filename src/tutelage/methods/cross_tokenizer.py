@@ -161,7 +161,7 @@ class CrossTokenizerMethod(TokenMethod):
         asked: dict[str, losses.CrossVocabularyTargets | losses.HardTargets] = {
             "soft": losses.CrossVocabularyTargets(
                 (said.view(*mask.shape, -1), linear_head(theirs)), self.shared, self.rest, self.divergence,
-                self.temperature, mask=mask, **self.options,
+                self.temperature, mask=mask, **self.divergence_options,
             )
         }  # fmt: skip
         if "ce" in masks:
@@ -201,7 +201,9 @@ class CrossTokenizerMethod(TokenMethod):
         own = _product(mine, chains.mine, labels.flatten(), chains.of, chains.count)
         with torch.no_grad():
             other = _product(theirs, chains.theirs, told, chains.of_theirs, chains.count)
-        return COMPARED[self.divergence](own, other, temperature=1.0, reduction="sum", **_named(self.options))
+        return COMPARED[self.divergence](
+            own, other, temperature=1.0, reduction="sum", **_named(self.divergence_options)
+        )
 
     def formula(self) -> str:
         """The loss in one line."""

@@ -1,4 +1,4 @@
-"""What the labels say, by what labels are."""
+"""The loss of the labels, by the kind of labels."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from torch import Tensor
 
 from tutelage import losses
 from tutelage.data.batch import Batch, Task
-from tutelage.errors import CapabilityError, ConfigError
+from tutelage.errors import CapabilityError, ConfigError, shorten
 
 
-class HardLoss(NamedTuple):
+class LabelLoss(NamedTuple):
     """The loss of the labels of one task.
 
     Attributes:
         term: its name.
         loss: ``(logits, batch, label_smoothing)`` -> the sum over positions with a label.
-        soft: the loss on logits that goes with it where none is given.
     """
 
     term: str
     loss: Callable[[Tensor, Batch, float], Tensor]
-    soft: str
 
 
 def _classes(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
@@ -50,21 +48,21 @@ def _targets(logits: Tensor, batch: Batch) -> Tensor:
     return batch.targets
 
 
-HARD: dict[Task, HardLoss] = {
-    "classes": HardLoss("ce", _classes, "kd"),
-    "multi-label": HardLoss("bce", _multi_label, "binary_kd"),
-    "regression": HardLoss("squared_error", _regression, "mse"),
-    "ranking": HardLoss("ce", _classes, "margin_mse"),
+LABEL_LOSSES: dict[Task, LabelLoss] = {
+    "classes": LabelLoss("ce", _classes),
+    "multi-label": LabelLoss("bce", _multi_label),
+    "regression": LabelLoss("squared_error", _regression),
+    "ranking": LabelLoss("ce", _classes),
 }
-"""By what labels are: one class of several, any number of them, or numbers."""
+"""By the kind of labels: one class of several, any number of classes, numbers, or a ranking."""
 
 
-def hard_of(task: Task) -> HardLoss:
+def label_loss(task: Task) -> LabelLoss:
     """The loss of the labels of ``task``.
 
     Raises:
         ConfigError: unknown task.
     """
-    if task not in HARD:
-        raise ConfigError(f"task={task!r}", remedy=f"allowed: {', '.join(HARD)}")
-    return HARD[task]
+    if task not in LABEL_LOSSES:
+        raise ConfigError(f"task={shorten(task)}", remedy=f"allowed: {', '.join(LABEL_LOSSES)}")
+    return LABEL_LOSSES[task]

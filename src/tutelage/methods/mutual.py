@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tutelage import losses
+from tutelage.config import MutualOptions
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
 from tutelage.students import eval_no_grad
 from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers.signal import Signal
-
-Peer = Mapping[str, Any] | Callable[[], nn.Module] | None
 
 
 class MutualMethod(Method):
@@ -37,63 +36,28 @@ class MutualMethod(Method):
     the method while it is trained; a run saves and measures them beside the student, with the weights that they had
     when the student was best on validation.
 
-    Args:
-        peers: the others: how many copies of the student's architecture, each with an initialisation of its own; or
-            a list with ``None`` for such a copy, a function that makes a module, or (in a recipe) a model's section.
-        temperature: T, above 0.
-        weight: w.
-        target: ``each``: the mean of the losses to each peer; ``mean``: the loss to the mean of their probabilities.
-        refresh: learn from copies of the peers that are renewed every so many steps, in evaluation mode, as workers
-            do that read each other's checkpoints. Default: from the peers as they are.
-        burn_in: share of the steps in which the labels alone are learned, in [0, 1).
-
-    Raises:
-        ConfigError: a value out of range.
-
     Reference: Zhang et al., Deep Mutual Learning (CVPR 2018), section 3, at T = 1 and w = 1. Anil et al.,
     Large scale distributed neural network training through online distillation (ICLR 2018), algorithm 1:
     codistillation, with ``target="mean"``, ``refresh`` and ``burn_in``; its cross-entropy with the mean differs from
     this loss by a constant.
     """
 
+    Options = MutualOptions
+    options: MutualOptions
     needs = None
+    tasks = ("classes",)
 
-    def __init__(
-        self,
-        peers: int | Sequence[Peer] = 1,
-        *,
-        temperature: float = 1.0,
-        weight: float = 1.0,
-        target: Literal["each", "mean"] = "each",
-        refresh: int | None = None,
-        burn_in: float = 0.0,
-    ) -> None:
-        super().__init__()
-        given: list[Peer] = [None] * peers if isinstance(peers, int) else list(peers)
-        for name, value, right, remedy in (
-            ("peers", peers, len(given) > 0, "at least one: the student needs at least one peer"),
-            ("temperature", temperature, temperature > 0, "must be above 0; the paper has 1"),
-            ("weight", weight, weight >= 0, "must be 0 or more; the paper has 1"),
-            ("target", target, target in ("each", "mean"), "allowed: each, mean"),
-            (
-                "refresh",
-                refresh,
-                refresh is None or refresh >= 1,
-                "a number of steps; none: live peers",
-            ),
-            ("burn_in", burn_in, 0.0 <= burn_in < 1.0, "a share of all steps, from 0 to below 1"),
-        ):
-            if not right:
-                raise ConfigError(f"{name}={value!r}", remedy=remedy)
-        self.peers, self.temperature, self.weight, self.target = given, temperature, weight, target
-        self.refresh, self.burn_in = refresh, burn_in
+    def __init__(self, options: MutualOptions | None = None, /, **keywords: Any) -> None:
+        super().__init__(options, **keywords)
+        self.peers = self.options.peers
         self.members, self.stale = nn.ModuleList(), nn.ModuleList()
-        self.names = ["", *(f"({name})" for name in self._named())]
-        self.weights = {f"{term}{of}": w for of in self.names for term, w in (("ce", 1.0), ("mutual", weight))}
-        self._student: list[nn.Module] = []  # a list, for what a module holds becomes a part of it
+        self.names = ["", *(f"({name})" for name in self._peer_names())]
+        weights = {"ce": 1.0, "mutual": self.options.weight}
+        self.weights = {f"{term}{of}": weight for of in self.names for term, weight in weights.items()}
+        self._student: list[nn.Module] = []  # in a list, so that the student is no submodule
         self._step, self._total = 0, 0
 
-    def _named(self) -> list[str]:
+    def _peer_names(self) -> list[str]:
         return [f"peer-{i}" for i in range(1, len(self.peers) + 1)]
 
     def add_peers(self, models: Sequence[nn.Module]) -> None:
@@ -108,8 +72,8 @@ class MutualMethod(Method):
         """
         if len(self.members) != len(self.peers):
             raise ConfigError(
-                f"{len(self.peers)} peers are to be trained with the student, and {len(self.members)} have joined",
-                remedy="call join() with a model for each",
+                f"{len(self.peers)} peers train with the student, and add_peers() got {len(self.members)} models",
+                remedy="call add_peers() with a model for each",
             )
         students = [student, *self.members]
         for i, later in enumerate(students):
@@ -122,7 +86,7 @@ class MutualMethod(Method):
                         remedy="start them differently: no checkpoint for one of them in a recipe; in Python, "
                         "student=FUNCTION that makes a new module, or peers=[FUNCTION, ...]",
                     )
-        if self.refresh is not None:
+        if self.options.refresh is not None:
             self.stale = nn.ModuleList([copy.deepcopy(model) for model in students]).requires_grad_(False)
 
     def before_training(self, student: nn.Module, step: int, total: int) -> None:
@@ -132,13 +96,13 @@ class MutualMethod(Method):
     def after_step(self) -> None:
         """Renew the stale copies when they are due."""
         self._step += 1
-        if self.refresh is not None and self._step % self.refresh == 0:
+        if self.options.refresh is not None and self._step % self.options.refresh == 0:
             for old, new in zip(self.stale, [*self._student, *self.members], strict=True):
                 _copy(new, old)
 
     def auxiliary_models(self, student: nn.Module) -> dict[str, nn.Module]:
         """The peers."""
-        return dict(zip(self._named(), self.members, strict=True))
+        return dict(zip(self._peer_names(), self.members, strict=True))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Of each student, ``ce``: positions with a label; ``mutual``: positions that count."""
@@ -153,56 +117,62 @@ class MutualMethod(Method):
         """
         assert student.logits is not None
         logits = [student.logits, *(_logits(member, batch) for member in self.members)]
-        for name, z in zip(self._named(), logits[1:], strict=True):
+        for name, z in zip(self._peer_names(), logits[1:], strict=True):
             if z.shape != logits[0].shape:
                 raise CapabilityError(
                     f"the student's logits are {tuple(logits[0].shape)}, those of {name} {tuple(z.shape)}",
                     remedy="all must score the same classes in the same order",
                 )
-        said = None if self._step < self.burn_in * self._total else self._said(logits, batch)
+        peer_logits = (
+            None if self._step < self.options.burn_in * self._total else self._logits_for_peers(logits, batch)
+        )
         counts, terms = self.counts(batch), {}
         for i, (of, z) in enumerate(zip(self.names, logits, strict=True)):
             ce = losses.cross_entropy(z, batch.labels, mask=batch.mask, reduction="sum")
             terms[f"ce{of}"] = Term(ce, counts[f"ce{of}"])
-            soft = torch.zeros_like(ce) if said is None else self._soft(z, said[:i] + said[i + 1 :], batch)
+            soft = (
+                torch.zeros_like(ce)
+                if peer_logits is None
+                else self._soft(z, peer_logits[:i] + peer_logits[i + 1 :], batch)
+            )
             terms[f"mutual{of}"] = Term(soft, counts[f"mutual{of}"])
         return terms
 
-    def _said(self, logits: list[Tensor], batch: Batch) -> list[Tensor]:
-        """The logits of each student as the others hear them."""
-        if self.refresh is None:
+    def _logits_for_peers(self, logits: list[Tensor], batch: Batch) -> list[Tensor]:
+        """The logits of each student that its peers learn from."""
+        if self.options.refresh is None:
             return [z.detach() for z in logits]
-        found = []
+        logits_of_copies = []
         for model in self.stale:
             with eval_no_grad(model):
-                found.append(_logits(model, batch))
-        return found
+                logits_of_copies.append(_logits(model, batch))
+        return logits_of_copies
 
     def _soft(self, mine: Tensor, theirs: list[Tensor], batch: Batch) -> Tensor:
-        if self.target == "mean" and len(theirs) > 1:
+        if self.options.target == "mean" and len(theirs) > 1:
             theirs = [self.mean(theirs)]
         peer_losses = [
-            losses.kd(mine, z, temperature=self.temperature, mask=batch.mask, reduction="sum") for z in theirs
+            losses.kd(mine, z, temperature=self.options.temperature, mask=batch.mask, reduction="sum") for z in theirs
         ]
         return torch.stack(peer_losses).mean()
 
     def mean(self, logits: Sequence[Tensor]) -> Tensor:
         """Logits whose probabilities at T are the mean of those of ``logits`` at T."""
-        logs = torch.stack([torch.log_softmax(z.float() / self.temperature, -1) for z in logits])
-        return self.temperature * (logs.logsumexp(0) - math.log(len(logits)))
+        logs = torch.stack([torch.log_softmax(z.float() / self.options.temperature, -1) for z in logits])
+        return self.options.temperature * (logs.logsumexp(0) - math.log(len(logits)))
 
     def formula(self) -> str:
         """The loss in one line."""
-        shown = [f"T={self.temperature:g}", f"target={self.target}"]
-        shown += [f"refresh={self.refresh}"] if self.refresh is not None else []
-        shown += [f"burn_in={self.burn_in:g}"] if self.burn_in else []
-        return f"{1 + len(self.peers)} students, each 1 * ce + {self.weight:g} * mutual({', '.join(shown)})"
+        shown = [f"T={self.options.temperature:g}", f"target={self.options.target}"]
+        shown += [f"refresh={self.options.refresh}"] if self.options.refresh is not None else []
+        shown += [f"burn_in={self.options.burn_in:g}"] if self.options.burn_in else []
+        return f"{1 + len(self.peers)} students, each 1 * ce + {self.options.weight:g} * mutual({', '.join(shown)})"
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    found = observe(model, batch.inputs, Needs()).logits
-    assert found is not None
-    return found
+    logits = observe(model, batch.inputs, Needs()).logits
+    assert logits is not None
+    return logits
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:

@@ -1,14 +1,14 @@
-"""SimKD: the student borrows its teacher's classifier."""
+"""SimKD: the student uses its teacher's classifier."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from tutelage import losses
+from tutelage.config import SimkdOptions
 from tutelage.data.batch import Batch
-from tutelage.errors import ConfigError
 from tutelage.methods.base import Method, Term
 from tutelage.methods.logit import LogitMethod
 from tutelage.students import ReusedHead, reuse_head
@@ -23,70 +23,43 @@ class SimkdMethod(Method):
     has more parameters than the baseline student: the run says how many. Maps are compared where the teacher's
     classifier works on the mean of its last map, else what goes into the heads.
 
-    Args:
-        weight: of the squared distance.
-        variant: ``authors``: mean over elements, to which the published numbers and weight 1 belong; ``paper``: sum.
-        factor: by how much the projector's middle layer is narrower than the teacher's feature.
-        temperature: T of the soft labels, where ``alpha`` is above 0.
-        alpha: weight of the soft labels. Default 0, as in the paper.
-        hard: weight of the hard labels. Default 0, as in the paper.
-        soft: as in :class:`LogitMethod`.
-        soft_options: of that.
-
-    Raises:
-        ConfigError: a value out of range.
-
     Reference: Chen et al., Knowledge Distillation with the Reused Teacher Classifier (CVPR 2022).
     """
 
-    def __init__(
-        self,
-        weight: float = 1.0,
-        *,
-        variant: Literal["authors", "paper"] = "authors",
-        factor: int = 2,
-        temperature: float | None = None,
-        alpha: float = 0.0,
-        hard: float | None = 0.0,
-        soft: str | None = None,
-        soft_options: dict[str, object] | None = None,
-    ) -> None:
-        super().__init__()
-        if not weight >= 0:
-            raise ConfigError(f"weight={weight}", remedy="must be 0 or more")
-        if variant not in ("authors", "paper"):
-            raise ConfigError(f"variant={variant!r}", remedy="allowed: authors, paper")
-        if factor < 1:
-            raise ConfigError(f"factor={factor}", remedy="must be 1 or more")
-        self.logit = LogitMethod(temperature, alpha, hard=hard, soft=soft, soft_options=soft_options)
-        self.variant, self.factor, self.tap = variant, factor, ""
+    Options = SimkdOptions
+    options: SimkdOptions
+    tasks = ("classes",)
+
+    def __init__(self, options: SimkdOptions | None = None, /, **keywords: Any) -> None:
+        super().__init__(options, **keywords)
+        self.logit, self.tap = LogitMethod(self.options.logit_options()), ""
         self.takes_sparse = self.logit.takes_sparse
-        self.labels = bool(self.logit.alpha or self.logit.hard)
-        self.weights = {**(self.logit.weights if self.labels else {}), "simkd": weight}
+        self.labels = bool(self.options.alpha or self.options.hard_weight)
+        self.weights = {**(self.logit.weights if self.labels else {}), "simkd": self.options.weight}
 
     def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> ReusedHead:
         """The student with a projector and the teacher's classifier."""
         assert teacher is not None
-        reused, self.tap = reuse_head(student, teacher, example, factor=self.factor)
+        reused, self.tap = reuse_head(student, teacher, example, factor=self.options.factor)
         self.needs, self.student_needs = (
-            Needs(logits=self.labels, hidden=(self.tap,), temperature=self.logit.temperature),
+            Needs(logits=self.labels, hidden=(self.tap,), temperature=self.options.temperature),
             Needs(hidden=("projector",)),
         )
         return reused
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Rows that count, and those of the labels."""
+        """Rows that count; for ``ce`` those with a label."""
         return {**(self.logit.counts(batch) if self.labels else {}), "simkd": batch.counted().sum()}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """``simkd``, and where they weigh anything the soft term and ``ce``."""
+        """``simkd``, and the soft term and ``ce`` unless both weights are 0."""
         assert signal is not None
         terms = self.logit(student, batch, signal) if self.labels else {}
         counted, s, t = batch.counted(), student.hidden["projector"], signal.hidden[self.tap]
         if s.ndim == 4 and s.shape[2:] != t.shape[2:]:
             size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
             s, t = nn.functional.adaptive_avg_pool2d(s, size), nn.functional.adaptive_avg_pool2d(t, size)
-        loss = losses.simkd(s, t, variant=self.variant, mask=counted, reduction="sum")
+        loss = losses.simkd(s, t, variant=self.options.variant, mask=counted, reduction="sum")
         return {**terms, "simkd": Term(loss, counted.sum())}
 
     def formula(self) -> str:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
+from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.label_losses import hard_of
-from tutelage.methods.logit import LOGIT_LOSSES
+from tutelage.methods.label_losses import label_loss
+from tutelage.methods.logit import logit_loss
 from tutelage.students.projectors import device_of
 from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head
 from tutelage.teachers.signal import Signal
@@ -143,10 +144,10 @@ class Outputs:
     def __init__(
         self, task: Task, alpha: float, hard: float, temperature: float, soft: str = "kd", name: str | None = None
     ) -> None:
-        self.labels = hard_of(task)
-        self.soft = soft if task == "classes" else self.labels.soft
-        self.loss = LOGIT_LOSSES[self.soft]
-        self.temperature = None if self.loss.temperature is None else temperature
+        self.labels = label_loss(task)
+        self.soft = soft if task == "classes" else SOFT_OF_TASK[task]
+        self.loss = logit_loss(self.soft)
+        self.temperature = None if LOGIT_LOSSES[self.soft].temperature is None else temperature
         self.name = self.soft if name is None else name
         given = {self.name: alpha, self.labels.term: hard}
         self.weights = {term: weight for term, weight in given.items() if weight}
@@ -175,7 +176,7 @@ class Outputs:
                     remedy="both must score the same classes in the same order",
                 )
             options = {} if self.temperature is None else {"temperature": self.temperature}
-            loss = self.loss.function(logits, teacher, mask=counted_outputs(batch), reduction="sum", **options)
+            loss = self.loss(logits, teacher, mask=counted_outputs(batch), reduction="sum", **options)
             terms[self.name] = Term(loss, counts[self.name])
         if self.labels.term in self.weights:
             terms[self.labels.term] = Term(self.labels.loss(logits, batch, 0.0), counts[self.labels.term])

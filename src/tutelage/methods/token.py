@@ -81,7 +81,7 @@ class TokenMethod(Method):
             raise ConfigError(f"divergence={divergence!r}: {error}", remedy="see docs/recipes.md") from None
         check_layers(layers, ("uniform", "last"))
         self.divergence, self.temperature, self.layers, self.task = divergence, temperature, layers, task
-        self.options: dict[str, Any] = {"beta": beta, "alpha": skew, "reverse": reverse}
+        self.divergence_options: dict[str, Any] = {"beta": beta, "alpha": skew, "reverse": reverse}
         self.weights = check_weights(soft=alpha, ce=1.0 - alpha if hard is None else hard, hidden=hidden)
         self.pairs: list[tuple[str, str]] = []
         self.mapped: list[tuple[int, int]] = []
@@ -176,7 +176,7 @@ class TokenMethod(Method):
                     else losses.SoftTargets(
                         teaching(signal or Signal(), student.head.inputs, self.temperature),
                         self.divergence, self.temperature, mask=masks[name], token_weights=token_weights,
-                        **self.options,
+                        **self.divergence_options,
                     )
                 )  # fmt: skip
         terms: dict[str, Term] = {}
@@ -200,7 +200,10 @@ class TokenMethod(Method):
 
     def formula(self) -> str:
         """The loss in one line."""
-        options = [f"T={self.temperature:g}", *(f"{k}={v}" for k, v in self.options.items() if v is not None)]
+        options = [
+            f"T={self.temperature:g}",
+            *(f"{k}={v}" for k, v in self.divergence_options.items() if v is not None),
+        ]
         shown = {"soft": f"{self.divergence}({', '.join(options)})", "ce": "ce", "hidden": "hidden"}
         if self.mapped:
             shown["hidden"] += f" of layers {', '.join(f'{m}<-{n}' for m, n in self.mapped)}"

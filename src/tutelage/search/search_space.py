@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tutelage.config import SOFT_TEMPERATURES, KeySpace, Recipe, SearchConfig, build_recipe
+from tutelage.config import LOGIT_LOSSES, KeySpace, Recipe, SearchConfig, build_recipe
 from tutelage.config.lines import parse_yaml
 from tutelage.config.methods import SoftLabelOptions
 from tutelage.errors import ConfigError, nearest
@@ -163,7 +163,7 @@ def usual_space(recipe: Recipe) -> dict[str, Any]:
     """
     method = recipe.method
     space: dict[str, Any] = {}
-    if isinstance(method, SoftLabelOptions) and SOFT_TEMPERATURES[method.soft] is not None:
+    if isinstance(method, SoftLabelOptions) and LOGIT_LOSSES[method.soft].temperature is not None:
         space["method.temperature"] = {"low": 1, "high": 20, "log": True}
     if "alpha" in type(method).model_fields:
         space["method.alpha"] = {"low": 0.0, "high": 1.0}
@@ -224,7 +224,7 @@ def _own(recipe: Recipe, key: str) -> Any:
             remedy=f"name a key in it: {', '.join(f'{key}.{name}' for name in type(value).model_fields)}",
         )  # fmt: skip
     if value is None and key == "method.temperature" and isinstance(recipe.method, SoftLabelOptions):
-        return SOFT_TEMPERATURES[recipe.method.soft] or ABSENT
+        return LOGIT_LOSSES[recipe.method.soft].temperature or ABSENT
     return ABSENT if free and value is None else value
 
 

@@ -10,7 +10,7 @@ from tutelage.config.methods.encoders import (
     TinybertOptions,
     TripleOptions,
 )
-from tutelage.config.methods.feature import FEATURE_LOSSES, PROJECTORS, FeatureOptions, PairOptions, SimkdOptions
+from tutelage.config.methods.feature import FeatureOptions, PairOptions, ResolvedPair, SimkdOptions
 from tutelage.config.methods.language import (
     CrossTokenizerOptions,
     OnPolicyOptions,
@@ -18,14 +18,17 @@ from tutelage.config.methods.language import (
     SequenceOptions,
     TokenOptions,
 )
-from tutelage.config.methods.logit import (
+from tutelage.config.methods.logit import LogitOptions, SoftLabelOptions
+from tutelage.config.methods.losses import (
+    FEATURE_LOSSES,
     LOGIT_LOSSES,
+    PROJECTORS,
     SOFT_OF_TASK,
-    SOFT_TEMPERATURES,
-    LogitOptions,
-    SoftLabelOptions,
+    FeatureLossSpec,
+    LogitLossSpec,
+    LossOptions,
 )
-from tutelage.config.methods.untaught import ByotOptions, MutualOptions, SupervisedOptions, TeacherFreeOptions
+from tutelage.config.methods.teacherless import ByotOptions, MutualOptions, SupervisedOptions, TeacherFreeOptions
 
 METHOD_KINDS: dict[str, type[MethodOptions]] = {
     "byot": ByotOptions,
@@ -53,18 +56,21 @@ __all__ = [
     "METHOD_KINDS",
     "PROJECTORS",
     "SOFT_OF_TASK",
-    "SOFT_TEMPERATURES",
     "ByotOptions",
     "CrossTokenizerOptions",
     "EmbeddingOptions",
+    "FeatureLossSpec",
     "FeatureOptions",
+    "LogitLossSpec",
     "LogitOptions",
+    "LossOptions",
     "MethodOptions",
     "MinilmOptions",
     "MutualOptions",
     "OnPolicyOptions",
     "PairOptions",
     "PatientOptions",
+    "ResolvedPair",
     "RolloutsOptions",
     "SequenceOptions",
     "SimkdOptions",

@@ -1,4 +1,4 @@
-"""What every method's section has, and checks that several of them make."""
+"""The base of the options of all methods, and checks that several of them share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator
 
-from tutelage.config.base import Count, Misfit, Section
+from tutelage.config.base import Count, Section
+from tutelage.config.messages import Misfit
 from tutelage.errors import shorten, suggest
 
 
 class MethodOptions(Section):
-    """What every method has."""
+    """The options of a method: the section ``method`` of a recipe, and what the method's class takes."""
 
     needs_teacher: ClassVar[bool] = True
-    """Whether it needs a teacher."""
+    """Whether there must be a teacher."""
     cross_tokenizer: ClassVar[bool] = False
-    """Whether teacher and student may cut texts into other tokens, which are then aligned."""
+    """Whether teacher and student may have different tokenizers."""
     accepts_remote_teacher: ClassVar[bool] = False
-    """Whether the likeliest next tokens, which a server gives, are enough of a teacher."""
+    """Whether the most probable next tokens, which a server gives, are enough."""
 
 
 def known(what: str, table: Mapping[str, Any]) -> AfterValidator:
@@ -31,19 +32,6 @@ def known(what: str, table: Mapping[str, Any]) -> AfterValidator:
         return name
 
     return AfterValidator(check)
-
-
-def check_known_options(
-    name: str, options: Mapping[str, Any], table: Mapping[str, tuple[str, ...]], key: str
-) -> None:
-    """Raise :class:`Misfit` where ``options`` holds one that ``name`` does not take."""
-    for option in options:
-        if option not in table[name]:
-            raise Misfit(
-                f"{name} has no option {shorten(option)}{suggest(option, table[name])}; "
-                f"its options: {', '.join(table[name]) or 'none'}",
-                key,
-            )
 
 
 def check_labels_weight(alpha: float, hard: float | None) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tutelage.config.base import Count, Misfit, NotNegative, Positive
+from tutelage.config.base import Count, NotNegative, Positive
+from tutelage.config.messages import Misfit
 from tutelage.config.methods.base import Layers, MethodOptions, check_labels_weight
 
 
@@ -14,7 +15,7 @@ class TripleOptions(MethodOptions):
     """DistilBERT: 5 * T^2 * KL to the teacher's word for each token + 2 * CE with the masked ones + 1 * the cosine
     distance of the last hidden states. A term with weight 0 is not computed."""
 
-    kind: Literal["triple"]
+    kind: Literal["triple"] = "triple"
     """For models and data of masked language modelling."""
     mlm: NotNegative = 2.0
     """Weight of the cross-entropy with the masked tokens."""
@@ -32,7 +33,7 @@ class TripleOptions(MethodOptions):
 class TinybertOptions(MethodOptions):
     """TinyBERT: embeddings, hidden states and attention of mapped layers first, and then the predictions."""
 
-    kind: Literal["tinybert"]
+    kind: Literal["tinybert"] = "tinybert"
     """For text encoders of one tokenizer, of any depths and widths."""
     layers: Literal["uniform", "last"] | Layers = "uniform"
     """The teacher's layer for each of the student's: ``uniform``, m * N / M, rounded; ``last``, the last M; or a
@@ -71,7 +72,7 @@ class MinilmOptions(MethodOptions):
     """MiniLM: the distributions of one layer's attention, or relations between its queries, keys and values. Learns
     from texts without labels; depths and widths are free."""
 
-    kind: Literal["minilm"]
+    kind: Literal["minilm"] = "minilm"
     """For text encoders of one tokenizer."""
     version: Literal[1, 2] = 2
     """1: attention and relations of values; 2: relations of queries, of keys and of values."""
@@ -106,7 +107,7 @@ class PatientOptions(MethodOptions):
     """Patient knowledge distillation: alpha * KD + (1 - alpha) * CE + beta * the distance of mapped layers' [CLS]
     states, each divided by its norm."""
 
-    kind: Literal["patient"]
+    kind: Literal["patient"] = "patient"
     """For text encoders that read the same first token."""
     layers: Literal["skip", "last"] | Layers = "skip"
     """The teacher's layer for each of the student's but its last: ``skip``, m * N / M; ``last``, those before the
@@ -132,7 +133,7 @@ class EmbeddingOptions(MethodOptions):
     """Sentence embeddings: the teacher's vector of a text, or of its source where the student reads a translation,
     and the similarities within a batch. Learns from texts without labels."""
 
-    kind: Literal["embedding"]
+    kind: Literal["embedding"] = "embedding"
     """For models that give one vector for each text."""
     mse: NotNegative = 1.0
     """Weight of the mean square to the teacher's vector. Where widths differ the student's go through a linear layer

@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tutelage.config.base import Count, Fraction, Misfit, NotNegative, Positive, Section
+from tutelage.config.base import Count, Fraction, NotNegative, Positive, Section
+from tutelage.config.messages import Misfit
 from tutelage.config.methods.base import Layers, MethodOptions, check_labels_weight
 
 Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "tvd"]
@@ -17,7 +18,7 @@ class TokenOptions(MethodOptions):
     The scores of all tokens never exist at once."""
 
     accepts_remote_teacher: ClassVar[bool] = True
-    kind: Literal["token"]
+    kind: Literal["token"] = "token"
     """For causal language models of one tokenizer and data of task causal."""
     divergence: Divergence = "kl"
     """D: ``kl``; ``reverse_kl`` (MiniLLM's); ``js`` with ``beta`` (GKD's); ``skew_kl`` with ``skew`` and ``reverse``
@@ -88,7 +89,7 @@ class OnPolicyOptions(TokenOptions):
     own, and the teacher scores them (GKD). Not with a cache, nor with packed rows."""
 
     accepts_remote_teacher: ClassVar[bool] = False
-    kind: Literal["on-policy"]  # type: ignore[assignment]
+    kind: Literal["on-policy"] = "on-policy"  # type: ignore[assignment]
     """For causal language models of one tokenizer and data of task causal with prompts: conversations, or pairs."""
     lmbda: Fraction = 0.5
     """Share of batches that the student writes: 0 is like ``token``, 1 is all."""
@@ -144,7 +145,7 @@ class CrossTokenizerOptions(MethodOptions):
     may differ."""
 
     cross_tokenizer: ClassVar[bool] = True
-    kind: Literal["cross-tokenizer"]
+    kind: Literal["cross-tokenizer"] = "cross-tokenizer"
     """For causal language models and data of task causal, whose rows are not packed."""
     compare: Literal["spans", "uld"] = "spans"
     """``spans``: T^2 * D over the entries that both vocabularies have, where both go on with the same one; where not,
@@ -188,7 +189,7 @@ class SequenceOptions(MethodOptions):
     """Maximum likelihood of the next tokens: of a teacher's answers, sequence-level distillation (Alpaca). No teacher
     is asked."""
 
-    kind: Literal["sequence"]
+    kind: Literal["sequence"] = "sequence"
     """For causal language models and data of task causal."""
 
     needs_teacher: ClassVar[bool] = False

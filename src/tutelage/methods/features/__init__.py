@@ -1,16 +1,23 @@
-"""From a student's features to its teacher's: what is learned for that, and what compares them."""
+"""Losses on features of student and teacher, with the modules that they learn, such as projectors.
 
-from tutelage.methods.features.base import FeatureContext, FeatureLoss, FeaturePair, Where, token_positions
-from tutelage.methods.features.compared import PairwiseLoss
-from tutelage.methods.features.registry import FEATURE_LOSSES, FeatureLossName
+``tutelage.config.FEATURE_LOSSES`` names the class of each.
+"""
+
+from tutelage.methods.features.base import FeatureContext, FeatureLoss, FeaturePair, token_positions
+from tutelage.methods.features.contrastive import ContrastiveLoss
+from tutelage.methods.features.learned import FactorTransferLoss, OverhaulLoss, ReviewLoss, VidLoss
+from tutelage.methods.features.pairwise import PairwiseLoss, TokenPairwiseLoss
 
 __all__ = [
-    "FEATURE_LOSSES",
+    "ContrastiveLoss",
+    "FactorTransferLoss",
     "FeatureContext",
     "FeatureLoss",
-    "FeatureLossName",
     "FeaturePair",
+    "OverhaulLoss",
     "PairwiseLoss",
-    "Where",
+    "ReviewLoss",
+    "TokenPairwiseLoss",
+    "VidLoss",
     "token_positions",
 ]

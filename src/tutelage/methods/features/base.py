@@ -1,22 +1,21 @@
-"""What a link is: the pairs that it compares, what it is fitted to, and what of a batch counts for it."""
+"""The base of losses on features: the pairs that are compared, and which examples or tokens count."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from tutelage.config import FEATURE_LOSSES, ResolvedPair
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Phase
 from tutelage.students.projectors import Shape
 
-Where = Literal["activations", "embedding", "last", "named", "stages"]
-
 
 class FeaturePair(NamedTuple):
-    """A pair of taps, found in both models."""
+    """A pair of taps that exist in both models."""
 
     student: str
     teacher: str
@@ -27,7 +26,7 @@ class FeaturePair(NamedTuple):
 
 
 class FeatureContext(NamedTuple):
-    """What a link is fitted to."""
+    """What a loss may be built from: the models, a few samples, and the sample ids of the training data."""
 
     student: nn.Module
     teacher: nn.Module
@@ -36,52 +35,52 @@ class FeatureContext(NamedTuple):
 
 
 class FeatureLoss(nn.Module):
-    """One term of a loss on features: one pair, or several that are learned together.
+    """One term of a loss on features: of one pair, or of several that are learned together.
 
     Args:
-        sites: the pairs.
-        setting: the models.
-        options: of the loss.
+        settings: the loss and its options.
+        pairs: the pairs.
+        context: the models.
 
     Raises:
-        ModelError: features that do not go together.
+        ModelError: features that do not fit each other, or the loss.
     """
 
-    relation: ClassVar[bool] = False
-    """Whether the rows of a batch are compared with each other."""
-    maps: ClassVar[bool] = True
-    """Whether it is for feature maps only."""
     needs_ids: ClassVar[bool] = False
     """Whether it needs the sample ids of the training data."""
 
-    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
+    def __init__(self, settings: ResolvedPair, pairs: Sequence[FeaturePair], context: FeatureContext) -> None:
         super().__init__()
-        self.sites, self.options = list(sites), dict(options)
-        for site in sites:
-            if self.maps and not len(site.student_shape) == len(site.teacher_shape) == 4:
+        self.pairs, self.compares = list(pairs), FEATURE_LOSSES[settings.loss].compares
+        self.options: Any = settings.options
+        self.arguments = settings.options.arguments()
+        for pair in pairs:
+            if self.compares == "maps" and not len(pair.student_shape) == len(pair.teacher_shape) == 4:
                 raise ModelError(
-                    f"this loss compares feature maps, and these are {list(site.student_shape)} and "
-                    f"{list(site.teacher_shape)}",
+                    f"this loss compares feature maps, and these are {list(pair.student_shape)} and "
+                    f"{list(pair.teacher_shape)}",
                     remedy="tap modules that give [B, C, H, W], or use hint or a relation",
                 )
 
     def counted(self, batch: Batch) -> Tensor:
         """What the term averages over: tokens ``[B, L]``, or examples ``[B]``, as booleans."""
-        if self.sites[0].tokens:
+        if self.pairs[0].tokens:
             positions = token_positions(batch)
-            return positions.any(-1) if self.relation else positions
+            return positions.any(-1) if self.compares == "examples" else positions
         return counted_rows(batch)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
-        """The sum of the loss over what counts; one feature of each for every pair."""
+        """The sum of the loss over what counts.
+
+        Args:
+            student: one feature for each pair.
+            teacher: one feature for each pair.
+            batch: labels and masks.
+        """
         raise NotImplementedError
 
-    @classmethod
-    def check(cls, options: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` or ``TypeError`` for an option's value that the loss does not take."""
-
     def phases(self) -> Sequence[Phase]:
-        """What has to be trained first."""
+        """What is trained before the method."""
         return ()
 
     def after_step(self) -> None:
@@ -89,7 +88,7 @@ class FeatureLoss(nn.Module):
 
 
 def token_positions(batch: Batch) -> Tensor:
-    """Positions that count: of texts with one label each, those that are no padding."""
+    """The positions that count, as booleans. For texts with one label each, those that are not padding."""
     counted = batch.counted()
     attention = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
     if counted.ndim == 1 and attention is not None and attention.ndim == 2:
@@ -98,12 +97,12 @@ def token_positions(batch: Batch) -> Tensor:
 
 
 def counted_rows(batch: Batch) -> Tensor:
-    """``[B]``, rows with something that counts, as booleans."""
+    """``[B]``, the rows in which something counts, as booleans."""
     counted = batch.counted()
     return counted if counted.ndim == 1 else counted.flatten(1).any(-1)
 
 
 def mean_over(x: Tensor, positions: Tensor) -> Tensor:
-    """``[B, D]`` mean over the positions that count."""
-    kept = x.float().masked_fill(~positions.unsqueeze(-1), 0.0)
-    return kept.sum(1) / positions.sum(1, keepdim=True).clamp(min=1)
+    """``[B, D]``, the mean over the positions that count."""
+    masked = x.float().masked_fill(~positions.unsqueeze(-1), 0.0)
+    return masked.sum(1) / positions.sum(1, keepdim=True).clamp(min=1)

@@ -1,16 +1,16 @@
-"""Links that learn more than a projector: VID, overhaul, factor transfer, ReviewKD."""
+"""Losses on features that learn more than a projector: VID, overhaul, factor transfer, ReviewKD."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tutelage import losses
+from tutelage.config import ResolvedPair
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Phase, Term
@@ -31,50 +31,41 @@ def _convolutions(inputs: int, outputs: int, maps: bool) -> nn.Module:
     )
 
 
-class Variational(FeatureLoss):
+class VidLoss(FeatureLoss):
     """VID: a network that predicts the teacher's feature, and a variance for each of its channels.
 
     Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer (CVPR 2019); three 1x1
     convolutions and a first variance of 5, as in the CRD benchmark's code.
     """
 
-    maps = False
     epsilon = 1e-5
     variance = 5.0
 
-    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
-        super().__init__(sites, setting, options)
-        (site,) = sites
-        s, t = site.student_shape, site.teacher_shape
+    def __init__(self, settings: ResolvedPair, pairs: Sequence[FeaturePair], context: FeatureContext) -> None:
+        super().__init__(settings, pairs, context)
+        (pair,) = pairs
+        s, t = pair.student_shape, pair.teacher_shape
         build_projector(s, t)  # says what does not go together
         maps = len(s) == len(t) == 4
         inputs, outputs = s[1] if len(s) == 4 else s[-1], t[1] if maps else t[-1]
         self.mean = Projector(_convolutions(inputs, outputs, maps))
         self.spread = nn.Parameter(torch.full((outputs,), math.log(math.expm1(self.variance - self.epsilon))))
 
-    @classmethod
-    def check(cls, options: Mapping[str, Any]) -> None:
-        """Try the options on features of ones."""
-        probe = torch.ones(2, 2)
-        losses.vid(probe, probe, torch.ones(2), **options)
-
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum of the negative log-likelihood over what counts."""
         s, t, mask = self.mean(student[0], teacher[0]), teacher[0], self.counted(batch)
         if s.ndim == 3:  # tokens: each is an example of one vector
             s, t, mask = s.flatten(0, 1), t.flatten(0, 1), mask.flatten()
-        return losses.vid(
-            s, t, self.spread, epsilon=self.epsilon, mask=mask, reduction="sum", **self.options
-        )  # fmt: skip
+        return losses.vid(s, t, self.spread, epsilon=self.epsilon, mask=mask, reduction="sum", **self.arguments)
 
     def counted(self, batch: Batch) -> Tensor:
         """Examples, or tokens, that count."""
         counted = super().counted(batch)
-        shape = self.sites[0].teacher_shape
+        shape = self.pairs[0].teacher_shape
         return counted.unsqueeze(-1).expand(-1, shape[1]) if len(shape) == 3 and counted.ndim == 1 else counted
 
 
-class Overhaul(FeatureLoss):
+class OverhaulLoss(FeatureLoss):
     """Overhaul: features before ReLU, through a 1x1 convolution and batch norm, against a margin ReLU.
 
     The margins come from the batch norm that makes the teacher's feature, or where a shortcut is added after it, from
@@ -85,16 +76,16 @@ class Overhaul(FeatureLoss):
 
     margins: list[Tensor]
 
-    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
-        super().__init__(sites, setting, options)
+    def __init__(self, settings: ResolvedPair, pairs: Sequence[FeaturePair], context: FeatureContext) -> None:
+        super().__init__(settings, pairs, context)
         self.connectors = nn.ModuleList(
-            build_projector(s.student_shape, s.teacher_shape, kind="conv1x1", norm=True) for s in sites
+            build_projector(s.student_shape, s.teacher_shape, kind="conv1x1", norm=True) for s in pairs
         )
-        for i, site in enumerate(sites):
-            norm = find_last_norm(setting.teacher, setting.example.for_teacher(), site.teacher)
+        for i, pair in enumerate(pairs):
+            norm = find_last_norm(context.teacher, context.example.for_teacher(), pair.teacher)
             if norm is None or norm.weight is None:
                 raise ModelError(
-                    f"no batch norm gives what the teacher has at {site.teacher!r}, to take the margins from",
+                    f"no batch norm gives what the teacher has at {pair.teacher!r}, to take the margins from",
                     remedy="overhaul is for teachers with batch norm: use hint or vid",
                 )
             self.register_buffer(f"margin{i}", losses.overhaul_margin(norm.weight, norm.bias))
@@ -106,58 +97,39 @@ class Overhaul(FeatureLoss):
         for i, (connector, s, t) in enumerate(zip(self.connectors, student, teacher, strict=True)):
             margin = self.get_buffer(f"margin{i}")
             value = losses.overhaul(connector(s, t), t, margin, mask=mask, reduction="sum")
-            total = total + value / 2 ** (len(self.sites) - 1 - i)
+            total = total + value / 2 ** (len(self.pairs) - 1 - i)
         return total
 
 
-class FactorTransfer(FeatureLoss):
+class FactorTransferLoss(FeatureLoss):
     """Factor transfer: a paraphraser of the teacher's feature, trained first, and a translator of the student's.
-
-    Args:
-        sites: one pair of maps, or of vectors.
-        setting: the models.
-        options: ``rate``, of the factor's channels to the teacher's, default 0.5; ``share`` of the steps for the
-            paraphraser, default 0.1; ``variant`` of the loss.
 
     Reference: Kim, Park, Kwak, Paraphrasing Complex Network (NeurIPS 2018), section 3: three convolutions with
     leaky ReLU, and as many transposed ones to reconstruct.
     """
 
-    maps = False
-
-    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
-        options = dict(options)
-        rate, self.share = options.pop("rate", 0.5), options.pop("share", 0.1)
-        super().__init__(sites, setting, options)
-        (site,) = sites
-        s, t = site.student_shape, site.teacher_shape
+    def __init__(self, settings: ResolvedPair, pairs: Sequence[FeaturePair], context: FeatureContext) -> None:
+        super().__init__(settings, pairs, context)
+        (pair,) = pairs
+        s, t = pair.student_shape, pair.teacher_shape
         if len(s) != len(t) or len(s) not in (2, 4):
             raise ModelError(
                 f"factor_transfer takes two maps or two vectors, and these are {list(s)} and {list(t)}",
                 remedy="tap modules that give [B, C, H, W] in both models",
             )
-        maps, factor = len(s) == 4, max(round(rate * t[1]), 1)
+        maps, factor = len(s) == 4, max(round(self.options.rate * t[1]), 1)
         self.paraphraser = Paraphraser(t[1], factor, maps).requires_grad_(False)
         self.translator = _factors(s[1], s[1], factor, maps)
-
-    @classmethod
-    def check(cls, options: Mapping[str, Any]) -> None:
-        """Try the options on factors of ones."""
-        given = dict(options)
-        rate, share = given.pop("rate", 0.5), given.pop("share", 0.1)
-        if not rate > 0 or not 0 < share < 1:
-            raise ValueError("rate must be above 0, and share between 0 and 1")
-        losses.factor_transfer(torch.ones(2, 2), torch.ones(2, 2), **given)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum over what counts of the distance between the factors."""
         factor = self.paraphraser.encoder(match_dtype(self.paraphraser, teacher[0]))
         mine = self.translator(match_dtype(self.translator, resize_like(student[0], teacher[0])))
-        return losses.factor_transfer(mine, factor, mask=self.counted(batch), reduction="sum", **self.options)
+        return losses.factor_transfer(mine, factor, mask=self.counted(batch), reduction="sum", **self.arguments)
 
     def phases(self) -> Sequence[Phase]:
         """The paraphraser."""
-        return [Phase("paraphraser", self.share, Paraphrasing(self))]
+        return [Phase("paraphraser", self.options.share, Paraphrasing(self))]
 
 
 def _factors(inputs: int, middle: int, outputs: int, maps: bool, transposed: bool = False) -> nn.Sequential:
@@ -191,9 +163,9 @@ class Paraphrasing(Method):
 
     student_needs = None
 
-    def __init__(self, link: FactorTransfer) -> None:
+    def __init__(self, loss: FactorTransferLoss) -> None:
         super().__init__()
-        self.paraphraser, self.tap = link.paraphraser, link.sites[0].teacher
+        self.paraphraser, self.tap = loss.paraphraser, loss.pairs[0].teacher
         self.needs = Needs(logits=False, hidden=(self.tap,))
         self.weights = {"reconstruction": 1.0}
 
@@ -232,41 +204,28 @@ class Fusion(nn.Module):
         return self.widen(y), x
 
 
-class Review(FeatureLoss):
+class ReviewLoss(FeatureLoss):
     """ReviewKD: the teacher's stages from the student's same and deeper stages, fused from the deepest on.
 
-    Args:
-        sites: pairs of maps, from the shallowest to the deepest.
-        setting: the models.
-        options: ``width`` of the fusion, default the student's deepest, at most 512; ``levels`` of the loss.
+    The pairs are in order from the shallowest to the deepest.
 
     Reference: Chen et al., Distilling Knowledge via Knowledge Review (CVPR 2021).
     """
 
-    def __init__(self, sites: Sequence[FeaturePair], setting: FeatureContext, options: Mapping[str, Any]) -> None:
-        options = dict(options)
-        middle = options.pop("width", None) or min(512, sites[-1].student_shape[1])
-        if "levels" in options:
-            options["levels"] = tuple(options["levels"])
-        super().__init__(sites, setting, options)
+    def __init__(self, settings: ResolvedPair, pairs: Sequence[FeaturePair], context: FeatureContext) -> None:
+        super().__init__(settings, pairs, context)
+        middle = self.options.width or min(512, pairs[-1].student_shape[1])
         self.fusions = nn.ModuleList(
-            Fusion(site.student_shape[1], middle, site.teacher_shape[1], fuse=i < len(sites) - 1)
-            for i, site in enumerate(sites)
+            Fusion(pair.student_shape[1], middle, pair.teacher_shape[1], fuse=i < len(pairs) - 1)
+            for i, pair in enumerate(pairs)
         )
-
-    @classmethod
-    def check(cls, options: Mapping[str, Any]) -> None:
-        """Whether width and levels are whole numbers above 0."""
-        for number in (options.get("width", 1), *options.get("levels", ())):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{number!r} is not a whole number above 0")
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], batch: Batch) -> Tensor:
         """The sum over stages and over what counts of the hierarchical context loss."""
         total = student[0].new_zeros((), dtype=torch.float32)
         deeper: Tensor | None = None
         mask = self.counted(batch)
-        for i in reversed(range(len(self.sites))):
+        for i in reversed(range(len(self.pairs))):
             fused, deeper = self.fusions[i](student[i], deeper, teacher[i].shape[2:])
-            total = total + losses.review(fused, teacher[i], mask=mask, reduction="sum", **self.options)
+            total = total + losses.review(fused, teacher[i], mask=mask, reduction="sum", **self.arguments)
         return total

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic.json_schema import SkipJsonSchema
 
 from tutelage.config.base import Count, Fraction, NotNegative, Positive
 from tutelage.config.methods.base import MethodOptions, auto_or_list
@@ -15,7 +17,7 @@ from tutelage.errors import shorten
 def _peers(given: Any) -> Any:
     if isinstance(given, int) and not isinstance(given, bool):
         if given < 1:
-            raise ValueError(f"{given} peers, and the student needs at least one peer; give 1 or more")
+            raise ValueError(f"{given} peers, and the student needs at least one to learn from; give 1 or more")
         return [None] * given
     if not isinstance(given, list) or not given:
         raise ValueError(
@@ -24,15 +26,22 @@ def _peers(given: Any) -> Any:
     return [{"model": one} if isinstance(one, str) else one for one in given]
 
 
+def _kind_of_peer(peer: Any) -> str:
+    return "function" if callable(peer) else "model"
+
+
+Peer = Annotated[ModelConfig, Tag("model")] | Annotated[SkipJsonSchema[Callable[[], Any]], Tag("function")]
+
+
 class MutualOptions(MethodOptions):
     """Students that teach each other: of each, CE + weight * the mean over its peers of T^2 * KL(p_peer || p). Deep
     mutual learning; with `target: mean`, `refresh` and `burn_in` codistillation. The recipe's student is one of them,
     the one that is exported and compared with itself alone; its peers are saved in `models/` and measured too."""
 
     needs_teacher: ClassVar[bool] = False
-    kind: Literal["mutual"]
+    kind: Literal["mutual"] = "mutual"
     """Learns from peers that are trained along; the teacher, where there is one, is only compared with."""
-    peers: Annotated[list[ModelConfig | None], BeforeValidator(_peers)] = 1  # type: ignore[assignment]
+    peers: Annotated[list[Annotated[Peer, Discriminator(_kind_of_peer)] | None], BeforeValidator(_peers)] = 1  # type: ignore[assignment]
     """Whom the student learns with, beside itself: a number of copies of its architecture with other
     initialisations, or a list of models such as ``[{model: convnet, options: {widths: [8, 16]}}, mlp]``, where
     ``null`` is a copy. Default: one copy, so two students in all."""
@@ -53,7 +62,7 @@ class ByotOptions(MethodOptions):
     Exits are trained along, measured and not exported."""
 
     needs_teacher: ClassVar[bool] = False
-    kind: Literal["byot"]
+    kind: Literal["byot"] = "byot"
     """The network teaches itself; the teacher, where there is one, is only compared with."""
     exits: Annotated[list[str] | None, auto_or_list("taps", "for example [stages.0, stages.1]")] = None
     """``auto``, the default: the last feature map of each resolution but the deepest. Or a list of taps, as
@@ -72,7 +81,7 @@ class SupervisedOptions(MethodOptions):
     """The labels alone, smoothed or not, in place of a teacher's: a control. Learns from labelled images only."""
 
     needs_teacher: ClassVar[bool] = False
-    kind: Literal["supervised"]
+    kind: Literal["supervised"] = "supervised"
     """Cross-entropy; the teacher, where there is one, is only compared with."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the target that is spread evenly over all classes; 0.1 is usual."""
@@ -83,7 +92,7 @@ class TeacherFreeOptions(MethodOptions):
     only."""
 
     needs_teacher: ClassVar[bool] = False
-    kind: Literal["teacher-free"]
+    kind: Literal["teacher-free"] = "teacher-free"
     """Soft labels made by hand, a control; the teacher, where there is one, is only compared with."""
     alpha: Fraction = 0.1
     """Weight of those soft labels."""
