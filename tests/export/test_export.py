@@ -390,7 +390,7 @@ def test_two_texts_are_read_together_and_one_is_refused() -> None:
     found = tokenize_texts(opened, ["a proxy\tthe router"])
     expected = cutter("a proxy", "the router", return_tensors="pt")
     assert all(torch.equal(found[name], expected[name]) for name in names)
-    with pytest.raises(DataError, match="reads two together"):
+    with pytest.raises(DataError, match="reads pairs"):
         tokenize_texts(opened, ["a proxy"])
 
 

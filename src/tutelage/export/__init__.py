@@ -1,6 +1,6 @@
-"""A finished student made ready for use: written in a format that runs elsewhere, checked there, asked, and timed.
+"""Export a trained student, check and run the export, and measure models.
 
-Names load when they are used, so that a process that only runs a graph starts without torch.
+Names are imported on first use, so a process that only runs an ONNX graph starts without torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tutelage.export.inference import predict
     from tutelage.export.runtimes import Export, open_export
 
-_WHERE = {
+_MODULES = {
     "Export": "runtimes",
     "ExportResult": "export",
     "ModelBundle": "bundle",
@@ -27,6 +27,6 @@ __all__ = ["Export", "ExportResult", "ModelBundle", "open_export", "predict", "w
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"tutelage.export.{_WHERE[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"tutelage.export.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'tutelage.export' has no attribute {name!r}")

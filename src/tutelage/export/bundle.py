@@ -1,4 +1,4 @@
-"""What is exported: a model with all that its use needs."""
+"""A model with its tokenizer, label names and preprocessing."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from tutelage.taps import logits_of
 from tutelage.taps.observe import no_cache_arguments
 
 IMAGE = "image"
-"""What the input of an image classifier is called."""
+"""Name of the input of an image classifier."""
 
 Inputs = dict[str, Tensor]
-"""What a model is given, by name, rows first."""
+"""Inputs of a model by name, rows first."""
 
 TASKS = {
     "ForImageClassification": "images", "ForSequenceClassification": "classes", "ForTokenClassification": "tokens",
     "ForMaskedLM": "mlm", "ForCausalLM": "causal", "LMHeadModel": "causal", "Model": "embedding",
 }  # fmt: skip
-"""What a transformers model is for, by how the name of its class ends."""
+"""The task of a transformers model, by the end of its class name."""
 
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """A model with all that its use needs.
+    """A model with its tokenizer, label names and preprocessing.
 
     Attributes:
-        model: in evaluation mode, on the CPU.
-        task: ``images``, or a task of texts.
-        classes: label names in the order of the logits; none where there are no labels.
-        preprocessing: what is done to an image or a text first.
-        tokenizer: of texts.
-        folder: where it was read from; ``None`` for a module of the caller's.
-        source: what it is called in messages and on its card.
+        model: the module, in evaluation mode, on the CPU.
+        task: ``images``, or a text task.
+        classes: label names in the order of the logits; empty if there are no labels.
+        preprocessing: arguments of the preprocessing of images or texts.
+        tokenizer: tokenizer of a text model.
+        folder: folder of the model; ``None`` for a module of the caller.
+        source: name of the model in messages and on its card.
     """
 
     model: nn.Module
@@ -55,21 +55,21 @@ class ModelBundle:
 
 
 def load_bundle(folder: str | Path) -> ModelBundle:
-    """The model in a folder that a run exported, or that transformers saved.
+    """Load the model in a folder that a run or transformers saved.
 
     Raises:
-        CheckpointError: no model there, or one that only its owner's code can build.
-        CapabilityError: a model of a kind that cannot be exported.
+        CheckpointError: the folder has no model, or one that only the caller's code can build.
+        CapabilityError: models of this kind cannot be exported.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            "no such folder", where=str(folder), remedy="give the folder of a run, or of a model that a run exported"
+            "no such folder", where=str(folder), remedy="give a run directory, or the folder of a model"
         )
     if (folder / MODEL_CARD).exists():
         card = read_card(folder)
-        unsaid = card.get("task") is None and (folder / "config.json").exists()  # a module of the caller's own
-        model, task = load_model(folder), _task_of(folder) if unsaid else str(card.get("task") or "images")
+        by_config = card.get("task") is None and (folder / "config.json").exists()
+        model, task = load_model(folder), _task_of(folder) if by_config else str(card.get("task") or "images")
     elif (folder / "config.json").exists():
         card, task = {}, _task_of(folder)
         model = load_pretrained(f"hf:{folder}", task, None, {}).eval()
@@ -77,22 +77,22 @@ def load_bundle(folder: str | Path) -> ModelBundle:
         raise CheckpointError(
             f"holds no model: neither {MODEL_CARD} nor config.json",
             where=str(folder),
-            remedy="give the folder of a finished run, or of a model that a run exported",
+            remedy="give the directory of a finished run, or the folder of a model",
         )
     if isinstance(model, CrossEncoder):
         raise CapabilityError(
-            "a cross-encoder reads two answers beside their query, and cannot be exported",
+            "a cross-encoder reads query and answers together, and cannot be exported",
             where=str(folder),
-            remedy="export the encoder that it taught",
+            remedy="export its student",
         )
-    if isinstance(model, BiEncoder):  # of a ranking, what is used is one side: the embedding of a text
+    if isinstance(model, BiEncoder):  # an export of a bi-encoder embeds one text
         model, task = SentenceEncoder(model.model).eval(), "embedding"
-    given = card.get("preprocessing") or {}
+    preprocessing = card.get("preprocessing") or {}
     return ModelBundle(
         model=model,
         task=task,
         classes=list(card.get("classes") or label_names(model) or []) if task not in UNLABELLED else [],
-        preprocessing={k: v for k, v in given.items() if k != "tokenizer"} or _longest(model, task),
+        preprocessing={k: v for k, v in preprocessing.items() if k != "tokenizer"} or _preprocessing(model, task),
         tokenizer=None if task == "images" else _tokenizer(folder),
         folder=folder,
         source=str(folder),
@@ -108,18 +108,18 @@ def _task_of(folder: Path) -> str:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
     except (ValueError, OSError) as error:
         raise CheckpointError(f"config.json cannot be read: {error}", where=str(folder)) from None
-    found = [task for end, task in TASKS.items() if names[0].endswith(end)]
-    if not found:
+    tasks = [task for end, task in TASKS.items() if names[0].endswith(end)]
+    if not tasks:
         raise CapabilityError(
-            f"holds a {names[0] or 'model without a name'}, whose task is not known",
+            f"holds a {names[0] or 'model without a class name'}, whose task is unknown",
             where=str(folder),
-            remedy=f"known are models whose class ends in {', '.join(TASKS)}",
+            remedy=f"supported are classes whose name ends in {', '.join(TASKS)}",
         )
-    return found[0]
+    return tasks[0]
 
 
-def _longest(model: nn.Module, task: str) -> dict[str, Any]:
-    """Of a model that no run trained: how many tokens it takes, or pixels."""
+def _preprocessing(model: nn.Module, task: str) -> dict[str, Any]:
+    """The preprocessing of a model without a card, from its config."""
     config = getattr(model, "config", None)
     if task == "images":
         size = getattr(config, "image_size", None) or 224
@@ -138,21 +138,21 @@ def _tokenizer(folder: Path) -> Any:
         return load_tokenizer(f"hf:{folder}")
     except ConfigError as error:
         raise CheckpointError(
-            f"has no tokenizer beside its model: {error.what}", where=str(folder), remedy="save it there"
+            f"has no tokenizer: {error.what}", where=str(folder), remedy="save the tokenizer in this folder"
         ) from None
 
 
-def named_inputs(given: Tensor | Mapping[str, Tensor]) -> Inputs:
+def named_inputs(inputs: Tensor | Mapping[str, Tensor]) -> Inputs:
     """The inputs of a batch by name."""
-    return {IMAGE: given} if isinstance(given, Tensor) else dict(given)
+    return {IMAGE: inputs} if isinstance(inputs, Tensor) else dict(inputs)
 
 
 class TraceModule(nn.Module):
-    """A model with its inputs by position and its logits (or embeddings) alone: what a graph is drawn of.
+    """A module for tracing: positional inputs, and logits or embeddings as the only output.
 
     Args:
-        model: any that a run trains.
-        names: of its inputs, in order; ``image`` for a single tensor.
+        model: a model that a run can train.
+        names: names of its inputs, in order; ``image`` for a single tensor.
     """
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
@@ -168,17 +168,17 @@ class TraceModule(nn.Module):
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Tensor:
-        """The same of inputs by name."""
-        found: Tensor = self(*(inputs[name] for name in self.names))
-        return found
+        """The outputs for inputs by name."""
+        outputs: Tensor = self(*(inputs[name] for name in self.names))
+        return outputs
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether transformers loads what the model saves of itself."""
+    """Whether transformers can load what the model saves."""
     own = model.model if isinstance(model, SentenceEncoder) else model
     return hasattr(own, "config") and callable(getattr(own, "save_pretrained", None))
 
 
 def auto_class(task: str) -> str:
-    """transformers' class for a task."""
+    """The auto class of transformers for a task."""
     return AUTO_CLASSES[task]

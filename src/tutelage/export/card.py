@@ -61,7 +61,9 @@ def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     preprocessing = manifest["preprocessing"]
     size = preprocessing.get("size", 0)
     teacher_value, student_value = (summary.get("teacher") or {}).get(metric), _metric_of(summary, metric)
-    comparable = teacher_value and student_value is not None and metric != "perplexity"
+    retention = None
+    if teacher_value and student_value is not None and metric != "perplexity":
+        retention = student_value / teacher_value
     measured = manifest.get("measured") or {"source": {}, "export": {}}
     both = [measured[which].get(metric) for which in ("source", "export")]
     text = template.render(
@@ -73,7 +75,7 @@ def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         teacher=_teacher(recipe),
         rows=list(_rows(summary, metric)),
         gain=_gain((summary.get("gain") or {}).get("best"), metric),
-        retention=student_value / teacher_value if comparable and student_value is not None else None,
+        retention=retention,
         quantised=None if None in both else [_value(value, metric) for value in both],
         shorter_side=max(size, round(size / preprocessing.get("crop", 1.0))),
         origin=list(_origin(summary, recipe)),

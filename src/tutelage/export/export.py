@@ -1,11 +1,11 @@
-"""``tutelage export``: a model in a format, checked in the runtime of that format, with all that its use needs.
+"""Write a model in another format and check it in the runtime of that format.
 
 ::
 
-    export.json     what it holds: format, inputs, label names, preprocessing, how far it is from its source
+    export.json     the manifest: format, inputs, label names, preprocessing, difference from the source
     README.md       the model card
     model.*         the model
-    tokenizer.json  and what else the tokenizer of a model of texts needs
+    tokenizer.json  and other files of the tokenizer of a text model
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from tutelage.export.runtimes import MANIFEST, RuntimeModule, input_names, open_
 from tutelage.files import atomic_folder
 
 QUANTISED = ("int8",)
-"""Formats that change the weights, and so the answers."""
+"""Formats that change the outputs."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export: its folder and what is in its ``export.json``."""
+    """A finished export: its folder and its manifest."""
 
     path: Path
     manifest: dict[str, Any]
 
 
 def supported_formats(model: nn.Module) -> list[str]:
-    """The formats that a model can be written in."""
+    """The formats that a model supports."""
     return [name for name in FORMATS if name != "hf" or is_transformers(model)]
 
 
 def check_format(to: str, model: nn.Module) -> None:
-    """Raise :class:`ConfigError` where there is no such format, :class:`CapabilityError` where not of this model."""
+    """Raise :class:`ConfigError` for an unknown format, :class:`CapabilityError` for one of other models."""
     if to not in FORMATS:
         raise ConfigError(
             f"there is no format {to!r}" + suggest(to, list(FORMATS)),
@@ -56,7 +56,7 @@ def check_format(to: str, model: nn.Module) -> None:
         raise CapabilityError(
             f"the student is a {type(model).__name__}, which is no model of transformers",
             where=f"--to {to}",
-            remedy=f"possible are: {', '.join(supported_formats(model))}",
+            remedy=f"supported: {', '.join(supported_formats(model))}",
         )
 
 
@@ -72,29 +72,29 @@ def write_export(
     measure: Callable[[nn.Module], Mapping[str, Any]] | None = None,
     pairs: bool = False,
 ) -> ExportResult:
-    """Write a model, load it again in the runtime that is to run it, and see that it answers as its source does.
+    """Write a model, load the export in its runtime, and compare its outputs with those of the model.
 
     Args:
-        bundle: the model with all that its use needs.
+        bundle: the model.
         to: the format.
-        out: the folder; an export that is there is replaced once this one is complete.
-        batches: inputs on which both are compared.
-        read_from: what these inputs are, for the record.
-        calibration: other inputs, by which int8 fixes the ranges of activations.
+        out: the folder; an existing export is replaced when the new one is complete.
+        batches: inputs for the comparison.
+        read_from: description of these inputs, for the manifest.
+        calibration: inputs that calibrate the ranges of activations for int8.
         facts: ``summary`` and ``recipe`` of the run, for the card.
-        measure: gives figures of a module on the test split; asked where rounding changes the answers.
-        pairs: whether a row is two texts.
+        measure: computes test metrics of a module; called if the format changes the outputs.
+        pairs: a row is a pair of texts.
 
     Raises:
-        ConfigError: no such format.
-        CapabilityError: a format that this model cannot have.
-        NumericsError: it does not answer as its source; nothing is left of it.
-        RunDirectoryError: the folder holds something else, or cannot be written.
+        ConfigError: the format is unknown.
+        CapabilityError: the model does not support the format.
+        NumericsError: the outputs differ; nothing is written.
+        RunDirectoryError: the folder contains something else, or cannot be written.
         MissingDependencyError: the format needs an extra.
     """
     check_format(to, bundle.model)
     if not batches:
-        raise CapabilityError("there are no inputs to check the export with", remedy="give some, in data=")
+        raise CapabilityError("there are no inputs to check the export with", remedy="give data=")
     check_output_folder(out)
     names = tuple(n for n in input_names(bundle.model, bundle.task, bundle.tokenizer) if n in batches[0])
     if bundle.task != "images" and bundle.tokenizer is None:
@@ -120,8 +120,8 @@ def write_export(
         _write(folder, manifest)
         export = open_export(folder, tokenizer=False)
         exact = to not in QUANTISED
-        found = compare_outputs(TraceModule(bundle.model, names).run, export.run, batches, bundle.task, exact=exact)
-        manifest["check"] = {**found, "inputs": read_from, **({"tolerance": TOLERANCE} if exact else {})}
+        result = compare_outputs(TraceModule(bundle.model, names).run, export.run, batches, bundle.task, exact=exact)
+        manifest["check"] = {**result, "inputs": read_from, **({"tolerance": TOLERANCE} if exact else {})}
         if measure is not None and not exact:
             manifest["measured"] = {
                 "source": dict(measure(RuntimeModule(TraceModule(bundle.model, names).run, names))),
@@ -130,7 +130,7 @@ def write_export(
         manifest["bytes"] = sum(p.stat().st_size for p in folder.glob("model*"))
         _write(folder, manifest)
         (folder / "README.md").write_text(model_card(manifest, dict(facts or {})), encoding="utf-8")
-        del export  # closes the file before the folder gets its name
+        del export  # closes the file before the folder is renamed
     return ExportResult(out, manifest)
 
 
@@ -139,10 +139,10 @@ def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_output_folder(out: Path) -> None:
-    """Raise :class:`RunDirectoryError` unless nothing is there, or an older export."""
+    """Raise :class:`RunDirectoryError` if the folder exists and is neither empty nor an export."""
     if out.exists() and not out.is_dir():
         raise RunDirectoryError("is a file", where=str(out), remedy="choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
         raise RunDirectoryError(
-            "holds something that is no export", where=str(out), remedy="choose an empty or new folder as --out"
+            "contains something that is no export", where=str(out), remedy="choose an empty or new folder as --out"
         )

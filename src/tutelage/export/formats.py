@@ -1,4 +1,4 @@
-"""Writing a model in each format."""
+"""Write a model in each format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
-from tutelage.errors import CapabilityError, ModelError, TutelageError, require
+from tutelage.errors import CapabilityError, ModelError, TutelageError, first_line, require
 from tutelage.export.bundle import IMAGE, Inputs, ModelBundle, TraceModule, is_transformers
 from tutelage.export.runtimes import ONNX, PROGRAM
 from tutelage.files import silence_transformers
@@ -23,8 +23,7 @@ from tutelage.models import MODEL_CARD, WEIGHTS, save_model
 from tutelage.models.files import read_card
 
 Writer = Callable[[ModelBundle, Path, tuple[str, ...], Inputs, Sequence[Inputs]], dict[str, Any]]
-"""Writes a model to a folder, given the names of its inputs, a few rows of them, and others to calibrate with;
-returns what is to be known of how."""
+"""(model, folder, names of the inputs, a few rows to trace with, calibration inputs) -> entries of the manifest."""
 
 
 def _safetensors(
@@ -32,8 +31,8 @@ def _safetensors(
 ) -> dict[str, Any]:
     if bundle.folder is None:
         raise CapabilityError(
-            "a module of your own has no folder that says how to build it again",
-            remedy="--to onnx and --to torch-export write its graph",
+            "a module of your own has no folder with the arguments that build it",
+            remedy="use --to onnx or --to torch-export, which write its graph",
         )
     own = bundle.folder
     card = read_card(own) if (own / MODEL_CARD).exists() else {"task": bundle.task, "classes": bundle.classes}
@@ -48,7 +47,7 @@ def _safetensors(
 def _huggingface(
     bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
 ) -> dict[str, Any]:
-    with silence_transformers(), _labelled(bundle):
+    with silence_transformers(), _with_label_names(bundle):
         bundle.model.save_pretrained(folder)  # type: ignore[operator]
     if bundle.task == "images" and bundle.preprocessing.get("channels") == 3:
         (folder / "preprocessor_config.json").write_text(
@@ -58,8 +57,8 @@ def _huggingface(
 
 
 @contextmanager
-def _labelled(bundle: ModelBundle) -> Iterator[None]:
-    """The model with the names of its labels in its config, for as long as it is saved."""
+def _with_label_names(bundle: ModelBundle) -> Iterator[None]:
+    """Put the label names into the model's config while it is saved."""
     config: Any = bundle.model.config
     before = (dict(config.id2label), dict(config.label2id)) if getattr(config, "id2label", None) else None
     if before is not None and bundle.classes and len(before[0]) == len(bundle.classes):
@@ -73,7 +72,7 @@ def _labelled(bundle: ModelBundle) -> Iterator[None]:
 
 
 def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """What is done to an image, as transformers' image processors have it."""
+    """The preprocessing of images as the config of an image processor of transformers."""
     size, crop = preprocessing["size"], preprocessing.get("crop", 1.0)
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
@@ -90,10 +89,10 @@ def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 def _program(
     bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
 ) -> dict[str, Any]:
-    graph, given = _drawn(bundle.model, names, few)
-    dynamic = _dynamic(names, given, [torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC])
-    with _explained(bundle.model, "torch-export"):
-        program = torch.export.export(graph, given, dynamic_shapes=dynamic)
+    graph, inputs = _trace_inputs(bundle.model, names, few)
+    dynamic = _dynamic_shapes(names, inputs, [torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC])
+    with _trace_errors(bundle.model, "torch-export"):
+        program = torch.export.export(graph, inputs, dynamic_shapes=dynamic)
         torch.export.save(program, folder / PROGRAM)
     return {"torch": torch.__version__}
 
@@ -105,37 +104,37 @@ def _onnx(
 
 
 def output_name(task: str) -> str:
-    """What comes out of a graph, by its name there; an embedding's is that of sentence-transformers."""
+    """Name of the output of a graph; sentence-transformers expects ``sentence_embedding``."""
     return "sentence_embedding" if task == "embedding" else "logits"
 
 
 def write_onnx(
     model: nn.Module, names: tuple[str, ...], few: Inputs, path: Path, output: str = "logits"
 ) -> dict[str, Any]:
-    """Write a model's graph for ONNX Runtime, for any number of rows, and of tokens.
+    """Write an ONNX graph for any number of rows and tokens.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        names: of its inputs.
-        few: two rows of them or more.
-        path: of the file.
-        output: its output's name.
+        model: the module, in evaluation mode, on the CPU.
+        names: names of its inputs.
+        few: at least two rows of inputs.
+        path: path of the file.
+        output: name of the output.
 
     Raises:
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-        ModelError: no graph can be drawn of it.
+        ModelError: the model cannot be traced.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, "export", "an ONNX graph")
-    graph, given = _drawn(model, names, few)
-    dynamic = _dynamic(names, given, ["batch", "sequence"])
-    with _explained(model, "onnx"), _hushed():
+    graph, inputs = _trace_inputs(model, names, few)
+    dynamic = _dynamic_shapes(names, inputs, ["batch", "sequence"])
+    with _trace_errors(model, "onnx"), _silence_converters():
         program = torch.onnx.export(
-            graph, given, dynamo=True, dynamic_shapes=dynamic, input_names=list(names), output_names=[output],
+            graph, inputs, dynamo=True, dynamic_shapes=dynamic, input_names=list(names), output_names=[output],
             verbose=False,
         )  # fmt: skip
         assert program is not None
-        for node in program.model.graph.all_nodes():  # with each comes where in whose files it was written
+        for node in program.model.graph.all_nodes():  # drops the source paths of this machine
             node.metadata_props.clear()
         program.save(str(path))
     import onnx
@@ -144,36 +143,35 @@ def write_onnx(
     return {"opset": next(o.version for o in opset if o.domain in ("", "ai.onnx"))}
 
 
-def _drawn(model: nn.Module, names: tuple[str, ...], few: Inputs) -> tuple[TraceModule, tuple[Tensor, ...]]:
+def _trace_inputs(model: nn.Module, names: tuple[str, ...], few: Inputs) -> tuple[TraceModule, tuple[Tensor, ...]]:
     return TraceModule(model, names).eval(), tuple(few[name] for name in names)
 
 
-def _dynamic(names: tuple[str, ...], given: Sequence[Tensor], axes: Sequence[Any]) -> Any:
-    """Which sizes may change: the rows, and of texts the tokens."""
+def _dynamic_shapes(names: tuple[str, ...], inputs: Sequence[Tensor], axes: Sequence[Any]) -> Any:
+    """The dynamic dimensions: the rows, and for texts the tokens."""
     many = 1 if names == (IMAGE,) else 2
-    return (tuple(dict(enumerate(axes[: min(many, x.ndim)])) for x in given),)
+    return (tuple(dict(enumerate(axes[: min(many, x.ndim)])) for x in inputs),)
 
 
 @contextmanager
-def _explained(model: nn.Module, to: str) -> Iterator[None]:
-    """Without gradients; a model that no graph can be drawn of is the user's to know, in a sentence."""
+def _trace_errors(model: nn.Module, to: str) -> Iterator[None]:
+    """Disable gradients, and convert errors of tracing to :class:`ModelError`."""
     try:
         with torch.no_grad():
             yield
     except (TutelageError, OSError):
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
-            f"no graph can be drawn of the {type(model).__name__}: {reason.strip()[:300]}",
+            f"the {type(model).__name__} cannot be traced: {first_line(error)[:300]}",
             where=f"--to {to}",
-            remedy="--to safetensors keeps it as it is" + (", --to hf too" if is_transformers(model) else ""),
+            remedy="use --to safetensors" + (" or --to hf" if is_transformers(model) else ""),
         ) from error
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Without remarks of converters and quantisers that a user can do nothing about."""
+def _silence_converters() -> Iterator[None]:
+    """Turn off the warnings of converters and quantisers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -184,64 +182,64 @@ def _hushed() -> Iterator[None]:
         logging.disable(before)
 
 
-# Eight bits --------------------------------------------------------------------------------------------
+# int8 --------------------------------------------------------------------------------------------------
 
 
 def _int8(
     bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
 ) -> dict[str, Any]:
     whole = folder / "whole.onnx"
-    found = write_onnx(bundle.model, names, few, whole, output_name(bundle.task))
-    found |= quantise_onnx(whole, folder / ONNX, names, others if has_convolutions(bundle.model) else ())
+    how = write_onnx(bundle.model, names, few, whole, output_name(bundle.task))
+    how |= quantise_onnx(whole, folder / ONNX, names, others if has_convolutions(bundle.model) else ())
     whole.unlink()
     whole.with_name("whole.onnx.data").unlink(missing_ok=True)
-    return found
+    return how
 
 
 def has_convolutions(model: nn.Module) -> bool:
-    """Whether a model has convolutions, which ONNX Runtime is slow at when activations are rounded as they come."""
+    """Whether a model has convolutions, which are slow in ONNX Runtime with dynamic quantisation."""
     return any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in model.modules())
 
 
 def quantise_onnx(whole: Path, to: Path, names: tuple[str, ...], calibration: Sequence[Inputs]) -> dict[str, Any]:
-    """Round a graph's weights to eight bits, a scale for each output, and its activations.
+    """Quantise weights (one scale per output channel) and activations of a graph to int8.
 
-    All are unsigned: where a processor has no instructions for eight bits (VNNI), ONNX Runtime adds products of
-    unsigned and signed numbers up in sixteen bits, which overflow unnoticed; a BERT lost a third of its answers so.
+    All types are unsigned: on processors without int8 instructions (VNNI), ONNX Runtime adds the products of unsigned
+    and signed numbers in 16 bits, which overflow silently (a BERT lost a third of its predictions).
 
     Args:
         whole: the graph in float32.
         to: the file to write.
-        names: of its inputs.
-        calibration: inputs by which the range of each activation is fixed (static); without any, ranges are those of
-            each input as it comes (dynamic).
+        names: names of its inputs.
+        calibration: inputs that fix the ranges of activations (static quantisation); empty: the ranges are computed
+            for each input (dynamic quantisation).
 
     Returns:
-        How it was done.
+        Entries of the manifest.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-    with _hushed():
+    with _silence_converters():
         if calibration:
             quantize_static(
-                str(whole), str(to), _Reader(names, calibration), quant_format=QuantFormat.QDQ, per_channel=True,
-                weight_type=QuantType.QUInt8, activation_type=QuantType.QUInt8,
+                str(whole), str(to), _CalibrationReader(names, calibration), quant_format=QuantFormat.QDQ,
+                per_channel=True, weight_type=QuantType.QUInt8, activation_type=QuantType.QUInt8,
             )  # fmt: skip
             rows = sum(len(inputs[names[0]]) for inputs in calibration)
             return {"rounding": "static", "calibration_rows": rows}
-        quantize_dynamic(str(whole), str(to), per_channel=not _has_convolutions(whole), weight_type=QuantType.QUInt8)
+        quantize_dynamic(str(whole), str(to), per_channel=not _has_conv_nodes(whole), weight_type=QuantType.QUInt8)
     return {"rounding": "dynamic"}
 
 
-def _has_convolutions(path: Path) -> bool:
+def _has_conv_nodes(path: Path) -> bool:
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
     return any(node.op_type == "Conv" for node in graph.node)
 
 
-class _Reader:
-    """Gives a quantiser its calibration inputs, one after another."""
+class _CalibrationReader:
+    """A ``CalibrationDataReader`` over batches."""
 
     def __init__(self, names: tuple[str, ...], batches: Sequence[Inputs]) -> None:
         self._rest = iter([{name: inputs[name].numpy() for name in names} for inputs in batches])
@@ -258,11 +256,11 @@ FORMATS: dict[str, Writer] = {
     "int8": _int8,
     "torch-export": _program,
 }
-"""Writes each format."""
+"""The writer of each format."""
 
 
 def trace_rows(inputs: Inputs) -> Inputs:
-    """Rows to draw a graph with: as many that no size is mistaken for a constant."""
+    """At least two rows for tracing, since a single row would become a constant size."""
     rows = len(next(iter(inputs.values())))
     if rows >= 2:
         return {name: x[: min(rows, 3)] for name, x in inputs.items()}

@@ -1,6 +1,6 @@
-"""A process that loads one model, runs it three times, and says how much memory it had resident at most.
+"""A process that loads one model, runs it three times, and prints its peak of resident memory.
 
-``python -m tutelage.export.memory_probe model|onnx PATH INPUTS.npz THREADS``; of ONNX Runtime, torch is not imported.
+``python -m tutelage.export.memory_probe model|onnx PATH INPUTS.npz THREADS``; with ``onnx`` torch is not imported.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ PASSES = 3
 
 
 def resident() -> tuple[int, int]:
-    """Bytes resident now and at most, of this process.
+    """Resident bytes of this process: now, and the peak.
 
-    On Linux of its own memory map: what ``getrusage`` gives begins with that of the process that started it.
+    On Linux from ``/proc``, because the peak of ``getrusage`` includes that of the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -35,58 +35,45 @@ def resident() -> tuple[int, int]:
         return int(psutil.Process().memory_info().rss), unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def forget_peak() -> None:
-    """Let the peak begin again from what is resident now, where the system can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _onnx(path: str, threads: int) -> Callable[[dict[str, Any]], object]:
+def _onnx_loader(path: str, threads: int) -> Callable[[], Callable[[Any], object]]:
     import onnxruntime
 
-    def load() -> Any:
+    def load() -> Callable[[Any], object]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda inputs: session.run(None, inputs)
 
-    return _after_libraries(lambda: load().run, lambda run, given: run(None, given))
+    return load
 
 
-def _model(path: str, threads: int) -> Callable[[dict[str, Any]], object]:
+def _torch_loader(path: str, threads: int) -> Callable[[], Callable[[Any], object]]:
     import torch
 
     from tutelage.export.bundle import TraceModule, load_bundle
 
     torch.set_num_threads(threads)
 
-    def load() -> Any:
-        return load_bundle(path).model
+    def load() -> Callable[[Any], object]:
+        model = load_bundle(path).model
+        return lambda inputs: TraceModule(model, tuple(inputs)).run(
+            {k: torch.from_numpy(v) for k, v in inputs.items()}
+        )
 
-    def run(model: Any, given: dict[str, Any]) -> object:
-        return TraceModule(model, tuple(given)).run({k: torch.from_numpy(v) for k, v in given.items()})
-
-    return _after_libraries(load, run)
-
-
-def _after_libraries(
-    load: Callable[[], Any], run: Callable[[Any, dict[str, Any]], object]
-) -> Callable[[dict[str, Any]], object]:
-    def measured(given: dict[str, Any]) -> object:
-        before, _ = resident()
-        forget_peak()
-        model = load()
-        for _ in range(PASSES):
-            run(model, given)
-        return {"before": before, "peak": resident()[1]}
-
-    return measured
+    return load
 
 
 def main(kind: str, path: str, inputs: str, threads: str) -> None:
-    """Measure, and print what was found as one line of JSON."""
-    given = dict(np.load(inputs))
-    found = {"onnx": _onnx, "model": _model}[kind](path, int(threads))(given)
-    sys.stdout.write(json.dumps(found) + "\n")
+    """Measure, and print the result as one line of JSON."""
+    arrays = dict(np.load(inputs))
+    load = {"onnx": _onnx_loader, "model": _torch_loader}[kind](path, int(threads))
+    before, _ = resident()
+    with suppress(OSError):  # reset the peak to the current value, if the system can
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    run = load()
+    for _ in range(PASSES):
+        run(arrays)
+    sys.stdout.write(json.dumps({"before": before, "peak": resident()[1]}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exports opened again, each in the runtime that is to run it."""
+"""Open exports, each in its runtime."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.errors import CheckpointError, nearest, require
+from tutelage.errors import CheckpointError, did_you_mean, first_line, require
 from tutelage.export.bundle import Inputs, TraceModule, auto_class, load_bundle
 from tutelage.files import silence_transformers
 from tutelage.models import load_model, load_tokenizer
 from tutelage.models.pretrained import SentenceEncoder
 
 MANIFEST = "export.json"
-"""What an export holds and needs, as JSON."""
+"""Name of the manifest of an export."""
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
 
@@ -31,14 +31,14 @@ Run = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Export:
-    """An export, opened.
+    """An opened export.
 
     Attributes:
-        folder: where it is.
-        manifest: what it holds and needs.
+        folder: folder of the export.
+        manifest: content of ``export.json``.
         run: inputs by name -> logits or embeddings, float32.
-        tokenizer: of texts.
-        model: the module, where the runtime is torch with the model's own code.
+        tokenizer: tokenizer of a text model.
+        model: the module, if the runtime is torch with the model's own code.
     """
 
     folder: Path
@@ -49,12 +49,12 @@ class Export:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the inputs that it takes."""
+        """Names of the inputs."""
         return tuple(self.manifest["inputs"])
 
 
 class RuntimeModule(nn.Module):
-    """An export as a module, for whatever measures modules."""
+    """An export as a module, for code that measures modules."""
 
     def __init__(self, run: Run, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -67,20 +67,20 @@ class RuntimeModule(nn.Module):
 
 
 def open_export(folder: str | Path, *, tokenizer: bool = True) -> Export:
-    """An export, the folder of a model that a run exported, or a run whose student is asked.
+    """Open an export, the folder of a model, or the student of a run.
 
     Args:
-        folder: of an export, a model or a run.
-        tokenizer: whether the tokenizer of texts is opened too.
+        folder: folder of an export or a model, or a run directory.
+        tokenizer: also load the tokenizer of a text model.
 
     Raises:
-        CheckpointError: no export there, or one that is not whole.
-        MissingDependencyError: its runtime is not installed.
+        CheckpointError: the folder has no export, or an incomplete one.
+        MissingDependencyError: the runtime is not installed.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        return _of_model(folder)
+        return _open_model(folder)
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind, task, names = manifest["format"], manifest["task"], tuple(manifest["inputs"])
@@ -92,21 +92,15 @@ def open_export(folder: str | Path, *, tokenizer: bool = True) -> Export:
             f"is damaged: {type(error).__name__} {error}", where=str(path), remedy="export the model again"
         ) from None
     model, run = opener(folder, task, names)
-    cutter = None
-    if tokenizer and task != "images":
-        cutter = load_tokenizer(f"hf:{folder}")
-    return Export(folder, manifest, run, cutter, model)
+    loaded = load_tokenizer(f"hf:{folder}") if tokenizer and task != "images" else None
+    return Export(folder, manifest, run, loaded, model)
 
 
-def _of_model(folder: Path) -> Export:
+def _open_model(folder: Path) -> Export:
     place = folder / "student" if (folder / "student").is_dir() else folder
     if not folder.is_dir():
-        siblings = [str(p) for p in folder.parent.glob("*")] if folder.parent.is_dir() else []
-        close = nearest(str(folder), siblings, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise CheckpointError(
-            "no such folder", where=str(folder), remedy=f"{hint}make an export: tutelage export RUN --to onnx"
-        )
+        remedy = did_you_mean(folder, "make an export: tutelage export RUN --to onnx")
+        raise CheckpointError("no such folder", where=str(folder), remedy=remedy)
     try:
         bundle = load_bundle(place)
     except CheckpointError as error:
@@ -126,27 +120,25 @@ def _of_model(folder: Path) -> Export:
 
 
 def input_names(model: nn.Module, task: str, tokenizer: Any) -> tuple[str, ...]:
-    """What a model is given in use, in order."""
+    """Names of the inputs of a model, in order."""
     if task == "images":
         return ("image",)
-    given = ["input_ids", "attention_mask"]
+    names = ["input_ids", "attention_mask"]
     if "token_type_ids" in getattr(tokenizer, "model_input_names", ()):
-        given.append("token_type_ids")
-    return tuple(given)
+        names.append("token_type_ids")
+    return tuple(names)
 
 
-# The runtimes ------------------------------------------------------------------------------------------
-
-Opened = tuple[nn.Module | None, Run]
+Runtime = tuple[nn.Module | None, Run]
 
 
-def _safetensors(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
-    bundle = load_bundle(folder) if task == "embedding" else None  # of a ranking one side is used
+def _safetensors(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
+    bundle = load_bundle(folder) if task == "embedding" else None  # a bi-encoder embeds one text
     model = load_model(folder) if bundle is None else bundle.model
     return model, TraceModule(model, names).run
 
 
-def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
+def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
     require("transformers", "text", "an export for transformers")
     import transformers
 
@@ -159,7 +151,7 @@ def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
     return model, TraceModule(model.eval(), names).run
 
 
-def _program(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
+def _program(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
     path = folder / PROGRAM
     _check_archive(path)
     try:
@@ -169,16 +161,16 @@ def _program(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
 
     @torch.no_grad()
     def run(inputs: Inputs) -> Tensor:
-        found: Tensor = module(*(inputs[name] for name in names))
-        return found
+        outputs: Tensor = module(*(inputs[name] for name in names))
+        return outputs
 
     return None, run
 
 
 def _check_archive(path: Path) -> None:
-    """Raise :class:`CheckpointError` where loading the program would run code from the file.
+    """Raise :class:`CheckpointError` if loading the program would execute code from the file.
 
-    torch reads some parts of such an archive with pickle; those that we write have none of them.
+    torch reads some entries of such an archive with pickle; our exports have no such entries.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -192,7 +184,7 @@ def _check_archive(path: Path) -> None:
                 elif name.endswith(".pt"):
                     try:
                         torch.load(io.BytesIO(archive.read(name)), weights_only=True)
-                    except Exception:  # noqa: BLE001 - whatever it is, torch would then unpickle it
+                    except Exception:  # noqa: BLE001 - torch would unpickle it
                         unsafe = True
                 if unsafe:
                     raise CheckpointError(
@@ -204,7 +196,7 @@ def _check_archive(path: Path) -> None:
         raise _damaged(path, error) from None
 
 
-def _onnx(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
+def _onnx(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
     session = onnx_session(folder / ONNX)
 
     def run(inputs: Inputs) -> Tensor:
@@ -214,10 +206,10 @@ def _onnx(folder: Path, task: str, names: tuple[str, ...]) -> Opened:
 
 
 def onnx_session(path: Path, threads: int | None = None) -> Any:
-    """ONNX Runtime on a graph, with as many threads as torch has.
+    """An ONNX Runtime session with as many threads as torch.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: onnxruntime is not installed.
         CheckpointError: the file is missing or damaged.
     """
     require("onnxruntime", "export", "an ONNX graph")
@@ -229,20 +221,19 @@ def onnx_session(path: Path, threads: int | None = None) -> Any:
     options.inter_op_num_threads = 1
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - its errors have no common root but this
+    except Exception as error:  # noqa: BLE001 - its errors have no other common base
         raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(f"cannot be loaded: {reason}", where=str(path), remedy="export the model again")
+    return CheckpointError(f"cannot be loaded: {first_line(error)}", where=str(path), remedy="export the model again")
 
 
-RUNTIMES: dict[str, Callable[[Path, str, tuple[str, ...]], Opened]] = {
+RUNTIMES: dict[str, Callable[[Path, str, tuple[str, ...]], Runtime]] = {
     "safetensors": _safetensors,
     "hf": _huggingface,
     "onnx": _onnx,
     "int8": _onnx,
     "torch-export": _program,
 }
-"""Opens each format."""
+"""The loader of each format."""
