@@ -140,9 +140,9 @@ def test_eight_bits_say_what_they_cost(runs: Runs, world: str) -> None:
     assert manifest["check"]["max_difference"] > 1e-4  # it is rounded, and not a copy
     assert measured["export"]["n"] == measured["source"]["n"] > 200
     assert measured["export"]["accuracy"] > measured["source"]["accuracy"] - 0.1
-    assert how["rounding"] == ("static" if world == "cnn" else "dynamic")
+    assert how["quantisation"] == ("static" if world == "cnn" else "dynamic")
     assert (how.get("calibration_rows", 0) > 0) == (world == "cnn")
-    assert "eight bits" in (made / "README.md").read_text()
+    assert "int8 weights" in (made / "README.md").read_text()
 
 
 @pytest.mark.parametrize("world", ["cnn", "bert"])

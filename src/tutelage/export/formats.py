@@ -226,9 +226,9 @@ def quantise_onnx(whole: Path, to: Path, names: tuple[str, ...], calibration: Se
                 per_channel=True, weight_type=QuantType.QUInt8, activation_type=QuantType.QUInt8,
             )  # fmt: skip
             rows = sum(len(inputs[names[0]]) for inputs in calibration)
-            return {"rounding": "static", "calibration_rows": rows}
+            return {"quantisation": "static", "calibration_rows": rows}
         quantize_dynamic(str(whole), str(to), per_channel=not _has_conv_nodes(whole), weight_type=QuantType.QUInt8)
-    return {"rounding": "dynamic"}
+    return {"quantisation": "dynamic"}
 
 
 def _has_conv_nodes(path: Path) -> bool:
