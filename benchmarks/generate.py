@@ -1,7 +1,7 @@
 """How fast a closed teacher is asked, and what comes through faults and kills.
 
     python benchmarks/generate.py throughput  # a server that answers in 50 ms, 64 in flight: ours, bare loops, openai
-    python benchmarks/generate.py journal     # opening one of 100,000 lines
+    python benchmarks/generate.py journal     # opening one of 100,000 rows
     python benchmarks/generate.py duplicates  # 50,000 instructions, each against all kept before
     python benchmarks/generate.py faults      # 2,000 requests, 30 % of calls go wrong in ten ways
     python benchmarks/generate.py kills       # 2,000 requests, SIGKILL at 50 random moments
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import random
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,9 +36,9 @@ from tutelage.config import EndpointConfig, SamplingConfig
 from tutelage.errors import BudgetSpent
 from tutelage.generation import client, generate
 from tutelage.generation.duplicates import NearDuplicateIndex
-from tutelage.generation.journal import Journal
-from tutelage.generation.prompts import tasks_of
-from tutelage.generation.requests import Request, RequestParameters, canonical
+from tutelage.generation.journal import FILE, Journal
+from tutelage.generation.prompts import read_tasks
+from tutelage.generation.requests import Request, RequestParameters
 from tutelage.progress import Terminal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -244,27 +246,27 @@ class Clock:
 
 
 def journal(rounds: int) -> dict[str, Any]:
-    """Seconds to open a journal of 100,000 lines, half of them answers, and to find every answer in it."""
+    """Seconds to open a journal of 100,000 rows, calls and their answers, and to find every answer in it."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "journal.jsonl")
-        manner = RequestParameters(EndpointConfig(url="http://x/v1", model="stub"), SamplingConfig())
-        asked = [Request(manner, [{"role": "user", "content": text}]) for text in bodies(50_000, "the journal")]
-        with open(path, "wb") as file:
-            file.write(canonical({"journal": 1, "recipe": "r"}) + b"\n")
+        path = Path(folder, FILE)
+        parameters = RequestParameters(EndpointConfig(url="http://x/v1", model="stub"), SamplingConfig())
+        asked = [Request(parameters, [{"role": "user", "content": text}]) for text in bodies(50_000, "the journal")]
+        Journal(path, {"recipe": "r"}).close()
+        with closing(sqlite3.connect(path)) as db, db:
             for request in asked:
-                file.write(b'{"ask":"%b","tokens":900,"cost":0}\n' % request.key.encode())
-                fields = (request.key.encode(), request.body, REPLY)
-                file.write(b'{"key":"%b","tokens":106,"cost":0,"request":%b,"response":%b}\n' % fields)
+                db.execute("INSERT INTO calls VALUES (NULL, ?, 106, 0, 'answer', '', '')", (request.key,))
+                row = (request.key, request.body.decode(), REPLY.decode())
+                db.execute("INSERT INTO results VALUES (?, NULL, ?, ?, '', '', 0)", row)
         opened, found = Clock(), Clock()
         for _ in range(rounds):
             with opened:
                 book = Journal(path, {"recipe": "r"})
-            assert len(book.places) == 50_000
+            assert book.usage.requests == 50_000
             with found:
                 assert all(book.find(request) for request in asked)
             book.close()
         return {
-            "lines": 100_001, "bytes": path.stat().st_size,
+            "rows": 100_000, "bytes": path.stat().st_size,
             "to_open": opened.figures(), "to_find_all": found.figures(),
         }  # fmt: skip
 
@@ -278,7 +280,7 @@ def instructions(count: int) -> list[str]:
     Frames are our seeds'; a third of the words are others, drawn by Zipf's law from 30,000.
     """
     dice = random.Random(0)
-    seeds = [task.split() for task in tasks_of(None)]
+    seeds = [task.split() for task in read_tasks(None)]
     pool = [f"w{i}" for i in range(30_000)]
     weights = [1 / (i + 10) for i in range(len(pool))]
     drawn = iter(dice.choices(pool, weights, k=60 * count))

@@ -1,8 +1,9 @@
-"""A server that answers JSON, asked until it has: what may be better next time is asked again, what never will be is
-an error."""
+"""A JSON client that retries errors which may pass, and the parts of error replies that all clients read."""
 
 from __future__ import annotations
 
+import email.utils
+import json
 import os
 import random
 import time
@@ -13,21 +14,25 @@ from typing import Any, Protocol, TypeVar
 from tutelage.errors import EndpointError, require
 
 FIRST_WAIT = 0.5
-"""Seconds before a second attempt, about; doubled for each further one."""
+"""Mean seconds before the second attempt; doubled for each further one."""
 LONGEST_WAIT = 30.0
-ATTEMPTS = 4
-"""Times that a server that is well may give an answer that is not whole."""
+LONGEST_RETRY_AFTER = 600.0
+MAX_INVALID = 4
+"""Invalid replies of a server that works, after which a request fails."""
+
+RETRYABLE = (408, 409, 425, 429)
+"""HTTP status codes, next to those from 500 on, of errors that may pass."""
 
 T = TypeVar("T")
 
 
 class TransientServerError(Exception):
-    """What may be better next time.
+    """An error that may pass.
 
     Args:
         what: happened.
         after: seconds that the server asks to wait.
-        answered: whether the server is well, and only its answer is not.
+        answered: whether the server works and only this reply is invalid.
     """
 
     def __init__(self, what: str, *, after: float = 0.0, answered: bool = False) -> None:
@@ -36,8 +41,8 @@ class TransientServerError(Exception):
 
 
 class JsonRequest(Protocol):
-    """Sends JSON to a path of a server, from its root (``/``) or from the address that was given, and returns its
-    JSON; without a body asks for what is there."""
+    """Sends JSON to a path and returns the JSON reply; without a body it is a GET request. A path that begins with
+    ``/`` starts at the server's root, another one at the client's URL."""
 
     def __call__(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The reply."""
@@ -45,70 +50,64 @@ class JsonRequest(Protocol):
 
 
 class JsonClient:
-    """Connections to a server, a few at once.
+    """A client of one server, with a few connections.
 
     Args:
-        url: where it is; of one that speaks OpenAI's protocol most often with ``/v1`` at its end.
-        where: the section of a recipe that says so, for messages.
-        key_env: name of the environment variable that holds the key.
+        url: of the server; for one that speaks OpenAI's protocol it mostly ends with ``/v1``.
+        where: the section of the recipe that has the URL, for messages.
+        key_env: name of the environment variable that holds the API key.
         concurrency: most requests at once.
-        timeout: seconds for an answer.
-        max_retry_time: seconds without an answer after which the server is given up.
+        timeout: seconds for a reply.
+        max_retry_time: seconds without a valid reply after which requests fail.
 
     Raises:
-        EndpointError: the variable of the key is not set.
+        EndpointError: ``key_env`` is not set.
     """
 
     def __init__(
-        self,
-        url: str,
-        where: str,
-        *,
-        key_env: str | None = None,
-        concurrency: int = 8,
-        timeout: float = 120.0,
+        self, url: str, where: str, *, key_env: str | None = None, concurrency: int = 8, timeout: float = 120.0,
         max_retry_time: float = 300.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         require("httpx2", "language", where)
         import httpx2
 
         if key_env is not None and key_env not in os.environ:
             raise EndpointError(
-                f"the environment variable {key_env} is not set", where=url, remedy="put the key into it"
+                f"the environment variable {key_env} is not set", where=url, remedy="set it to the API key"
             )
         self.url, self.where, self.max_retry_time = url.rstrip("/"), where, max_retry_time
         headers = {} if key_env is None else {"authorization": f"Bearer {os.environ[key_env]}"}
         self._client = httpx2.Client(headers=headers, timeout=timeout)
-        self._threads = ThreadPoolExecutor(concurrency, "served")
-        self._dice = random.Random(0)  # of waits only
+        self._threads = ThreadPoolExecutor(concurrency, "json-client")
+        self._jitter = random.Random(0)
 
     def close(self) -> None:
-        """End all connections; what was asked and not answered is dropped."""
+        """Close all connections and cancel requests that have not started."""
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
-    def submit(self, ask: Callable[[], T]) -> Future[T]:
-        """What :meth:`retry` gives, once one of the connections is free."""
-        return self._threads.submit(self.retry, ask)
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """:meth:`retry` in a thread, as soon as one is free."""
+        return self._threads.submit(self.retry, call)
 
-    def retry(self, ask: Callable[[], T]) -> T:
-        """What is asked for, asked again where that may help.
+    def retry(self, call: Callable[[], T]) -> T:
+        """The result of ``call``, which is repeated after each :class:`TransientServerError`.
 
         Raises:
-            EndpointError: it does not.
+            EndpointError: the server still fails after ``max_retry_time``, or its replies are invalid.
         """
-        began, wait, odd = time.monotonic(), FIRST_WAIT, 0
+        start, wait, invalid = time.monotonic(), FIRST_WAIT, 0
         while True:
             try:
-                return ask()
-            except TransientServerError as fault:
-                odd += fault.answered
-                pause = max(wait * self._dice.uniform(0.5, 1.5), fault.after)
-                if odd >= ATTEMPTS or time.monotonic() + pause - began > self.max_retry_time:
-                    tried = f"{odd} times" if odd >= ATTEMPTS else f"for {time.monotonic() - began:.0f} s"
+                return call()
+            except TransientServerError as error:
+                invalid += error.answered
+                pause = max(wait * self._jitter.uniform(0.5, 1.5), error.after)
+                if invalid >= MAX_INVALID or time.monotonic() + pause - start > self.max_retry_time:
+                    tried = f"{invalid} times" if invalid >= MAX_INVALID else f"for {time.monotonic() - start:.0f} s"
                     raise EndpointError(
-                        f"{fault.what}, asked {tried}", where=self.url,
-                        remedy="see whether the server runs, and what it says; then go on with the same command",
+                        f"{error.what}, tried {tried}", where=self.url,
+                        remedy="check that the server runs and read its log; then run the same command again",
                     ) from None  # fmt: skip
             time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT)
@@ -117,20 +116,17 @@ class JsonClient:
         """One request, as :class:`JsonRequest`.
 
         Raises:
-            Fault: it may be answered another time.
-            EndpointError: it is refused.
+            TransientServerError: another attempt may succeed.
+            EndpointError: the server refuses the request.
         """
-        reply = self._reply(path, body)
+        reply = self.send(path, body)
         try:
             return reply.json()
         except ValueError:
-            raise TransientServerError(f"answers no JSON: {reply.text[:80]!r}", answered=True) from None
+            raise TransientServerError(f"the reply is not JSON: {reply.text[:80]!r}", answered=True) from None
 
-    def send(self, path: str, body: Mapping[str, Any]) -> None:
-        """One request of which it matters only that it is not refused; raises as :meth:`post`."""
-        self._reply(path, body)
-
-    def _reply(self, path: str, body: Mapping[str, Any] | None) -> Any:
+    def send(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """One request whose reply need not be JSON; raises as :meth:`post`."""
         import httpx2
 
         root = self.url.removesuffix("/v1") if path.startswith("/") else f"{self.url}/"
@@ -140,29 +136,25 @@ class JsonClient:
             raise TransientServerError("does not answer in time") from None
         except (httpx2.HTTPError, OSError) as error:
             raise TransientServerError(f"cannot be reached: {str(error)[:200] or type(error).__name__}") from None
-        if reply.status_code in (408, 409, 425, 429) or reply.status_code >= 500:
-            raise TransientServerError(
-                f"answers {reply.status_code}: {_said(reply)}", after=_after(reply.headers.get("retry-after"))
-            )
-        if reply.status_code >= 400:
-            raise EndpointError(
-                f"refuses ({reply.status_code}): {_said(reply)}", where=root + path, remedy=self._remedy(reply)
-            )
-        return reply
-
-    def _remedy(self, reply: Any) -> str:
+        if reply.status_code < 400:
+            return reply
+        message = error_message(reply.content)[1]
+        if reply.status_code in RETRYABLE or reply.status_code >= 500:
+            after = min(retry_after(reply.headers) or 0.0, LONGEST_RETRY_AFTER)
+            raise TransientServerError(f"answers with status {reply.status_code}: {message}", after=after)
+        remedy = f"correct {self.where}, or how the server was started"
         if reply.status_code in (401, 403):
-            return f"give the key: {self.where}.key_env"
-        if "logprobs" in _said(reply) and self.where == "teacher.endpoint":
-            return f"set {self.where}.k to what the server allows, or start it with --max-logprobs"
-        return f"correct {self.where}, or how the server was started"
+            remedy = f"give the API key: {self.where}.key_env"
+        elif "logprobs" in message and self.where == "teacher.endpoint":
+            remedy = f"set {self.where}.k to what the server allows, or start it with --max-logprobs"
+        raise EndpointError(f"refuses the request ({reply.status_code}): {message}", where=root + path, remedy=remedy)
 
 
 def list_models(post: JsonRequest) -> list[dict[str, Any]]:
-    """What a server that speaks OpenAI's protocol says of its models.
+    """The models of a server that speaks OpenAI's protocol.
 
     Raises:
-        Fault: no list of models.
+        TransientServerError: the reply is no list of models.
     """
     reply = post("/v1/models")
     try:
@@ -171,18 +163,29 @@ def list_models(post: JsonRequest) -> list[dict[str, Any]]:
         raise TransientServerError(f"lists no models: {str(reply)[:80]}", answered=True) from None
 
 
-def _said(reply: Any) -> str:
+def error_message(body: bytes) -> tuple[str, str]:
+    """Code and message of an error reply, each ``""`` where there is none."""
     try:
-        told = reply.json()
-        error = told.get("error", told)
-        text = error.get("message", error) if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
-        text = reply.text
-    return " ".join(str(text).split())[:300]
-
-
-def _after(header: str | None) -> float:
-    try:
-        return min(max(float(header or 0), 0.0), 600.0)
+        reply = json.loads(body.decode("utf-8"))
     except ValueError:
-        return 0.0
+        return "", " ".join(body[:300].decode("utf-8", "replace").split())
+    error = reply.get("error", reply) if isinstance(reply, dict) else reply
+    if not isinstance(error, dict):
+        return "", " ".join(str(error).split())[:300]
+    message = error.get("message") or error.get("detail") or ""
+    return str(error.get("code") or error.get("type") or ""), " ".join(str(message).split())[:300]
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait, by ``retry-after-ms`` or ``retry-after`` (a number or a date)."""
+    try:
+        if (milliseconds := headers.get("retry-after-ms")) is not None:
+            return max(0.0, float(milliseconds) / 1000)
+        if (value := headers.get("retry-after")) is None:
+            return None
+        try:
+            return max(0.0, float(value))
+        except ValueError:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -15,7 +16,19 @@ from pathlib import Path
 import pytest
 
 from support.closed_teacher import FAULTS, Closed
-from support.generations import calls_made, command, in_flight, journal, kept, killed, made, prompts, recipe, rejected
+from support.generations import (
+    answered,
+    calls_made,
+    command,
+    in_flight,
+    journal,
+    kept,
+    killed,
+    made,
+    prompts,
+    recipe,
+    rejected,
+)
 from tutelage.config import EndpointConfig
 from tutelage.errors import BudgetSpent, EndpointError
 from tutelage.generation import client
@@ -231,28 +244,33 @@ def test_only_what_is_missing_is_asked(tmp_path: Path) -> None:
 
 
 def test_an_answer_counts_once_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced = {"size": 0}
-    real = os.fdatasync
+    synced = {"answers": 0}
+    real, file = os.fdatasync, tmp_path / "out" / "journal.sqlite"
 
     def slow(handle: int) -> None:
-        size = os.fstat(handle).st_size
+        assert Path(os.readlink(f"/proc/self/fd/{handle}")).name == "journal.sqlite-wal"
+        copy = tmp_path / "copy"  # what is in the file by now, and so on disk once it is synced
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir()
+        for name in (file, file.with_name(f"{file.name}-wal")):
+            shutil.copy(name, copy / name.name)
         time.sleep(0.02)
         real(handle)
-        synced["size"] = size
+        synced["answers"] = len(answered(copy))
 
     from tutelage.generation.scheduler import Scheduler
 
-    counted = Scheduler._done
+    counted = Scheduler._count_done
 
     def done(self: Scheduler) -> None:
         counted(self)
-        lines = (tmp_path / "out" / "journal.jsonl").read_bytes()[: synced["size"]].splitlines()
-        assert self.meter.done <= sum(line.startswith(b'{"key"') for line in lines)
+        assert self.counts.done <= synced["answers"]
 
     monkeypatch.setattr(os, "fdatasync", slow)
-    monkeypatch.setattr(Scheduler, "_done", done)
+    monkeypatch.setattr(Scheduler, "_count_done", done)
     with Closed() as server:
         made(recipe(tmp_path, server, prompts=str(prompts(tmp_path, 60))), tmp_path / "out")
+    assert synced["answers"] == 60
 
 
 @pytest.mark.parametrize(("count", "kills"), [(160, 4), pytest.param(2000, 50, marks=pytest.mark.slow)])
@@ -290,9 +308,9 @@ def test_ctrl_c_waits_for_what_is_in_flight_and_says_how_to_go_on(tmp_path: Path
         assert f"tutelage generate {path} --out {tmp_path / 'out'}" in said
         assert "Traceback" not in said
         asked = [call.prompt for call in server.calls]
-        lines = journal(tmp_path / "out")
-        assert not list(in_flight(lines))
-        assert sorted(asked) == sorted(line["request"]["messages"][-1]["content"] for line in lines if "key" in line)
+        assert not list(in_flight(journal(tmp_path / "out")))
+        answers = answered(tmp_path / "out")
+        assert sorted(asked) == sorted(call["request"]["messages"][-1]["content"] for call in answers)
         assert len(asked) < 200
         done = made(path, tmp_path / "out")
         assert done.summary["kept"] == 200
@@ -302,7 +320,7 @@ def test_ctrl_c_waits_for_what_is_in_flight_and_says_how_to_go_on(tmp_path: Path
 def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tutelage.generation import progress
 
-    monkeypatch.setattr(progress, "SELDOM", 0.05)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.05)
     with Closed(rate=0.2, faults=["500"], delay=0.05) as server:
         path = recipe(
             tmp_path, server, prompts=str(prompts(tmp_path, 60)), endpoint={"concurrency": 4},
@@ -329,7 +347,7 @@ def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (400, {"detail": "Server is pinned to 'y'; requested 'x'."}, "not served"),
         (404, {"detail": "Not Found"}, "nothing at that address"),
         (429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, "exhausted"),
-        (301, {}, "sends elsewhere"),
+        (301, {}, "redirects"),
     ],
 )
 def test_what_servers_say_of_the_end_is_understood(status: int, said: dict[str, object], what: str) -> None:

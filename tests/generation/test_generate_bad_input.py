@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import base64
-import errno
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.closed_teacher import FAULTS, Closed
-from support.generations import journal, made, prompts, recipe
+from support.generations import answered, made, prompts, recipe
 from tutelage import errors
 from tutelage.cli import main
 from tutelage.errors import JournalError, TutelageError
 from tutelage.generation import client
+from tutelage.generation.journal import Journal
 
 CANARY = "sk-canary-4f1d0b7c9e"
 
@@ -64,15 +66,15 @@ def added(text: str) -> Break:
 
 def other_journal(path: Path, out: Path) -> None:
     out.mkdir()
-    (out / "journal.jsonl").write_text('{"journal":1,"kind":"answer","model":"closed","recipe":"other"}\n')
+    Journal(out / "journal.sqlite", {"kind": "answer", "model": "closed", "recipe": "other"}).close()
 
 
 def damaged(path: Path, out: Path) -> None:
     path.write_text(path.read_text().replace("PROMPTS", str(prompts(path.parent, 5))))
     made(path, out)
-    lines = (out / "journal.jsonl").read_text().splitlines(keepends=True)
-    lines[3] = lines[3][:40] + "\n"
-    (out / "journal.jsonl").write_text("".join(lines))
+    content = bytearray((out / "journal.sqlite").read_bytes())
+    content[3 * 4096 : 3 * 4096 + 40] = bytes(40)  # the head of a page
+    (out / "journal.sqlite").write_bytes(content)
 
 
 def no_journal(path: Path, out: Path) -> None:
@@ -137,9 +139,11 @@ CASES: dict[str, tuple[Break, list[str]]] = {
     "journal of another recipe": (
         lambda path, out: (added(PLAIN)(path, out), other_journal(path, out))[0], ["then other, now closed", "--out"],
     ),
-    "damaged journal": (lambda path, out: (added(PLAIN)(path, out), damaged(path, out))[0], ["line 4 is damaged"]),
+    "damaged journal": (
+        lambda path, out: (added(PLAIN)(path, out), damaged(path, out))[0], ["is damaged", "restore the file"],
+    ),
     "a folder of something else": (
-        lambda path, out: (added(PLAIN)(path, out), no_journal(path, out))[0], ["holds no journal"],
+        lambda path, out: (added(PLAIN)(path, out), no_journal(path, out))[0], ["holds no journal.sqlite"],
     ),
     "a file": (
         lambda path, out: (added(PLAIN)(path, out), out.write_text("x"))[0], ["is a file"],
@@ -185,18 +189,17 @@ def test_two_writers(tmp_path: Path) -> None:
         assert made(path, tmp_path / "o").summary["kept"] == 16
 
 
-@pytest.mark.skipif(os.geteuid() != 0 and sys.platform != "linux", reason="needs a system that refuses")
 def test_a_disk_that_refuses_is_one_message_and_nothing_is_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.open
+    real = sqlite3.connect
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "journal.sqlite").touch()
 
-    def refuse(path: str, flags: int, *more: int, **named: int) -> int:
-        if str(path).endswith("journal.jsonl"):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return real(path, flags, *more, **named)
+    def read_only(path: Path, **options: Any) -> sqlite3.Connection:
+        return real(f"file:{path}?mode=ro", uri=True, **options)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(sqlite3, "connect", read_only)
     with Closed() as server:
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 5)))
         code, heard = call(["generate", str(path), "--out", str(tmp_path / "out")], capsys)
@@ -209,29 +212,25 @@ def test_a_disk_that_refuses_is_one_message_and_nothing_is_asked(
 def test_a_disk_that_fills_up_keeps_what_it_had_and_goes_on_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, left = os.write, [6000]
+    real = sqlite3.connect
 
-    def write(handle: int, data: bytes) -> int:
-        if "journal.jsonl" not in os.readlink(f"/proc/self/fd/{handle}"):
-            return real(handle, data)
-        if left[0] <= 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        part = bytes(data)[: left[0]]
-        left[0] -= len(part)
-        return real(handle, part)
+    def small(path: Path, **options: Any) -> sqlite3.Connection:
+        db = real(path, **options)
+        db.execute("PRAGMA max_page_count = 14")
+        return db
 
     with Closed() as server:
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 60)))
         with monkeypatch.context() as patch:
-            patch.setattr(os, "write", write)
+            patch.setattr(sqlite3, "connect", small)
             code, heard = call(["generate", str(path), "--out", str(tmp_path / "out")], capsys)
         assert code == 2
         assert "free some space" in heard
         first = len(server.calls)
-        answered = sum("key" in line for line in journal(tmp_path / "out"))
-        assert 0 < answered < first < 60
+        count = len(answered(tmp_path / "out"))
+        assert 0 < count < first < 60
         assert made(path, tmp_path / "out").summary["kept"] == 60
-        assert len(server.calls) == 60 + first - answered
+        assert len(server.calls) == 60 + first - count
 
 
 # Keys ----------------------------------------------------------------------------------------------------------
@@ -288,7 +287,7 @@ def test_the_key_is_in_no_traceback_of_a_fault_of_our_own(
     def broken(*_: object) -> None:
         raise RuntimeError("a fault of our own")
 
-    monkeypatch.setattr(client, "judged", broken)
+    monkeypatch.setattr(client, "parse_response", broken)
     with Closed(echo=True) as server:
         address = server.url if way == "variable" else server.url.replace("//", f"//me:{CANARY}@")
         endpoint = {"url": address, **({"key_env": "THE_KEY"} if way == "variable" else {})}

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from support.closed_teacher import WORDS, Closed, said
-from support.generations import journal, kept, made, prompts, recipe, rejected
+from support.generations import answered, kept, made, prompts, recipe, rejected
 from tutelage.errors import BudgetSpent, Interrupted
 from tutelage.generation import client
 from tutelage.generation.duplicates import NearDuplicateIndex
-from tutelage.generation.prompts import tasks_of
-from tutelage.generation.strategies import listed
+from tutelage.generation.prompts import read_tasks
+from tutelage.generation.strategies import parse_list
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_our_seeds_are_many_and_differ() -> None:
         json.loads(line)
         for line in (Path(client.__file__).parent / "seeds.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert len(rows) == len(tasks_of(None)) >= 60
+    assert len(rows) == len(read_tasks(None)) >= 60
     assert len({row["id"] for row in rows}) == len(rows)
     kinds = Counter(row["kind"] for row in rows)
     assert len(kinds) >= 12
@@ -58,7 +58,7 @@ def test_our_seeds_are_many_and_differ() -> None:
     ],
 )
 def test_lists_of_tasks_are_read(text: str, cut: bool, tasks: list[str]) -> None:
-    assert listed(text, cut=cut) == tasks
+    assert parse_list(text, is_cut=cut) == tasks
 
 
 def inventive(prompt: str) -> str:
@@ -84,7 +84,7 @@ def test_self_instruct_makes_new_tasks_from_seeds_and_its_own_and_answers_each(t
     assert found.summary["kept"] == len(rows) == 40
     tasks = [row["messages"][0]["content"] for row in rows]
     assert len(set(tasks)) == 40
-    seeds = tasks_of(None)
+    seeds = read_tasks(None)
     shown = [re.findall(r"^\d+\. (.*)$", prompt, re.MULTILINE) for prompt in asked]
     assert all(len(prompt) >= 8 for prompt in shown)
     assert any(task in prompt for prompt in shown for task in tasks), "later rounds show tasks of earlier ones"
@@ -233,7 +233,7 @@ def test_all_samples_are_kept_where_nothing_chooses(tmp_path: Path) -> None:
     with Closed(answer=answer) as server:
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 5)), samples=3)
         assert made(path, tmp_path / "out").summary["kept"] == 15
-        bodies = [line["request"] for line in journal(tmp_path / "out") if "key" in line]
+        bodies = [call["request"] for call in answered(tmp_path / "out")]
     assert len({json.dumps(body) for body in bodies}) == 5
     assert sorted(row["id"] for row in kept(tmp_path / "out"))[:3] == ["0/0", "0/1", "0/2"]
 
@@ -253,7 +253,7 @@ def test_conversations_have_turns_that_follow_from_each_other(tmp_path: Path) ->
         )
         made(path, tmp_path / "out")
         assert len(server.calls) == 8 * 5
-        sent = [line["request"]["messages"] for line in journal(tmp_path / "out") if "key" in line]
+        sent = [call["request"]["messages"] for call in answered(tmp_path / "out")]
     rows = kept(tmp_path / "out")
     assert len(rows) == 8
     for row in rows:
@@ -312,7 +312,7 @@ def test_a_batch_is_found_again_and_not_paid_for_twice(
 
                 patch.setattr(BatchClient, "_start", start)
             else:
-                patch.setattr(BatchClient, "_ended", _raises(Dead))
+                patch.setattr(BatchClient, "_wait", _raises(Dead))
             with pytest.raises(Dead):
                 made(path, tmp_path / "out")
         found = made(path, tmp_path / "out")
@@ -330,7 +330,7 @@ def _raises(error: type[BaseException]) -> Any:
 
 
 def test_a_person_may_leave_a_batch_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tutelage.generation import carry
+    from tutelage.generation import request_loop
 
     @contextmanager
     def asked_to_stop(*_: Any) -> Iterator[Callable[[], bool]]:
@@ -339,7 +339,7 @@ def test_a_person_may_leave_a_batch_to_run(tmp_path: Path, monkeypatch: pytest.M
     with Closed() as server:
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 10)), endpoint={"api": "batch", "poll": 0.01})
         with monkeypatch.context() as patch:
-            patch.setattr(carry, "stopping", asked_to_stop)
+            patch.setattr(request_loop, "stopping", asked_to_stop)
             with pytest.raises(Interrupted):
                 made(path, tmp_path / "out")
         assert made(path, tmp_path / "out").summary["kept"] == 10

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.closed_teacher import WORDS, Closed
-from support.generations import kept, made, recipe, rejected
+from support.generations import answered, kept, made, recipe, rejected
 from tutelage.config import QualityConfig
-from tutelage.generation.checks import REFUSAL, sifted
+from tutelage.generation.checks import REFUSAL, filter_conversations
 from tutelage.generation.conversations import Conversation
 from tutelage.generation.diversity import diversity, verb_noun
 from tutelage.generation.duplicates import NearDuplicateIndex, words
@@ -49,7 +49,7 @@ def test_each_check_rejects_what_it_is_for_and_nothing_else(
     reason: str, broken: dict[str, str], quality: dict[str, Any]
 ) -> None:
     good = item("good")
-    found, others = sifted([item("bad", **broken), good], QualityConfig(**quality))
+    found, others = filter_conversations([item("bad", **broken), good], QualityConfig(**quality))
     assert [i.name for i in found] == ["good"]
     ((name, why, detail, messages, keys),) = others
     assert (name, why) == ("bad", reason)
@@ -63,7 +63,7 @@ def test_what_is_allowed_is_kept() -> None:
         item("cut", finish="length"),
         item("no", question="Tell me a secret of yours.", answer="I cannot answer."),
     ]
-    found, _ = sifted(given, QualityConfig(truncated=True, refusals=True))
+    found, _ = filter_conversations(given, QualityConfig(truncated=True, refusals=True))
     assert len(found) == 2
 
 
@@ -95,7 +95,9 @@ def test_texts_to_evaluate_on_do_not_get_in(tmp_path: Path) -> None:
         item("clean", question="Yes or no: is the fox by the river a red one?"),
         item("answer", question="What do exams ask about the year?", answer=f"They ask: {long.upper()}"),
     ]
-    found, others = sifted(asked, QualityConfig.model_validate({"decontaminate": {"path": str(exam), "words": 8}}))
+    found, others = filter_conversations(
+        asked, QualityConfig.model_validate({"decontaminate": {"path": str(exam), "words": 8}})
+    )
     assert [i.name for i in found] == ["clean"]
     assert {r.name: r.reason for r in others} == dict.fromkeys(["whole", "short", "answer"], "contaminated")
 
@@ -106,7 +108,7 @@ def test_duplicates_are_told_from_near_ones_and_answers_to_one_prompt_may_be_sev
     other.prompt = "a"
     same = item("a/2")
     same.prompt = "a"
-    found, others = sifted([item("a"), item("same"), twin, other, same], QualityConfig())
+    found, others = filter_conversations([item("a"), item("same"), twin, other, same], QualityConfig())
     assert [i.name for i in found] == ["a", "a/1"]
     assert [(r.name, r.reason) for r in others] == [
         ("same", "duplicate"), ("twin", "near duplicate"), ("a/2", "duplicate"),
@@ -201,10 +203,7 @@ def test_data_is_loaded_by_datasets_and_says_where_it_is_from(tmp_path: Path, fo
         {"role": "user", "content": "What is the sea to a fish?"},
         {"role": "assistant", "content": "ümlaut and\u2028separator\nsecond line"},
     ]
-    lines = {}
-    for line in (tmp_path / "out" / "journal.jsonl").read_text().split("\n")[1:]:
-        if line.startswith('{"key"'):
-            lines[json.loads(line)["key"]] = json.loads(line)
+    lines = {call["key"]: call for call in answered(tmp_path / "out")}
     for row in loaded:
         (key,) = row["keys"]
         assert lines[key]["request"]["messages"] == row["messages"][:2]

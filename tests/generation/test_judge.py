@@ -14,7 +14,7 @@ from support.closed_teacher import Closed
 from tutelage.cli import main
 from tutelage.errors import BudgetSpent, DataError
 from tutelage.generation import judge_answers
-from tutelage.generation.judge import figures
+from tutelage.generation.judge import pair_figures
 from tutelage.progress import Terminal
 
 
@@ -99,7 +99,7 @@ def test_what_is_no_verdict_is_counted_and_left_out(tmp_path: Path, model: Path)
 
 
 def test_figures_by_hand() -> None:
-    found = figures(
+    found = pair_figures(
         ("a", "b"), [["win", "win"], ["win", "tie"], ["win", "loss"], ["loss", "loss"], ["tie", "tie"], ["win", None]]
     )
     assert (found["wins"], found["ties"], found["losses"], found["judged"]) == (2, 2, 1, 5)

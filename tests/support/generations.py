@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +68,27 @@ def rejected(out: Path) -> list[dict[str, Any]]:
 
 
 def journal(out: Path) -> list[dict[str, Any]]:
-    """The journal's lines, but for the first and for one that was cut short."""
-    found = []
-    for line in (out / "journal.jsonl").read_bytes().splitlines()[1:]:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+    """The journal's calls in order, and its results: each answer with ``request`` and ``response``."""
+    with closing(sqlite3.connect(out / "journal.sqlite")) as db:
+        db.row_factory = sqlite3.Row
+        calls = [dict(row) for row in db.execute("SELECT * FROM calls ORDER BY id")]
+        results = {row["key"]: dict(row) for row in db.execute("SELECT * FROM results")}
+    for call in calls:
+        if call["outcome"] == "answer":
+            result = results[call["key"]]
+            call["request"], call["response"] = json.loads(result["request"]), json.loads(result["response"])
+    return calls
 
 
-def in_flight(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """Keys of requests that were asked and not settled."""
-    open_asks: set[str] = set()
-    for line in lines:
-        if "ask" in line:
-            open_asks.add(line["ask"])
-        else:
-            open_asks.discard(line.get("key") or line.get("fail") or line.get("aside") or "")
-    yield from open_asks
+def answered(out: Path) -> list[dict[str, Any]]:
+    """The journal's calls that gave an answer."""
+    return [call for call in journal(out) if call["outcome"] == "answer"]
+
+
+def in_flight(calls: list[dict[str, Any]]) -> Iterator[str]:
+    """Keys of requests whose last call has no outcome."""
+    last = {call["key"]: call["outcome"] for call in calls}
+    yield from (key for key, outcome in last.items() if outcome is None)
 
 
 def command(path: Path, out: Path) -> list[str]:
@@ -120,9 +124,9 @@ def killed(path: Path, out: Path, server: Closed, kills: int) -> tuple[Counter[s
         process.kill()
         process.communicate()
         time.sleep(0.1)  # what was in flight arrives at the server, and nobody waits for it
-        lines = journal(out)
-        open_asks = set(in_flight(lines))
-        asked = {line["key"]: line["request"]["messages"][-1]["content"] for line in lines if "key" in line}
+        calls = journal(out)
+        open_asks = set(in_flight(calls))
+        asked = {c["key"]: c["request"]["messages"][-1]["content"] for c in calls if c["outcome"] == "answer"}
         flying = {call.prompt for call in server.calls} - set(asked.values())
         assert len(flying) <= len(open_asks) <= 8, "an answer that was paid for is nowhere"
         assert not asked.keys() & open_asks

@@ -143,11 +143,11 @@ def test_another_order_of_the_same_is_no_fault(server: servers.Server, cutter: A
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (servers.fewer_tokens, r"log-probabilities for \d+ tokens, asked"),
+        (servers.fewer_tokens, r"log-probabilities for \d+ tokens, tried"),
         (servers.fewer_of_a_token, "says 2 log-probabilities of a token where 12 are asked for"),
         (servers.infinite, "log-probabilities of a token where 12 are asked for"),
         (servers.out_of_order, "what is not of that token"),
-        (servers.breaks, "answers 500: out of memory, asked for"),
+        (servers.breaks, "answers with status 500: out of memory, tried for"),
         (servers.dies, "cannot be reached"),
     ],
 )
@@ -275,7 +275,7 @@ def test_a_cache_asks_for_each_text_once_and_goes_on_where_a_server_died(
     }
     built_recipe = build_recipe(cached)
     server.faults[:] = [None] * 13 + [servers.dies] * 500
-    with pytest.raises(EndpointError, match=r"(?s)cannot be reached.*go on with the same command"):
+    with pytest.raises(EndpointError, match=r"(?s)cannot be reached.*run the same command again"):
         fill(built_recipe)
     kept = inspect_cache(tmp_path / "cache")["rows"]
     assert kept == 12  # of three batches
@@ -301,7 +301,7 @@ def test_a_run_goes_on_where_a_server_died(
     given["train"]["checkpoint_every"] = 1
     whole = tutelage.run(build_recipe(given), out=tmp_path / "whole")
     server.faults[:] = [None] * 12 + [servers.breaks] * 500
-    with pytest.raises(EndpointError, match="answers 500"):
+    with pytest.raises(EndpointError, match="answers with status 500"):
         tutelage.run(build_recipe(given), out=tmp_path / "run")
     server.faults.clear()
     found = tutelage.run(build_recipe(given), out=tmp_path / "run", resume=True)

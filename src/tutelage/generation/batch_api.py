@@ -1,7 +1,7 @@
-"""Requests by the file: sent up, polled for, fetched, at half the price.
+"""The provider's batch API: requests are uploaded as a file, and their answers fetched later, at half the price.
 
-A batch is in the journal from the moment its file is up, and is found again by that file should the process die
-before it learnt the batch's name: no batch is paid for twice.
+The journal records a batch as soon as its file is uploaded. If the process dies before it learns the batch's id, the
+next one finds the batch by that file: no batch is paid for twice.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import EndpointError
-from tutelage.generation.client import FIRST_WAIT, LONGEST_WAIT, ConnectionPool
-from tutelage.generation.requests import canonical
+from tutelage.generation.client import FIRST_WAIT, LONGEST_WAIT
+from tutelage.generation.connections import ConnectionPool
+from tutelage.generation.requests import canonical_json
 from tutelage.generation.response_errors import (
     FatalResponse,
     RequestRefused,
@@ -24,57 +25,56 @@ from tutelage.generation.response_errors import (
     ValidResponse,
     parse_response,
 )
-from tutelage.generation.scheduler import ApiKey, PendingRequest, Scheduler
+from tutelage.generation.scheduler import PendingRequest, Scheduler
 
-MOST_REQUESTS = 50_000
-MOST_BYTES = 90_000_000
-"""What one file may hold."""
+MAX_REQUESTS = 50_000
+MAX_BYTES = 90_000_000
+"""Limits of one file."""
 
-WORKING = ("validating", "in_progress", "finalizing", "cancelling")
+RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
 
 
 class BatchClient:
-    """Chat completions of one server, by files.
+    """Sends chat completions to one server through its batch API.
 
     Args:
-        endpoint: where.
-        desk: is told what came of each request.
+        endpoint: the server.
+        scheduler: receives the outcome of each request.
     """
 
-    def __init__(self, endpoint: EndpointConfig, desk: Scheduler) -> None:
-        self.endpoint, self.desk = endpoint, desk
-        self.lines = ConnectionPool(endpoint, ApiKey(endpoint))
+    def __init__(self, endpoint: EndpointConfig, scheduler: Scheduler) -> None:
+        self.endpoint, self.scheduler = endpoint, scheduler
+        self.connections = ConnectionPool(endpoint)
 
-    async def fetch(self, jobs: Sequence[PendingRequest]) -> None:
-        """Ask until all jobs are answered or set aside, or the desk says stop, which leaves open batches to run."""
-        waiting = {job.request.key: job for job in jobs}
-        for name, batch in list(self.desk.journal.batches.items()):
+    async def fetch(self, pending: Sequence[PendingRequest]) -> None:
+        """Run batches until each request has an outcome, or the scheduler is over; open batches then go on."""
+        waiting = {one.request.key: one for one in pending}
+        for name, batch in list(self.scheduler.journal.batches.items()):
             if batch["state"] != "done" and self.endpoint.model == batch["model"]:
-                await self._see_through(name, waiting)
-        while waiting and not self.desk.over:
-            sent = await self._send(list(waiting.values()))
-            if sent is not None:
-                await self._see_through(sent, waiting)
+                await self._complete(name, waiting)
+        while waiting and not self.scheduler.is_over:
+            uploaded = await self._upload(list(waiting.values()))
+            if uploaded is not None:
+                await self._complete(uploaded, waiting)
 
-    async def _send(self, jobs: Sequence[PendingRequest]) -> str | None:
-        """Send a file of as many requests as the budget allows; the name of its batch."""
+    async def _upload(self, pending: Sequence[PendingRequest]) -> str | None:
+        """Upload as many requests as the budget and the limits of a file allow; the name of their batch."""
         lines: list[bytes] = []
-        chosen: list[PendingRequest] = []
-        size, held = 0, [0, 0]
-        for job in jobs[:MOST_REQUESTS]:
+        keys: list[str] = []
+        size = tokens = cost = 0
+        for one in pending[:MAX_REQUESTS]:
             line = b'{"custom_id":"%b","method":"POST","url":"/v1/chat/completions","body":%b}\n' % (
-                job.request.key.encode(), job.request.body,
+                one.request.key.encode(), one.request.body,
             )  # fmt: skip
-            refusal = self.desk.budget.forbids(held[0] + job.tokens, held[1] + job.cost, len(chosen) + 1)
-            if refusal is not None or size + len(line) > MOST_BYTES:
-                if not chosen:
-                    self.desk.refusal = refusal
+            tokens, cost, size = tokens + one.tokens, cost + one.cost, size + len(line)
+            exceeded = self.scheduler.budget.exceeded_limit(tokens, cost, len(keys) + 1)
+            if exceeded is not None or size > MAX_BYTES:
+                if not keys:
+                    self.scheduler.exceeded = exceeded
                 break
-            held = [held[0] + job.tokens, held[1] + job.cost]
-            size += len(line)
             lines.append(line)
-            chosen.append(job)
-        if not chosen:
+            keys.append(one.request.key)
+        if not keys:
             return None
         boundary = uuid.uuid4().hex
         form = (
@@ -83,121 +83,116 @@ class BatchClient:
             "content-type: application/jsonl\r\n\r\n"
         )
         body = form.encode() + b"".join(lines) + f"\r\n--{boundary}--\r\n".encode()
-        kind = {"content-type": f"multipart/form-data; boundary={boundary}"}
-        file = (await self._control("POST", "/files", body, kind))["id"]
-        name = f"batch-{len(self.desk.journal.batches)}"
-        keys = [job.request.key for job in chosen]
-        self.desk.journal.note_batch(
-            name, {"state": "sent", "file": file, "keys": keys, "model": self.endpoint.model}
-        )  # fmt: skip
+        headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+        file = (await self._json("POST", "/files", body, headers))["id"]
+        name = f"batch-{len(self.scheduler.journal.batches)}"
+        state = {"state": "sent", "file": file, "keys": keys, "model": self.endpoint.model}
+        self.scheduler.journal.note_batch(name, state)
         return name
 
-    async def _see_through(self, name: str, waiting: dict[str, PendingRequest]) -> None:
-        """Start a batch unless it was, wait for it, and settle its requests."""
-        desk = self.desk
-        batch = desk.journal.batches[name]
-        jobs = {key: waiting[key] for key in batch["keys"] if key in waiting}
-        for key, job in jobs.items():
-            desk.resuming(job) if key in desk.journal.unsettled else desk.sending(job)
+    async def _complete(self, name: str, waiting: dict[str, PendingRequest]) -> None:
+        """Start a batch unless it was started, wait for it, and report the outcomes of its requests."""
+        scheduler = self.scheduler
+        journal = scheduler.journal
+        batch = journal.batches[name]
+        sent = {key: waiting[key] for key in batch["keys"] if key in waiting}
+        for key, one in sent.items():
+            scheduler.sending(one, resumed=key in journal.unsettled)
         if "id" not in batch:
-            desk.journal.note_batch(name, {"state": "started", "id": await self._start(batch["file"])})
-        found = await self._ended(batch["id"])
-        if found is None:
+            journal.note_batch(name, {"state": "started", "id": await self._start(batch["file"])})
+        ended = await self._wait(batch["id"])
+        if ended is None:
             return
         replies = {}
         for part in ("output_file_id", "error_file_id"):
-            if found.get(part):
-                content = await self._fetch(f"/files/{found[part]}/content")
+            if ended.get(part):
+                content = await self._send(f"/files/{ended[part]}/content")
                 replies.update({line["custom_id"]: line for line in map(json.loads, content.splitlines()) if line})
-        for key, job in jobs.items():
-            if self._settle(job, replies.get(key), found):
+        for key, one in sent.items():
+            if self._settle(one, replies.get(key) or {}, str(ended.get("status"))):
                 del waiting[key]
-        desk.journal.note_batch(name, {"state": "done"})
+        journal.note_batch(name, {"state": "done"})
 
-    def _settle(self, job: PendingRequest, line: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> bool:
-        """Tell the desk what a batch says of a request; whether that is its end."""
-        response = (line or {}).get("response")
-        if response:
-            verdict = parse_response(response["status_code"], {}, canonical(response["body"]))
+    def _settle(self, pending: PendingRequest, line: Mapping[str, Any], status: str) -> bool:
+        """Report the outcome of a request, given its line of a batch; return whether the request is finished."""
+        scheduler, reply = self.scheduler, line.get("response")
+        if reply:
+            response = parse_response(reply["status_code"], {}, canonical_json(reply["body"]))
         else:
-            said = str(((line or {}).get("error") or {}).get("message") or batch.get("status"))
-            verdict = RetryableError("not in the batch", detail=said)
-        match verdict:
+            detail = str((line.get("error") or {}).get("message") or status)
+            response = RetryableError("not in the batch", detail=detail)
+        match response:
             case ValidResponse():
-                self.desk.answered(job, verdict)
+                scheduler.answered(pending, response)
                 return True
             case RequestRefused():
-                self.desk.set_aside(job, verdict, again=False)
+                scheduler.give_up(pending, response, retry=False)
                 return True
             case FatalResponse():
-                self.desk.failed(job, RetryableError("refused", detail=verdict.what))
-                self.desk.fatal = EndpointError(verdict.what, where=self.endpoint.url, remedy=verdict.remedy)
+                scheduler.failed(pending, RetryableError("refused", detail=response.what))
+                scheduler.fatal = EndpointError(response.what, where=self.endpoint.url, remedy=response.remedy)
                 return False
-        if job.attempts >= self.endpoint.attempts:
-            self.desk.set_aside(job, verdict, again=not verdict.final)
+        if pending.attempts >= self.endpoint.attempts:
+            scheduler.give_up(pending, response, retry=not response.final)
             return True
-        self.desk.failed(job, verdict)
+        scheduler.failed(pending, response)
         return False
 
     async def _start(self, file: str) -> str:
-        """The batch of a file: the one that there is, or a new one."""
-        known = (await self._control("GET", "/batches?limit=100", b"")).get("data") or []
-        for batch in known:
+        """The id of a file's batch, which is created if there is none."""
+        for batch in (await self._json("GET", "/batches?limit=100")).get("data") or []:
             if batch.get("input_file_id") == file:
                 return str(batch["id"])
-        wanted = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-        return str((await self._control("POST", "/batches", canonical(wanted)))["id"])
+        body = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        return str((await self._json("POST", "/batches", canonical_json(body)))["id"])
 
-    async def _ended(self, name: str) -> dict[str, Any] | None:
-        """The batch once it has ended; ``None`` where a person wants to stop first."""
+    async def _wait(self, batch_id: str) -> dict[str, Any] | None:
+        """The batch once it has ended; ``None`` if the user asks to stop first."""
         while True:
-            batch = await self._control("GET", f"/batches/{name}", b"")
-            counts = batch.get("request_counts") or {}
-            self.desk.meter.done = self.desk.meter.kept + int(counts.get("completed") or 0)
-            if batch["status"] not in WORKING:
+            batch = await self._json("GET", f"/batches/{batch_id}")
+            completed = int((batch.get("request_counts") or {}).get("completed") or 0)
+            self.scheduler.counts.done = self.scheduler.counts.cached + completed
+            if batch["status"] not in RUNNING:
                 return batch
             until = time.monotonic() + self.endpoint.poll
             while time.monotonic() < until:
-                if self.desk.over:
+                if self.scheduler.is_over:
                     return None
                 await asyncio.sleep(min(0.2, self.endpoint.poll))
 
-    async def _control(
-        self, method: str, path: str, body: bytes, kind: dict[str, str] | None = None
+    async def _json(
+        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
     ) -> dict[str, Any]:
-        """The JSON object that a call other than a completion gives."""
-        raw = await self._fetch(path, method, body, kind)
+        """The JSON object of a reply."""
+        raw = await self._send(path, method, body, headers)
         try:
-            found = json.loads(raw)
-            if not isinstance(found, dict):
+            reply = json.loads(raw)
+            if not isinstance(reply, dict):
                 raise ValueError
         except ValueError:
             raise EndpointError(
-                f"{method} {path} gave no JSON object", where=self.endpoint.url,
-                remedy="does the server have batches? Else set endpoint.api to live",
+                f"{method} {path}: the reply is no JSON object", where=self.endpoint.url,
+                remedy="if the server has no batch API, set endpoint.api to live",
             ) from None  # fmt: skip
-        return found
+        return reply
 
-    async def _fetch(
-        self, path: str, method: str = "GET", body: bytes = b"", kind: dict[str, str] | None = None
+    async def _send(
+        self, path: str, method: str = "GET", body: bytes = b"", headers: dict[str, str] | None = None
     ) -> bytes:
+        """The body of a reply, with retries: these calls cost nothing, so they pass no budget."""
         for attempt in range(self.endpoint.attempts):
-            reply = await self.lines.send(method, path, body, self.endpoint.timeout, kind)
+            reply = await self.connections.send(method, path, body, self.endpoint.timeout, headers)
             if not isinstance(reply, RetryableError) and 200 <= reply[0] < 300:
                 return reply[2]
-            verdict = reply if isinstance(reply, RetryableError) else parse_response(*reply)
-            if not isinstance(verdict, RetryableError):
+            error = reply if isinstance(reply, RetryableError) else parse_response(*reply)
+            if not isinstance(error, RetryableError):
                 break
-            wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt)
-            await asyncio.sleep(max(wait, verdict.after or 0.0))
-        what = verdict.what if isinstance(verdict, FatalResponse) else getattr(verdict, "detail", "") or "no answer"
-        remedy = (
-            verdict.remedy
-            if isinstance(verdict, FatalResponse)
-            else "run the same command again; a batch is not lost"
-        )
+            await asyncio.sleep(max(min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt), error.after or 0.0))
+        what, remedy = getattr(error, "detail", "") or "no answer", "run the same command again; a batch is not lost"
+        if isinstance(error, FatalResponse):
+            what, remedy = error.what, error.remedy
         raise EndpointError(f"{method} {path}: {what}", where=self.endpoint.url, remedy=remedy)
 
     async def close(self) -> None:
         """Close all connections."""
-        await self.lines.close()
+        await self.connections.close()

@@ -1,4 +1,4 @@
-"""A language model on this computer: what it answers, and how well it foresees the answers of another."""
+"""A local chat model: its answers, and its loss on the answers of another model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tutelage.models import load_tokenizer
 from tutelage.models.pretrained import load_pretrained
 from tutelage.progress import Terminal
 
-BATCH = 16
+BATCH_SIZE = 16
 """Prompts at a time."""
 
 
@@ -33,7 +33,7 @@ class ChatModel:
         self.name = name
         self.tokenizer: Any = load_tokenizer(name)
         if not self.tokenizer.chat_template:
-            raise ModelError(f"{name} has a tokenizer without chat template", remedy="give a model of conversations")
+            raise ModelError(f"the tokenizer of {name} has no chat template", remedy="give a chat model")
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -41,38 +41,39 @@ class ChatModel:
         self.model: Any = load_pretrained(name, "causal", None, {}).to(self.device).eval()
 
     @torch.no_grad()
-    def answers(self, threads: Sequence[Sequence[Message]], most: int, terminal: Terminal) -> list[str]:
-        """What it answers, taking the most likely token each time.
+    def generate(self, threads: Sequence[Sequence[Message]], max_tokens: int, terminal: Terminal) -> list[str]:
+        """Its answers, by greedy decoding.
 
         Args:
             threads: conversations whose last message is the user's.
-            most: tokens of an answer.
-            terminal: is told how far it is.
+            max_tokens: of an answer.
+            terminal: shows the progress.
         """
-        said: list[str] = []
-        for start in range(0, len(threads), BATCH):
-            batch = [list(thread) for thread in threads[start : start + BATCH]]
+        answers: list[str] = []
+        for start in range(0, len(threads), BATCH_SIZE):
+            batch = [list(thread) for thread in threads[start : start + BATCH_SIZE]]
             inputs = self.tokenizer.apply_chat_template(
                 batch, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
             ).to(self.device)
-            found = self.model.generate(
-                **inputs, do_sample=False, max_new_tokens=most, pad_token_id=self.tokenizer.pad_token_id,
+            tokens = self.model.generate(
+                **inputs, do_sample=False, max_new_tokens=max_tokens, pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
             )  # fmt: skip
-            said += self.tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            terminal.say(f"{self.name}: {len(said)} of {len(threads)} answers")
-        return [text.strip() for text in said]
+            new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
+            answers += self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+            terminal.say(f"{self.name}: {len(answers)} of {len(threads)} answers")
+        return [text.strip() for text in answers]
 
     @torch.no_grad()
-    def loss(self, threads: Sequence[Sequence[Message]], given: Sequence[str]) -> float:
-        """Mean of ``-log p`` over all tokens of the given answers, their ends included."""
+    def loss(self, threads: Sequence[Sequence[Message]], answers: Sequence[str]) -> float:
+        """Mean of ``-log p`` over all tokens of the given answers, their end tokens included."""
         total, count = 0.0, 0
-        for thread, answer in zip(threads, given, strict=True):
-            ids, learned = encode_learned([*thread, {"role": "assistant", "content": answer}], self.tokenizer)
+        for thread, answer in zip(threads, answers, strict=True):
+            ids, mask = encode_learned([*thread, {"role": "assistant", "content": answer}], self.tokenizer)
             tokens = torch.tensor(ids, device=self.device)
-            begins = len(learned) - learned[::-1].index(True)
-            last = begins - learned[:begins][::-1].index(False)  # earlier turns of the conversation are not judged
-            scores = self.model(input_ids=tokens[None]).logits[0, last - 1 : begins - 1].float()
-            total += float(cross_entropy(scores, tokens[last:begins], reduction="sum"))
-            count += begins - last
+            end = len(mask) - mask[::-1].index(True)
+            start = end - mask[:end][::-1].index(False)  # the last answer only, not those of earlier turns
+            logits = self.model(input_ids=tokens[None]).logits[0, start - 1 : end - 1].float()
+            total += float(cross_entropy(logits, tokens[start:end], reduction="sum"))
+            count += end - start
         return total / count

@@ -1,15 +1,15 @@
-"""What is kept of what was generated, and why the rest is not."""
+"""Quality checks: which generated conversations go into the data, and why the others do not."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tutelage.config import DecontaminateConfig, QualityConfig
 from tutelage.errors import require
 from tutelage.generation.conversations import Conversation, RejectedConversation
 from tutelage.generation.duplicates import NearDuplicateIndex, words
-from tutelage.generation.prompts import rows_of
+from tutelage.generation.prompts import read_rows
 
 REFUSAL = re.compile(
     r"""^\W*(?:
@@ -22,18 +22,18 @@ REFUSAL = re.compile(
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
-"""How answers begin that do not do what was asked."""
+"""Matches the beginning of an answer that refuses."""
 
-Check = Callable[[Conversation], str | None]
-"""Says what is wrong with an item, in detail; ``None`` where nothing is."""
+MIN_WORDS_FOR_LANGUAGE = 5
+MIN_WORDS_OF_EVALUATION_TEXT = 4
+"""Shorter texts to evaluate on are ignored: an answer of a word or two occurs in many texts."""
 
-
-def _within(text: str, limits: Sequence[int]) -> bool:
-    return limits[0] <= len(words(text)) <= limits[1]
+Reason = tuple[str, str]
+"""A short category, and a detail."""
 
 
 class QualityChecks:
-    """The checks of a recipe, in order; duplicates come last, so that only what is kept has any.
+    """The checks of a recipe, in order. Duplicates come last, so that only accepted conversations have any.
 
     Args:
         settings: the recipe's ``quality``.
@@ -42,182 +42,146 @@ class QualityChecks:
     def __init__(self, settings: QualityConfig) -> None:
         self.settings = settings
         self.banned = [re.compile(pattern, re.IGNORECASE) for pattern in settings.banned]
-        self.near = NearDuplicateIndex(settings.dedup_threshold if settings.dedup_threshold is not None else 1.0)
-        self.names: list[str] = []
-        self.verdicts: dict[str, tuple[str, str] | None] = {}
+        self.index = NearDuplicateIndex(settings.dedup_threshold if settings.dedup_threshold is not None else 1.0)
+        self.prompts: list[str] = []
+        self.reasons: dict[str, Reason | None] = {}
         self.answers: set[tuple[str, ...]] = set()
-        self.grams = None if settings.decontaminate is None else NgramIndex(settings.decontaminate)
+        self.ngrams = None if settings.decontaminate is None else NgramIndex(settings.decontaminate)
         self.language = None if settings.language is None else LanguageCheck(settings.language)
-        self.each: dict[str, Check] = {
-            "truncated": self._truncated,
-            "length of the instruction": self._instruction_length,
-            "length of the answer": self._answer_length,
-            "refusal": self._refusal,
-            "banned": self._banned,
-            "language": self._language,
-            "contaminated": self._contaminated,
-        }
 
-    def reason(self, item: Conversation) -> tuple[str, str] | None:
-        """Why an item is not kept, in a word and in detail."""
-        for reason, check in self.each.items():
-            detail = check(item)
-            if detail is not None:
-                return reason, detail
-        return self._duplicate(item)
-
-    def instruction(self, text: str) -> tuple[str, str] | None:
-        """Why an instruction is not worth an answer."""
-        if not _within(text, self.settings.instruction_words):
-            return "length of the instruction", f"{len(words(text))} words"
-        found = self._holds_banned(text)
-        if found is not None:
-            return "banned", found
-        if self.language is not None and (other := self.language.other(text)) is not None:
-            return "language", other
-        if self.grams is not None and (shared := self.grams.shared([text])) is not None:
-            return "contaminated", shared
-        return None
-
-    def _truncated(self, item: Conversation) -> str | None:
-        cut = not self.settings.truncated and "length" in item.finishes
-        return "the answer ran into max_tokens" if cut else None
-
-    def _instruction_length(self, item: Conversation) -> str | None:
-        fits = _within(item.instruction, self.settings.instruction_words)
-        return None if fits else f"{len(words(item.instruction))} words"
-
-    def _answer_length(self, item: Conversation) -> str | None:
+    def check(self, item: Conversation) -> Reason | None:
+        """Why a conversation is rejected; ``None`` if it is accepted, and then it is remembered for duplicates."""
+        settings = self.settings
+        if not settings.truncated and "length" in item.finishes:
+            return "truncated", "the answer ran into max_tokens"
+        if reason := _check_length(item.instruction, settings.instruction_words, "instruction"):
+            return reason
         for text in item.answers:
-            if not _within(text, self.settings.answer_words):
-                return f"{len(words(text))} words"
+            if reason := _check_length(text, settings.answer_words, "answer"):
+                return reason
+        for text in [] if settings.refusals else item.answers:
+            if match := REFUSAL.search(text):
+                return "refusal", match.group()[:80]
+        return self._check_texts([item.instruction, *item.answers]) or self._check_duplicate(item)
+
+    def check_instruction(self, text: str) -> Reason | None:
+        """Why an instruction is not worth an answer."""
+        return _check_length(text, self.settings.instruction_words, "instruction") or self._check_texts([text])
+
+    def _check_texts(self, texts: Sequence[str]) -> Reason | None:
+        checks: tuple[tuple[str, Callable[[str], str | None] | None], ...] = (
+            ("banned", self._find_banned),
+            ("language", None if self.language is None else self.language.other_language),
+            ("contaminated", None if self.ngrams is None else self.ngrams.find_shared),
+        )
+        for reason, check in checks:
+            for text in texts if check else []:
+                assert check is not None
+                if (detail := check(text)) is not None:
+                    return reason, detail
         return None
 
-    def _refusal(self, item: Conversation) -> str | None:
-        for text in [] if self.settings.refusals else item.answers:
-            if found := REFUSAL.search(text):
-                return found.group()[:80]
-        return None
-
-    def _banned(self, item: Conversation) -> str | None:
-        for text in (item.instruction, *item.answers):
-            if (found := self._holds_banned(text)) is not None:
-                return found
-        return None
-
-    def _holds_banned(self, text: str) -> str | None:
+    def _find_banned(self, text: str) -> str | None:
         for pattern in self.banned:
-            if found := pattern.search(text):
-                return f"{pattern.pattern}: {found.group()[:80]}"
+            if match := pattern.search(text):
+                return f"{pattern.pattern}: {match.group()[:80]}"
         return None
 
-    def _language(self, item: Conversation) -> str | None:
-        if self.language is None:
-            return None
-        for text in (item.instruction, *item.answers):
-            if (other := self.language.other(text)) is not None:
-                return other
-        return None
-
-    def _contaminated(self, item: Conversation) -> str | None:
-        return None if self.grams is None else self.grams.shared((item.instruction, *item.answers))
-
-    def _duplicate(self, item: Conversation) -> tuple[str, str] | None:
-        """Prompts are compared with those of other items; answers to one prompt with each other."""
-        if item.prompt not in self.verdicts:
-            found = self.near.add_if_new(item.instruction)
-            self.verdicts[item.prompt] = None
-            if found is None:
-                self.names.append(item.prompt)
+    def _check_duplicate(self, item: Conversation) -> Reason | None:
+        """Compare a prompt with those of other conversations, and answers to one prompt with each other."""
+        if item.prompt not in self.reasons:
+            number = self.index.add_if_new(item.instruction)
+            self.reasons[item.prompt] = None
+            if number is None:
+                self.prompts.append(item.prompt)
             else:
-                same = self.near.same(found, item.instruction)
-                kind = "duplicate" if same else "near duplicate"
-                self.verdicts[item.prompt] = (kind, f"of {self.names[found]}")
-        verdict = self.verdicts[item.prompt]
-        if verdict is None:
-            said = (item.prompt, *item.answers)
-            if said in self.answers:
+                kind = "duplicate" if self.index.is_same(number, item.instruction) else "near duplicate"
+                self.reasons[item.prompt] = (kind, f"of {self.prompts[number]}")
+        reason = self.reasons[item.prompt]
+        if reason is None:
+            answers = (item.prompt, *item.answers)
+            if answers in self.answers:
                 return "duplicate", "the same answer to the same prompt"
-            self.answers.add(said)
-        return verdict
+            self.answers.add(answers)
+        return reason
 
 
-def sifted(
+def _check_length(text: str, limits: Sequence[int], what: str) -> Reason | None:
+    count = len(words(text))
+    return None if limits[0] <= count <= limits[1] else (f"length of the {what}", f"{count} words")
+
+
+def filter_conversations(
     items: Iterable[Conversation], settings: QualityConfig
 ) -> tuple[list[Conversation], list[RejectedConversation]]:
-    """The items that are kept, and the others with their reasons."""
+    """The accepted conversations, and the rejected ones with their reasons."""
     checks = QualityChecks(settings)
-    kept, rejected = [], []
+    accepted, rejected = [], []
     for item in items:
-        reason = checks.reason(item)
+        reason = checks.check(item)
         if reason is None:
-            kept.append(item)
+            accepted.append(item)
         else:
             rejected.append(RejectedConversation(item.name, *reason, item.messages, item.keys))
-    return kept, rejected
+    return accepted, rejected
 
 
 class NgramIndex:
-    """Runs of words of texts to evaluate on.
+    """The n-grams of words of the texts to evaluate on; a shorter text counts as one n-gram.
 
     Args:
-        settings: which texts, and how long a run counts.
+        settings: the file of texts, and n.
     """
 
     def __init__(self, settings: DecontaminateConfig) -> None:
-        self.size = settings.words
-        self.runs: set[tuple[str, ...]] = set()
-        self.short: dict[int, set[tuple[str, ...]]] = {}
-        for row in rows_of(settings.path, "texts"):
-            for value in row.values():
-                self._take(value)
+        self.ngrams: dict[int, set[tuple[str, ...]]] = {settings.words: set()}
+        for row in read_rows(settings.path, "texts"):
+            for text in _strings(list(row.values())):
+                tokens = words(text)
+                if len(tokens) >= settings.words:
+                    self.ngrams[settings.words].update(_ngrams(tokens, settings.words))
+                elif len(tokens) >= MIN_WORDS_OF_EVALUATION_TEXT:
+                    self.ngrams.setdefault(len(tokens), set()).add(tuple(tokens))
 
-    def _take(self, value: object) -> None:
-        if isinstance(value, list | tuple):
-            for part in value:
-                self._take(part)
-        elif isinstance(value, dict):
-            for part in value.values():
-                self._take(part)
-        elif isinstance(value, str):
-            found = words(value)
-            if len(found) >= self.size:
-                self.runs.update(_runs(found, self.size))
-            elif len(found) > 3:  # an answer of a word or two stands in many texts
-                self.short.setdefault(len(found), set()).add(tuple(found))
-
-    def shared(self, texts: Iterable[str]) -> str | None:
-        """The first run of words that the texts share with those to evaluate on."""
-        for text in texts:
-            found = words(text)
-            for size, runs in ((self.size, self.runs), *self.short.items()):
-                for run in _runs(found, size):
-                    if run in runs:
-                        return " ".join(run)
+    def find_shared(self, text: str) -> str | None:
+        """The first n-gram that a text shares with the texts to evaluate on."""
+        tokens = words(text)
+        for size, ngrams in self.ngrams.items():
+            for ngram in _ngrams(tokens, size):
+                if ngram in ngrams:
+                    return " ".join(ngram)
         return None
 
 
-def _runs(found: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
-    return zip(*(found[i:] for i in range(size)), strict=False)
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def _ngrams(tokens: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
+    return zip(*(tokens[i:] for i in range(size)), strict=False)
 
 
 class LanguageCheck:
-    """Knows texts of one language.
+    """Recognises texts of one language.
 
     Args:
-        wanted: its two letters.
+        language: its two letters.
     """
 
-    def __init__(self, wanted: str) -> None:
-        require("py3langid", "generate", "telling languages apart")
+    def __init__(self, language: str) -> None:
+        require("py3langid", "generate", "language identification")
         import py3langid
 
-        self.wanted = wanted
+        self.language = language
         self._classify = py3langid.classify
 
-    def other(self, text: str) -> str | None:
-        """The language that a text is in, where it is another; short texts are not judged."""
-        if len(words(text)) < 5:
+    def other_language(self, text: str) -> str | None:
+        """The language of a text that is in another one; short texts are not checked."""
+        if len(words(text)) < MIN_WORDS_FOR_LANGUAGE:
             return None
-        found = str(self._classify(text)[0])
-        return None if found == self.wanted else found
+        language = str(self._classify(text)[0])
+        return None if language == self.language else language

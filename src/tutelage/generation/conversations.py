@@ -1,4 +1,4 @@
-"""What a generation makes: conversations, and what became of those that are none."""
+"""The conversations that a generation makes, and the requests that gave none."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tutelage.generation.requests import UNASKED, FailedRequest, Message
+from tutelage.generation.requests import NOT_SENT, FailedRequest, Message
 
 
 @dataclass
 class Conversation:
-    """A conversation that could be kept.
+    """A conversation that may go into the data.
 
     Args:
-        name: its own.
-        prompt: the name of what began it: several answers to it share that.
-        instruction: what was asked for, without the words around it.
-        messages: all of it.
-        keys: of the answers in the journal that it was made of.
-        finishes: why each of the assistant's messages ended.
+        name: unique.
+        prompt: name of the prompt that it answers; several answers share one.
+        instruction: the request without the template around it.
+        messages: all messages.
+        keys: of its answers in the journal.
+        finishes: the ``finish_reason`` of each of the assistant's messages.
         source: what it was made from.
-        score: the judge's, where one chose.
+        score: of the answer, where one was selected.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Conversation:
 
     @property
     def answers(self) -> list[str]:
-        """What the assistant says."""
+        """The assistant's messages."""
         return [message["content"] for message in self.messages if message["role"] == "assistant"]
 
 
 class RejectedConversation(NamedTuple):
-    """Something that is not kept, and why."""
+    """A conversation, or an instruction, that does not go into the data, and why."""
 
     name: str
     reason: str
@@ -51,21 +51,25 @@ class RejectedConversation(NamedTuple):
 
 @dataclass
 class GenerationOutput:
-    """What a generation came to.
+    """The result of a strategy.
 
     Args:
-        items: that could be kept, in order.
-        rejected: set aside or not worth an answer.
-        unasked: how many were not asked for, because something ended it first.
+        conversations: in order.
+        rejected: without an answer, or not worth one.
+        not_sent: requests that were not sent, because the run ended first.
     """
 
-    items: list[Conversation] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
     rejected: list[RejectedConversation] = field(default_factory=list)
-    unasked: int = 0
+    not_sent: int = 0
 
-    def without_answer(self, name: str, aside: FailedRequest, messages: Sequence[Message]) -> None:
-        """Note a conversation whose answer is missing."""
-        if aside.reason == UNASKED:
-            self.unasked += 1
+    def add_failure(self, name: str, failure: FailedRequest, messages: Sequence[Message]) -> None:
+        """Add a conversation without an answer."""
+        if failure.reason == NOT_SENT:
+            self.not_sent += 1
         else:
-            self.rejected.append(RejectedConversation(name, aside.reason, aside.detail, messages, [aside.key]))
+            self.reject(name, (failure.reason, failure.detail), messages, failure.key)
+
+    def reject(self, name: str, reason: tuple[str, str], messages: Sequence[Message], key: str) -> None:
+        """Add a conversation that is rejected for a reason, which has a detail."""
+        self.rejected.append(RejectedConversation(name, *reason, messages, [key]))

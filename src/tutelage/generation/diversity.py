@@ -1,7 +1,7 @@
-"""How varied instructions are: which verbs they begin with, and what those are done to.
+"""How varied instructions are: the verbs that they begin with, and the objects of these verbs.
 
-Self-Instruct parses sentences for the root verb and its object. Here a list of verbs, and where a noun phrase
-ends, have to do: no model is needed, and instructions are mostly imperatives.
+Self-Instruct parses sentences for the root verb and its object. Here a list of verbs and a list of words that end a
+noun phrase are enough: instructions are mostly imperatives, and no model is needed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TOKEN = re.compile(r"[A-Za-z][A-Za-z'’-]*|[^\sA-Za-z]")
 
 
 def verb_noun(text: str) -> tuple[str, str] | None:
-    """The first verb of an instruction, and the head of the noun phrase after it; ``None`` where there is no verb."""
+    """The first verb of an instruction, and the head of the noun phrase after it; ``None`` if there is no verb."""
     tokens = [token.lower() for token in TOKEN.findall(text[:400])]
     for i, token in enumerate(tokens[:25]):
         if token in VERBS:
@@ -90,29 +90,25 @@ def _singular(word: str) -> str:
 
 
 def diversity(instructions: Iterable[str], top: int = 20) -> dict[str, Any]:
-    """Counts of verbs and of the nouns that they go with.
+    """Counts of verbs and of the nouns after them.
 
     Returns:
         ``instructions``, ``with_verb``, ``verbs`` and ``pairs`` (different ones), ``bits`` (entropy of the pairs),
         and ``top``: the most frequent verbs, each with its count and its four most frequent nouns.
     """
-    total, verbs, pairs = 0, Counter[str](), Counter[tuple[str, str]]()
-    for text in instructions:
-        total += 1
-        found = verb_noun(text)
-        if found is not None:
-            verbs[found[0]] += 1
-            pairs[found] += 1
-    known = pairs.total()
-    nouns: dict[str, Counter[str]] = {}
+    parsed = [verb_noun(text) for text in instructions]
+    pairs = Counter(pair for pair in parsed if pair is not None)
+    total = pairs.total()
+    verbs, nouns = Counter[str](), dict[str, Counter[str]]()
     for (verb, noun), count in pairs.items():
+        verbs[verb] += count
         nouns.setdefault(verb, Counter())[noun or "–"] += count
     return {
-        "instructions": total,
-        "with_verb": known,
+        "instructions": len(parsed),
+        "with_verb": total,
         "verbs": len(verbs),
         "pairs": len(pairs),
-        "bits": round(sum(n / known * math.log2(known / n) for n in pairs.values()), 3) if known else 0.0,
+        "bits": round(sum(n / total * math.log2(total / n) for n in pairs.values()), 3) if total else 0.0,
         "top": [
             {"verb": verb, "count": count, "nouns": dict(_most(nouns[verb], 4))} for verb, count in _most(verbs, top)
         ],

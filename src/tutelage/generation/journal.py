@@ -1,293 +1,271 @@
-"""The journal: every answer on disk before it counts, so that none is paid for twice.
+"""The journal: an SQLite database of every call and answer, so that no answer is paid for twice.
 
-A file of JSON lines that only grows. The first says what it is of; each of the others is one of::
-
-    {"ask": KEY, "tokens": N, "cost": N}              before a request is sent: the most that it can cost
-    {"key": KEY, "tokens": N, "cost": N, "request": {...}, "response": {...}}      an answer
-    {"fail": KEY, "tokens": N, "cost": N, "reason": R, "detail": D}                a call that failed
-    {"aside": KEY, "tokens": N, "cost": N, "reason": R, "detail": D}               a request that is set aside
-    {"batch": NAME, "state": S, ...}                  a batch, and where it stands
-
-An answer can have a ``slot`` (see requests.py); what is set aside with ``again`` is asked for by the next run. Costs
-are whole numbers of 10^-12 of the currency. An ``ask`` that nothing settles was in flight when the process died: it
-may have been answered and billed, so it counts in full.
+``calls`` has a row for each call: first with the most that it can cost, later with its outcome and real cost. A row
+without outcome was in flight when a process died: it may have been answered and billed, so it counts in full.
+``results`` has the final result of each request, and ``batches`` the state of each batch. Costs are integers in units
+of 10^-12 of the currency.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
-from collections.abc import Callable, Mapping
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
-
 from tutelage.errors import JournalError
-from tutelage.files import try_lock, wrap_write_errors
-from tutelage.generation.requests import ChatAnswer, FailedRequest, Outcome, Request, canonical
+from tutelage.files import wrap_write_errors
+from tutelage.generation.requests import ChatAnswer, FailedRequest, Outcome, Request, canonical_json
 
-FORMAT = 1
-GATHER = 0.01
-"""Seconds that lines gather before one sync, since a sync for each would be the limit of all."""
+FILE = "journal.sqlite"
+FORMAT = 2
+SYNC_INTERVAL = 0.01
+"""Seconds between two syncs to disk: one sync covers all rows that were written since the last."""
+
+SCHEMA = f"""
+BEGIN;
+CREATE TABLE header (made_of TEXT NOT NULL);
+CREATE TABLE calls (id INTEGER PRIMARY KEY, key TEXT NOT NULL, tokens INTEGER NOT NULL, cost INTEGER NOT NULL,
+                    outcome TEXT, reason TEXT, detail TEXT);
+CREATE TABLE results (key TEXT PRIMARY KEY, slot TEXT, request TEXT, response TEXT, reason TEXT, detail TEXT,
+                      retry INTEGER NOT NULL);
+CREATE INDEX results_by_slot ON results (slot) WHERE slot IS NOT NULL;
+CREATE TABLE batches (name TEXT PRIMARY KEY, state TEXT NOT NULL);
+PRAGMA user_version = {FORMAT};
+"""
+"""``outcome`` is ``answer``, ``failed`` (there will be another call) or ``given up``."""
+
+_ERRNO = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES, sqlite3.SQLITE_IOERR: errno.EIO,
+}  # fmt: skip
+
+
+@contextmanager
+def _sqlite_errors(path: Path) -> Iterator[None]:
+    """Translate errors of SQLite into ours."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _ERRNO:
+            with wrap_write_errors(path):
+                raise OSError(_ERRNO[code], os.strerror(_ERRNO[code])) from error
+        what, remedy = f"is damaged: {error}", "restore the file, or choose another --out"
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            what, remedy = "another process is writing to it", "wait for it, or choose another --out"
+        raise JournalError(what, where=str(path), remedy=remedy) from None
 
 
 class Usage:
-    """What was spent: calls, tokens, and 10^-12 of the currency."""
+    """Calls, tokens, and cost in 10^-12 of the currency, over all runs of a journal."""
 
     def __init__(self, requests: int = 0, tokens: int = 0, cost: int = 0) -> None:
         self.requests, self.tokens, self.cost = requests, tokens, cost
 
 
 class Journal:
-    """A journal, open for one writer.
+    """A journal, open for one process.
 
     Args:
-        path: the file; made if absent.
-        made_of: what it is of. Another journal's is an error.
+        path: the file; created if absent.
+        made_of: describes the generation. A journal of another generation is an error.
+
+    Attributes:
+        usage: what all runs used together.
+        unsettled: for the key of each call without outcome its row, and its tokens and cost.
+        lost: how many calls were in flight when processes died.
+        batches: the state of each batch by name.
+        failure: the error that stopped the journal.
 
     Raises:
-        JournalError: another process writes to it, it is of something else, or damaged.
+        JournalError: another process writes to it, it belongs to another generation, or it is damaged.
         RunDirectoryError: it cannot be written.
     """
 
     def __init__(self, path: Path, made_of: Mapping[str, Any]) -> None:
         self.path = path
-        self.places: dict[str, tuple[int, int]] = {}
-        self.slots: dict[str, str] = {}
-        self.batches: dict[str, dict[str, Any]] = {}
-        self.spent = Usage()
-        self.lost = 0
-        self.unsettled: dict[str, tuple[int, int]] = {}
-        self._end = 0
-        self._waiting: list[Callable[[], None]] = []
-        self._committing: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "journal")
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
+        self._calls: dict[str, int] = {}
+        self._callbacks: list[Callable[[], None]] = []
+        self._syncing: asyncio.Task[None] | None = None
         with wrap_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-        try:
-            if not try_lock(self._file):
-                raise JournalError(
-                    "another process is writing to it", where=str(path), remedy="wait for it, or choose another --out"
-                )
-            self._read(made_of)
-        except BaseException:
-            os.close(self._file)
-            raise
+        with _sqlite_errors(path):
+            self._db = sqlite3.connect(path, timeout=0)
+            try:
+                self._open({"journal": FORMAT, **made_of})
+                with wrap_write_errors(path):
+                    self._log = os.open(f"{path}-wal", os.O_RDONLY)
+            except BaseException:
+                self._db.close()
+                raise
+        self._thread = ThreadPoolExecutor(1, "journal")
 
-    # Reading ---------------------------------------------------------------------------------------------
-
-    def _read(self, made_of: Mapping[str, Any]) -> None:
-        header = {"journal": FORMAT, **made_of}
-        open_asks: dict[str, tuple[int, int]] = {}
-        end = 0
-        with wrap_write_errors(self.path), open(self.path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = from_json(raw)  # json takes thrice as long
-                except ValueError:
-                    if raw.endswith(b"\n") or (number == 1 and not (canonical(header) + b"\n").startswith(raw)):
-                        raise self._damaged(number) from None
-                    break  # a killed writer's last line, cut short
-                if not isinstance(line, dict):
-                    raise self._damaged(number)
-                if number == 1:
-                    self._check(line, header)
-                else:
-                    try:
-                        self._take(line, end, len(raw), open_asks)
-                    except (KeyError, TypeError, AttributeError):
-                        raise self._damaged(number) from None
-                end += len(raw)
-                if not raw.endswith(b"\n"):
-                    with wrap_write_errors(self.path):
-                        os.write(self._file, b"\n")
-                    end += 1
-        for tokens, cost in open_asks.values():
-            self._lose(tokens, cost)
-        self.unsettled = open_asks
-        with wrap_write_errors(self.path):
-            os.ftruncate(self._file, end)
-            self._end = end
-            if end == 0:
-                self._write(canonical(header) + b"\n")
-                os.fsync(self._file)
-                folder = os.open(self.path.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
-
-    def _take(self, line: dict[str, Any], start: int, size: int, open_asks: dict[str, tuple[int, int]]) -> None:
-        if "batch" in line:
-            self.batches.setdefault(line["batch"], {}).update(line)
-            return
-        if (key := line.get("ask")) is not None:
-            if key in open_asks:
-                self._lose(*open_asks.pop(key))
-            open_asks[key] = (line["tokens"], line["cost"])
-            self.spent.requests += 1
-            return
-        key = line.get("key") or line.get("aside") or line["fail"]
-        open_asks.pop(key, None)
-        self.spent.tokens += line["tokens"]
-        self.spent.cost += line["cost"]
-        slot = line.get("slot")
-        if "fail" not in line and not (line.get("again") and slot is None):
-            self.places[key] = (start, size)
-            if slot is not None:
-                self.slots[slot] = key
-
-    def _lose(self, tokens: int, cost: int) -> None:
-        self.lost += 1
-        self.spent.tokens += tokens
-        self.spent.cost += cost
-
-    def _damaged(self, number: int) -> JournalError:
-        return JournalError(
-            f"line {number} is damaged", where=str(self.path),
-            remedy="restore the file, or delete that line: its answer is then paid for again",
-        )  # fmt: skip
-
-    def _check(self, line: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-        if "journal" not in line:
+    def _open(self, header: Mapping[str, Any]) -> None:
+        db = self._db
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA wal_autocheckpoint = 10000")
+        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("a page is malformed")
+        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            db.executescript(SCHEMA)
+            db.execute("INSERT INTO header VALUES (?)", (json.dumps(header),))
+        if db.execute("PRAGMA user_version").fetchone()[0] != FORMAT:
             raise JournalError("is no journal of answers", where=str(self.path), remedy="choose another --out")
-        differing = [k for k in header if line.get(k) != header[k]]
-        if differing:
-            shown = [f"{k} (then {line.get(k)}, now {header[k]})" for k in differing]
+        before = json.loads(db.execute("SELECT made_of FROM header").fetchone()[0])
+        different = [f"{k} (then {before.get(k)}, now {header[k]})" for k in header if before.get(k) != header[k]]
+        if different:
             raise JournalError(
-                f"is of something else: {', '.join(shown)}", where=str(self.path),
-                remedy="choose another --out, or the recipe that it is of",
+                f"belongs to another generation: {', '.join(different)}", where=str(self.path),
+                remedy="choose another --out, or the recipe that the journal belongs to",
             )  # fmt: skip
+        db.execute("DELETE FROM results WHERE retry AND slot IS NULL")
+        db.execute("UPDATE header SET made_of = made_of")  # so that this commit syncs the new log and its folder
+        db.commit()
+        db.execute("PRAGMA synchronous = NORMAL")  # commits do not sync; _sync does, for many answers at once
+        totals = db.execute("SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(cost), 0) FROM calls")
+        self.usage = Usage(*totals.fetchone())
+        rows = db.execute("SELECT key, id, tokens, cost FROM calls WHERE outcome IS NULL").fetchall()
+        self.lost = len(rows)
+        self.unsettled: dict[str, tuple[int, int, int]] = {key: tuple(rest) for key, *rest in rows}
+        self.batches: dict[str, dict[str, Any]] = {
+            name: json.loads(state) for name, state in db.execute("SELECT name, state FROM batches ORDER BY rowid")
+        }
 
     def find(self, request: Request) -> Outcome | None:
-        """What is known of a request."""
-        key = request.key
-        if key not in self.places and request.slot is not None:
-            key = self.slots.get(request.slot, key)
-        place = self.places.get(key)
-        if place is None:
+        """The outcome of a request, by its key or else by its slot."""
+        columns = "SELECT key, response, reason, detail FROM results WHERE"
+        with _sqlite_errors(self.path):
+            row = self._db.execute(f"{columns} key = ?", (request.key,)).fetchone()
+            if row is None and request.slot is not None:
+                latest = f"{columns} slot = ? ORDER BY rowid DESC"
+                row = self._db.execute(latest, (request.slot,)).fetchone()
+        if row is None:
             return None
-        line = json.loads(os.pread(self._file, place[1], place[0]))
-        if "aside" in line:
-            return FailedRequest(key, line["reason"], line.get("detail", ""))
-        choice = line["response"]["choices"][0]
+        key, response, reason, detail = row
+        if response is None:
+            return FailedRequest(key, reason, detail)
+        choice = json.loads(response)["choices"][0]
         return ChatAnswer(key, choice["message"]["content"], choice.get("finish_reason"))
 
-    def request_of(self, key: str) -> dict[str, Any]:
-        """The body of the request that was answered under ``key``."""
-        start, size = self.places[key]
-        found: dict[str, Any] = json.loads(os.pread(self._file, size, start)).get("request", {})
-        return found
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        """Write rows. After one error nothing is written any more.
 
-    # Writing ---------------------------------------------------------------------------------------------
-
-    def _write(self, line: bytes) -> None:
-        left = memoryview(line)
+        Raises:
+            RunDirectoryError: the disk refuses.
+        """
+        if self.failure is not None:
+            raise self.failure
         try:
-            while left:
-                left = left[os.write(self._file, left) :]
-        except OSError:
-            os.ftruncate(self._file, self._end)  # half a line would damage what comes after it
+            with _sqlite_errors(self.path):
+                yield self._db
+        except Exception as error:
+            self.failure = error
             raise
-        self._end += len(line)
 
-    def ask(self, key: str, tokens: int, cost: int) -> None:
-        """Write down that a request is about to be sent."""
-        self.spent.requests += 1
-        self.append(b'{"ask":"%b","tokens":%d,"cost":%d}\n' % (key.encode(), tokens, cost))
+    def begin_call(self, key: str, tokens: int, cost: int) -> None:
+        """Record a call before it is made, with the most that it can take. Commits all rows written so far."""
+        self.usage.requests += 1
+        with self._write() as db:
+            added = db.execute("INSERT INTO calls (key, tokens, cost) VALUES (?, ?, ?)", (key, tokens, cost))
+            self._calls[key] = added.lastrowid or 0
+            db.commit()
 
-    def settle(
-        self, kind: str, request: Request, tokens: int, cost: int, rest: bytes, done: Callable[[], None]
-    ) -> None:
-        """Write down what came of a request: ``done`` is called once it is on disk.
+    def resume_call(self, key: str) -> None:
+        """Take up a call that was in flight when a process died: it counts once it has an outcome."""
+        self._calls[key], tokens, cost = self.unsettled.pop(key)
+        self.usage.tokens -= tokens
+        self.usage.cost -= cost
+
+    def end_call(
+        self, request: Request, tokens: int, cost: int, done: Callable[[], None], *, response: bytes | None = None,
+        reason: str = "", detail: str = "", final: bool = True, retry: bool = False,
+    ) -> None:  # fmt: skip
+        """Record the outcome of a call.
 
         Args:
-            kind: ``key``, ``aside`` or ``fail``.
-            request: what was asked.
-            tokens: what it took.
-            cost: what it cost.
-            rest: further fields, as the end of a JSON object.
-            done: called in the event loop.
+            request: that was sent.
+            tokens: that the call took.
+            cost: of the call.
+            done: called in the event loop once the outcome is on disk.
+            response: the server's reply, where it has an answer.
+            reason: why there is no answer.
+            detail: message of the server.
+            final: whether this is the result of the request; else there will be another call.
+            retry: whether the next run sends the request again.
         """
-        self.spent.tokens += tokens
-        self.spent.cost += cost
-        slot = b"" if request.slot is None else b'"slot":%b,' % canonical(request.slot)
-        fields = (kind.encode(), request.key.encode(), tokens, cost, slot, rest)
-        start = self._end
-        size = self.append(b'{"%b":"%b","tokens":%d,"cost":%d,%b%b\n' % fields, done)
-        if kind != "fail":
-            self.places[request.key] = (start, size)
-            if request.slot is not None:
-                self.slots[request.slot] = request.key
-
-    def reopen(self, key: str) -> None:
-        """A request that was in flight when a process died still is: it counts once it is settled."""
-        tokens, cost = self.unsettled.pop(key)
-        self.spent.tokens -= tokens
-        self.spent.cost -= cost
+        self.usage.tokens += tokens
+        self.usage.cost += cost
+        outcome = "answer" if response is not None else "given up" if final else "failed"
+        key = request.key
+        with self._write() as db:
+            if final:
+                text = None if response is None else response.decode()
+                row = (key, request.slot, request.body.decode(), text, reason, detail, retry)
+                db.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            db.execute(
+                "UPDATE calls SET tokens = ?, cost = ?, outcome = ?, reason = ?, detail = ? WHERE id = ?",
+                (tokens, cost, outcome, reason, detail, self._calls.pop(key)),
+            )
+        self._callbacks.append(done)
+        if self._syncing is None:
+            self._syncing = asyncio.get_running_loop().create_task(self._sync())
 
     def note_batch(self, name: str, fields: Mapping[str, Any]) -> None:
-        """Write down where a batch stands, and wait for the disk."""
-        line = {"batch": name, **fields}
-        self.batches.setdefault(name, {}).update(line)
-        self.append(canonical(line) + b"\n")
-        with wrap_write_errors(self.path):
-            os.fsync(self._file)
+        """Record the state of a batch, and wait until it is on disk."""
+        state = self.batches.setdefault(name, {})
+        state.update(fields)
+        with self._write() as db:
+            row = (name, canonical_json(state).decode())
+            db.execute("INSERT INTO batches VALUES (?, ?) ON CONFLICT DO UPDATE SET state = excluded.state", row)
+            db.commit()
+            with wrap_write_errors(self.path):
+                os.fdatasync(self._log)
 
-    def append(self, line: bytes, done: Callable[[], None] | None = None) -> int:
-        """Write a line now, sync it soon, then call ``done``; gives the line's size.
-
-        Raises:
-            RunDirectoryError: the disk refuses.
-        """
-        with wrap_write_errors(self.path):
-            if self.failure is not None:
-                raise self.failure
-            try:
-                self._write(line)
-            except OSError as error:
-                self.failure = error
-                raise
-        if done is not None:
-            self._waiting.append(done)
-            if self._committing is None:
-                self._committing = asyncio.get_running_loop().create_task(self._commit())
-        return len(line)
-
-    async def _commit(self) -> None:
+    async def _sync(self) -> None:
+        """Commit the rows written so far, sync the write-ahead log, then call the callbacks of these rows."""
         loop = asyncio.get_running_loop()
         try:
-            while self._waiting:
-                await asyncio.sleep(GATHER)
-                waiting, self._waiting = self._waiting, []
-                await loop.run_in_executor(self._thread, os.fdatasync, self._file)
-                for done in waiting:
+            while self._callbacks:
+                await asyncio.sleep(SYNC_INTERVAL)
+                callbacks, self._callbacks = self._callbacks, []
+                with self._write() as db:
+                    db.commit()
+                    with wrap_write_errors(self.path):
+                        await loop.run_in_executor(self._thread, os.fdatasync, self._log)
+                for done in callbacks:
                     done()
-        except OSError as error:
-            self.failure = error
+        except Exception:  # noqa: BLE001  (``failure`` has it)
+            return
         finally:
-            self._committing = None
+            self._syncing = None
 
-    async def flushed(self) -> None:
-        """Wait until all is on disk.
+    async def flush(self) -> None:
+        """Wait until all rows are on disk.
 
         Raises:
             RunDirectoryError: the disk refuses.
         """
-        while self._committing is not None:
-            await asyncio.wait([self._committing])
+        while self._syncing is not None:
+            await asyncio.wait([self._syncing])
         if self.failure is not None:
-            with wrap_write_errors(self.path):
-                raise self.failure
+            raise self.failure
 
     def close(self) -> None:
-        """Sync, and let others write."""
+        """Write all rows to disk and release the lock."""
+        self._thread.shutdown()
+        os.close(self._log)
         try:
-            with wrap_write_errors(self.path):
-                os.fsync(self._file)
+            with _sqlite_errors(self.path):
+                self._db.commit()
         finally:
-            self._thread.shutdown()
-            os.close(self._file)
+            self._db.close()

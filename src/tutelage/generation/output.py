@@ -1,20 +1,23 @@
-"""The files of a generation: conversations that `datasets` loads, what was rejected, and a card that describes both.
+"""The files of a generation: conversations that `datasets` loads, the rejected ones, and a data card.
 
-All are a function of recipe and journal: an interrupted run leaves the same bytes as one that was not.
+All are a function of recipe and journal: an interrupted run leaves the same bytes as one without interruption.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from tutelage.config import Generations
 from tutelage.files import atomic_folder, write_text
@@ -31,150 +34,119 @@ SCHEMA = pa.schema([
     ("model", pa.string()),
     ("templates", pa.string()),
 ])  # fmt: skip
-"""A conversation, what it was made from, and the journal's keys of the answers in it."""
+"""A conversation, what it was made from, and the keys of its answers in the journal."""
+
+SIZES = (10**3, 10**4, 10**5, 10**6, 10**7)
+SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "n>10M")
 
 
-def rows(items: Sequence[Conversation], settings: Generations, version: str) -> list[dict[str, Any]]:
-    """Items as they are written."""
-    return [
-        {
-            "id": item.name,
-            "messages": [{"role": m["role"], "content": m["content"]} for m in item.messages],
-            "source": item.source,
-            "keys": item.keys,
-            "finish": item.finishes,
-            "score": item.score,
-            "model": settings.endpoint.model,
-            "templates": version,
-        }
-        for item in items
-    ]
+def render(template: str, **values: Any) -> str:
+    """A template of this package, filled in."""
+    text = resources.files(__package__).joinpath("page_templates", template).read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["quote"] = _quote
+    environment.filters["percent"] = lambda share, digits: f"{share:.{digits}%}"
+    return environment.from_string(text).render(values)
 
 
-def _parquet(found: list[dict[str, Any]], path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(found, schema=SCHEMA), path, compression="zstd")
+def _quote(text: str) -> str:
+    """A text on one line, with special characters of Markdown and HTML escaped."""
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(text.split())[:600])
 
 
-def _jsonl(found: list[dict[str, Any]], path: Path) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
-
-
-WRITERS = {"jsonl": _jsonl, "parquet": _parquet}
-
-
-def write(
+def write_output(
     path: Path,
     name: str,
     settings: Generations,
     version: str,
-    kept: Sequence[Conversation],
+    accepted: Sequence[Conversation],
     rejected: Sequence[RejectedConversation],
 ) -> dict[str, Any]:
-    """Write data, rejected items and card; gives what the card counts.
+    """Write data, rejected conversations and card.
 
     Args:
         path: the folder.
         name: of the recipe.
         settings: the recipe's section.
         version: the hash of its templates.
-        kept: in order.
+        accepted: in order.
         rejected: in order.
+
+    Returns:
+        ``kept``, ``splits``, ``rejected`` and ``diversity``, for ``summary.json``.
 
     Raises:
         RunDirectoryError: the disk refuses.
     """
-    splits = divided(kept, settings.held_out)
+    splits = split_conversations(accepted, settings.held_out)
     with atomic_folder(path / "data") as folder:
         for split, items in splits.items():
-            WRITERS[settings.format](rows(items, settings, version), folder / f"{split}.{settings.format}")
+            rows = [
+                {
+                    "id": item.name, "messages": [dict(message) for message in item.messages], "source": item.source,
+                    "keys": item.keys, "finish": item.finishes, "score": item.score,
+                    "model": settings.endpoint.model, "templates": version,
+                }
+                for item in items
+            ]  # fmt: skip
+            file = folder / f"{split}.{settings.format}"
+            if settings.format == "parquet":
+                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd")
+            else:
+                file.write_text(_json_lines(rows), encoding="utf-8")
     lines = [
-        json.dumps(
-            {
-                "id": r.name,
-                "reason": r.reason,
-                "detail": r.detail,
-                "messages": list(r.messages),
-                "keys": list(r.keys),
-            },
-            ensure_ascii=False,
-        )
+        {"id": r.name, "reason": r.reason, "detail": r.detail, "messages": list(r.messages), "keys": list(r.keys)}
         for r in rejected
     ]
-    write_text(path / "rejected.jsonl", "".join(line + "\n" for line in lines))
-    counts = dict(sorted(Counter(r.reason for r in rejected).items(), key=lambda pair: (-pair[1], pair[0])))
-    found = {
-        "kept": len(kept),
+    write_text(path / "rejected.jsonl", _json_lines(lines))
+    counts = Counter(r.reason for r in rejected)
+    figures = {
+        "kept": len(accepted),
         "splits": {split: len(items) for split, items in splits.items()},
-        "rejected": counts,
-        "diversity": diversity({i.prompt: i.instruction for i in kept}.values()),
+        "rejected": dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))),
+        "diversity": diversity({i.prompt: i.instruction for i in accepted}.values()),
     }
-    write_text(path / "README.md", card(name, settings, version, found))
-    return found
+    write_text(path / "README.md", data_card(name, settings, version, figures))
+    return figures
 
 
-def divided(kept: Sequence[Conversation], held_out: int) -> dict[str, list[Conversation]]:
-    """``train``, and with ``held_out`` prompts also ``test``: those whose words have the smallest hashes.
+def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    More conversations then move few of them, and all answers to a prompt are on one side.
+
+def split_conversations(items: Sequence[Conversation], held_out: int) -> dict[str, list[Conversation]]:
+    """``train``, and with ``held_out`` prompts also ``test``: those whose instructions have the smallest hashes.
+
+    So more conversations move few of them, and all answers to a prompt are in one split.
     """
     if not held_out:
-        return {"train": list(kept)}
-    ranks = {item.prompt: hashlib.sha256(item.instruction.encode()).digest() for item in kept}
-    away = set(sorted(ranks, key=lambda prompt: (ranks[prompt], prompt))[:held_out])
+        return {"train": list(items)}
+    ranks = {item.prompt: hashlib.sha256(item.instruction.encode()).digest() for item in items}
+    test = set(sorted(ranks, key=lambda prompt: (ranks[prompt], prompt))[:held_out])
     return {
-        "train": [item for item in kept if item.prompt not in away],
-        "test": [item for item in kept if item.prompt in away],
+        "train": [item for item in items if item.prompt not in test],
+        "test": [item for item in items if item.prompt in test],
     }
 
 
-SIZES = (10**3, 10**4, 10**5, 10**6, 10**7)
-SIZE_WORDS = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "n>10M")
+def data_card(name: str, settings: Generations, version: str, figures: Mapping[str, Any]) -> str:
+    """The data card: a header that `datasets` reads, and a description of the data.
 
-
-def card(name: str, settings: Generations, version: str, found: dict[str, Any]) -> str:
-    """The data card: a header that `datasets` reads, and what a person wants to know."""
-    kept = found["kept"]
+    It has what determines the data, so neither the server's address nor the cost.
+    """
+    files = [{"split": split, "path": f"data/{split}.{settings.format}"} for split in figures["splits"]]
     header = {
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [
-                    {"split": split, "path": f"data/{split}.{settings.format}"} for split in found["splits"]
-                ],
-            }
-        ],
+        "configs": [{"config_name": "default", "data_files": files}],
         **({"language": [settings.quality.language]} if settings.quality.language else {}),
         "pretty_name": name,
-        "size_categories": [SIZE_WORDS[sum(kept >= size for size in SIZES)]],
+        "size_categories": [SIZE_CATEGORIES[sum(figures["kept"] >= size for size in SIZES)]],
         "tags": ["synthetic", "distillation"],
         "task_categories": ["text-generation"],
     }
-    made = yaml.safe_dump(
-        settings.model_dump(mode="json", exclude_none=True, include=_described(settings)), sort_keys=False,
-        allow_unicode=True, width=118,
+    recipe = settings.model_dump(mode="json", exclude_none=True, exclude={"endpoint", "budget", "format"})
+    return render(
+        "card.md.jinja", name=name, settings=settings, version=version, accepted=figures["kept"],
+        rejected=figures["rejected"], diversity=figures["diversity"],
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=118).rstrip(),
     )  # fmt: skip
-    varied = found["diversity"]
-    lines = [
-        "---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {name}", "",
-        f"{kept:,} conversations by the model {settings.endpoint.model}, made by `tutelage generate` "
-        f"(kind: {settings.kind}). Whoever uses them is bound by the terms of that model.", "",
-        "Each row has `messages`, its `source`, the `keys` of its answers in `journal.jsonl`, and why each answer "
-        f"ended. Templates are of version {version}. What was not kept is in `rejected.jsonl`.", "",
-        "| not kept, because | conversations |", "| --- | ---: |",
-        *(f"| {reason} | {count:,} |" for reason, count in found["rejected"].items()),
-        *(["| – | 0 |"] if not found["rejected"] else []), "",
-        "## What the instructions ask for", "",
-        f"{varied['with_verb']:,} of {varied['instructions']:,} instructions have a verb of the list: "
-        f"{varied['verbs']:,} different verbs, {varied['pairs']:,} pairs of verb and noun, "
-        f"{varied['bits']:.2f} bits.", "",
-        "| verb | instructions | with |", "| --- | ---: | --- |",
-        *(f"| {one['verb']} | {one['count']:,} | {', '.join(f'{n} ({c})' for n, c in one['nouns'].items())} |"
-          for one in varied["top"]), "",
-        "## How it was made", "", "```yaml", made.rstrip(), "```", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _described(settings: Generations) -> set[str]:
-    """What of the recipe says how the data came about: not where the server is, nor what was paid."""
-    return set(type(settings).model_fields) - {"endpoint", "budget", "format"}

@@ -1,4 +1,4 @@
-"""What a person sees while text is generated: a live line in a terminal, a plain line now and then elsewhere."""
+"""Progress of a generation: a live line in a terminal, a plain line from time to time elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 
 from rich.live import Live
 from rich.text import Text
@@ -14,51 +15,45 @@ from tutelage.generation.budget import UNIT
 from tutelage.generation.scheduler import Scheduler
 from tutelage.progress import Terminal
 
-EVERY = 0.25
-"""Seconds between two looks in a terminal."""
+LIVE_INTERVAL = 0.25
+"""Seconds between two updates in a terminal."""
 
-SELDOM = 10.0
+LINE_INTERVAL = 10.0
 """Seconds between two lines elsewhere."""
 
 
 class ProgressLine:
-    """Counts of the desk, in words.
+    """The counts of a scheduler as text.
 
     Args:
-        desk: what is watched.
-        priced: whether prices are known.
+        scheduler: has the counts.
+        has_prices: whether the cost is shown.
     """
 
-    def __init__(self, desk: Scheduler, priced: bool) -> None:
-        self.desk, self.priced = desk, priced
-        self.name, self.began, self.at_first = "", time.monotonic(), 0
+    def __init__(self, scheduler: Scheduler, has_prices: bool) -> None:
+        self.scheduler, self.has_prices = scheduler, has_prices
+        self.name, self.start, self.first = "", time.monotonic(), 0
 
-    def line(self) -> str:
-        """One line: what is asked, done, in flight, failed, tokens, money, time left."""
-        meter, spent, now = self.desk.meter, self.desk.journal.spent, time.monotonic()
-        if meter.name != self.name:
-            self.name, self.began, self.at_first = meter.name, now, meter.done
-        parts = [f"{meter.name}: {meter.done:,}/{meter.total:,}", f"{meter.flying} in flight"]
-        parts += [f"{meter.failed:,} calls failed"] if meter.failed else []
-        parts += [f"{meter.aside:,} set aside"] if meter.aside else []
-        parts.append(f"{spent.tokens:,} tokens")
-        parts += [f"{spent.cost / UNIT:.4f} spent"] if self.priced else []
-        done, seconds = meter.done - self.at_first, now - self.began
-        if done > 0 and seconds > 1 and meter.done < meter.total:
-            parts.append(f"{_clock((meter.total - meter.done) * seconds / done)} left")
+    def text(self) -> str:
+        """One line: requests done, in flight and failed, tokens, cost, time left."""
+        counts, usage, now = self.scheduler.counts, self.scheduler.journal.usage, time.monotonic()
+        if counts.name != self.name:
+            self.name, self.start, self.first = counts.name, now, counts.done
+        parts = [f"{counts.name}: {counts.done:,}/{counts.total:,}", f"{counts.in_flight} in flight"]
+        parts += [f"{counts.failed:,} calls failed"] if counts.failed else []
+        parts += [f"{counts.given_up:,} given up"] if counts.given_up else []
+        parts.append(f"{usage.tokens:,} tokens")
+        parts += [f"{usage.cost / UNIT:.4f} spent"] if self.has_prices else []
+        done, seconds = counts.done - self.first, now - self.start
+        if done > 0 and seconds > 1 and counts.done < counts.total:
+            parts.append(f"{timedelta(seconds=round((counts.total - counts.done) * seconds / done))} left")
         return ", ".join(parts)
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 @asynccontextmanager
-async def shown(terminal: Terminal, sight: ProgressLine) -> AsyncIterator[None]:
-    """Show the desk's counts as long as the block lasts."""
-    task = asyncio.create_task(_follow(terminal, sight))
+async def show_progress(terminal: Terminal, line: ProgressLine) -> AsyncIterator[None]:
+    """Show the line while the block runs."""
+    task = asyncio.create_task(_update(terminal, line))
     try:
         yield
     finally:
@@ -66,12 +61,12 @@ async def shown(terminal: Terminal, sight: ProgressLine) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
-async def _follow(terminal: Terminal, sight: ProgressLine) -> None:
+async def _update(terminal: Terminal, line: ProgressLine) -> None:
     if not terminal.live:
         while True:
-            await asyncio.sleep(SELDOM)
-            terminal.say(sight.line())
+            await asyncio.sleep(LINE_INTERVAL)
+            terminal.say(line.text())
     with Live(console=terminal.console, transient=True, auto_refresh=False) as live:
         while True:
-            live.update(Text(sight.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
-            await asyncio.sleep(EVERY)
+            live.update(Text(line.text(), no_wrap=True, overflow="ellipsis"), refresh=True)
+            await asyncio.sleep(LIVE_INTERVAL)

@@ -53,70 +53,69 @@ def _txt(path: Path) -> Iterator[PromptRow]:
 READERS: dict[str, Callable[[Path], Iterator[PromptRow]]] = {
     ".csv": _csv, ".json": _json, ".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt,
 }  # fmt: skip
-"""How a file is read, by the end of its name."""
+"""Readers by the suffix of the file."""
 
 
-def rows_of(given: str, what: str) -> list[PromptRow]:
+def read_rows(file: str, what: str) -> list[PromptRow]:
     """The rows of a file.
 
     Args:
-        given: its path.
-        what: is in it, for messages: ``prompts``.
+        file: its path.
+        what: it holds, for messages: ``prompts``.
 
     Raises:
         DataError: it cannot be read, or is empty.
     """
-    path = Path(given)
+    path = Path(file)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"is no file of {what}", where=given, remedy=f"its name must end in one of: {', '.join(READERS)}"
+            f"is no file of {what}", where=file, remedy=f"its name must end in one of: {', '.join(READERS)}"
         )
     try:
         rows = list(reader(path))
     except DataError:
         raise
-    except OSError as error:
-        raise DataError(f"cannot be read: {refusal(error)}", where=given, remedy=f"give a file of {what}") from None
-    except Exception as error:  # noqa: BLE001  (pyarrow, csv and json have each their own)
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot be read: {reason}", where=given, remedy=f"give a file of {what}") from None
+    except Exception as error:  # noqa: BLE001  (pyarrow, csv and json each have errors of their own)
+        reason = refusal(error) if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+        raise DataError(f"cannot be read: {reason}", where=file, remedy=f"give a file of {what}") from None
     if not rows:
-        raise DataError(f"holds no {what}", where=given, remedy="it is empty; give one that is not")
+        raise DataError(f"holds no {what}", where=file, remedy="give a file that is not empty")
     return rows
 
 
-def named(rows: list[PromptRow], given: str) -> list[str]:
+def row_names(rows: list[PromptRow], file: str) -> list[str]:
     """The name of each row: its column ``id``, or its number.
 
     Raises:
-        DataError: two rows have the same.
+        DataError: two rows have the same name.
     """
     names = [str(row["id"]) if row.get("id") is not None else str(i) for i, row in enumerate(rows)]
     if len(set(names)) != len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise DataError(f"two rows have the id {twice!r}", where=given, remedy="give each its own, or none")
+        raise DataError(
+            f"two rows have the id {twice!r}", where=file, remedy="give each row an id of its own, or none"
+        )
     return names
 
 
-def tasks_of(given: str | None) -> list[str]:
-    """Seed tasks: of a file, or our own.
+def read_tasks(file: str | None) -> list[str]:
+    """Seed tasks from a file; without one, those of this package.
 
     Raises:
         DataError: the file cannot be read, is empty, or a row has no ``instruction``.
     """
-    if given is None:
+    if file is None:
         text = resources.files(__package__).joinpath("seeds.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines()]
     else:
-        rows = rows_of(given, "tasks")
+        rows = read_rows(file, "tasks")
     tasks = []
     for number, row in enumerate(rows, 1):
-        task = row.get("instruction", row.get("prompt"))
+        task, more = row.get("instruction", row.get("prompt")), row.get("input")
         if not isinstance(task, str) or not task.strip():
             raise DataError(
-                f"row {number} has no instruction", where=str(given), remedy="each needs a column 'instruction'"
+                f"row {number} has no instruction", where=str(file), remedy="each row needs a column 'instruction'"
             )
-        more = row.get("input")
         tasks.append(task.strip() + (f"\n\n{more.strip()}" if isinstance(more, str) and more.strip() else ""))
     return tasks

@@ -1,4 +1,4 @@
-"""Waves of requests carried through the desk, over a journal in a folder of its own."""
+"""Runs a plan of request batches through the scheduler, with a journal in a folder of its own."""
 
 from __future__ import annotations
 
@@ -14,96 +14,95 @@ from tutelage.generation.answers import RequestPlan
 from tutelage.generation.batch_api import BatchClient
 from tutelage.generation.budget import UNIT, Budget
 from tutelage.generation.client import ChatClient
-from tutelage.generation.journal import Journal
-from tutelage.generation.progress import ProgressLine, shown
+from tutelage.generation.journal import FILE, Journal
+from tutelage.generation.progress import ProgressLine, show_progress
 from tutelage.generation.scheduler import RequestBatch, RequestClient, Scheduler
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
 
-APIS: dict[str, Callable[..., RequestClient]] = {"batch": BatchClient, "live": ChatClient}
-"""How an endpoint is asked."""
+CLIENTS: dict[str, Callable[..., RequestClient]] = {"batch": BatchClient, "live": ChatClient}
+"""Clients by ``endpoint.api``."""
 
 T = TypeVar("T")
 
 
-def opened(path: Path, made_of: Mapping[str, Any]) -> Journal:
-    """The journal of a folder, which is made if it is not there.
+def open_journal(folder: Path, made_of: Mapping[str, Any]) -> Journal:
+    """The journal of a folder; both are created if absent.
 
     Raises:
         RunDirectoryError: the folder is a file, or cannot be written.
-        JournalError: it holds something else, another journal, or one that another process writes to.
+        JournalError: it holds other files, another journal, or one that another process writes to.
     """
-    with wrap_write_errors(path):
-        if path.exists() and not path.is_dir():
-            raise RunDirectoryError("is a file", where=str(path), remedy="choose another --out")
-        others = [p.name for p in path.iterdir()] if path.is_dir() else []
-    if others and "journal.jsonl" not in others:
+    with wrap_write_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise RunDirectoryError("is a file", where=str(folder), remedy="choose another --out")
+        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if names and FILE not in names:
         raise JournalError(
-            "is not empty, and holds no journal of answers", where=str(path),
-            remedy="choose an empty or new folder as --out",
-        )  # fmt: skip
-    return Journal(path / "journal.jsonl", made_of)
+            f"is not empty, and holds no {FILE}", where=str(folder), remedy="choose an empty or new folder as --out"
+        )
+    return Journal(folder / FILE, made_of)
 
 
-def carry_out(
-    steps: RequestPlan[T],
+def run_plan(
+    plan: RequestPlan[T],
     first: RequestBatch | None,
     journal: Journal,
-    asked: Mapping[str, EndpointConfig],
+    endpoints: Mapping[str, EndpointConfig],
     limits: BudgetConfig,
     terminal: Terminal,
 ) -> tuple[T, Scheduler]:
-    """Ask wave after wave until there is a result.
+    """Send batch after batch of a plan until it returns its result.
 
     Args:
-        steps: give waves, are sent their outcomes, and end with the result.
-        first: the wave that they gave already.
-        journal: what was answered.
-        asked: endpoints by the names that requests have for them.
+        plan: yields request batches, and receives their outcomes.
+        first: the batch that it yielded already.
+        journal: open.
+        endpoints: by the roles of requests.
         limits: what may be spent.
-        terminal: where progress is shown.
+        terminal: shows the progress.
 
     Returns:
-        The result, and the desk, which knows whether the budget was the end.
+        The result, and the scheduler, whose ``exceeded`` tells whether the budget ended the run.
 
     Raises:
-        Interrupted: a person asked to stop.
-        TutelageError: as :meth:`Scheduler.ask`.
+        Interrupted: the user asked to stop.
+        TutelageError: as :meth:`Scheduler.outcomes`.
     """
-    desk = Scheduler(journal, Budget(limits, journal.spent), lambda: False)
-    with stopping(terminal.say, "asking no more, and waiting for what is in flight") as stop:
-        desk.stop = stop
+    scheduler = Scheduler(journal, Budget(limits, journal.usage), lambda: False)
+    with stopping(terminal.say, "sending no more requests, and waiting for those in flight") as should_stop:
+        scheduler.should_stop = should_stop
         try:
-            return asyncio.run(_all_waves(steps, first, desk, asked, bool(limits.prices), terminal)), desk
+            result = asyncio.run(_send_batches(plan, first, scheduler, endpoints, bool(limits.prices), terminal))
         except KeyboardInterrupt:
             raise Interrupted(
-                "stopped at once; what was in flight is lost, every other answer is in the journal"
+                "stopped at once; answers in flight are lost, every other answer is in the journal"
             ) from None
+    return result, scheduler
 
 
-async def _all_waves(
-    steps: RequestPlan[T], wave: RequestBatch | None, desk: Scheduler, asked: Mapping[str, EndpointConfig],
-    priced: bool,
-    terminal: Terminal,
+async def _send_batches(
+    plan: RequestPlan[T], batch: RequestBatch | None, scheduler: Scheduler, endpoints: Mapping[str, EndpointConfig],
+    has_prices: bool, terminal: Terminal,
 ) -> T:  # fmt: skip
-    desk.batch = {to for to, endpoint in asked.items() if endpoint.api == "batch"}
-    desk.endpoints = {to: APIS[endpoint.api](endpoint, desk) for to, endpoint in asked.items()}
+    scheduler.batch_roles = {role for role, endpoint in endpoints.items() if endpoint.api == "batch"}
+    scheduler.clients = {role: CLIENTS[endpoint.api](endpoint, scheduler) for role, endpoint in endpoints.items()}
     try:
-        async with shown(terminal, ProgressLine(desk, priced)):
+        async with show_progress(terminal, ProgressLine(scheduler, has_prices)):
             while True:
-                outcomes = [] if wave is None else await desk.ask(wave)
+                outcomes = [] if batch is None else await scheduler.outcomes(batch)
                 try:
-                    wave = steps.send(outcomes)
+                    batch = plan.send(outcomes)
                 except StopIteration as end:
                     result: T = end.value
                     return result
     finally:
-        for endpoint in desk.endpoints.values():
-            await endpoint.close()
+        for client in scheduler.clients.values():
+            await client.close()
 
 
-def spent_of(journal: Journal, limits: BudgetConfig) -> dict[str, Any]:
-    """What was spent, over all runs with a journal, as ``summary.json`` has it."""
-    spent = journal.spent
-    priced = {"cost": spent.cost / UNIT} if limits.prices else {}
-    return {"requests": spent.requests, "tokens": spent.tokens, **priced, "in_flight_when_killed": journal.lost}
+def usage_summary(journal: Journal, limits: BudgetConfig) -> dict[str, Any]:
+    """What all runs of a journal used, for ``summary.json``."""
+    usage = journal.usage
+    cost = {"cost": usage.cost / UNIT} if limits.prices else {}
+    return {"requests": usage.requests, "tokens": usage.tokens, **cost, "in_flight_when_killed": journal.lost}

@@ -1,4 +1,4 @@
-"""What is asked of an endpoint, and what comes of it."""
+"""Requests to an endpoint, and their outcomes."""
 
 from __future__ import annotations
 
@@ -11,79 +11,81 @@ from typing import Any, NamedTuple
 from tutelage.config import EndpointConfig, SamplingConfig
 
 Message = Mapping[str, str]
-"""``role`` and ``content``."""
+"""A chat message: ``role`` and ``content``."""
 
 
-def canonical(value: Any) -> bytes:
-    """JSON that is the same bytes for the same value."""
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values give equal bytes."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 class RequestParameters:
-    """Who is asked, and how: all that requests of one kind have in common.
+    """The model and the sampling parameters that requests of one kind share.
 
     Args:
         endpoint: the server and its model.
-        sampling: how it draws.
-        to: the name of the endpoint in this generation, ``teacher`` or ``judge``.
+        sampling: temperature, top-p, max_tokens and so on.
+        role: name of the endpoint in this generation, ``teacher`` or ``judge``.
     """
 
-    def __init__(self, endpoint: EndpointConfig, sampling: SamplingConfig, to: str = "teacher") -> None:
-        drawn = {
+    def __init__(self, endpoint: EndpointConfig, sampling: SamplingConfig, role: str = "teacher") -> None:
+        options = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             endpoint.limit_key: sampling.max_tokens,
             "stop": sampling.stop,
         }
-        self.to, self.model, self.max_tokens = to, endpoint.model, sampling.max_tokens
-        self.body = {"model": endpoint.model, **{k: v for k, v in drawn.items() if v is not None}, **sampling.extra}
-        self.head = canonical(self.body)
+        self.role, self.model, self.max_tokens = role, endpoint.model, sampling.max_tokens
+        self.body = {"model": endpoint.model, **{k: v for k, v in options.items() if v is not None}, **sampling.extra}
+        self.json = canonical_json(self.body)
 
 
 class Request:
-    """One answer that is wanted.
+    """A request for one answer.
 
     Args:
-        manner: who is asked, and how.
+        parameters: model and sampling parameters.
         messages: the conversation so far.
-        sample: the number of the answer, where several are wanted to the same messages.
-        slot: a name under which an answer in the journal is taken, whatever its messages were. Only where messages
-            depend on what was kept before, and another filter shall read the same answers.
+        sample: index of the answer, where several are requested for the same messages.
+        slot: a second name of the answer in the journal. An answer with this slot is used whatever its messages were.
+            Needed where the messages depend on earlier filtering and another filter must read the same answers.
     """
 
     def __init__(
-        self, manner: RequestParameters, messages: Sequence[Message], sample: int = 0, slot: str | None = None
+        self, parameters: RequestParameters, messages: Sequence[Message], sample: int = 0, slot: str | None = None
     ) -> None:
-        self.manner, self.messages, self.sample, self.slot = manner, messages, sample, slot
+        self.parameters, self.messages, self.sample, self.slot = parameters, messages, sample, slot
 
     @cached_property
-    def asked(self) -> bytes:
+    def messages_json(self) -> bytes:
         """The messages as JSON."""
-        return canonical(list(self.messages))
+        return canonical_json(list(self.messages))
 
     @cached_property
     def key(self) -> str:
-        """The journal's name of the answer: a hash of model, parameters, messages and sample."""
-        return hashlib.sha256(b"%b\n%b\n%d" % (self.manner.head, self.asked, self.sample)).hexdigest()[:32]
+        """Name of the answer in the journal: a hash of model, parameters, messages and sample."""
+        return hashlib.sha256(b"%b\n%b\n%d" % (self.parameters.json, self.messages_json, self.sample)).hexdigest()[
+            :32
+        ]
 
     @property
     def body(self) -> bytes:
-        """What is sent."""
-        return b'%b,"messages":%b}' % (self.manner.head[:-1], self.asked)
+        """The JSON body of the HTTP request."""
+        return b'%b,"messages":%b}' % (self.parameters.json[:-1], self.messages_json)
 
     @property
-    def most_in(self) -> int:
-        """Tokens that the messages cannot exceed: a token is a byte at least, and templates add some."""
-        return len(self.asked) + 64 + 16 * len(self.messages)
+    def max_prompt_tokens(self) -> int:
+        """Upper bound of the prompt's tokens: one per byte, and some for the chat template."""
+        return len(self.messages_json) + 64 + 16 * len(self.messages)
 
 
 class ChatAnswer(NamedTuple):
-    """What a model said.
+    """An answer of a model.
 
     Args:
-        key: of the line in the journal.
-        text: what it said.
-        finish: why it ended, as the server gives it: ``stop``, ``length`` ...
+        key: name in the journal.
+        text: of the answer.
+        finish: the server's ``finish_reason``: ``stop``, ``length`` ...
     """
 
     key: str
@@ -96,8 +98,8 @@ class FailedRequest(NamedTuple):
 
     Args:
         key: of the request.
-        reason: one of a few words, such as ``content filter``.
-        detail: what the server said.
+        reason: a short category, such as ``content filter``.
+        detail: message of the server.
     """
 
     key: str
@@ -105,7 +107,7 @@ class FailedRequest(NamedTuple):
     detail: str = ""
 
 
-UNASKED = "not asked"
-"""The reason where budget or a person ended things first."""
+NOT_SENT = "not asked"
+"""The reason of a request that was not sent, because the budget or the user ended the run first."""
 
 Outcome = ChatAnswer | FailedRequest

@@ -1,41 +1,40 @@
-"""What a server's reply means: an answer, another try, a request to set aside, or the end of it all."""
+"""The meaning of a server's reply: an answer, a transient error, a refused request, or an error that ends the run."""
 
 from __future__ import annotations
 
-import email.utils
 import json
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from tutelage.servers import RETRYABLE, error_message, retry_after
+
+TokenUsage = tuple[int, int]
+"""Tokens of the prompt and of the answer."""
 
 
 class ValidResponse(NamedTuple):
     """An answer.
 
     Args:
-        raw: the reply, as one line of JSON.
-        text: what the model said.
-        finish: why it ended.
-        usage: tokens of the prompt and of the answer, where the server counts them.
+        raw: the JSON reply.
+        usage: where the server counts tokens.
     """
 
     raw: bytes
-    text: str
-    finish: str | None
-    usage: tuple[int, int] | None
+    usage: TokenUsage | None
 
 
 class RetryableError(NamedTuple):
-    """A fault that may pass.
+    """An error that may pass.
 
     Args:
-        reason: in a few words.
+        reason: a short category.
         after: seconds that the server asks to wait.
         overloaded: the server has too much to do.
-        billed: the server may have generated, and charged for, what was lost.
-        detail: what it said.
-        usage: tokens, where the server counts them all the same.
-        final: the server is well, and only this answer is not.
+        billed: the server may have generated, and charged for, an answer that was lost.
+        detail: message of the server.
+        usage: where the server counts tokens all the same.
+        final: the server works, and only this answer is invalid.
     """
 
     reason: str
@@ -43,7 +42,7 @@ class RetryableError(NamedTuple):
     overloaded: bool = False
     billed: bool = False
     detail: str = ""
-    usage: tuple[int, int] | None = None
+    usage: TokenUsage | None = None
     final: bool = False
 
 
@@ -53,30 +52,38 @@ class RequestRefused(NamedTuple):
     reason: str
     detail: str = ""
     billed: bool = False
-    usage: tuple[int, int] | None = None
+    usage: TokenUsage | None = None
 
 
 class FatalResponse(NamedTuple):
-    """Nothing that is asked will be answered.
+    """An error that every request would get.
 
     Args:
         what: is wrong.
         remedy: what to do.
-        served: whether a list of the models that are served would help.
+        list_models: whether a list of the server's models would help.
     """
 
     what: str
     remedy: str
-    served: bool = False
+    list_models: bool = False
 
 
 ParsedResponse = ValidResponse | RetryableError | RequestRefused | FatalResponse
 
-LONGEST_WAIT = 3600.0
-"""Seconds of Retry-After above which it is better to stop."""
+LONGEST_RETRY_AFTER = 3600.0
+"""Seconds; a server that asks for a longer wait ends the run."""
 
 NO_MODEL = ("model_not_found", "model_not_supported", "invalid_model")
 NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+
+FATAL = {
+    401: ("the key is not accepted", "set the variable that endpoint.key_env names to a valid key"),
+    402: ("the account is exhausted", "add credit, then run the same command again"),
+    403: ("access is refused", "check what the key may do, and endpoint.model"),
+    404: ("there is nothing at that address", "correct endpoint.url: most end in /v1"),
+}
+"""Status codes that end the run, with what is wrong and what to do."""
 
 
 def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> ParsedResponse:
@@ -85,31 +92,24 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Pars
     Args:
         status: of HTTP.
         headers: names in lower case.
-        body: whole, as it came.
+        body: of the reply.
     """
     if 200 <= status < 300:
         return _answer(body)
-    code, said = _error(body)
-    detail = f"{status}: {said}" if said else str(status)
-    if code in NO_MODEL or (status in (400, 404) and _denies(said)):
-        return FatalResponse(f"the model is not served ({detail})", "correct endpoint.model", served=True)
-    if code in NO_MONEY or status == 402:
-        return FatalResponse(f"the account is exhausted ({detail})", "fill it up, then run the same command again")
-    if status == 401:
-        return FatalResponse(
-            f"the key is not accepted ({detail})", "set the variable that endpoint.key_env names to a valid key"
-        )
-    if status == 403:
-        return FatalResponse(f"access is refused ({detail})", "check what the key may do, and endpoint.model")
-    if status == 404:
-        return FatalResponse(
-            f"there is nothing at that address ({detail})", "correct endpoint.url: most end in /v1", served=True
-        )
+    code, message = error_message(body)
+    detail = f"{status}: {message}" if message else str(status)
+    if code in NO_MODEL or (status in (400, 404) and _has_no_model(message)):
+        return FatalResponse(f"the model is not served ({detail})", "correct endpoint.model", list_models=True)
+    if code in NO_MONEY:
+        status = 402
+    if status in FATAL:
+        what, remedy = FATAL[status]
+        return FatalResponse(f"{what} ({detail})", remedy, list_models=status == 404)
     if 300 <= status < 400:
-        return FatalResponse(f"the server sends elsewhere ({detail})", "give the final address as endpoint.url")
-    if status in (408, 409, 425, 429) or status >= 500:
+        return FatalResponse(f"the server redirects ({detail})", "give the final address as endpoint.url")
+    if status in RETRYABLE or status >= 500:
         after = retry_after(headers)
-        if after is not None and after > LONGEST_WAIT:
+        if after is not None and after > LONGEST_RETRY_AFTER:
             return FatalResponse(
                 f"the server asks to wait {after / 3600:.1f} hours ({detail})", "run the same command again then"
             )
@@ -117,7 +117,7 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Pars
             f"status {status}", after=after, overloaded=status in (408, 429, 503, 504, 529),
             billed=status in (408, 504), detail=detail,
         )  # fmt: skip
-    if "content_filter" in (code, said) or "content_policy_violation" in code:
+    if "content_filter" in (code, message) or "content_policy_violation" in code:
         return RequestRefused("content filter", detail)
     return RequestRefused("refused by the server", detail)
 
@@ -130,10 +130,9 @@ def _answer(body: bytes) -> ParsedResponse:
     except ValueError:
         return RetryableError("invalid reply", billed=True, detail=f"{len(body)} bytes that are no JSON object")
     usage = _usage(reply.get("usage"))
+    billed = usage is None
     if reply.get("error"):
-        return RetryableError(
-            "error in the reply", billed=usage is None, detail=str(reply["error"])[:300], usage=usage
-        )
+        return RetryableError("error in the reply", billed=billed, detail=str(reply["error"])[:300], usage=usage)
     try:
         choice = reply["choices"][0]
         finish = choice.get("finish_reason")
@@ -141,57 +140,24 @@ def _answer(body: bytes) -> ParsedResponse:
         if not isinstance(finish, str | None) or not isinstance(text, str | None):
             raise ValueError
     except (LookupError, TypeError, AttributeError, ValueError):
-        return RetryableError("no choices", billed=usage is None, usage=usage, final=True)
+        return RetryableError("no choices", billed=billed, usage=usage, final=True)
     if finish == "content_filter":
-        return RequestRefused("content filter", "the server cut the answer", usage is None, usage)
+        return RequestRefused("content filter", "the server cut the answer", billed, usage)
     if not text or not text.strip():
-        return RetryableError("empty answer", billed=usage is None, usage=usage, final=True)
-    raw = body.strip()
-    if b"\n" in raw or b"\r" in raw:  # between values: inside of texts JSON has none
-        raw = raw.replace(b"\r", b" ").replace(b"\n", b" ")
-    return ValidResponse(raw, text, finish, usage)
+        return RetryableError("empty answer", billed=billed, usage=usage, final=True)
+    return ValidResponse(body, usage)
 
 
-def _usage(given: Any) -> tuple[int, int] | None:
+def _usage(value: Any) -> TokenUsage | None:
     try:
-        found = (int(given["prompt_tokens"]), int(given["completion_tokens"]))
+        usage = (int(value["prompt_tokens"]), int(value["completion_tokens"]))
     except (TypeError, KeyError, ValueError):
         return None
-    return found if min(found) >= 0 else None
+    return usage if min(usage) >= 0 else None
 
 
-def _error(body: bytes) -> tuple[str, str]:
-    """Code and message of an error's body."""
-    try:
-        given = json.loads(body.decode("utf-8"))
-        error = given.get("error", given) if isinstance(given, dict) else given
-        if isinstance(error, dict):
-            said = error.get("message") or error.get("detail") or ""
-            return str(error.get("code") or error.get("type") or ""), " ".join(str(said).split())[:300]
-        return "", " ".join(str(error).split())[:300]
-    except ValueError:
-        return "", " ".join(body[:300].decode("utf-8", "replace").split())
-
-
-def _denies(said: str) -> bool:
-    """Whether a server says that it has no such model; that of `transformers serve` is pinned to another."""
-    words = ("not found", "does not exist", "not served", "unknown", "not exist")
-    low = said.lower()
-    return "pinned to" in low or ("model" in low and any(word in low for word in words))
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait, as a number or a date."""
-    given = headers.get("retry-after-ms")
-    try:
-        if given is not None:
-            return max(0.0, float(given) / 1000)
-        given = headers.get("retry-after")
-        if given is None:
-            return None
-        try:
-            return max(0.0, float(given))
-        except ValueError:
-            return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return None
+def _has_no_model(message: str) -> bool:
+    """Whether a server reports that it has no such model; `transformers serve` is pinned to one."""
+    low = message.lower()
+    phrases = ("not found", "does not exist", "not served", "unknown", "not exist")
+    return "pinned to" in low or ("model" in low and any(phrase in low for phrase in phrases))

@@ -1,4 +1,4 @@
-"""From a recipe to data: the modes' waves through the desk, then checks, then files."""
+"""``tutelage generate``: from a recipe to data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tutelage.config import (
 from tutelage.errors import BudgetSpent, require
 from tutelage.files import write_text
 from tutelage.generation.answers import GenerationContext
-from tutelage.generation.checks import QualityChecks, sifted
-from tutelage.generation.output import write
-from tutelage.generation.prompts import rows_of
-from tutelage.generation.request_loop import carry_out, opened, spent_of
+from tutelage.generation.checks import QualityChecks, filter_conversations
+from tutelage.generation.output import write_output
+from tutelage.generation.prompts import read_rows
+from tutelage.generation.request_loop import open_journal, run_plan, usage_summary
 from tutelage.generation.requests import RequestParameters
 from tutelage.generation.strategies import STRATEGIES
 from tutelage.generation.templates import PromptTemplates
@@ -31,11 +31,11 @@ from tutelage.progress import Terminal
 
 
 class GenerationResult(NamedTuple):
-    """What a generation left.
+    """The result of a generation.
 
     Args:
-        path: its folder: ``data/``, ``rejected.jsonl``, ``README.md``, ``journal.jsonl``, ``summary.json``.
-        summary: what ``summary.json`` holds.
+        path: its folder: ``data/``, ``rejected.jsonl``, ``README.md``, ``journal.sqlite``, ``summary.json``.
+        summary: the content of ``summary.json``.
     """
 
     path: Path
@@ -49,20 +49,20 @@ def generate(
     out: str | Path | None = None,
     terminal: Terminal | None = None,
 ) -> GenerationResult:
-    """Ask a recipe's endpoint for text, keep what is good, and write it as data; what `tutelage generate` does.
+    """Request text from a recipe's endpoint, filter it, and write it as data; what `tutelage generate` does.
 
-    What the folder's journal has is not asked for again, so the same call goes on after an interruption, and one with
-    other checks pays for nothing.
+    Answers in the folder's journal are not requested again. So the same call continues after an interruption, and a
+    call with other quality checks costs nothing.
 
     Args:
         recipe: the path of a YAML file, or a loaded one.
         overrides: ``key=value``, for a path.
         out: the folder. Default: ``runs/NAME-generate``.
-        terminal: where progress is shown.
+        terminal: shows the progress.
 
     Raises:
-        BudgetSpent: the budget does not reach; what there is has been written.
-        Interrupted: a person asked to stop; every answer is in the journal.
+        BudgetSpent: the budget ended the run; the conversations so far are written.
+        Interrupted: the user asked to stop; every answer is in the journal.
         TutelageError: one of its other subclasses, with the remedy.
     """
     require("httpx2", "generate", "generating text")
@@ -71,45 +71,46 @@ def generate(
     terminal = terminal or Terminal()
     path = Path(out) if out is not None else Path("runs") / f"{loaded.name}-generate"
     settings = loaded.settings
-    kit = _kit(loaded)
+    context = _context(loaded)
     QualityChecks(settings.quality)
-    steps = STRATEGIES[settings.kind](kit)
-    first = next(steps, None)  # a broken file or template is known before anything is made or asked
+    plan = STRATEGIES[settings.kind](context)
+    first = next(plan, None)  # reports a broken file or template before any request is sent
     made_of = {"recipe": loaded.name, "kind": settings.kind, "model": settings.endpoint.model}
-    asked = {"teacher": settings.endpoint}
+    endpoints = {"teacher": settings.endpoint}
     if settings.best is not None and settings.best.by == "judge":
-        asked["judge"] = settings.best.judge or settings.endpoint
-    began = time.monotonic()
-    with closing(opened(path, made_of)) as journal:
+        endpoints["judge"] = settings.best.judge or settings.endpoint
+    start = time.monotonic()
+    with closing(open_journal(path, made_of)) as journal:
         write_text(path / "config.yaml", dump_recipe(EndpointRecipe(name=loaded.name, generate=settings)))
-        made, desk = carry_out(steps, first, journal, asked, settings.budget, terminal)
-        kept, rejected = sifted(made.items, settings.quality)
-        found = write(path, loaded.name, settings, kit.templates.version, kept, [*made.rejected, *rejected])
+        output, scheduler = run_plan(plan, first, journal, endpoints, settings.budget, terminal)
+        accepted, rejected = filter_conversations(output.conversations, settings.quality)
+        rejected = [*output.rejected, *rejected]
         summary = {
-            **found, "not_asked": made.unasked, "spent": spent_of(journal, settings.budget), "calls": desk.asked,
-            "calls_failed": desk.meter.failed, "seconds": round(time.monotonic() - began, 3),
+            **write_output(path, loaded.name, settings, context.templates.version, accepted, rejected),
+            "not_asked": output.not_sent, "spent": usage_summary(journal, settings.budget), "calls": scheduler.calls,
+            "calls_failed": scheduler.counts.failed, "seconds": round(time.monotonic() - start, 3),
         }  # fmt: skip
         write_text(path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    if desk.refusal is not None:
+    if scheduler.exceeded is not None:
         raise BudgetSpent(
-            f"{desk.refusal}; {len(kept):,} conversations are in {path / 'data'}",
-            remedy="raise the budget and run the same command again: what is there is not paid for twice",
+            f"{scheduler.exceeded}; {len(accepted):,} conversations are in {path / 'data'}",
+            remedy="raise the budget and run the same command again: answers in the journal are not paid for twice",
         )
     return GenerationResult(path, summary)
 
 
-def _kit(loaded: Generation) -> GenerationContext:
+def _context(loaded: Generation) -> GenerationContext:
     settings = loaded.settings
     templates = PromptTemplates(loaded.where)
-    given = ["prompt", "instruction"]
+    names = ["prompt", "instruction"]
     if isinstance(settings, AnswerConfig | ConversationConfig):
-        given = sorted({column for row in rows_of(settings.prompts, "prompts") for column in row})
-    system = None if settings.system is None else templates.add(("generate", "system"), settings.system, given)
-    user = templates.add(("generate", "user"), settings.user, given)
-    judge = judged = None
+        names = sorted({column for row in read_rows(settings.prompts, "prompts") for column in row})
+    system = None if settings.system is None else templates.add(("generate", "system"), settings.system, names)
+    user = templates.add(("generate", "user"), settings.user, names)
+    judge = judge_template = None
     if settings.best is not None and settings.best.by == "judge":
-        judge = RequestParameters(settings.best.judge or settings.endpoint, settings.best.sampling, to="judge")
-        judged = templates.add(("generate", "best", "template"), settings.best.template, ("prompt", "answer"))
-    return GenerationContext(
-        settings, templates, RequestParameters(settings.endpoint, settings.sampling), judge, judged, system, user
-    )
+        judge = RequestParameters(settings.best.judge or settings.endpoint, settings.best.sampling, role="judge")
+        key = ("generate", "best", "template")
+        judge_template = templates.add(key, settings.best.template, ("prompt", "answer"))
+    parameters = RequestParameters(settings.endpoint, settings.sampling)
+    return GenerationContext(settings, templates, parameters, judge, judge_template, system, user)

@@ -1,6 +1,7 @@
-"""What can be asked for: each mode gives waves of requests, is sent their outcomes, and ends with what it made.
+"""Strategies of generation: each yields request batches, receives their outcomes, and returns conversations.
 
-A mode knows no server, no journal and no clock: the same outcomes make the same items, whatever order they came in.
+A strategy knows no server, no journal and no clock: the same outcomes give the same conversations, in whatever order
+they arrive.
 """
 
 from __future__ import annotations
@@ -12,41 +13,44 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tutelage.config import AnswerConfig, ConversationConfig, EvolveConfig, SelfInstructConfig
-from tutelage.generation.answers import GenerationContext, RequestPlan, SelectedAnswer, answers
+from tutelage.generation.answers import GenerationContext, RequestPlan, Selection, request_answers
 from tutelage.generation.checks import QualityChecks
-from tutelage.generation.conversations import Conversation, GenerationOutput, RejectedConversation
+from tutelage.generation.conversations import Conversation, GenerationOutput
 from tutelage.generation.duplicates import NearDuplicateIndex
-from tutelage.generation.prompts import PromptRow, named, rows_of, tasks_of
+from tutelage.generation.prompts import PromptRow, read_rows, read_tasks, row_names
 from tutelage.generation.requests import (
-    UNASKED,
+    NOT_SENT,
     ChatAnswer,
     FailedRequest,
     Message,
     Request,
     RequestParameters,
-    canonical,
+    canonical_json,
 )
 from tutelage.generation.scheduler import RequestBatch
 
-NO_YIELD = 5
-"""Rounds without a new instruction after which there will be none."""
+MAX_IDLE_ROUNDS = 5
+"""Rounds without a new instruction after which self-instruct ends."""
+
+
+def _user(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
 
 
 def _add(
-    made: GenerationOutput, name: str, instruction: str, thread: Sequence[Message],
-    found: list[SelectedAnswer] | FailedRequest,
+    output: GenerationOutput, name: str, instruction: str, thread: Sequence[Message], selection: Selection,
     keys: Sequence[str] = (), source: str = "",
 ) -> None:  # fmt: skip
-    """Note an answered instruction, one item for each of its answers."""
-    if isinstance(found, FailedRequest):
-        made.without_answer(name, found, thread)
+    """Add an instruction with each of its answers."""
+    if isinstance(selection, FailedRequest):
+        output.add_failure(name, selection, thread)
         return
-    for number, choice in enumerate(found):
-        made.items.append(
+    for number, (answer, score) in enumerate(selection):
+        output.conversations.append(
             Conversation(
-                name if len(found) == 1 else f"{name}/{number}", name, instruction,
-                [*thread, {"role": "assistant", "content": choice.answer.text}], [*keys, choice.answer.key],
-                [choice.answer.finish], source, choice.score,
+                name if len(selection) == 1 else f"{name}/{number}", name, instruction,
+                [*thread, {"role": "assistant", "content": answer.text}], [*keys, answer.key], [answer.finish],
+                source, score,
             )
         )  # fmt: skip
 
@@ -54,131 +58,136 @@ def _add(
 # Given prompts -------------------------------------------------------------------------------------------------
 
 
-def _opened(kit: GenerationContext, given: str) -> tuple[list[str], list[str], list[list[Message]]]:
-    """Names, instructions and first messages of a file of prompts."""
-    rows = rows_of(given, "prompts")
-    names = named(rows, given)
-    threads = [kit.opening(row, f"{given}, row {i}") for i, row in enumerate(rows, 1)]
-    return names, [_instruction(row, thread) for row, thread in zip(rows, threads, strict=True)], threads
+def _read_prompts(context: GenerationContext, path: str) -> list[tuple[str, str, list[Message]]]:
+    """Name, instruction and first messages of each prompt of a file."""
+    rows = read_rows(path, "prompts")
+    names = row_names(rows, path)
+    threads = [context.first_messages(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
+    return [(n, _instruction(row, thread), thread) for n, row, thread in zip(names, rows, threads, strict=True)]
 
 
 def _instruction(row: PromptRow, thread: Sequence[Message]) -> str:
-    for column in ("instruction", "prompt"):
-        if isinstance(row.get(column), str):
-            return str(row[column])
-    return thread[-1]["content"]
+    columns = (row.get("instruction"), row.get("prompt"))
+    return next((text for text in columns if isinstance(text, str)), thread[-1]["content"])
 
 
-def answer(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
+def answer(context: GenerationContext) -> RequestPlan[GenerationOutput]:
     """Answers to given prompts."""
-    assert isinstance(kit.settings, AnswerConfig)
-    made = GenerationOutput()
-    names, instructions, threads = _opened(kit, kit.settings.prompts)
-    found = yield from answers(kit, threads)
-    for name, instruction, thread, choices in zip(names, instructions, threads, found, strict=True):
-        _add(made, name, instruction, thread, choices, source=kit.settings.prompts)
-    return made
+    assert isinstance(context.settings, AnswerConfig)
+    output, path = GenerationOutput(), context.settings.prompts
+    prompts = _read_prompts(context, path)
+    selections = yield from request_answers(context, [thread for *_, thread in prompts])
+    for (name, instruction, thread), selection in zip(prompts, selections, strict=True):
+        _add(output, name, instruction, thread, selection, source=path)
+    return output
 
 
 # Self-instruct -------------------------------------------------------------------------------------------------
 
-LISTED = re.compile(r"^\s*(?:\**\s*)?(?:task\s*)?\d+\s*[.):]\s*\**\s*(.*)$", re.IGNORECASE)
+NUMBERED = re.compile(r"^\s*(?:\**\s*)?(?:task\s*)?\d+\s*[.):]\s*\**\s*(.*)$", re.IGNORECASE)
 BULLET = re.compile(r"^\s*[-*•]\s+(.*)$")
 
 
-def listed(text: str, *, cut: bool) -> list[str]:
-    """The tasks of a numbered list, or the lines of one without numbers; without the last where the text was cut."""
+def parse_list(text: str, *, is_cut: bool) -> list[str]:
+    """The items of a numbered list, or else the lines of a text; without the last one where the text was cut."""
     tasks: list[str] = []
-    numbered = any(LISTED.match(line) for line in text.splitlines())
+    is_numbered = any(NUMBERED.match(line) for line in text.splitlines())
     for line in text.splitlines():
-        match = LISTED.match(line) or (None if numbered else BULLET.match(line))
+        match = NUMBERED.match(line) or (None if is_numbered else BULLET.match(line))
         if match:
             tasks.append(match.group(1).strip())
-        elif numbered and tasks and line.strip():
+        elif is_numbered and tasks and line.strip():
             tasks[-1] += "\n" + line.strip()
-        elif not numbered and line.strip():
+        elif not is_numbered and line.strip():
             tasks.append(line.strip())
-    if cut and tasks:
+    if is_cut and tasks:
         tasks.pop()
-    return [task.strip(' *"“”') for task in tasks if task.strip(' *"“”')]
+    return [stripped for task in tasks if (stripped := task.strip(' *"“”'))]
 
 
-def self_instruct(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
-    """New instructions in the manner of a few examples, round by round, and answers to them."""
-    settings = kit.settings
+def self_instruct(context: GenerationContext) -> RequestPlan[GenerationOutput]:
+    """New instructions that resemble a few examples, round by round, and answers to them (Wang et al., 2023)."""
+    settings = context.settings
     assert isinstance(settings, SelfInstructConfig)
-    seeds = tasks_of(settings.seeds)
-    template = kit.templates.add(("generate", "instruct"), settings.instruct, ("examples", "number"))
-    manner = RequestParameters(settings.endpoint, settings.instruct_sampling)
-    version = _version(manner, settings.instruct, seeds, settings.examples, settings.number, settings.seed)
-    made, checks, near = (
-        GenerationOutput(),
-        QualityChecks(settings.quality),
-        NearDuplicateIndex(settings.quality.dedup_threshold or 1.0),
-    )
+    seeds = read_tasks(settings.seeds)
+    template = context.templates.add(("generate", "instruct"), settings.instruct, ("examples", "number"))
+    parameters = RequestParameters(settings.endpoint, settings.instruct_sampling)
+    version = _version(parameters, settings.instruct, seeds, settings.examples, settings.number, settings.seed)
+    output, checks = GenerationOutput(), QualityChecks(settings.quality)
+    index = NearDuplicateIndex(settings.quality.dedup_threshold or 1.0)
     for seed in seeds:
-        near.add(seed)
-    kept: list[tuple[str, str, str]] = []  # name, task, key
+        index.add(seed)
+    tasks: list[tuple[str, str, str]] = []  # name, task, key
     idle = 0
     for number in range(settings.rounds):
-        wanted = -(-2 * (settings.count - len(kept)) // settings.number)  # about half of what comes is new
-        wave = []
-        for i in range(min(settings.each_round, wanted)):
-            examples = _examples(settings, seeds, [task for _, task, _ in kept], f"{settings.seed}/{number}/{i}")
+        useful = -(-2 * (settings.count - len(tasks)) // settings.number)  # about half of the tasks are new
+        requests = []
+        for i in range(min(settings.each_round, useful)):
+            examples = _draw_examples(
+                settings, seeds, [task for _, task, _ in tasks], f"{settings.seed}/{number}/{i}"
+            )
             text = template({"examples": examples, "number": settings.number}, f"round {number}")
-            wave.append(Request(manner, [{"role": "user", "content": text}], i, slot=f"tasks/{version}/{number}/{i}"))
-        outcomes = yield RequestBatch(f"round {number + 1}, {len(kept)} of {settings.count} tasks", wave)
-        before, ended = len(kept), False
+            requests.append(Request(parameters, _user(text), i, slot=f"tasks/{version}/{number}/{i}"))
+        outcomes = yield RequestBatch(f"round {number + 1}, {len(tasks)} of {settings.count} tasks", requests)
+        before, is_ended = len(tasks), False
         for i, outcome in enumerate(outcomes):
             name = f"{number}-{i}"
             if isinstance(outcome, FailedRequest):
-                made.without_answer(name, outcome, wave[i].messages)
-                ended = ended or outcome.reason == UNASKED
+                output.add_failure(name, outcome, requests[i].messages)
+                is_ended = is_ended or outcome.reason == NOT_SENT
                 continue
-            for j, task in enumerate(listed(outcome.text, cut=outcome.finish == "length")):
-                if len(kept) >= settings.count:
+            for j, task in enumerate(parse_list(outcome.text, is_cut=outcome.finish == "length")):
+                if len(tasks) >= settings.count:
                     break
-                reason = checks.instruction(task) or _known(near, task, seeds, kept)
+                reason = checks.check_instruction(task) or _check_new(index, task, seeds, tasks)
                 if reason is None:
-                    kept.append((f"{name}-{j}", task, outcome.key))
+                    tasks.append((f"{name}-{j}", task, outcome.key))
                 else:
-                    said = [{"role": "user", "content": task}]
-                    made.rejected.append(RejectedConversation(f"{name}-{j}", *reason, said, [outcome.key]))
-        idle = 0 if len(kept) > before else idle + 1
-        if len(kept) >= settings.count or ended or idle >= NO_YIELD:
+                    output.reject(f"{name}-{j}", reason, _user(task), outcome.key)
+        idle = 0 if len(tasks) > before else idle + 1
+        if len(tasks) >= settings.count or is_ended or idle >= MAX_IDLE_ROUNDS:
             break
-    threads = [kit.opening({"prompt": task, "instruction": task}, name) for name, task, _ in kept]
-    found = yield from answers(kit, threads)
-    for (name, task, key), thread, choices in zip(kept, threads, found, strict=True):
-        _add(made, name, task, thread, choices, [key], "self-instruct")
-    return made
+    sources = [(name, task, [key], "self-instruct") for name, task, key in tasks]
+    yield from _answer_tasks(context, output, sources)
+    return output
+
+
+def _answer_tasks(
+    context: GenerationContext, output: GenerationOutput, tasks: Sequence[tuple[str, str, list[str], str]]
+) -> RequestPlan[None]:
+    """Add answers to tasks, each with its name, text, keys and source."""
+    threads = [context.first_messages({"prompt": task, "instruction": task}, name) for name, task, *_ in tasks]
+    selections = yield from request_answers(context, threads)
+    for (name, task, keys, source), thread, selection in zip(tasks, threads, selections, strict=True):
+        _add(output, name, task, thread, selection, keys, source)
 
 
 def _version(*parts: Any) -> str:
-    """A hash of what a round's requests are made of, but for what was kept before."""
-    return hashlib.sha256(
-        canonical([part.body if isinstance(part, RequestParameters) else part for part in parts])
-    ).hexdigest()[:12]
+    """A hash of all that determines a round's requests, except the tasks of earlier rounds."""
+    values = [part.body if isinstance(part, RequestParameters) else part for part in parts]
+    return hashlib.sha256(canonical_json(values)).hexdigest()[:12]
 
 
-def _examples(settings: SelfInstructConfig, seeds: Sequence[str], kept: Sequence[str], draw: str) -> list[str]:
-    """Tasks to show, drawn by a name: one in four of those that were kept, the rest seeds."""
-    dice = random.Random(draw)
-    ours = dice.sample(kept, min(settings.examples // 4, len(kept)))
-    shown = [*ours, *dice.sample(seeds, min(settings.examples - len(ours), len(seeds)))]
-    dice.shuffle(shown)
-    return shown
+def _draw_examples(
+    settings: SelfInstructConfig, seeds: Sequence[str], tasks: Sequence[str], random_seed: str
+) -> list[str]:
+    """Example tasks: one in four from the new tasks, the others from the seeds."""
+    generator = random.Random(random_seed)
+    new = generator.sample(tasks, min(settings.examples // 4, len(tasks)))
+    examples = [*new, *generator.sample(seeds, min(settings.examples - len(new), len(seeds)))]
+    generator.shuffle(examples)
+    return examples
 
 
-def _known(
-    near: NearDuplicateIndex, task: str, seeds: Sequence[str], kept: Sequence[tuple[str, str, str]]
+def _check_new(
+    index: NearDuplicateIndex, task: str, seeds: Sequence[str], tasks: Sequence[tuple[str, str, str]]
 ) -> tuple[str, str] | None:
-    """Whether a task is near to a seed or to one that was kept; else it is kept from now on."""
-    found = near.add_if_new(task)
-    if found is None:
+    """Why a task is a duplicate of a seed or of an earlier task; else it is added to the index."""
+    number = index.add_if_new(task)
+    if number is None:
         return None
-    kind = "duplicate" if near.same(found, task) else "near duplicate"
-    return kind, f"of seed {found}" if found < len(seeds) else f"of {kept[found - len(seeds)][0]}"
+    kind = "duplicate" if index.is_same(number, task) else "near duplicate"
+    return kind, f"of seed {number}" if number < len(seeds) else f"of {tasks[number - len(seeds)][0]}"
 
 
 # Evolution -----------------------------------------------------------------------------------------------------
@@ -187,60 +196,56 @@ ECHO = re.compile(r"\b(?:re-?written|given|original|new|evolved)\s+(?:task|promp
 LABEL = re.compile(r"^\s*\**(?:re-?written|new|evolved)?\s*(?:task|prompt|instruction)\**\s*:\**\s*", re.IGNORECASE)
 
 
-def evolve(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
-    """Instructions that get harder or branch off, round by round, and answers to all of them."""
-    settings = kit.settings
+def evolve(context: GenerationContext) -> RequestPlan[GenerationOutput]:
+    """Instructions that get harder or branch off, round by round, and answers to all of them (Xu et al., 2024)."""
+    settings = context.settings
     assert isinstance(settings, EvolveConfig)
-    tasks = tasks_of(settings.prompts)
-    rules = {
-        name: kit.templates.add(("generate", "operations", name), text, ("instruction",))
+    seeds = read_tasks(settings.prompts)
+    operations = {
+        name: context.templates.add(("generate", "operations", name), text, ("instruction",))
         for name, text in settings.operations.items()
     }
-    manner = RequestParameters(settings.endpoint, settings.evolve_sampling)
-    version = _version(manner, settings.operations, tasks, settings.seed)
-    made, checks = GenerationOutput(), QualityChecks(settings.quality)
-    all_tasks = [(str(i), task, "", "given") for i, task in enumerate(tasks)]  # name, task, key, source
-    stands = [(task, str(i)) for i, task in enumerate(tasks)]
+    parameters = RequestParameters(settings.endpoint, settings.evolve_sampling)
+    version = _version(parameters, settings.operations, seeds, settings.seed)
+    output, checks = GenerationOutput(), QualityChecks(settings.quality)
+    tasks: list[tuple[str, str, list[str], str]] = [(str(i), task, [], "given") for i, task in enumerate(seeds)]
+    latest = [(task, str(i)) for i, task in enumerate(seeds)]
     for number in range(settings.rounds):
-        wave, drawn = [], []
-        for i, (task, _) in enumerate(stands):
-            operation = random.Random(f"{settings.seed}/{number}/{i}").choice(list(rules))
-            text = rules[operation]({"instruction": task}, f"task {i}")
-            slot = f"evolved/{version}/{number}/{i}"
-            wave.append(Request(manner, [{"role": "user", "content": text}], number, slot=slot))
-            drawn.append(operation)
-        outcomes = yield RequestBatch(f"evolving, round {number + 1} of {settings.rounds}", wave)
+        requests, chosen = [], []
+        for i, (task, _) in enumerate(latest):
+            operation = random.Random(f"{settings.seed}/{number}/{i}").choice(list(operations))
+            text = operations[operation]({"instruction": task}, f"task {i}")
+            requests.append(Request(parameters, _user(text), number, slot=f"evolved/{version}/{number}/{i}"))
+            chosen.append(operation)
+        outcomes = yield RequestBatch(f"evolving, round {number + 1} of {settings.rounds}", requests)
         for i, outcome in enumerate(outcomes):
             name = f"{i}-{number + 1}"
             if isinstance(outcome, FailedRequest):
-                made.without_answer(name, outcome, wave[i].messages)
+                output.add_failure(name, outcome, requests[i].messages)
                 continue
             task = LABEL.sub("", outcome.text.strip()).strip().strip('"“”').strip()
-            reason = _failed(task, stands[i][0], outcome, checks)
-            if reason is not None:  # the task stands, and is tried again
-                said = [{"role": "user", "content": task}]
-                made.rejected.append(RejectedConversation(name, *reason, said, [outcome.key]))
+            before, source = latest[i]
+            reason = _check_evolved(task, before, outcome, checks)
+            if reason is not None:  # the task stays, and the next round evolves it again
+                output.reject(name, reason, _user(task), outcome.key)
                 continue
-            all_tasks.append((name, task, outcome.key, f"{drawn[i]} of {stands[i][1]}"))
-            stands[i] = (task, name)
-    threads = [kit.opening({"prompt": task, "instruction": task}, name) for name, task, _, _ in all_tasks]
-    found = yield from answers(kit, threads)
-    for (name, task, key, source), thread, choices in zip(all_tasks, threads, found, strict=True):
-        _add(made, name, task, thread, choices, [key] if key else [], source)
-    return made
+            tasks.append((name, task, [outcome.key], f"{chosen[i]} of {source}"))
+            latest[i] = (task, name)
+    yield from _answer_tasks(context, output, tasks)
+    return output
 
 
-def _failed(task: str, before: str, outcome: ChatAnswer, checks: QualityChecks) -> tuple[str, str] | None:
-    """Why an evolution is none."""
+def _check_evolved(task: str, before: str, outcome: ChatAnswer, checks: QualityChecks) -> tuple[str, str] | None:
+    """Why an evolved task is rejected."""
     if outcome.finish == "length":
         return "truncated", "the task ran into max_tokens"
-    if found := ECHO.search(task):
-        return "failed evolution", f"it speaks of the {found.group().lower()}"
-    again = NearDuplicateIndex(0.95)
-    again.add(before)
-    if again.like(task) is not None:
-        return "failed evolution", "it is what it was"
-    return checks.instruction(task)
+    if echo := ECHO.search(task):
+        return "failed evolution", f"it mentions the {echo.group().lower()}"
+    index = NearDuplicateIndex(0.95)
+    index.add(before)
+    if index.find(task) is not None:
+        return "failed evolution", "the task did not change"
+    return checks.check_instruction(task)
 
 
 # Conversations -------------------------------------------------------------------------------------------------
@@ -248,49 +253,47 @@ def _failed(task: str, before: str, outcome: ChatAnswer, checks: QualityChecks) 
 SPEAKER = re.compile(r"^\s*\**user\**\s*:\**\s*", re.IGNORECASE)
 
 
-def conversation(kit: GenerationContext) -> RequestPlan[GenerationOutput]:
-    """Conversations in which the teacher also speaks for the user."""
-    settings = kit.settings
+def conversation(context: GenerationContext) -> RequestPlan[GenerationOutput]:
+    """Conversations of several turns, in which the teacher also writes the user's messages."""
+    settings = context.settings
     assert isinstance(settings, ConversationConfig)
-    template = kit.templates.add(("generate", "follow_up"), settings.follow_up, ("messages",))
-    manner = RequestParameters(settings.endpoint, settings.follow_up_sampling)
-    made = GenerationOutput()
-    names, instructions, threads = _opened(kit, settings.prompts)
-    items = [
+    template = context.templates.add(("generate", "follow_up"), settings.follow_up, ("messages",))
+    parameters = RequestParameters(settings.endpoint, settings.follow_up_sampling)
+    output = GenerationOutput()
+    active = [
         Conversation(name, name, instruction, list(thread), [], [], settings.prompts)
-        for name, instruction, thread in zip(names, instructions, threads, strict=True)
+        for name, instruction, thread in _read_prompts(context, settings.prompts)
     ]
-    going = items
     for turn in range(settings.turns):
-        found = yield from answers(kit, [item.messages for item in going], f"turn {turn + 1} of {settings.turns}")
+        threads = [one.messages for one in active]
+        selections = yield from request_answers(context, threads, f"turn {turn + 1} of {settings.turns}")
         answered = []
-        for item, choices in zip(going, found, strict=True):
-            if isinstance(choices, FailedRequest):
-                made.without_answer(item.name, choices, item.messages)
+        for one, selection in zip(active, selections, strict=True):
+            if isinstance(selection, FailedRequest):
+                output.add_failure(one.name, selection, one.messages)
                 continue
-            item.messages.append({"role": "assistant", "content": choices[0].answer.text})
-            item.keys.append(choices[0].answer.key)
-            item.finishes.append(choices[0].answer.finish)
-            item.score = choices[0].score
-            answered.append(item)
+            reply, one.score = selection[0]
+            one.messages.append({"role": "assistant", "content": reply.text})
+            one.keys.append(reply.key)
+            one.finishes.append(reply.finish)
+            answered.append(one)
         if turn == settings.turns - 1:
-            made.items = answered
+            output.conversations = answered
             break
-        wave = []
-        for item in answered:
-            said = [message for message in item.messages if message["role"] != "system"]
-            text = template({"messages": said}, item.name)
-            wave.append(Request(manner, [{"role": "user", "content": text}]))
-        outcomes = yield RequestBatch(f"what users say next, {turn + 1} of {settings.turns - 1}", wave)
-        going = []
-        for item, outcome in zip(answered, outcomes, strict=True):
+        requests = []
+        for one in answered:
+            dialogue = [message for message in one.messages if message["role"] != "system"]
+            requests.append(Request(parameters, _user(template({"messages": dialogue}, one.name))))
+        outcomes = yield RequestBatch(f"user messages, {turn + 1} of {settings.turns - 1}", requests)
+        active = []
+        for one, outcome in zip(answered, outcomes, strict=True):
             if isinstance(outcome, FailedRequest):
-                made.without_answer(item.name, outcome, item.messages)
+                output.add_failure(one.name, outcome, one.messages)
                 continue
-            item.messages.append({"role": "user", "content": SPEAKER.sub("", outcome.text).strip()})
-            item.keys.append(outcome.key)
-            going.append(item)
-    return made
+            one.messages.append({"role": "user", "content": SPEAKER.sub("", outcome.text).strip()})
+            one.keys.append(outcome.key)
+            active.append(one)
+    return output
 
 
 STRATEGIES: dict[str, Callable[[GenerationContext], RequestPlan[GenerationOutput]]] = {
@@ -299,4 +302,4 @@ STRATEGIES: dict[str, Callable[[GenerationContext], RequestPlan[GenerationOutput
     "evolve": evolve,
     "self-instruct": self_instruct,
 }
-"""Every mode, by the ``kind`` of the recipe's section."""
+"""Strategies by the ``kind`` of the recipe's section."""

@@ -1,4 +1,4 @@
-"""Prompts as Jinja templates of the recipe, checked before anything is asked."""
+"""Prompts as Jinja templates of the recipe, checked before any request is sent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tutelage.errors import ConfigError, DataError, suggest
-from tutelage.generation.requests import canonical
+from tutelage.generation.requests import canonical_json
 
 Key = tuple[str | int, ...]
 
@@ -19,58 +19,60 @@ class PromptTemplates:
     """The templates of a recipe.
 
     Args:
-        where: the file and line of a key of the recipe.
+        where: gives file and line of a key of the recipe.
     """
 
     def __init__(self, where: Callable[[Key], str]) -> None:
         self.where = where
         self.texts: dict[str, str] = {}
-        self._rules = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+        self._environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
-    def add(self, key: Key, text: str, given: Collection[str]) -> PromptTemplate:
-        """A template, given what may stand in it.
+    def add(self, key: Key, text: str, names: Collection[str]) -> PromptTemplate:
+        """Compile a template.
 
         Args:
             key: of the recipe, such as ``("generate", "user")``.
             text: the template.
-            given: names that it can use.
+            names: that it can use.
 
         Raises:
-            ConfigError: it is no template, or uses another name; says where.
+            ConfigError: it is no template, or uses another name; with its line.
         """
         self.texts[".".join(str(part) for part in key)] = text
         try:
-            tree = self._rules.parse(text)
-            template = self._rules.from_string(text)
+            tree = self._environment.parse(text)
+            template = self._environment.from_string(text)
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"is no Jinja template: {error.message}", where=self._line(key, text, error.lineno),
-                remedy="see https://jinja.palletsprojects.com for what templates may hold",
+                remedy="see https://jinja.palletsprojects.com for the syntax",
             ) from None  # fmt: skip
-        unknown = sorted(meta.find_undeclared_variables(tree) - set(given))
+        unknown = sorted(meta.find_undeclared_variables(tree) - set(names))
         if unknown:
             line = next(n for n, row in enumerate(text.splitlines(), 1) if unknown[0] in row)
             raise ConfigError(
-                f"unknown placeholder {unknown[0]!r}" + suggest(unknown[0], list(given)),
-                where=self._line(key, text, line), remedy=f"it can use: {', '.join(given)}",
+                f"unknown placeholder {unknown[0]!r}" + suggest(unknown[0], list(names)),
+                where=self._line(key, text, line), remedy=f"it can use: {', '.join(names)}",
             )  # fmt: skip
         return PromptTemplate(template, self.where(key))
 
     def _line(self, key: Key, text: str, number: int) -> str:
-        """Where a line of a template is; a text of several lines begins below its key."""
+        """Place of a line of a template; a text of several lines begins below its key."""
         name, _, line = self.where(key).rpartition(":")
-        first = int(line) + 1 if "\n" in text else int(line) if line.isdecimal() else 0
-        place = f"{name}:{first + number - 1}" if line.isdecimal() else self.where(key)
+        place = self.where(key)
+        if line.isdecimal():
+            offset = number if "\n" in text else number - 1
+            place = f"{name}:{int(line) + offset}"
         return f"{place}: {'.'.join(str(part) for part in key)}"
 
     @property
     def version(self) -> str:
-        """A hash of all templates: data made with others has another."""
-        return hashlib.sha256(canonical(self.texts)).hexdigest()[:12]
+        """A hash of all templates: data from other templates has another version."""
+        return hashlib.sha256(canonical_json(self.texts)).hexdigest()[:12]
 
 
 class PromptTemplate:
-    """Fills in a template."""
+    """A compiled template, and its place for messages."""
 
     def __init__(self, template: Template, where: str) -> None:
         self._template, self._where = template, where
@@ -79,7 +81,7 @@ class PromptTemplate:
         """The text with ``values``; ``what`` names them in messages.
 
         Raises:
-            DataError: a value is missing, or the template cannot be filled in with it.
+            DataError: a value is missing, or the template fails with it.
         """
         try:
             return self._template.render(values).strip()

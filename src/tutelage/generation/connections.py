@@ -1,0 +1,151 @@
+"""HTTP connections to an endpoint, and its API key.
+
+The transport of httpx2 is used directly, one connection for each request in flight. The openai package builds a typed
+object from every reply and retries internally, which would hide calls from the budget (``benchmarks/generate.py``
+measures both).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import urllib.request
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config import EndpointConfig
+from tutelage.errors import ConfigError
+from tutelage.generation.response_errors import RetryableError
+
+if TYPE_CHECKING:
+    import ssl
+
+    import httpx2
+
+
+class ApiKey:
+    """The key or login of an endpoint. It is in no representation of this object.
+
+    Args:
+        endpoint: has the name of the environment variable, or the login.
+
+    Raises:
+        ConfigError: the variable is not set, or holds no key.
+    """
+
+    def __init__(self, endpoint: EndpointConfig) -> None:
+        self._secrets: list[str] = []
+        self.headers: dict[str, str] = {}
+        if endpoint.key_env is not None:
+            key = os.environ.get(endpoint.key_env, "").strip()
+            where = f"environment variable {endpoint.key_env}"
+            if not key:
+                raise ConfigError("is not set, and the key is read from it", where=where,
+                                  remedy=f"export {endpoint.key_env}=..., or change endpoint.key_env")  # fmt: skip
+            if not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError("holds no key: keys consist of printable ASCII characters", where=where,
+                                  remedy="set it to the key alone")  # fmt: skip
+            self._secrets.append(key)
+            self.headers["authorization"] = f"Bearer {key}"
+        elif endpoint.login is not None:
+            encoded = base64.b64encode(":".join(endpoint.login).encode()).decode()
+            self._secrets += [endpoint.login[1], encoded]
+            self.headers["authorization"] = f"Basic {encoded}"
+
+    def __repr__(self) -> str:
+        return "ApiKey(...)"
+
+    def redact(self, body: bytes) -> bytes:
+        """A server's reply without the key, in case it repeats it."""
+        for secret in filter(None, self._secrets):
+            body = body.replace(secret.encode(), b"***")
+        return body
+
+
+class ConnectionPool:
+    """Connections to a server, each for one request at a time.
+
+    Args:
+        endpoint: the server.
+    """
+
+    def __init__(self, endpoint: EndpointConfig) -> None:
+        import httpx2
+
+        self._key = ApiKey(endpoint)
+        self._url = httpx2.URL(endpoint.url + "/")
+        self._headers = {
+            "host": self._url.netloc.decode(), "accept": "application/json", "accept-encoding": "gzip",
+            "content-type": "application/json", "user-agent": "tutelage", **self._key.headers,
+        }  # fmt: skip
+        self._targets: dict[str, Any] = {}
+        self._idle: list[httpx2.AsyncHTTPTransport] = []
+        self._context: ssl.SSLContext | bool = httpx2.create_ssl_context() if self._url.scheme == "https" else False
+        proxies = {} if urllib.request.proxy_bypass(self._url.host) else urllib.request.getproxies()
+        self._proxy = proxies.get(self._url.scheme) or proxies.get("all")
+
+    def _open(self) -> httpx2.AsyncHTTPTransport:
+        import httpx2
+
+        if self._idle:
+            return self._idle.pop()
+        limits = httpx2.Limits(max_connections=1, max_keepalive_connections=1)
+        return httpx2.AsyncHTTPTransport(verify=self._context, limits=limits, proxy=self._proxy)
+
+    async def send(
+        self, method: str, path: str, body: bytes, timeout: float, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes] | RetryableError:
+        """Status, headers and body of a reply, or the error of the connection; the key is in neither."""
+        import httpx2
+
+        url = self._targets.get(path) or self._targets.setdefault(path, self._url.join(path.lstrip("/")))
+        request = httpx2.Request(
+            method, url, content=body, headers={**self._headers, **(headers or {})},
+            extensions={"timeout": {"connect": timeout, "read": timeout, "write": timeout, "pool": timeout}},
+        )  # fmt: skip
+        connection = self._open()
+        is_complete = False
+        try:
+            async with asyncio.timeout(timeout):
+                response = await connection.handle_async_request(request)
+                try:
+                    raw = await response.aread()
+                    is_complete = True
+                finally:
+                    await response.aclose()
+        except (TimeoutError, httpx2.TimeoutException):
+            return RetryableError("time-out", overloaded=True, billed=True, detail=f"{timeout:g} s")
+        except httpx2.ConnectError as error:
+            return RetryableError("cannot be reached", detail=self._message(error))
+        except (httpx2.HTTPError, OSError) as error:
+            return RetryableError("connection lost", billed=True, detail=self._message(error))
+        finally:
+            if is_complete:
+                self._idle.append(connection)
+            else:
+                await asyncio.shield(_close(connection))
+        lower = {name.lower(): value for name, value in response.headers.items()}
+        return response.status_code, lower, self._key.redact(raw)
+
+    def _message(self, error: Exception) -> str:
+        return self._key.redact(str(error)[:200].encode()).decode()
+
+    async def list_models(self) -> list[str]:
+        """Names of up to 8 models that the server lists."""
+        reply = await self.send("GET", "/models", b"", 10.0)
+        if not isinstance(reply, RetryableError):
+            with suppress(ValueError, LookupError, TypeError):
+                return [str(model["id"]) for model in json.loads(reply[2])["data"]][:8]
+        return []
+
+    async def close(self) -> None:
+        """Close all connections."""
+        while self._idle:
+            await _close(self._idle.pop())
+
+
+async def _close(connection: httpx2.AsyncHTTPTransport) -> None:
+    with suppress(Exception):  # a broken connection may fail to close
+        await connection.aclose()
