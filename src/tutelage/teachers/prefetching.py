@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-import queue
 import signal as signals
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
@@ -20,8 +20,8 @@ from tutelage.errors import CapabilityError, ModelError, TutelageError
 from tutelage.taps import Needs
 from tutelage.teachers.signal import Signal, Teacher
 
-QUEUE_SIZE = 4
-"""Batches that can wait for a teacher in a separate process."""
+_teacher: Teacher
+"""The teacher of a process that :class:`_TeacherProcess` started."""
 
 
 class PrefetchingTeacher:
@@ -124,81 +124,61 @@ class _TeacherProcess:
         if callable(close := getattr(teacher, "close", None)):
             close()  # taps cannot be pickled
         context = mp.get_context("spawn")  # a fork would copy the locks of threads, and cannot use a GPU
-        self.requests, self.replies = context.Queue(QUEUE_SIZE), context.Queue()
-        self.number, self.waiting = 0, dict[int, tuple[Signal | None, TutelageError | None]]()
-        self.process = context.Process(
-            target=_serve, args=(teacher, self.requests, self.replies, torch.get_num_threads()), daemon=True
-        )
+        others = set(context.active_children())
+        self.pool = ProcessPoolExecutor(1, context, _start, (teacher, torch.get_num_threads()))
         try:
-            self.process.start()
+            self.pool.submit(int)  # starts the process, which takes the teacher
         except (TypeError, AttributeError, ValueError, ImportError, RuntimeError, pickle.PicklingError) as error:
             raise CapabilityError(
                 f"the teacher cannot be sent to a separate process: {str(error)[:200]}",
                 remedy="define its class in a module, or remove process",
             ) from None
+        (self.process,) = set(context.active_children()) - others
 
     def prefetch(self, batch: Batch, needs: Needs, autocast: Autocast) -> Callable[[], Signal]:
-        number, device = self.number, batch.labels.device
-        self.number += 1
+        device = batch.labels.device
         copied = batch._map(lambda x: x.detach().cpu().clone())  # a view would send the storage of its base
-        self._until(lambda: self.requests.put((number, copied, needs, autocast), timeout=1), queue.Full)
+        try:
+            future = self.pool.submit(_compute_in_process, copied, needs, autocast)
+        except BrokenProcessPool:
+            raise self._end() from None
 
         def wait() -> Signal:
-            oldest = number - 2 * QUEUE_SIZE  # nobody waits for older ones: their training was stopped
-            while number not in self.waiting:
-                arrived, *reply = self._until(lambda: self.replies.get(timeout=1), queue.Empty)
-                if arrived > oldest:
-                    self.waiting[arrived] = (reply[0], reply[1])
-            self.waiting = {k: v for k, v in self.waiting.items() if k > oldest}
-            signal, error = self.waiting.pop(number)
-            if error is not None:
-                raise error
-            assert signal is not None
-            return signal.map(lambda x: x.to(device))
+            try:
+                return future.result().map(lambda x: x.to(device))
+            except BrokenProcessPool:
+                raise self._end() from None
 
         return wait
 
-    def _until(self, act: Callable[[], Any], busy: type[Exception]) -> Any:
-        while True:
-            try:
-                return act()
-            except busy:
-                if not self.process.is_alive():
-                    raise ModelError(
-                        f"the teacher's process ended unexpectedly (exit code {self.process.exitcode})",
-                        remedy="remove process to see why; a script needs `if __name__ == '__main__':`",
-                    ) from None
+    def _end(self) -> ModelError:
+        self.process.join(5)
+        return ModelError(
+            f"the teacher's process ended unexpectedly (exit code {self.process.exitcode})",
+            remedy="remove process to see why; a script needs `if __name__ == '__main__':`",
+        )
 
     def close(self) -> None:
-        if self.process.is_alive():
-            try:
-                self.requests.put(None, timeout=1)
-                self.process.join(5)
-            except queue.Full:
-                pass
-            if self.process.is_alive():
-                self.process.terminate()
-                self.process.join()
-        for pipe in (self.requests, self.replies):
-            pipe.close()
-            pipe.cancel_join_thread()
+        self.pool.shutdown(cancel_futures=True)
 
 
-def _serve(teacher: Teacher, requests: Any, replies: Any, threads: int) -> None:
+def _start(teacher: Teacher, threads: int) -> None:
+    global _teacher
+    _teacher = teacher
     signals.signal(signals.SIGINT, signals.SIG_IGN)  # the main process decides when to end
     torch.set_num_threads(threads)
-    while (request := requests.get()) is not None:
-        number, batch, needs, autocast = request
-        try:
-            signal = compute_signal(teacher, batch, needs, autocast)
-            if signal.head is not None:
-                raise CapabilityError("an output head cannot come from a separate process", remedy="remove process")
-            replies.put((number, signal, None))
-        except TutelageError as error:
-            replies.put((number, None, error))
-        except Exception as error:  # noqa: BLE001 - the main process raises it
-            wrapped = ModelError(
-                f"the teacher failed in its process: {type(error).__name__}: {str(error)[:500]}",
-                remedy="remove process to see where",
-            )
-            replies.put((number, None, wrapped))
+
+
+def _compute_in_process(batch: Batch, needs: Needs, autocast: Autocast) -> Signal:
+    try:
+        signal = compute_signal(_teacher, batch, needs, autocast)
+    except TutelageError:
+        raise
+    except Exception as error:  # noqa: BLE001  any error goes to the main process
+        raise ModelError(
+            f"the teacher failed in its process: {type(error).__name__}: {str(error)[:500]}",
+            remedy="remove process to see where",
+        ) from None
+    if signal.head is not None:
+        raise CapabilityError("an output head cannot come from a separate process", remedy="remove process")
+    return signal

@@ -19,6 +19,8 @@ from tutelage.teachers.cache.sampling import concat_counts, draw_samples, round_
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED: dict[str, Any] = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
 
+ColumnTypes = dict[str, tuple[int | None, Any]]
+
 CHUNK_NUMBERS = 2**23
 """Float64 numbers that are processed at a time, so that the distributions of a long text never exist all at once."""
 
@@ -90,16 +92,12 @@ class Encoding:
     def check(self) -> None:
         """Raise :class:`ConfigError` if an option is out of range."""
 
-    def fixed_columns(self) -> dict[str, tuple[int, Any]]:
-        """Columns with the same number of values for each row: that number, and their type."""
-        return {}
-
-    def ragged_columns(self) -> dict[str, Any]:
-        """Columns with a variable number of values for each sample, and their type."""
-        return {}
+    def columns(self) -> ColumnTypes:
+        """The columns: values per row and dtype. ``None`` values: a variable number for each sample."""
+        raise NotImplementedError
 
     def encode(self, rows: TeacherRows) -> Columns:
-        """Fixed columns ``[N, width]``, and ragged columns with a row for each sample."""
+        """Columns ``[N, width]``, and columns of variable width with a row for each sample."""
         raise NotImplementedError
 
     def decode(self, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
@@ -113,8 +111,8 @@ class DenseEncoding(Encoding):
 
     provides = frozenset({"logits"})
 
-    def fixed_columns(self) -> dict[str, tuple[int, Any]]:
-        """Columns of one width."""
+    def columns(self) -> ColumnTypes:
+        """The columns."""
         return {"logits": (self.classes, STORED[self.dtype])}
 
     def encode(self, rows: TeacherRows) -> Columns:
@@ -141,8 +139,8 @@ class HeadInputEncoding(DenseEncoding):
                 f"a cache of head inputs has width {self.width}", remedy="set Layout(width=...) to the hidden size"
             )
 
-    def fixed_columns(self) -> dict[str, tuple[int, Any]]:
-        """Columns of one width."""
+    def columns(self) -> ColumnTypes:
+        """The columns."""
         return {"logits": (self.width, STORED[self.dtype])}
 
 
@@ -163,14 +161,11 @@ class TopKEncoding(Encoding):
                 remedy=f"set k to 1 to {self.classes}",
             )
 
-    def fixed_columns(self) -> dict[str, tuple[int, Any]]:
-        """Columns of one width."""
-        width = self.k * len(self.temperatures)
-        return {"log_probs": (width, STORED[self.dtype])} if width else {}
-
-    def ragged_columns(self) -> dict[str, Any]:
-        """Columns of variable width."""
-        return {"index": np.uint8} if self.k else {}
+    def columns(self) -> ColumnTypes:
+        """The columns."""
+        if not self.k:
+            return {}
+        return {"log_probs": (self.k * len(self.temperatures), STORED[self.dtype]), "index": (None, np.uint8)}
 
     def encode(self, rows: TeacherRows) -> Columns:
         """Rows to columns."""
@@ -214,9 +209,9 @@ class StochasticRounding(Encoding):
         if not 1 <= self.draws <= 65_535:
             raise ConfigError(f"a cache has {self.draws} draws per row", remedy="set draws to 1 to 65535")
 
-    def ragged_columns(self) -> dict[str, Any]:
-        """Columns of variable width."""
-        return {f"drawn@{t:g}": np.uint8 for t in self.temperatures}
+    def columns(self) -> ColumnTypes:
+        """The columns."""
+        return {f"drawn@{t:g}": (None, np.uint8) for t in self.temperatures}
 
     @property
     def _coder(self) -> Coder:
@@ -273,15 +268,11 @@ class SampledEncoding(Encoding):
     def _coder(self) -> Coder:
         return Coder(self.classes, self.draws, largest=min(self.classes, self.draws))
 
-    def fixed_columns(self) -> dict[str, tuple[int, Any]]:
-        """Columns of one width."""
-        return self._exact.fixed_columns()
-
-    def ragged_columns(self) -> dict[str, Any]:
-        """Columns of variable width."""
-        columns = self._exact.ragged_columns() | {f"drawn@{t:g}": np.uint8 for t in self.temperatures}
+    def columns(self) -> ColumnTypes:
+        """The columns."""
+        columns = self._exact.columns() | {f"drawn@{t:g}": (None, np.uint8) for t in self.temperatures}
         if self.power != 1:
-            columns |= {f"weight@{t:g}": STORED[self.dtype] for t in self.temperatures}
+            columns |= {f"weight@{t:g}": (None, STORED[self.dtype]) for t in self.temperatures}
         return columns
 
     def encode(self, rows: TeacherRows) -> Columns:

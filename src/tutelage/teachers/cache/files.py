@@ -26,7 +26,7 @@ import pyarrow as pa
 from safetensors.torch import load, save
 
 from tutelage.errors import CacheError, refusal
-from tutelage.teachers.cache.columns import Array, Columns, Ragged
+from tutelage.teachers.cache.columns import Array, Columns, Ragged, prefix_sums
 from tutelage.teachers.cache.layout import Layout, OutputLayer
 
 FORMAT = 2
@@ -178,61 +178,35 @@ def read_output(folder: Path) -> OutputLayer:
 def schema(layout: Layout) -> pa.Schema:
     """The Arrow schema of a shard."""
     fields = [pa.field("id", pa.int64()), pa.field("view", pa.int64()), pa.field("digest", pa.uint64())]
-    for name, (width, dtype) in layout.fixed_columns().items():
-        fields.append(pa.field(name, pa.list_(pa.from_numpy_dtype(dtype), width)))
-    for name, dtype in layout.ragged_columns().items():
-        fields.append(pa.field(name, pa.list_(pa.from_numpy_dtype(dtype))))
+    for name, (width, dtype) in layout.columns().items():
+        fields.append(pa.field(name, pa.list_(pa.from_numpy_dtype(dtype), -1 if width is None else width)))
     return pa.schema(fields)
 
 
-def write_shard(folder: Path, name: str, layout: Layout, keys: Mapping[str, Array], columns: Columns) -> Shard:
+def write_shard(folder: Path, stem: str, layout: Layout, keys: Mapping[str, Array], columns: Columns) -> Shard:
     """Write a shard, then its side file."""
     arrays = [pa.array(keys[key]) for key in ("id", "view", "digest")]
-    for column, (width, _) in layout.fixed_columns().items():
-        values = columns[column]
-        assert isinstance(values, np.ndarray)
-        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(flat, width))
-    for column in layout.ragged_columns():
-        ragged = columns[column]
-        assert isinstance(ragged, Ragged)
-        offsets = np.zeros(len(ragged.lengths) + 1, dtype=np.int32)
-        np.cumsum(ragged.lengths, out=offsets[1:])
-        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(ragged.values)))
+    for name, (width, _) in layout.columns().items():
+        column = columns[name]
+        if isinstance(column, Ragged):
+            offsets = prefix_sums(column.lengths).astype(np.int32)
+            arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(column.values)))
+        else:
+            flat = pa.array(np.ascontiguousarray(column).reshape(-1))
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, width))
     batch = pa.record_batch(arrays, schema=schema(layout))
-    path = folder / f"{name}.arrow"
+    path = folder / f"{stem}.arrow"
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    raw = sink.getvalue()
     with _atomic_file(path) as file:
-        sink = _Hashed(file)
-        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
-            writer.write_batch(batch)
-    shard = Shard(path, batch.num_rows, sink.size, sink.digest.hexdigest())
+        file.write(raw)
+    shard = Shard(path, batch.num_rows, raw.size, hashlib.sha256(raw).hexdigest())
     write_sealed(
-        folder / f"{name}.json", {"rows": shard.rows, "bytes": shard.size, "sha256": shard.sha256, "shard": path.name}
+        folder / f"{stem}.json", {"rows": shard.rows, "bytes": shard.size, "sha256": shard.sha256, "shard": path.name}
     )
     return shard
-
-
-class _Hashed:
-    """A file that hashes what is written to it."""
-
-    closed = False
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return int(self.file.write(data))
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def tell(self) -> int:
-        return self.size
-
-    def close(self) -> None:
-        """Leave the file open; the caller syncs and closes it."""
 
 
 def complete_shards(folder: Path) -> list[Shard]:
@@ -286,10 +260,11 @@ def open_shard(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns,
     batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
     keys = {key: batch.column(key).to_numpy() for key in ("id", "view", "digest")}
     columns: Columns = {}
-    for name, (width, _) in layout.fixed_columns().items():
-        columns[name] = batch.column(name).values.to_numpy().reshape(batch.num_rows, width)
-    for name in layout.ragged_columns():
+    for name, (width, _) in layout.columns().items():
         array = batch.column(name)
-        offsets = array.offsets.to_numpy()
-        columns[name] = Ragged(array.values.to_numpy(), np.diff(offsets))
+        values = array.values.to_numpy()
+        if width is None:
+            columns[name] = Ragged(values, np.diff(array.offsets.to_numpy()))
+        else:
+            columns[name] = values.reshape(batch.num_rows, width)
     return keys, columns, mapped

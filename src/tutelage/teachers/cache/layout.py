@@ -19,6 +19,7 @@ from tutelage.teachers.cache.encodings import (
     DTYPES,
     ENCODINGS,
     STORED,
+    ColumnTypes,
     DecodedRows,
     Encoding,
     TeacherRows,
@@ -140,21 +141,18 @@ class Layout:
         head = "head" in self.provides
         return Needs(logits=self.keep is not None and not head, hidden=tuple(self.hidden), head=head)
 
-    def fixed_columns(self) -> dict[str, tuple[int, Any]]:
-        """Columns with the same number of values for each sample: that number, and their type."""
-        return {TOKENS: (1, np.int32)} if self.tokens else self._row_columns()
+    def columns(self) -> ColumnTypes:
+        """The columns: values per sample and dtype. ``None`` values: a variable number for each sample."""
+        rows = self._row_columns()
+        if not self.tokens:
+            return rows
+        return {TOKENS: (1, np.int32)} | {name: (None, dtype) for name, (_, dtype) in rows.items()}
 
-    def ragged_columns(self) -> dict[str, Any]:
-        """Columns with a variable number of values for each sample, and their type."""
-        columns = {name: dtype for name, (_, dtype) in self._row_columns().items()} if self.tokens else {}
-        return columns | ({} if self.encoding is None else self.encoding.ragged_columns())
-
-    def _row_columns(self) -> dict[str, tuple[int, Any]]:
-        """Columns with the same number of values for each row."""
-        columns = {} if self.encoding is None else self.encoding.fixed_columns()
-        for tap, shape in self.hidden.items():
-            columns[f"hidden:{tap}"] = (math.prod(shape), STORED[self.dtype])
-        return columns
+    def _row_columns(self) -> ColumnTypes:
+        """The columns of rows, those of variable width last."""
+        columns = {} if self.encoding is None else self.encoding.columns()
+        columns |= {f"hidden:{tap}": (math.prod(shape), STORED[self.dtype]) for tap, shape in self.hidden.items()}
+        return dict(sorted(columns.items(), key=lambda column: column[1][0] is None))
 
     # To columns ------------------------------------------------------------------------------------------
 
@@ -193,11 +191,10 @@ class Layout:
             columns[f"hidden:{tap}"] = to_stored(rows.flatten(1), self.dtype)
         if not self.tokens:
             return columns
+        for name, values in columns.items():
+            if isinstance(values, np.ndarray):
+                columns[name] = Ragged(values.reshape(-1), lengths * values.shape[1])
         columns[TOKENS] = lengths[:, None].astype(np.int32)
-        for name, (width, _) in self._row_columns().items():
-            values = columns[name]
-            assert isinstance(values, np.ndarray)
-            columns[name] = Ragged(values.reshape(-1), lengths * width)
         return columns
 
     def _largest(self, signal: Signal, counted: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -260,7 +257,7 @@ class Layout:
         if self.tokens:
             assert counted is not None
             lengths = tokens_per_sample(columns)
-            widths = {name: width for name, (width, _) in self._row_columns().items()}
+            widths = {name: width for name, (width, _) in self._row_columns().items() if width is not None}
             columns = {n: c.values.reshape(-1, widths[n]) if isinstance(c, Ragged) and n in widths else c
                        for n, c in columns.items()}  # fmt: skip
 
@@ -309,11 +306,10 @@ class Layout:
 
     def empty(self) -> Columns:
         """The columns of no sample."""
-        columns: Columns = {
-            name: np.empty((0, width), dtype) for name, (width, dtype) in self.fixed_columns().items()
+        return {
+            name: Ragged(np.empty(0, dtype), np.empty(0, np.int64)) if width is None else np.empty((0, width), dtype)
+            for name, (width, dtype) in self.columns().items()
         }
-        none = np.empty(0, np.int64)
-        return columns | {name: Ragged(np.empty(0, dtype), none) for name, dtype in self.ragged_columns().items()}
 
 
 def tokens_per_sample(columns: Columns) -> Array:
