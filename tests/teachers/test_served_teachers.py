@@ -144,9 +144,9 @@ def test_another_order_of_the_same_is_no_fault(server: servers.Server, cutter: A
     ("fault", "said"),
     [
         (servers.fewer_tokens, r"log-probabilities for \d+ tokens, tried"),
-        (servers.fewer_of_a_token, "says 2 log-probabilities of a token where 12 are asked for"),
-        (servers.infinite, "log-probabilities of a token where 12 are asked for"),
-        (servers.out_of_order, "what is not of that token"),
+        (servers.fewer_of_a_token, "returns 2 log-probabilities for a position, and k is 12"),
+        (servers.infinite, "log-probabilities for a position, and k is 12"),
+        (servers.out_of_order, "log-probabilities of another token"),
         (servers.breaks, "answers with status 500: out of memory, tried for"),
         (servers.dies, "cannot be reached"),
     ],

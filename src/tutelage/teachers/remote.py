@@ -1,7 +1,7 @@
-"""A teacher behind a server, which gives the largest log-probabilities of next tokens.
+"""A teacher behind a server that provides the top-k log-probabilities of next tokens.
 
-Servers get token ids, those that the student reads, and never a text that they would cut anew. What a server says is
-believed once it is whole: so many numbers for each position, in the order of the tokens.
+Requests contain the student's token ids and no text, so the server does not tokenize. A reply is used only if it
+has k finite log-probabilities for each position, in the order of the tokens.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tutelage.data.batch import Batch
-from tutelage.errors import CapabilityError, EndpointError
+from tutelage.errors import CapabilityError, EndpointError, TutelageError, shorten
 from tutelage.servers import JsonClient, JsonRequest, TransientServerError, list_models
 from tutelage.taps import Needs
 from tutelage.teachers.signal import Signal, Sparse
 
-PREFIXES = 16
-"""Beginnings of a text that a llama.cpp server is asked about in one request."""
-FORCED = "a"
-"""What a llama.cpp server has to generate."""
+PROMPTS_PER_REQUEST = 16
+"""Prefixes of a text in one request to a llama.cpp server."""
+FORCED_TOKEN = "a"
+"""The token that a llama.cpp server has to generate."""
 SAMPLE = "It's 12 o'clock,\n  naïve Ann said: 日本 (x_1 = 3.5)!"
-"""Is cut by the server and by the student's tokenizer, which must agree."""
+"""A text that the tokenizers of server and student must tokenize in the same way."""
 
 
 class TopTokens(NamedTuple):
-    """What a server says of positions of a text.
+    """The likeliest tokens at some positions of a text.
 
     Attributes:
         tokens: ``[n, k]`` ids, the likeliest first.
@@ -42,51 +42,30 @@ class TopTokens(NamedTuple):
     log_probs: npt.NDArray[np.float32]
 
 
-class Dialect(Protocol):
-    """How a kind of server is asked."""
-
-    def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
-        """``model``, and where the server says so ``vocabulary`` and ``longest``, tokens that it reads at most."""
-        ...
-
-    def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
-        """Token ids of a text, with nothing added; ``None`` where the server does not cut."""
-        ...
-
-    def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
-        """The k likeliest tokens to follow each of the positions ``at`` of ``ids``.
-
-        Raises:
-            Fault: the answer is not whole.
-            EndpointError: no answer ever will be.
-        """
-        ...
-
-
 class RemoteTeacher:
-    """The k likeliest next tokens of a model behind a server, at T = 1 (``topk``).
+    """The k likeliest next tokens from a model behind a server, at T = 1 (``topk``).
 
-    Texts of a batch are asked about side by side, those of packed rows each by itself. A server that cannot be
-    reached, is overloaded or answers in part is asked again, for as long as ``max_retry_time`` says; nothing is left
-    out or made up.
+    The texts of a batch are requested in parallel; each text of a packed row is a request of its own. Requests are
+    retried for ``max_retry_time`` if the server is unreachable, overloaded or replies incompletely. No position is
+    left out or filled in.
 
     Args:
-        url: of the server; of vLLM most often with ``/v1`` at its end.
-        model: its name there; ``None``: the only one.
-        server: ``vllm``, which says the log-probabilities of a prompt in one request; or ``llama.cpp``, which says
-            those of generated tokens alone, so that it is asked for one token after each beginning of a text.
-        k: how many.
-        classes: the student's vocabulary.
-        tokenizer: the student's, to compare with the server's.
-        longest: tokens of a text, at most.
-        key_env: name of the environment variable that holds the key.
-        concurrency: most requests at once.
-        timeout: seconds for an answer.
-        max_retry_time: seconds without an answer after which the server is given up.
+        url: of the server; vLLM's usually ends in ``/v1``.
+        model: its name on the server. Default: the only one.
+        server: ``vllm``, which returns the log-probabilities of a prompt in one request; or ``llama.cpp``, which
+            returns those of generated tokens only, so that each prefix of a text is a prompt.
+        k: number of tokens per position.
+        classes: size of the student's vocabulary.
+        tokenizer: the student's, for a comparison with the server's.
+        longest: tokens of the longest text.
+        key_env: name of the environment variable with the API key.
+        concurrency: largest number of parallel requests.
+        timeout: seconds for one reply.
+        max_retry_time: seconds of retries without a reply.
 
     Raises:
-        EndpointError: the server refuses, cannot be reached, has no such model, or gives fewer than k.
-        CapabilityError: its tokens are not the student's, or texts are too long for it.
+        EndpointError: the server refuses, is unreachable, does not have the model, or returns fewer than k tokens.
+        CapabilityError: tokenizer or vocabulary differ from the student's, or texts are too long for the server.
     """
 
     provides = frozenset({"topk"})
@@ -107,9 +86,11 @@ class RemoteTeacher:
         max_retry_time: float = 300.0,
     ) -> None:
         if not 1 <= k <= classes:
-            raise CapabilityError(f"k={k} of {classes} tokens", remedy=f"give 1 to {classes}")
+            raise CapabilityError(
+                f"k is {k}, and the vocabulary has {classes} tokens", remedy=f"set k to 1 to {classes}"
+            )
         self.url, self.k, self.classes = url.rstrip("/"), k, classes
-        self.dialect = SERVERS[server]
+        self.kind = SERVERS[server]
         self._server = JsonClient(
             url,
             "teacher.endpoint",
@@ -119,7 +100,7 @@ class RemoteTeacher:
             max_retry_time=max_retry_time,
         )
         try:
-            facts = self._server.retry(lambda: self.dialect.facts(self._server.post, model))
+            facts = self._server.retry(lambda: self.kind.facts(self._server.post, model))
             self.facts = {"server": server} | facts
             self.model = self.facts["model"]
             self._check(tokenizer, longest)
@@ -134,78 +115,77 @@ class RemoteTeacher:
         self.close()
 
     def close(self) -> None:
-        """End all connections; what was asked and not answered is dropped."""
+        """Close all connections; pending requests are dropped."""
         self._server.close()
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
-        """What the server says of the tokens that count.
+        """The top-k distributions at the counted tokens; other positions are uniform.
 
         Raises:
-            CapabilityError: hidden states are needed, or another temperature.
+            CapabilityError: hidden states or another temperature are needed.
             EndpointError: the server fails.
         """
         if needs.hidden:
-            raise CapabilityError("a server gives no hidden states", remedy="use a live teacher, or a term less")
+            raise CapabilityError(
+                "a remote teacher provides no hidden states", remedy="use a live teacher, or a method on logits"
+            )
         if needs.temperature not in (None, 1.0):
             raise CapabilityError(
-                f"a server gives the distribution at T = 1, and T = {needs.temperature:g} is asked for",
-                remedy="set method.temperature to 1: a part of a distribution cannot be softened afterwards",
+                f"a remote teacher provides distributions at T = 1, and the method needs T = {needs.temperature:g}",
+                remedy="set method.temperature to 1: a sparse distribution has one temperature",
             )
         batch = batch.for_teacher()
         counted = batch.counted()
         if counted.ndim != 2 or not isinstance(batch.inputs, dict):
-            raise CapabilityError("the batch has no tokens to ask about", remedy="use data of task causal")
+            raise CapabilityError("the batch has no tokens for the server", remedy="use data with task: causal")
         index = torch.arange(self.k).expand(*counted.shape, self.k).clone()
         values = torch.full((*counted.shape, self.k), -math.log(self.classes))
         texts = [text for text in split_texts(batch) if text.at]
-        asked = [self._server.submit(partial(self._told, text)) for text in texts]
+        replies = [self._server.submit(partial(self._top_tokens, text)) for text in texts]
         try:
-            for text, answer in zip(texts, asked, strict=True):
-                told = answer.result()
+            for text, reply in zip(texts, replies, strict=True):
+                top = reply.result()
                 where = torch.tensor(text.at) + text.start
-                index[text.row, where] = torch.from_numpy(told.tokens)
-                values[text.row, where] = torch.from_numpy(told.log_probs)
+                index[text.row, where] = torch.from_numpy(top.tokens)
+                values[text.row, where] = torch.from_numpy(top.log_probs)
         finally:
-            for answer in asked:
-                answer.cancel()
+            for reply in replies:
+                reply.cancel()
         device = batch.labels.device
         return Signal(sparse=Sparse("topk", index.to(device), values.to(device), self.classes, 1.0))
 
-    # Asking ----------------------------------------------------------------------------------------------
-
-    def _told(self, text: Text) -> TopTokens:
-        told = self.dialect.top_tokens(self._server.post, self.model, text.ids, text.at, self.k)
-        if int(told.tokens.max()) >= self.classes:
-            raise EndpointError(
-                f"names a token {int(told.tokens.max())}, the student scores 0 to {self.classes - 1}",
-                where=self.url, remedy="student and teacher must have one tokenizer",
-            )  # fmt: skip
-        return told
-
-    # Before anything is trained --------------------------------------------------------------------------------
+    def _top_tokens(self, text: Text) -> TopTokens:
+        top = self.kind.top_tokens(self._server.post, self.model, text.ids, text.at, self.k)
+        if int(top.tokens.max()) >= self.classes:
+            raise self._other_tokenizer(
+                f"returns token id {int(top.tokens.max())}, and the student's vocabulary has {self.classes} tokens",
+                EndpointError,
+            )
+        return top
 
     def _check(self, tokenizer: Any, longest: int) -> None:
+        """Check the server before training: context size, vocabulary, tokenizer, and one small request."""
         most, vocabulary = self.facts.get("longest"), self.facts.get("vocabulary")
         if most is not None and longest + 1 > most:
             raise CapabilityError(
                 f"the server reads {most} tokens, and texts have up to {longest}",
-                where=self.url, remedy=f"set data.max_length to {most - 1} at most, or start it with more",
+                where=self.url,
+                remedy=f"set data.max_length to {most - 1} at most, or start the server with a larger context",
             )  # fmt: skip
         if vocabulary is not None and vocabulary > self.classes:
-            raise CapabilityError(
-                f"the server's model has {vocabulary} tokens, the student {self.classes}",
-                where=self.url, remedy="student and teacher must have one tokenizer",
-            )  # fmt: skip
+            raise self._other_tokenizer(f"the server's model has {vocabulary} tokens, the student {self.classes}")
         ids = [0, 1, 2]
         if tokenizer is not None:
             ids = list(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
-            there = self._server.retry(lambda: self.dialect.tokenize(self._server.post, self.model, SAMPLE))
+            there = self._server.retry(lambda: self.kind.tokenize(self._server.post, self.model, SAMPLE))
             if there is not None and there != ids:
-                raise CapabilityError(
-                    f"the server's tokenizer cuts a text into {there[:6]} ..., the student's into {ids[:6]} ...",
-                    where=self.url, remedy="student and teacher must have one tokenizer",
-                )  # fmt: skip
-        self._server.retry(lambda: self._told(Text(0, 0, ids, list(range(len(ids) - 1)))))
+                raise self._other_tokenizer(
+                    f"the server tokenizes a sample text as {there[:6]} ..., the student as {ids[:6]} ..."
+                )
+        self._server.retry(lambda: self._top_tokens(Text(0, 0, ids, list(range(len(ids) - 1)))))
+
+    def _other_tokenizer(self, what: str, kind: type[TutelageError] = CapabilityError) -> TutelageError:
+        return kind(what, where=self.url, remedy="student and teacher must have one tokenizer")
 
 
 class Text(NamedTuple):
@@ -213,9 +193,9 @@ class Text(NamedTuple):
 
     Attributes:
         row: of the batch.
-        start: where in the row it begins.
+        start: position of its first token in the row.
         ids: its tokens.
-        at: its positions that count, from 0.
+        at: its counted positions, from 0.
     """
 
     row: int
@@ -225,151 +205,155 @@ class Text(NamedTuple):
 
 
 def split_texts(batch: Batch) -> list[Text]:
-    """Each text of a batch, padding left out; packed rows have several."""
+    """The texts of a batch, without padding; packed rows have several."""
     assert isinstance(batch.inputs, dict)
     ids, counted = batch.inputs["input_ids"].cpu(), batch.counted().cpu()
     positions, attention = batch.inputs.get("position_ids"), batch.inputs.get("attention_mask")
-    found = []
+    texts = []
     for row in range(len(ids)):
-        there = torch.ones(ids.shape[1], dtype=torch.bool) if attention is None else attention[row].cpu().bool()
-        begins = [int(there.nonzero()[0])] if bool(there.any()) else []
+        real = torch.ones(ids.shape[1], dtype=torch.bool) if attention is None else attention[row].cpu().bool()
+        begins = [int(real.nonzero()[0])] if bool(real.any()) else []
         if attention is None and positions is not None:
             begins = (positions[row].cpu() == 0).nonzero().flatten().tolist()
-        ends = [*begins[1:], int(there.nonzero()[-1]) + 1] if begins else []
+        ends = [*begins[1:], int(real.nonzero()[-1]) + 1] if begins else []
         for start, stop in zip(begins, ends, strict=True):
             at = counted[row, start:stop].nonzero().flatten().tolist()
-            found.append(Text(row, start, ids[row, start:stop].tolist(), at))
-    return found
+            texts.append(Text(row, start, ids[row, start:stop].tolist(), at))
+    return texts
 
 
 # Kinds of servers ---------------------------------------------------------------------------------------
 
 
 class Vllm:
-    """vLLM's completions: ``prompt_logprobs`` of token ids.
+    """vLLM's completions, with ``prompt_logprobs`` of token ids.
 
-    The first token has none. Of each other there are the k likeliest, and the token itself where it is not among
-    them; how many there may be is set when the server starts (``--max-logprobs``, 20 by default).
+    The first token has none. Each other token has the k likeliest and itself. The largest k is set when the server
+    starts (``--max-logprobs``, 20 by default).
     """
 
     def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
-        """From its list of models."""
-        there = {str(each["id"]): each for each in list_models(post)}
-        name = model if model is not None else next(iter(there), None)
-        if name not in there:
+        """``model``, and ``longest``, the size of its context, from the list of models."""
+        models = {str(each["id"]): each for each in list_models(post)}
+        name = model if model is not None else next(iter(models), None)
+        if name not in models:
             raise EndpointError(
-                f"has no model {name!r}", where="teacher.endpoint.model",
-                remedy=f"it serves: {', '.join(there) or 'none'}",
+                f"the server has no model {shorten(name)}", where="teacher.endpoint.model",
+                remedy=f"it serves: {', '.join(models) or 'none'}",
             )  # fmt: skip
-        longest = there[name].get("max_model_len")
+        longest = models[name].get("max_model_len")
         return {"model": name, **({} if longest is None else {"longest": int(longest)})}
 
     def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
-        """By ``/tokenize``."""
-        body = {"model": model, "prompt": text, "add_special_tokens": False}
-        return _tokens(post, body)
+        """Token ids of a text without special tokens; ``None`` if the server has no such endpoint."""
+        return _tokenize(post, {"model": model, "prompt": text, "add_special_tokens": False})
 
     def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
-        """One request."""
-        # what follows a position is said at the next token; after the last one any will do
-        read = [*ids, ids[0]][: at[-1] + 2]
-        body = {"model": model, "prompt": read, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        """The k likeliest tokens after each of the positions ``at`` of ``ids``, from one request."""
+        # the entry of a token has the distribution after the position before it; after the last one any token will do
+        prompt = [*ids, ids[0]][: at[-1] + 2]
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
         reply = post("completions", body)
         try:
             choices = sorted(reply["choices"], key=lambda each: each["index"])
-            said = choices[0].get("prompt_logprobs", reply.get("prompt_logprobs"))
+            entries = choices[0].get("prompt_logprobs", reply.get("prompt_logprobs"))
         except (LookupError, TypeError, AttributeError):
-            raise TransientServerError(f"answers without choices: {str(reply)[:200]}", answered=True) from None
-        if said is None:
+            raise TransientServerError(f"replies without choices: {shorten(reply)}", answered=True) from None
+        if entries is None:
             raise EndpointError(
-                "says no log-probabilities of a prompt", where="teacher.endpoint.kind",
+                "the server returns no log-probabilities of a prompt", where="teacher.endpoint.kind",
                 remedy="use vLLM, or kind: llama.cpp for a llama.cpp server",
             )  # fmt: skip
-        if len(said) != len(read):
-            raise TransientServerError(f"says {len(said)} log-probabilities for {len(read)} tokens", answered=True)
+        if len(entries) != len(prompt):
+            raise TransientServerError(
+                f"returns {len(entries)} log-probabilities for {len(prompt)} tokens", answered=True
+            )
         rows = []
         for position in at:
-            entry = said[position + 1]
-            if not isinstance(entry, dict) or str(read[position + 1]) not in entry:
-                raise TransientServerError(f"says of token {position + 1} what is not of that token", answered=True)
+            entry = entries[position + 1]
+            if not isinstance(entry, dict) or str(prompt[position + 1]) not in entry:
+                raise TransientServerError(
+                    f"returns the log-probabilities of another token for token {position + 1}", answered=True
+                )
             rows.append([(int(token), one["logprob"]) for token, one in entry.items()])
         return select_top_k(rows, k)
 
 
 class LlamaCpp:
-    """llama.cpp's own ``/completion``: of a prompt it says nothing, of one token after it the ``n_probs`` likeliest,
-    before any sampling. What it has read of a text is kept from request to request (``cache_prompt``).
+    """llama.cpp's ``/completion``, which returns the ``n_probs`` likeliest tokens only for a generated token.
 
-    The token itself is always :data:`FORCED`: of one that ends a text or is a part of a character the server would
-    keep the probabilities to itself. What it says of the others is of before that.
+    Each prefix of a text is a prompt, and the server generates one token after it; it reuses the prefix that it has
+    read (``cache_prompt``). The generated token is always :data:`FORCED_TOKEN`, since the server omits the
+    probabilities of a token that ends a text or is part of a character. Probabilities are those before any sampling.
     """
 
     def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
-        """From its list of models, and its properties."""
-        (one, *_) = list_models(post) or [{}]
-        meta, props = one.get("meta") or {}, post("/props")
+        """``model``, ``vocabulary``, ``longest`` and ``size``, as far as the server states them."""
+        (first, *_) = list_models(post) or [{}]
+        meta, props = first.get("meta") or {}, post("/props")
         longest = props.get("default_generation_settings", {}).get("n_ctx") if isinstance(props, dict) else None
-        name = model or os.path.basename(str(one.get("id", "")))
+        name = model or os.path.basename(str(first.get("id", "")))
         known = {"vocabulary": meta.get("n_vocab"), "longest": longest, "size": meta.get("n_params")}
         return {"model": name, **{key: int(x) for key, x in known.items() if x is not None}}
 
     def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
-        """By ``/tokenize``."""
-        return _tokens(post, {"content": text, "add_special": False})
+        """Token ids from ``/tokenize``."""
+        return _tokenize(post, {"content": text, "add_special": False})
 
     def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
-        """A few positions in each request."""
-        rows: list[list[tuple[int, float]]] = []
-        for start in range(0, len(at), PREFIXES):
-            some = at[start : start + PREFIXES]
+        """The tokens from requests of a few prefixes each."""
+        rows: list[list[tuple[int, float | None]]] = []
+        for start in range(0, len(at), PROMPTS_PER_REQUEST):
+            positions = at[start : start + PROMPTS_PER_REQUEST]
             body = {
-                "prompt": [ids[: position + 1] for position in some], "n_predict": 1, "n_probs": k,
+                "prompt": [ids[: position + 1] for position in positions], "n_predict": 1, "n_probs": k,
                 "temperature": 0.0, "post_sampling_probs": False, "cache_prompt": True,
-                "logit_bias": [[FORCED, 1e4]],
+                "logit_bias": [[FORCED_TOKEN, 1e4]],
                 "response_fields": ["index", "tokens_evaluated", "truncated", "completion_probabilities"],
             }  # fmt: skip
             reply = post("/completion", body)
             answers = sorted(reply if isinstance(reply, list) else [reply], key=lambda one: int(one.get("index", 0)))
-            if [int(one.get("index", 0)) for one in answers] != list(range(len(some))):
-                raise TransientServerError(f"answers {len(answers)} of {len(some)} prompts", answered=True)
-            for position, one in zip(some, answers, strict=True):
-                if one.get("tokens_evaluated") != position + 1 or one.get("truncated"):
+            if [int(one.get("index", 0)) for one in answers] != list(range(len(positions))):
+                raise TransientServerError(f"replies to {len(answers)} of {len(positions)} prompts", answered=True)
+            for position, answer in zip(positions, answers, strict=True):
+                if answer.get("tokens_evaluated") != position + 1 or answer.get("truncated"):
                     raise EndpointError(
-                        f"read {one.get('tokens_evaluated')} tokens where it was given {position + 1}",
-                        where="teacher.endpoint", remedy="give it room for a whole text in each slot: --ctx-size",
-                    )  # fmt: skip
-                said = one.get("completion_probabilities") or [{}]
-                rows.append([(int(x["id"]), x["logprob"]) for x in said[0].get("top_logprobs", [])])
+                        f"the server read {answer.get('tokens_evaluated')} of {position + 1} tokens",
+                        where="teacher.endpoint",
+                        remedy="start it with room for a complete text in each slot: --ctx-size",
+                    )
+                top = (answer.get("completion_probabilities") or [{}])[0].get("top_logprobs", [])
+                rows.append([(int(x["id"]), x["logprob"]) for x in top])
         return select_top_k(rows, k)
 
 
-SERVERS: dict[str, Dialect] = {"llama.cpp": LlamaCpp(), "vllm": Vllm()}
+SERVERS: dict[str, Vllm | LlamaCpp] = {"llama.cpp": LlamaCpp(), "vllm": Vllm()}
 """Kinds of servers by name."""
 
 
 def select_top_k(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> TopTokens:
-    """The k likeliest of each row of (token, log-probability), in any order.
+    """The k likeliest tokens of each row of (token, log-probability), in any order.
 
     Raises:
-        Fault: there are fewer, or they are no distribution's.
+        TransientServerError: there are fewer, or they do not form a distribution.
     """
     index, logs = np.zeros((len(rows), k), np.int64), np.zeros((len(rows), k), np.float32)
     for i, row in enumerate(rows):
-        known = sorted(((x, t) for t, x in row if x is not None and math.isfinite(x)), reverse=True)[:k]
-        if len(known) < k:
+        finite = sorted(((x, t) for t, x in row if x is not None and math.isfinite(x)), reverse=True)[:k]
+        if len(finite) < k:
             raise TransientServerError(
-                f"says {len(known)} log-probabilities of a token where {k} are asked for", answered=True
+                f"returns {len(finite)} log-probabilities for a position, and k is {k}", answered=True
             )
-        logs[i], index[i] = zip(*known, strict=True)
-        if len({t for _, t in known}) < k or float(np.exp(logs[i].astype(np.float64)).sum()) > 1.01:
-            raise TransientServerError("says log-probabilities that are those of no distribution", answered=True)
+        logs[i], index[i] = zip(*finite, strict=True)
+        if len({t for _, t in finite}) < k or float(np.exp(logs[i].astype(np.float64)).sum()) > 1.01:
+            raise TransientServerError("returns log-probabilities that form no distribution", answered=True)
     return TopTokens(index, np.minimum(logs, 0.0))
 
 
-def _tokens(post: JsonRequest, body: Mapping[str, Any]) -> list[int] | None:
+def _tokenize(post: JsonRequest, body: Mapping[str, Any]) -> list[int] | None:
     try:
         reply = post("/tokenize", body)
     except EndpointError:
         return None
-    found = reply.get("tokens") if isinstance(reply, dict) else None
-    return [int(x) for x in found] if isinstance(found, list) else None
+    tokens = reply.get("tokens") if isinstance(reply, dict) else None
+    return [int(x) for x in tokens] if isinstance(tokens, list) else None
