@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.students import block_influence, prune, select_layers
 from tutelage.students.config_probing import layer_pattern
-from tutelage.students.layer_selection import layer_stack
+from tutelage.students.layer_selection import find_layer_stack
 from tutelage.students.width_pruning import find_weight_layout
 
 SIZES: dict[str, Any] = {
@@ -67,7 +67,7 @@ def said(model: nn.Module, given: dict[str, Tensor] | None = None) -> Tensor:
 
 def zero(model: nn.Module, role: str, dead: list[int], reads: bool) -> None:
     """Of the units ``dead``, take away what they are given, or what is made of them."""
-    path, _ = layer_stack(model)
+    path, _ = find_layer_stack(model)
     parts = find_weight_layout(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -84,7 +84,7 @@ def test_each_layer_holds_the_weights_of_the_layer_that_the_map_says(family: str
     teacher = build(family)
     found = prune(teacher, layers=2)
     assert found.layers == (0, 2)
-    path, theirs = layer_stack(teacher)
+    path, theirs = find_layer_stack(teacher)
     for layer, source in enumerate(found.layers):
         mine = found.model.get_submodule(f"{path}.{layer}").state_dict()
         assert mine
@@ -114,7 +114,7 @@ def test_lists_of_one_entry_for_each_layer_follow_their_layers() -> None:
     silent = [1, 2]
     with torch.no_grad():
         for layer in silent:
-            for name, p in layer_stack(teacher)[1][layer].named_parameters():
+            for name, p in find_layer_stack(teacher)[1][layer].named_parameters():
                 if name in ("attn.Wo.weight", "mlp.Wo.weight"):
                     p.zero_()
     found = prune(teacher, map=[0, 3])
@@ -122,7 +122,7 @@ def test_lists_of_one_entry_for_each_layer_follow_their_layers() -> None:
     torch.testing.assert_close(said(found.model), said(teacher))
     uncut = prune(teacher, map=[0, 1]).model  # a sliding window sees less
     with torch.no_grad():
-        layer_stack(uncut)[1][1].load_state_dict(layer_stack(teacher)[1][3].state_dict())
+        find_layer_stack(uncut)[1][1].load_state_dict(find_layer_stack(teacher)[1][3].state_dict())
     assert not torch.allclose(said(uncut), said(teacher), atol=1e-3)
 
 
@@ -151,7 +151,7 @@ def test_maps() -> None:
 
 def test_influence_of_a_layer_that_does_nothing_is_none_and_padding_does_not_count() -> None:
     teacher = build("llama")
-    silent = layer_stack(teacher)[1][1]
+    silent = find_layer_stack(teacher)[1][1]
     with torch.no_grad():
         silent.self_attn.o_proj.weight.zero_()
         silent.mlp.down_proj.weight.zero_()
@@ -319,7 +319,7 @@ def test_models_without_a_stack_of_layers() -> None:
     with pytest.raises(ModelError, match="several stacks"):
         prune(hf.BartModel(two), layers=1)
     shared = build("bert")
-    path, stack = layer_stack(shared)
+    path, stack = find_layer_stack(shared)
     stack[1] = stack[0]
     with pytest.raises(ModelError, match=f"share weights .{path}"):
         prune(shared, layers=2)
@@ -332,7 +332,7 @@ def test_models_without_a_stack_of_layers() -> None:
 def test_a_layout_that_is_not_understood_is_refused_and_not_guessed() -> None:
     sizes = {k: v for k, v in SIZES.items() if k != "num_labels"}
     odd = hf.MPNetModel(hf.MPNetConfig(**sizes))  # its heads share a table that stands outside of the layers
-    with pytest.raises(ModelError, match=r"(?s)lays out.*cut its depth"):
+    with pytest.raises(ModelError, match=r"(?s)lays out.*prune its depth"):
         prune(odd, width=16)
     assert prune(odd, layers=2).layers == (0, 2)
 

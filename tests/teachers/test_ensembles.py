@@ -217,7 +217,10 @@ def test_the_route_survives_whatever_cuts_a_batch() -> None:
         (lambda m: EnsembleTeacher(m, weights=[0, 1, 1], route=[[0], [1]]), "no member teaches"),
         (lambda m: EnsembleTeacher(m, route=[[0], [1]]).signal(batch(), Needs()), "data.route"),
         (lambda m: EnsembleTeacher(m, route=[[0]]).signal(batch(2, [0, 1]), Needs()), "knows 0 to 0"),
-        (lambda m: EnsembleTeacher(m, route=[[0]]).signal(batch(1, [0]), Needs(hidden=("0.head",))), "no hidden states"),
+        (
+            lambda m: EnsembleTeacher(m, route=[[0]]).signal(batch(1, [0]), Needs(hidden=("0.head",))),
+            "no hidden states",
+        ),
         (
             lambda m: EnsembleTeacher([*m, LiveTeacher(network(0, classes=7))]).signal(batch(), Needs()),
             "member 3 gives logits (7,)",

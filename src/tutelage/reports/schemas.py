@@ -136,7 +136,7 @@ class RunSummary(_Record):
     capacity_ratio: float | None = None
     latency: dict[str, Latency] | None = None
     teacher: TeacherResult | None = None
-    served: dict[str, Any] | None = None
+    remote_teacher: dict[str, Any] | None = None
     """A teacher behind a server, which is not measured."""
     students: ArmResults
     gain: dict[str, PairedDifference] | None = None
@@ -150,7 +150,7 @@ class RunSummary(_Record):
     def _check_teacher(self) -> RunSummary:
         if self.teacher is not None and (self.parameters.teacher is None or self.capacity_ratio is None):
             raise ValueError("there is a teacher, but 'parameters.teacher' or 'capacity_ratio' is missing")
-        if self.teacher is None and self.served is None and self.taught:
+        if self.teacher is None and self.remote_teacher is None and self.taught:
             raise ValueError("'teacher' is missing")
         return self
 

@@ -1,4 +1,4 @@
-"""Students cut from their teachers, and what a student needs in training: projectors, and where to compare."""
+"""Students: pruning, LoRA, quantisation-aware training, projectors, and where features are compared."""
 
 from tutelage.students.embeddings import trim_embeddings
 from tutelage.students.feature_sites import find_embedding_tap, find_last_norm, find_preactivations, find_stages
@@ -19,30 +19,8 @@ from tutelage.students.reused_head import ReusedHead, reuse_head
 from tutelage.students.vocabulary_trimming import trim_tokenizer
 
 __all__ = [
-    "LAYER_MAPS",
-    "PROJECTORS",
-    "Projector",
-    "PrunedStudent",
-    "ReusedHead",
-    "add_fake_quantisers",
-    "add_lora",
-    "block_influence",
-    "build_projector",
-    "eval_no_grad",
-    "feature_shapes",
-    "find_embedding_tap",
-    "find_last_norm",
-    "find_preactivations",
-    "find_stages",
-    "has_adapters",
-    "is_quantisation_aware",
-    "match_dtype",
-    "merge_lora",
-    "prune",
-    "resize_like",
-    "reuse_head",
-    "select_layers",
-    "to_float_model",
-    "trim_embeddings",
-    "trim_tokenizer",
-]
+    "LAYER_MAPS", "PROJECTORS", "Projector", "PrunedStudent", "ReusedHead", "add_fake_quantisers", "add_lora",
+    "block_influence", "build_projector", "eval_no_grad", "feature_shapes", "find_embedding_tap", "find_last_norm",
+    "find_preactivations", "find_stages", "has_adapters", "is_quantisation_aware", "match_dtype", "merge_lora",
+    "prune", "resize_like", "reuse_head", "select_layers", "to_float_model", "trim_embeddings", "trim_tokenizer",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models that are built only to find out what a number of their config does."""
+"""Small models that show what a number of a config changes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.students.layer_selection import config_of, layer_stack
+from tutelage.students.layer_selection import find_layer_stack, require_config
 
 Shape = tuple[int, ...]
 Key = tuple[str, int]
-"""A weight's name, with ``*`` for the number of its layer, and a dimension of it."""
+"""A weight's name, with ``*`` for its layer number, and one of its dimensions."""
 
-WORDS = 32
-"""Vocabulary of these models."""
+VOCABULARY_SIZE = 32
+"""Of these models."""
 
 
 def replace_fields(config: Any, **numbers: Any) -> Any:
-    """A copy of a config with other values."""
+    """A copy of a config with other values of some fields."""
     new = copy.deepcopy(config)
     for name, value in numbers.items():
         setattr(new, name, value)
@@ -29,21 +29,21 @@ def replace_fields(config: Any, **numbers: Any) -> Any:
 
 
 def layer_pattern(name: str, stack: str) -> str:
-    """A weight's name with ``*`` for the number of its layer."""
+    """A weight's name with ``*`` for its layer number."""
     return re.sub(rf"^{re.escape(stack)}\.\d+\.", f"{stack}.*.", name)
 
 
 def weight_shapes(kind: type[nn.Module], config: Any) -> dict[str, Shape] | None:
-    """The shapes of all weights of such a model; ``None`` where it cannot be built."""
+    """The shapes of all weights of a model, without memory for them; ``None`` if it cannot be built."""
     try:
         with torch.device("meta"):
             return {name: tuple(x.shape) for name, x in kind(config).state_dict().items()}
-    except Exception:  # noqa: BLE001  families refuse numbers in ways of their own
+    except Exception:  # noqa: BLE001  families raise different errors
         return None
 
 
 def shape_changes(before: Mapping[str, Shape], after: Mapping[str, Shape] | None) -> dict[Key, int] | None:
-    """By how much each dimension differs, of those that do; ``None`` where other weights are there."""
+    """The change of each dimension that differs; ``None`` if the names or ranks of weights differ."""
     if after is None or before.keys() != after.keys():
         return None
     if any(len(before[name]) != len(after[name]) for name in before):
@@ -62,61 +62,63 @@ def size_fields(config: Any) -> dict[str, int]:
 
 
 def field_of(config: Any, name: str) -> str:
-    """What this family's config calls ``name``."""
+    """The name of a field in this family's config."""
     return str(config.attribute_map.get(name, name))
 
 
 def probe_config(model: nn.Module) -> tuple[type[nn.Module], Any, str]:
-    """Class, config and stack of a model like this one, of at most two layers and a small vocabulary."""
-    path, stack = layer_stack(model)
+    """Class, config and layer stack of a similar model with at most two layers and a small vocabulary."""
+    path, stack = find_layer_stack(model)
     config = config_for_layers(model, list(range(min(2, len(stack)))))
-    return type(model), with_vocabulary_size(config, WORDS), path
+    return type(model), with_vocabulary_size(config, VOCABULARY_SIZE), path
 
 
 def config_for_layers(model: nn.Module, layers: list[int]) -> Any:
-    """The config of a model with these of its layers: per-layer lists are cut along.
+    """The config of a model with only these layers, also in lists with an entry for each layer.
 
-    A list is taken as one for each layer if it has as many entries as there are layers, and the model is the same, or
-    cannot be built, without cutting it.
+    A list counts as one if it has as many entries as there are layers, and a model of one layer cannot be built with
+    the full list, or is the same with the first entry only.
     """
-    config = config_of(model)
+    config = require_config(model)
     total = int(config.num_hidden_layers)
     short = replace_fields(config, num_hidden_layers=len(layers))
-    found = {
+    lists = {
         name: value
         for name, value in config.to_dict().items()
         if isinstance(value, (list, tuple)) and len(value) == total and not name.endswith("_token_id")
     }
-    found.pop("architectures", None)
-    if not found:
+    lists.pop("architectures", None)
+    if not lists:
         return short
     kind = type(model)
-    first = replace_fields(with_vocabulary_size(config, WORDS), num_hidden_layers=1)
-    uncut = weight_shapes(kind, first)
-    for name in found:
-        cut = replace_fields(first, **{name: [getattr(config, name)[0]]})
-        if uncut is None or (weight_shapes(kind, cut) == uncut and _alike(kind, first, cut)):
+    first = replace_fields(with_vocabulary_size(config, VOCABULARY_SIZE), num_hidden_layers=1)
+    full_shapes = weight_shapes(kind, first)
+    for name in lists:
+        short_list = replace_fields(first, **{name: [getattr(config, name)[0]]})
+        if full_shapes is None or (
+            weight_shapes(kind, short_list) == full_shapes and _same_outputs(kind, first, short_list)
+        ):
             setattr(short, name, [getattr(config, name)[layer] for layer in layers])
     return short
 
 
 def with_vocabulary_size(config: Any, size: int) -> Any:
-    """The config of the same model with another size of vocabulary; its special tokens are all token 0."""
+    """The config with another vocabulary size; all special tokens become token 0."""
     ids = {name: 0 for name in config.to_dict() if name.endswith("_token_id") and getattr(config, name) is not None}
     return replace_fields(config, vocab_size=size, **ids)
 
 
-def _alike(kind: type[nn.Module], one: Any, other: Any) -> bool:
-    """Whether two configs make the same of the same weights; also where neither says anything of token ids."""
+def _same_outputs(kind: type[nn.Module], one: Any, other: Any) -> bool:
+    """Whether models of two configs have the same outputs for the same weights; true if they do not run."""
     try:
-        seen = [run_model(random_model(kind, config)) for config in (one, other)]
+        both = [run_model(random_model(kind, config)) for config in (one, other)]
     except Exception:  # noqa: BLE001  a model may need other inputs
         return True
-    return all(a.equal(b) for a, b in zip(*seen, strict=True))
+    return all(a.equal(b) for a, b in zip(*both, strict=True))
 
 
 def random_model(kind: type[nn.Module], config: Any) -> nn.Module:
-    """Such a model with no weight that is 0 or 1, so that none can be forgotten unseen."""
+    """A model whose weights are all random, also biases and norms, so that every weight matters."""
     noise = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         model = kind(config).float().eval()
@@ -128,8 +130,8 @@ def random_model(kind: type[nn.Module], config: Any) -> nn.Module:
 
 
 def run_model(model: nn.Module) -> list[Tensor]:
-    """What a model says of two texts of seven words, tensors only."""
-    words = torch.randint(1, WORDS, (2, 7), generator=torch.Generator().manual_seed(1))
+    """The output tensors of a model for two texts of seven tokens."""
+    tokens = torch.randint(1, VOCABULARY_SIZE, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        seen = model(input_ids=words)
-    return [x for x in seen.to_tuple() if isinstance(x, Tensor)]
+        output = model(input_ids=tokens)
+    return [x for x in output.to_tuple() if isinstance(x, Tensor)]

@@ -1,4 +1,4 @@
-"""Smaller embedding tables: of fewer tokens, or narrower with a matrix that widens them."""
+"""Smaller embedding tables: fewer tokens, or a low-rank factorisation."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from tutelage.students.config_probing import (
     weight_shapes,
     with_vocabulary_size,
 )
-from tutelage.students.layer_selection import config_of, layer_stack
+from tutelage.students.layer_selection import find_layer_stack, require_config
 from tutelage.students.projectors import device_of, eval_no_grad
 from tutelage.students.weight_transfer import build_from_config, copy_weights
 
 # Fewer tokens ----------------------------------------------------------------------------------------
 
 
-def trim_embeddings(model: nn.Module, kept: Tensor | Sequence[int]) -> nn.Module:
-    """A copy of a transformers model for a vocabulary of ``kept`` tokens only.
+def trim_embeddings(model: nn.Module, token_ids: Tensor | Sequence[int]) -> nn.Module:
+    """A copy of a transformers model for a part of its vocabulary.
 
-    All weights with a row for each token (input embeddings, an output head tied to them or not, its bias) lose the
-    rows of the others; ids of special tokens in the config follow.
+    All weights with a row for each token (input embeddings, output head, its bias) keep the rows of ``token_ids``.
+    Ids of special tokens in the config follow.
 
     Args:
-        model: not changed, and nothing is shared with it.
-        kept: ``[K]`` old ids in ascending order; row i becomes the token i, as :func:`trim_tokenizer` gives them.
+        model: not changed, and shares no memory with the copy.
+        token_ids: ``[K]`` old ids in ascending order; new id i is old id ``token_ids[i]``, as from
+            :func:`trim_tokenizer`.
 
     Raises:
-        ConfigError: ids that are not ascending, or outside of the vocabulary.
-        ModelError: not a transformers model; a special token of its config is not among ``kept``; or a model whose
-            positions start behind the id of its padding, which would move.
+        ConfigError: ids are not ascending, or outside of the vocabulary.
+        ModelError: not a transformers model; a special token of its config is missing in ``token_ids``; or position
+            ids start after the id of the padding token, and that id changes.
     """
-    ids = [int(i) for i in kept]
-    config = config_of(model)
+    ids = [int(i) for i in token_ids]
+    config = require_config(model)
     size = int(config.vocab_size)
     if not ids or ids[0] < 0 or ids[-1] >= size or any(a >= b for a, b in pairwise(ids)):
         raise ConfigError(
-            f"kept must be ascending ids from 0 to {size - 1}, each once",
-            remedy="give what trim() returns for this model's own tokenizer",
+            f"token_ids must be ascending ids from 0 to {size - 1}, each once",
+            remedy="pass the ids that trim_tokenizer() returns for this model's own tokenizer",
         )
     new_ids = {old: new for new, old in enumerate(ids)}
     smaller = replace_fields(config, vocab_size=len(ids))
@@ -54,7 +55,7 @@ def trim_embeddings(model: nn.Module, kept: Tensor | Sequence[int]) -> nn.Module
     rows = shape_changes(before, after) if before else None
     if not rows:
         raise ModelError(
-            f"no weight of {type(model).__name__} follows the vocabulary's size",
+            f"no weight of {type(model).__name__} depends on the vocabulary size",
             remedy="use a model with token embeddings",
         )
     index = torch.tensor(ids, device=device_of(model))
@@ -69,48 +70,47 @@ def trim_embeddings(model: nn.Module, kept: Tensor | Sequence[int]) -> nn.Module
     if getattr(new, "generation_config", None) is not None:
         _move_ids(new.generation_config, new_ids, size)
     if getattr(config, "pad_token_id", None) != getattr(smaller, "pad_token_id", None):
-        _compare(model, new, index)
+        _check_positions(model, new, index)
     return new
 
 
 def _move_ids(config: Any, new_ids: dict[int, int], size: int) -> None:
-    """Give special tokens their new ids. Ids outside of the vocabulary, which mean nothing, become ``None``."""
+    """Set the new ids of special tokens. Ids outside of the vocabulary have no meaning and become ``None``."""
 
-    def moved(name: str, old: int) -> int | None:
+    def new_id(name: str, old: int) -> int | None:
         if old in new_ids:
             return new_ids[old]
         if 0 <= old < size:
             raise ModelError(
                 f"{name} of the {type(config).__name__} is {old}, which is not among the kept ids",
-                remedy="keep that token (trim(..., keep=[...])), or set it to None in the model's config",
+                remedy="keep that token (trim_tokenizer(..., keep=[...])), or set it to None in the model's config",
             )
         return None
 
     for name, value in config.to_dict().items():
         if name.endswith("_token_id") and isinstance(value, int):
-            setattr(config, name, moved(name, value))
+            setattr(config, name, new_id(name, value))
         elif name.endswith("_token_id") and isinstance(value, list):
-            setattr(config, name, [i for i in (moved(name, old) for old in value) if i is not None])
+            setattr(config, name, [i for i in (new_id(name, old) for old in value) if i is not None])
 
 
-def _compare(model: Any, new: Any, index: Tensor) -> None:
-    """Refuse a model that depends on the number of its padding token."""
+def _check_positions(model: Any, new: Any, index: Tensor) -> None:
+    """Raise :class:`ModelError` if outputs depend on the id of the padding token."""
     pad = new.config.pad_token_id
-    words = [i for i in range(len(index)) if i != pad][-8:]
-    ids = torch.tensor([words], device=index.device)
+    ids = torch.tensor([[i for i in range(len(index)) if i != pad][-8:]], device=index.device)
     with eval_no_grad(model), eval_no_grad(new):
         try:
             before, after = model.base_model(input_ids=index[ids])[0], new.base_model(input_ids=ids)[0]
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} does not run on token ids alone: {error}",
-                remedy="trim the text model inside of it",
+                remedy="trim the text model inside it",
             ) from error
     if not torch.allclose(before.float(), after.float(), rtol=1e-3, atol=1e-3):
         raise ModelError(
             f"positions of {type(model).__name__} start behind the id of its padding, {model.config.pad_token_id}, "
             f"which would become {pad}",
-            remedy=f"keep all ids below {model.config.pad_token_id + 1}, so that it stays",
+            remedy=f"keep all ids up to {model.config.pad_token_id}, so that it does not change",
         )
 
 
@@ -118,18 +118,18 @@ def _compare(model: Any, new: Any, index: Tensor) -> None:
 
 
 def factorise_embeddings(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn.Module, list[str]]:
-    """The model with token embeddings of ``rank`` numbers and a matrix from there to its hidden size.
+    """The model with token embeddings of width ``rank`` and a matrix from there to its hidden size.
 
-    The new tables are the old ones in the basis that holds most of the sums they make: the singular vectors of word,
-    position and type tables, each divided by the root of its length. Where a layer norm stands before the matrix, as
-    in ELECTRA, tables are centred and the basis is turned away from the mean, so that the norm divides by what it
-    divided by. Both are exact for tables of that rank.
+    The new tables are projections of the old ones to the basis with the largest singular values of the token,
+    position and type tables together, each table divided by the root of its length. If a layer norm comes before the
+    matrix, as in ELECTRA, tables are centred and the basis is orthogonal to the mean, so that the norm divides by the
+    same number as before. Both are exact for tables of that rank.
 
     Returns:
-        The new model, and the names of its weights that begin at random (an output head of the embeddings' width).
+        The new model, and the names of its weights that start random (an output head of the embeddings' width).
 
     Raises:
-        ConfigError: a rank that is not below the present width.
+        ConfigError: the rank is not below the present width.
         ModelError: the family has no such matrix.
 
     Reference: Lan et al., ALBERT (2020), section 3.1.
@@ -145,30 +145,30 @@ def factorise_embeddings(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn
     narrow = [p for p, m in new.named_modules() if isinstance(m, nn.Embedding) and m.weight.shape[1] == rank]
     narrow = [p for p in narrow if (f"{p}.weight", 1) in rows]
     norm = _norm(new, rank, width, rows)
-    placed = {*(f"{p}.weight" for p in narrow), *(f"{projection}.{x}" for x in ("weight", "bias"))}
-    placed |= {f"{norm}.weight", f"{norm}.bias"} if norm else set()
+    computed = {*(f"{p}.weight" for p in narrow), *(f"{projection}.{x}" for x in ("weight", "bias"))}
+    computed |= {f"{norm}.weight", f"{norm}.bias"} if norm else set()
     tied = {
         name for name, p in new.named_parameters(remove_duplicate=False) if p is new.get_input_embeddings().weight
     }
-    fresh = copy_weights(
-        new, model, lambda name: "" if name in placed | tied or any(key[0] == name for key in rows) else name,
+    missing = copy_weights(
+        new, model, lambda name: "" if name in computed | tied or any(key[0] == name for key in rows) else name,
         lambda name, value: value,
     )  # fmt: skip
     with torch.no_grad():
         tables = {p: source.get_submodule(p).weight.detach().double() for p in narrow}
         _fill(new, source, tables, projection, norm, rank)
-    return new, [name for name in fresh if name not in placed | tied]
+    return new, [name for name in missing if name not in computed | tied]
 
 
 def _narrower(model: nn.Module, rank: int, width: int) -> tuple[Any, dict[tuple[str, int], int]]:
-    """The config with the one number changed that makes the token embeddings narrow and no layer."""
-    config, kind, (stack, _) = config_of(model), type(model), layer_stack(model)
+    """The config with the one number changed that makes the token embeddings narrower, and no layer."""
+    config, kind, (stack, _) = require_config(model), type(model), find_layer_stack(model)
     before = weight_shapes(kind, config) or {}
     word = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())  # type: ignore[operator]
     for name in dict.fromkeys([*(k for k, v in size_fields(config).items() if v == width), "embedding_size"]):
         try:
             smaller = replace_fields(config, **{name: rank})
-        except Exception:  # noqa: BLE001  configs refuse numbers in ways of their own
+        except Exception:  # noqa: BLE001  configs raise different errors
             continue
         after = weight_shapes(kind, smaller) or {}
         shared = before.keys() & after.keys()
@@ -178,36 +178,36 @@ def _narrower(model: nn.Module, rank: int, width: int) -> tuple[Any, dict[tuple[
             return smaller, rows
     raise ModelError(
         f"{kind.__name__} has no embeddings narrower than its hidden size: no number of its config makes them so",
-        remedy="trim the vocabulary (trim, trim_embeddings), use width=, or a teacher with embedding_size, such as "
-        "ELECTRA or DeBERTa-v2",
+        remedy="trim the vocabulary (trim_tokenizer, trim_embeddings), use width=, or a teacher with embedding_size, "
+        "such as ELECTRA or DeBERTa-v2",
     )
 
 
 def _widens(before: dict[str, Any], after: dict[str, Any], rank: int) -> bool:
-    """Whether a matrix reads what is ``rank`` wide that was not there, or was wider."""
+    """Whether a matrix with ``rank`` inputs is new, or had more inputs."""
     return any(len(s) == 2 and s[1] == rank and before.get(n, ())[:1] in ((), s[:1]) for n, s in after.items())
 
 
 def _projection(model: nn.Module, new: nn.Module, rank: int) -> str:
     """The linear module from ``rank`` to the hidden size: new, or narrower than it was."""
-    hidden = int(config_of(model).hidden_size)
+    hidden = int(require_config(model).hidden_size)
     shape, before = (hidden, rank), {name: x.shape for name, x in model.named_parameters()}
     linear = {p: m.weight.shape for p, m in new.named_modules() if isinstance(m, nn.Linear)}
-    found = [p for p, s in linear.items() if s == shape and before.get(f"{p}.weight") != shape]
-    if len(found) != 1:
+    matches = [p for p, s in linear.items() if s == shape and before.get(f"{p}.weight") != shape]
+    if len(matches) != 1:
         raise ModelError(
-            f"what widens the embeddings of {type(model).__name__} was not found", remedy="leave embedding out"
+            f"cannot find the matrix after the embeddings of {type(model).__name__}", remedy="remove embedding="
         )
-    return found[0]
+    return matches[0]
 
 
 def _norm(new: nn.Module, rank: int, width: int, rows: dict[tuple[str, int], int]) -> str | None:
-    """The layer norm of the embeddings, where it stands before the matrix."""
+    """The layer norm of the embeddings, if it comes before the matrix."""
     word = next(n for n, m in new.named_modules() if m is new.get_input_embeddings())  # type: ignore[operator]
     parent = word.rpartition(".")[0]
-    found = [n for n, m in new.get_submodule(parent).named_modules() if isinstance(m, nn.LayerNorm)]
-    found = [f"{parent}.{n}" if parent else n for n in found]
-    return next((n for n in found if rows.get((f"{n}.weight", 0)) == rank - width), None)
+    norms = [n for n, m in new.get_submodule(parent).named_modules() if isinstance(m, nn.LayerNorm)]
+    norms = [f"{parent}.{n}" if parent else n for n in norms]
+    return next((n for n in norms if rows.get((f"{n}.weight", 0)) == rank - width), None)
 
 
 def _fill(new: Any, old: Any, tables: dict[str, Tensor], projection: str, norm: str | None, rank: int) -> None:

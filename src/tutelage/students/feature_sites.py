@@ -1,4 +1,4 @@
-"""Where in a model a feature is worth comparing, found by one dry run."""
+"""Finds the taps of comparable features with one dry run of a model."""
 
 from __future__ import annotations
 
@@ -18,52 +18,46 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.Si
 
 
 def find_stages(model: nn.Module, example: Batch) -> dict[Size, str]:
-    """For each resolution the path of the module that gives the last feature map of it.
+    """For each resolution of feature maps the path of the outermost module that gives the last one.
 
-    Of modules inside each other it is the outermost that keeps to one resolution, such as a whole stage of a
-    ResNet. Maps of one pixel are left out: those are pooled; and so is what is not the image made smaller, such as
-    the heads of an attention. So is a stem: a resolution of single layers, where others have modules of several.
+    Of nested modules it is the outermost that has one resolution only, such as a stage of a ResNet. Pooled maps of
+    one pixel are excluded, and so are tensors that are not a downscaled image, such as the heads of an attention. A
+    stem, a resolution with single layers only, is excluded if other resolutions have modules with submodules.
     """
-    seen: list[tuple[str, Size]] = []
+    maps: list[tuple[str, Size]] = []
     image = _image(example)
 
-    def keep(path: str) -> Any:
+    def record(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.ndim == 4 and _is_map(output, image):
-                seen.append((path, (output.shape[2], output.shape[3])))
+                maps.append((path, (output.shape[2], output.shape[3])))
 
         return hook
 
-    _dry_run(model, example, [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if path])
+    _dry_run(model, example, [m.register_forward_hook(record(path)) for path, m in model.named_modules() if path])
     inside: dict[str, set[Size]] = {}
-    for path, size in seen:
+    for path, size in maps:
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
             inside.setdefault(".".join(parts[:end]), set()).add(size)
-    found: dict[Size, str] = {}
-    for path, size in seen:  # hooks fire innermost and earliest first: the last one stays, and comes last
+    last: dict[Size, str] = {}
+    for path, size in maps:  # hooks fire in the order of execution, inner modules first
         if len(inside[path]) == 1 and size != (1, 1):
-            found.pop(size, None)
-            found[size] = path
-    return _without_stem(model, found)
-
-
-def _without_stem(model: nn.Module, found: dict[Size, str]) -> dict[Size, str]:
-    """Without a resolution at which there is no more than a layer, where others have whole stages."""
+            last.pop(size, None)
+            last[size] = path
     modules = dict(model.named_modules())
-    whole = {size: path for size, path in found.items() if next(modules[path].children(), None) is not None}
-    return whole or found
+    without_stem = {size: path for size, path in last.items() if next(modules[path].children(), None) is not None}
+    return without_stem or last
 
 
 def _image(example: Batch) -> Size | None:
-    """Height and width of the image that the example holds, if it holds one."""
+    """Height and width of the example's images, if it has any."""
     inputs = example.inputs.values() if isinstance(example.inputs, dict) else [example.inputs]
-    found = next((x for x in inputs if x.ndim == 4), None)
-    return None if found is None else (found.shape[2], found.shape[3])
+    return next(((x.shape[2], x.shape[3]) for x in inputs if x.ndim == 4), None)
 
 
 def _is_map(x: Tensor, image: Size | None) -> bool:
-    """Whether it is as high and wide as the image over one stride, give or take a border of two."""
+    """Whether height and width are those of the image divided by one stride, within a border of two."""
     if image is None:
         return True
     if image[0] == image[1] and x.shape[2] != x.shape[3]:
@@ -73,50 +67,50 @@ def _is_map(x: Tensor, image: Size | None) -> bool:
 
 
 def find_preactivations(model: nn.Module, example: Batch) -> dict[Size, str]:
-    """For each resolution the tap of the last feature map in front of an activation module."""
+    """For each resolution the tap of the last feature map before an activation module."""
     calls: dict[str, int] = {}
-    seen: list[tuple[str, int, Size]] = []
+    maps: list[tuple[str, int, Size]] = []
     image = _image(example)
 
-    def keep(path: str) -> Any:
+    def record(path: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             call = calls[path] = calls.get(path, -1) + 1
             if args and isinstance(args[0], Tensor) and args[0].ndim == 4 and _is_map(args[0], image):
-                seen.append((path, call, (args[0].shape[2], args[0].shape[3])))
+                maps.append((path, call, (args[0].shape[2], args[0].shape[3])))
 
         return hook
 
     modules = [(path, m) for path, m in model.named_modules() if isinstance(m, ACTIVATIONS)]
-    _dry_run(model, example, [m.register_forward_pre_hook(keep(path)) for path, m in modules])
-    found: dict[Size, str] = {}
-    for path, call, size in seen:
+    _dry_run(model, example, [m.register_forward_pre_hook(record(path)) for path, m in modules])
+    last: dict[Size, str] = {}
+    for path, call, size in maps:
         if size != (1, 1):
-            found.pop(size, None)
-            found[size] = f"{path}@{call}:input" if calls[path] else f"{path}:input"
-    kept = find_stages(model, example)
-    return {size: tap for size, tap in found.items() if size in kept}
+            last.pop(size, None)
+            last[size] = f"{path}@{call}:input" if calls[path] else f"{path}:input"
+    stages = find_stages(model, example)
+    return {size: tap for size, tap in last.items() if size in stages}
 
 
 def find_embedding_tap(model: nn.Module) -> str:
-    """The tap of what goes into the output head, such as ``head:input``.
+    """The tap of the output head's input, such as ``head:input``.
 
     Raises:
-        ModelError: the model has no linear head, or is one itself.
+        ModelError: the model has no linear head, or is a linear layer itself.
     """
     head = output_head(model)
     path = next(path for path, module in model.named_modules() if module is head)
     if not path:
         raise ModelError(
-            f"{type(model).__name__} is nothing but its output head", remedy="name what to compare: pairs: [...]"
+            f"{type(model).__name__} consists of its output head only", remedy="set the taps to compare: pairs: [...]"
         )
     return f"{path}:input"
 
 
 def find_last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnorm._BatchNorm | None:
-    """The batch norm that makes the feature at ``tap``; else the last one before it that gives a map of its shape."""
+    """The batch norm whose output is the feature at ``tap``; else the last one before it with that output shape."""
     outputs: list[tuple[nn.Module, Tensor]] = []
-    known = parse_tap(tap)
-    reached: list[int] = []  # norms that had run, at each call of the tapped module
+    parsed = parse_tap(tap)
+    reached: list[int] = []  # number of norms that have run, at each call of the tapped module
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         outputs.append((module, output.detach().clone()))
@@ -128,7 +122,7 @@ def find_last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.bat
 
     handles = [m.register_forward_hook(hook) for m in norms]
     tapped = find_module(model, tap)
-    on = tapped.register_forward_pre_hook if known.side == "input" else tapped.register_forward_hook
+    on = tapped.register_forward_pre_hook if parsed.side == "input" else tapped.register_forward_hook
     handles.append(on(mark))
     try:
         with eval_no_grad(model):
@@ -136,19 +130,19 @@ def find_last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.bat
     finally:
         for handle in handles:
             handle.remove()
-    before = outputs[: reached[-1 if known.call is None else known.call]]
-    alike = [(m, x) for m, x in before if x.shape == feature.shape]
-    same = [m for m, x in alike if x.equal(feature)]
-    found: Any = same[-1] if same else alike[-1][0] if alike else None
-    return found
+    before = outputs[: reached[-1 if parsed.call is None else parsed.call]]
+    candidates = [(m, x) for m, x in before if x.shape == feature.shape]
+    candidates = [(m, x) for m, x in candidates if x.equal(feature)] or candidates
+    norm: Any = candidates[-1][0] if candidates else None
+    return norm
 
 
 def _dry_run(model: nn.Module, example: Batch, handles: list[Any]) -> None:
     try:
         if getattr(model, "many", False):
             raise ModelError(
-                "which of an ensemble's models to take a feature from is not said",
-                remedy="name the pairs, with the member's number first: pairs: [{student: stages.1, "
+                "automatic pairs are ambiguous with an ensemble: which of its models has the feature?",
+                remedy="set the pairs, with the member's number first: pairs: [{student: stages.1, "
                 "teacher: 0.stages.1}]",
             )
         with eval_no_grad(model):

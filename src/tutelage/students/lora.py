@@ -1,4 +1,4 @@
-"""Students of which a few low-rank matrices learn, on weights that stay as they are, in 4 bits if need be."""
+"""LoRA and QLoRA: students that train low-rank matrices only, on frozen weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tutelage.errors import ConfigError, ModelError, require
+from tutelage.errors import ConfigError, ModelError, require, shorten
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
 
 BLOCK = 64
-"""Weights that share a scale in 4 bits, as in QLoRA."""
+"""Number of 4-bit weights with one scale, as in QLoRA."""
 
 
 def add_lora(
@@ -28,37 +28,37 @@ def add_lora(
     bits: Literal[4] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    r"""``model`` with :math:`\frac{\alpha}{r} B A` beside its linear layers; they alone learn. Changed in place.
+    r"""Add trainable :math:`\frac{\alpha}{r} B A` to linear layers and freeze all other weights, in place.
 
-    It starts as what it was, for B is zero. :func:`merge_lora` makes a plain model of it again.
+    Outputs do not change at first, since B is zero. :func:`merge_lora` merges the matrices into the weights.
 
     Args:
-        model: any module with linear layers; best of transformers.
+        model: any module with linear layers.
         rank: r.
-        alpha: of the scale; default 2 r.
+        alpha: numerator of the scale; default 2 r.
         dropout: before A.
-        targets: names of linear layers, or the ends of their paths; or ``all-linear``: all but the output head. That
-            one, by its name, takes adapters without dropout.
-        bits: 4 keeps the weights beside which something learns in NF4 (QLoRA), and computes in the type of what
-            comes in; but for the output head's, which stay as they are.
+        targets: names of linear layers, or the ends of their paths; or ``all-linear``: all but the output head. The
+            output head takes adapters without dropout.
+        bits: 4: store adapted weights as NF4 (QLoRA) and compute in the dtype of the input; the output head stays as
+            it is.
         seed: of A.
 
     Raises:
-        MissingDependencyError: without peft, or for 4 bits bitsandbytes.
-        ConfigError: no layer of such a name, or dropout before the output head.
-        ModelError: the model is too small or of another kind than peft takes.
+        MissingDependencyError: peft is not installed, or bitsandbytes for 4 bits.
+        ConfigError: no layer has such a name, or dropout before the output head.
+        ModelError: peft does not support the model.
 
     Reference: Hu et al., LoRA (ICLR 2022), section 4.1; Dettmers et al., QLoRA (NeurIPS 2023), section 3.
     """
     require("peft", "language", "student.lora")
     from peft import LoraConfig, inject_adapter_in_model
 
-    paths, head = _named(model, targets), _head(model)
+    paths, head = _target_paths(model, targets), _head_path(model)
     if head in paths and dropout:
         raise ConfigError(
-            f"dropout {dropout:g} and an adapter of the output head, {head!r}",
+            f"dropout is {dropout:g}, and there is an adapter of the output head, {head!r}",
             where="student.lora.dropout",
-            remedy="set it to 0, or leave the head out: its scores are made a few tokens at a time, from one input",
+            remedy="set it to 0, or remove the head from targets: its logits are computed in chunks without dropout",
         )
     if bits is not None:
         require("bitsandbytes", "language", "student.lora.bits")
@@ -70,35 +70,38 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            with warnings.catch_warnings():  # that it is tied, which is undone where they are merged
+            with warnings.catch_warnings():  # merge_lora unties the weights that the warning is about
                 warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")
-                found: nn.Module = inject_adapter_in_model(config, model)
+                adapted: nn.Module = inject_adapter_in_model(config, model)
         except ValueError as error:
-            raise ModelError(f"{type(model).__name__} takes no adapters: {error}", where="student.lora") from None
-    return found
+            raise ModelError(
+                f"peft cannot add adapters to {type(model).__name__}: {error}",
+                where="student.lora", remedy="choose other targets, or train without student.lora",
+            ) from None  # fmt: skip
+    return adapted
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """``model`` without adapters: what they have learned is added to the weights. In place; without any, as it is."""
-    found = list(_adapted(model))
-    if not found:
+    """Merge adapters into the weights and remove them, in place."""
+    layers = list(_adapted_layers(model))
+    if not layers:
         return model
-    for path, layer in found:
+    for path, layer in layers:
         parent, name = _parent(model, path)
         base = layer.get_base_layer()
-        plain = base.plain() if isinstance(base, NF4Linear) else base
-        _untie(model, plain)
+        linear = base.dequantise() if isinstance(base, NF4Linear) else base
+        _untie(model, linear)
         with torch.no_grad():
             for adapter in layer.active_adapters:
-                plain.weight += layer.get_delta_weight(adapter).to(plain.weight.dtype)
-        setattr(parent, name, plain)
+                linear.weight += layer.get_delta_weight(adapter).to(linear.weight.dtype)
+        setattr(parent, name, linear)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.requires_grad_(True)
 
 
 def _untie(model: nn.Module, head: nn.Linear) -> None:
-    """Give a head whose weight is the input embedding's one of its own, if it is."""
+    """Give the output head a weight of its own if it shares that of the input embedding."""
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if callable(getter) else None
     if embedding is None or embedding.weight is not head.weight:
@@ -109,20 +112,20 @@ def _untie(model: nn.Module, head: nn.Linear) -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether it is one that :func:`add_lora` made."""
-    return next(_adapted(model), None) is not None
+    """Whether the model has adapters."""
+    return next(_adapted_layers(model), None) is not None
 
 
 class NF4Linear(nn.Linear):
-    """A linear layer whose weights are kept in 4 bits (NF4), and do not learn nor go into a state dict.
+    """A linear layer with frozen 4-bit weights (NF4), which are not part of the state dict.
 
     Args:
-        linear: the layer; its weights are read.
+        linear: the layer to quantise.
     """
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """As they are kept, two to a byte; peft looks where they are."""
+        """The packed weights, two in a byte; peft reads their device."""
         return self.packed
 
     packed: Tensor
@@ -130,7 +133,7 @@ class NF4Linear(nn.Linear):
     code: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)  # a linear layer to those who look for one, without its weights
+        nn.Module.__init__(self)  # not nn.Linear's, which creates float weights
         from bitsandbytes.functional import quantize_4bit
 
         packed, state = quantize_4bit(
@@ -154,11 +157,11 @@ class NF4Linear(nn.Linear):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        found: Tensor = matmul_4bit(x, self.packed.t(), quant_state=self._state(x.dtype), bias=bias)
-        return found
+        out: Tensor = matmul_4bit(x, self.packed.t(), quant_state=self._state(x.dtype), bias=bias)
+        return out
 
-    def plain(self) -> nn.Linear:
-        """The layer that it computes as, in float32."""
+    def dequantise(self) -> nn.Linear:
+        """The layer with dequantised float32 weights."""
         from bitsandbytes.functional import dequantize_4bit
 
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.packed.device)
@@ -169,31 +172,31 @@ class NF4Linear(nn.Linear):
         return linear
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Layers with adapters, by path."""
     for path, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and hasattr(module, "get_base_layer"):
             yield path, module
 
 
-def _named(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers that are meant."""
+def _target_paths(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the linear layers that get adapters."""
     linear = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path]
     if isinstance(targets, str):
-        return [path for path in linear if path != _head(model)]
+        return [path for path in linear if path != _head_path(model)]
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in linear):
             ends = sorted({path.rpartition(".")[2] for path in linear})
             raise ConfigError(
-                f"no linear layer of {type(model).__name__} is called {target!r}",
+                f"no linear layer of {type(model).__name__} is called {shorten(target)}",
                 where="student.lora.targets",
                 remedy=f"it has: {', '.join(ends[:12])}",
             )
     return [path for path in linear if any(path == t or path.endswith(f".{t}") for t in targets)]
 
 
-def _head(model: nn.Module) -> str | None:
-    """The path of the layer that scores a vocabulary, where the model says which."""
+def _head_path(model: nn.Module) -> str | None:
+    """The path of the output head of a language model."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return next((path for path, m in model.named_modules() if m is head), None) if head is not None else None

@@ -1,7 +1,7 @@
 """Projectors: from a student's feature to the shape of its teacher's.
 
-Built from one dry run of both models, which tells the shapes. They belong to the method, are trained
-with the student, and are not part of what is exported.
+They are built from the shapes of one dry run of both models. They belong to the method, are trained with the student,
+and are not exported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tutelage.data.batch import Batch
-from tutelage.errors import ConfigError, ModelError
+from tutelage.errors import ConfigError, ModelError, shorten
 from tutelage.taps import Needs, evaluating, observe
 
 Shape = tuple[int, ...]
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 @contextmanager
 def eval_no_grad(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in evaluation mode and without autograd; each of its modules gets its own mode back."""
+    """Evaluation mode without autograd; afterwards each module has its previous mode."""
     with evaluating(model), torch.no_grad():
         yield model
 
@@ -37,16 +37,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def feature_shapes(model: nn.Module, example: Batch, paths: Sequence[str]) -> dict[str, Shape]:
-    """The shape of what each module at ``paths`` gives for ``example``, batch first.
-
-    The model runs once, in evaluation mode, so that no running statistic moves.
+    """The shape of each tap in ``paths`` for ``example``, from one run in evaluation mode.
 
     Raises:
-        ModelError: unknown path, or its module gives no tensor.
+        ModelError: unknown path, or its module does not give a tensor.
     """
     with eval_no_grad(model):
-        seen = observe(model, example.to(device_of(model)).inputs, Needs(hidden=tuple(dict.fromkeys(paths))))
-    return {path: tuple(x.shape) for path, x in seen.hidden.items()}
+        observed = observe(model, example.to(device_of(model)).inputs, Needs(hidden=tuple(dict.fromkeys(paths))))
+    return {path: tuple(x.shape) for path, x in observed.hidden.items()}
 
 
 # Projectors ------------------------------------------------------------------------------------------
@@ -63,8 +61,8 @@ def _mlp(inputs: int, outputs: int, maps: bool) -> nn.Module:
 def _identity(inputs: int, outputs: int, maps: bool) -> nn.Module:
     if inputs != outputs:
         raise ModelError(
-            f"an identity projector cannot bring {inputs} to {outputs} channels",
-            remedy="use projector: auto, which adds one only where the numbers differ",
+            f"an identity projector cannot map {inputs} to {outputs} channels",
+            remedy="use projector: auto, which adds a layer only where the numbers differ",
         )
     return nn.Identity()
 
@@ -80,25 +78,25 @@ PROJECTORS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "linear": _linear,
     "mlp": _mlp,
 }
-"""Kinds by name: (channels in, channels out, whether of maps) -> module. ``linear`` on every position of a map is
-``conv1x1``; ``auto`` is that where the numbers of channels differ, and ``identity`` where they agree."""
+"""Kinds by name: (input channels, output channels, whether features are maps) -> module. On maps ``linear`` is
+``conv1x1``; ``auto`` is ``linear`` if the numbers of channels differ, else ``identity``."""
 
 
 def match_dtype(module: nn.Module, x: Tensor) -> Tensor:
-    """``x`` in the precision of the module's weights, where it has any."""
+    """``x`` in the dtype of the module's weights, if it has any."""
     first = next(module.parameters(), None)
     return x if first is None else x.to(first.dtype)
 
 
 class Projector(nn.Module):
-    """A student's feature, brought to the size and the number of channels of the teacher's.
+    """Maps a student's feature to the size and number of channels of the teacher's.
 
-    The size is that of the teacher's feature at hand, not of the dry run, so inputs of any size will do: larger
-    maps and sequences are average-pooled, smaller ones interpolated, and a map becomes a vector by its mean.
+    The size is that of the teacher's feature in the batch, not in the dry run, so inputs of any size work: larger
+    maps are average-pooled, smaller maps and sequences interpolated, and a map becomes a vector by its mean.
 
     Args:
-        body: acts on channels: of ``[B, C, H, W]``, or the last dimension of ``[B, D]`` and ``[B, L, D]``.
-        norm: normalises after it; ``None`` for none.
+        body: acts on channels: those of ``[B, C, H, W]``, or the last dimension of ``[B, D]`` and ``[B, L, D]``.
+        norm: a norm after ``body``.
     """
 
     def __init__(self, body: nn.Module, norm: nn.Module | None = None) -> None:
@@ -111,12 +109,12 @@ class Projector(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def extra_repr(self) -> str:
-        """Its number of parameters."""
+        """The number of parameters."""
         return f"{sum(p.numel() for p in self.parameters()):,} parameters"
 
 
 def resize_like(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` in the spatial size, or the length, of ``like``: averaged where larger, interpolated where smaller."""
+    """``x`` in the spatial size or length of ``like``: larger maps are averaged, others interpolated."""
     if x.ndim == 4 and like.ndim == 2:
         return x.mean((2, 3))
     if x.ndim == 4 and x.shape[2:] != like.shape[2:]:
@@ -134,34 +132,34 @@ def build_projector(student: Shape, teacher: Shape, *, kind: str = "auto", norm:
 
     Args:
         student: shape of the student's feature, ``[B, C, H, W]``, ``[B, L, D]`` or ``[B, D]``.
-        teacher: shape of the teacher's; the same kind of feature, or ``[B, D]`` of a map.
+        teacher: shape of the teacher's; the same kind of feature, or ``[B, D]`` for a map.
         kind: one of :data:`PROJECTORS`.
-        norm: a batch norm after it, for maps and vectors. Its statistics are those of a micro-batch.
+        norm: add a batch norm, for maps and vectors. Its statistics are those of a micro-batch.
 
     Raises:
-        ConfigError: unknown kind, or a norm where it cannot be.
-        ModelError: no projector leads from one shape to the other.
+        ConfigError: unknown kind, or a norm for tokens.
+        ModelError: there is no projector between the shapes.
     """
     if kind not in PROJECTORS:
-        raise ConfigError(f"unknown projector {kind!r}", remedy=f"allowed: {', '.join(PROJECTORS)}")
-    shown = f"the student's feature is {_shown(student)}, the teacher's {_shown(teacher)}"
-    known = {2: "a vector", 3: "tokens", 4: "a map"}
+        raise ConfigError(f"unknown projector {shorten(kind)}", remedy=f"allowed: {', '.join(PROJECTORS)}")
+    shapes = f"the student's feature is {_format(student)}, the teacher's {_format(teacher)}"
+    names = {2: "a vector", 3: "tokens", 4: "a map"}
     pooled = len(student) == 4 and len(teacher) == 2
-    if len(student) not in known or len(teacher) not in known or (len(student) != len(teacher) and not pooled):
+    if len(student) not in names or len(teacher) not in names or (len(student) != len(teacher) and not pooled):
         raise ModelError(
-            f"{shown}: no projector leads from {known.get(len(student), 'that')} to "
-            f"{known.get(len(teacher), 'that')}",
-            remedy="pair maps [B, C, H, W], tokens [B, L, D] or vectors [B, D] with their like, or a map "
-            "with a vector",
+            f"{shapes}: no projector leads from {names.get(len(student), 'that')} to "
+            f"{names.get(len(teacher), 'that')}",
+            remedy="pair features of one kind (maps [B, C, H, W], tokens [B, L, D] or vectors [B, D]), or a map with "
+            "a vector",
         )
     maps = len(student) == 4 and len(teacher) == 4
     if norm and len(teacher) == 3:
-        raise ConfigError(f"norm: true, and {shown}", remedy="a batch norm is for maps and vectors; leave it out")
+        raise ConfigError(f"norm: true, and {shapes}", remedy="remove norm, which is for maps and vectors")
     inputs = student[1] if len(student) == 4 else student[-1]
     outputs = teacher[1] if maps else teacher[-1]
     after = None if not norm else nn.BatchNorm2d(outputs) if maps else nn.BatchNorm1d(outputs)
     return Projector(PROJECTORS[kind](inputs, outputs, maps), after)
 
 
-def _shown(shape: Shape) -> str:
+def _format(shape: Shape) -> str:
     return f"[B, {', '.join(map(str, shape[1:]))}]"

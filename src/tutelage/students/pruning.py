@@ -1,4 +1,4 @@
-"""A student cut from a transformers model: fewer layers, fewer heads, narrower, with the teacher's weights."""
+"""Prunes a transformers model: fewer layers, heads or units, with the teacher's weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tutelage.errors import ConfigError, ModelError
+from tutelage.errors import ConfigError, ModelError, shorten
 from tutelage.students.config_probing import config_for_layers, layer_pattern, replace_fields
 from tutelage.students.embeddings import factorise_embeddings
-from tutelage.students.layer_selection import config_of, layer_stack, select_layers
+from tutelage.students.layer_selection import find_layer_stack, require_config, select_layers
 from tutelage.students.weight_transfer import build_from_config, copy_weights
 from tutelage.students.width_pruning import WeightLayout, find_weight_layout
 
@@ -22,11 +22,11 @@ Units = dict[tuple[str, str], Tensor]
 
 @dataclass(frozen=True)
 class PrunedStudent:
-    """A student, and what became of its teacher's weights.
+    """A student, and how its weights relate to its teacher's.
 
     Attributes:
-        model: the student, of the teacher's class, sharing no memory with it.
-        layers: for each of its layers the layer of the teacher, counted from 0.
+        model: the student, of the teacher's class; it shares no memory with the teacher.
+        layers: for each layer of the student the layer of the teacher, counted from 0.
         missing_keys: weights of the student that start random, since the teacher has none for them.
         unexpected_keys: weights of the teacher without a place in the student, weights of removed layers excepted;
             such as the first norm of a ModernBERT layer that becomes the first layer.
@@ -46,146 +46,140 @@ def prune(
 ) -> PrunedStudent:  # fmt: skip
     """A smaller model of the same class, with a config of its own and the teacher's head.
 
-    What is kept of a width is what weighs most: for each unit the norm of all that writes to it times the norm of all
-    that reads it, so that a unit with either at zero goes first. Hidden units are the same in all layers; heads and
-    feed-forward units are chosen in each. Fewer layers, heads or feed-forward units only leave something out; a
-    smaller hidden size also moves what the layer norms divide by, so such a student needs training to be of use.
+    The importance of a unit is the norm of all weights that write to it times the norm of all weights that read it.
+    Hidden units are the same in all layers; heads and feed-forward units are selected in each layer. A smaller hidden
+    size also changes what the layer norms divide by, so such a student is useful only after training.
 
     Args:
-        model: a Hugging Face transformers model with one stack of layers, with any head. Not changed.
-        layers: number of layers; ``None``: all, or as many as ``map`` lists.
-        map: which of the teacher's layers, as in :func:`select_layers`; ``None``: ``every-other`` where ``layers`` is
-            given.
-        importance: for ``map="influence"``, and only there: a number for each layer, as of :func:`block_influence`.
-        width: hidden size. Where the family makes it the number of heads times their size, as BERT does, a multiple
-            of the size of a head, and heads become fewer with it.
-        heads: attention heads, for families whose heads have a size of their own; with fewer key and value heads,
-            a multiple of the query heads that share one.
-        intermediate: units of the feed-forward layers.
-        embedding: width of the token embeddings, which a matrix brings to the hidden size, for families that have
-            such a matrix: ELECTRA, DeBERTa-v2 and others with ``embedding_size``.
-        initial: ``random``: the same model with weights drawn by ``seed``, nothing of the teacher's.
+        model: a Hugging Face transformers model with one stack of layers and any head. Not changed.
+        layers: number of layers. Default: all, or as many as ``map`` lists.
+        map: which layers of the teacher, as in :func:`select_layers`. Default: ``every-other`` if ``layers`` is set.
+        importance: for ``map="influence"`` only: a number for each layer, as from :func:`block_influence`.
+        width: hidden size. In families whose hidden size is the number of heads times their size, such as BERT, it
+            is a multiple of the size of a head and determines the number of heads.
+        heads: attention heads, in families whose heads have a size of their own; a multiple of the query heads that
+            share a key head.
+        intermediate: feed-forward units.
+        embedding: width of the token embeddings, in families with a matrix from there to the hidden size: ELECTRA,
+            DeBERTa-v2 and others with ``embedding_size``.
+        initial: ``teacher``: the teacher's weights; ``random``: the same model with random weights.
         seed: of all weights that are not copied.
 
     Raises:
-        ConfigError: unknown map or one that does not fit, a size out of range, an unknown ``initial``.
-        ModelError: not such a model, a family whose widths cannot be found, or sizes that it cannot have.
+        ConfigError: unknown or unsuitable map, a size out of range, an unknown ``initial``.
+        ModelError: unsupported kind of model, or sizes that the family cannot have.
 
-    Reference: Sanh et al., DistilBERT (2019), section 3, for layers; Wang et al., MiniLM (2020), for the widths that
-    such students have.
+    Reference: Sanh et al., DistilBERT (2019), section 3, for layers; Wang et al., MiniLM (2020), for widths.
     """
     if initial not in ("teacher", "random"):
-        raise ConfigError(f"initial is {initial!r}", remedy="use teacher or random")
-    path, stack = layer_stack(model)
-    chosen = _layers(layers, map, len(stack), importance)
-    config = (
-        config_for_layers(model, chosen) if chosen != list(range(len(stack))) else replace_fields(config_of(model))
-    )
+        raise ConfigError(f"initial is {shorten(initial)}", remedy="use teacher or random")
+    path, stack = find_layer_stack(model)
+    numbers = _layer_numbers(layers, map, len(stack), importance)
+    is_full = numbers == list(range(len(stack)))
+    config = replace_fields(require_config(model)) if is_full else config_for_layers(model, numbers)
     units: Units = {}
-    parts: WeightLayout | None = None
+    layout: WeightLayout | None = None
     if (width, heads, intermediate) != (None, None, None):
-        parts = find_weight_layout(model)
-        units = _kept(model, path, parts, _sizes(config, parts, width, heads, intermediate, type(model).__name__))
+        layout = find_weight_layout(model)
+        sizes = _set_sizes(config, layout, width, heads, intermediate, type(model).__name__)
+        units = _most_important(model, path, layout, sizes)
     student = build_from_config(model, config, seed)
-
-    def source(name: str) -> str:
-        return _renumbered(name, path, chosen)
-
-    def part(name: str, value: Tensor) -> Tensor:
-        return value if parts is None else _selected(name, value, path, parts, units)
-
-    fresh = copy_weights(student, model, source, part)
+    missing = copy_weights(
+        student, model, lambda name: _teacher_name(name, path, numbers),
+        lambda name, value: value if layout is None else _select_units(name, value, path, layout, units),
+    )  # fmt: skip
     if embedding is not None:
         student, more = factorise_embeddings(student, embedding, seed)
-        fresh = [*fresh, *more]
-    left = _left(model, student, path, chosen)
+        missing = [*missing, *more]
+    unexpected = _unexpected_keys(model, student, path, numbers)
     if initial == "random":
-        return PrunedStudent(
-            build_from_config(student, replace_fields(config_of(student)), seed),
-            tuple(chosen),
-            tuple(student.state_dict()),
-            (),
-        )
-    return PrunedStudent(student, tuple(chosen), tuple(fresh), tuple(left))
+        student = build_from_config(student, replace_fields(require_config(student)), seed)
+        missing, unexpected = list(student.state_dict()), []
+    return PrunedStudent(student, tuple(numbers), tuple(missing), tuple(unexpected))
 
 
-def _layers(
+def _layer_numbers(
     layers: int | None, map: str | Sequence[int] | None, total: int, importance: Sequence[float] | None
 ) -> list[int]:
     if importance is not None and map != "influence":
-        raise ConfigError(f"importance is given, and map is {map!r}", remedy='use map="influence", or leave it out')
+        raise ConfigError(
+            f"importance is given, and map is {shorten(map)}", remedy='use map="influence", or remove importance'
+        )
     if layers is None and map is None:
         return list(range(total))
     if layers is None:
         if isinstance(map, str):
-            raise ConfigError(f"map: {map} without a number of layers", remedy="say layers=, such as half of them")
+            raise ConfigError(f"map: {map} without a number of layers", remedy="set layers=, such as half of them")
         layers = len(map or ())
     return select_layers("every-other" if map is None else map, total, layers, importance)
 
 
-def _renumbered(name: str, path: str, layers: Sequence[int]) -> str:
-    """A name of the student's as the teacher has it."""
+def _teacher_name(name: str, path: str, layers: Sequence[int]) -> str:
+    """The teacher's name of a weight of the student."""
     if not name.startswith(f"{path}."):
         return name
     layer, rest = name[len(path) + 1 :].split(".", 1)
     return f"{path}.{layers[int(layer)]}.{rest}"
 
 
-def _left(teacher: nn.Module, student: nn.Module, path: str, layers: Sequence[int]) -> list[str]:
-    """Names of the teacher's without a place in the student, but for whole layers that are left out."""
-    used = {_renumbered(name, path, layers) for name in student.state_dict()}
-    kept = {f"{path}.{layer}." for layer in layers}
+def _unexpected_keys(teacher: nn.Module, student: nn.Module, path: str, layers: Sequence[int]) -> list[str]:
+    """Weights of the teacher without a place in the student, apart from those of removed layers."""
+    used = {_teacher_name(name, path, layers) for name in student.state_dict()}
+    copied = tuple(f"{path}.{layer}." for layer in layers)
     names = [name for name in teacher.state_dict() if name not in used]
-    return [name for name in names if not name.startswith(f"{path}.") or any(name.startswith(k) for k in kept)]
+    return [name for name in names if not name.startswith(f"{path}.") or name.startswith(copied)]
 
 
 # Widths ----------------------------------------------------------------------------------------------
 
 
-def _sizes(
-    config: Any, parts: WeightLayout, width: int | None, heads: int | None, intermediate: int | None, family: str
+def _set_sizes(
+    config: Any, layout: WeightLayout, width: int | None, heads: int | None, intermediate: int | None, family: str
 ) -> dict[str, int]:
-    """How many units of each role are kept; ``config`` is changed to say so."""
+    """Set the sizes in ``config``; returns the number of units of each role."""
     hidden, total = int(config.hidden_size), int(config.num_attention_heads)
+    units = layout.units["intermediate"]
     for name, size, most in (
-        ("width", width, hidden), ("heads", heads, total), ("intermediate", intermediate, parts.units["intermediate"])
-    ):  # fmt: skip
+        ("width", width, hidden),
+        ("heads", heads, total),
+        ("intermediate", intermediate, units),
+    ):
         if size is not None and not 1 <= size <= most:
             raise ConfigError(f"{name} is {size}, and the teacher has {most}", remedy=f"use 1 to {most}")
-    if parts.tied:
-        heads, width = _tied(parts.head, hidden, heads, width, family)
+    if layout.tied:
+        heads, width = _tied_sizes(layout.head, hidden, heads, width, family)
     width, heads = width or hidden, heads or total
-    if heads % parts.group:
+    if heads % layout.group:
         raise ConfigError(
-            f"heads is {heads}, and {parts.group} heads share their keys and values in {family}",
-            remedy=f"use a multiple of {parts.group}",
+            f"heads is {heads}, and {layout.group} heads share their keys and values in {family}",
+            remedy=f"use a multiple of {layout.group}",
         )
     config.hidden_size, config.num_attention_heads = width, heads
-    for name in parts.companions:
+    for name in layout.companions:
         setattr(config, name, width)
     if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = heads // parts.group
-    setattr(config, parts.field, intermediate or parts.units["intermediate"])
+        config.num_key_value_heads = heads // layout.group
+    setattr(config, layout.field, intermediate or units)
     return {
         "hidden": width,
-        "heads": heads if parts.tied else heads // parts.group,
-        "intermediate": intermediate or parts.units["intermediate"],
+        "heads": heads if layout.tied else heads // layout.group,
+        "intermediate": intermediate or units,
     }
 
 
-def _tied(head: int, hidden: int, heads: int | None, width: int | None, family: str) -> tuple[int, int]:
-    """Heads and width where one follows from the other."""
+def _tied_sizes(head: int, hidden: int, heads: int | None, width: int | None, family: str) -> tuple[int, int]:
+    """Heads and width in a family where one determines the other."""
     if width is None and heads is not None and heads * head != hidden:
         raise ModelError(
-            f"{family} makes the size of a head hidden size / heads, so {heads} heads of {head} need a hidden size "
+            f"in {family} the size of a head is hidden size / heads, so {heads} heads of {head} need a hidden size "
             f"of {heads * head}",
-            remedy=f"use width={heads * head}, which takes as many heads out",
+            remedy=f"use width={heads * head}, which also sets the number of heads",
         )
     width = hidden if width is None else width
     if width % head:
         below, above = width // head * head, (width // head + 1) * head
         near = " or ".join(str(size) for size in (below, above) if size)
-        raise ConfigError(f"width {width} is no whole number of heads, each {head} wide", remedy=f"use {near}")
+        raise ConfigError(f"width {width} is not a multiple of the heads, each {head} wide", remedy=f"use {near}")
     if heads is not None and heads * head != width:
         raise ConfigError(f"{heads} heads of {head} are not a width of {width}", remedy="leave heads out")
     return width // head, width
@@ -195,19 +189,19 @@ def _layer_of(name: str, path: str) -> str:
     return name[len(path) + 1 :].split(".", 1)[0] if name.startswith(f"{path}.") else ""
 
 
-def _kept(model: nn.Module, path: str, parts: WeightLayout, sizes: dict[str, int]) -> Units:
+def _most_important(model: nn.Module, path: str, layout: WeightLayout, sizes: dict[str, int]) -> Units:
     """The units of highest importance."""
     sums: dict[tuple[str, str], list[Tensor | float]] = {}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, x in model.named_parameters():
         for i in range(x.ndim):
-            axis = parts.axes.get((layer_pattern(name, path), i))
+            axis = layout.axes.get((layer_pattern(name, path), i))
             if axis is None:
                 continue
             others = [j for j in range(x.ndim) if j != i]
             square = x.detach().float().square()
             square = square.sum(others) if others else square
-            square = square.view(axis.stacked, parts.units[axis.role], axis.size).sum((0, 2)).cpu()
+            square = square.view(axis.stacked, layout.units[axis.role], axis.size).sum((0, 2)).cpu()
             reads = i == 1 and id(x) not in tables
             layer = "" if axis.role == "hidden" else _layer_of(name, path)
             both = sums.setdefault((axis.role, layer), [0.0, 0.0])
@@ -220,11 +214,11 @@ def _kept(model: nn.Module, path: str, parts: WeightLayout, sizes: dict[str, int
     return units
 
 
-def _selected(name: str, value: Tensor, path: str, parts: WeightLayout, units: Units) -> Tensor:
-    """The kept units along all dimensions of a weight."""
+def _select_units(name: str, value: Tensor, path: str, layout: WeightLayout, units: Units) -> Tensor:
+    """The selected units along all dimensions of a weight."""
     for i in range(value.ndim):
-        axis = parts.axes.get((layer_pattern(name, path), i))
+        axis = layout.axes.get((layer_pattern(name, path), i))
         if axis is not None:
-            kept = units[axis.role, "" if axis.role == "hidden" else _layer_of(name, path)]
-            value = value.index_select(i, axis.positions(kept, parts.units[axis.role]).to(value.device))
+            selected = units[axis.role, "" if axis.role == "hidden" else _layer_of(name, path)]
+            value = value.index_select(i, axis.positions(selected, layout.units[axis.role]).to(value.device))
     return value

@@ -1,4 +1,4 @@
-"""Students that are trained as they will be used in eight bits: rounded in every forward pass, learning unrounded."""
+"""Quantisation-aware training: every forward pass rounds weights and inputs, and float weights are trained."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tutelage.students.lora import has_adapters, merge_lora
 
 Bits = Literal["int8"]
 
-# its import has torch remark on how it registers its types
+# torchao's import logs how torch registers its types
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
 
 
 def add_fake_quantisers(model: nn.Module, bits: Bits = "int8") -> nn.Module:
-    """``model`` with the weights and inputs of its linear layers and convolutions rounded as it runs. In place.
+    """Simulate int8 for the weights and inputs of linear layers and convolutions. Changes ``model`` in place.
 
-    Weights get a scale for each output, symmetric; inputs a range for each token (of images: for each image), as they
-    come. Gradients pass straight through the rounding to float weights, and float weights are what the state dict
-    holds. :func:`to_float_model` removes the fake quantisers again.
+    Weights have one symmetric scale per output; inputs have a dynamic range per token (per image for convolutions).
+    Gradients pass straight through the rounding to the float weights, which are also what the state dict contains.
+    :func:`to_float_model` removes the fake quantisers.
 
     Args:
         model: any module with linear layers or convolutions.
-        bits: into how many.
+        bits: the simulated format.
 
     Raises:
-        MissingDependencyError: without torchao.
-        ModelError: there is nothing to round.
+        MissingDependencyError: torchao is not installed.
+        ModelError: there is no layer to quantise.
 
     Reference: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
         Inference (CVPR 2018), section 3; linear layers are torchao's.
@@ -39,30 +39,30 @@ def add_fake_quantisers(model: nn.Module, bits: Bits = "int8") -> nn.Module:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
-    found = [path for path, module in model.named_modules() if _roundable(module) and path]
-    if not found:
+    paths = [path for path, module in model.named_modules() if _is_quantisable(module) and path]
+    if not paths:
         raise ModelError(
-            f"{type(model).__name__} has no linear layer and no convolution to round inside it",
+            f"{type(model).__name__} contains no linear layer and no convolution to quantise",
             where="student.qat",
-            remedy="leave it out",
+            remedy="remove it",
         )
     activation, weight = _settings()
-    with torch.random.fork_rng(devices=[]):  # its layers are made anew, and their first weights thrown away
+    with torch.random.fork_rng(devices=[]):  # torchao creates new layers with random weights first
         quantize_(
             model,
             QATConfig(activation_config=activation, weight_config=weight, step="prepare"),
-            filter_fn=lambda module, path: isinstance(module, nn.Linear) and path in found,
+            filter_fn=lambda module, path: isinstance(module, nn.Linear) and path in paths,
         )
-    for path in found:
+    for path in paths:
         layer = model.get_submodule(path)
         if isinstance(layer, nn.Conv2d):
-            model.set_submodule(path, _alike(FakeQuantizedConv2d, layer))
+            model.set_submodule(path, _convert(layer, FakeQuantizedConv2d))
     return model
 
 
-def _roundable(module: nn.Module) -> bool:
-    """Whether a layer is one whose weights are used in its own forward pass alone, and are rows of more than one."""
-    if type(module) not in (nn.Linear, nn.Conv2d):  # nn.MultiheadAttention has a kind of its own
+def _is_quantisable(module: nn.Module) -> bool:
+    """Whether only the layer itself reads its weight, and a row of it has more than one number."""
+    if type(module) not in (nn.Linear, nn.Conv2d):  # nn.MultiheadAttention uses a subclass
         return False
     weight: Any = module.weight
     return weight[0].numel() > 1
@@ -78,7 +78,7 @@ def _settings() -> tuple[Any, Any]:
 
 
 class FakeQuantizedConv2d(nn.Conv2d):
-    """A convolution whose weights and inputs are rounded by torchao's quantisers, which know matrices alone."""
+    """A convolution with torchao's fake quantisers, which take matrices only."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -89,31 +89,31 @@ class FakeQuantizedConv2d(nn.Conv2d):
         self.weight_fake_quantizer = IntxFakeQuantizer(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the convolution, of rounded images with rounded weights."""
+        """The convolution of rounded images with rounded weights."""
         x = self.activation_fake_quantizer(x.flatten(1)).view_as(x)
         weight = self.weight_fake_quantizer(self.weight.flatten(1)).view_as(self.weight)
         return self._conv_forward(x, weight, self.bias)
 
 
-def _alike(kind: type[nn.Conv2d], conv: Any) -> nn.Conv2d:
-    """A layer of another kind that has the very weights of a convolution."""
-    made = kind(
+def _convert(conv: Any, kind: type[nn.Conv2d]) -> nn.Conv2d:
+    """A layer of class ``kind`` with the parameters of a convolution."""
+    layer = kind(
         conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, padding=conv.padding,
         dilation=conv.dilation, groups=conv.groups, bias=conv.bias is not None, padding_mode=conv.padding_mode,
         device="meta",
     )  # fmt: skip
-    made.weight, made.bias = conv.weight, conv.bias
-    return made.train(conv.training)
+    layer.weight, layer.bias = conv.weight, conv.bias
+    return layer.train(conv.training)
 
 
 def to_float_model(model: nn.Module) -> nn.Module:
-    """``model`` as an ordinary one: adapters added to its weights, and nothing rounded as it runs. In place."""
+    """Merge adapters into the weights and remove fake quantisers. Changes ``model`` in place."""
     if has_adapters(model):
         model = merge_lora(model)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, FakeQuantizedConv2d):
-            model.set_submodule(path, _alike(nn.Conv2d, layer))
-        elif is_rounded_linear(layer):
+            model.set_submodule(path, _convert(layer, nn.Conv2d))
+        elif _is_fake_quantised_linear(layer):
             with torch.random.fork_rng(devices=[]):
                 linear = layer.to_linear()
             model.set_submodule(path, linear.train(layer.training))
@@ -121,10 +121,10 @@ def to_float_model(model: nn.Module) -> nn.Module:
 
 
 def is_quantisation_aware(model: nn.Module) -> bool:
-    """Whether it is one that :func:`add_fake_quantisers` made."""
-    return any(isinstance(m, FakeQuantizedConv2d) or is_rounded_linear(m) for m in model.modules())
+    """Whether the model has fake quantisers."""
+    return any(isinstance(m, FakeQuantizedConv2d) or _is_fake_quantised_linear(m) for m in model.modules())
 
 
-def is_rounded_linear(module: nn.Module) -> bool:
-    """Whether a layer is torchao's, without importing it."""
+def _is_fake_quantised_linear(module: nn.Module) -> Any:
+    """Whether a layer is torchao's, without an import of torchao."""
     return isinstance(module, nn.Linear) and type(module).__name__ == "FakeQuantizedLinear"

@@ -1,4 +1,4 @@
-"""A student that uses its teacher's classifier: its own body, a projector, the teacher's last layer."""
+"""A student with its teacher's classifier: the student's body, a projector, and the teacher's last layer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tutelage.taps import Needs, evaluating, logits_of, observe, output_head
 
 
 class ReusedHead(nn.Module):
-    """A model whose own head is left out: features, projected, go through another model's classifier.
+    """A model whose features, projected, go through the classifier of another model.
 
-    Everything it is made of is given by numbers, so that it can be built again without that other model.
+    All arguments but the model are plain values, so that it can be rebuilt without the other model.
 
     Args:
         model: gives the features; its output head is replaced by an identity.
-        tap: where in ``model`` the feature is, ``[B, C, H, W]`` or ``[..., C]``.
+        tap: the feature in ``model``, ``[B, C, H, W]`` or ``[..., C]``.
         inputs: channels of the feature.
         outputs: channels of the classifier's input.
         classes: rows of the classifier.
-        maps: whether the feature is a map: convolved, and averaged over positions before the classifier.
-        factor: by how much the projector's middle layer is narrower than ``outputs``.
-        signed: whether the classifier's input can be negative: the projector's last layer then is linear.
+        maps: whether the feature is a map, which is convolved, and averaged over positions before the classifier.
+        factor: ``outputs`` divided by the width of the projector's middle layer.
+        signed: whether the classifier's input can be negative; the projector's last layer is then linear.
 
     Reference: Chen et al., Knowledge Distillation with the Reused Teacher Classifier (CVPR 2022), section 3.2 and
     figure 2: 1x1, 3x3 and 1x1 convolutions, each with batch norm and ReLU.
@@ -46,7 +46,7 @@ class ReusedHead(nn.Module):
         head = output_head(model)
         path = next(path for path, module in model.named_modules() if module is head)
         if not path:
-            raise ModelError(f"{type(model).__name__} is nothing but its head", remedy="use a model with a body")
+            raise ModelError(f"{type(model).__name__} consists of its head only", remedy="use a model with a body")
         model.set_submodule(path, nn.Identity())
         self.model = model
         middle = max(outputs // factor, 1)
@@ -58,15 +58,15 @@ class ReusedHead(nn.Module):
 
     def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
         """Logits ``[..., classes]``."""
-        given: Any = named if inputs is None else inputs
-        feature = observe(self.model, given, Needs(logits=False, hidden=(self.tap,))).hidden[self.tap]
+        arguments: Any = named if inputs is None else inputs
+        feature = observe(self.model, arguments, Needs(logits=False, hidden=(self.tap,))).hidden[self.tap]
         projected = self.projector(feature)
         out: Tensor = self.head(projected.mean((2, 3)) if self.maps else projected)
         return out
 
     @property
     def _no_split_modules(self) -> Any:
-        """What accelerate asks in order to shard it well, answered by the model inside."""
+        """The inner model's, by which accelerate shards it."""
         return getattr(self.model, "_no_split_modules", None)
 
 
@@ -79,21 +79,21 @@ def _layer(inputs: int, outputs: int, size: int, maps: bool) -> list[nn.Module]:
 
 
 def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor: int = 2) -> tuple[ReusedHead, str]:
-    """``student`` with its teacher's classifier, frozen, and the tap of the teacher's feature in front of it.
+    """``student`` with its teacher's frozen classifier, and the tap of the teacher's feature to compare with.
 
-    The last feature maps of both where the teacher's classifier follows from the mean of its map, as in a ResNet;
-    else what goes into their heads.
+    Features are the last feature maps of both models if the teacher's logits are its classifier of the mean of its
+    map, as in a ResNet; else the inputs of their heads.
 
     Args:
-        student: it becomes a part of what is returned.
+        student: becomes part of the result.
         teacher: its classifier is copied.
         example: a few samples, for a dry run of both.
-        factor: by how much the projector between them is narrower than the teacher's feature.
+        factor: see :class:`ReusedHead`.
 
     Raises:
         ModelError: a model without a linear head.
     """
-    theirs = output_head(teacher)
+    classifier = output_head(teacher)
     taps = (find_embedding_tap(student), find_embedding_tap(teacher))
     maps = [next(reversed(find_stages(m, example).values()), None) for m in (student, teacher)]
     both = maps[0] is not None and maps[1] is not None and _averaged(teacher, example, maps[1])
@@ -102,14 +102,14 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
     with eval_no_grad(teacher):
         inputs = observe(teacher, example.to(device_of(teacher)).inputs, Needs(logits=False, hidden=(other,)))
     reused = ReusedHead(
-        student, tap=mine, inputs=shape[1] if both else shape[-1], outputs=theirs.in_features,
-        classes=theirs.out_features, maps=both, factor=factor,
+        student, tap=mine, inputs=shape[1] if both else shape[-1], outputs=classifier.in_features,
+        classes=classifier.out_features, maps=both, factor=factor,
         signed=bool((inputs.hidden[other] < 0).any()),
     )  # fmt: skip
     with torch.no_grad():
-        reused.head.weight.copy_(theirs.weight)
+        reused.head.weight.copy_(classifier.weight)
         assert reused.head.bias is not None
-        reused.head.bias.copy_(torch.zeros(theirs.out_features) if theirs.bias is None else theirs.bias)
+        reused.head.bias.copy_(torch.zeros(classifier.out_features) if classifier.bias is None else classifier.bias)
     reused.to(device_of(student))
     _freeze_unreached(reused, example)
     reused.head.requires_grad_(False)
@@ -117,23 +117,20 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
 
 
 def _freeze_unreached(reused: ReusedHead, example: Batch) -> None:
-    """What of the student lies behind the tapped feature does nothing any more."""
+    """Freeze the parameters of the student after the tapped feature, which have no effect."""
+    inputs = example.to(device_of(reused)).inputs
     with evaluating(reused), torch.enable_grad():
-        logits_of(reused(**_named(example.to(device_of(reused)).inputs))).sum().backward()
+        logits_of(reused(**inputs) if isinstance(inputs, dict) else reused(inputs)).sum().backward()
     for parameter in reused.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
     reused.zero_grad(set_to_none=True)
 
 
-def _named(inputs: Any) -> dict[str, Any]:
-    return inputs if isinstance(inputs, dict) else {"inputs": inputs}
-
-
 def _averaged(model: nn.Module, example: Batch, tap: str) -> bool:
-    """Whether the logits are the head of the mean of the map at ``tap``."""
+    """Whether the logits are the output head of the mean of the map at ``tap``."""
     with eval_no_grad(model):
-        seen = observe(model, example.to(device_of(model)).inputs, Needs(hidden=(tap,)))
-        feature, head = seen.hidden[tap], output_head(model)
-        if feature.shape[1] != head.in_features or seen.logits is None:
+        observed = observe(model, example.to(device_of(model)).inputs, Needs(hidden=(tap,)))
+        feature, head = observed.hidden[tap], output_head(model)
+        if feature.shape[1] != head.in_features or observed.logits is None:
             return False
-        return torch.allclose(head(feature.mean((2, 3))), seen.logits, rtol=1e-3, atol=1e-4)
+        return torch.allclose(head(feature.mean((2, 3))), observed.logits, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""A vocabulary cut down to a corpus: a smaller tokenizer that cuts its texts as before, and the rows to keep."""
+"""Trims a vocabulary to a corpus: a smaller tokenizer with the same tokens for its texts, and the ids to keep."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.errors import ConfigError, DataError, require
+from tutelage.errors import ConfigError, DataError, require, shorten
 
-ROWS = 1024
-"""Texts that are tokenised at once."""
+BATCH_SIZE = 1024
+"""Texts that are tokenized at once."""
 
 Model = dict[str, Any]
 """The part ``model`` of a tokenizer's JSON."""
 
 
 def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] = ()) -> tuple[Any, Tensor]:
-    """A tokenizer with no more than a corpus needs, and the old ids of its tokens.
+    """A tokenizer with only the tokens that a corpus needs, and the old ids of its tokens.
 
-    Kept are the tokens of the texts, all special and added tokens, what these are merged from, and single characters
-    (those of the corpus, ASCII, and all bytes where the tokenizer has bytes), so that an unseen word is spelled where
-    it was cut before. The order of tokens stays.
+    It has the tokens of the texts, all special and added tokens, the tokens that these are merged from, and single
+    characters (those of the corpus, ASCII, and all bytes of a byte-level tokenizer), so that an unseen word is spelled.
+    The order of tokens does not change.
 
     Args:
         tokenizer: a fast tokenizer of transformers: WordPiece, BPE, Unigram or WordLevel. Not changed.
-        texts: the corpus; read twice, the second time to see that the new tokenizer cuts it as the old one does.
+        texts: the corpus; read twice, the second time to verify that the new tokenizer gives the same tokens.
         keep: more tokens to keep, as the tokenizer spells them, such as ``##ing``.
 
     Returns:
@@ -39,8 +39,8 @@ def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] 
         :func:`~tutelage.students.trim_embeddings`.
 
     Raises:
-        ConfigError: a slow tokenizer or one of another kind, or an unknown token to keep.
-        DataError: no texts, something else than texts, or a text that the new tokenizer would cut differently.
+        ConfigError: a slow or unsupported tokenizer, or an unknown token to keep.
+        DataError: no texts, other values than texts, or a text for which the new tokenizer gives other tokens.
 
     Reference: Abdaoui et al., Load What You Need: Smaller Versions of Multilingual BERT (2020), for WordPiece.
     """
@@ -53,7 +53,7 @@ def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] 
         raise ConfigError(
             f"{type(tokenizer).__name__} is not a fast tokenizer", remedy="load it with AutoTokenizer.from_pretrained"
         )
-    old = Tokenizer.from_str(backend.to_str())  # a copy, for settings of the caller's stay as they are
+    old = Tokenizer.from_str(backend.to_str())  # a copy, to leave the caller's settings unchanged
     old.no_truncation()
     old.no_padding()
     description = json.loads(old.to_str())
@@ -61,27 +61,28 @@ def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] 
     if kind not in CLOSURES:
         raise ConfigError(f"a tokenizer of kind {kind} cannot be trimmed", remedy=f"known: {', '.join(CLOSURES)}")
     ids = old.get_vocab(with_added_tokens=True)
-    strange = [token for token in keep if token not in ids]
-    if strange:
+    unknown_tokens = [token for token in keep if token not in ids]
+    if unknown_tokens:
         raise ConfigError(
-            f"keep: the tokenizer has no token {strange[0]!r}", remedy="spell tokens as tokenizer.tokenize gives them"
+            f"keep: the tokenizer has no token {shorten(unknown_tokens[0])}",
+            remedy="spell tokens as tokenizer.tokenize gives them",
         )
     used = {*keep, *(token["content"] for token in description["added_tokens"])}
     unknown, unk = [], description["model"].get("unk_token")
-    for text, tokens in zip(corpus, _cut(old, corpus), strict=True):
+    for text, tokens in zip(corpus, _tokenize(old, corpus), strict=True):
         used.update(tokens)
         if unk in tokens:
             unknown.append(text)
-    kept = CLOSURES[kind](old, description, used & ids.keys(), unknown)
-    order = sorted(kept, key=lambda token: ids[token])
+    tokens_to_keep = CLOSURES[kind](old, description, used & ids.keys(), unknown)
+    order = sorted(tokens_to_keep, key=lambda token: ids[token])
     new_ids = {token: i for i, token in enumerate(order)}
-    new = _rebuilt(tokenizer, _remapped(json.loads(backend.to_str()), new_ids))
+    new = _rebuild(tokenizer, _renumber(json.loads(backend.to_str()), new_ids))
     if new.get_vocab() != new_ids:
         raise ConfigError(
-            f"the ids of {type(tokenizer).__name__} cannot be moved: its class gives tokens ids of its own",
+            f"the ids of {type(tokenizer).__name__} cannot change: its class sets ids of its own",
             remedy="load it as transformers.PreTrainedTokenizerFast(tokenizer_file=...) and trim that",
         )
-    _compare(old, new.backend_tokenizer, corpus)
+    _check_same_tokens(old, new.backend_tokenizer, corpus)
     return new, torch.tensor([ids[token] for token in order])
 
 
@@ -90,15 +91,17 @@ def _corpus(texts: Iterable[str]) -> Sequence[str]:
         raise DataError("texts is one text, not a list of texts", remedy="give a list: [text]")
     corpus = texts if isinstance(texts, Sequence) else list(texts)
     if not len(corpus):
-        raise DataError("no texts to trim the vocabulary to", remedy="give the texts that the student will see")
+        raise DataError(
+            "there are no texts to trim the vocabulary to", remedy="give the texts that the student will see"
+        )
     return corpus
 
 
-def _cut(tokenizer: Any, corpus: Sequence[str]) -> Iterator[list[str]]:
+def _tokenize(tokenizer: Any, corpus: Sequence[str]) -> Iterator[list[str]]:
     """The tokens of each text."""
     names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    for start in range(0, len(corpus), ROWS):
-        rows = list(corpus[start : start + ROWS])
+    for start in range(0, len(corpus), BATCH_SIZE):
+        rows = list(corpus[start : start + BATCH_SIZE])
         wrong = next((i for i, row in enumerate(rows) if not isinstance(row, str)), None)
         if wrong is not None:
             raise DataError(f"text {start + wrong} is a {type(rows[wrong]).__name__}", remedy="give strings")
@@ -106,40 +109,40 @@ def _cut(tokenizer: Any, corpus: Sequence[str]) -> Iterator[list[str]]:
             yield [names[i] for i in encoding.ids]
 
 
-def _compare(old: Any, new: Any, corpus: Sequence[str]) -> None:
-    """Refuse a tokenizer that cuts a text of the corpus into other tokens."""
+def _check_same_tokens(old: Any, new: Any, corpus: Sequence[str]) -> None:
+    """Raise :class:`DataError` if a text of the corpus has other tokens than before."""
     from tokenizers import Tokenizer
 
     new = Tokenizer.from_str(new.to_str())
     new.no_truncation()
     new.no_padding()
-    for i, (before, after) in enumerate(zip(_cut(old, corpus), _cut(new, corpus), strict=True)):
+    for i, (before, after) in enumerate(zip(_tokenize(old, corpus), _tokenize(new, corpus), strict=True)):
         if before != after:
             raise DataError(
-                f"text {i} would be cut into other tokens than before, so this tokenizer cannot be trimmed exactly",
-                remedy=f"give the tokens it lacks as keep: {sorted(set(before))[:20]}",
+                f"text {i} has other tokens with the new tokenizer, so this tokenizer cannot be trimmed exactly",
+                remedy=f"keep more tokens: keep={sorted(set(before))[:20]}",
             )
 
 
-# What a kept token needs beside itself ---------------------------------------------------------------
+# Tokens that other tokens need -----------------------------------------------------------------------
 
 
 def _letters(tokens: Iterable[str], vocabulary: Iterable[str], prefix: str = "", suffix: str = "") -> set[str]:
-    """Tokens of one character of ``tokens`` or of ASCII, bare, and as in the middle and at the end of a word."""
-    seen = {*string.printable, *(letter for token in tokens for letter in token)}
-    spelled = {form for letter in seen for form in (letter, prefix + letter, letter + suffix)}
+    """Tokens with one character of ``tokens`` or ASCII: bare, and in the middle and at the end of a word."""
+    letters = {*string.printable, *(letter for token in tokens for letter in token)}
+    spelled = {form for letter in letters for form in (letter, prefix + letter, letter + suffix)}
     return spelled & set(vocabulary)
 
 
 def _word_piece(tokenizer: Any, description: Model, used: set[str], unknown: Sequence[str]) -> set[str]:
     model = description["model"]
     vocabulary, prefix = model["vocab"], model["continuing_subword_prefix"]
-    kept = used | {model["unk_token"]} | _letters(used, vocabulary, prefix)
-    # A word that cannot be cut to its end is unknown. So that it stays unknown, what its beginning is cut into stays.
+    tokens = used | {model["unk_token"]} | _letters(used, vocabulary, prefix)
+    # A word is unknown if its end has no token. It stays unknown only if the tokens of its beginning stay.
     for text in unknown:
         for word in _words(tokenizer, text):
-            kept |= _greedy(word, vocabulary, prefix)
-    return kept
+            tokens |= _greedy(word, vocabulary, prefix)
+    return tokens
 
 
 def _words(tokenizer: Any, text: str) -> list[str]:
@@ -148,34 +151,34 @@ def _words(tokenizer: Any, text: str) -> list[str]:
 
 
 def _greedy(word: str, vocabulary: dict[str, int], prefix: str) -> set[str]:
-    """The longest tokens from the left, up to where there is none."""
-    found: set[str] = set()
+    """The longest tokens from the left, until there is none."""
+    tokens: set[str] = set()
     start = 0
     while start < len(word):
         spelled = ((prefix if start else "") + word[start:stop] for stop in range(len(word), start, -1))
         token = next((piece for piece in spelled if piece in vocabulary), None)
         if token is None:
-            return found
-        found.add(token)
+            return tokens
+        tokens.add(token)
         start += len(token) - (len(prefix) if start else 0)
-    return found
+    return tokens
 
 
 def _bpe(tokenizer: Any, description: Model, used: set[str], unknown: Sequence[str]) -> set[str]:
-    """With all that its merges pass through: a token's merges are those that make it alone from its characters."""
+    """Also the intermediate tokens of merges from the characters of each token."""
     model = description["model"]
     vocabulary = model["vocab"]
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-    bytes_ = "ByteLevel" in json.dumps([description["pre_tokenizer"], description["normalizer"]])
-    kept = used | _letters(used, vocabulary, prefix, suffix) | _byte_tokens(vocabulary)
-    if bytes_:
-        kept |= {token for token in vocabulary if len(token) == 1}
+    is_byte_level = "ByteLevel" in json.dumps([description["pre_tokenizer"], description["normalizer"]])
+    tokens = used | _letters(used, vocabulary, prefix, suffix) | _byte_tokens(vocabulary)
+    if is_byte_level:
+        tokens |= {token for token in vocabulary if len(token) == 1}
     if model.get("unk_token") is not None:
-        kept.add(model["unk_token"])
+        tokens.add(model["unk_token"])
     ranks = {merge: rank for rank, merge in enumerate(_merges(model))}
-    for token in list(kept & vocabulary.keys()):
-        kept |= _made_of(token, ranks, prefix, suffix) & vocabulary.keys()
-    return kept
+    for token in list(tokens & vocabulary.keys()):
+        tokens |= _merge_steps(token, ranks, prefix, suffix) & vocabulary.keys()
+    return tokens
 
 
 def _merges(model: Model) -> list[tuple[str, str]]:
@@ -183,26 +186,26 @@ def _merges(model: Model) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _made_of(token: str, ranks: dict[tuple[str, str], int], prefix: str, suffix: str) -> set[str]:
-    """All tokens that merging passes through from the characters of ``token``."""
+def _merge_steps(token: str, ranks: dict[tuple[str, str], int], prefix: str, suffix: str) -> set[str]:
+    """All tokens that occur while the characters of ``token`` are merged."""
     inner = bool(prefix) and token.startswith(prefix) and len(token) > len(prefix)
     ends = bool(suffix) and token.endswith(suffix) and len(token) > len(suffix)
     letters = token[len(prefix) if inner else 0 : len(token) - len(suffix) if ends else None]
     parts = [(prefix if i or inner else "") + letter for i, letter in enumerate(letters)]
     if ends and parts:
         parts[-1] += suffix
-    seen = set(parts)
+    tokens = set(parts)
     while len(parts) > 1:
         last = len(ranks)
         at = min(range(len(parts) - 1), key=lambda i: ranks.get((parts[i], parts[i + 1]), last))
         if (parts[at], parts[at + 1]) not in ranks:
             break
-        parts[at : at + 2] = [_joined(parts[at], parts[at + 1], prefix)]
-        seen.add(parts[at])
-    return seen
+        parts[at : at + 2] = [_join(parts[at], parts[at + 1], prefix)]
+        tokens.add(parts[at])
+    return tokens
 
 
-def _joined(left: str, right: str, prefix: str) -> str:
+def _join(left: str, right: str, prefix: str) -> str:
     return left + (right[len(prefix) :] if prefix and right.startswith(prefix) else right)
 
 
@@ -211,11 +214,11 @@ def _byte_tokens(vocabulary: Iterable[str]) -> set[str]:
 
 
 def _unigram(tokenizer: Any, description: Model, used: set[str], unknown: Sequence[str]) -> set[str]:
-    """With the least likely token, by which the cost of an unknown character is set."""
+    """Also the least likely token, which determines the cost of an unknown character."""
     model = description["model"]
     scores = dict(model["vocab"])
-    kept = used | _letters(used, scores) | _byte_tokens(scores) | {min(scores, key=lambda token: scores[token])}
-    return kept if model.get("unk_id") is None else kept | {model["vocab"][model["unk_id"]][0]}
+    tokens = used | _letters(used, scores) | _byte_tokens(scores) | {min(scores, key=lambda token: scores[token])}
+    return tokens if model.get("unk_id") is None else tokens | {model["vocab"][model["unk_id"]][0]}
 
 
 def _word_level(tokenizer: Any, description: Model, used: set[str], unknown: Sequence[str]) -> set[str]:
@@ -228,14 +231,14 @@ CLOSURES: dict[str, Callable[[Any, Model, set[str], Sequence[str]], set[str]]] =
     "WordLevel": _word_level,
     "WordPiece": _word_piece,
 }
-"""By the kind of tokenizer: (it, its JSON, tokens that occur, texts with an unknown word) -> tokens to keep."""
+"""By the kind of tokenizer: (tokenizer, its JSON, tokens that occur, texts with an unknown word) -> tokens to keep."""
 
 
 # The new tokenizer -----------------------------------------------------------------------------------
 
 
-def _remapped(description: Model, ids: dict[str, int]) -> Model:
-    """The tokenizer's JSON with the tokens in ``ids`` under their new numbers."""
+def _renumber(description: Model, ids: dict[str, int]) -> Model:
+    """The tokenizer's JSON with the tokens in ``ids`` and their new ids only."""
     model = description["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {
@@ -247,8 +250,8 @@ def _remapped(description: Model, ids: dict[str, int]) -> Model:
         model["vocab"] = [row for row in model["vocab"] if row[0] in ids]
     if "merges" in model:
         prefix = model.get("continuing_subword_prefix") or ""
-        made = [(left, right, _joined(left, right, prefix)) for left, right in _merges(model)]
-        model["merges"] = [[left, right] for left, right, whole in made if {left, right, whole} <= ids.keys()]
+        merges = [(left, right, _join(left, right, prefix)) for left, right in _merges(model)]
+        model["merges"] = [[left, right] for left, right, token in merges if {left, right, token} <= ids.keys()]
     for token in description["added_tokens"]:
         token["id"] = ids[token["content"]]
     description["added_tokens"].sort(key=lambda token: token["id"])
@@ -259,7 +262,7 @@ def _remapped(description: Model, ids: dict[str, int]) -> Model:
 
 
 def _processor(part: Any, ids: dict[str, int]) -> Any:
-    """What adds special tokens: pairs of token and id, and ``ids`` beside ``tokens``."""
+    """The post-processor with new ids: pairs of token and id, and ``ids`` with their ``tokens``."""
     if isinstance(part, list):
         if len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int and part[0] in ids:
             return [part[0], ids[part[0]]]
@@ -271,8 +274,8 @@ def _processor(part: Any, ids: dict[str, int]) -> Any:
     return part
 
 
-def _rebuilt(tokenizer: Any, description: Model) -> Any:
-    """A tokenizer of the same class and settings, by the way it would be loaded."""
+def _rebuild(tokenizer: Any, description: Model) -> Any:
+    """A tokenizer of the same class and settings, loaded from files."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for name in set(tokenizer.vocab_files_names.values()) - {"tokenizer.json"}:
