@@ -72,13 +72,13 @@ def add_lora(
         try:
             with warnings.catch_warnings():  # merge_lora unties the weights that the warning is about
                 warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")
-                adapted: nn.Module = inject_adapter_in_model(config, model)
+                result: nn.Module = inject_adapter_in_model(config, model)
         except ValueError as error:
             raise ModelError(
                 f"peft cannot add adapters to {type(model).__name__}: {error}",
                 where="student.lora", remedy="choose other targets, or train without student.lora",
             ) from None  # fmt: skip
-    return adapted
+    return result
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

@@ -26,8 +26,8 @@ def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] 
     """A tokenizer with only the tokens that a corpus needs, and the old ids of its tokens.
 
     It has the tokens of the texts, all special and added tokens, the tokens that these are merged from, and single
-    characters (those of the corpus, ASCII, and all bytes of a byte-level tokenizer), so that an unseen word is spelled.
-    The order of tokens does not change.
+    characters (those of the corpus, ASCII, and all bytes of a byte-level tokenizer), which spell unseen words. The
+    order of tokens does not change.
 
     Args:
         tokenizer: a fast tokenizer of transformers: WordPiece, BPE, Unigram or WordLevel. Not changed.
@@ -231,7 +231,7 @@ CLOSURES: dict[str, Callable[[Any, Model, set[str], Sequence[str]], set[str]]] =
     "WordLevel": _word_level,
     "WordPiece": _word_piece,
 }
-"""By the kind of tokenizer: (tokenizer, its JSON, tokens that occur, texts with an unknown word) -> tokens to keep."""
+"""By kind: (tokenizer, its JSON, tokens that occur, texts with an unknown word) -> tokens to keep."""
 
 
 # The new tokenizer -----------------------------------------------------------------------------------
