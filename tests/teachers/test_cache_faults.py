@@ -174,9 +174,9 @@ def test_the_writers_memory_is_bounded(tmp_path: Path) -> None:
         ids = np.arange(i * 64, (i + 1) * 64)
         keys = {"id": ids, "view": np.zeros_like(ids), "digest": ids.astype(np.uint64)}
         writer.put(keys, {"logits": np.full((64, 1000), i, dtype=np.float32)})
-        most = max(most, writer.bytes + writer.queue.qsize() * 64 * 4000)
+        most = max(most, writer.bytes)  # and as much again while the thread writes a shard
     writer.close()
-    assert most <= 2**20 + 17 * 64 * 4024
+    assert most <= 2**20 + 64 * 4024
     assert len(CacheReader(tmp_path)) == 60 * 64
 
 

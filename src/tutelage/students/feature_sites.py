@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,30 +25,66 @@ def find_stages(model: nn.Module, example: Batch) -> dict[Size, str]:
     one pixel are excluded, and so are tensors that are not a downscaled image, such as the heads of an attention. A
     stem, a resolution with single layers only, is excluded if other resolutions have modules with submodules.
     """
-    maps: list[tuple[str, Size]] = []
-    image = _image(example)
-
-    def record(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and _is_map(output, image):
-                maps.append((path, (output.shape[2], output.shape[3])))
-
-        return hook
-
-    _dry_run(model, example, [m.register_forward_hook(record(path)) for path, m in model.named_modules() if path])
+    modules = {path: module for path, module in model.named_modules() if path}
+    maps, _ = _feature_maps(model, example, modules, inputs=False)
     inside: dict[str, set[Size]] = {}
-    for path, size in maps:
+    for path, _, size in maps:
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
             inside.setdefault(".".join(parts[:end]), set()).add(size)
     last: dict[Size, str] = {}
-    for path, size in maps:  # hooks fire in the order of execution, inner modules first
+    for path, _, size in maps:  # in the order of execution, inner modules first
         if len(inside[path]) == 1 and size != (1, 1):
             last.pop(size, None)
             last[size] = path
-    modules = dict(model.named_modules())
     without_stem = {size: path for size, path in last.items() if next(modules[path].children(), None) is not None}
     return without_stem or last
+
+
+def find_preactivations(model: nn.Module, example: Batch) -> dict[Size, str]:
+    """For each resolution the tap of the last feature map before an activation module."""
+    modules: dict[str, nn.Module] = {path: m for path, m in model.named_modules() if isinstance(m, ACTIVATIONS)}
+    maps, calls = _feature_maps(model, example, modules, inputs=True)
+    last: dict[Size, str] = {}
+    for path, call, size in maps:
+        if size != (1, 1):
+            last.pop(size, None)
+            last[size] = f"{path}@{call}:input" if calls[path] > 1 else f"{path}:input"
+    stages = find_stages(model, example)
+    return {size: tap for size, tap in last.items() if size in stages}
+
+
+def _feature_maps(
+    model: nn.Module, example: Batch, modules: dict[str, nn.Module], *, inputs: bool
+) -> tuple[list[tuple[str, int, Size]], Counter[str]]:
+    """Path, call number and size of the feature maps that modules get or give in a dry run; and the calls of each."""
+    image = _image(example)
+    calls: Counter[str] = Counter()
+    maps: list[tuple[str, int, Size]] = []
+
+    def record(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any = None) -> None:
+            x = (args or [None])[0] if inputs else output
+            if isinstance(x, Tensor) and x.ndim == 4 and _is_map(x, image):
+                maps.append((path, calls[path], (x.shape[2], x.shape[3])))
+            calls[path] += 1
+
+        return hook
+
+    if getattr(model, "many", False):
+        raise ModelError(
+            "automatic pairs are ambiguous with an ensemble: which of an ensemble's models has the feature?",
+            remedy="set the pairs, with the member's number first: pairs: [{student: stages.1, teacher: 0.stages.1}]",
+        )
+    register = nn.Module.register_forward_pre_hook if inputs else nn.Module.register_forward_hook
+    handles = [register(module, record(path)) for path, module in modules.items()]
+    try:
+        with eval_no_grad(model):
+            observe(model, example.to(device_of(model)).inputs, Needs(logits=False))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps, calls
 
 
 def _image(example: Batch) -> Size | None:
@@ -64,31 +101,6 @@ def _is_map(x: Tensor, image: Size | None) -> bool:
         return False
     stride = max(round(image[0] / x.shape[2]), 1)
     return all(abs(x.shape[2 + i] * stride - image[i]) <= 2 * stride for i in range(2))
-
-
-def find_preactivations(model: nn.Module, example: Batch) -> dict[Size, str]:
-    """For each resolution the tap of the last feature map before an activation module."""
-    calls: dict[str, int] = {}
-    maps: list[tuple[str, int, Size]] = []
-    image = _image(example)
-
-    def record(path: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            call = calls[path] = calls.get(path, -1) + 1
-            if args and isinstance(args[0], Tensor) and args[0].ndim == 4 and _is_map(args[0], image):
-                maps.append((path, call, (args[0].shape[2], args[0].shape[3])))
-
-        return hook
-
-    modules = [(path, m) for path, m in model.named_modules() if isinstance(m, ACTIVATIONS)]
-    _dry_run(model, example, [m.register_forward_pre_hook(record(path)) for path, m in modules])
-    last: dict[Size, str] = {}
-    for path, call, size in maps:
-        if size != (1, 1):
-            last.pop(size, None)
-            last[size] = f"{path}@{call}:input" if calls[path] else f"{path}:input"
-    stages = find_stages(model, example)
-    return {size: tap for size, tap in last.items() if size in stages}
 
 
 def find_embedding_tap(model: nn.Module) -> str:
@@ -135,18 +147,3 @@ def find_last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.bat
     candidates = [(m, x) for m, x in candidates if x.equal(feature)] or candidates
     norm: Any = candidates[-1][0] if candidates else None
     return norm
-
-
-def _dry_run(model: nn.Module, example: Batch, handles: list[Any]) -> None:
-    try:
-        if getattr(model, "many", False):
-            raise ModelError(
-                "automatic pairs are ambiguous with an ensemble: which of its models has the feature?",
-                remedy="set the pairs, with the member's number first: pairs: [{student: stages.1, "
-                "teacher: 0.stages.1}]",
-            )
-        with eval_no_grad(model):
-            observe(model, example.to(device_of(model)).inputs, Needs(logits=False))
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,7 @@ def add_lora(
     if bits is not None:
         require("bitsandbytes", "language", "student.lora.bits")
         for path in (p for p in paths if p != head):
-            parent, name = _parent(model, path)
-            setattr(parent, name, NF4Linear(getattr(parent, name)))
+            model.set_submodule(path, NF4Linear(cast(nn.Linear, model.get_submodule(path))))
     config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout,
                         target_modules=paths)  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -87,14 +86,13 @@ def merge_lora(model: nn.Module) -> nn.Module:
     if not layers:
         return model
     for path, layer in layers:
-        parent, name = _parent(model, path)
         base = layer.get_base_layer()
         linear = base.dequantise() if isinstance(base, NF4Linear) else base
         _untie(model, linear)
         with torch.no_grad():
             for adapter in layer.active_adapters:
                 linear.weight += layer.get_delta_weight(adapter).to(linear.weight.dtype)
-        setattr(parent, name, linear)
+        model.set_submodule(path, linear)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.requires_grad_(True)
@@ -200,8 +198,3 @@ def _head_path(model: nn.Module) -> str | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return next((path for path, m in model.named_modules() if m is head), None) if head is not None else None
-
-
-def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    above, _, name = path.rpartition(".")
-    return model.get_submodule(above), name

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
-from tutelage.taps import Needs
+from tutelage.taps import Head, Needs
 from tutelage.teachers.cache.columns import Array, Columns, concat_columns, take_rows
 from tutelage.teachers.cache.keys import sample_keys, sampling_seeds
-from tutelage.teachers.cache.layout import Layout, OutputLayer, tokens_per_sample
+from tutelage.teachers.cache.layout import Layout, tokens_per_sample, without_inputs
 from tutelage.teachers.signal import Signal, Teacher
 
 
@@ -52,7 +53,7 @@ class MemoryTeacher:
             )
         self.needs = needs if layout is None else layout.needs
         self.is_precomputed = True
-        self.output: OutputLayer | None = None
+        self.output: Head | None = None
         ids: list[Array] = []
         parts: list[Columns] = []
         for batch in progress(batches):
@@ -61,7 +62,7 @@ class MemoryTeacher:
             if layout is None:
                 layout = _dense_layout(signal, needs, batch.labels.ndim == 2)
             if signal.head is not None and self.output is None:
-                self.output = OutputLayer.of(signal.head).to("cpu")
+                self.output = without_inputs(signal.head).map(Tensor.cpu)
             seeds = sampling_seeds(ids[-1], np.zeros_like(ids[-1]))
             parts.append(layout.encode(signal, seeds, batch.counted() if layout.tokens else None))
         if layout is None:

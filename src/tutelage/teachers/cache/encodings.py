@@ -66,15 +66,6 @@ class TeacherRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecodedRows:
-    """Rows from the cache: scores, or classes and values of a sparse distribution."""
-
-    scores: Tensor | None = None
-    index: Tensor | None = None
-    values: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Encoding:
     """Converts rows to columns and back. The fields of a subclass are the fields of a layout that it uses."""
 
@@ -100,8 +91,8 @@ class Encoding:
         """Columns ``[N, width]``, and columns of variable width with a row for each sample."""
         raise NotImplementedError
 
-    def decode(self, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
-        """The rows of samples, which have ``lengths`` rows."""
+    def decode(self, columns: Columns, lengths: Array, temperature: float) -> Tensor | tuple[Tensor, Tensor]:
+        """The rows of samples, which have ``lengths`` rows: scores, or classes and values of sparse distributions."""
         raise NotImplementedError
 
 
@@ -119,9 +110,9 @@ class DenseEncoding(Encoding):
         """Rows to columns."""
         return {"logits": to_stored(rows.scores, self.dtype)}
 
-    def decode(self, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
+    def decode(self, columns: Columns, lengths: Array, temperature: float) -> Tensor:
         """Columns to rows."""
-        return DecodedRows(from_stored(columns["logits"], self.dtype))
+        return from_stored(columns["logits"], self.dtype)
 
 
 @dataclass(frozen=True)
@@ -187,12 +178,12 @@ class TopKEncoding(Encoding):
             "log_probs": to_stored(value, self.dtype),
         }
 
-    def decode(self, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
+    def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
         """Columns to rows."""
         at = self.temperatures.index(temperature)
         index = Coder(self.classes, size=self.k).decode(_ragged(columns["index"]), lengths).classes
         values = from_stored(columns["log_probs"], self.dtype)[:, at * self.k : (at + 1) * self.k]
-        return DecodedRows(None, torch.from_numpy(index).view(-1, self.k), values)
+        return torch.from_numpy(index).view(-1, self.k), values
 
 
 @dataclass(frozen=True)
@@ -230,11 +221,11 @@ class StochasticRounding(Encoding):
             columns[f"drawn@{t:g}"] = self._coder.encode(concat_counts(parts), rows.lengths)
         return columns
 
-    def decode(self, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
+    def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
         """Columns to rows."""
         rows = self._coder.decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
         index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
-        return DecodedRows(None, index, count.float() / self.draws)
+        return index, count.float() / self.draws
 
 
 @dataclass(frozen=True)
@@ -298,7 +289,7 @@ class SampledEncoding(Encoding):
                 columns[f"weight@{t:g}"] = Ragged(flat, sum_groups(samples.sizes, rows.lengths))
         return columns
 
-    def decode(self, columns: Columns, lengths: Array, temperature: float) -> DecodedRows:
+    def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
         """Columns to rows."""
         rows = self._coder.decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
         index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
@@ -307,11 +298,11 @@ class SampledEncoding(Encoding):
         if self.power != 1:
             log = from_stored(_ragged(columns[f"weight@{temperature:g}"]).values, self.dtype)
             values = values * torch.from_numpy(pad_rows(log.exp().numpy(), rows.sizes))
-        elif exact is not None and exact.values is not None:
-            values = values * (1.0 - exact.values.exp().sum(-1, keepdim=True)).clamp(min=0.0)
-        if exact is None or exact.index is None or exact.values is None:
-            return DecodedRows(None, index, values)
-        return DecodedRows(None, torch.cat([exact.index, index], -1), torch.cat([exact.values.exp(), values], -1))
+        elif exact is not None:
+            values = values * (1.0 - exact[1].exp().sum(-1, keepdim=True)).clamp(min=0.0)
+        if exact is None:
+            return index, values
+        return torch.cat([exact[0], index], -1), torch.cat([exact[1].exp(), values], -1)
 
 
 ENCODINGS: dict[str, type[Encoding]] = {

@@ -26,8 +26,9 @@ import pyarrow as pa
 from safetensors.torch import load, save
 
 from tutelage.errors import CacheError, refusal
+from tutelage.taps import Head
 from tutelage.teachers.cache.columns import Array, Columns, Ragged, prefix_sums
-from tutelage.teachers.cache.layout import Layout, OutputLayer
+from tutelage.teachers.cache.layout import Layout
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -141,7 +142,7 @@ def has_output(folder: Path) -> bool:
     return (folder / f"{HEAD}.json").exists()
 
 
-def write_output(folder: Path, output: OutputLayer) -> None:
+def write_output(folder: Path, output: Head) -> None:
     """Write the output head, in its own dtype."""
     numbers = {"scale": output.scale, "softcap": output.softcap}
     tensors = {
@@ -155,7 +156,7 @@ def write_output(folder: Path, output: OutputLayer) -> None:
     write_sealed(folder / f"{HEAD}.json", {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} | numbers)
 
 
-def read_output(folder: Path) -> OutputLayer:
+def read_output(folder: Path) -> Head:
     """Read and verify what :func:`write_output` wrote.
 
     Raises:
@@ -169,7 +170,8 @@ def read_output(folder: Path) -> OutputLayer:
             remedy=f"delete it and {HEAD}.json; the next run writes both again",
         )  # fmt: skip
     tensors = load(raw)
-    return OutputLayer(tensors["weight"], tensors.get("bias"), side["scale"], side["softcap"])
+    weight = tensors["weight"]
+    return Head(weight.new_empty(0), weight, tensors.get("bias"), side["scale"], side["softcap"])
 
 
 # Shards ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from tutelage.teachers.cache.encodings import (
     ENCODINGS,
     STORED,
     ColumnTypes,
-    DecodedRows,
     Encoding,
     TeacherRows,
     from_stored,
@@ -34,23 +33,10 @@ TOKENS = "tokens"
 """The column with the number of rows of each sample."""
 
 
-class OutputLayer(NamedTuple):
-    """The output head without its inputs, as a cache of head inputs stores it once. Fields as in :class:`Head`."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @staticmethod
-    def of(head: Head) -> OutputLayer:
-        """A head without its inputs; an adapter is merged into the weight."""
-        merged = head.merged()
-        return OutputLayer(merged.weight, merged.bias, merged.scale, merged.softcap)
-
-    def to(self, device: torch.device | str) -> OutputLayer:
-        """A copy on a device."""
-        return OutputLayer.of(Head(self.weight, *self).map(lambda x: x.to(device)))
+def without_inputs(head: Head) -> Head:
+    """A head as a cache of head inputs stores it once: without inputs, its adapter merged into the weight."""
+    merged = head.merged()
+    return merged._replace(inputs=merged.weight.new_empty(0))
 
 
 @dataclass(frozen=True)
@@ -239,7 +225,7 @@ class Layout:
         device: torch.device | str,
         *,
         counted: Tensor | None = None,
-        output: OutputLayer | None = None,
+        output: Head | None = None,
     ) -> Signal:
         """The signal of samples, as far as needed; zeros at tokens that do not count.
 
@@ -248,7 +234,7 @@ class Layout:
             needs: what to decode, and at which temperature.
             device: of the signal.
             counted: ``[B, L]``, for a layout of tokens.
-            output: the output head, for a cache of head inputs.
+            output: the output head without inputs, for a cache of head inputs.
 
         Raises:
             CapabilityError: the cache does not store that temperature, or ``output`` is missing.
@@ -264,7 +250,8 @@ class Layout:
         def place(x: Tensor) -> Tensor:
             return _scatter_rows(x.to(device), counted) if self.tokens and counted is not None else x.to(device)
 
-        rows, temperature = DecodedRows(), 0.0
+        rows: Tensor | tuple[Tensor, Tensor] | None = None
+        temperature = 0.0
         if self.encoding is not None and (needs.logits or needs.head):
             temperature = self.check_temperature(needs.temperature)
             rows = self.encoding.decode(columns, lengths, temperature)
@@ -272,15 +259,17 @@ class Layout:
             tap: place(from_stored(columns[f"hidden:{tap}"], self.dtype).view(-1, *self.hidden[tap]))
             for tap in needs.hidden
         }
-        if rows.index is not None and rows.values is not None:
+        if rows is None:
+            return Signal(None, hidden)
+        if isinstance(rows, tuple):
             kind: Literal["topk", "sampled"] = "topk" if "topk" in self.provides else "sampled"
-            sparse = Sparse(kind, place(rows.index), place(rows.values), self.classes, temperature)
+            sparse = Sparse(kind, place(rows[0]), place(rows[1]), self.classes, temperature)
             return Signal(None, hidden, sparse=sparse)
-        if rows.scores is None or "head" not in self.provides:
-            return Signal(None if rows.scores is None else place(rows.scores), hidden)
+        if "head" not in self.provides:
+            return Signal(place(rows), hidden)
         if output is None:
             raise CapabilityError("the output head of the cache is missing", remedy="pass output=")
-        head = Head(rows.scores.to(device), *output.to(device))
+        head = output.map(lambda x: x.to(device))._replace(inputs=rows.to(device))
         logits = place(head.map(Tensor.float).scores(slice(None))) if needs.logits else None
         return Signal(logits, hidden, head._replace(inputs=place(head.inputs)) if needs.head else None)
 

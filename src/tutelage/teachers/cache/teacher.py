@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tutelage.data.batch import Batch
 from tutelage.errors import CacheError, CapabilityError, shorten
-from tutelage.taps import Needs
+from tutelage.taps import Head, Needs
 from tutelage.teachers.cache.columns import Array, Columns, take_rows
 from tutelage.teachers.cache.files import MANIFEST, has_output, read_output, write_manifest, write_output
 from tutelage.teachers.cache.keys import input_digest, sample_keys, sampling_seeds
-from tutelage.teachers.cache.layout import Layout, OutputLayer, tokens_per_sample
+from tutelage.teachers.cache.layout import Layout, tokens_per_sample, without_inputs
 from tutelage.teachers.cache.reader import CacheReader
 from tutelage.teachers.cache.writer import CacheWriter
 from tutelage.teachers.prefetching import compute_signal, current_autocast
@@ -76,7 +76,7 @@ class CachedTeacher:
         self.writer: CacheWriter | None = None
         self._pending: set[tuple[int, int]] = set()
         self._refresh_time = time.monotonic()
-        self._output: OutputLayer | None = None
+        self._output: Head | None = None
         self._compared_batches = 0
 
     def __enter__(self) -> Self:
@@ -163,7 +163,7 @@ class CachedTeacher:
             real = counted.any(1).cpu().numpy()
         return ids, views, real
 
-    def _head(self, batch: Batch) -> OutputLayer | None:
+    def _head(self, batch: Batch) -> Head | None:
         """The output head on the batch's device, for a cache of head inputs."""
         if "head" not in self.provides:
             return None
@@ -171,8 +171,9 @@ class CachedTeacher:
             if not has_output(self.folder) and self.live is not None:
                 self._store_head(batch.to(self.device))
             self._output = read_output(self.folder)
-        if self._output.weight.device != batch.labels.device:
-            self._output = self._output.to(batch.labels.device)
+        device = batch.labels.device
+        if self._output.weight.device != device:
+            self._output = self._output.map(lambda x: x.to(device))
         return self._output
 
     def _store_head(self, batch: Batch) -> None:
@@ -189,7 +190,7 @@ class CachedTeacher:
                 "inputs cannot reproduce them",
                 where=str(self.folder), remedy="keep dense, topk or stochastic_rounding logits",
             )  # fmt: skip
-        write_output(self.folder, OutputLayer.of(sample.head))
+        write_output(self.folder, without_inputs(sample.head))
 
     def _find(self, ids: Array, views: Array) -> Array:
         position = self.reader.find(ids, views)
