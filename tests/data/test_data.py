@@ -237,7 +237,7 @@ def test_ragged_prompts_are_masked_row_by_row_and_a_fully_masked_row_counts_noth
 
 def test_unshifted_labels_are_refused() -> None:
     ids = torch.tensor([[5, 6, 7]])
-    with pytest.raises(DataError, match="asked for its own token"):
+    with pytest.raises(DataError, match="predict its own token"):
         as_batch({"input_ids": ids, "labels": ids.clone()})
 
 

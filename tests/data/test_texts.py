@@ -59,7 +59,7 @@ def test_tokens_are_those_of_the_tokenizer_and_are_cut_once(monkeypatch: pytest.
     assert len(files) == 1
     assert files[0].suffix == ".arrow"
     with monkeypatch.context() as broken:
-        broken.setattr(tokens_module, "_block", None)  # whatever cuts again fails
+        broken.setattr(tokens_module, "_tokenize_block", None)  # a second tokenisation fails
         again = load(rows).test.fetch(torch.arange(6))
     assert torch.equal(again.inputs["input_ids"], batch.inputs["input_ids"])
     rows[0]["text"] += " prime"
@@ -143,7 +143,7 @@ def test_classes_are_matched_by_name() -> None:
     ({"label": "musik"}, {"classes": ["sound", "net", "math"]}, ["'musik'", "matched by name", "sound, net, math"]),
     ({}, {"text": "row"}, ["column 'row' holds a value of type int, not text"]),
     ({"label": "x"}, {"task": "regression"}, ["column 'label' of the train split holds", "not a number"]),
-    ({}, {"limit": 10_000}, ["data.limit: 10000 texts are asked for"]),
+    ({}, {"limit": 10_000}, ["data.limit: 10000 texts are requested"]),
 ])  # fmt: skip
 def test_wrong_data_is_named(change: dict[str, Any], more: dict[str, Any], says: list[str]) -> None:
     rows = sentences(60)

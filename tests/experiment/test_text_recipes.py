@@ -214,7 +214,7 @@ def test_every_task_has_a_loss_of_labels_and_a_default_loss_on_logits() -> None:
 @pytest.mark.parametrize(("more", "says"), [
     ({"student": {"model": "teacher", "layers": 9}}, "9"),
     ({"student": {"model": "hf:other"}, "data": {"task": "mlm"}, "method": {"kind": "triple"}},
-     "cut texts into other tokens"),
+     "have different tokens"),
     ({"teacher": {"model": "mlp"}}, "brings a tokenizer"),
     ({"teacher": {"model": "package:no_such_thing/model"}}, "no installed package 'no_such_thing'"),
 ])  # fmt: skip

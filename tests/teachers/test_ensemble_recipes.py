@@ -143,7 +143,7 @@ def test_routed_members_teach_their_own_folder(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=says):
             api.run(build_recipe(given), out=tmp_path / "no", terminal=QUIET)
     (tmp_path / "x" / "train" / "bar" / "day" / "0.png").rename(tmp_path / "x" / "train" / "bar" / "0.png")
-    with pytest.raises(DataError, match=r"bar/0\.png: lies in its class's folder itself"):
+    with pytest.raises(DataError, match=r"bar/0\.png: is directly in the folder of its class"):
         load_images("imagefolder", path=str(tmp_path / "x"), size=8, route="folder")
 
 

@@ -1,4 +1,4 @@
-"""Data: batches with stable sample ids, and views that can be drawn again."""
+"""Data sets, batches with stable sample ids, and reproducible augmentations."""
 
 from tutelage.data.batch import IGNORE, Batch, IndexedDataset, as_batch, causal_batch
 from tutelage.data.images import ImageData, ImageSet, load_images
@@ -7,7 +7,7 @@ from tutelage.data.texts import TextData, TextSet, load_texts, read_texts
 from tutelage.data.views import view_seeds
 
 Data = ImageData | TextData
-"""What a recipe trains on."""
+"""The data of a recipe."""
 
 __all__ = [
     "IGNORE",

@@ -1,8 +1,8 @@
-"""Which tokens of two tokenizers stand for the same stretch of a text, and which entries their vocabularies share.
+"""Align the tokens of two tokenizers, and find the entries that their vocabularies share.
 
-A token's end is a place in the text: a number of bytes from where the text, or an answer of a conversation, begins.
-Where tokens of both end at the same place, what each model says there is about the same text so far. What templates
-and tokenizers put around the text (BOS, roles, line breaks) has no place, so it may differ as it likes.
+The end of a token is a number of bytes from the start of the text, or of an answer in a conversation. Where tokens of
+both tokenizers end at the same byte, both models have read the same text. Tokens outside of the text (BOS, roles,
+line breaks of a template) have no end, so they may differ.
 """
 
 from __future__ import annotations
@@ -18,24 +18,21 @@ from torch import Tensor
 
 from tutelage.data.batch import IGNORE
 from tutelage.data.chat import Conversation, Learn, encode_learned, find_answer_spans, render_conversation
-from tutelage.errors import DataError
+from tutelage.errors import DataError, shorten
 
 Ends = npt.NDArray[np.int64]
 
 NOWHERE = -1
-"""The end of a token that stands for nothing of the text."""
-PART = 1 << 32
-"""Ends of the answers of a conversation are this far apart."""
-
-
-# Where tokens end -------------------------------------------------------------------------------------
+"""The end of a token outside of the text."""
+ANSWER_OFFSET = 1 << 32
+"""Offset between the ends of one answer of a conversation and the next."""
 
 
 class TokenEnds:
-    """Finds where the tokens of a tokenizer end.
+    """Computes the ends of tokens.
 
     Args:
-        tokenizer: of transformers, fast.
+        tokenizer: a fast tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -44,13 +41,12 @@ class TokenEnds:
         self.sizes = np.array([-1 if b is None else len(b) for b in known], np.int64)
 
     def __call__(self, text: str | Conversation, learn: Learn = "answers") -> tuple[list[int], list[bool], Ends]:
-        """Token ids, whether each is learned (:func:`tutelage.data.chat.encode_learned`), and where each ends.
+        """Token ids, whether each is learned (:func:`tutelage.data.chat.encode_learned`), and the end of each.
 
-        The token that closes a text or an answer ends one byte behind it, whatever it is. Of a conversation its
-        answers alone have places.
+        The token that closes a text or an answer ends one byte after it. In a conversation only answers have ends.
 
         Raises:
-            DataError: as ``encoded``, or a chat template under which the tokens' places cannot be found.
+            DataError: as ``encode_learned``; or the tokens' ends cannot be computed with this chat template.
         """
         ids, learned = encode_learned(text, self.tokenizer, learn)
         plain = isinstance(text, str)
@@ -59,13 +55,13 @@ class TokenEnds:
         offsets = np.array(cut["offset_mapping"], np.int64).reshape(-1, 2)
         if list(cut["input_ids"]) != ids[: len(offsets)] or len(ids) - len(offsets) > plain:
             raise DataError(
-                "the chat template's tokens are not those of the text that it renders, so their places are unknown",
+                "the tokens of the chat template differ from those of the rendered text, so their ends are unknown",
                 where="tokenizer.chat_template",
-                remedy="use teacher and student of one tokenizer, or another template",
+                remedy="use a teacher and a student with one tokenizer, or another template",
             )
         if isinstance(text, str):
             behind = np.arange(len(offsets)) > np.max(np.flatnonzero(offsets[:, 1] > offsets[:, 0]), initial=-1)
-            offsets[behind] = len(text), len(text) + 1  # what the tokenizer adds at the end
+            offsets[behind] = len(text), len(text) + 1
             added = np.tile([len(text), len(text) + 1], (len(ids) - len(offsets), 1))
             regions = [(0, len(text), len(text) + 1)]
             return ids, learned, self._ends(np.array(ids), np.concatenate([offsets, added]), text, regions)
@@ -75,39 +71,39 @@ class TokenEnds:
     def _answers(
         self, text: Conversation, whole: str, learned: Sequence[bool], offsets: Ends
     ) -> Iterator[tuple[int, int, int]]:
-        """Of each answer where in ``whole`` its words begin and end, and where what closes it ends."""
-        said = [str(m["content"]).strip() for m in text if m["role"] == "assistant"]
+        """For each answer: start and end of its text in ``whole``, and the end of its closing token."""
+        answers = [str(m["content"]).strip() for m in text if m["role"] == "assistant"]
         template = self.tokenizer.chat_template
-        if "{% generation" in template or "{%- generation" in template:  # which marks its answers itself
+        if "{% generation" in template or "{%- generation" in template:  # the template marks the answers
             marks = np.diff(np.concatenate([[0], np.array(learned, np.int8), [0]]))
             runs = zip(np.flatnonzero(marks == 1), np.flatnonzero(marks == -1), strict=True)
             spans = [(int(offsets[a, 0]), int(offsets[b - 1, 1])) for a, b in runs]
         else:
             spans = find_answer_spans(text, self.tokenizer, whole)
-        for (start, stop), words in zip(spans, said, strict=len(spans) == len(said)):
+        for (start, stop), words in zip(spans, answers, strict=len(spans) == len(answers)):
             at = whole.find(words, start, stop)
             if at < 0:
                 raise DataError(
-                    f"the chat template does not give an answer as it is: {words[:60]!r}",
+                    f"the chat template changes an answer: {shorten(words)}",
                     where="tokenizer.chat_template",
-                    remedy="clean the answers of what the template takes out, such as thoughts",
+                    remedy="remove from the answers what the template removes, such as thoughts",
                 )
             yield at, at + len(words), stop
 
     def _ends(self, ids: Ends, offsets: Ends, whole: str, regions: Sequence[tuple[int, int, int]]) -> Ends:
-        """Places from characters; of characters that are cut apart, from the bytes of the tokens."""
+        """Ends in bytes from character offsets; tokens within a character use their byte lengths."""
         sizes = np.array([len(c.encode("utf-8", "surrogatepass")) for c in whole], np.int64)
         bytes_to = np.concatenate([[0], np.cumsum(sizes)])
         starts, stops = offsets[:, 0], offsets[:, 1]
         ends = np.full(len(ids), NOWHERE, np.int64)
         for number, (begin, finish, closed) in enumerate(regions):
             inside = (stops > begin) & (starts < finish) & (stops > starts)
-            base = number * PART - bytes_to[begin]
+            base = number * ANSWER_OFFSET - bytes_to[begin]
             ends[inside] = base + bytes_to[np.minimum(stops[inside], finish)]
             closing = (starts >= finish) & (starts < closed) & (stops > starts)
-            closing |= inside & (stops > finish)  # a token that has the last words and what closes them
+            closing |= inside & (stops > finish)  # a token with both the last words and the closing
             ends[closing] = base + bytes_to[finish] + 1
-        # Tokens that end with the same character: all but the last end some bytes before it.
+        # Of several tokens within one character, all but the last end before the character does.
         same = np.flatnonzero((ends[:-1] == ends[1:]) & (ends[:-1] != NOWHERE) & (stops[:-1] == stops[1:]))
         length = self.sizes[ids]
         for i in same[::-1]:
@@ -118,28 +114,28 @@ class TokenEnds:
 
 
 def align_spans(mine: Ends, theirs: Ends) -> tuple[Ends, Ends]:
-    """Numbers of the spans that tokens belong to, the same on both sides.
+    """The span number of each token; the numbers are the same on both sides.
 
-    A span goes from one place where tokens of both sides end to the next; it holds one token of each side or more.
+    A span lies between two neighbouring common ends; it has at least one token on each side.
 
     Args:
-        mine: ``[B, L]`` ends of tokens, in ascending order but for those that have none.
-        theirs: ``[B, L']`` of the other side.
+        mine: ``[B, L]`` ends of the student's tokens, ascending except for tokens without end.
+        theirs: ``[B, L']`` ends of the teacher's tokens.
 
     Returns:
-        ``[B, L]`` and ``[B, L']``; -1 for tokens of no span.
+        ``[B, L]`` and ``[B, L']``; -1 for tokens without span.
     """
     rows = np.arange(len(mine), dtype=np.int64)[:, None] << 48
     keys = [np.where(ends == NOWHERE, NOWHERE, rows + ends) for ends in (mine, theirs)]
     both = np.intersect1d(keys[0], keys[1])
     both = both[both != NOWHERE]
-    found = []
+    numbers = []
     for key in keys:
-        at = np.searchsorted(both, key)  # the first place of both sides that is not before the token's end
+        at = np.searchsorted(both, key)  # the first common end at or after the token's end
         closes = both[np.minimum(at, len(both) - 1)] if len(both) else key
         inside = (key != NOWHERE) & (at < len(both)) & (closes >> 32 == key >> 32)
-        found.append(np.where(inside, at, NOWHERE))
-    return found[0], found[1]
+        numbers.append(np.where(inside, at, NOWHERE))
+    return numbers[0], numbers[1]
 
 
 def align_predicted(mine: Ends, theirs: Ends, labels: Tensor, their_labels: Tensor) -> dict[str, Tensor]:
@@ -147,39 +143,36 @@ def align_predicted(mine: Ends, theirs: Ends, labels: Tensor, their_labels: Tens
 
     Args:
         mine: ``[B, L]`` ends of the student's tokens.
-        theirs: ``[B, L']`` of the teacher's.
-        labels: ``[B, L]`` of the student, -100 where nothing is predicted.
-        their_labels: ``[B, L']``.
+        theirs: ``[B, L']`` ends of the teacher's tokens.
+        labels: ``[B, L]`` labels of the student, -100 where nothing is predicted.
+        their_labels: ``[B, L']`` labels of the teacher.
 
     Returns:
-        ``student`` ``[B, L]`` and ``teacher`` ``[B, L']``: numbers of spans, or -1.
+        ``student`` ``[B, L]`` and ``teacher`` ``[B, L']``: span numbers, or -1.
     """
-    sides, told = align_spans(mine, theirs), (labels.numpy(), their_labels.numpy())
+    sides, both_labels = align_spans(mine, theirs), (labels.numpy(), their_labels.numpy())
     shifted, lost = [], [np.empty(0, np.int64)]
-    for spans, given in zip(sides, told, strict=True):
+    for spans, own_labels in zip(sides, both_labels, strict=True):
         lost.append(spans[:, 0])  # nothing predicts the first token
         moved = np.full_like(spans, NOWHERE)
         moved[:, :-1] = spans[:, 1:]
-        lost.append(moved[given == IGNORE])
+        lost.append(moved[own_labels == IGNORE])
         shifted.append(moved)
     gone = np.unique(np.concatenate(lost))
-    kept = [torch.from_numpy(np.where(np.isin(spans, gone), NOWHERE, spans)) for spans in shifted]
-    return {"student": kept[0], "teacher": kept[1]}
-
-
-# What vocabularies share ----------------------------------------------------------------------------------
+    student, teacher = (torch.from_numpy(np.where(np.isin(spans, gone), NOWHERE, spans)) for spans in shifted)
+    return {"student": student, "teacher": teacher}
 
 
 def find_shared_tokens(mine: Any, theirs: Any) -> tuple[Tensor, Tensor]:
-    """The ids of the entries that two tokenizers both have, ``[S]`` each, in the same order.
+    """The ids of the common entries of two vocabularies, ``[S]`` each, in the same order.
 
-    Entries are the same if they stand for the same bytes; of tokenizers that write their entries the same way, if
-    they are written the same. Special tokens go by their names, and those that end a text go together.
+    Entries are equal if they stand for the same bytes, or, for tokenizers of one kind, if they have the same name.
+    Special tokens are compared by name; the end-of-sequence tokens always correspond.
     """
-    alike = _kind(mine) == _kind(theirs)
-    first, second = (_entries(tokenizer, by_name=alike) for tokenizer in (mine, theirs))
+    same_kind = _kind(mine) == _kind(theirs)
+    first, second = (_entries(tokenizer, by_name=same_kind) for tokenizer in (mine, theirs))
     pairs = {i: second[key] for key, i in first.items() if key in second}
-    ends = (_closing(mine), _closing(theirs))
+    ends = (_end_token(mine), _end_token(theirs))
     if None not in ends and ends[0] not in pairs and ends[1] not in pairs.values():
         pairs[ends[0]] = ends[1]  # type: ignore[index, assignment]
     ids = sorted(pairs)
@@ -187,7 +180,7 @@ def find_shared_tokens(mine: Any, theirs: Any) -> tuple[Tensor, Tensor]:
 
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """What each token id stands for; ``None`` for special tokens, and for ids without a token."""
+    """The bytes of each token id; ``None`` for special tokens and unused ids."""
     kind = _kind(tokenizer)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
@@ -196,26 +189,26 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     added = tokenizer.added_tokens_decoder
     for token, i in vocabulary.items():
         if i not in special:
-            out[i] = token.encode() if i in added else _WRITTEN[kind](token)
+            out[i] = token.encode() if i in added else _TO_BYTES[kind](token)
     return out
 
 
 def _entries(tokenizer: Any, by_name: bool) -> dict[Any, int]:
-    found: dict[Any, int] = {}
+    entries: dict[Any, int] = {}
     known = token_bytes(tokenizer)
     for token, i in sorted(tokenizer.get_vocab().items(), key=lambda x: (x[0].startswith("<0x"), x[1])):
         key = token if by_name else ("special", token) if known[i] is None else known[i]
-        found.setdefault(key, i)
-    return found
+        entries.setdefault(key, i)
+    return entries
 
 
-def _closing(tokenizer: Any) -> int | None:
+def _end_token(tokenizer: Any) -> int | None:
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return None if end is None else int(end)
 
 
 def _kind(tokenizer: Any) -> str:
-    """How a tokenizer writes its entries, by what it does to join them."""
+    """The kind of a tokenizer's entries, from its decoder."""
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"), ensure_ascii=False)
     return next((kind for kind, mark in _MARKS.items() if mark in decoder), "plain")
 
@@ -224,10 +217,10 @@ _MARKS = {"bytes": '"ByteLevel"', "words": '"WordPiece"', "pieces": "▁"}
 
 
 def _printable() -> dict[str, int]:
-    """The byte that each character stands for in byte-level vocabularies."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(rest)}
+    """The byte of each character in byte-level vocabularies (``bytes_to_unicode`` of GPT-2, inverted)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 _BYTE = _printable()
@@ -244,13 +237,13 @@ def _of_piece(token: str) -> bytes:
 
 
 def _of_word(token: str) -> bytes:
-    """WordPiece drops spaces: a token that goes on has a mark, and a word that has none follows a space."""
+    """WordPiece has no spaces: ``##`` marks the continuation of a word, other words follow a space."""
     if token.startswith("##"):
         return token[2:].encode()
     return (f" {token}" if token[:1].isalnum() else token).encode()
 
 
-_WRITTEN: dict[str, Callable[[str], bytes]] = {
+_TO_BYTES: dict[str, Callable[[str], bytes]] = {
     "bytes": _of_bytes, "pieces": _of_piece, "words": _of_word, "plain": str.encode,
 }  # fmt: skip
-"""From an entry as it is written to its bytes."""
+"""Convert the name of an entry to its bytes, by kind."""

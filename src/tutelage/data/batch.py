@@ -1,4 +1,4 @@
-"""A batch: the same type for images, texts and token sequences."""
+"""The batch type for images, texts and token sequences."""
 
 from __future__ import annotations
 
@@ -13,50 +13,44 @@ from torch import Tensor
 from tutelage.errors import DataError
 
 IGNORE = -100
-"""Label of a position that has none; the value that torch and transformers use."""
+"""The label of unlabelled positions, as in torch and transformers."""
 
 Inputs = Tensor | dict[str, Tensor]
 
 Task = Literal["classes", "multi-label", "regression", "embedding", "ranking"]
-"""What labels are: one class of several, any number of them, numbers, or none: the teacher says an embedding, or
-scores of two answers."""
+"""The kind of labels: one class, several classes, numbers, or none (embeddings, or scores of two answers)."""
 
 TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding", "ranking"]
-"""What is done with texts: one class, any number of classes, numbers, a class for each word, words that are masked,
-the next token, an embedding, scores of a query's answers."""
+"""Text tasks. ``tokens`` has a class for each word; ``mlm`` is masked language modelling."""
 
 LABELS: dict[TextTask, Task] = {
     "classes": "classes", "multi-label": "multi-label", "regression": "regression", "tokens": "classes",
     "mlm": "classes", "causal": "classes", "embedding": "embedding", "ranking": "ranking",
 }  # fmt: skip
-"""What the labels of a batch are."""
+"""The kind of labels of each text task."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What teacher and student see, and which positions count.
+    """Inputs of teacher and student, labels, and the positions that count.
 
-    ``labels[i]`` is the target of ``logits[i]``, position by position: for a causal language
-    model they are already shifted by one (:func:`causal_batch`), and nothing later shifts again.
+    ``labels[i]`` is the target of ``logits[i]``. For a causal language model the labels are already shifted by one
+    (:func:`causal_batch`).
 
     Attributes:
         inputs: a tensor for the model's first argument, or a mapping of keyword arguments; rows first.
-        labels: ``[B]`` or ``[B, L]`` class indices, -100 where there is none.
-        mask: same shape, true where a position counts for the teacher's terms; ``None``: all do.
-        ids: ``[B]`` int64, one stable number for each sample; ``None`` where the source has none.
-        views: ``[B]`` int64, the seed of the augmentation of each row; ``None``: not augmented.
-        route: ``[B]`` int64, the number of each row's value in the column by which teachers are chosen;
-            ``None`` where there is no such column.
-        task: what the labels are. Where they are not one class of several, ``targets`` has them, and ``labels`` only
-            says which positions have any: 0, or -100.
-        targets: ``[B, C]`` float, 0 or 1 for each class of ``multi-label``, or the numbers of ``regression``.
-        teacher_inputs: what the teacher sees where that is not what the student sees: another tokenizer's ids, a
-            text in another language.
-        teacher_labels: ``[B, L']``, what of its own tokens the teacher is to predict, already shifted, where they
-            are another tokenizer's.
-        spans: of such tokens, which of the teacher's stand for the same stretch of text as which of the student's:
-            ``student`` ``[B, L]`` and ``teacher`` ``[B, L']``, at the positions that predict them, numbers that are
-            the same on both sides, or -1.
+        labels: ``[B]`` or ``[B, L]`` class indices, -100 where there is no label.
+        mask: same shape, true where a position counts for the teacher's terms; ``None``: all positions count.
+        ids: ``[B]`` int64, a stable number for each sample; ``None`` if the source has none.
+        views: ``[B]`` int64, the augmentation seed of each row; ``None``: not augmented.
+        route: ``[B]`` int64, the index of the row's value in the column that selects teachers; ``None`` without one.
+        task: the kind of labels. If it is not ``classes``, the labels are in ``targets``, and ``labels`` is 0 where
+            there is a label, else -100.
+        targets: ``[B, C]`` float: 0 or 1 for each class of ``multi-label``, or the numbers of ``regression``.
+        teacher_inputs: the teacher's inputs, if they differ from the student's (another tokenizer or language).
+        teacher_labels: ``[B, L']``, the shifted labels of the teacher's tokens, if its tokenizer differs.
+        spans: for two tokenizers: ``student`` ``[B, L]`` and ``teacher`` ``[B, L']``. Positions that predict the same
+            stretch of text have the same number on both sides; -1: no span.
     """
 
     inputs: Inputs
@@ -83,26 +77,26 @@ class Batch:
         return replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields(self)})
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device``, copied asynchronously from pinned memory."""
+        """The batch on ``device``; copies from pinned memory are asynchronous."""
         return self._map(lambda x: x if x.device == torch.device(device) else x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in pinned memory; called by torch's ``DataLoader``."""
+        """The batch in pinned memory; torch's ``DataLoader`` calls this."""
         return self._map(lambda x: x.pin_memory())
 
     def for_teacher(self) -> Batch:
-        """The batch with what the teacher sees as its inputs, and the labels of its tokens where they are others."""
+        """The batch with the inputs and labels of the teacher."""
         if self.teacher_inputs is None:
             return self
-        shown = replace(self, inputs=self.teacher_inputs, teacher_inputs=None, teacher_labels=None, spans=None)
-        theirs = self.teacher_labels
-        return shown if theirs is None else replace(shown, labels=theirs, mask=theirs != IGNORE)
+        batch = replace(self, inputs=self.teacher_inputs, teacher_inputs=None, teacher_labels=None, spans=None)
+        labels = self.teacher_labels
+        return batch if labels is None else replace(batch, labels=labels, mask=labels != IGNORE)
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Rows ``start`` to ``stop``. An empty slice is the first row with nothing that counts.
+        """Rows ``start`` to ``stop``. An empty slice becomes the first row without label and with a false mask.
 
-        A process that has no row of an uneven batch must still run forward and backward, or the
-        others would wait for it; its stand-in row carries no label and a false mask.
+        With it a process that has no row of an uneven batch still runs forward and backward, and the other processes
+        do not wait forever.
         """
         if start == 0 and stop >= len(self):
             return self
@@ -114,7 +108,7 @@ class Batch:
         )
 
     def take(self, rows: Tensor) -> Batch:
-        """The given rows, in that order."""
+        """The given rows, in the given order."""
         return self._map(lambda x: x[rows.to(x.device)])
 
     def split(self, parts: int) -> list[Batch]:
@@ -122,26 +116,26 @@ class Batch:
         return [self.rows(start, stop) for start, stop in even_spans(len(self), parts)]
 
     def labelled(self) -> Tensor:
-        """Positions that have a label and count, as booleans in the shape of ``labels``."""
+        """Mask in the shape of ``labels``: positions that count and have a label."""
         has = self.labels != IGNORE
         return has if self.mask is None else has & self.mask
 
     def counted(self) -> Tensor:
-        """Positions that count for the teacher's terms, as booleans in the shape of ``labels``."""
+        """Mask in the shape of ``labels``: positions that count for the teacher's terms."""
         return torch.ones_like(self.labels, dtype=torch.bool) if self.mask is None else self.mask
 
     def check_finite(self) -> Batch:
         """This batch; raises :class:`DataError` when an input is NaN or infinite."""
         tensors = self.inputs if isinstance(self.inputs, dict) else {"inputs": self.inputs}
         for name, x in tensors.items():
-            # A sum is one fast pass that NaN and infinity cannot leave finite; only then look closer.
+            # A finite sum proves that all values are finite, in one fast pass.
             if x.is_floating_point() and not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
                 bad = (~torch.isfinite(x)).view(len(x), -1).any(1).nonzero().flatten()
                 which = bad if self.ids is None else self.ids[bad.to(self.ids.device)]
                 kind = "ids" if self.ids is not None else "rows of the batch"
                 raise DataError(
                     f"{name} hold NaN or infinity in {len(bad)} of {len(x)} samples, {kind} {which[:5].tolist()}",
-                    remedy="remove or repair these samples; one of them makes every weight NaN",
+                    remedy="remove or repair these samples; a single one makes every weight NaN",
                 )
         return self
 
@@ -153,7 +147,7 @@ def even_spans(length: int, parts: int) -> list[tuple[int, int]]:
 
 
 def as_batch(raw: Any) -> Batch:
-    """A :class:`Batch` from what common loaders yield.
+    """Convert an item of a common loader to a :class:`Batch`.
 
     Accepts a :class:`Batch`, a pair ``(inputs, labels)``, a triple ``(inputs, labels, sample ids)``
     (:class:`IndexedDataset`), or a mapping of keyword arguments with a key ``labels`` (Hugging Face). Labels must
@@ -161,7 +155,7 @@ def as_batch(raw: Any) -> Batch:
     model themselves; use :func:`causal_batch` for these.
 
     Raises:
-        DataError: another structure, or token labels that are the inputs themselves (not yet shifted).
+        DataError: another structure, or token labels that equal the inputs (not shifted).
     """
     if isinstance(raw, Batch):
         return raw
@@ -179,7 +173,7 @@ def as_batch(raw: Any) -> Batch:
             counted = labels != IGNORE
             if bool(counted.any()) and bool((labels == ids)[counted].all()):
                 raise DataError(
-                    "labels equal input_ids: each position would be asked for its own token",
+                    "labels equal input_ids: each position would predict its own token",
                     remedy="a causal language model needs to_batch=tutelage.data.causal_batch, which shifts by one",
                 )
         attention = inputs.get("attention_mask") if isinstance(inputs, dict) else None
@@ -195,19 +189,18 @@ def as_batch(raw: Any) -> Batch:
             return Batch(inputs, _indices(labels))
         if third[0].dtype == torch.int64 and third[0].shape == (len(inputs),):
             return Batch(inputs, _indices(labels), ids=third[0])
-    shown = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, (tuple, list)) else "")
+    kind = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, (tuple, list)) else "")
     raise DataError(
-        f"a batch is {shown}, not a pair of tensors (inputs, labels), with int64 ids or not, or a mapping with "
-        "'labels'",
-        remedy="pass to_batch=, a function that makes a tutelage.data.Batch of it",
+        f"a batch is {kind}, neither tensors (inputs, labels[, int64 ids]) nor a mapping with 'labels'",
+        remedy="pass to_batch=, a function that converts it to a tutelage.data.Batch",
     )
 
 
 class IndexedDataset(torch.utils.data.Dataset[tuple[Any, ...]]):
-    """The pairs of another data set, each with its place as a third: a sample id, which a cache and CRD need.
+    """Adds its index to each item of a data set, as the sample id that caches and CRD need.
 
     Args:
-        data: gives ``(input, label)`` for a place, always the same.
+        data: returns ``(input, label)`` for an index, always the same pair.
     """
 
     def __init__(self, data: Any) -> None:
@@ -216,8 +209,8 @@ class IndexedDataset(torch.utils.data.Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, place: int) -> tuple[Any, ...]:
-        return (*self.data[place], place)
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (*self.data[index], index)
 
 
 def _indices(labels: Any) -> Tensor:
@@ -227,29 +220,28 @@ def _indices(labels: Any) -> Tensor:
     if labels.is_floating_point() or labels.is_complex():
         raise DataError(
             f"labels are {labels.dtype}, not class indices",
-            remedy="yield integers, one for each sample; of one-hot rows: labels.argmax(-1)",
+            remedy="yield one integer per sample; for one-hot rows use labels.argmax(-1)",
         )
     return labels.long()
 
 
 def causal_batch(raw: Mapping[str, Tensor]) -> Batch:
-    """A :class:`Batch` for a causal language model: position t is asked for token t + 1.
+    """A :class:`Batch` for a causal language model: position t predicts token t + 1.
 
     Args:
-        raw: ``input_ids`` ``[B, L]``; ``attention_mask`` (default: all ones), by which padding is
-            recognised, and never by the value of a token, since the padding token may be the
-            end-of-sequence token too; ``labels``, unshifted as for Hugging Face, -100 where a
-            token is not to be learned, such as a prompt (default: ``input_ids``).
+        raw: ``input_ids`` ``[B, L]``; ``attention_mask`` (default: all ones), which alone marks padding, since the
+            padding token may also be the end-of-sequence token; ``labels``, unshifted as for Hugging Face, -100 for
+            tokens that are not learned, such as a prompt (default: ``input_ids``).
 
     Returns:
-        labels and mask ``[B, L]``, whose last position never counts.
+        A batch with labels and mask ``[B, L]``; the last position never counts.
     """
     ids = raw["input_ids"]
     attention = raw.get("attention_mask", torch.ones_like(ids))
     targets = raw.get("labels", ids).masked_fill(attention == 0, IGNORE)
     labels = torch.full_like(targets, IGNORE)
     labels[:, :-1] = targets[:, 1:]
-    # A position that is itself padding has nothing to predict from, whatever follows it (left padding).
+    # With left padding, a padding position precedes the first token and must not predict it.
     labels = labels.masked_fill(attention == 0, IGNORE)
     inputs = {k: v for k, v in raw.items() if k != "labels"}
     return Batch({**inputs, "attention_mask": attention}, labels, mask=labels != IGNORE)

@@ -1,21 +1,21 @@
-"""Texts and conversations for causal language models: token ids, and which of them are to be learned."""
+"""Texts and conversations for causal language models: token ids, and a mask of the tokens to learn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from tutelage.errors import DataError
+from tutelage.errors import DataError, shorten
 
 Learn = Literal["answers", "all"]
-"""Which tokens of a conversation count: those of its answers, or all."""
+"""The tokens of a conversation to learn: those of the answers, or all."""
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages, each with ``role`` and ``content``."""
 
 
 def as_conversation(values: Sequence[Any]) -> str | Conversation:
-    """The columns of one row as what is learned from: a text, or a conversation.
+    """Convert the columns of a row to a text or a conversation.
 
     Args:
         values: a text; the messages of a conversation; or a prompt and its answer.
@@ -31,13 +31,13 @@ def as_conversation(values: Sequence[Any]) -> str | Conversation:
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
             raise DataError(
-                f"a message is {str(message)[:80]!r}",
-                remedy="give each a role (system, user, assistant) and its content, a text",
+                f"a message is {shorten(message)}",
+                remedy="give each message a role (system, user, assistant) and a content, a text",
             )
     if all(message["role"] != "assistant" for message in value):
         raise DataError(
             f"a conversation has no answer, only messages of {', '.join(sorted({m['role'] for m in value}))}",
-            remedy="give messages with role assistant, which are what is learned",
+            remedy="give messages with role assistant; these are learned",
         )
     return [dict(message) for message in value]
 
@@ -45,14 +45,13 @@ def as_conversation(values: Sequence[Any]) -> str | Conversation:
 def encode_learned(
     text: str | Conversation, tokenizer: Any, learn: Learn = "answers"
 ) -> tuple[list[int], list[bool]]:
-    """Token ids, and for each whether it is to be learned.
+    """Token ids, and for each token whether it is learned.
 
-    A text is learned whole, with the end-of-sequence token behind it. Of a conversation, in the tokenizer's chat
-    template, the answers are: each from its first token to its end-of-turn token, which a model must learn to give.
-    What the template puts before an answer and after its end is not, nor is what others say.
+    All tokens of a text are learned, and the end-of-sequence token after it. Of a conversation in the tokenizer's
+    chat template the answers are learned, each from its first token to its end-of-turn token.
 
     Raises:
-        DataError: a conversation, and the tokenizer has no chat template, or one in which answers cannot be found.
+        DataError: the tokenizer has no chat template, or one in which the answers cannot be located.
     """
     if isinstance(text, str):
         ids = list(tokenizer(text, verbose=False)["input_ids"])
@@ -68,11 +67,11 @@ def encode_learned(
             remedy="set tokenizer.chat_template and save it, or give plain texts",
         )
     if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        said = tokenizer.apply_chat_template(
+        encoding = tokenizer.apply_chat_template(
             text, tokenize=True, return_dict=True, return_assistant_tokens_mask=learn == "answers"
         )
-        ids = list(said["input_ids"])
-        return ids, [bool(x) for x in said["assistant_masks"]] if learn == "answers" else [True] * len(ids)
+        ids = list(encoding["input_ids"])
+        return ids, [bool(x) for x in encoding["assistant_masks"]] if learn == "answers" else [True] * len(ids)
     whole = render_conversation(text, tokenizer)
     cut = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(cut["input_ids"]), cut["offset_mapping"]
@@ -83,12 +82,12 @@ def encode_learned(
 
 
 def find_answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tuple[int, int]]:
-    """Where the answers are in a rendered conversation: characters, from an answer's first to its end of turn.
+    """The character spans of the answers in a rendered conversation, including their ends of turn.
 
-    An answer is what the conversation up to it has more than the prompt for it.
+    An answer is the difference between the conversation up to it and its prompt.
 
     Raises:
-        DataError: the template does not render a conversation's beginning as the beginning of the whole.
+        DataError: the rendered beginning of a conversation is not a prefix of the rendered conversation.
     """
     spans = []
     for i, message in enumerate(text):
@@ -96,11 +95,12 @@ def find_answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tu
             continue
         before = render_conversation(text[:i], tokenizer, prompt=True) if i else ""
         upto = whole if i == len(text) - 1 else render_conversation(text[: i + 1], tokenizer)
-        # A prompt may end in what an answer begins with, such as an opened thought; the two then share that.
-        start = _common(before, whole)
+        # A prompt may end with the beginning of an answer, such as an opening tag of a thought.
+        pairs = zip(before, whole, strict=False)
+        start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(whole)))
         if start < len(before.rstrip()) or not whole.startswith(upto.rstrip()):
             raise DataError(
-                "the chat template renders the beginning of a conversation otherwise than the whole, so its answers "
+                "the chat template renders the beginning of a conversation differently on its own, so the answers "
                 "cannot be found",
                 where="tokenizer.chat_template",
                 remedy="put {% generation %} and {% endgeneration %} around the answers in the template, "
@@ -112,10 +112,10 @@ def find_answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tu
 
 
 def render_conversation(text: Conversation, tokenizer: Any, prompt: bool = False) -> str:
-    """A conversation as the tokenizer's template writes it.
+    """Render a conversation with the tokenizer's chat template.
 
     Raises:
-        DataError: the template refuses it.
+        DataError: the template rejects the conversation.
     """
     from jinja2 import TemplateError
 
@@ -123,16 +123,8 @@ def render_conversation(text: Conversation, tokenizer: Any, prompt: bool = False
         rendered: str = tokenizer.apply_chat_template(list(text), tokenize=False, add_generation_prompt=prompt)
     except TemplateError as error:
         raise DataError(
-            f"the chat template refuses a conversation of {', '.join(m['role'] for m in text)}: {error}",
+            f"the chat template rejects a conversation of {', '.join(m['role'] for m in text)}: {error}",
             where="tokenizer.chat_template",
-            remedy="give roles in the order that it wants",
+            remedy="give the roles in the order that the template expects",
         ) from None
     return rendered
-
-
-def _common(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])

@@ -1,4 +1,4 @@
-"""Where labelled images come from: one function for each kind of source."""
+"""Sources of labelled images: one function for each kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage.errors import ConfigError, DataError, nearest, require, suggest
+from tutelage.errors import ConfigError, DataError, first_line, nearest, require, suggest
 
 IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SPLIT_NAMES = {
@@ -33,20 +33,20 @@ FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)
 
 @dataclass
 class RawSplit:
-    """A split as its source has it: pixels or a way to open each image, and labels."""
+    """A split of a source: labels, and pixels or a function that opens an image."""
 
     labels: Tensor
     pixels: Tensor | None = None
-    """uint8 ``[N, C, H, W]``, or none and ``open`` instead."""
+    """uint8 ``[N, C, H, W]``; ``None`` if there is ``open``."""
     open: Callable[[int], Any] | None = None
     """Row -> PIL image."""
     ids: Tensor | None = None
     """Stable sample ids. Default: the row's number."""
     route: Tensor | None = None
-    """int64 ``[N]``: which of the source's routes each row is of."""
+    """int64 ``[N]``: index of the route of each row."""
 
     def take(self, rows: Tensor) -> RawSplit:
-        """The given rows, ids kept."""
+        """The given rows with their ids."""
         ids = torch.arange(len(self.labels)) if self.ids is None else self.ids
         opener = self.open
         return RawSplit(
@@ -71,7 +71,7 @@ class RawImages:
     mean: list[float] | None = None
     std: list[float] | None = None
     route_names: list[str] = field(default_factory=list)
-    """Values of the column that chooses teachers, where there is one."""
+    """Values of the column that selects teachers, if there is one."""
 
 
 def open_source(
@@ -84,11 +84,11 @@ def open_source(
     classes: list[str] | None,
     route: str | None = None,
 ) -> RawImages:
-    """The splits of a source, as it has them.
+    """Open a source with its own splits.
 
     Raises:
-        ConfigError: unknown source.
-        DataError: missing or broken data.
+        ConfigError: the source is unknown.
+        DataError: data is missing or broken.
     """
     kind, _, name = source.partition(":")
     if kind == "torchvision" and name:
@@ -112,7 +112,7 @@ def open_source(
 
 
 def read_digits(path: str | None) -> RawImages:
-    """1,797 images of handwritten digits, 8x8, from scikit-learn; no split of its own."""
+    """1,797 images of handwritten digits, 8x8, from scikit-learn; a single split."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -121,7 +121,7 @@ def read_digits(path: str | None) -> RawImages:
 
 
 def read_fashion_mnist(path: str | None) -> RawImages:
-    """60,000 and 10,000 images of clothes, 28x28: Debian's files where installed, else torchvision's download."""
+    """60,000 and 10,000 images of clothes, 28x28: from Debian's package if installed, else from torchvision."""
     folders = (Path(path),) if path else FASHION_FOLDERS
     for folder in folders:
         if (folder / "train-images-idx3-ubyte.gz").exists():
@@ -137,17 +137,17 @@ def read_fashion_mnist(path: str | None) -> RawImages:
         raw = read_torchvision("FashionMNIST", path, {})
     except DataError as error:
         raise DataError(
-            f"Fashion-MNIST is neither in {folders[0]} nor can it be downloaded: {error.what}",
+            f"Fashion-MNIST is not in {folders[0]}, and the download failed: {error.what}",
             remedy="on Debian or Ubuntu: apt-get install dataset-fashion-mnist",
         ) from None
     return RawImages(FASHION_CLASSES, raw.splits, [0.2860], [0.3530])
 
 
 def read_idx(path: Path) -> Tensor:
-    """A gzipped IDX file of unsigned bytes (the format of MNIST).
+    """Read a gzipped IDX file of unsigned bytes (the format of MNIST).
 
     Raises:
-        DataError: missing, truncated or of another format.
+        DataError: the file is missing, truncated or has another format.
     """
     try:
         with gzip.open(path) as file:
@@ -164,10 +164,10 @@ def read_idx(path: Path) -> Tensor:
 
 
 def open_image(path: Path) -> Any:
-    """A decoded PIL image.
+    """Open and decode an image with PIL.
 
     Raises:
-        DataError: missing, truncated or not an image.
+        DataError: the file is missing, truncated or no image.
     """
     require("PIL", "vision", "reading image files")
     from PIL import Image, UnidentifiedImageError
@@ -193,20 +193,20 @@ def _open_item(items: Any, key: str | int, row: int) -> Any:
 
 
 def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool = False) -> RawImages:
-    """Image files in one sub-folder for each class, with or without split folders above them.
+    """Image files in one sub-folder per class, optionally inside split folders.
 
-    A sample's id is a hash of its path, so it survives the adding of other files. With ``by_folder`` the folder
-    between a class and its file, as in ``train/CLASS/night/1.png``, is the sample's route.
+    A sample id is a hash of the path, so it does not change when files are added. With ``by_folder`` the folder
+    between class and file (``night`` in ``train/CLASS/night/1.png``) is the route of the sample.
 
     Raises:
-        DataError: no such folder, no images, split folders whose classes differ, unknown ``classes``, or an image
-            without a route.
+        DataError: the folder or images are missing, splits have different classes, ``classes`` are unknown, or an
+            image has no route.
     """
     if not path.is_dir():
         raise DataError(
             "no such folder" if not path.exists() else "not a folder",
             where=str(path),
-            remedy="data.path is the folder that has one sub-folder for each class, or train/ with these inside",
+            remedy="data.path must have one sub-folder per class, or train/ with these sub-folders",
         )
     roots = {
         split: folder
@@ -216,22 +216,21 @@ def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool 
     }
     if "train" not in roots:
         roots = {"train": path}
-    found = sorted(d.name for d in roots["train"].iterdir() if d.is_dir() and not d.name.startswith("."))
-    if not found:
+    folders = _subfolders(roots["train"])
+    if not folders:
         raise DataError(
-            "has no sub-folders", where=str(roots["train"]), remedy="put each class's images in one folder"
+            "has no sub-folders", where=str(roots["train"]), remedy="put the images of each class in one folder"
         )
-    if classes is not None and sorted(classes) != found:
+    if classes is not None and sorted(classes) != folders:
         raise DataError(
-            f"data.classes is {classes}, the folders are {found}",
+            f"data.classes is {classes}, the folders are {folders}",
             where=str(roots["train"]),
             remedy="name every folder once, in the order of the class indices",
         )
-    names = classes or found
+    names = classes or folders
     splits, routes = {}, _Routes()
     for split, root in roots.items():
-        here = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-        if unknown := [c for c in here if c not in names]:
+        if unknown := [c for c in _subfolders(root) if c not in names]:
             raise DataError(
                 f"classes {unknown[:5]} are not among those of the training images",
                 where=str(root),
@@ -251,7 +250,7 @@ def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool 
             if by_folder:
                 if bare := next((p for p in mine if p.parent == root / name), None):
                     raise DataError(
-                        "lies in its class's folder itself, so data.route has no sub-folder to go by",
+                        "is directly in the folder of its class, so it has no route",
                         where=str(bare),
                         remedy="put every image into a sub-folder of its class, or leave data.route out",
                     )
@@ -259,17 +258,22 @@ def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool 
         ids = torch.tensor([path_id(p.relative_to(path).as_posix()) for p in files], dtype=torch.int64)
         splits[split] = RawSplit(torch.tensor(labels, dtype=torch.int64), open=partial(_open_file, files), ids=ids)
         if by_folder:
-            splits[split].route = routes.numbered(route)
+            splits[split].route = routes.indices(route)
     return RawImages(names, splits, route_names=routes.names)
 
 
+def _subfolders(path: Path) -> list[str]:
+    return sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
 class _Routes:
-    """Values of a column in the order in which they are met, and each row's number among them."""
+    """The values of a column over several splits, and their indices."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def numbered(self, values: Iterable[Any]) -> Tensor:
+    def indices(self, values: Iterable[Any]) -> Tensor:
+        """The index of each value; new values are added in alphabetical order."""
         texts = [str(value) for value in values]
         self.names += sorted(set(texts) - set(self.names))
         number = {name: i for i, name in enumerate(self.names)}
@@ -277,14 +281,14 @@ class _Routes:
 
 
 class _NoSuchSplit(DataError):
-    """A data set does not know a split's name, and may know another."""
+    """A data set has no split of this name."""
 
 
 def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> RawImages:
-    """A classification data set of torchvision, by class name; downloaded where it can be.
+    """A classification data set of torchvision, by class name; downloaded if possible.
 
     Raises:
-        DataError: no such data set, or it cannot be had.
+        DataError: there is no such data set, or it cannot be loaded.
     """
     require("torchvision", "vision", f"the data set torchvision:{name}")
     from torchvision import datasets
@@ -311,14 +315,11 @@ def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> Ra
                 f"torchvision:{name} with options {options}: {error}", remedy="fix data.options"
             ) from None
         except ValueError as error:
-            raise _NoSuchSplit(
-                f"torchvision:{name}: {str(error).splitlines()[0]}", remedy="fix data.options"
-            ) from None
+            raise _NoSuchSplit(f"torchvision:{name}: {first_line(error)}", remedy="fix data.options") from None
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"torchvision:{name} cannot be loaded: {reason}",
-                remedy="check the network, or download it by hand and give its folder as data.path",
+                f"torchvision:{name} cannot be loaded: {first_line(error)}",
+                remedy="check the network, or download it yourself and set data.path to its folder",
             ) from None
 
     if "train" in parameters:
@@ -348,10 +349,12 @@ def _torchvision_split(part: Any) -> RawSplit:
 
 
 def load_hub_splits(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The splits of a data set by id, under our names; one without splits is all for training.
+    """Load a data set of Hugging Face and name its splits train, validation and test.
+
+    A data set without splits becomes the training split.
 
     Raises:
-        DataError: it cannot be had, or has no split to train on.
+        DataError: it cannot be loaded, or has no training split.
     """
     import datasets
 
@@ -359,8 +362,8 @@ def load_hub_splits(name: str, options: dict[str, Any]) -> dict[str, Any]:
         loaded = datasets.load_dataset(name, **options)
     except Exception as error:  # noqa: BLE001 - the library raises what its loaders raise
         raise DataError(
-            f"hf:{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            remedy="check the id, data.options and the network; HF_HUB_OFFLINE=1 allows only what is on disk",
+            f"hf:{name} cannot be loaded: {type(error).__name__}: {first_line(error)}",
+            remedy="check the id, data.options and the network; with HF_HUB_OFFLINE=1 only local files are used",
         ) from None
     loaded = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
     parts = {
@@ -378,10 +381,10 @@ def read_huggingface(
     label_column: str | None,
     route: str | None = None,
 ) -> RawImages:
-    """An image classification data set of the Hugging Face hub, or any that ``load_dataset`` builds.
+    """An image classification data set that ``datasets.load_dataset`` loads.
 
     Raises:
-        DataError: it cannot be had, or has no column of images or of class labels.
+        DataError: it cannot be loaded, or has no image or label column.
     """
     require("datasets", "vision", f"the data set hf:{name}")
     import datasets
@@ -409,7 +412,7 @@ def read_huggingface(
             if isinstance(features[route], datasets.ClassLabel):
                 names = features[route].names
                 values = [names[value] if value >= 0 else value for value in values]
-            splits[split].route = routes.numbered(values)
+            splits[split].route = routes.indices(values)
     highest = max(int(s.labels.max()) for s in splits.values() if len(s.labels))
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else range(highest + 1)
     return RawImages([str(c) for c in classes], splits, route_names=routes.names)

@@ -1,10 +1,10 @@
-"""Labelled images: one split as a set of rows that can be fetched in any order and view."""
+"""Labelled images: splits whose rows can be fetched in any order and view."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,29 +18,21 @@ from tutelage.data.views import (
     Mix,
     apply_seeded,
     build_augments,
-    build_mix_augments,
     parse_augment,
     partners,
 )
 from tutelage.errors import DataError, TutelageError, require
 
 IN_MEMORY_BYTES = 2**30
-"""Decoded images up to this much are kept in memory; more are decoded as they are asked for."""
+"""Data sets up to this size are decoded into memory; larger ones are decoded on access."""
 
+Progress = Callable[[Sequence[int], str], Any]
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-class View(NamedTuple):
-    """How the images of a set are augmented."""
-
-    augments: Sequence[Augment]
-    crop: Callable[[Any], Any] | None
-    mix_augments: Sequence[tuple[int, Mix]] = ()
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One split. Rows are fetched together, augmented by view seed, and normalised."""
+    """One split. :meth:`fetch` augments rows by view seed and normalises them."""
 
     labels: Tensor
     ids: Tensor
@@ -65,25 +57,25 @@ class ImageSet:
         return bool(self.augments) or bool(self.mix_augments) or self.random_crop is not None
 
     def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
-        """The given rows as normalised float images; with ``views``, augmented from these seeds.
+        """The given rows as normalised float images, augmented from the seeds ``views`` if given.
 
-        Rows that are mixed with others have no label.
+        Rows that are mixed with other rows have no label.
 
         Raises:
             DataError: an image cannot be decoded.
         """
         views = views if self.is_augmented else None
-        images, labels = self._augmented(rows, views), self.labels[rows]
+        images, labels = self._augment(rows, views), self.labels[rows]
         if views is not None:
             for stream, mix in self.mix_augments:
-                images = mix(images, self._augmented(*partners(views, len(self), stream)), views)
+                images = mix(images, self._augment(*partners(views, len(self), stream)), views)
                 labels = torch.full_like(labels, IGNORE)
         x = images.float().mul_(1 / 255).sub_(self.mean).div_(self.std)
         route = None if self.route is None else self.route[rows]
         return Batch(x, labels, ids=self.ids[rows], views=views, route=route)
 
-    def _augmented(self, rows: Tensor, views: Tensor | None) -> Tensor:
-        """uint8 images, each by itself."""
+    def _augment(self, rows: Tensor, views: Tensor | None) -> Tensor:
+        """uint8 images with the augmentations of one image."""
         images = self.pixels[rows] if self.pixels is not None else self._decode(rows, views)
         if views is not None:
             for augment in self.augments:
@@ -111,7 +103,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Three splits that share classes, size and normalisation, and never a sample."""
+    """Three disjoint splits with the same classes, size and normalisation."""
 
     name: str
     train: ImageSet
@@ -119,9 +111,9 @@ class ImageData:
     test: ImageSet
     classes: list[str]
     for_teacher: ImageSet
-    """The training images with all their labels: what a teacher is trained on."""
+    """The training images with all their labels, for the training of a teacher."""
     route_names: list[str] = field(default_factory=list)
-    """What the numbers in a batch's ``route`` stand for."""
+    """The value of each index in a batch's ``route``."""
 
     @property
     def channels(self) -> int:
@@ -135,24 +127,24 @@ class ImageData:
 
     @property
     def task(self) -> Literal["classes"]:
-        """What is done with them."""
+        """The kind of labels."""
         return "classes"
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What a model is built for."""
+        """Arguments of the model that fits the data."""
         return {"classes": len(self.classes), "channels": self.channels, "size": self.size}
 
     def provenance(self) -> dict[str, Any]:
-        """What a batch depends on beside its views, as JSON; :meth:`preprocessing` has it."""
+        """What batches depend on, apart from views and :meth:`preprocessing`; for cache keys."""
         return {}
 
     def summary(self) -> str:
-        """In a few words."""
+        """The data in a few words."""
         return f"{self.channels}x{self.size}x{self.size}, {len(self.classes)} classes"
 
     def preprocessing(self) -> dict[str, Any]:
-        """What a user of the student must do to an image first."""
+        """The preprocessing that a user of the student must apply."""
         return {
             "size": self.size,
             "channels": self.channels,
@@ -163,7 +155,7 @@ class ImageData:
 
 
 def to_pixels(image: Any, channels: int, size: int, crop: float = 1.0) -> Tensor:
-    """A PIL image as uint8 ``[channels, size, size]``: shorter side resized, centre cut out."""
+    """A PIL image as uint8 ``[channels, size, size]``: shorter side resized, centre cropped."""
     import numpy as np
 
     image = image.convert("L" if channels == 1 else "RGB")
@@ -181,10 +173,10 @@ def to_pixels(image: Any, channels: int, size: int, crop: float = 1.0) -> Tensor
 def stratified_split(
     labels: Tensor, count: int, seed: int, what: str, things: str = "images"
 ) -> tuple[Tensor, Tensor]:
-    """``count`` rows with each class's share kept, and the others; both in ascending order.
+    """``count`` rows, stratified by class, and the other rows; both in ascending order.
 
     Raises:
-        DataError: there are not so many rows, or a class would go without.
+        DataError: there are fewer rows, or a class would be missing in one part.
     """
     from sklearn.model_selection import train_test_split
 
@@ -193,7 +185,7 @@ def stratified_split(
         return rows, rows[:0]
     if count > len(labels):
         raise DataError(
-            f"{what}: {count} {things} are asked for, there are {len(labels)}",
+            f"{what}: {count} {things} are requested, there are {len(labels)}",
             remedy=f"set it to at most {len(labels)}, or leave it out for all",
         )
     try:
@@ -201,8 +193,8 @@ def stratified_split(
     except ValueError:
         per_class = torch.bincount(labels)
         raise DataError(
-            f"{what}: cannot take {count} of {len(labels)} {things} and have each class among those and among the "
-            f"others ({len(per_class)} classes, the smallest has {int(per_class.min())})",
+            f"{what}: cannot take {count} of {len(labels)} {things} with every class among these and among the rest "
+            f"({len(per_class)} classes, the smallest has {int(per_class.min())})",
             remedy=f"set {what} so that both parts get {things} of every class, or add some to the smallest class",
         ) from None
     return torch.from_numpy(chosen).sort().values, torch.from_numpy(rest).sort().values
@@ -229,77 +221,98 @@ def load_images(
     validation: float = 0.1,
     test: float = 0.2,
     split_seed: int = 0,
-    progress: Callable[[Sequence[int], str], Any] = lambda rows, _: rows,
+    progress: Progress = lambda rows, _: rows,
 ) -> ImageData:
-    """Load a data set of labelled images and keep its splits apart.
+    """Load a data set of labelled images and its splits.
 
-    The arguments are those of a recipe's ``data``, which describes them; ``teacher_augment`` is for
-    the images that a teacher is trained on (default: as ``augment``). ``progress`` wraps the
-    iteration over images that are decoded into memory.
+    The arguments are the keys of a recipe's ``data``. ``teacher_augment`` is for the training of a teacher (default:
+    ``augment``). ``progress`` wraps the iteration over images that are decoded into memory.
 
     Raises:
-        DataError: missing, broken or empty data; names the file.
-        ConfigError: an unknown source or augmentation.
+        DataError: data is missing, broken or empty; names the file.
+        ConfigError: the source or an augmentation is unknown.
         MissingDependencyError: the source or an augmentation needs an extra.
     """
     teacher_augment = augment if teacher_augment is None else teacher_augment
+    teacher_augment = [entry for entry in teacher_augment if parse_augment(entry)[0] not in MIX_AUGMENTS]
     raw = open_source(
-        source,
-        path=path,
-        options=options or {},
-        image_column=image_column,
-        label_column=label_column,
-        classes=classes,
-        route=route,
+        source, path=path, options=options or {}, image_column=image_column, label_column=label_column,
+        classes=classes, route=route,
+    )  # fmt: skip
+    _check_labels(raw, source)
+    if classes is not None and classes != raw.classes:
+        raw = _reorder_classes(raw, classes)
+    splits = _split(raw.splits, validation, test, limit, split_seed)
+    pixels = splits["train"].pixels
+    channels, native = (3, 224) if pixels is None else (pixels.shape[1], pixels.shape[-1])
+    size = size or native
+    (augments, mixes), (teacher_augments, _) = build_augments(augment), build_augments(teacher_augment)
+    random_crop, teacher_crop = (
+        _random_crop(entries, size, pixels is not None) for entries in (augment, teacher_augment)
     )
+    total = sum(len(s.labels) for s in splits.values())
+    if pixels is not None:
+        splits = {name: _resize(split, size) for name, split in splits.items()}
+    elif random_crop is None and teacher_crop is None and total * channels * size * size <= IN_MEMORY_BYTES:
+        splits = {n: _decode_all(s, size, crop, progress, f"decoding {n} images") for n, s in splits.items()}
+    mean, std = _normalisation(raw, splits["train"], mean, std, channels)
+
+    def build(split: RawSplit, **augmentation: Any) -> ImageSet:
+        return ImageSet(
+            labels=split.labels,
+            ids=torch.arange(len(split.labels)) if split.ids is None else split.ids,
+            size=size,
+            channels=channels,
+            mean=torch.tensor(mean).view(1, -1, 1, 1),
+            std=torch.tensor(std).view(1, -1, 1, 1),
+            pixels=split.pixels,
+            open=split.open,
+            crop=crop,
+            route=split.route,
+            **augmentation,
+        )
+
+    train = build(splits["train"], random_crop=random_crop, augments=augments, mix_augments=mixes)
+    for_teacher = build(splits["train"], random_crop=teacher_crop, augments=teacher_augments)
+    _try_augments(train)
+    _try_augments(for_teacher)
+    if labels is not None:
+        train = hide_labels(train, labels, split_seed, drop=unlabeled == "drop")
+    validation_set, test_set = build(splits["validation"]), build(splits["test"])
+    return ImageData(source, train, validation_set, test_set, list(raw.classes), for_teacher, raw.route_names)
+
+
+def _check_labels(raw: RawImages, source: str) -> None:
     for name, split in raw.splits.items():
         if len(split.labels) == 0:
             raise DataError(f"the {name} split of {source} has no images", remedy="check its path and its files")
-        if int(split.labels.max()) >= len(raw.classes) or int(split.labels.min()) < 0:
+        low, high = int(split.labels.min()), int(split.labels.max())
+        if high >= len(raw.classes) or low < 0:
             raise DataError(
-                f"the {name} split of {source} has labels from {int(split.labels.min())} to "
-                f"{int(split.labels.max())}, but {len(raw.classes)} classes",
+                f"the {name} split of {source} has labels from {low} to {high}, but {len(raw.classes)} classes",
                 remedy="labels must be 0 .. classes - 1",
             )
-    if classes is not None and classes != raw.classes:
-        raw = _reordered(raw, classes)
-    splits = dict(raw.splits)
-    if "test" not in splits:
-        train = splits["train"]
-        held, rest = stratified_split(train.labels, round(len(train.labels) * test), split_seed, "data.test")
-        splits["test"], splits["train"] = train.take(held), train.take(rest)
-    if "validation" not in splits:
-        train = splits["train"]
-        held, rest = stratified_split(
-            train.labels, round(len(train.labels) * validation), split_seed, "data.validation"
-        )
-        splits["validation"], splits["train"] = train.take(held), train.take(rest)
+
+
+def _split(
+    splits: dict[str, RawSplit], validation: float, test: float, limit: int | None, seed: int
+) -> dict[str, RawSplit]:
+    """The splits; missing ones are taken from the training images."""
+    splits = dict(splits)
+    for name, share in (("test", test), ("validation", validation)):
+        if name not in splits:
+            train = splits["train"]
+            chosen, rest = stratified_split(train.labels, round(len(train.labels) * share), seed, f"data.{name}")
+            splits[name], splits["train"] = train.take(chosen), train.take(rest)
     if limit is not None:
-        splits["train"] = splits["train"].take(
-            stratified_split(splits["train"].labels, limit, split_seed, "data.limit")[0]
-        )
+        splits["train"] = splits["train"].take(stratified_split(splits["train"].labels, limit, seed, "data.limit")[0])
+    return splits
 
-    first = splits["train"]
-    if first.pixels is not None:
-        channels, native = first.pixels.shape[1], first.pixels.shape[-1]
-        size = size or native
-        if size != native:
-            splits = {name: _resized(split, size) for name, split in splits.items()}
-    else:
-        channels, size = 3, size or 224
-    teacher_augment = [entry for entry in teacher_augment if parse_augment(entry)[0] not in MIX_AUGMENTS]
-    student_views = View(
-        build_augments(augment), _random_crop(augment, size, first.pixels is not None), build_mix_augments(augment)
-    )
-    teacher_views = View(
-        build_augments(teacher_augment), _random_crop(teacher_augment, size, first.pixels is not None)
-    )
-    cropping = student_views.crop is not None or teacher_views.crop is not None
-    total = sum(len(s.labels) for s in splits.values())
-    if first.pixels is None and not cropping and total * channels * size * size <= IN_MEMORY_BYTES:
-        splits = {n: _decoded(s, channels, size, crop, progress, f"decoding {n} images") for n, s in splits.items()}
 
-    train = splits["train"]
+def _normalisation(
+    raw: RawImages, train: RawSplit, mean: list[float] | None, std: list[float] | None, channels: int
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel: as given, of the source, of the training images, or ImageNet's."""
     mean, std = raw.mean if mean is None else mean, raw.std if std is None else std
     if mean is None or std is None:
         if train.pixels is not None:
@@ -313,47 +326,16 @@ def load_images(
             f"data.mean and data.std have {len(mean)} and {len(std)} values, the images {channels} channels",
             remedy="give one value for each channel",
         )
-
-    def build(split: RawSplit, view: View = View([], None)) -> ImageSet:  # noqa: B008
-        return ImageSet(
-            labels=split.labels,
-            ids=torch.arange(len(split.labels)) if split.ids is None else split.ids,
-            size=size,
-            channels=channels,
-            mean=torch.tensor(mean).view(1, -1, 1, 1),
-            std=torch.tensor(std).view(1, -1, 1, 1),
-            pixels=split.pixels,
-            open=split.open,
-            crop=crop,
-            random_crop=view.crop,
-            augments=view.augments,
-            mix_augments=view.mix_augments,
-            route=split.route,
-        )
-
-    train_set, for_teacher = build(train, student_views), build(train, teacher_views)
-    for views in (train_set, for_teacher):
-        _try_augments(views)
-    if labels is not None:
-        train_set = hide_labels(train_set, labels, split_seed, drop=unlabeled == "drop")
-    return ImageData(
-        source,
-        train_set,
-        build(splits["validation"]),
-        build(splits["test"]),
-        list(raw.classes),
-        for_teacher,
-        raw.route_names,
-    )
+    return mean, std
 
 
-def _reordered(raw: RawImages, classes: list[str]) -> RawImages:
+def _reorder_classes(raw: RawImages, classes: list[str]) -> RawImages:
     """The source with its classes in another order."""
     if sorted(classes) != sorted(raw.classes):
-        shown = ", ".join(raw.classes[:20]) + (" ..." if len(raw.classes) > 20 else "")
+        known = ", ".join(raw.classes[:20]) + (" ..." if len(raw.classes) > 20 else "")
         raise DataError(
-            f"data.classes names {len(classes)} classes that are not the {len(raw.classes)} of the source: {shown}",
-            remedy="name every class of the source once, in the order that the teacher scores them",
+            f"data.classes names {len(classes)} classes that are not the {len(raw.classes)} of the source: {known}",
+            remedy="name every class of the source once, in the order of the teacher's outputs",
         )
     to = torch.tensor([classes.index(name) for name in raw.classes])
     splits = {name: replace(split, labels=to[split.labels]) for name, split in raw.splits.items()}
@@ -361,7 +343,7 @@ def _reordered(raw: RawImages, classes: list[str]) -> RawImages:
 
 
 def _try_augments(images: ImageSet) -> None:
-    """Augment one image in a few ways, so that an option that no constructor checks fails before any training."""
+    """Augment one image with a few seeds, so that wrong options fail before the training."""
     if not images.is_augmented:
         return
     try:
@@ -376,7 +358,7 @@ def _try_augments(images: ImageSet) -> None:
 
 
 def hide_labels(images: ImageSet, count: int, seed: int, *, drop: bool) -> ImageSet:
-    """Keep the labels of ``count`` images, stratified; the others lose theirs, or are dropped."""
+    """Keep the labels of ``count`` images, stratified; remove the labels of the others, or drop these images."""
     chosen, rest = stratified_split(images.labels, count, seed, "data.labels")
     if drop:
         return images.select(chosen)
@@ -385,19 +367,18 @@ def hide_labels(images: ImageSet, count: int, seed: int, *, drop: bool) -> Image
     return replace(images, labels=hidden)
 
 
-def _resized(split: RawSplit, size: int) -> RawSplit:
-    assert split.pixels is not None
+def _resize(split: RawSplit, size: int) -> RawSplit:
+    if split.pixels is None or split.pixels.shape[-1] == size:
+        return split
     x = torch.nn.functional.interpolate(split.pixels.float(), size=(size, size), mode="bilinear", antialias=True)
     return replace(split, pixels=x.round().clamp(0, 255).to(torch.uint8))
 
 
-def _decoded(
-    split: RawSplit, channels: int, size: int, crop: float, progress: Callable[[Sequence[int], str], Any], what: str
-) -> RawSplit:
+def _decode_all(split: RawSplit, size: int, crop: float, progress: Progress, what: str) -> RawSplit:
     assert split.open is not None
-    pixels = torch.empty(len(split.labels), channels, size, size, dtype=torch.uint8)
+    pixels = torch.empty(len(split.labels), 3, size, size, dtype=torch.uint8)
     for i in progress(range(len(split.labels)), what):
-        pixels[i] = to_pixels(split.open(i), channels, size, crop)
+        pixels[i] = to_pixels(split.open(i), 3, size, crop)
     return replace(split, pixels=pixels, open=None)
 
 

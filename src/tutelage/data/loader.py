@@ -1,8 +1,7 @@
-"""From a data set, or somebody's loader, to the micro-batches of each optimizer step.
+"""The micro-batches of each optimizer step, from a data set or a user's loader.
 
-A step's batch is the same whatever the number of processes or micro-batches: it is planned
-as one list of rows and cut into equal shares. That is what makes the gradient, and a resumed
-run, independent of how the work was split.
+The batch of a step is planned as one list of rows, which is then split among processes and micro-batches. Gradients
+and resumed runs therefore do not depend on the number of processes or micro-batches.
 """
 
 from __future__ import annotations
@@ -24,105 +23,104 @@ from tutelage.errors import DataError, TutelageError
 
 
 class Rows(Protocol):
-    """A split: rows that can be fetched in any order, in a view or as they are."""
+    """A split whose rows can be fetched in any order, augmented or not."""
 
     @property
     def ids(self) -> Tensor:
-        """One stable number for each row."""
+        """A stable number for each row."""
         ...
 
     @property
     def is_augmented(self) -> bool:
-        """Whether a row looks different under another view seed."""
+        """Whether a row depends on the view seed."""
         ...
 
     def __len__(self) -> int: ...
     def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
-        """The given rows; with ``views``, augmented from these seeds."""
+        """The given rows, augmented from the seeds ``views`` if given."""
         ...
 
 
 @dataclass(frozen=True)
 class RankSlice:
-    """Which part of every batch is this process's."""
+    """The part of every batch that belongs to this process, in micro-batches."""
 
     rank: int = 0
     world: int = 1
     accumulate: int = 1
 
     def micro_batches(self, length: int) -> list[tuple[int, int]]:
-        """The spans of this process's micro-batches in a batch of ``length`` rows."""
+        """Row spans of this process's micro-batches in a batch of ``length`` rows."""
         parts = even_spans(length, self.world * self.accumulate)
         return parts[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
 
 
 def current_rank() -> RankSlice:
-    """This process among those that a launcher started and that see each other; alone without one."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return RankSlice(torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else RankSlice()
+    """Rank and world size of ``torch.distributed``; 0 and 1 without it."""
+    dist = torch.distributed
+    is_distributed = dist.is_available() and dist.is_initialized()
+    return RankSlice(dist.get_rank(), dist.get_world_size()) if is_distributed else RankSlice()
 
 
 class Batches(Protocol):
-    """The training data of one run, step by step."""
+    """The training batches of a run."""
 
     steps_per_epoch: int
 
     @property
     def ids(self) -> Tensor | None:
-        """The sample ids of an epoch, where samples have any."""
+        """The sample ids of an epoch; ``None`` if samples have none."""
         ...
 
-    def epoch(self, epoch: int, share: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
-        """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
+    def epoch(self, epoch: int, rank_slice: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
+        """This process's micro-batches for each step of an epoch, starting at step ``skip``."""
         ...
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
-    """A permutation that is a function of run seed and epoch alone."""
+    """A permutation that depends on run seed and epoch only."""
     generator = torch.Generator().manual_seed(((seed * 1_000_003) ^ (epoch * 7_919)) & (2**63 - 1))
     return torch.randperm(length, generator=generator)
 
 
 WINDOW = 64
-"""Batches whose rows are sorted by length among each other, where rows have lengths."""
+"""Batches whose rows are sorted by length together."""
 
 SHARED_VIEWS = 0
-"""The seed of views that all runs share."""
+"""The seed of views that are the same in all runs."""
 
 
 class PlannedBatches:
     """Batches of a :class:`Rows`, shuffled and augmented as functions of (seed, epoch, sample id).
 
-    Rows that have ``lengths`` (texts) are bucketed: of each :data:`WINDOW` batches those of like length come
-    together, and then the batches are shuffled, so that little is padded.
+    Rows with ``lengths`` (texts) are bucketed to reduce padding: rows are sorted by length within :data:`WINDOW`
+    batches, then the batches are shuffled.
 
     Args:
         data: the training split.
         batch_size: rows of one optimizer step, over all processes.
-        seed: the run's seed.
-        workers: processes that fetch; 0 is this one.
-        views: how many views a sample has, the same for every seed; epochs go round them. Default: new ones in
-            each epoch of each seed.
+        seed: seed of the run.
+        workers: processes that fetch rows; 0: this process.
+        views: number of views of each sample, the same for every seed, used in turn. Default: new views in each
+            epoch and for each seed.
 
     Raises:
-        DataError: no rows.
+        DataError: there are no rows.
     """
 
     def __init__(self, data: Rows, batch_size: int, seed: int, workers: int = 0, views: int | None = None) -> None:
         if len(data) == 0:
-            raise DataError(
-                "there is nothing to train on: the data set has no rows", remedy="check data.labels and path"
-            )
+            raise DataError("the training split has no rows", remedy="check data.labels and data.path")
         self.data, self.batch_size, self.seed, self.workers, self.views = data, batch_size, seed, workers, views
-        self.steps_per_epoch = len(self.cut(torch.arange(len(data))))
+        self.steps_per_epoch = len(self.split_steps(torch.arange(len(data))))
 
     @property
     def ids(self) -> Tensor:
-        """One number for each sample."""
+        """A stable number for each sample."""
         return self.data.ids
 
-    def cut(self, rows: Tensor) -> list[Tensor]:
-        """The rows of each step. A last one all by itself joins the others: batch norm cannot train on it."""
+    def split_steps(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each step. A single last row joins the step before, since batch norm needs two rows."""
         steps = list(rows.split(self.batch_size))
         if len(steps) > 1 and len(steps[-1]) == 1 and self.batch_size > 1:
             steps[-2:] = [torch.cat(steps[-2:])]
@@ -133,19 +131,19 @@ class PlannedBatches:
         rows = epoch_order(len(self.data), self.seed, epoch)
         lengths: Tensor | None = getattr(self.data, "lengths", None)
         if lengths is None:
-            return self.cut(rows)
+            return self.split_steps(rows)
         windows = [w[lengths[w].argsort(stable=True)] for w in rows.split(WINDOW * self.batch_size)]
-        steps = self.cut(torch.cat(windows))
+        steps = self.split_steps(torch.cat(windows))
         return [steps[i] for i in epoch_order(len(steps), self.seed + 1, epoch)]
 
-    def epoch(self, epoch: int, share: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
-        """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
+    def epoch(self, epoch: int, rank_slice: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
+        """This process's micro-batches for each step of an epoch, starting at step ``skip``."""
         rows = self.plan(epoch)[skip:]
         view, seed = (epoch, self.seed) if self.views is None else (epoch % self.views, SHARED_VIEWS)
-        keys = [(view, step_rows, span) for step_rows in rows for span in share.micro_batches(len(step_rows))]
+        keys = [(view, step_rows, span) for step_rows in rows for span in rank_slice.micro_batches(len(step_rows))]
         fetched = iter(_fetch_all(_Views(self.data, seed), keys, self.workers))
         for _ in rows:
-            yield [next(fetched) for _ in range(share.accumulate)]
+            yield [next(fetched) for _ in range(rank_slice.accumulate)]
 
 
 _FetchKey = tuple[int, Tensor, tuple[int, int]]
@@ -155,7 +153,7 @@ _FetchKey = tuple[int, Tensor, tuple[int, int]]
 class _Views:
     data: Rows
     seed: int | None
-    """Of the run, or none for samples as they are."""
+    """Seed of the run; ``None``: no augmentation."""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -163,7 +161,7 @@ class _Views:
     def __getitem__(self, key: _FetchKey) -> Batch | TutelageError:
         try:
             return self.fetch(key)
-        except TutelageError as error:  # as a value: a worker process would wrap a raised one in a traceback
+        except TutelageError as error:  # as a value, since a DataLoader worker wraps raised errors in a traceback
             return error
 
     def fetch(self, key: _FetchKey) -> Batch:
@@ -187,7 +185,7 @@ def _fetch_all(views: _Views, keys: Sequence[_FetchKey], workers: int) -> Iterab
         sampler=keys,
         num_workers=workers,
         collate_fn=_identity,
-        generator=torch.Generator().manual_seed(0),  # else each pass draws a number from the global generator
+        generator=torch.Generator().manual_seed(0),  # without it each pass would use the global generator
         pin_memory=torch.cuda.is_available(),
     )
     for item in loader:
@@ -203,11 +201,11 @@ def _identity(x: Any) -> Any:
 _END = object()
 
 
-class _Stream:
-    """Random states of torch, Python and numpy that belong to a loader alone, a function of its seed.
+class _LoaderRandomState:
+    """Random states of torch, Python and numpy for a loader only, seeded by ``seed``.
 
-    Whatever it draws from, the loader gives the same batches again, and what the student draws (dropout) does
-    not depend on it. A generator of the loader's own is seeded too.
+    The loader then yields the same batches again, and the student's random numbers (dropout) do not depend on it.
+    The loader's own generator is seeded too.
     """
 
     def __init__(self, seed: int, loader: Any) -> None:
@@ -220,7 +218,7 @@ class _Stream:
         self.numpy = np.random.RandomState(seed % 2**32).get_state()
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         outer = torch.get_rng_state(), random.getstate(), np.random.get_state()
         self._install(self.torch, self.python, self.numpy)
         try:
@@ -237,19 +235,18 @@ class _Stream:
 
 
 class LoaderBatches:
-    """Batches of a user's own loader: each that it yields is one optimizer step.
+    """Batches of a user's loader; each is one optimizer step.
 
-    The loader draws from a random stream of its own, seeded by (seed, epoch), so that one that
-    shuffles gives the same order when a run is resumed and on every process. With several
-    processes each one iterates the whole loader and takes its share of every batch.
+    The loader has its own random state, seeded by (seed, epoch), so the order of a shuffling loader is the same in a
+    resumed run and in every process. Each process iterates the loader and takes its slice of every batch.
 
     Args:
-        loader: yields anything that ``to_batch`` understands; iterated once an epoch.
-        seed: the run's seed.
-        to_batch: makes a :class:`Batch`; :func:`as_batch` or :func:`causal_batch`.
+        loader: yields items that ``to_batch`` accepts; iterated once per epoch.
+        seed: seed of the run.
+        to_batch: converts an item to a :class:`Batch`, as :func:`as_batch` and :func:`causal_batch` do.
 
     Raises:
-        DataError: the loader has no length or yields nothing.
+        DataError: the loader has no length, or is empty.
     """
 
     def __init__(self, loader: Iterable[Any], seed: int, to_batch: Callable[[Any], Batch] = as_batch) -> None:
@@ -258,14 +255,14 @@ class LoaderBatches:
         except TypeError:
             raise DataError(
                 f"the loader, a {type(loader).__name__}, has no length, so no schedule can be planned",
-                remedy="give it __len__: the number of batches of an epoch",
+                remedy="give it __len__, the number of batches of an epoch",
             ) from None
         if self.steps_per_epoch == 0:
             raise DataError("the loader yields no batches", remedy="check its data set and drop_last")
         self.loader, self.seed, self.to_batch = loader, seed, to_batch
 
     def check_no_drop_last(self) -> None:
-        """Raise :class:`DataError` where the loader leaves out the last rows of an epoch, others each time."""
+        """Raise :class:`DataError` if the loader drops the last rows of an epoch, which differ each time."""
         if getattr(self.loader, "drop_last", False) is True:
             raise DataError(
                 "the loader drops the last rows of every epoch, so that its samples cannot be known in advance",
@@ -274,49 +271,49 @@ class LoaderBatches:
 
     @property
     def ids(self) -> Tensor | None:
-        """The sample ids of an epoch, found by one pass; ``None`` where batches have none.
+        """The sample ids of an epoch, from one pass; ``None`` if batches have none.
 
         Raises:
-            DataError: the loader leaves out the last rows of an epoch, others each time.
+            DataError: the loader drops the last rows of an epoch.
         """
         self.check_no_drop_last()
-        found = []
+        ids = []
         for (batch,) in self.epoch(0, RankSlice()):
             if batch.ids is None:
                 return None
-            found.append(batch.ids)
-        return torch.cat(found).unique()
+            ids.append(batch.ids)
+        return torch.cat(ids).unique()
 
-    def epoch(self, epoch: int, share: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
-        """This process's micro-batches for each step of an epoch, from step ``skip`` on."""
-        stream = _Stream((self.seed * 1_000_003 + epoch) & (2**63 - 1), self.loader)
-        with stream.drawing():
+    def epoch(self, epoch: int, rank_slice: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
+        """This process's micro-batches for each step of an epoch, starting at step ``skip``."""
+        state = _LoaderRandomState((self.seed * 1_000_003 + epoch) & (2**63 - 1), self.loader)
+        with state.active():
             iterator = iter(self.loader)
         for step in itertools.count():
-            with stream.drawing():
+            with state.active():
                 raw = next(iterator, _END)
             if (raw is _END) != (step == self.steps_per_epoch):
                 more = "more" if raw is not _END else f"only {step}"
                 raise DataError(
-                    f"the loader's length is {self.steps_per_epoch}, but it gave {more} batches in epoch {epoch}",
+                    f"the loader's length is {self.steps_per_epoch}, but it yielded {more} batches in epoch {epoch}",
                     remedy="its __len__ must be the number of batches of every pass",
                 )
             if raw is _END:
                 return
             if step >= skip:
                 batch = self.to_batch(raw).check_finite()
-                yield [batch.rows(start, stop) for start, stop in share.micro_batches(len(batch))]
+                yield [batch.rows(start, stop) for start, stop in rank_slice.micro_batches(len(batch))]
 
 
 class SequentialBatches:
-    """All rows once, in order, unaugmented: for evaluation.
+    """All rows once, in order, for evaluation.
 
     Args:
         data: a split, or a user's loader.
-        batch_size: rows a batch; ignored for a loader.
-        to_batch: for a loader.
-        workers: processes that fetch; 0 is this one. Ignored for a loader.
-        view: which of the views that all runs share; ``None``: rows as they are.
+        batch_size: rows per batch; ignored for a loader.
+        to_batch: converts the items of a loader.
+        workers: processes that fetch rows; 0: this process. Ignored for a loader.
+        view: index of the shared view; ``None``: no augmentation.
     """
 
     def __init__(

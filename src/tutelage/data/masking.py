@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens are to be guessed, and what stands in their places."""
+"""Masked language modelling: the choice and replacement of masked tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tutelage.errors import DataError
 
 @dataclass(frozen=True)
 class Masking:
-    """Masked language modelling: which tokens a view hides, as a function of its seed.
+    """Masks tokens as a function of the view seed.
 
     Attributes:
-        share: of the tokens of the text that are to be guessed.
-        mask: id of the mask token, which 8 of 10 of them become.
-        ids: ids that 1 of 10 of them become one of; 1 of 10 stays.
+        share: fraction of the tokens to predict.
+        mask: id of the mask token, which replaces 80 % of these.
+        ids: ids of random tokens, which replace 10 %; 10 % stay unchanged.
 
-    Reference: Devlin et al., BERT (2019), section 3.1, task 1, which has a share of 0.15.
+    Reference: Devlin et al., BERT (2019), section 3.1, task 1, with a share of 0.15.
     """
 
     share: float
@@ -31,18 +31,18 @@ class Masking:
     ids: Tensor
 
     def __call__(self, ids: Tensor, counted: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids with some hidden, and labels: the hidden ones, -100 elsewhere.
+        """Masked token ids, and labels: the original ids at the chosen positions, else -100.
 
         Args:
             ids: ``[B, L]``.
             counted: ``[B, L]``, true for tokens of the text.
-            seeds: ``[B]`` int64.
+            seeds: ``[B]`` int64 view seeds.
         """
         where = torch.arange(ids.shape[1])
         places = torch.from_numpy(np.stack([view_seeds(int(seed), 0, where).numpy() for seed in seeds]))
         draw = [torch.from_numpy(uniform(places.flatten(), stream)).view_as(ids) for stream in (101, 102, 103)]
         chosen = (draw[0] < self.share) & counted
-        # A text without any would teach nothing: its likeliest is taken.
+        # In a text without a chosen token, the one with the lowest draw is chosen.
         least = torch.where(counted, draw[0], torch.inf).argmin(1)
         none = ~chosen.any(1) & counted.any(1)
         chosen[none, least[none]] = True
@@ -53,15 +53,15 @@ class Masking:
 
 
 def build_masking(tokenizer: Any, share: float) -> Masking:
-    """That of a tokenizer of transformers, whose special tokens are never put in a word's place.
+    """The masking for a tokenizer of transformers; special tokens never replace a word.
 
     Raises:
-        DataError: it has no mask token.
+        DataError: the tokenizer has no mask token.
     """
     if tokenizer.mask_token_id is None:
         raise DataError(
             f"the tokenizer, a {type(tokenizer).__name__}, has no mask token",
-            remedy="masked language modelling is for encoders: use another teacher, or another task",
+            remedy="masked language modelling needs an encoder: use another teacher, or another task",
         )
     special = set(tokenizer.all_special_ids)
     ids = torch.tensor([i for i in sorted(tokenizer.get_vocab().values()) if i not in special])

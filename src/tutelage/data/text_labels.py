@@ -1,4 +1,4 @@
-"""The labels of texts: names in the order of logits, and numbers for them."""
+"""Labels of texts: class names in the order of the logits, and class indices."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from tutelage.errors import DataError, nearest
 def resolve_class_names(
     raw: RawTextData, label: Sequence[str], task: TextTask, classes: Sequence[str] | None
 ) -> list[str]:
-    """Names in the order of the logits: as given, as the source numbers them, or sorted.
+    """Class names in the order of the logits: as given, as the source numbers them, or sorted.
 
     Raises:
-        DataError: names that differ from those of the data.
+        DataError: the data has labels that are not among ``classes``.
     """
     if task in ("regression", "mlm", "causal", "embedding", "ranking"):
         return list(label) if task == "regression" else []
     if task == "multi-label" and len(label) > 1:
-        found = list(label)
+        names = list(label)
     elif label and label[0] in raw.names:
-        found = raw.names[label[0]]
+        names = raw.names[label[0]]
     else:
         values = [v for rows in raw.splits.values() for v in rows.columns[label[0]]]
         flat = values if task == "classes" else [x for v in values for x in (v or [])]
-        found = _sorted({_name(v) for v in flat if v is not None})
+        names = _sorted({_name(v) for v in flat if v is not None})
     if classes is None:
-        return found
-    missing, unknown = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
+        return names
+    missing, unknown = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
     if missing:
         close = nearest(missing[0], unknown, 1)
         raise DataError(
             f"the data has labels that are not among the classes given: {', '.join(map(repr, missing[:5]))}"
-            + (f" (is {missing[0]!r} what is called {close[0]!r} there?)" if close else ""),
+            + (f" (is {missing[0]!r} the class {close[0]!r}?)" if close else ""),
             where="label map",
             remedy=f"classes are matched by name; given: {', '.join(list(classes)[:20])}",
         )
@@ -46,7 +46,7 @@ def resolve_class_names(
 
 
 def _sorted(names: set[str]) -> list[str]:
-    """Numbers by value, names by letter."""
+    """Integers in numeric order, other names in alphabetical order."""
     try:
         return sorted(names, key=int)
     except ValueError:
@@ -60,7 +60,7 @@ def _name(value: Any) -> str:
 def encode_labels(
     raw: RawTextData, rows: RawTextSplit, label: Sequence[str], task: TextTask, names: list[str], split: str
 ) -> tuple[Tensor, Tensor | None, list[list[int]] | None]:
-    """Class indices, targets and tags of a split."""
+    """Class indices, targets, and tags of words of a split."""
     known, values = {name: i for i, name in enumerate(names)}, [rows.columns[c] for c in label]
     numbered = raw.names.get(label[0]) if label else None
 
@@ -101,5 +101,5 @@ def _number(value: Any, column: str, raw: RawTextData, split: str) -> float:
         raise DataError(
             f"column {column!r} of the {split} split holds {value!r}, not a number",
             where=raw.name,
-            remedy="give numbers, or another data.task",
+            remedy="give numbers, or set another data.task",
         ) from None

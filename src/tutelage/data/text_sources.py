@@ -1,4 +1,4 @@
-"""Where texts come from: tables in files, folders of plain text, data sets of Hugging Face."""
+"""Sources of texts: table files, folders of plain text, data sets of Hugging Face."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from tutelage.data.image_sources import load_hub_splits, path_id
-from tutelage.errors import ConfigError, DataError, nearest, require, suggest
+from tutelage.errors import ConfigError, DataError, did_you_mean, first_line, require, suggest
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-"""What files of a table may end in."""
+"""Suffixes of table files."""
 
 Paths = str | Mapping[Any, str]
 
 
 @dataclass
 class RawTextSplit:
-    """One split as its source has it.
+    """One split of a source.
 
     Attributes:
-        columns: by name, each with one value a row: the texts, the labels, the route.
+        columns: the columns of texts, labels and route, by name.
         length: number of rows.
-        ids: one stable number a row.
+        ids: a stable number for each row.
     """
 
     columns: dict[str, Sequence[Any]]
@@ -37,13 +37,13 @@ class RawTextSplit:
 
 @dataclass
 class RawTextData:
-    """The splits of a source, and what it says of their columns.
+    """The splits of a source.
 
     Attributes:
-        name: of the source, for messages.
-        splits: by name.
-        names: class names of a column that holds their numbers.
-        digest: tells this content from another.
+        name: name of the source, for messages.
+        splits: the splits by name.
+        names: class names of the columns that hold class indices.
+        digest: fingerprint of the content.
     """
 
     name: str
@@ -53,17 +53,17 @@ class RawTextData:
 
 
 def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], columns: Sequence[str]) -> RawTextData:
-    """The splits of a source, with the columns that are asked for.
+    """Read the given columns of a source.
 
     Args:
         source: ``table``, ``plain`` or ``hf:DATASET_ID``.
         path: a file or a folder, or one for each split.
-        options: for ``load_dataset``.
-        columns: names.
+        options: arguments of ``load_dataset``.
+        columns: names of the columns.
 
     Raises:
-        ConfigError: unknown source.
-        DataError: missing or broken data, or no such column; names the file.
+        ConfigError: the source is unknown.
+        DataError: data is missing or broken, or a column does not exist.
     """
     kind, _, name = source.partition(":")
     if kind == "hf" and name:
@@ -80,23 +80,19 @@ def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], colu
     splits = {split: readers[source](Path(file), columns) for split, file in files.items()}
     start = 0
     for split, raw in splits.items():
-        if source == "table":  # places in one file after another, so that no two rows share a number
+        if source == "table":  # continue the numbers of the file before
             raw.ids = raw.ids + start
             start += raw.length
         if not raw.length:
-            raise DataError("has no rows", where=files[split], remedy="give a file with texts in it")
+            raise DataError("has no rows", where=files[split], remedy="give a file with texts")
     digest = hashlib.blake2b(digest_size=8)
     for split, file in files.items():
         digest.update(split.encode())
         for each in _files(Path(file)):
-            _digest(each, digest)
+            with open(each, "rb") as opened:
+                while block := opened.read(2**20):
+                    digest.update(block)
     return RawTextData(str(path), splits, digest=digest.hexdigest())
-
-
-def _digest(path: Path, into: Any) -> None:
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            into.update(block)
 
 
 def _files(path: Path) -> list[Path]:
@@ -107,19 +103,15 @@ def _files(path: Path) -> list[Path]:
 
 
 def read_table(path: Path) -> Any:
-    """A CSV, TSV, JSON-lines or Parquet file as an Arrow table.
+    """Read a CSV, TSV, JSON-lines or Parquet file as an Arrow table.
 
     Raises:
-        DataError: missing, of another kind, or broken.
+        DataError: the file is missing, broken, or has another suffix.
     """
     import pyarrow as pa
 
     if not path.is_file():
-        siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        close = nearest(str(path), siblings, 1)
-        raise DataError(
-            "no such file", where=str(path), remedy=f"did you mean {close[0]}?" if close else "check data.path"
-        )
+        raise DataError("no such file", where=str(path), remedy=did_you_mean(path, "check data.path"))
     if path.suffix not in READERS:
         raise DataError(
             f"ends in {path.suffix or 'nothing'}", where=str(path), remedy=f"allowed: {', '.join(TABLES)}"
@@ -127,18 +119,17 @@ def read_table(path: Path) -> Any:
     try:
         return READERS[path.suffix](path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
         raise DataError(
-            f"cannot be read as {path.suffix[1:]}: {reason}",
+            f"cannot be read as {path.suffix[1:]}: {first_line(error)}",
             where=str(path),
             remedy="repair the file, or fetch it again",
         ) from None
 
 
 def _table(path: Path, columns: Sequence[str]) -> RawTextSplit:
-    """Columns of such a file."""
+    """Read columns of a table file."""
     table = read_table(path)
-    found = {}
+    values = {}
     for column in columns:
         if column not in table.column_names:
             raise DataError(
@@ -146,8 +137,8 @@ def _table(path: Path, columns: Sequence[str]) -> RawTextSplit:
                 where=str(path),
                 remedy=f"its columns: {', '.join(table.column_names)}",
             )
-        found[column] = table[column].to_pylist()
-    return RawTextSplit(found, table.num_rows, torch.arange(table.num_rows))
+        values[column] = table[column].to_pylist()
+    return RawTextSplit(values, table.num_rows, torch.arange(table.num_rows))
 
 
 def _csv(path: Path, delimiter: str = ",") -> Any:
@@ -165,7 +156,7 @@ def _json(path: Path) -> Any:
 
 
 def _block(path: Path) -> int:
-    """A block that holds any one line: the whole file, up to what pyarrow takes."""
+    """A block size that fits any line: the file size, up to the maximum of pyarrow."""
     return min(max(path.stat().st_size + 1, 2**20), 2**31 - 1)
 
 
@@ -182,14 +173,14 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ".parquet": _parquet,
     ".tsv": lambda path: _csv(path, "\t"),
 }
-"""What reads a table, by the end of its file's name."""
+"""The reader of a table, by suffix."""
 
 
 # Plain text --------------------------------------------------------------------------------------------
 
 
 def _plain(path: Path, columns: Sequence[str]) -> RawTextSplit:
-    """Files that end in .txt, whose paragraphs (between empty lines) are the texts."""
+    """Read the paragraphs (separated by empty lines) of .txt files."""
     if not path.exists():
         raise DataError("no such file or folder", where=str(path), remedy="check data.path")
     texts, ids = [], []
@@ -207,7 +198,7 @@ def _plain(path: Path, columns: Sequence[str]) -> RawTextSplit:
             texts.append(" ".join(paragraph.split()))
             ids.append(path_id(f"{name}#{i}"))
     if not texts:
-        raise DataError("has no text", where=str(path), remedy="give files that end in .txt, with text in them")
+        raise DataError("has no text", where=str(path), remedy="give files that end in .txt and contain text")
     return RawTextSplit(dict.fromkeys(columns, texts), len(texts), torch.tensor(ids, dtype=torch.int64))
 
 

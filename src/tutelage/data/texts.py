@@ -1,4 +1,4 @@
-"""Texts: splits that give batches of token ids, padded to the longest of each batch."""
+"""Data sets of texts; batches of token ids are padded to their longest row."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from tutelage.errors import DataError
 
 @dataclass(frozen=True)
 class TextSet:
-    """One split. Rows are fetched together and padded to the longest of them.
+    """One split. :meth:`fetch` pads rows to the longest of them.
 
     Attributes:
-        tokens: of what the student sees; of a ranking, of query, answer and other answer.
-        rows: ``[N]``, the place of each of the split's texts among those.
-        ids: ``[N]``, one stable number a text.
-        labels: ``[N]`` class indices; 0 where ``targets`` has them, -100 where there is none.
-        task: what is done with them.
-        targets: ``[N, C]``, of several labels or numbers.
-        tags: of ``tokens``: the class of each word, one text after another, with ``offsets``.
-        masking: of ``mlm``.
-        teacher_tokens: of what the teacher sees, where that is something else.
-        route: ``[N]``, what says which member of an ensemble teaches a text.
+        tokens: the student's tokens; for ranking those of query, positive answer and negative answer.
+        rows: ``[N]``, index of each text in ``tokens``.
+        ids: ``[N]``, a stable number for each text.
+        labels: ``[N]`` class indices; 0 if the label is in ``targets``, -100 without label.
+        task: the text task.
+        targets: ``[N, C]``, multi-label or regression targets.
+        tags: for the task ``tokens``: the class of each word of each text.
+        masking: for the task ``mlm``.
+        teacher_tokens: the teacher's tokens, if they differ.
+        route: ``[N]``, index of the route, which selects members of an ensemble.
+        mix_augments: always empty; texts are not mixed.
     """
 
     tokens: tuple[Tokens, ...]
@@ -50,7 +51,6 @@ class TextSet:
     teacher_tokens: tuple[Tokens, ...] = ()
     route: Tensor | None = None
     mix_augments: Sequence[Any] = ()
-    """None: a text is not mixed with others."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,19 +62,19 @@ class TextSet:
 
     @property
     def lengths(self) -> Tensor:
-        """``[N]`` tokens of each text, by which batches are put together."""
+        """``[N]`` number of tokens of each text, for bucketing."""
         return torch.from_numpy(self.tokens[0].lengths)[self.rows]
 
     def select(self, rows: Tensor) -> TextSet:
         """The set with only the given rows."""
-        kept: dict[str, Any] = {k: getattr(self, k)[rows] for k in ("rows", "ids", "labels")}
+        fields: dict[str, Any] = {k: getattr(self, k)[rows] for k in ("rows", "ids", "labels")}
         for name in ("targets", "route"):
             value = getattr(self, name)
-            kept[name] = None if value is None else value[rows]
-        return replace(self, **kept)
+            fields[name] = None if value is None else value[rows]
+        return replace(self, **fields)
 
     def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
-        """The given rows; of ``mlm`` masked from the seeds ``views``, or always the same way without."""
+        """The given rows; with ``mlm`` masked from the seeds ``views``, or from fixed seeds without ``views``."""
         places = self.rows[rows].numpy()
         inputs = _inputs(self.tokens, places)
         labels, mask = self.labels[rows], None
@@ -86,29 +86,29 @@ class TextSet:
             labels = self.tokens[0].next_tokens(places)
             mask = labels != IGNORE
         elif self.tags is not None:
-            labels, mask = self._tagged(places), _counted(self.tokens[0], places)
-        taught = _inputs(self.teacher_tokens, places) if self.teacher_tokens else None
-        theirs, spans = self._aligned(places, labels)
+            labels, mask = self._word_labels(places), _counted(self.tokens[0], places)
+        teacher_inputs = _inputs(self.teacher_tokens, places) if self.teacher_tokens else None
+        teacher_labels, spans = self._align(places, labels)
         return Batch(
             inputs, labels, mask=mask, ids=self.ids[rows], views=views if self.is_augmented else None,
             route=None if self.route is None else self.route[rows], task=LABELS[self.task],
-            targets=None if self.targets is None else self.targets[rows], teacher_inputs=taught,
-            teacher_labels=theirs, spans=spans,
+            targets=None if self.targets is None else self.targets[rows], teacher_inputs=teacher_inputs,
+            teacher_labels=teacher_labels, spans=spans,
         )  # fmt: skip
 
-    def _aligned(self, places: Any, labels: Tensor) -> tuple[Tensor | None, dict[str, Tensor] | None]:
-        """The labels of a teacher's own tokens, and which of them go with which of the student's."""
+    def _align(self, places: Any, labels: Tensor) -> tuple[Tensor | None, dict[str, Tensor] | None]:
+        """The labels of the teacher's tokens, and the spans, if the tokenizers differ."""
         if self.task != "causal" or not self.teacher_tokens:
             return None, None
         mine, theirs = self.tokens[0], self.teacher_tokens[0]
         assert mine.ends is not None
         assert theirs.ends is not None
-        told = theirs.next_tokens(places)
+        teacher_labels = theirs.next_tokens(places)
         ends = [side.padded(side.ends, places, NOWHERE) for side in (mine, theirs)]  # type: ignore[arg-type]
-        return told, align_predicted(ends[0], ends[1], labels, told)
+        return teacher_labels, align_predicted(ends[0], ends[1], labels, teacher_labels)
 
-    def _tagged(self, places: Any) -> Tensor:
-        """The class of each word at its first token."""
+    def _word_labels(self, places: Any) -> Tensor:
+        """The class of each word, at its first token."""
         tokens = self.tokens[0]
         assert tokens.words is not None
         assert self.tags is not None
@@ -121,8 +121,7 @@ class TextSet:
 
 
 NAMES = {1: ("",), 2: ("positive_", "negative_"), 3: ("", "positive_", "negative_")}
-"""What comes before ``input_ids`` and the like where a row has several texts: answer and other answer, each with its
-query or beside it."""
+"""Prefixes of the input names by the number of texts in a row: answers with their query, or query and answers."""
 
 
 def _inputs(tokens: tuple[Tokens, ...], places: Any) -> dict[str, Tensor]:
@@ -131,13 +130,13 @@ def _inputs(tokens: tuple[Tokens, ...], places: Any) -> dict[str, Tensor]:
 
 
 def _counted(tokens: Tokens, places: Any) -> Tensor:
-    """``[B, L]``: neither padding nor added by the tokenizer."""
+    """``[B, L]``: neither padding nor special tokens."""
     return torch.from_numpy(~tokens.padded(tokens.special, places, True))
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Three splits of texts that share classes and tokenizer, and never a sample."""
+    """Three disjoint splits of texts with the same classes and tokenizer."""
 
     name: str
     train: TextSet
@@ -145,35 +144,35 @@ class TextData:
     test: TextSet
     classes: list[str]
     for_teacher: TextSet
-    """The training texts with all their labels, as the teacher sees them."""
+    """The training texts with all their labels and the teacher's tokens."""
     task: TextTask
     tokenizer: Any
     max_length: int
     settings: dict[str, Any]
-    """What the tokens depend on, for caches."""
+    """What the tokens depend on, for cache keys."""
     route_names: list[str] = field(default_factory=list)
     teacher_token_ids: Tensor | None = None
-    """``[K]``, the teacher's id of each token, where the tokenizer has a part of the teacher's vocabulary."""
+    """``[K]``, the teacher's id of each token, if the tokenizer has a part of the teacher's vocabulary."""
     teacher_tokenizer: Any = None
-    """The teacher's, where tokens of both are aligned."""
+    """The teacher's tokenizer, if tokens are aligned."""
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What a model is built for."""
+        """Arguments of the model that fits the data."""
         return {"classes": len(self.classes), "task": self.task}
 
     def provenance(self) -> dict[str, Any]:
-        """What a batch depends on beside its views, as JSON."""
+        """What batches depend on, apart from views; for cache keys."""
         return self.settings
 
     def summary(self) -> str:
-        """In a few words."""
+        """The data in a few words."""
         lengths = self.train.lengths.float()
         known = f", {len(self.classes)} classes" if self.classes else ""
-        return f"{self.task}, {lengths.mean():.0f} tokens a text, at most {int(lengths.max())}{known}"
+        return f"{self.task}, {lengths.mean():.0f} tokens per text, at most {int(lengths.max())}{known}"
 
     def preprocessing(self) -> dict[str, Any]:
-        """What a user of the student must know to cut a text as it was."""
+        """The preprocessing that a user of the student must apply."""
         return {"max_length": self.max_length, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
 
@@ -205,113 +204,114 @@ def load_texts(
     raw: RawTextData | None = None,
     progress: Progress = lambda blocks, _: blocks,
 ) -> TextData:
-    """Load texts, cut them into tokens once, and keep their splits apart.
+    """Load, split and tokenise texts.
 
-    The arguments are those of a recipe's ``data``, which describes them, but for:
+    The arguments are the keys of a recipe's ``data``, and:
 
     Args:
-        tokenizer: the student's, of transformers.
-        teacher_tokenizer: the teacher's, where it is another.
-        align: of ``causal``, whether a teacher with another tokenizer will do, whose tokens are aligned with the
-            student's.
-        raw: what :func:`read_texts` read already.
+        tokenizer: the student's tokenizer, of transformers.
+        teacher_tokenizer: the teacher's tokenizer, if it differs.
+        align: for ``causal``: align the tokens of a teacher with another tokenizer.
+        raw: the result of :func:`read_texts`, if it was called before.
         progress: wraps the iteration over blocks of texts.
 
     Raises:
-        DataError: missing, broken, empty or contradictory data; names the file and the row.
-        ConfigError: an unknown source.
+        DataError: data is missing, broken, empty or contradictory; names the file and the row.
+        ConfigError: the source is unknown.
     """
-    columns, wanted = as_list(text), as_list(label)
-    theirs = columns if teacher_text is None else as_list(teacher_text)
+    columns, label_columns = as_list(text), as_list(label)
+    teacher_columns = columns if teacher_text is None else as_list(teacher_text)
     if raw is None:
         raw = read_texts(
             source, path=path, options=options, text=text, teacher_text=teacher_text, label=label, route=route
         )
-    raw = _without_empty(raw, dict.fromkeys([*columns, *theirs]), empty)
-    names = resolve_class_names(raw, wanted, task, classes)
-    key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
-    other = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
-    differs = theirs != columns or tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
-    align = align and differs and task == "causal" and theirs == columns
-    if differs and task in ("mlm", "causal", "tokens") and not align:
-        other_way = ", or method kind: cross-tokenizer" if task == "causal" and theirs == columns else ""
-        raise DataError(
-            f"teacher and student cut texts into other tokens, and {task} compares them token by token",
-            where="tokenizer",
-            remedy=f"take a student with the teacher's tokenizer{other_way}, or a task of whole texts",
-        )
+    raw = _without_empty(raw, dict.fromkeys([*columns, *teacher_columns]), empty)
+    names = resolve_class_names(raw, label_columns, task, classes)
+    teacher_tokenizer = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
+    fingerprints = [tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(teacher_tokenizer)]
+    differs = teacher_columns != columns or fingerprints[0] != fingerprints[1]
+    align = align and differs and task == "causal" and teacher_columns == columns
+    if differs and not align:
+        _check_same_tokens(task, teacher_columns == columns)
     if align and pack:
         raise DataError(
-            "rows that are packed hold other texts for the teacher than for the student, whose tokens are longer or "
-            "shorter",
+            "packed rows hold different texts for teacher and student, whose tokens have different lengths",
             where="data.pack",
-            remedy="leave pack out: batches are of texts of like lengths anyway",
+            remedy="leave pack out; batches have texts of similar lengths anyway",
         )
-    routes = _numbers([r.columns[route] for r in raw.splits.values()]) if route else ([], [])
+    key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
+    learn_option = learn if task == "causal" else None
+    tokenize_options: dict[str, Any] = {
+        "max_length": max_length, "pack": pack, "words": task == "tokens", "learn": learn_option, "ends": align,
+        "progress": progress,
+    }  # fmt: skip
+
+    def tokens(split: str, groups: Sequence[Sequence[str]], by: Any, what: str) -> tuple[Tokens, ...]:
+        values = raw.splits[split].columns
+        return tuple(
+            tokenize(
+                [values[n] for n in group], by, key=key and f"{key} {split} {list(group)}", what=f"{split} {what}",
+                **tokenize_options,
+            )
+            for group in groups
+        )  # fmt: skip
+
+    routes = _index([r.columns[route] for r in raw.splits.values()]) if route else ([], [])
+    ranks = task == "ranking"  # the student reads each text alone, the teacher an answer with its query
+    packed = pack and task in ("mlm", "causal")
+    masking = build_masking(tokenizer, mask) if task == "mlm" else None
     sets: dict[str, TextSet] = {}
     for i, (split, rows) in enumerate(raw.splits.items()):
-
-        def tokens(
-            groups: Sequence[Sequence[str]], by: Any, what: str, rows: RawTextSplit = rows, split: str = split
-        ) -> tuple[Tokens, ...]:
-            return tuple(
-                tokenize(
-                    [rows.columns[n] for n in group],
-                    by,
-                    max_length=max_length,
-                    pack=pack,
-                    words=task == "tokens",
-                    learn=learn if task == "causal" else None,
-                    ends=align,
-                    key=key and f"{key} {split} {list(group)}",
-                    progress=progress,
-                    what=f"{split} {what}",
-                )
-                for group in groups
-            )
-
-        ranks = task == "ranking"  # the student reads each text by itself, the teacher an answer with its query
-        found = tokens([[c] for c in columns] if ranks else [columns], tokenizer, "texts")
-        given, targets, tags = encode_labels(raw, rows, wanted, task, names, split)
-        count = len(found[0])
-        packed = pack and task in ("mlm", "causal")
+        student_tokens = tokens(split, [[c] for c in columns] if ranks else [columns], tokenizer, "texts")
+        groups = [[teacher_columns[0], c] for c in teacher_columns[1:]] if ranks else [teacher_columns]
+        indices, targets, tags = encode_labels(raw, rows, label_columns, task, names, split)
+        count = len(student_tokens[0])
         sets[split] = TextSet(
-            found,
+            student_tokens,
             torch.arange(count),
             torch.arange(count) + sum(len(s) for s in sets.values()) if packed else rows.ids,
-            torch.full((count,), IGNORE) if packed else given,
+            torch.full((count,), IGNORE) if packed else indices,
             task,
             targets,
             tags,
-            build_masking(tokenizer, mask) if task == "mlm" else None,
-            tokens([[theirs[0], c] for c in theirs[1:]] if ranks else [theirs], other, "teacher's texts")
-            if differs or ranks
-            else (),
+            masking,
+            tokens(split, groups, teacher_tokenizer, "teacher's texts") if differs or ranks else (),
             torch.tensor(routes[1][i]) if route else None,
         )
-    data = _split(sets, task, validation, test, limit, split_seed)
+    data = _split(sets, validation, test, limit, split_seed)
     train = data["train"]
     if align:
         _check_aligned(train)
     teacher = replace(train, tokens=train.teacher_tokens, teacher_tokens=()) if train.teacher_tokens else train
     if labels is not None:
-        chosen, rest = _drawn(train, labels, split_seed, "data.labels")
+        chosen, rest = _choose(train, labels, split_seed, "data.labels")
         hidden = train.labels.clone()
         hidden[rest] = IGNORE
         train = train.select(chosen) if unlabeled == "drop" else replace(train, labels=hidden)
     settings = {
-        "columns": [columns, theirs], "max_length": max_length, "pack": pack, "mask": mask if task == "mlm" else None,
-        "tokenizers": [tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(other)], "content": raw.digest,
-        "learn": learn if task == "causal" else None,
+        "columns": [columns, teacher_columns], "max_length": max_length, "pack": pack,
+        "mask": mask if task == "mlm" else None, "tokenizers": fingerprints, "content": raw.digest,
+        "learn": learn_option,
     }  # fmt: skip
     return TextData(
         raw.name, train, _by_length(data["validation"]), _by_length(data["test"]), names, teacher, task, tokenizer,
-        max_length, settings, routes[0], teacher_tokenizer=other if align else None,
+        max_length, settings, routes[0], teacher_tokenizer=teacher_tokenizer if align else None,
     )  # fmt: skip
 
 
+def _check_same_tokens(task: TextTask, same_texts: bool) -> None:
+    """Raise :class:`DataError` for a task that compares teacher and student token by token."""
+    if task in ("mlm", "causal", "tokens"):
+        other = ", or method kind: cross-tokenizer" if task == "causal" and same_texts else ""
+        raise DataError(
+            f"teacher and student have different tokens, and {task} compares them token by token",
+            where="tokenizer",
+            remedy=f"use a student with the teacher's tokenizer{other}, or a task with one output per text",
+        )
+
+
 def as_list(columns: str | Sequence[str] | None) -> list[str]:
-    """One name, several or none, as a list."""
+    """One name, several names or none, as a list."""
     return [columns] if isinstance(columns, str) else list(columns or [])
 
 
@@ -325,20 +325,18 @@ def read_texts(
     label: str | Sequence[str] | None,
     route: str | None,
 ) -> RawTextData:
-    """The columns that :func:`load_texts` needs, before any tokenizer.
-
-    The arguments are those of a recipe's ``data``, which describes them.
+    """Read the columns that :func:`load_texts` needs; the arguments are the keys of a recipe's ``data``.
 
     Raises:
-        DataError: missing or broken data, or no such column.
-        ConfigError: an unknown source.
+        DataError: data is missing or broken, or a column does not exist.
+        ConfigError: the source is unknown.
     """
     columns = [*as_list(text), *as_list(teacher_text), *as_list(label), *as_list(route)]
     return open_texts(source, path=path, options=options or {}, columns=list(dict.fromkeys(columns)))
 
 
 def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) -> RawTextData:
-    """The texts, none of them empty or missing."""
+    """Drop rows with empty texts, or raise :class:`DataError`."""
     splits = {}
     for split, rows in raw.splits.items():
         wrong = next(
@@ -377,41 +375,38 @@ def _blank(text: Any) -> bool:
     return text is None or not (text.strip() if isinstance(text, str) else text)
 
 
-def _numbers(columns: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[int]]]:
-    """The values that are in any of several columns, sorted, and each column as their numbers."""
+def _index(columns: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[int]]]:
+    """The sorted values of all columns, and each column as indices of these."""
     names = sorted({str(v) for column in columns for v in column})
     return names, [[names.index(str(v)) for v in column] for column in columns]
 
 
-# Splits ------------------------------------------------------------------------------------------------
-
-
 def _split(
-    sets: dict[str, TextSet], task: TextTask, validation: float, test: float, limit: int | None, seed: int
+    sets: dict[str, TextSet], validation: float, test: float, limit: int | None, seed: int
 ) -> dict[str, TextSet]:
-    """With what is missing cut off from the training texts."""
+    """The splits; missing ones are taken from the training texts."""
     for name, share in (("test", test), ("validation", validation)):
         if name not in sets:
             train = sets["train"]
-            held, rest = _drawn(train, max(1, round(len(train) * share)), seed, f"data.{name}")
+            held, rest = _choose(train, max(1, round(len(train) * share)), seed, f"data.{name}")
             sets[name], sets["train"] = train.select(held), train.select(rest)
     if limit is not None:
-        sets["train"] = sets["train"].select(_drawn(sets["train"], limit, seed, "data.limit")[0])
+        sets["train"] = sets["train"].select(_choose(sets["train"], limit, seed, "data.limit")[0])
     return sets
 
 
-def _drawn(texts: TextSet, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
-    """``count`` rows and the others, in ascending order; of classes with each one's share kept."""
+def _choose(texts: TextSet, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
+    """``count`` rows and the other rows, in ascending order; stratified for classes."""
     if texts.task == "classes" and bool((texts.labels != IGNORE).all()):
         return stratified_split(texts.labels, count, seed, what, "texts")
     if count > len(texts):
-        raise DataError(f"{what}: {count} texts are asked for, there are {len(texts)}", remedy="lower it")
+        raise DataError(f"{what}: {count} texts are requested, there are {len(texts)}", remedy=f"lower {what}")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     return order[:count].sort().values, order[count:].sort().values
 
 
 def _check_aligned(texts: TextSet) -> None:
-    """Raise :class:`DataError` where hardly any token of some texts belongs to a span."""
+    """Raise :class:`DataError` if almost no token of the first texts belongs to a span."""
     batch = texts.fetch(torch.arange(min(len(texts), ALIGNED_ON)))
     assert batch.spans is not None
     share = float((batch.spans["student"] >= 0).sum() / (batch.labels != IGNORE).sum().clamp(min=1))
@@ -419,14 +414,14 @@ def _check_aligned(texts: TextSet) -> None:
         raise DataError(
             f"only {share:.1%} of the student's tokens can be aligned with the teacher's",
             where="tokenizer",
-            remedy="check both tokenizers and chat templates: they must be of the same kind of text",
+            remedy="check both tokenizers and chat templates: they must fit the same kind of text",
         )
 
 
 ALIGNED_ON = 64
-"""Training texts on which it is seen whether tokens can be aligned."""
+"""Number of training texts for the check of the alignment."""
 
 
 def _by_length(texts: TextSet) -> TextSet:
-    """For evaluation: in the order of their lengths, so that little is padded."""
+    """The texts sorted by length, which reduces padding in evaluation."""
     return texts.select(texts.lengths.argsort(stable=True, descending=True))

@@ -1,4 +1,4 @@
-"""Texts as token ids: cut once, kept in an Arrow file, read by memory map."""
+"""Tokenised texts: computed once, stored in an Arrow file, read by memory map."""
 
 from __future__ import annotations
 
@@ -23,26 +23,25 @@ from tutelage.errors import DataError
 
 FOLDER = Path("runs") / "tokens"
 BLOCK = 1_000
-"""Texts that are cut at a time."""
+"""Texts per call of the tokenizer."""
 
 Progress = Callable[[Sequence[int], str], Iterable[int]]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of many texts, one after another.
+    """Token ids of many texts, concatenated; the other arrays have one entry per token.
 
     Attributes:
-        ids: all of them.
-        special: of each, whether the tokenizer added it; for a causal model, whether it is not to be learned.
-        types: of each, the number of its text in a pair; ``None`` where the tokenizer's models take none.
-        words: of each, the number of its word in the text, or -1; ``None`` but of texts that come as words.
-        offsets: where each row starts, and where the last ends.
-        pad: the id of padding.
-        side: where padding goes.
-        segments: of each, the number of its text in a packed row whose texts do not see each other; ``None`` where
-            rows have one text, or all of it is seen.
-        ends: of each, where it ends in the text (:mod:`tutelage.data.alignment`); ``None`` where nobody asked.
+        ids: the token ids.
+        special: the tokenizer added the token; for a causal model: the token is not learned.
+        types: token type ids; ``None`` if the tokenizer has none.
+        words: index of the token's word, or -1; ``None`` unless texts are lists of words.
+        offsets: start of each row, and end of the last one.
+        pad: id of the padding token.
+        side: side of the padding.
+        segments: index of the token's text in a packed row; ``None`` if texts of a row may attend to each other.
+        ends: ends of the tokens (:mod:`tutelage.data.alignment`); ``None`` unless computed.
     """
 
     ids: npt.NDArray[np.int32]
@@ -60,15 +59,15 @@ class Tokens:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return np.diff(self.offsets)
 
     def row(self, values: npt.NDArray[Any], row: int) -> npt.NDArray[Any]:
-        """A row's part of ``ids``, ``special``, ``types`` or ``words``."""
+        """The part of an array that belongs to a row."""
         return values[self.offsets[row] : self.offsets[row + 1]]
 
     def padded(self, values: npt.NDArray[Any], rows: npt.NDArray[np.int64], fill: Any) -> npt.NDArray[Any]:
-        """``[B, L]``, with ``L`` the longest of ``rows``."""
+        """``[B, L]``, padded to the longest of ``rows``."""
         lengths = self.lengths[rows]
         out = np.full((len(rows), int(lengths.max(initial=1))), fill, dtype=values.dtype)
         for i, row in enumerate(rows):
@@ -77,10 +76,10 @@ class Tokens:
         return out
 
     def inputs(self, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int32] | None = None) -> dict[str, Tensor]:
-        """What a model takes: ``input_ids`` (or ``ids`` in their place), ``attention_mask`` and types, ``[B, L]``.
+        """Model inputs ``[B, L]``: ``input_ids`` (or ``ids`` instead), ``attention_mask`` and token types.
 
-        Of packed rows that keep their texts apart: ``position_ids`` that begin again with each text, and with the
-        padding, and no mask; transformers tells texts apart by them.
+        For packed rows: ``input_ids`` and ``position_ids`` that restart with each text and with the padding; from
+        these transformers derives the attention mask.
         """
         ids = self.padded(self.ids, rows, self.pad) if ids is None else ids
         if self.segments is not None:
@@ -101,7 +100,7 @@ class Tokens:
         return {name: torch.from_numpy(x.astype(np.int64)) for name, x in inputs.items()}
 
     def next_tokens(self, rows: npt.NDArray[np.int64]) -> Tensor:
-        """``[B, L]``: behind each token the next one, where that is of the same text and to be learned; else -100."""
+        """``[B, L]``: the next token, if it belongs to the same text and is learned; else -100."""
         ids = self.padded(self.ids, rows, self.pad).astype(np.int64)
         learned = ~self.padded(self.special, rows, True)
         if self.segments is not None:
@@ -125,28 +124,27 @@ def tokenize(
     progress: Progress = lambda blocks, _: blocks,
     what: str = "texts",
 ) -> Tokens:
-    """Cut texts into tokens, or find them cut.
+    """Tokenise texts, or read the result of an earlier call from its file.
 
     Args:
-        columns: one list of texts, or two of pairs; lists of words with ``words``.
-        tokenizer: of transformers, fast.
-        max_length: tokens of a row, special ones included; longer texts lose their ends.
-        pack: join the texts, and cut all into rows of ``max_length`` instead; what is left at the end is the last.
-        words: whether texts come as lists of words.
-        learn: for a causal model: what of conversations is learned. Columns are texts or conversations, or two of
-            prompts and answers; padding is on the right; packed texts stay apart, and only those longer than a row
-            are cut.
-        ends: whether to find where each token ends, with ``learn`` and without ``pack``.
-        key: tells these texts from others; the file is named by it, the tokenizer and what is set here. Empty: no
-            file.
+        columns: one list of texts, or two lists for pairs; lists of words with ``words``.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: maximum tokens of a row, including special ones; longer texts are truncated.
+        pack: concatenate the texts and split them into rows of ``max_length``.
+        words: texts are lists of words.
+        learn: for a causal model: the part of conversations that is learned. Columns are then texts, conversations,
+            or prompts and answers; padding is on the right; packed texts do not attend to each other, and only texts
+            longer than a row are split.
+        ends: compute the ends of tokens; needs ``learn``, excludes ``pack``.
+        key: identifies the texts; the file name is a hash of it, the tokenizer and the arguments. Empty: no file.
         progress: wraps the iteration over blocks of texts.
-        what: these are, for that.
+        what: description of the texts, for the progress bar.
 
     Raises:
-        DataError: a tokenizer without padding token, or no room for the file.
+        DataError: the tokenizer has no padding token, or the disk is full.
     """
     pad, side = tokenizer.pad_token_id, str(tokenizer.padding_side)
-    if learn is not None:  # padding is known by its place, so any token will do
+    if learn is not None:  # positions mark the padding, so any token will do
         pad, side = next((i for i in (pad, tokenizer.eos_token_id) if i is not None), 0), "right"
     if pad is None:
         raise DataError(
@@ -157,35 +155,35 @@ def tokenize(
     settings |= {"ends": True} if ends else {}
     text = json.dumps([key, tokenizer_fingerprint(tokenizer), settings], sort_keys=True)
     path = FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.arrow" if key else None
-    if path is not None and path.exists() and (found := _read(path, pad, side)) is not None:
-        return found
+    if path is not None and path.exists() and (stored := _read(path, pad, side)) is not None:
+        return stored
 
     measure = TokenEnds(tokenizer) if ends else None
 
     def block(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
         if learn is not None:
-            return _learned(rows, tokenizer, max_length, pack, learn, measure)
-        return _block(rows, tokenizer, None if pack else max_length, words)
+            return _encode_block(rows, tokenizer, max_length, pack, learn, measure)
+        return _tokenize_block(rows, tokenizer, None if pack else max_length, words)
 
     parts = [
         block([c[start : start + BLOCK] for c in columns])
-        for start in progress(range(0, len(columns[0]), BLOCK), f"cutting {what} into tokens")
+        for start in progress(range(0, len(columns[0]), BLOCK), f"tokenising {what}")
     ]
     flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     lengths = flat.pop("lengths")
     if pack and learn is None:
-        flat, lengths = _packed(flat, lengths, tokenizer, max_length)
+        flat, lengths = _concatenate_and_split(flat, lengths, tokenizer, max_length)
     elif pack:
-        flat, lengths = _side_by_side(flat, lengths, max_length)
-    found = _tokens(flat, lengths, pad, side)
+        flat, lengths = _pack_best_fit(flat, lengths, max_length)
+    tokens = _tokens(flat, lengths, pad, side)
     if path is not None:
         _write(path, flat, lengths)
-        found = _read(path, pad, side) or found
-    return found
+        tokens = _read(path, pad, side) or tokens
+    return tokens
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """What tells a tokenizer from another: a digest of all that decides how it cuts."""
+    """A digest of everything that determines the tokens of a tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     rest = [tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.chat_template]
@@ -193,7 +191,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _unset(text: str) -> str:
-    """A tokenizer's JSON without what a call before may have left there: truncation and padding."""
+    """The JSON of a tokenizer without truncation and padding, which earlier calls may have set."""
     try:
         loaded = json.loads(text)
     except ValueError:
@@ -204,18 +202,20 @@ def _unset(text: str) -> str:
     return json.dumps(loaded, sort_keys=True)
 
 
-def _block(columns: Sequence[Sequence[Any]], tokenizer: Any, max_length: int | None, words: bool) -> dict[str, Any]:
+def _tokenize_block(
+    columns: Sequence[Sequence[Any]], tokenizer: Any, max_length: int | None, words: bool
+) -> dict[str, Any]:
     cutting = {"truncation": True, "max_length": max_length} if max_length is not None else {"verbose": False}
-    said = tokenizer(
+    encoding = tokenizer(
         *(list(c) for c in columns), return_special_tokens_mask=True, is_split_into_words=words, **cutting
     )
-    lengths = np.array([len(row) for row in said["input_ids"]], np.int64)
-    out = {"lengths": lengths, "ids": _flat(said["input_ids"], np.int32)}
-    out["special"] = _flat(said["special_tokens_mask"], np.bool_)
-    if "token_type_ids" in said:
-        out["types"] = _flat(said["token_type_ids"], np.int8)
+    lengths = np.array([len(row) for row in encoding["input_ids"]], np.int64)
+    out = {"lengths": lengths, "ids": _flat(encoding["input_ids"], np.int32)}
+    out["special"] = _flat(encoding["special_tokens_mask"], np.bool_)
+    if "token_type_ids" in encoding:
+        out["types"] = _flat(encoding["token_type_ids"], np.int8)
     if words:
-        numbers = [[-1 if w is None else w for w in said.word_ids(i)] for i in range(len(lengths))]
+        numbers = [[-1 if w is None else w for w in encoding.word_ids(i)] for i in range(len(lengths))]
         out["words"] = _flat(numbers, np.int32)
     return out
 
@@ -224,9 +224,11 @@ def _flat(rows: Sequence[Sequence[int]], dtype: Any) -> Any:
     return np.fromiter((x for row in rows for x in row), dtype)
 
 
-def _packed(flat: dict[str, Any], lengths: Any, tokenizer: Any, max_length: int) -> tuple[dict[str, Any], Any]:
-    """All tokens but the special ones, a separator after each text, in rows that have what the tokenizer adds."""
-    first, last = _ends(tokenizer)
+def _concatenate_and_split(
+    flat: dict[str, Any], lengths: Any, tokenizer: Any, max_length: int
+) -> tuple[dict[str, Any], Any]:
+    """Rows of the concatenated texts with separators, each row with the special tokens of the tokenizer."""
+    first, last = _special_ends(tokenizer)
     stop = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     ends = np.repeat(np.arange(len(lengths)), lengths)
     plain, of = flat["ids"][~flat["special"]], ends[~flat["special"]]
@@ -251,15 +253,15 @@ def _packed(flat: dict[str, Any], lengths: Any, tokenizer: Any, max_length: int)
     return packed, np.array(sizes, np.int64)
 
 
-def _learned(
+def _encode_block(
     columns: Sequence[Sequence[Any]],
     tokenizer: Any,
     max_length: int,
-    pieces: bool,
+    split: bool,
     learn: Learn,
     measure: TokenEnds | None,
 ) -> dict[str, Any]:
-    """Texts and conversations for a causal model; with ``pieces`` what is too long of a text is a row of its own."""
+    """Tokens of texts and conversations for a causal model; with ``split`` a long text becomes several rows."""
     ids: list[list[int]] = []
     special: list[list[bool]] = []
     ends: list[npt.NDArray[np.int64]] = []
@@ -270,17 +272,17 @@ def _learned(
         else:
             own, learned, places = measure(text, learn)
             ends.append(places[:max_length])
-        stop = len(own) if pieces and isinstance(text, str) else max_length
+        stop = len(own) if split and isinstance(text, str) else max_length
         for start in range(0, max(min(stop, len(own)), 1), max_length):
             ids.append(own[start : start + max_length])
             special.append([not x for x in learned[start : start + max_length]])
     lengths = np.array([len(row) for row in ids], np.int64)
-    found = {"lengths": lengths, "ids": _flat(ids, np.int32), "special": _flat(special, np.bool_)}
-    return found if measure is None else found | {"ends": np.concatenate(ends)}
+    out = {"lengths": lengths, "ids": _flat(ids, np.int32), "special": _flat(special, np.bool_)}
+    return out if measure is None else out | {"ends": np.concatenate(ends)}
 
 
-def _side_by_side(flat: dict[str, Any], lengths: Any, room: int) -> tuple[dict[str, Any], Any]:
-    """Whole texts, several to a row of ``room`` tokens at most: the longest first, each where least is left empty."""
+def _pack_best_fit(flat: dict[str, Any], lengths: Any, room: int) -> tuple[dict[str, Any], Any]:
+    """Pack texts into rows of at most ``room`` tokens: longest first, each into the fullest row that fits."""
     rows: list[list[int]] = []
     left: dict[int, list[int]] = {}  # rows by the room that they have left
     sizes: list[int] = []  # those rooms, ascending
@@ -308,11 +310,11 @@ def _side_by_side(flat: dict[str, Any], lengths: Any, room: int) -> tuple[dict[s
     return packed, np.array([int(lengths[row].sum()) for row in rows], np.int64)
 
 
-def _ends(tokenizer: Any) -> tuple[Any, Any]:
-    """What a tokenizer puts before and behind a text."""
-    said = tokenizer("a", return_special_tokens_mask=True)
-    marks = np.array(said["special_tokens_mask"], bool)
-    ids = np.array(said["input_ids"], np.int32)
+def _special_ends(tokenizer: Any) -> tuple[Any, Any]:
+    """The special tokens before and after a text."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    marks = np.array(encoding["special_tokens_mask"], bool)
+    ids = np.array(encoding["input_ids"], np.int32)
     inside = np.flatnonzero(~marks)
     return ids[: inside[0]], ids[inside[-1] + 1 :]
 
@@ -323,9 +325,6 @@ def _tokens(flat: dict[str, Any], lengths: Any, pad: int, side: str) -> Tokens:
         flat["ids"], flat["special"], flat.get("types"), flat.get("words"), offsets, pad, side, flat.get("segments"),
         flat.get("ends"),
     )  # fmt: skip
-
-
-# The file ----------------------------------------------------------------------------------------------
 
 
 def _write(path: Path, flat: dict[str, Any], lengths: Any) -> None:
@@ -346,12 +345,12 @@ def _write(path: Path, flat: dict[str, Any], lengths: Any) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise DataError(
-            f"tokens cannot be written: {error.strerror or error}", where=str(path), remedy="make room on the disk"
+            f"tokens cannot be written: {error.strerror or error}", where=str(path), remedy="free some disk space"
         ) from None
 
 
 def _read(path: Path, pad: int, side: str) -> Tokens | None:
-    """What is in the file, mapped; ``None`` where it is damaged, which is no more than work to do again."""
+    """The memory-mapped content of the file; ``None`` if it is damaged, so that the texts are tokenised again."""
     import pyarrow as pa
 
     flat: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Augmentations whose randomness is a number: any view can be drawn again, anywhere.
+"""Augmentations that are functions of a seed, so that any view can be computed again.
 
-The seed of a view is a function of (run seed, epoch, sample id). Teacher and student see the
-same view because they see the same tensor; a cache can redraw it later from the seed alone.
+The seed of a view is a function of (run seed, epoch, sample id). Teacher and student get the same tensor; a cache
+can compute the view again from its seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Augment = Callable[[Tensor, Tensor], Tensor]
 
 
 def _mix(x: UInts) -> UInts:
-    """One round of splitmix64 (Steele et al., 2014): every input bit changes every output bit."""
+    """One round of splitmix64 (Steele et al., 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -40,7 +40,7 @@ def view_seeds(run_seed: int, epoch: int, ids: Tensor) -> Tensor:
 
 
 def uniform(seeds: Tensor, stream: int) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) for each seed; another ``stream`` gives independent ones."""
+    """A number in [0, 1) for each seed; numbers of different streams are independent."""
     with np.errstate(over="ignore"):
         bits = _mix(seeds.numpy().view(np.uint64) ^ _mix(np.array([stream], dtype=np.uint64)))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -59,9 +59,9 @@ def flip(p: float = 0.5, *, stream: int) -> Augment:
 
 
 def shift(pixels: int = 2, *, stream: int) -> Augment:
-    """Move by up to ``pixels`` in each direction, black coming in: a random crop after zero padding."""
+    """Shift by up to ``pixels`` in each direction: a random crop after zero padding."""
     if not isinstance(pixels, int) or isinstance(pixels, bool) or pixels < 0:
-        raise ValueError(f"pixels={pixels!r} is not a whole number from 0 on")
+        raise ValueError(f"pixels={pixels!r} is not an integer of at least 0")
 
     def apply(images: Tensor, seeds: Tensor) -> Tensor:
         n, channels, height, width = images.shape
@@ -78,7 +78,7 @@ def shift(pixels: int = 2, *, stream: int) -> Augment:
 
 
 def transform(name: str, options: dict[str, Any]) -> Augment:
-    """A random transform of ``torchvision.transforms.v2``, drawn image by image from its view's seed."""
+    """A random transform of ``torchvision.transforms.v2``, applied to each image with the seed of its view."""
     require("torchvision", "vision", f"the augmentation {name!r}")
     from torchvision.transforms import v2
 
@@ -93,7 +93,7 @@ def transform(name: str, options: dict[str, Any]) -> Augment:
 
 
 def apply_seeded(transform: Callable[[Any], Any], image: Any, seed: int) -> Any:
-    """``transform(image)`` under generators seeded by ``seed``, which leaves no trace of itself."""
+    """``transform(image)`` with seeded generators of torch and Python, whose states are then restored."""
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed & (2**63 - 1))
@@ -105,19 +105,19 @@ def apply_seeded(transform: Callable[[Any], Any], image: Any, seed: int) -> Any:
 
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(images, their partners' images, seeds) -> images``."""
+"""``(images, images to mix with, seeds) -> images``."""
 
 
 def partners(seeds: Tensor, count: int, stream: int) -> tuple[Tensor, Tensor]:
-    """For each seed another row of ``count``, and the seed of that row's own view."""
+    """For each seed a row of ``count`` to mix with, and the seed of that row's view."""
     rows = torch.from_numpy((uniform(seeds, stream) * count).astype(np.int64))
     with np.errstate(over="ignore"):
         views = _mix(seeds.numpy().view(np.uint64) ^ _mix(np.array([stream + 1], dtype=np.uint64)))
     return rows, torch.from_numpy(views.view(np.int64))
 
 
-def _share(alpha: float, seeds: Tensor, stream: int) -> npt.NDArray[np.float64]:
-    """A number of Beta(alpha, alpha) for each seed."""
+def _beta(alpha: float, seeds: Tensor, stream: int) -> npt.NDArray[np.float64]:
+    """A sample of Beta(alpha, alpha) for each seed."""
     from scipy.special import betaincinv
 
     out: npt.NDArray[np.float64] = betaincinv(alpha, alpha, uniform(seeds, stream))
@@ -125,23 +125,23 @@ def _share(alpha: float, seeds: Tensor, stream: int) -> npt.NDArray[np.float64]:
 
 
 def mixup(alpha: float = 1.0, *, stream: int) -> Mix:
-    """The image and another, added with shares from Beta(`alpha`, `alpha`) (Zhang et al., 2018)."""
+    """Blend two images with a weight from Beta(`alpha`, `alpha`) (Zhang et al., 2018)."""
     _check_alpha(alpha)
 
     def apply(images: Tensor, others: Tensor, seeds: Tensor) -> Tensor:
-        share = torch.from_numpy(_share(alpha, seeds, stream + 2)).float().view(-1, 1, 1, 1)
+        share = torch.from_numpy(_beta(alpha, seeds, stream + 2)).float().view(-1, 1, 1, 1)
         return (images.float() * share + others.float() * (1 - share)).round().to(torch.uint8)
 
     return apply
 
 
 def cutmix(alpha: float = 1.0, *, stream: int) -> Mix:
-    """The image with a rectangle of another, its share from Beta(`alpha`, `alpha`) (Yun et al., 2019)."""
+    """Paste a rectangle of another image; its area is from Beta(`alpha`, `alpha`) (Yun et al., 2019)."""
     _check_alpha(alpha)
 
     def apply(images: Tensor, others: Tensor, seeds: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        side = np.sqrt(1 - _share(alpha, seeds, stream + 2))
+        side = np.sqrt(1 - _beta(alpha, seeds, stream + 2))
         inside = []
         for i, length in enumerate((height, width)):
             centre, half = uniform(seeds, stream + 3 + i) * length, side * length / 2
@@ -160,7 +160,7 @@ def _check_alpha(alpha: float) -> None:
 
 TENSOR_AUGMENTS: dict[str, Callable[..., Augment]] = {"flip": flip, "shift": shift}
 MIX_AUGMENTS: dict[str, Callable[..., Mix]] = {"cutmix": cutmix, "mixup": mixup}
-"""Augmentations that take another image too. What comes of it has no single class: only a teacher can label it."""
+"""Augmentations that combine two images. The result has no single class; only the teacher labels it."""
 TORCHVISION_AUGMENTS = {
     "auto-augment": "AutoAugment",
     "color-jitter": "ColorJitter",
@@ -170,15 +170,20 @@ TORCHVISION_AUGMENTS = {
     "rotate": "RandomRotation",
     "trivial-augment": "TrivialAugmentWide",
 }
+MAIN_OPTION = {
+    "cutmix": "alpha", "mixup": "alpha", "flip": "p", "shift": "pixels", "rotate": "degrees", "erase": "p",
+    "grayscale": "p",
+}  # fmt: skip
+"""The option of an augmentation that is given by one value."""
 CROPS = ("resized-crop",)
-"""Augmentations that replace the resizing of an image file, and so come first."""
+"""Augmentations that replace the resizing of an image file; they must come first."""
 
 
 def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """``shift``, ``{shift: 2}`` or ``{shift: {pixels: 2}}`` as a name and options.
+    """Parse ``shift``, ``{shift: 2}`` or ``{shift: {pixels: 2}}`` to a name and options.
 
     Raises:
-        ConfigError: unknown name, or not one of these forms.
+        ConfigError: the name is unknown, or the entry has another form.
     """
     allowed = [*TENSOR_AUGMENTS, *MIX_AUGMENTS, *TORCHVISION_AUGMENTS, *CROPS]
     if isinstance(entry, str):
@@ -187,7 +192,7 @@ def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
         name, value = next(iter(entry.items()))
     else:
         raise ConfigError(
-            f"data.augment: {entry!r} names {len(entry)} augmentations", remedy="one entry of the list for each"
+            f"data.augment: {entry!r} names {len(entry)} augmentations", remedy="give one list entry for each"
         )
     if name not in allowed:
         raise ConfigError(
@@ -198,69 +203,42 @@ def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return name, {}
     if isinstance(value, dict):
         return name, value
-    first = {
-        "cutmix": "alpha",
-        "mixup": "alpha",
-        "flip": "p",
-        "shift": "pixels",
-        "rotate": "degrees",
-        "erase": "p",
-        "grayscale": "p",
-    }
-    if name not in first:
+    if name not in MAIN_OPTION:
         raise ConfigError(f"data.augment: {name} takes options by name", remedy=f"{{{name}: {{option: value}}}}")
-    return name, {first[name]: value}
+    return name, {MAIN_OPTION[name]: value}
 
 
-def build_augments(entries: Sequence[str | dict[str, Any]]) -> list[Augment]:
-    """The augmentations of a recipe, crops and mixes left out, each with its own stream of randomness.
+def build_augments(entries: Sequence[str | dict[str, Any]]) -> tuple[list[Augment], list[tuple[int, Mix]]]:
+    """The augmentations of a recipe without crops: those of one image, and those of two with their random stream.
+
+    Each gets a random stream of its own.
 
     Raises:
-        ConfigError: an unknown name or option.
+        ConfigError: a name or option is unknown, or an augmentation of one image follows one of two.
         MissingDependencyError: torchvision is needed and not installed.
     """
-    built: list[Augment] = []
+    augments: list[Augment] = []
+    mixes: list[tuple[int, Mix]] = []
     for position, entry in enumerate(entries):
         name, options = parse_augment(entry)
-        if name in CROPS or name in MIX_AUGMENTS:
+        if name in CROPS:
             continue
-        try:
-            if name in TENSOR_AUGMENTS:
-                built.append(TENSOR_AUGMENTS[name](**options, stream=16 * position))
-            else:
-                built.append(transform(TORCHVISION_AUGMENTS[name], options))
-        except (TypeError, ValueError) as error:
-            known = (
-                [p for p in inspect.signature(TENSOR_AUGMENTS[name]).parameters if p != "stream"]
-                if name in TENSOR_AUGMENTS
-                else []
-            )
+        if mixes and name not in MIX_AUGMENTS:
             raise ConfigError(
-                f"data.augment: {name} with {options}: {error}",
-                remedy=f"its options: {', '.join(known)}"
-                if known
-                else f"see torchvision.transforms.v2.{TORCHVISION_AUGMENTS[name]}",
-            ) from None
-    return built
-
-
-def build_mix_augments(entries: Sequence[str | dict[str, Any]]) -> list[tuple[int, Mix]]:
-    """The mixes of a recipe, each with the stream that its partners come from.
-
-    Raises:
-        ConfigError: an unknown option, or a mix that another augmentation follows.
-    """
-    built: list[tuple[int, Mix]] = []
-    for position, entry in enumerate(entries):
-        name, options = parse_augment(entry)
-        if name not in MIX_AUGMENTS:
-            if built:
-                raise ConfigError(
-                    f"data.augment: {name} comes after a mix of two images", remedy="put mixup and cutmix last"
-                )
-            continue
+                f"data.augment: {name} comes after a mix of two images", remedy="put mixup and cutmix last"
+            )
+        stream = 16 * position
         try:
-            built.append((16 * position, MIX_AUGMENTS[name](**options, stream=16 * position)))
+            if name in MIX_AUGMENTS:
+                mixes.append((stream, MIX_AUGMENTS[name](**options, stream=stream)))
+            elif name in TENSOR_AUGMENTS:
+                augments.append(TENSOR_AUGMENTS[name](**options, stream=stream))
+            else:
+                augments.append(transform(TORCHVISION_AUGMENTS[name], options))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"data.augment: {name} with {options}: {error}", remedy="its option: alpha") from None
-    return built
+            remedy = f"see torchvision.transforms.v2.{TORCHVISION_AUGMENTS.get(name)}"
+            if function := TENSOR_AUGMENTS.get(name) or MIX_AUGMENTS.get(name):
+                parameters = inspect.signature(function).parameters
+                remedy = f"its options: {', '.join(p for p in parameters if p != 'stream')}"
+            raise ConfigError(f"data.augment: {name} with {options}: {error}", remedy=remedy) from None
+    return augments, mixes
