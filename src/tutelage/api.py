@@ -15,7 +15,7 @@ from tutelage.experiment.distill import distill as _distill
 from tutelage.experiment.run import RunResult
 from tutelage.generation import judge_answers
 from tutelage.generation.judge import JudgementResult as JudgementResult
-from tutelage.multistage.workflows import run_recipe_or_workflow
+from tutelage.multistage.run import run_recipe_or_workflow
 from tutelage.progress import Terminal
 from tutelage.reports import verdict, write_report
 from tutelage.search.search import SearchResult as SearchResult

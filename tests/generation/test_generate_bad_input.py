@@ -313,7 +313,7 @@ def test_the_command_to_go_on_with_has_no_login(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, heard = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "go on with" in heard
+    assert "continue with: tutelage generate" in heard
     assert CANARY not in heard
 
 

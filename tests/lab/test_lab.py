@@ -153,17 +153,17 @@ def test_a_closed_teacher_s_answers_are_learned_and_shuffled_ones_less(tmp_path:
     assert "a closed teacher&#39;s answers in train.jsonl, 20 steps, 2 seeds an arm; budget small." in page
     assert "fashion-mnist" not in page.partition("<script")[0], "of data that no experiment here is of"
     (tmp_path / "train.jsonl").write_text((tmp_path / "test.jsonl").read_text())
-    with pytest.raises(ConfigError, match="not those that this lab began with"):
+    with pytest.raises(ConfigError, match="not those that this lab started with"):
         run_lab(["llm"], budget="small", overrides=given, out=tmp_path / "lab", resume=True, terminal=silent())
 
 
 def test_shuffled_answers_are_the_same_and_none_is_to_its_prompt() -> None:
     rows = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(50)]
-    other = llm.shuffled(rows)
+    other = llm.shuffle_answers(rows)
     assert [row[:-1] for row in other] == [row[:-1] for row in rows]
     assert sorted(row[-1]["content"] for row in other) == sorted(row[-1]["content"] for row in rows)
     assert all(a[-1] != b[-1] for a, b in zip(other, rows, strict=True))
-    assert llm.shuffled(rows) == other
+    assert llm.shuffle_answers(rows) == other
 
 
 def test_arms_on_answers_differ_in_the_pairing_alone(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate
 from tutelage.experiment.run import build_model, load_data, model_spec
 from tutelage.models import load_weights
-from tutelage.multistage.assistants import chosen, needed
-from tutelage.multistage.born_again import born
-from tutelage.multistage.workflows import first_stage
+from tutelage.multistage.assistants import choose_assistants, count_assistants
+from tutelage.multistage.born_again import generation_seed
+from tutelage.multistage.run import first_stage
 from tutelage.progress import Terminal
 
 SMALL = {
@@ -63,11 +63,11 @@ def test_each_generation_is_taught_by_the_one_before(generations: Path) -> None:
     for seed in (0, 1):
         first, second = (generations / "stages" / f"seed{seed}" / f"generation-{n}" for n in (1, 2))
         config = (second / "config.yaml").read_text()
-        assert str(first / "models" / f"distilled-seed{born(seed, 1)}") in config
+        assert str(first / "models" / f"distilled-seed{generation_seed(seed, 1)}") in config
         told = json.loads((second / "summary.json").read_text())["teacher"]["accuracy"]
         assert told == rows["generation 1"]["best"]["accuracy"]["values"][seed]
     stages = enumerate((first, second), 1)
-    alike = [weights(stage / "models" / f"distilled-seed{born(1, n)}") for n, stage in stages]
+    alike = [weights(stage / "models" / f"distilled-seed{generation_seed(1, n)}") for n, stage in stages]
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(*alike)
 
@@ -92,7 +92,9 @@ def test_generation_0_is_the_student_that_a_plain_run_trains_alone(generations: 
 def test_the_ensemble_is_the_mean_of_the_generations_probabilities(generations: Path) -> None:
     asked = recipe(workflow="born-again")
     data: ImageData = load_data(asked, silent())
-    folders = [generations / f"stages/seed0/generation-{n}/models/distilled-seed{born(0, n)}" for n in (0, 1, 2)]
+    folders = [
+        generations / f"stages/seed0/generation-{n}/models/distilled-seed{generation_seed(0, n)}" for n in (0, 1, 2)
+    ]
     models = [build_model(asked.student, model_spec(asked.student, data), data, 0) for _ in folders]
     for model, folder in zip(models, folders, strict=True):
         load_weights(model.eval(), folder)
@@ -134,10 +136,10 @@ def test_a_chain_goes_through_its_assistants(tmp_path: Path) -> None:
         "teacher",
         "assistant 1",
         "baseline student",
-        "taught directly",
-        "taught through assistants",
+        "distilled directly",
+        "distilled through assistants",
     ]
-    sizes = [rows[name]["parameters"] for name in ("teacher", "assistant 1", "taught through assistants")]
+    sizes = [rows[name]["parameters"] for name in ("teacher", "assistant 1", "distilled through assistants")]
     assert sizes[0] > sizes[1] > sizes[2]
     stage = tmp_path / "run" / "stages" / "seed1" / "student"
     config = (stage / "config.yaml").read_text()
@@ -145,14 +147,14 @@ def test_a_chain_goes_through_its_assistants(tmp_path: Path) -> None:
     teacher = json.loads((stage / "summary.json").read_text())["teacher"]["accuracy"]
     assert teacher == rows["assistant 1"]["best"]["accuracy"]["values"][1]
     assert len(list((tmp_path / "run").glob("stages/**/models/teacher"))) == 1, "the teacher is trained once"
-    assert "taught directly" in rows["taught through assistants"]["against"]
+    assert "distilled directly" in rows["distilled through assistants"]["against"]
 
 
 @pytest.mark.parametrize(
     ("ratio", "least", "many"), [(0.5, 0.1, 0), (0.1, 0.1, 0), (0.099, 0.1, 1), (0.01, 0.1, 1), (0.009, 0.1, 2)]
 )
 def test_how_many_assistants_a_ratio_needs(ratio: float, least: float, many: int) -> None:
-    assert needed(ratio, least) == many
+    assert count_assistants(ratio, least) == many
     assert many == 0 or ratio ** (1 / (many + 1)) >= least > ratio ** (1 / many)
 
 
@@ -163,7 +165,7 @@ def test_sizes_between_follow_the_family(family: str, option: str) -> None:
         student={"model": "resnet", "options": {"widths": [16, 32, 64], "blocks": 1}},
         workflow={"kind": "assistant-chain", "family": family, "ratio": 0.3},
     )
-    models = chosen(asked, asked.workflow, load_data(asked, silent()), lambda text: None)
+    models = choose_assistants(asked, asked.workflow, load_data(asked, silent()), lambda text: None)
     assert models
     base = asked.student.options
     for model in models:
@@ -178,7 +180,7 @@ def test_no_family_is_said_with_what_there_is() -> None:
                    student={"model": "mlp", "options": {"hidden": [2]}},
                    workflow={"kind": "assistant-chain", "family": "depth"})  # fmt: skip
     with pytest.raises(ConfigError, match="list the assistants; known: depth of convnet, depth of resnet"):
-        chosen(asked, asked.workflow, load_data(asked, silent()), lambda text: None)
+        choose_assistants(asked, asked.workflow, load_data(asked, silent()), lambda text: None)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +267,6 @@ def test_each_teacher_of_a_chain_has_a_cache_of_its_own(tmp_path: Path, monkeypa
         ),
         out="run", terminal=silent(),
     )  # fmt: skip
-    assert [row["name"] for row in done.summary["rows"]] == ["teacher", "assistant 1", "taught through assistants"]
+    assert [row["name"] for row in done.summary["rows"]] == ["teacher", "assistant 1", "distilled through assistants"]
     assert (tmp_path / "word" / "manifest.json").exists()
     assert len(list((tmp_path / "runs" / "cache").iterdir())) == 1

@@ -27,7 +27,7 @@ from tutelage.experiment.teachers import ModelTeacher
 from tutelage.experiment.trainer import get_signal
 from tutelage.methods import Method, check_capabilities
 from tutelage.methods.base import DistillationModule
-from tutelage.multistage.workflows import first_stage
+from tutelage.multistage.run import first_stage
 from tutelage.progress import Terminal
 from tutelage.taps import find_module
 from tutelage.teachers import Teacher

@@ -1,4 +1,4 @@
-"""The commands that ask an endpoint: ``tutelage generate`` and ``tutelage judge``."""
+"""The commands that send requests to an endpoint: ``tutelage generate`` and ``tutelage judge``."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ def generate(
         Path | None, typer.Option(help="The folder. Default: runs/NAME-generate.", show_default=False)
     ] = None,
 ) -> None:
-    """Ask an endpoint for text within a budget, and write what is good as data; the same command goes on."""
+    """Generate text with an endpoint within a budget, filter it, and write it as data.
+
+    The same command continues an interrupted run.
+    """
     from tutelage.config import load_generation
 
     loaded = load_generation(recipe, overrides or [])
-    from tutelage.generation import generate as carry_out
+    from tutelage import generation
 
     try:
-        made = carry_out(loaded, out=out)
+        result = generation.generate(loaded, out=out)
     except Interrupted as stop:
-        raise _go_on(stop, "generate", recipe, overrides, out) from None
-    found, spent = made.summary, made.summary["spent"]
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in found["rejected"].items())
+        raise _with_command(stop, "generate", recipe, overrides, out) from None
+    summary, spent = result.summary, result.summary["spent"]
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in summary["rejected"].items())
     cost = f", {spent['cost']:.4f} spent" if "cost" in spent else ""
     say(
-        f"{found['kept']:,} conversations kept" + (f"; not kept: {dropped}" if dropped else "") + "\n"
-        f"{found['calls']:,} calls now, {spent['requests']:,} in all, {spent['tokens']:,} tokens{cost}\n"
-        f"data: {made.path / 'data'}\ncard: {made.path / 'README.md'}"
+        f"{summary['kept']:,} conversations accepted" + (f"; rejected: {rejected}" if rejected else "") + "\n"
+        f"{summary['calls']:,} calls now, {spent['requests']:,} in all, {spent['tokens']:,} tokens{cost}\n"
+        f"data: {result.path / 'data'}\ncard: {result.path / 'README.md'}"
     )
 
 
@@ -47,28 +50,28 @@ def judge(
         Path | None, typer.Option(help="The folder. Default: runs/NAME-judge.", show_default=False)
     ] = None,
 ) -> None:
-    """Let models answer held-out prompts, and an endpoint say whose answers are better, in both orders."""
+    """Generate answers of several models to held-out prompts, and let an endpoint compare them in both orders."""
     from tutelage.config import load_judgement
 
     loaded = load_judgement(recipe, overrides or [])
     from tutelage import api
 
     try:
-        judged = api.judge(loaded, out=out)
+        result = api.judge(loaded, out=out)
     except Interrupted as stop:
-        raise _go_on(stop, "judge", recipe, overrides, out) from None
-    for found in judged.summary["pairs"]:
-        first, second = found["pair"]
-        rate = "no verdict" if found["rate"] is None else f"{found['rate']:.1%}"
-        say(f"{first} against {second}: {rate}, {found['wins']} won, {found['ties']} tied, {found['losses']} lost")
-    for page in (judged.path, *judged.runs):
-        say(f"page: {page / 'report.html'}")
+        raise _with_command(stop, "judge", recipe, overrides, out) from None
+    for pair in result.summary["pairs"]:
+        first, second = pair["pair"]
+        rate = "no verdict" if pair["rate"] is None else f"{pair['rate']:.1%}"
+        say(f"{first} against {second}: {rate}, {pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost")
+    for folder in (result.path, *result.runs):
+        say(f"page: {folder / 'report.html'}")
 
 
-def _go_on(
+def _with_command(
     stop: Interrupted, command: str, recipe: Path, overrides: list[str] | None, out: Path | None
 ) -> Interrupted:
-    """The same stop, with the command to go on with, without an endpoint's login."""
-    said = [re.sub(r"//[^/\s]*@", "//", text) for text in overrides or []]
-    words = ["tutelage", command, str(recipe), *said, *(["--out", str(out)] if out else [])]
-    return Interrupted(stop.what, remedy=f"go on with: {shlex.join(words)}")
+    """The error with the command that continues the run, without an endpoint's login."""
+    safe = [re.sub(r"//[^/\s]*@", "//", text) for text in overrides or []]
+    words = ["tutelage", command, str(recipe), *safe, *(["--out", str(out)] if out else [])]
+    return Interrupted(stop.what, remedy=f"continue with: {shlex.join(words)}")

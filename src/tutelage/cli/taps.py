@@ -49,7 +49,7 @@ def taps(
             raise ConfigError(f"--of {of}: a recipe has no such model", remedy="allowed: student, teacher")
         recipe = load_recipe(model, option_ or [])
         from tutelage.cli.taps_survey import survey_recipe
-        from tutelage.multistage.workflows import first_stage
+        from tutelage.multistage.run import first_stage
 
         surveys = survey_recipe(first_stage(recipe), (of,) if of else ("student", "teacher"))
     else:

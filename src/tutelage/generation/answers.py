@@ -131,7 +131,7 @@ def _select_by_result(group: Sequence[ChatAnswer], best: BestConfig | None) -> S
     assert best is not None
     assert best.extract is not None
     matches = [list(re.finditer(best.extract, answer.text)) for answer in group]
-    results = [found[-1].group(1).strip().lower() if found else None for found in matches]
+    results = [of_one[-1].group(1).strip().lower() if of_one else None for of_one in matches]
     counts = Counter(result for result in results if result is not None)
     if not counts:
         return FailedRequest(group[0].key, "no result", f"nothing in {len(group)} answers matches best.extract")

@@ -19,8 +19,8 @@ from tutelage.evaluation import evaluate
 from tutelage.experiment.run import build_model, load_data, model_spec, read_summary
 from tutelage.lab import llm
 from tutelage.models import load_weights
+from tutelage.multistage.run import run_recipe_or_workflow
 from tutelage.multistage.stages import with_trained_weights
-from tutelage.multistage.workflows import run_recipe_or_workflow
 from tutelage.progress import Terminal
 
 SMALLEST = [2, 2, 2, 3]
@@ -139,7 +139,7 @@ def recipe_of(bases: Bases, arm: Arm, out: Path) -> Recipe:
     if arm.cache is not None:
         raw["teacher"]["cache"] = {"path": str(out / "cache" / arm.cache), "dtype": "fp32"}
     if arm.answers is not None:
-        raw["data"] |= {"path": llm.paths(out, arm.answers), "tokenizer": f"hf:{llm.tokenizer_folder(out)}"}
+        raw["data"] |= {"path": llm.arm_paths(out, arm.answers), "tokenizer": f"hf:{llm.tokenizer_folder(out)}"}
     if raw.get("teacher") is None:
         raw.pop("teacher", None)
     return build_recipe(raw, name=f"arm {arm.name}")

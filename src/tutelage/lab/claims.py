@@ -358,7 +358,7 @@ def closed_teacher(results: Results) -> ExperimentResult:
     series = {"held-out loss": [point(label, values) for label, values in held_out.items()]}
     plot = ExperimentPlot("", "loss of held-out answers, nats a token", series,
                           caption="Loss of the teacher's held-out answers.")  # fmt: skip
-    counts, size = llm.known(results.out), results.summary("closed")["parameters"]["student"]
+    counts, size = llm.read_counts(results.out), results.summary("closed")["parameters"]["student"]
     note = (
         f"{counts['pairs']:,} conversations for training and {counts['held']:,} held out. The student has {size:,} "
         "parameters, its own tokenizer, and nothing of the teacher but its texts. Both trainings use the same "

@@ -1,4 +1,4 @@
-"""What the experiment on closed teachers reads: answers, the same to other prompts, and a fresh student."""
+"""Data and student of the lab's experiment on closed teachers: answers, and the same answers to other prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tutelage.errors import ConfigError, DataError, require
 from tutelage.files import atomic_folder
 
 VOCABULARY = 2048
-"""Tokens of the student, whose tokenizer is made of the teacher's answers: a closed teacher's own is not needed."""
+"""Tokens of the student. Its tokenizer is trained on the teacher's answers: a closed teacher's own is not needed."""
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -26,58 +26,58 @@ TEMPLATE = (
 """Its chat template."""
 
 MADE_OF = "made-of.json"
-"""What tells the answers that a lab began with from others."""
+"""Counts and a digest of the answers that a lab started with."""
 
 
-def folder_of(out: Path) -> Path:
-    """Where a lab keeps them."""
+def data_folder(out: Path) -> Path:
+    """Where a lab stores the data."""
     return out / "data" / "llm"
 
 
-def paths(out: Path, answers: str) -> dict[str, str]:
-    """The files of an arm: to train on the teacher's answers (``own``) or on the shuffled ones (``other``)."""
-    return {"train": str(folder_of(out) / f"{answers}.jsonl"), "test": str(folder_of(out) / "held.jsonl")}
+def arm_paths(out: Path, answers: str) -> dict[str, str]:
+    """The files of an arm that trains on the teacher's answers (``own``) or on shuffled ones (``other``)."""
+    return {"train": str(data_folder(out) / f"{answers}.jsonl"), "test": str(data_folder(out) / "held.jsonl")}
 
 
 def tokenizer_folder(out: Path) -> Path:
     """The student's tokenizer."""
-    return folder_of(out) / "tokenizer"
+    return data_folder(out) / "tokenizer"
 
 
-def prepare(recipe: Recipe, out: Path) -> None:
-    """Write what the arms read, or find it written.
+def prepare_data(recipe: Recipe, out: Path) -> None:
+    """Write the data of the arms, unless it is there.
 
     Raises:
-        ConfigError: the lab began with other answers.
+        ConfigError: the lab started with other answers.
         DataError: the files hold no conversations, or too few.
     """
     require("transformers", "text", "the experiment on closed teachers")
-    train, held = (conversations(recipe, split) for split in ("train", "test"))
+    train, held = (read_conversations(recipe, split) for split in ("train", "test"))
     text = json.dumps([train, held], sort_keys=True)
     made_of = {"pairs": len(train), "held": len(held), "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
-    file = folder_of(out) / MADE_OF
+    file = data_folder(out) / MADE_OF
     if file.exists():
         if json.loads(file.read_text(encoding="utf-8")) != made_of:
             raise ConfigError(
-                "the answers are not those that this lab began with", where="llm.data.path",
+                "the answers are not those that this lab started with", where="llm.data.path",
                 remedy="give the same files, or choose another --out",
             )  # fmt: skip
         return
-    with atomic_folder(folder_of(out)) as folder:
-        for name, rows in (("own", train), ("other", shuffled(train)), ("held", held)):
+    with atomic_folder(data_folder(out)) as folder:
+        for name, rows in (("own", train), ("other", shuffle_answers(train)), ("held", held)):
             lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        tokenizer(train).save_pretrained(folder / "tokenizer")
+        train_tokenizer(train).save_pretrained(folder / "tokenizer")
         (folder / MADE_OF).write_text(json.dumps(made_of) + "\n", encoding="utf-8")
 
 
-def known(out: Path) -> dict[str, Any]:
+def read_counts(out: Path) -> dict[str, Any]:
     """How many conversations a lab's arms have: ``pairs`` and ``held``."""
-    found: dict[str, Any] = json.loads((folder_of(out) / MADE_OF).read_text(encoding="utf-8"))
-    return found
+    counts: dict[str, Any] = json.loads((data_folder(out) / MADE_OF).read_text(encoding="utf-8"))
+    return counts
 
 
-def conversations(recipe: Recipe, split: str) -> list[list[dict[str, str]]]:
+def read_conversations(recipe: Recipe, split: str) -> list[list[dict[str, str]]]:
     """The conversations of a split that end with an answer.
 
     Raises:
@@ -88,55 +88,50 @@ def conversations(recipe: Recipe, split: str) -> list[list[dict[str, str]]]:
     if not isinstance(path, dict) or split not in path:
         raise DataError(
             f"there is no {split} split", where="llm.data.path",
-            remedy="give what `tutelage generate` wrote: {train: FILE, test: FILE}",
+            remedy="give files of `tutelage generate`: {train: FILE, test: FILE}",
         )  # fmt: skip
     raw = read_texts(
-        data.source,
-        path={"train": path[split]},
-        options=None,
-        text="messages",
-        teacher_text=None,
-        label=None,
+        data.source, path={"train": path[split]}, options=None, text="messages", teacher_text=None, label=None,
         route=None,
-    )
+    )  # fmt: skip
     rows = raw.splits["train"].columns["messages"]
-    found = [[{"role": str(m["role"]), "content": str(m["content"])} for m in row] for row in rows]
-    found = [row for row in found if len(row) > 1 and row[-1]["role"] == "assistant"]
-    if len(found) < 2:
+    threads = [[{"role": str(m["role"]), "content": str(m["content"])} for m in row] for row in rows]
+    threads = [thread for thread in threads if len(thread) > 1 and thread[-1]["role"] == "assistant"]
+    if len(threads) < 2:
         raise DataError(
-            f"{len(found)} conversations with an answer", where=str(path[split]),
-            remedy="give what `tutelage generate` wrote, of two conversations or more",
+            f"{len(threads)} conversations with an answer", where=str(path[split]),
+            remedy="give a file of `tutelage generate` with two conversations or more",
         )  # fmt: skip
-    return found
+    return threads
 
 
-def shuffled(rows: Sequence[Sequence[Mapping[str, str]]]) -> list[list[dict[str, str]]]:
-    """The same prompts and the same answers, each answer after another's prompt."""
+def shuffle_answers(rows: Sequence[Sequence[Mapping[str, str]]]) -> list[list[dict[str, str]]]:
+    """The same prompts and answers, each answer after the prompt of another."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     after = dict(zip(order, [*order[1:], order[0]], strict=True))
     return [[*map(dict, row[:-1]), dict(rows[after[i]][-1])] for i, row in enumerate(rows)]
 
 
-def tokenizer(rows: Sequence[Sequence[Mapping[str, str]]]) -> Any:
+def train_tokenizer(rows: Sequence[Sequence[Mapping[str, str]]]) -> Any:
     """A byte-level BPE tokenizer of these conversations."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<|end|>", "<|turn|>"], show_progress=False,
     )  # fmt: skip
-    made.train_from_iterator((m["content"] for row in rows for m in row), trainer)
+    tokenizer.train_from_iterator((m["content"] for row in rows for m in row), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
     )
 
 
-def fresh(hidden: int = 128, layers: int = 4) -> nn.Module:
-    """A causal language model that has learned nothing."""
+def untrained_llama(hidden: int = 128, layers: int = 4) -> nn.Module:
+    """A causal language model with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -152,7 +152,7 @@ def run_lab(
     arms = [name for name in ARMS if name in wanted]
     with open_run_directory(out, dump_recipe(base), resume=resume, main=True):
         if any(ARMS[name].base == "llm" for name in arms):
-            llm.prepare(bases["llm"], out)
+            llm.prepare_data(bases["llm"], out)
         began = time.monotonic()
         for done, name in enumerate(_trained(bases, arms, out, jobs, terminal), 1):
             left = (time.monotonic() - began) / done * (len(arms) - done)

@@ -1,1 +1,1 @@
-"""Experiments of several runs, each a stage: born-again generations and chains of assistants."""
+"""Workflows of several runs, each a stage: born-again generations and chains of assistants."""
