@@ -12,7 +12,6 @@ from tutelage.evaluation.statistics import spread
 from tutelage.reports.formatting import ABSENT
 from tutelage.reports.page import render
 from tutelage.reports.plotting import Figure, Json, axes, category_ticks, plot_text, scatter
-from tutelage.reports.tables import Cell, Table
 
 COLOURS = {"distilled": "#0a66c2", "baseline": "#bd5a00", "teacher": "#5b6672"}
 """Of the series in a plot, one after the other: names on the page, values in pictures."""
@@ -74,36 +73,11 @@ def lab_page(lab: Mapping[str, Any]) -> str:
     """``lab.html``."""
     experiments = lab["experiments"]
     counts = {verdict: sum(e["verdict"] == verdict for e in experiments.values()) for verdict in SIGNS}
-    claims = [
-        [Cell(name, href=f"#{name}"), e["claim"], e["source"], f"{SIGNS[e['verdict']]} {e['verdict']}"]
-        for name, e in experiments.items()
-    ]
     return render(
         "lab.html.jinja", title=TITLE, facts=facts(lab), experiments=experiments, signs=SIGNS,
-        verdict=", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n),
-        claims=Table("Claims", ["Experiment", "Claim", "Source", "Verdict"], claims, "text-cells"),
-        statements=_statement_table, accuracies=_accuracy_table, plotted=plotted,
+        verdict=", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n), mean=_mean_percent,
+        measurement=measurement, verdict_text=verdict_text, plotted=plotted,
     )  # fmt: skip
-
-
-def _statement_table(experiment: Mapping[str, Any]) -> Table:
-    rows = [
-        [s["statement"], measurement(s), f"{SIGNS[s['verdict']]} {verdict_text(s)}", s["rule"]]
-        for s in experiment["statements"]
-    ]
-    return Table("Measured", ["Statement", "Measured", "Verdict", "Rule"], rows, "text-cells")
-
-
-def _accuracy_table(experiment: Mapping[str, Any]) -> Table:
-    accuracies: Mapping[str, Mapping[str, Sequence[float]]] = experiment["accuracies"]
-    seeds = max((len(values["last"]) for values in accuracies.values()), default=0)
-    rows = [
-        [label, *(f"{100 * sum(values[w]) / len(values[w]):.2f} %" for w in ("last", "best")),
-         *(f"{100 * value:.2f}" for value in values["last"])]
-        for label, values in accuracies.items()
-    ]  # fmt: skip
-    columns = ["Arm", "Last epoch", "Best on validation", *(f"seed {i + 1} of {seeds}" for i in range(seeds))]
-    return Table("Test accuracy", columns, rows)
 
 
 def plotted(name: str, plot: Mapping[str, Any]) -> Figure:

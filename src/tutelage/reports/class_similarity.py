@@ -20,7 +20,6 @@ from tutelage.reports.plotting import HEAT_SCALE, ROLES, Control, Figure, plot_t
 from tutelage.reports.results import model_names
 from tutelage.reports.run_files import RunRecord
 from tutelage.reports.sample_explorer import class_names, recipe_temperature
-from tutelage.reports.tables import Cell, Row, Table
 
 PAIRS = 10
 """Pairs in the table."""
@@ -142,12 +141,13 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class TemperatureView:
-    """Text and table of a temperature."""
+    """Text and table of a temperature: for each pair of classes, share and rank by model."""
 
     temperature: str
     is_preset: bool
     text: str
-    pairs: Table
+    columns: list[str]
+    pairs: list[tuple[str, list[tuple[str, int | None]]]]
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,7 @@ def similarity_panel(run: RunRecord) -> SimilarityPanel | None:
          Control("colours", {"one colour scale for all": "one", "one for each": "own"})],
         [Heatmap(role, names[role], _heatmap(role, names[role], similarities, classes, preset))
          for role in similarities[preset].mean],
-        [TemperatureView(t, t == preset, similarity_text(at, t, classes, names), _pair_table(at, t, classes))
-         for t, at in similarities.items()],
+        [_temperature_view(t, t == preset, at, classes, names) for t, at in similarities.items()],
     )  # fmt: skip
 
 
@@ -264,21 +263,23 @@ def _distinct(texts: Sequence[str]) -> list[str]:
     return list(distinct)
 
 
-def _pair_table(at: ClassSimilarity, t: str, classes: Sequence[str]) -> Table:
+def _temperature_view(
+    t: str, is_preset: bool, at: ClassSimilarity, classes: Sequence[str], names: Mapping[str, str]
+) -> TemperatureView:
     ranks = {
         role: {pair: rank for rank, pair in enumerate(_pairs_by_value(matrix), 1)} for role, matrix in at.mean.items()
     }
 
-    def cell(role: str, pair: tuple[int, int]) -> str | Cell:
-        value = percent(at.mean[role][pair], 2)
-        return value if role == "teacher" or value == ABSENT else Cell(value, rank=ranks[role][pair])
+    def cell(role: str, pair: tuple[int, int]) -> tuple[str, int | None]:
+        share = percent(at.mean[role][pair], 2)
+        return share, None if role == "teacher" or share == ABSENT else ranks[role][pair]
 
-    rows: list[Row] = [
-        [f"{classes[pair[0]]} – {classes[pair[1]]}", *(cell(role, pair) for role in at.mean)]
+    pairs = [
+        (f"{classes[pair[0]]} – {classes[pair[1]]}", [cell(role, pair) for role in at.mean])
         for pair in at.closest(PAIRS)
     ]
-    heads = [role.capitalize() + ("" if role == "teacher" else ", rank") for role in at.mean]
-    return Table(f"Most similar classes for the teacher at T = {t}", ["Pair", *heads], rows, "pairs")
+    columns = ["Pair", *(role.capitalize() + ("" if role == "teacher" else ", rank") for role in at.mean)]
+    return TemperatureView(t, is_preset, similarity_text(at, t, classes, names), columns, pairs)
 
 
 def similarity_text(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 ABSENT = "–"
@@ -30,6 +31,11 @@ def bounds(difference: Mapping[str, Any]) -> str:
     if difference["low"] is None or difference["high"] is None:
         return "one seed: no interval"
     return f"{points(difference['low'])} to {points(difference['high'])}"
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """``Seeds 0, 1, 2``."""
+    return f"{'Seed' if len(seeds) == 1 else 'Seeds'} {', '.join(map(str, seeds))}"
 
 
 def interval(difference: Mapping[str, Any]) -> str:
@@ -93,6 +99,20 @@ def file_size(size: int | None) -> str:
         if size >= factor:
             return f"{size / factor:.{1 if size < 100 * factor else 0}f} {unit}"
     return f"{size} bytes"
+
+
+def value_text(value: Any) -> str:
+    """A value as a recipe has it."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, str):
+        return value
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """``method.temperature 2.1, method.alpha 0.7``."""
+    return ", ".join(f"{key} {value_text(value)}" for key, value in values.items())
 
 
 def _decimals(value: float) -> int:

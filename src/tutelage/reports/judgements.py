@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutelage.reports.formatting import ABSENT, percent, plain
 from tutelage.reports.results import model_names
 from tutelage.reports.run_files import RunRecord
-from tutelage.reports.tables import Table
 
 VERDICTS = {
     "win/win": "{a} preferred in both orders", "loss/loss": "{b} preferred in both orders",
@@ -54,34 +52,6 @@ def generated_prompts(run: RunRecord) -> list[Prompt]:
         )
         for text in generations["texts"]
     ]
-
-
-def pair_table(judgement: Mapping[str, Any]) -> Table:
-    """Win rates of each pair of answers."""
-    columns = ["First", "Second", "Win rate", "Won", "Tied", "Lost", "Contradicted itself",
-               "Preferred the first answer", "Without verdict"]  # fmt: skip
-    rows = [
-        [
-            *pair["pair"], _win_rate(pair), str(pair["wins"]), str(pair["ties"]), str(pair["losses"]),
-            str(pair["opposed"]), percent(pair["first_place"], 0), str(pair["without_verdict"]),
-        ]
-        for pair in judgement["pairs"]
-    ]  # fmt: skip
-    return Table(f"Pairs of answers, judged by {judgement['judge']}", columns, rows)
-
-
-def _win_rate(pair: Mapping[str, Any]) -> str:
-    if pair["rate"] is None:
-        return ABSENT
-    bounds = "" if pair["low"] is None else f" ({percent(pair['low'])} to {percent(pair['high'])})"
-    return percent(pair["rate"]) + bounds
-
-
-def held_out_table(judgement: Mapping[str, Any]) -> Table | None:
-    """The loss of each model on the teacher's held-out answers; ``None`` where it was not measured."""
-    losses = [[name, plain(loss)] for name, loss in judgement["held_out_loss"].items()]
-    caption = "Loss on the teacher's held-out answers"
-    return Table(caption, ["Model", "Loss, nats a token"], losses, "narrow") if losses else None
 
 
 def judged_prompts(judgement: Mapping[str, Any]) -> list[Prompt]:

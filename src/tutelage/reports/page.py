@@ -19,10 +19,13 @@ import jinja2
 from markupsafe import Markup
 
 from tutelage.files import write_text
-from tutelage.reports import judgements, multistage, overview, results, sample_explorer, search, tables
+from tutelage.reports import formatting, results
 from tutelage.reports.class_similarity import similarity_panel
+from tutelage.reports.judgements import generated_prompts, judged_prompts
+from tutelage.reports.multistage import stage_figure, stage_swatch
 from tutelage.reports.plotting import Figure
 from tutelage.reports.result_figures import FIGURES, seed_by_seed
+from tutelage.reports.run_details import cost_rows, differing_settings, task_rows
 from tutelage.reports.run_files import (
     JudgementRecord,
     MultistageRecord,
@@ -33,6 +36,8 @@ from tutelage.reports.run_files import (
     read_records,
     read_search,
 )
+from tutelage.reports.sample_explorer import class_names, disagreement_text, explorer_of
+from tutelage.reports.search import response, search_figures
 from tutelage.reports.selection_metric import metric_label, metric_labels, metric_of
 
 FOLDER = Path(__file__).parent
@@ -78,8 +83,11 @@ def report_page(records: Sequence[Record]) -> str:
         judgements=[record for record in records if isinstance(record, JudgementRecord)],
         metric=metric_labels(run.summary for run in runs),
         other_metrics=sorted({metric_label(run.summary) for run in runs if metric_of(run.summary) != "accuracy"}),
-        has_teacher=any(run.summary.get("teacher") for run in runs),
-        has_joint_models=any(run.summary["students"]["distilled"].get("others") for run in runs),
+        has_teacher=any(run.summary["teacher"] for run in runs),
+        has_joint_models=any(run.summary["students"]["distilled"]["others"] for run in runs),
+        differences=differing_settings(runs),
+        task_scores=[scores for run in runs if (scores := task_rows(run)).rows],
+        costs=[cost_rows(run) for run in runs],
         seed_figure=seed_by_seed(runs) if runs else None,
         figures_by_heading=_figures(runs),
     )
@@ -131,12 +139,22 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"json": as_json, "digest": _digest}
-    environment.globals |= {
-        "static": _static, "plotly": _plotly, "judgements_of": judgements, "multistage": multistage,
-        "overview": overview, "results": results, "explorer": sample_explorer, "search": search, "tables": tables,
-        "similarity_panel": similarity_panel,
+    texts = (
+        formatting.bounds, formatting.duration, formatting.interval, formatting.milliseconds, formatting.percent,
+        formatting.percent_spread, formatting.plain, formatting.points, formatting.seeds_text, formatting.value_text,
+        metric_label,
+    )  # fmt: skip
+    environment.filters |= {text.__name__: text for text in texts}
+    environment.filters |= {
+        "count_text": formatting.count, "digest": _digest, "json": as_json,
+        "extract": lambda key, values: values[key],
     }  # fmt: skip
+    views = (
+        class_names, disagreement_text, explorer_of, generated_prompts, judged_prompts, response, search_figures,
+        similarity_panel, stage_figure, stage_swatch,
+    )  # fmt: skip
+    environment.globals |= {view.__name__: view for view in views}
+    environment.globals |= {"ABSENT": formatting.ABSENT, "plotly": _plotly, "results": results, "static": _static}
     return environment
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from tutelage.reports.formatting import (
     plain,
     plain_spread,
     points,
+    values_text,
 )
 from tutelage.reports.selection_metric import metric_label, metric_of, with_accuracy
 
@@ -35,6 +35,12 @@ def model_names(summary: Mapping[str, Any]) -> dict[str, str]:
     """The name of each role in a run."""
     distilled = DISTILLED if summary.get("taught", True) else WITH_METHOD
     return {"teacher": TEACHER, "baseline": BASELINE, "distilled": distilled}
+
+
+def role_of_model(name: str) -> str:
+    """The role of a model by its name in :func:`final_table`."""
+    roles = {BASELINE: "baseline", DISTILLED: "distilled", WITH_METHOD: "distilled"}
+    return roles.get(name, "teacher" if name.startswith(TEACHER) else "other")
 
 
 def short_names(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -57,7 +63,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 def _against_baseline(summary: Mapping[str, Any]) -> str:
     students, has_teacher = summary["students"], summary.get("taught", True)
     head = f"{'Distilled' if has_teacher else 'With the method'} {_mean_accuracy(students['distilled'])}"
-    if "baseline" not in students or "gain" not in summary:
+    if not students.get("baseline") or not summary.get("gain"):
         return f"{head}; no baseline was trained, so the gain is unknown"
     gain = summary["gain"]["best"]
     outcome = ""
@@ -143,6 +149,26 @@ def _student_row(name: str, result: Mapping[str, Any], parameters: int) -> dict[
     }
 
 
+def speed_up(summary: Mapping[str, Any]) -> str:
+    """``3.1 times faster``; empty where latency was not measured."""
+    latency = summary.get("latency") or {}
+    teacher, student = ((latency.get(model) or {}).get("p50_ms", 0) for model in ("teacher", "student"))
+    if min(teacher, student) <= 0:
+        return ""
+    ratio = teacher / student
+    if 0.95 < ratio < 1.05:
+        return "as fast"
+    return f"{ratio:.1f} times faster" if ratio > 1 else f"{1 / ratio:.1f} times slower"
+
+
+def test_samples(summary: Mapping[str, Any]) -> int:
+    """Samples of the test split; 0 where the summary does not hold their number."""
+    if (teacher := summary.get("teacher")) is not None:
+        return teacher.get("n") or 0
+    bins = summary["students"]["distilled"].get("reliability") or {}
+    return int(sum(bins.get("count", [])))
+
+
 def multistage_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """The rows of a multi-stage run.
 
@@ -198,18 +224,6 @@ def search_verdict(search: Mapping[str, Any]) -> str:
         f"recipe {default_validation}: {validation_gain} points, for the best of {count(len(trials))}. Test, "
         f"measured once: {chosen} against {default}: {points(gain['mean'])} points{outcome} ({interval(gain)})."
     )
-
-
-def values_text(values: Mapping[str, Any]) -> str:
-    """``method.temperature 2.1, method.alpha 0.7``."""
-    return ", ".join(f"{key} {value_text(value)}" for key, value in values.items())
-
-
-def value_text(value: Any) -> str:
-    """A value as a recipe has it."""
-    if isinstance(value, str):
-        return value
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def judge_wins(judgement: Mapping[str, Any]) -> list[tuple[str, str, str]]:

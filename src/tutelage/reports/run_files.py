@@ -55,7 +55,7 @@ class RunRecord:
     @property
     def arms(self) -> list[str]:
         """``baseline``, where it was trained, and ``distilled``."""
-        return [arm for arm in ("baseline", "distilled") if arm in self.summary["students"]]
+        return [arm for arm in ("baseline", "distilled") if self.summary["students"][arm]]
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def _read_summary(file: Path) -> dict[str, Any]:
     raw = _load(file, remedy)
     is_object = isinstance(raw, dict)
     summary: dict[str, Any] = with_accuracy(raw, metric_of(raw)) if is_object else raw
-    _check(summary, MultistageSummary if is_object and "workflow" in summary else RunSummary, file, remedy)
-    return summary
+    schema = MultistageSummary if is_object and "workflow" in summary else RunSummary
+    return _check(summary, schema, file, remedy).model_dump()
 
 
 def _read_metrics(file: Path, metric: str) -> list[dict[str, Any]]:

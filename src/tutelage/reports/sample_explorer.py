@@ -10,13 +10,9 @@ from typing import Any
 import yaml
 
 from tutelage.reports.formatting import count, percent
+from tutelage.reports.plotting import ROLES
 from tutelage.reports.results import model_names
 from tutelage.reports.run_files import RunRecord
-from tutelage.reports.tables import Table
-
-LOWEST, HIGHEST = 0.25, 20.0
-"""Ends of the temperature slider, which is logarithmic."""
-STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -43,20 +39,10 @@ class SampleCard:
 
 @dataclass(frozen=True)
 class Explorer:
-    """The form of a run.
-
-    Attributes:
-        cards: the samples.
-        temperature: that of the recipe.
-        position: of the slider at this temperature.
-        first: the model whose order of classes is shown.
-        data: for ``explorer.js``.
-    """
+    """The form of a run: samples to choose, the temperature of the recipe, and the data for ``explorer.js``."""
 
     cards: list[SampleCard]
     temperature: float
-    position: int
-    first: str
     data: dict[str, Any]
 
 
@@ -75,13 +61,12 @@ def class_names(run: RunRecord, classes: int) -> list[str]:
     return [known[i] if i < len(known) else f"class {i}" for i in range(classes)]
 
 
-def explorer_of(run: RunRecord) -> Explorer | None:
-    """The explorer of a run; ``None`` where the run stored no samples."""
+def explorer_of(run: RunRecord) -> Explorer:
+    """The explorer of a run that stored samples."""
     stored = run.samples
-    if stored is None or not stored["samples"]:
-        return None
+    assert stored is not None
     names, labels = class_names(run, len(stored["by_class"]["n"])), model_names(run.summary)
-    models = [role for role in ("teacher", "baseline", "distilled") if role in stored["samples"][0]["logits"]]
+    models = [role for role in ROLES if role in stored["samples"][0]["logits"]]
     data = {
         "names": names, "models": models, "labels": [labels[role] for role in models],
         "reference": stored["reference"], "student": stored["student"],
@@ -90,12 +75,8 @@ def explorer_of(run: RunRecord) -> Explorer | None:
             for sample in stored["samples"]
         ],
     }  # fmt: skip
-    temperature = recipe_temperature(run)
-    clipped = min(max(temperature, LOWEST), HIGHEST)
-    position = round(STEPS * math.log(clipped / LOWEST) / math.log(HIGHEST / LOWEST))
     cards = [_card(sample, (stored["reference"], stored["student"]), names) for sample in stored["samples"]]
-    first = "teacher" if stored["reference"] == "teacher" else "first model"
-    return Explorer(cards, temperature, position, first, data)
+    return Explorer(cards, recipe_temperature(run), data)
 
 
 def _card(sample: Mapping[str, Any], models: Sequence[str], names: Sequence[str]) -> SampleCard:
@@ -134,14 +115,3 @@ def disagreement_text(samples: Mapping[str, Any], names: Mapping[str, str]) -> s
     if baseline is not None and samples["reference"] == "teacher":
         text += f" The {names['baseline']} disagrees with the teacher on {count(n - baseline)}."
     return text
-
-
-def confusion_table(run: RunRecord) -> Table | None:
-    """The most frequent disagreements; ``None`` where there is none."""
-    samples = run.samples
-    if samples is None or not samples["samples"] or not samples["pairs"]:
-        return None
-    names, models = class_names(run, len(samples["by_class"]["n"])), model_names(run.summary)
-    columns = [f"The {models[samples['reference']]}'s class", f"The {models[samples['student']]}'s class", "Samples"]
-    rows = [[names[i], names[j], count(n)] for i, j, n in samples["pairs"][:8]]
-    return Table("Most frequent disagreements", columns, rows, "narrow text-cells")

@@ -11,15 +11,13 @@ class _Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class SeedSpread(_Record):
-    """A metric over seeds."""
-
+class _SeedSpread(_Record):
     mean: float
     std: float | None = None
     values: list[float]
 
 
-class PairedDifference(_Record):
+class _PairedDifference(_Record):
     """A difference over seeds, with its interval; one seed has no interval."""
 
     mean: float
@@ -29,97 +27,76 @@ class PairedDifference(_Record):
     n: int
 
 
-class StudentMetrics(_Record):
+class _StudentMetrics(_Record):
     """Test metrics of the students of an arm, at one choice of weights."""
 
-    accuracy: SeedSpread
-    loss: SeedSpread | None = None
-    agreement: SeedSpread | None = None
-    kl: SeedSpread | None = None
-    ece: SeedSpread | None = None
+    accuracy: _SeedSpread
+    loss: _SeedSpread | None = None
+    agreement: _SeedSpread | None = None
+    kl: _SeedSpread | None = None
+    ece: _SeedSpread | None = None
 
 
-class ReliabilityBins(_Record):
-    """A reliability diagram."""
-
+class _ReliabilityBins(_Record):
     count: list[float]
     confidence: list[float]
     accuracy: list[float]
 
 
-class JointModel(_Record):
+class _JointModel(_Record):
     """A model that was trained together with the student: a peer, or an exit of the student."""
 
     parameters: int
-    best: StudentMetrics
-    last: StudentMetrics
+    best: _StudentMetrics
+    last: _StudentMetrics
 
 
-class ArmResult(_Record):
-    """The students of an arm."""
-
-    best: StudentMetrics
-    last: StudentMetrics
-    reliability: ReliabilityBins | None = None
+class _ArmResult(_Record):
+    best: _StudentMetrics
+    last: _StudentMetrics
+    reliability: _ReliabilityBins | None = None
     per_class: list[float] | None = None
-    seconds: SeedSpread | None = None
-    others: dict[str, JointModel] | None = None
+    seconds: _SeedSpread | None = None
+    others: dict[str, _JointModel] | None = None
 
 
-class ArmResults(_Record):
-    """Both arms; the baseline is optional."""
-
-    baseline: ArmResult | None = None
-    distilled: ArmResult
+class _ArmResults(_Record):
+    baseline: _ArmResult | None = None
+    distilled: _ArmResult
 
 
-class ModelMetrics(_Record):
-    """Metrics of one model on a split."""
-
+class _ModelMetrics(_Record):
     accuracy: float
     loss: float | None = None
     ece: float | None = None
 
 
-class EnsembleMember(_Record):
-    """One of several teachers."""
-
+class _EnsembleMember(_Record):
     name: str
     weight: float
     parameters: int
-    test: ModelMetrics
-    validation: ModelMetrics | None = None
+    test: _ModelMetrics
+    validation: _ModelMetrics | None = None
 
 
-class EnsembleResult(_Record):
-    """How several teachers are combined."""
-
-    combine: str
-    weights: str
-    routed: bool
-    members: list[EnsembleMember]
+class _EnsembleResult(_Record):
+    members: list[_EnsembleMember]
 
 
-class TeacherResult(ModelMetrics):
-    """Test metrics of the teacher."""
-
+class _TeacherResult(_ModelMetrics):
     n: int | None = None
-    reliability: ReliabilityBins | None = None
+    reliability: _ReliabilityBins | None = None
     per_class: list[float] | None = None
-    validation: ModelMetrics | None = None
-    ensemble: EnsembleResult | None = None
+    validation: _ModelMetrics | None = None
+    ensemble: _EnsembleResult | None = None
 
 
-class ParameterCounts(_Record):
-    """Numbers of parameters."""
-
+class _ParameterCounts(_Record):
     teacher: int | None = None
     student: int
 
 
-class Latency(_Record):
-    """Milliseconds of a forward pass."""
-
+class _Latency(_Record):
     p50_ms: float
     p95_ms: float | None = None
 
@@ -128,18 +105,19 @@ class RunSummary(_Record):
     """``summary.json`` of a run."""
 
     name: str
+    metric: str = "accuracy"
     formula: str | None = None
     taught: bool = True
     classes: list[str] | None = None
     seeds: list[int]
-    parameters: ParameterCounts
+    parameters: _ParameterCounts
     capacity_ratio: float | None = None
-    latency: dict[str, Latency] | None = None
-    teacher: TeacherResult | None = None
+    latency: dict[str, _Latency] | None = None
+    teacher: _TeacherResult | None = None
     remote_teacher: dict[str, Any] | None = None
     """A teacher behind a server, which is not measured."""
-    students: ArmResults
-    gain: dict[str, PairedDifference] | None = None
+    students: _ArmResults
+    gain: dict[str, _PairedDifference] | None = None
     tasks: dict[str, dict[str, dict[str, float]]] | None = None
     """By model and task of lm-evaluation-harness: metrics by name."""
     device: str | None = None
@@ -155,25 +133,22 @@ class RunSummary(_Record):
         return self
 
 
-class StageDifference(_Record):
-    """A stage compared with another one."""
-
-    best: PairedDifference
-    last: PairedDifference
+class _StageDifference(_Record):
+    best: _PairedDifference
+    last: _PairedDifference
 
 
-class StageResult(_Record):
+class _StageResult(_Record):
     """A row of the table of a multi-stage run."""
 
     name: str
     role: str
     parameters: int
-    best: StudentMetrics
-    last: StudentMetrics
+    best: _StudentMetrics
+    last: _StudentMetrics
     taught_by: str | None = None
-    step: int | None = None
-    validation: SeedSpread | None = None
-    against: dict[str, StageDifference]
+    validation: _SeedSpread | None = None
+    against: dict[str, _StageDifference]
 
 
 class MultistageSummary(_Record):
@@ -183,14 +158,12 @@ class MultistageSummary(_Record):
     name: str
     verdict: str
     seeds: list[int]
-    rows: list[StageResult]
+    rows: list[_StageResult]
     stages: list[str]
     exported: str
 
 
-class LossTerm(_Record):
-    """A term of the loss."""
-
+class _LossTerm(_Record):
     raw: float
     weighted: float
 
@@ -202,8 +175,8 @@ class MetricsLine(_Record):
     step: int
     epoch: float
     loss: float | None = None
-    terms: dict[str, LossTerm] | None = None
-    validation: ModelMetrics | None = None
+    terms: dict[str, _LossTerm] | None = None
+    validation: _ModelMetrics | None = None
 
 
 class SimilarityFile(_Record):
@@ -229,9 +202,7 @@ def _is_temperature(text: str) -> bool:
         return False
 
 
-class SampleRow(_Record):
-    """A row of the test split with the logits of every model."""
-
+class _SampleRow(_Record):
     row: int
     label: int | None = None
     image: str | None = Field(default=None, pattern=r"^data:image/png;base64,[A-Za-z0-9+/=]+$")
@@ -251,7 +222,7 @@ class SamplesFile(_Record):
     right: dict[Literal["both", "reference", "student", "neither"], int]
     by_class: dict[str, list[int]]
     pairs: list[Annotated[list[int], Field(min_length=3, max_length=3)]]
-    samples: list[SampleRow]
+    samples: list[_SampleRow]
 
     @model_validator(mode="after")
     def _check_classes(self) -> SamplesFile:
@@ -284,7 +255,7 @@ class GenerationsFile(_Record):
         return self
 
 
-class JudgedPair(_Record):
+class _JudgedPair(_Record):
     """Two answers compared by the judge, over all prompts."""
 
     pair: Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -301,9 +272,7 @@ class JudgedPair(_Record):
     without_verdict: int
 
 
-class JudgedPrompt(_Record):
-    """A prompt, its answers, and the verdict on each pair in both orders."""
-
+class _JudgedPrompt(_Record):
     messages: list[dict[str, str]]
     answers: dict[str, str]
     verdicts: dict[str, list[Literal["win", "tie", "loss"] | None]]
@@ -317,13 +286,11 @@ class JudgementFile(_Record):
     prompts: int
     roles: dict[str, Literal["teacher", "baseline", "distilled"]]
     held_out_loss: dict[str, float]
-    pairs: list[JudgedPair]
-    samples: list[JudgedPrompt]
+    pairs: list[_JudgedPair]
+    samples: list[_JudgedPrompt]
 
 
-class SearchKey(_Record):
-    """A key of the recipe and its range or choices."""
-
+class _SearchKey(_Record):
     key: str
     low: float | None = None
     high: float | None = None
@@ -332,33 +299,27 @@ class SearchKey(_Record):
     own: Any = None
 
 
-class SearchTrial(_Record):
-    """A trial of a search."""
-
+class _SearchTrial(_Record):
     number: int
     state: str
     values: dict[str, Any]
     validation: float | None = None
-    seeds: list[float]
     evaluations: list[float]
     seconds: float
     why: str | None = None
 
 
-class DefaultTrial(_Record):
-    """The recipe without changes."""
-
+class _DefaultTrial(_Record):
     trial: int | None = None
     validation: float
-    seeds: list[float]
 
 
-class SearchTest(_Record):
+class _SearchTest(_Record):
     """Test metrics, which a search reads once."""
 
-    default: dict[str, SeedSpread]
-    chosen: dict[str, SeedSpread]
-    gain: dict[str, PairedDifference]
+    default: dict[str, _SeedSpread]
+    chosen: dict[str, _SeedSpread]
+    gain: dict[str, _PairedDifference]
 
 
 class SearchFile(_Record):
@@ -368,14 +329,14 @@ class SearchFile(_Record):
     objective: str
     seeds: list[int]
     settings: dict[str, Any]
-    space: list[SearchKey]
-    trials: list[SearchTrial]
+    space: list[_SearchKey]
+    trials: list[_SearchTrial]
     importance: dict[str, float]
     best: int
-    default: DefaultTrial
+    default: _DefaultTrial
     same: bool
-    gain_on_validation: PairedDifference
-    test: SearchTest
+    gain_on_validation: _PairedDifference
+    test: _SearchTest
     seconds: float
 
     @model_validator(mode="after")

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tutelage.reports.formatting import ABSENT, bounds, count, duration, percent, percent_spread, points
-from tutelage.reports.overview import seeds_text
+from tutelage.reports.formatting import percent, value_text, values_text
 from tutelage.reports.plotting import (
     HEAT_SCALE,
     Figure,
@@ -19,13 +18,9 @@ from tutelage.reports.plotting import (
     scatter,
     short,
 )
-from tutelage.reports.results import value_text, values_text
 from tutelage.reports.run_files import SearchRecord
-from tutelage.reports.tables import Cell, Row, Table
 
 HEIGHT = 380
-
-STATES = {"finished": "finished", "pruned": "stopped early", "diverged": "diverged", "failed": "failed"}
 
 MARKERS = {
     "finished": {"color": "--distilled", "symbol": "circle", "size": 9, "opacity": 0.85},
@@ -40,56 +35,6 @@ LINES = {
     "finished": {"color": "--distilled", "width": 1},
     "chosen": {"color": "--term3", "width": 3},
 }
-
-
-def search_facts(search: Mapping[str, Any]) -> str:
-    """Objective, seeds and time."""
-    objective = search["objective"]
-    return (
-        f"{objective[:1].upper()}{objective[1:]}; {seeds_text(search['seeds']).lower()}; search seed "
-        f"{search['settings'].get('seed', 0)}; trials took {duration(search['seconds'])}."
-    )
-
-
-def recipe_table(record: SearchRecord) -> Table:
-    """The recipe before and after the search, and the gains."""
-    search, best = record.search, record.best_trial
-    keys, test = [key["key"] for key in search["space"]], search["test"]
-    columns = ["Recipe", "Validation", "Test, last", "Test, best", *keys]
-
-    def row(name: str, validation: float, which: str, values: Sequence[str]) -> Row:
-        return [name, percent(validation), *(percent_spread(test[which][w]) for w in ("last", "best")), *values]
-
-    own = [ABSENT if key["own"] is None else value_text(key["own"]) for key in search["space"]]
-    rows = [row("unchanged", search["default"]["validation"], "default", own)]
-    if not search["same"]:
-        values = [value_text(best["values"][key]) for key in keys]
-        rows.append(row(f"chosen: trial {best['number']}", best["validation"], "chosen", values))
-        gains = [search["gain_on_validation"], test["gain"]["last"], test["gain"]["best"]]
-        cells = [Cell(points(gain["mean"]), note=bounds(gain)) for gain in gains]
-        rows.append(["gain, points", *cells, *[""] * len(own)])
-    return Table("Results", columns, rows)
-
-
-def trial_table(record: SearchRecord) -> Table:
-    """Every trial."""
-    search, keys = record.search, [key["key"] for key in record.search["space"]]
-    rows = []
-    for trial in search["trials"]:
-        mark = " (chosen)" if trial["number"] == search["best"] else ""
-        mark += " (unchanged)" if trial["number"] == search["default"]["trial"] else ""
-        state = STATES.get(trial["state"], trial["state"]) + (f": {trial['why']}" if trial["why"] else "")
-        last = trial["evaluations"][-1] if trial["evaluations"] else None
-        validation = ABSENT if last is None else f"{percent(last)} at its end"
-        if trial["state"] == "finished":
-            validation = percent(trial["validation"])
-        rows.append([
-            f"{trial['number']}{mark}", *(value_text(trial["values"][key]) for key in keys),
-            validation, state,
-            count(len(trial["evaluations"])), duration(trial["seconds"]),
-        ])  # fmt: skip
-    columns = ["Trial", *keys, "Validation", "State", "Evaluations, first seed", "Time"]
-    return Table("Trials", columns, rows)
 
 
 def search_figures(record: SearchRecord) -> dict[str, Figure]:
