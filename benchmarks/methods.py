@@ -73,24 +73,24 @@ def measure(recipe: str, method: dict[str, Any] | None, steps: int) -> dict[str,
     from tutelage.config import load_recipe
     from tutelage.data import RankSlice
     from tutelage.engine.optim import build_optimizer
-    from tutelage.experiment.run import comparison, load_data
-    from tutelage.experiment.spec import prepare_student_and_method
+    from tutelage.experiment.prepare import build_teacher, prepare_student_and_method
+    from tutelage.experiment.recipe_source import load_data, recipe_spec
     from tutelage.methods import DistillationModule, SupervisedMethod
     from tutelage.progress import Terminal
     from tutelage.teachers import LiveTeacher
 
     overrides = [] if method is None else [f"method={json.dumps(method)}"]
     loaded = load_recipe(recipe, overrides)
-    c = comparison(loaded, load_data(loaded, Terminal(speaks=False)))
-    teacher = LiveTeacher(c.teacher())
-    student, taught = c.student(0), SupervisedMethod()
+    c = recipe_spec(loaded, load_data(loaded, Terminal(speaks=False)))
+    teacher = LiveTeacher(build_teacher(c))
+    student, taught = c.source.build_student(0), SupervisedMethod()
     if method is not None:
         student, taught = prepare_student_and_method(c, student, teacher.model, 0)  # type: ignore[assignment]
     module = DistillationModule(student, taught).train()
     optimizer = build_optimizer(module, loaded.train.optimizer)
     times: list[float] = []
     torch.manual_seed(0)
-    for micros in c.batches("distilled", 0).epoch(0, RankSlice()):
+    for micros in c.source.training_batches("distilled", 0).epoch(0, RankSlice()):
         start = time.perf_counter()
         (batch,) = micros
         signal = teacher.signal(batch, taught.needs) if taught.needs is not None else None

@@ -38,12 +38,15 @@ from tutelage.config import Recipe, dump_recipe, load_recipe
 from tutelage.data import Batch, ImageData, SequentialBatches
 from tutelage.engine import make_accelerator
 from tutelage.evaluation.statistics import paired, spread
-from tutelage.experiment.caching import fill, open_cache
+from tutelage.experiment.caching import open_recipe_cache
+from tutelage.experiment.fill_cache import fill_cache
 from tutelage.experiment.open_run import open_run_directory
-from tutelage.experiment.run import comparison, load_data
-from tutelage.experiment.spec import ExperimentSpec, RunContext, TeacherReferences
-from tutelage.experiment.teacher_setup import as_taught
-from tutelage.experiment.trainer import train_student
+from tutelage.experiment.prepare import build_teacher
+from tutelage.experiment.recipe_source import load_data, recipe_spec
+from tutelage.experiment.spec import ExperimentSpec, RunContext
+from tutelage.experiment.teacher_setup import ReferenceOutputs
+from tutelage.experiment.teachers import build_live_teacher
+from tutelage.experiment.trainer import TrainingTeacher, train_student
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher, Signal, Teacher
@@ -80,7 +83,7 @@ def recipe_of(args: argparse.Namespace, epochs: int) -> Recipe:
 
 
 @functools.cache
-def prepared(text: str, pilot: bool) -> tuple[ImageData, ExperimentSpec, LiveTeacher, TeacherReferences, RunContext]:
+def prepared(text: str, pilot: bool) -> tuple[ImageData, ExperimentSpec, LiveTeacher, ReferenceOutputs, RunContext]:
     """What the trainings of a process share, of a recipe written out."""
     import yaml
 
@@ -89,13 +92,17 @@ def prepared(text: str, pilot: bool) -> tuple[ImageData, ExperimentSpec, LiveTea
 
     recipe = build_recipe(yaml.safe_load(text))
     data = load_data(recipe, SILENT)
-    c = comparison(recipe, data)
-    c = replace(c, validation=None, test=c.validation if pilot and c.validation is not None else c.test)
+    c = recipe_spec(recipe, data)
+    evaluation = c.evaluation
+    test = evaluation.validation if pilot and evaluation.validation is not None else evaluation.test
+    c = replace(c, evaluation=replace(evaluation, validation=None, test=test))
     accelerator = make_accelerator(recipe.train.precision, [])
-    teacher = as_taught(c, c.teacher(), accelerator.device)
+    model = build_teacher(c)
+    assert model is not None
+    teacher = build_live_teacher(c, model, accelerator.device)
     assert isinstance(teacher, LiveTeacher)
     ctx = RunContext(accelerator, RunDirectory("."), SILENT)
-    return data, c, teacher, TeacherReferences(teacher, c.test, ctx), ctx
+    return data, c, teacher, ReferenceOutputs(teacher, test, ctx), ctx
 
 
 def train(args: argparse.Namespace, arm: str, epochs: int, seed: int) -> dict[str, Any]:
@@ -106,15 +113,15 @@ def train(args: argparse.Namespace, arm: str, epochs: int, seed: int) -> dict[st
     out = folder(args, arm, epochs, seed)
     text = dump_recipe(recipe) + f"arm: {arm}\nstudent_seed: {seed}\npilot: {args.pilot}\n"
     with open_run_directory(out, text, resume=(out / "config.yaml").exists(), main=True) as run:
-        ctx = replace(ctx, run=run)
+        ctx, classes = replace(ctx, run=run), len(data.classes)
         if arm == "baseline":
-            return train_student(c, ctx, "baseline", seed, teacher, teacher, references)
+            return train_student(c, ctx, "baseline", seed, TrainingTeacher(teacher, teacher, references), classes)
         asked: Teacher = (
-            open_cache(recipe, data, teacher, len(data.classes), c.method(), ctx.accelerator)
+            open_recipe_cache(recipe, data, teacher, classes, c.source.build_method(), ctx.accelerator)
             if arm == "same"
             else FixedLogits(MemoryTeacher(teacher, SequentialBatches(data.train), ctx.device))
         )
-        return train_student(c, ctx, "distilled", seed, asked, teacher, references)
+        return train_student(c, ctx, "distilled", seed, TrainingTeacher(teacher, asked, references), classes)
 
 
 def folder(args: argparse.Namespace, arm: str, epochs: int, seed: int) -> Path:
@@ -155,7 +162,7 @@ def main() -> None:
     if todo:
         torch.set_num_threads(args.jobs)
         if "same" in args.arms:
-            filled = fill(recipe_of(args, args.epochs[0]))
+            filled = fill_cache(recipe_of(args, args.epochs[0]))
             print(f"cache: {filled.rows:,} rows, {filled.computed:,} computed in {filled.seconds:.0f} s", flush=True)
         with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
             waiting = {pool.submit(train, args, *job): job for job in todo}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn, track
@@ -46,6 +46,12 @@ class Terminal:
         self.name, self.total, self.terms, self.validation = "", 0, "", ""
         self.shown = self.began = self.drawn = 0.0
         self.first = 0
+
+    def only_on(self, main_process: bool) -> Self:
+        """This terminal, silent unless in the main process."""
+        self.speaks = self.speaks and main_process
+        self.live = self.live and main_process
+        return self
 
     def say(self, text: str) -> None:
         """Print one line above the live one."""

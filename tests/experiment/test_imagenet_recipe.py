@@ -7,7 +7,7 @@ import torch
 
 from tutelage import api
 from tutelage.config import load_recipe
-from tutelage.experiment.run import load_data
+from tutelage.experiment.recipe_source import load_data
 from tutelage.models import load_model
 from tutelage.progress import Terminal
 from tutelage.taps import Needs, observe

@@ -19,7 +19,7 @@ from tutelage.engine import RunDirectory, make_accelerator
 from tutelage.errors import CapabilityError, Interrupted
 from tutelage.evaluation.statistics import paired
 from tutelage.experiment.compare import compare
-from tutelage.experiment.run import comparison, load_data
+from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.similarity import class_similarity
 from tutelage.experiment.spec import RunContext
 from tutelage.models import ModelSpec, build, load_model, save_model
@@ -182,7 +182,7 @@ def test_classes_in_another_order_are_refused_by_name(finished: api.RunResult, t
     card["classes"][3], card["classes"][5] = card["classes"][5], card["classes"][3]
     (tmp_path / "teacher" / "model.json").write_text(json.dumps(card))
     other = {"model": "mlp", "options": {"hidden": [64]}, "checkpoint": str(tmp_path / "teacher")}
-    with pytest.raises(CapabilityError, match="class 3 is '5' to the teacher and '3' in the data"):
+    with pytest.raises(CapabilityError, match="class 3 is '5' in the teacher and '3' in the data"):
         api.run(recipe(teacher=other), out=tmp_path / "run", terminal=Terminal(speaks=False))
 
 
@@ -300,7 +300,7 @@ def test_a_dumped_recipe_reads_back_the_same() -> None:
         assert build_recipe(yaml.safe_load(dump_recipe(loaded))) == loaded
 
 
-def test_a_stop_is_heeded_while_the_teacher_is_asked(tmp_path: Path) -> None:
+def test_a_stop_is_possible_while_teacher_outputs_are_computed(tmp_path: Path) -> None:
     recipe = build_recipe({
         "name": "t", "data": {"source": "digits", "limit": 600}, "teacher": {"model": "mlp", "train": {"epochs": 5}},
         "student": "mlp", "method": "logit", "train": {"epochs": 4, "batch_size": 32},
@@ -313,9 +313,9 @@ def test_a_stop_is_heeded_while_the_teacher_is_asked(tmp_path: Path) -> None:
         return (tmp_path / "models" / "teacher").exists()
 
     context = RunContext(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False), stop)
-    with pytest.raises(Interrupted, match="while the teacher was asked"):
-        compare(comparison(recipe, data), context)
+    with pytest.raises(Interrupted, match="while teacher outputs were computed"):
+        compare(recipe_spec(recipe, data), context)
     assert not (tmp_path / "models" / "baseline-seed0").exists()
     again = RunContext(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False))
-    summary = compare(comparison(recipe, data), again)
+    summary = compare(recipe_spec(recipe, data), again)
     assert summary["students"]["distilled"]["best"]["accuracy"]["mean"] > 0

@@ -18,8 +18,8 @@ from support import text_worlds
 from tutelage.config import build_recipe
 from tutelage.data import IGNORE, Batch
 from tutelage.data.tokens import tokenize
-from tutelage.experiment.continuations import continued, drawn, opening
-from tutelage.experiment.sample_predictions import PIXELS, Samples, collected, png, unseen
+from tutelage.experiment.continuations import generate_continuations, opening, select_rows
+from tutelage.experiment.sample_predictions import PIXELS, Samples, collect_samples, describe_image, png
 from tutelage.models import ModelSpec, build
 
 DIGITS: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_without_a_teacher_the_students_are_compared() -> None:
     torch.manual_seed(0)
     students = {"baseline": torch.nn.Linear(3, 4), "distilled": torch.nn.Linear(3, 4)}
     batch = Batch(torch.randn(20, 3), torch.randint(4, (20,)))
-    found = collected([batch], None, students, 5, torch.device("cpu")).as_json(unseen)
+    found = collect_samples([batch], None, students, 5, torch.device("cpu")).as_json(describe_image)
     assert (found["reference"], found["student"]) == ("baseline", "distilled")
     assert set(found["samples"][0]["logits"]) == {"baseline", "distilled"}
     assert "image" not in found["samples"][0]
@@ -107,7 +107,7 @@ def test_a_picture_holds_its_pixels() -> None:
     image = torch.arange(24).view(3, 2, 4) / 23
     assert decoded(png(image)).equal((image * 255).round().permute(1, 2, 0).long())
     assert decoded(png(torch.rand(1, 200, 100))).shape == (PIXELS, PIXELS // 2, 1)
-    assert decoded(unseen(Batch(torch.randn(1, 1, 5, 5), torch.zeros(1)))["image"]).aminmax() == (0, 255)
+    assert decoded(describe_image(Batch(torch.randn(1, 1, 5, 5), torch.zeros(1)))["image"]).aminmax() == (0, 255)
 
 
 def test_a_run_keeps_samples_and_a_resumed_one_the_same(tmp_path: Path) -> None:
@@ -194,14 +194,16 @@ def test_of_a_text_the_first_tokens_are_gone_on_with() -> None:
     assert 1 <= len(found.prompt) < len(found.rest)
     nothing = [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "Yes."}]
     assert opening(rows_of([nothing])[0]) is None
-    assert len(drawn(rows_of([nothing, text, "Ben has"]), 8)) == 2
+    assert len(select_rows(rows_of([nothing, text, "Ben has"]), 8)) == 2
 
 
 def test_models_write_their_likeliest_tokens(model: Path) -> None:
     network: Any = build(ModelSpec(f"hf:{model}", task="causal")).eval()
     cutter = worlds.tokenizer()
-    rows = drawn(rows_of(worlds.texts(20)), 3)
-    found = continued({"teacher": (network, cutter), "distilled": (network, cutter)}, rows, 5, torch.device("cpu"))
+    rows = select_rows(rows_of(worlds.texts(20)), 3)
+    found = generate_continuations(
+        {"teacher": (network, cutter), "distilled": (network, cutter)}, rows, 5, torch.device("cpu")
+    )
     assert len(found) == 3
     for row, text in zip(rows, found, strict=True):
         one = opening(row)

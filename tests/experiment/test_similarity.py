@@ -80,7 +80,7 @@ def test_positions_that_do_not_count_are_not_seen():
 def test_the_file_holds_the_upper_triangle(tmp_path):
     seen = Similarities()
     seen.add(z := logits(3, 30, 4))
-    seen.keep(RunDirectory(tmp_path), "teacher")
+    seen.write(RunDirectory(tmp_path), "teacher")
     kept = json.loads((tmp_path / "similarity" / "teacher.json").read_text())
     assert (kept["classes"], kept["n"], list(kept["sim"])) == (4, 30, [str(t) for t in TEMPERATURES])
     sim = class_similarity(z, 8).tolist()
@@ -90,7 +90,7 @@ def test_the_file_holds_the_upper_triangle(tmp_path):
 def test_a_vocabulary_is_not_kept_and_the_file_says_how_large_it_was(tmp_path):
     seen = Similarities()
     seen.add(torch.zeros(2, MOST_CLASSES + 1))
-    seen.keep(RunDirectory(tmp_path), "teacher")
+    seen.write(RunDirectory(tmp_path), "teacher")
     kept = json.loads((tmp_path / "similarity" / "teacher.json").read_text())
     assert kept == {"classes": MOST_CLASSES + 1, "n": 2, "sim": {}}
     assert seen.sums == {}
@@ -99,5 +99,5 @@ def test_a_vocabulary_is_not_kept_and_the_file_says_how_large_it_was(tmp_path):
 def test_only_the_writing_process_writes(tmp_path):
     seen = Similarities()
     seen.add(logits(3, 3, 4))
-    seen.keep(RunDirectory(tmp_path, writes=False), "teacher")
+    seen.write(RunDirectory(tmp_path, writes=False), "teacher")
     assert list(tmp_path.iterdir()) == []

@@ -148,7 +148,7 @@ def test_splits_that_are_there_are_used(tmp_path: Path) -> None:
 def test_few_images_get_splits_that_hold_every_class(tmp_path: Path) -> None:
     folder, recipe = pictures(tmp_path / "few", count=5), tmp_path / "my.yaml"
     assert init("--data", str(folder), "--out", str(recipe)) == 0
-    from tutelage.experiment.run import load_data
+    from tutelage.experiment.recipe_source import load_data
 
     data = load_data(load_recipe(recipe), Terminal(speaks=False))
     for split in (data.train, data.validation, data.test):

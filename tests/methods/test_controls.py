@@ -21,7 +21,7 @@ from tutelage.cli.taps_survey import survey_recipe
 from tutelage.config import METHOD_KINDS, build_recipe, load_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError
-from tutelage.experiment.caching import fill
+from tutelage.experiment.fill_cache import fill_cache
 from tutelage.methods import METHODS, LogitMethod, SupervisedMethod, TeacherFreeMethod
 from tutelage.progress import Terminal
 from tutelage.reports import final_table, verdict, write_report
@@ -107,8 +107,8 @@ def test_a_control_runs_with_any_recipe(other: str, tmp_path: Path, monkeypatch:
 
 def test_a_cache_for_a_method_that_asks_nothing_is_refused(tmp_path: Path) -> None:
     teacher = {"model": "mlp", "trained": True, "options": {"hidden": [32]}}
-    with pytest.raises(CapabilityError, match="asks the teacher for nothing"):
-        fill(recipe("supervised", teacher=teacher), out=tmp_path / "cache", terminal=SILENT)
+    with pytest.raises(CapabilityError, match="uses no teacher outputs"):
+        fill_cache(recipe("supervised", teacher=teacher), out=tmp_path / "cache", terminal=SILENT)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_doctor_taps_and_cache_without_a_teacher(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no teacher"):
         survey_recipe(asked, ("teacher",), SILENT)
     with pytest.raises(ConfigError, match="has no teacher"):
-        fill(asked, out=tmp_path / "cache", terminal=SILENT)
+        fill_cache(asked, out=tmp_path / "cache", terminal=SILENT)
 
 
 def test_distill_without_a_teacher(tmp_path: Path) -> None:

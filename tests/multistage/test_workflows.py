@@ -20,7 +20,7 @@ from tutelage.config import build_recipe
 from tutelage.data import ImageData, SequentialBatches
 from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate
-from tutelage.experiment.run import build_model, load_data, model_spec
+from tutelage.experiment.recipe_source import build_model, load_data
 from tutelage.models import load_weights
 from tutelage.multistage.assistants import choose_assistants, count_assistants
 from tutelage.multistage.born_again import generation_seed
@@ -95,7 +95,7 @@ def test_the_ensemble_is_the_mean_of_the_generations_probabilities(generations: 
     folders = [
         generations / f"stages/seed0/generation-{n}/models/distilled-seed{generation_seed(0, n)}" for n in (0, 1, 2)
     ]
-    models = [build_model(asked.student, model_spec(asked.student, data), data, 0) for _ in folders]
+    models = [build_model(asked.student, data, 0) for _ in folders]
     for model, folder in zip(models, folders, strict=True):
         load_weights(model.eval(), folder)
     right = total = 0
@@ -113,7 +113,7 @@ def test_the_student_is_the_last_generation_that_validation_prefers(generations:
     chosen_seed = max((0, 1), key=lambda s: last["validation"]["values"][s])
     asked = recipe(workflow="born-again")
     data = load_data(asked, silent())
-    model = build_model(asked.student, model_spec(asked.student, data), data, 0)
+    model = build_model(asked.student, data, 0)
     load_weights(model, generations / "student")
     found = evaluate(model, SequentialBatches(data.test), torch.device("cpu"))["accuracy"]
     assert found == last["best"]["accuracy"]["values"][chosen_seed]

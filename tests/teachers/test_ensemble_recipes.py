@@ -247,7 +247,7 @@ def test_members_that_name_a_class_differently_are_refused() -> None:
     names = [f"class {i}" for i in range(10)]
     swapped = [names[1], names[0], *names[2:]]
     for classes in (None, names):
-        with pytest.raises(CapabilityError, match="class 0 is 'class 0' to teacher-0 and 'class 1' to teacher-1"):
+        with pytest.raises(CapabilityError, match="class 0 is 'class 0' in teacher-0 and 'class 1' in teacher-1"):
             tutelage.distill(
                 [Labelled(names), Labelled(swapped)], network(3), loader(), eval_data=loader(), classes=classes,
                 epochs=1, verbose=False,

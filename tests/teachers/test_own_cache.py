@@ -160,7 +160,7 @@ def constant(raw: Any) -> Batch:
 @pytest.mark.parametrize(
     ("loader", "more", "error", "says"),
     [
-        (lambda d: DataLoader(d, 16), {}, CapabilityError, r"the loader's batches have none\n.*IndexedDataset"),
+        (lambda d: DataLoader(d, 16), {}, CapabilityError, r"the loader's batches have no ids\n.*IndexedDataset"),
         (lambda d: DataLoader(Noisy(d), 16), {}, CapabilityError, "does not always look the same: the loader augm"),
         (lambda d: DataLoader(d, 16), {"to_batch": constant}, CapabilityError, "two samples have this id"),
         (lambda d: DataLoader(IndexedDataset(d), 16), {"to_batch": with_views}, CapabilityError, "are augmented"),
@@ -170,13 +170,13 @@ def constant(raw: Any) -> Batch:
             lambda d: DataLoader(IndexedDataset(d), 16),
             {"inference": {"overlap": True}},
             ConfigError,
-            "asked neither ahead",
+            "neither prefetched",
         ),
         (
             lambda d: DataLoader(IndexedDataset(d), 16),
             {"inference": {"sharded": True}},
             ConfigError,
-            "nor by all processes",
+            "nor computed by all processes",
         ),
         (
             lambda d: DataLoader(IndexedDataset(d), 16),

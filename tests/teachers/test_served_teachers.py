@@ -24,7 +24,7 @@ from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CacheError, CapabilityError, ConfigError, EndpointError
-from tutelage.experiment.caching import fill
+from tutelage.experiment.fill_cache import fill_cache
 from tutelage.methods import METHODS, check_capabilities, prepare_method
 from tutelage.taps import Needs, observe
 from tutelage.teachers import RemoteTeacher
@@ -276,12 +276,12 @@ def test_a_cache_asks_for_each_text_once_and_goes_on_where_a_server_died(
     built_recipe = build_recipe(cached)
     server.faults[:] = [None] * 13 + [servers.dies] * 500
     with pytest.raises(EndpointError, match=r"(?s)cannot be reached.*run the same command again"):
-        fill(built_recipe)
+        fill_cache(built_recipe)
     kept = inspect_cache(tmp_path / "cache")["rows"]
     assert kept == 12  # of three batches
     server.faults.clear()
     server.asked.clear()
-    found = fill(built_recipe)
+    found = fill_cache(built_recipe)
     assert found.rows == kept + found.computed == 29
     before = len(server.asked)
     whole = tutelage.run(built_recipe, out=tmp_path / "run")
@@ -326,13 +326,13 @@ def test_a_cache_of_another_server_or_another_k_is_refused(
     monkeypatch.chdir(tmp_path)
     cached = recipe(server, folder)
     cached["teacher"]["cache"] = "cache"
-    fill(build_recipe(cached))
+    fill_cache(build_recipe(cached))
     cached["teacher"]["endpoint"]["k"] = K - 1
     with pytest.raises(CacheError, match=r"stored\.k"):
-        fill(build_recipe(cached))
+        fill_cache(build_recipe(cached))
     cached["teacher"]["endpoint"] = {"url": server.url, "k": K, "kind": "llama.cpp"}
     with pytest.raises(CacheError, match="served"):
-        fill(build_recipe(cached))
+        fill_cache(build_recipe(cached))
     cached["teacher"]["cache"] = {"keep": "sampled"}
     with pytest.raises(ConfigError, match="keeps what it says"):
         build_recipe(cached)

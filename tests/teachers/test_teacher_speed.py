@@ -428,15 +428,16 @@ def test_members_take_their_speed_from_the_teacher_unless_they_have_one(tmp_path
     member = {"model": "mlp", "options": {"hidden": [24]}}
     given["teacher"] = {"members": [member, {**member, "inference": {"dtype": "bf16"}}],
                         "inference": {"dtype": "int8", "batch_size": 9, "overlap": True}}  # fmt: skip
-    from tutelage.experiment.run import comparison, load_data
+    from tutelage.experiment.recipe_source import load_data, recipe_spec
 
     loaded = build_recipe(given)
-    c = comparison(loaded, load_data(loaded, Terminal(speaks=False)))
-    assert c.ensemble is not None
-    assert [dict(m.inference) for m in c.ensemble.members] == [
+    teacher = recipe_spec(loaded, load_data(loaded, Terminal(speaks=False))).teacher
+    assert teacher is not None
+    assert teacher.ensemble is not None
+    assert [dict(m.inference) for m in teacher.members] == [
         {"dtype": "int8", "batch_size": 9}, {"dtype": "bf16", "batch_size": 9},
     ]  # fmt: skip
-    assert c.prefetch == "overlap"
+    assert teacher.prefetch == "overlap"
 
 
 def test_distill_takes_a_speed(tmp_path: Path) -> None:

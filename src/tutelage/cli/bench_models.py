@@ -22,7 +22,7 @@ from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.evaluation import evaluate
 from tutelage.experiment.export_student import CALIBRATION
 from tutelage.experiment.measure import parameters
-from tutelage.experiment.run import facts_of, model_spec, teacher_member
+from tutelage.experiment.recipe_source import RecipeSource, data_card, model_spec
 from tutelage.experiment.run_artifacts import SavedModel, find, one_side, rows_of, whole_test
 from tutelage.export.bundle import Inputs, named_inputs
 from tutelage.export.check import random_inputs
@@ -237,8 +237,7 @@ def _teacher(of: SavedModel, data: Data | None, name: str) -> BenchModel | None:
     if recipe.teacher.members is not None or recipe.teacher.endpoint is not None or recipe.workflow is not None:
         of.terminal.say(f"note: the teacher of {run} is not one local model, and is not measured")
         return None
-    member = teacher_member(recipe, recipe.teacher, 0, data, facts_of(data))
-    model = member.model()
+    model = RecipeSource(recipe, data).build_teacher(0)
     if (run / "models" / "teacher").is_dir():
         load_weights(model, run / "models" / "teacher")
     spec = model_spec(recipe.teacher.each[0], data)
@@ -249,7 +248,7 @@ def _teacher(of: SavedModel, data: Data | None, name: str) -> BenchModel | None:
         name, "teacher", model.cpu().eval(), bundle.task,
         input_names(model, bundle.task, bundle.tokenizer), data, bundle.preprocessing,
         len(bundle.tokenizer) if bundle.tokenizer is not None else 0,
-        {"spec": spec.to_dict(), **facts_of(data)}, value, reads="teacher",
+        {"spec": spec.to_dict(), **data_card(data)}, value, reads="teacher",
     )  # fmt: skip
 
 

@@ -20,11 +20,19 @@ from tutelage.errors import DataError, TutelageError
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.checks import check_labels, check_output, check_separate
 from tutelage.experiment.measure import parameters
-from tutelage.experiment.run import ONE_VIEW, comparison, load_data
-from tutelage.experiment.spec import ExperimentSpec, model_of, prepare_student_and_method, taught_on
-from tutelage.experiment.teacher_setup import as_taught, is_taught, open_remote_teacher
-from tutelage.experiment.teachers import ModelTeacher
-from tutelage.experiment.trainer import get_signal
+from tutelage.experiment.prepare import (
+    bind_teacher,
+    build_teacher,
+    get_signal,
+    model_of,
+    needs_teacher,
+    prepare_student_and_method,
+    training_batches,
+)
+from tutelage.experiment.recipe_source import ONE_VIEW, load_data, recipe_spec
+from tutelage.experiment.spec import ExperimentSpec, ModelTeacher
+from tutelage.experiment.teacher_setup import open_remote_teacher
+from tutelage.experiment.teachers import build_live_teacher
 from tutelage.methods import Method, check_capabilities
 from tutelage.methods.base import DistillationModule
 from tutelage.multistage.run import first_stage
@@ -80,29 +88,29 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> Findings:
     terminal, recipe = terminal or Terminal(), first_stage(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_data(recipe, terminal)
-    c = comparison(recipe, data)
+    spec = recipe_spec(recipe, data)
     findings = Findings()
     check_data(findings, recipe, data)
-    untrained = None if c.teacher is None else c.teacher()
-    c = c.beside(untrained)
-    student = c.student(recipe.seeds[0]).to(device)
-    teacher = None if untrained is None else as_taught(c, untrained, device, learned=False)
-    check_models(findings, c, data, teacher, student, device)
+    untrained = build_teacher(spec)
+    spec = bind_teacher(spec, untrained)
+    student = spec.source.build_student(recipe.seeds[0]).to(device)
+    teacher = None if untrained is None else build_live_teacher(spec, untrained, device, fit_weights=False)
+    check_models(findings, spec, data, teacher, student, device)
     if findings.has_errors:
         return findings
     try:
-        student, method = prepare_student_and_method(c, student, model_of(teacher), recipe.seeds[0])
+        student, method = prepare_student_and_method(spec, student, model_of(teacher), recipe.seeds[0])
         student.to(device)
         method.to(device)
     except TutelageError as error:
         findings.add("bad", "method", str(error).partition("\n")[0], error.remedy)
         return findings
     findings.add("ok", "method", f"loss = {method.formula()}")
-    if c.remote_teacher is not None:  # a server gets a few requests and no training steps
-        classes = check_output(c, device, student, "student")
+    if spec.teacher is not None and spec.teacher.is_remote:  # a server gets a few requests and no training steps
+        classes = check_output(spec, device, student, "student")
 
         def connect() -> None:
-            with open_remote_teacher(c, terminal, method, classes):
+            with open_remote_teacher(spec, terminal, method, classes):
                 pass
 
         findings.check(
@@ -115,12 +123,12 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> Findings:
     else:
         check_capacity(findings, parameters(student), parameters(teacher.model))
         if all(member.train is None for member in recipe.teacher.each):
-            check_teacher_quality(findings, c, teacher, device, len(data.classes) or None)
+            check_teacher_quality(findings, spec, teacher, device, len(data.classes) or None)
         else:
             findings.add("ok", "teacher", "has no weights yet: the run trains it first, then compares it with chance")
     if not findings.has_errors:
         try:
-            check_steps(findings, recipe, c, data, DistillationModule(student, method), teacher, device)
+            check_steps(findings, recipe, spec, data, DistillationModule(student, method), teacher, device)
         except TutelageError as error:
             findings.add_error("one batch", error)
     return findings
@@ -189,7 +197,7 @@ def check_images(findings: Findings, data: ImageData, x: Any) -> None:
 
 def check_models(
     findings: Findings,
-    c: ExperimentSpec,
+    spec: ExperimentSpec,
     data: Data,
     teacher: ModelTeacher | None,
     student: nn.Module,
@@ -197,13 +205,13 @@ def check_models(
 ) -> None:
     """Check the label maps, and run every model on a batch."""
     text = f"{len(data.classes)} classes, the same for data, teacher and student"
-    findings.check("label map", text, lambda: check_labels(c, model_of(teacher), student))
+    findings.check("label map", text, lambda: check_labels(spec, model_of(teacher), student))
     models = {} if teacher is None else {"teacher": teacher.model}
-    if c.ensemble is not None and teacher is not None:
-        models = {m.name: x for m, x in zip(c.ensemble.members, list(teacher.model.children()), strict=True)}
+    if spec.teacher is not None and spec.teacher.ensemble is not None and teacher is not None:
+        models = {m.name: x for m, x in zip(spec.teacher.members, list(teacher.model.children()), strict=True)}
     text = f"takes the {_samples_of(data)}" + (f" and scores {len(data.classes)} classes" if data.classes else "")
     for who, model in {**models, "student": student}.items():
-        findings.check(who, text, partial(check_output, c, device, model, who))
+        findings.check(who, text, partial(check_output, spec, device, model, who))
 
 
 def check_method(
@@ -215,7 +223,9 @@ def check_method(
         findings.check("separation", "teacher and student share no weight", lambda: check_separate(model, student))
     findings.check(
         "capabilities",
-        f"the teacher gives what {recipe.method.kind} needs" if is_taught(method) else "the method needs no teacher",
+        f"the teacher gives what {recipe.method.kind} needs"
+        if needs_teacher(method)
+        else "the method needs no teacher",
         lambda: check_capabilities(method, teacher),
     )
     if recipe.data.views == 1:
@@ -248,11 +258,13 @@ def check_capacity(findings: Findings, student: int, teacher: int) -> None:
 
 
 def check_teacher_quality(
-    findings: Findings, c: ExperimentSpec, teacher: Teacher, device: torch.device, classes: int | None
+    findings: Findings, spec: ExperimentSpec, teacher: Teacher, device: torch.device, classes: int | None
 ) -> None:
     """Evaluate the teacher on validation; compare a classifier with chance."""
-    scores = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, device)
-    text = f"validation {c.metric} {scores[c.metric]:.1%}, loss {scores['loss']:.3f}"
+    evaluation, metric = spec.evaluation, spec.evaluation.metric
+    split = evaluation.validation if evaluation.validation is not None else evaluation.test
+    scores = evaluate_teacher(teacher, split, device)
+    text = f"validation {metric} {scores[metric]:.1%}, loss {scores['loss']:.3f}"
     if "ece" in scores:
         text += f", ECE {scores['ece']:.3f}"
     if classes is not None and "ece" in scores and scores["accuracy"] <= 1 / classes:
@@ -265,7 +277,7 @@ def check_teacher_quality(
 def check_steps(
     findings: Findings,
     recipe: Recipe,
-    c: ExperimentSpec,
+    spec: ExperimentSpec,
     data: Data,
     module: DistillationModule,
     teacher: ModelTeacher | None,
@@ -273,9 +285,9 @@ def check_steps(
 ) -> None:
     """Run three optimizer steps on a throw-away student; check the terms, report time and memory."""
     config = recipe.train
-    batches = taught_on(c, module.method, recipe.seeds[0])
+    batches = training_batches(spec, module.method, recipe.seeds[0])
     optimizer = build_optimizer(module, config.optimizer)
-    epoch = c.batches("distilled", recipe.seeds[0]).steps_per_epoch
+    epoch = spec.source.training_batches("distilled", recipe.seeds[0]).steps_per_epoch
     total = config.steps or (config.epochs or 1) * epoch
     build_schedule(optimizer, config.schedule, total, epoch)
     module.train()

@@ -87,18 +87,18 @@ def cache(
     if what in CACHE_ACTIONS:
         if len(rest or []) != 1 or out is not None:
             raise ConfigError(f"tutelage cache {what} takes one folder", remedy=f"tutelage cache {what} DIR")
-        from tutelage.experiment.caching import compacted, described, verified
+        from tutelage.experiment.fill_cache import cache_compaction, cache_description, cache_verification
 
-        action = {"verify": verified, "info": described, "compact": compacted}[what]
+        action = {"verify": cache_verification, "info": cache_description, "compact": cache_compaction}[what]
         say(action(Path((rest or [])[0])))
         return
     from tutelage.config import load_recipe
 
     loaded = load_recipe(what, rest or [])
     from tutelage.api import leave
-    from tutelage.experiment.caching import fill
+    from tutelage.experiment.fill_cache import fill_cache
 
-    filled = fill(loaded, out=out)
+    filled = fill_cache(loaded, out=out)
     rate = filled.computed / filled.seconds if filled.seconds else 0.0
     say(
         f"{filled.path}: {filled.rows:,} rows, {filled.computed:,} of them computed now in {filled.seconds:.0f} s "

@@ -14,7 +14,8 @@ from tutelage.config import Recipe
 from tutelage.data import Batch
 from tutelage.errors import ConfigError, ModelError, first_line
 from tutelage.experiment.measure import parameters
-from tutelage.experiment.run import comparison, load_data
+from tutelage.experiment.prepare import build_teacher
+from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.models import ModelSpec, build, load_model
 from tutelage.models.files import read_card
 from tutelage.progress import Terminal
@@ -150,15 +151,17 @@ def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | Non
         TutelageError: the data or a model cannot be loaded.
     """
     data = load_data(recipe, terminal or Terminal())
-    c = comparison(recipe, data)
-    example = next(iter(c.test)).rows(0, ROWS)
+    spec = recipe_spec(recipe, data)
+    example = next(iter(spec.evaluation.test)).rows(0, ROWS)
     surveys = {}
     where = f" ({recipe.data.source})"
     if "student" in who:
-        surveys["student"] = survey(c.student(recipe.seeds[0]), example, f"student: {recipe.student.model}", where)
-    if "teacher" in who and recipe.teacher is not None and c.teacher is not None:
+        student = spec.source.build_student(recipe.seeds[0])
+        surveys["student"] = survey(student, example, f"student: {recipe.student.model}", where)
+    teacher = build_teacher(spec) if "teacher" in who else None
+    if recipe.teacher is not None and teacher is not None:
         what = recipe.teacher.model or f"ensemble of {len(recipe.teacher.each)}"
-        surveys["teacher"] = survey(c.teacher(), example.for_teacher(), f"teacher: {what}", where)
+        surveys["teacher"] = survey(teacher, example.for_teacher(), f"teacher: {what}", where)
     if not surveys:
         raise ConfigError("the recipe has no teacher", where="teacher", remedy="use --of student")
     return [surveys[name] for name in who if name in surveys]

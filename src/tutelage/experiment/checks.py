@@ -1,4 +1,4 @@
-"""What is checked of a comparison before anything is trained."""
+"""Checks of an experiment before training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import nn
 from tutelage.engine import Accelerator, slow_bf16
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
-from tutelage.experiment.spec import ExperimentSpec, RunContext, example_of
-from tutelage.experiment.teachers import Member, check_agree
-from tutelage.experiment.trainer import get_signal
+from tutelage.experiment.prepare import all_methods, example_of, get_signal
+from tutelage.experiment.spec import ExperimentSpec, RunContext
 from tutelage.methods import DistillationModule, Method, check_task
 from tutelage.models import label_names
 from tutelage.progress import Terminal
@@ -22,37 +21,35 @@ from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers import Ensemble, LiveTeacher, Teacher
 
 
-def check_teachers(c: ExperimentSpec, device: torch.device, teacher: nn.Module) -> None:
-    """:func:`check_output` of the teacher, or of each member by its name, and whether it can run as it is to run."""
-    assert c.teacher is not None
-    single = Member("teacher", c.teacher, c.train_teacher, inference=c.inference)
-    members = [single] if c.ensemble is None else c.ensemble.members
-    models = list(teacher.children()) if isinstance(teacher, Ensemble) else [teacher]
-    if c.inference.get("sharded"):  # whole in main memory alone
-        device = torch.device("cpu")
-    for member, model in zip(members, models, strict=True):
-        check_output(c, device, model, member.name)
-        if any(m.train is not None for m in members):  # before hours of training; a copy, for it is frozen
-            LiveTeacher(copy.deepcopy(model), mode=c.teacher_mode, **member.inference)
+def check_teachers(spec: ExperimentSpec, device: torch.device, model: nn.Module) -> None:
+    """:func:`check_output` of the teacher or of each member, and whether it can run with its options."""
+    teacher = spec.teacher
+    assert teacher is not None
+    models = list(model.children()) if isinstance(model, Ensemble) else [model]
+    for member, one in zip(teacher.members, models, strict=True):
+        # A sharded model is in one piece in main memory only.
+        check_output(spec, torch.device("cpu") if member.inference.get("sharded") else device, one, member.name)
+        if teacher.is_trained_first:  # before hours of training; a copy, because LiveTeacher freezes its model
+            LiveTeacher(copy.deepcopy(one), mode=teacher.mode, **member.inference)
 
 
-def check_output(c: ExperimentSpec, device: torch.device, model: nn.Module, who: str) -> int:
-    """Run ``model`` on two samples, so that a misfit with the data shows before anything is trained.
+def check_output(spec: ExperimentSpec, device: torch.device, model: nn.Module, who: str) -> int:
+    """Run ``model`` on two samples, so that a misfit with the data shows before training.
 
     Returns:
-        How many classes it scores.
+        The number of classes that it scores.
 
     Raises:
-        DataError: there is nothing to evaluate on.
+        DataError: the test split is empty.
         CapabilityError: the model cannot take the inputs, or scores another number of classes.
         NumericsError: its logits are not finite.
     """
-    whole = next(iter(c.test), None)
-    if whole is None:
+    full = next(iter(spec.evaluation.test), None)
+    if full is None:
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
     if who.startswith("teacher"):
-        whole = whole.for_teacher()
-    batch = whole.rows(0, 2).to(device)
+        full = full.for_teacher()
+    batch = full.rows(0, 2).to(device)
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {"inputs": batch.inputs}
     model.to(device).eval()
     try:
@@ -73,13 +70,14 @@ def check_output(c: ExperimentSpec, device: torch.device, model: nn.Module, who:
             f"the {who}'s logits are {tuple(logits.shape)} where the labels are {tuple(batch.labels.shape)}",
             remedy="labels are class indices, one for each row of logits (or each token)",
         )
-    if c.classes and classes != len(c.classes):
+    names = spec.evaluation.classes
+    if names and classes != len(names):
         raise CapabilityError(
-            f"the {who} scores {classes} classes, the data has {len(c.classes)}", remedy="set its number of classes"
+            f"the {who} scores {classes} classes, the data has {len(names)}", remedy="set its number of classes"
         )
-    if batch.task == "classes" and whole.labels.numel() and int(whole.labels.max()) >= classes:
+    if batch.task == "classes" and full.labels.numel() and int(full.labels.max()) >= classes:
         raise CapabilityError(
-            f"the data has a label {int(whole.labels.max())}, the {who} scores classes 0 to {classes - 1}",
+            f"the data has a label {int(full.labels.max())}, the {who} scores classes 0 to {classes - 1}",
             remedy="set its number of classes",
         )
     if not bool(torch.isfinite(logits).all()):
@@ -87,28 +85,32 @@ def check_output(c: ExperimentSpec, device: torch.device, model: nn.Module, who:
     return int(classes)
 
 
-def check_written(c: ExperimentSpec, method: Method) -> None:
-    """Raise :class:`CapabilityError` where the student writes what the teacher is to have been asked before."""
-    for given, where in ((c.cache, "teacher.cache"), (c.prefetch, "teacher.inference.overlap")):
-        if method.generates_batches and given is not None:
+def check_generates(spec: ExperimentSpec, method: Method) -> None:
+    """Raise :class:`CapabilityError` when outputs are cached or prefetched for texts that the student generates."""
+    teacher = spec.teacher
+    if teacher is None or not method.generates_batches:
+        return
+    for option, where in ((teacher.cache, "teacher.cache"), (teacher.prefetch, "teacher.inference.overlap")):
+        if option is not None:
             raise CapabilityError(
-                f"{type(method).__name__} asks the teacher about what the student has just written, "
-                "which nobody knows ahead",
+                f"{type(method).__name__} trains on texts that the student generates during training; "
+                "their teacher outputs cannot be computed ahead",
                 where=where,
-                remedy="leave it out, or learn from the data alone, with kind: token",
+                remedy="leave it out, or train on the data, with kind: token",
             )
 
 
-def check_optimizer(c: ExperimentSpec, student: nn.Module, method: Method) -> None:
+def check_optimizer(spec: ExperimentSpec, student: nn.Module, method: Method) -> None:
     """Raise :class:`ConfigError` when the optimizer or the schedule refuses an option."""
-    optimizer = build_optimizer(DistillationModule(student, method), c.config.optimizer)
-    schedule = build_schedule(optimizer, c.config.schedule, 1, 1)
+    config = spec.train.schedule
+    optimizer = build_optimizer(DistillationModule(student, method), spec.train.optimizer)
+    schedule = build_schedule(optimizer, config, 1, 1)
     try:
         optimizer.step()  # nothing has a gradient, so nothing moves
         schedule.step()
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(
-            f"train.schedule: {c.config.schedule.kind} with {c.config.schedule.options}: {error}",
+            f"train.schedule: {config.kind} with {config.options}: {error}",
             remedy="see docs/recipes.md for the values it takes",
         ) from None
 
@@ -125,71 +127,77 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def check_labels(c: ExperimentSpec, teacher: nn.Module | None, student: nn.Module) -> None:
+def check_labels(spec: ExperimentSpec, teacher: nn.Module | None, student: nn.Module) -> None:
     """Raise :class:`CapabilityError` when class names differ between data, teacher or its members, and student."""
-    carried = {}
+    known: dict[str, list[str] | None] = {}
     if teacher is not None:
-        carried["teacher"] = c.teacher_card.get("loaded_classes") or label_names(teacher)
-    if c.ensemble is not None and isinstance(teacher, Ensemble):
-        carried = {
-            member.name: member.card.get("loaded_classes") or label_names(model)
-            for member, model in zip(c.ensemble.members, teacher, strict=True)
-        }
-        check_agree(carried)
-    if not c.classes:
+        assert spec.teacher is not None
+        models = list(teacher) if isinstance(teacher, Ensemble) else [teacher]
+        for member, model in zip(spec.teacher.members, models, strict=True):
+            known[member.name] = member.card.get("loaded_classes") or label_names(model)
+    named = [(who, names) for who, names in known.items() if names is not None]
+    for who, names in named[1:]:
+        first, others = named[0]
+        if names != others:
+            raise CapabilityError(
+                _first_difference(first, others, who, names),
+                where="label map",
+                remedy="the members of an ensemble score the same classes in the same order",
+            )
+    classes = spec.evaluation.classes
+    if not classes:
         return
-    carried["student"] = label_names(student)
-    for who, names in carried.items():
-        if names is None or names == c.classes:
-            continue
-        if len(names) != len(c.classes):
-            what = f"the {who} knows {len(names)} classes, the data {len(c.classes)}"
-        else:
-            i = next(i for i, (a, b) in enumerate(zip(names, c.classes, strict=True)) if a != b)
-            what = f"class {i} is {names[i]!r} to the {who} and {c.classes[i]!r} in the data"
-        same = sorted(names) == sorted(c.classes)
-        raise CapabilityError(
-            what,
-            where="label map",
-            remedy="the classes are the same in another order: set data.classes to the teacher's order"
-            if same
-            else f"use a {who} for these classes",
-        )
+    for who, own in [*known.items(), ("student", label_names(student))]:
+        if own is not None and own != classes:
+            raise CapabilityError(
+                _first_difference(f"the {who}", own, "the data", classes),
+                where="label map",
+                remedy="the classes are the same in another order: set data.classes to the teacher's order"
+                if sorted(own) == sorted(classes)
+                else f"use a {who} for these classes",
+            )
 
 
-def check_taught(scores: dict[str, Any], classes: int, ctx: RunContext) -> None:
-    """Raise :class:`CapabilityError` when the teacher does worse than chance; warn when hardly better."""
+def _first_difference(who: str, names: list[str], other: str, others: list[str]) -> str:
+    if len(names) != len(others):
+        return f"{who} has {len(names)} classes, {other} has {len(others)}"
+    i = next(i for i, (a, b) in enumerate(zip(names, others, strict=True)) if a != b)
+    return f"class {i} is {names[i]!r} in {who} and {others[i]!r} in {other}"
+
+
+def check_better_than_chance(scores: dict[str, Any], classes: int, ctx: RunContext) -> None:
+    """Raise :class:`CapabilityError` when the teacher is worse than chance; warn when it is hardly better."""
     n, accuracy, chance = scores["n"], scores["accuracy"], 1.0 / classes
     if n == 0:
         return
     noise = 3 * math.sqrt(chance * (1 - chance) / n)
-    shown = f"the teacher's accuracy on the evaluation data is {accuracy:.1%}, chance is {chance:.1%}"
-    if accuracy < chance and n * chance >= 3:  # below, chance itself would often get none right
+    text = f"the teacher's accuracy on the evaluation data is {accuracy:.1%}, chance is {chance:.1%}"
+    if accuracy < chance and n * chance >= 3:  # with fewer samples, chance itself often gets none right
         raise CapabilityError(
-            shown,
+            text,
             remedy="a student can only learn its mistakes: check the checkpoint, the label order and the "
             "preprocessing (data.mean, data.std, data.size)",
         )
     if accuracy < chance + noise:
-        ctx.terminal.say(f"warning: {shown} ({n} samples); it has hardly anything to teach")
+        ctx.terminal.say(f"warning: {text} ({n} samples); it has hardly anything to teach")
 
 
 def warn_of_precision(accelerator: Accelerator, terminal: Terminal) -> None:
-    """Say where bf16 makes a run slower, and not faster."""
+    """Warn when bf16 makes a run slower instead of faster."""
     if slow_bf16(accelerator):
         terminal.say(
-            "warning: this CPU has no instructions for bf16, in which a step can take ten times as long; set "
+            "warning: this CPU has no bf16 instructions, and a step can take ten times as long; set "
             "train.precision to auto or no"
         )
 
 
 def check_method_runs(
-    c: ExperimentSpec, ctx: RunContext, student: nn.Module, method: Method, teacher: Teacher | None
+    spec: ExperimentSpec, ctx: RunContext, student: nn.Module, method: Method, teacher: Teacher | None
 ) -> None:
-    """One forward pass of everything on two samples, in evaluation mode, so that misfits show before step 0."""
-    batch = example_of(c).to(ctx.device)
+    """Run one forward pass on two samples, in evaluation mode, so that misfits show before the first step."""
+    batch = example_of(spec).to(ctx.device)
     student.to(ctx.device).eval()
-    for each in (method, *(phase.method for phase in method.phases())):
+    for each in all_methods(method):
         each.to(ctx.device).eval()
         check_task(each, batch)
         with torch.no_grad():

@@ -1,105 +1,143 @@
-"""The heart of every run: the baseline student and by a method, most often with a teacher, over seeds."""
+"""One experiment from its specification to its summary: the baseline student and the distilled one, for all seeds."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from tutelage.errors import CapabilityError
 from tutelage.experiment.checks import (
+    check_generates,
     check_labels,
     check_method_runs,
     check_optimizer,
     check_output,
     check_separate,
     check_teachers,
-    check_written,
 )
 from tutelage.experiment.measure import parameters
-from tutelage.experiment.spec import (
-    Arm,
-    ExperimentSpec,
-    RunContext,
-    TeacherReferences,
+from tutelage.experiment.prepare import (
+    bind_teacher,
+    build_teacher,
+    count_projectors,
     model_of,
     prepare_student_and_method,
-    projectors,
 )
-from tutelage.experiment.summary import best_on_validation, keep_samples, keep_written, summarise
-from tutelage.experiment.teacher_setup import examined, live_teacher, open_remote_teacher, taught_by
-from tutelage.experiment.trainer import train_student
-from tutelage.methods import check_capabilities
-from tutelage.students import has_adapters, is_quantisation_aware, to_float_model
+from tutelage.experiment.spec import Arm, ExperimentSpec, RunContext
+from tutelage.experiment.summary import best_on_validation, write_generations, write_predictions, write_summary
+from tutelage.experiment.teacher_setup import (
+    ReferenceOutputs,
+    evaluate_reference,
+    open_remote_teacher,
+    open_training_teacher,
+    train_teacher,
+)
+from tutelage.experiment.trainer import TrainingTeacher, train_student
+from tutelage.methods import Method, check_capabilities
+from tutelage.progress import Terminal
+from tutelage.students import has_adapters, is_quantisation_aware
 
 
-def compare(c: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
-    """Run the comparison, or go on with it, and write its summary and student.
+@dataclass(frozen=True)
+class Prepared:
+    """The student of the first seed, untrained.
+
+    Attributes:
+        initial: as it was built.
+        student: the module that the method trains for it; often the same one.
+        method: set up for student and teacher.
+    """
+
+    initial: nn.Module
+    student: nn.Module
+    method: Method
+
+
+def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
+    """Run the experiment, or continue it, and write its summary and its student.
 
     Raises:
-        CapabilityError: teacher, student, data and method do not fit; found before any student is trained.
-        Interrupted: a stop was asked for; the state is saved.
+        CapabilityError: teacher, student, data and method do not fit; raised before any student is trained.
+        Interrupted: a stop was requested; the state is saved.
     """
-    if c.teacher is None and c.remote_teacher is None:
-        check_capabilities(c.method(), None)
-    untrained = None if c.teacher is None else c.teacher()
-    c = c.beside(untrained)
-    student = c.student(c.seeds[0])
-    classes = check_output(c, ctx.device, student, "student")
-    if untrained is not None:
-        check_teachers(c, ctx.device, untrained)
-    adapted_student, method = prepare_student_and_method(c, student, untrained, c.seeds[0])
+    if spec.teacher is None:
+        check_capabilities(spec.source.build_method(), None)
+    model = build_teacher(spec)
+    spec = bind_teacher(spec, model)
+    initial = spec.source.build_student(spec.seeds[0])
+    classes = check_output(spec, ctx.device, initial, "student")
+    if model is not None:
+        check_teachers(spec, ctx.device, model)
+    prepared = _prepare(spec, initial, model)
+    _check_prepared(spec, ctx, prepared, classes)
+    live = None if model is None else train_teacher(spec, ctx, model)
+    if spec.teacher is not None and (spec.teacher.is_trained_first or model_of(live) is not model):
+        spec = bind_teacher(spec, model_of(live))  # what was prepared has other teacher weights
+        prepared = _prepare(spec, spec.source.build_student(spec.seeds[0]), model_of(live))
+    method = prepared.method
+    check_labels(spec, model_of(live), prepared.initial)
+    teacher, scores = TrainingTeacher(live), None
+    if live is not None:
+        check_separate(live.model, prepared.student)
+        if spec.teacher is not None and spec.teacher.cache is None:
+            check_capabilities(method, live)
+        outputs, scores = evaluate_reference(spec, ctx, live)
+        teacher = replace(teacher, on_test=outputs)
+        if spec.evaluation.by_teacher and spec.evaluation.validation is not None:
+            teacher = replace(teacher, on_validation=ReferenceOutputs(live, spec.evaluation.validation, ctx))
+    arms: list[Arm] = ["baseline", "distilled"] if spec.baseline else ["distilled"]
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    with open_remote_teacher(spec, ctx.terminal, method, classes) as remote:
+        check_method_runs(spec, ctx, prepared.student, method, live or remote)
+        with open_training_teacher(spec, ctx, live or remote, method, classes) as signals:
+            teacher = replace(teacher, signals=signals)
+            for seed in spec.seeds:
+                for arm in arms:
+                    results[arm].append(train_student(spec, ctx, arm, seed, teacher, classes))
+    exported = best_on_validation(spec, results["distilled"])
+    if ctx.run.writes:
+        write_predictions(spec, ctx, teacher, classes, exported)
+        write_generations(spec, ctx, live, exported)
+    remote_facts = None if remote is None else remote.facts
+    return write_summary(spec, ctx, live, prepared.student, method, scores, results, exported, remote_facts)
+
+
+def _prepare(spec: ExperimentSpec, initial: nn.Module, teacher: nn.Module | None) -> Prepared:
+    return Prepared(initial, *prepare_student_and_method(spec, initial, teacher, spec.seeds[0]))
+
+
+def _check_prepared(spec: ExperimentSpec, ctx: RunContext, prepared: Prepared, classes: int) -> None:
+    """Check what needs no trained teacher, and print what is trained."""
+    student, method = prepared.student, prepared.method
     ctx.terminal.say(f"loss = {method.formula()}")
-    for name, other in method.auxiliary_models(adapted_student).items():
-        if check_output(c, ctx.device, other, name) != classes:
+    for name, other in method.auxiliary_models(student).items():
+        if check_output(spec, ctx.device, other, name) != classes:
             raise CapabilityError(
                 f"{name} does not score the student's {classes} classes", remedy="set its number of classes"
             )
-    extra = projectors(method)
+    _print_student(spec, ctx.terminal, prepared)
+    check_optimizer(spec, student, method)
+    check_generates(spec, method)
+
+
+def _print_student(spec: ExperimentSpec, terminal: Terminal, prepared: Prepared) -> None:
+    student, method = prepared.student, prepared.method
     if method.peers:
-        beside = sum(parameters(peer) for peer in method.auxiliary_models(adapted_student).values())
-        ctx.terminal.say(f"peers: {len(method.peers)}, of {beside:,} parameters, trained along and saved in models/")
-    if has_adapters(adapted_student):
-        learned = sum(p.numel() for p in adapted_student.parameters() if p.requires_grad)
-        ctx.terminal.say(f"adapters: {learned:,} parameters learn, and are added to the weights that are exported")
-    if is_quantisation_aware(adapted_student):
-        ctx.terminal.say(
-            "rounded: the student runs as in eight bits, and its figures are of it so; it is saved whole"
+        size = sum(parameters(peer) for peer in method.auxiliary_models(student).values())
+        terminal.say(f"peers: {len(method.peers)} with {size:,} parameters, trained along and saved in models/")
+    if has_adapters(student):
+        trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        terminal.say(f"LoRA: {trainable:,} trainable parameters; they are merged into the exported weights")
+    if is_quantisation_aware(student):
+        terminal.say("quantisation-aware training: metrics are measured with simulated int8; float weights are saved")
+    projectors = count_projectors(method)
+    if projectors:
+        terminal.say(f"projectors: {projectors:,} parameters, trained along and not exported")
+    if student is not prepared.initial:
+        before = parameters(spec.source.build_student(spec.seeds[0]))
+        terminal.say(
+            f"the student is exported as a {type(student).__name__}: {parameters(student):,} parameters; "
+            f"the baseline student has {before:,}"
         )
-    if extra:
-        ctx.terminal.say(f"projectors: {extra:,} parameters, trained along and not exported")
-    if adapted_student is not student:
-        ctx.terminal.say(
-            f"the student is exported as a {type(adapted_student).__name__}: {parameters(adapted_student):,} "
-            f"parameters; the baseline student has {parameters(c.student(c.seeds[0])):,}"
-        )
-    check_optimizer(c, adapted_student, method)
-    check_written(c, method)
-    teacher = None if untrained is None else live_teacher(c, ctx, untrained)
-    c = c.beside(model_of(teacher))
-    student = c.student(c.seeds[0])
-    adapted_student, method = prepare_student_and_method(c, c.student(c.seeds[0]), model_of(teacher), c.seeds[0])
-    check_labels(c, model_of(teacher), student)
-    references, teacher_scores = None, None
-    if teacher is not None:
-        check_separate(teacher.model, adapted_student)
-        if c.cache is None:
-            check_capabilities(method, teacher)
-        references, teacher_scores = examined(c, ctx, teacher)
-        if c.compared and c.validation is not None:
-            c = replace(c, said=TeacherReferences(teacher, c.validation, ctx))
-    arms: list[Arm] = ["baseline", "distilled"] if c.baseline else ["distilled"]
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    with open_remote_teacher(c, ctx.terminal, method, classes) as remote:
-        check_method_runs(c, ctx, adapted_student, method, teacher or remote)
-        with taught_by(c, ctx, teacher or remote, method, classes) as asked:
-            for seed in c.seeds:
-                for arm in arms:
-                    results[arm].append(train_student(c, ctx, arm, seed, asked, teacher, references, classes))
-    known = None if remote is None else remote.facts
-    exported = best_on_validation(c, results["distilled"])
-    if ctx.run.writes:
-        keep_samples(c, ctx, teacher, references, classes, exported)
-        keep_written(c, ctx, teacher, exported)
-    return summarise(
-        c, ctx, teacher, to_float_model(adapted_student), teacher_scores, results, method, exported, known
-    )

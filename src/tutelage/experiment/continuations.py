@@ -61,7 +61,7 @@ def opening(batch: Batch) -> Opening | None:
     return Opening(ids[:begin][-READ:], ids[begin:end])
 
 
-def drawn(test: Iterable[Batch], count: int) -> list[Batch]:
+def select_rows(test: Iterable[Batch], count: int) -> list[Batch]:
     """``count`` rows from all over the split, each a batch of its own; the same ones whatever the batches."""
     found: list[tuple[str, Batch]] = []
     number = 0
@@ -76,14 +76,14 @@ def drawn(test: Iterable[Batch], count: int) -> list[Batch]:
     return [row for _, row in found]
 
 
-def continued(
+def generate_continuations(
     models: Mapping[str, tuple[nn.Module, Any]], rows: Sequence[Batch], most: int, device: torch.device
 ) -> list[dict[str, str]]:
     """The rows as texts: ``prompt``, ``data`` (what follows there), and what each model writes, by its name.
 
     Args:
         models: each with its tokenizer. That named ``teacher`` reads what the teacher of the data reads.
-        rows: of :func:`drawn`.
+        rows: of :func:`select_rows`.
         most: tokens that each writes.
         device: where models without parameters are.
     """

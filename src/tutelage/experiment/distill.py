@@ -1,17 +1,16 @@
-"""``tutelage.distill``: the same comparison on the caller's own modules and loaders."""
+"""``tutelage.distill``: the experiment on the caller's own modules and loaders."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from tutelage.config import (
@@ -23,18 +22,17 @@ from tutelage.config import (
     TrainConfig,
 )
 from tutelage.config.teachers import cache_section
-from tutelage.data import Batch, LoaderBatches, SequentialBatches, as_batch
-from tutelage.engine import from_main, make_accelerator, precision_here, tracking
-from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, ModelError
-from tutelage.experiment.caching import open_own_cache
+from tutelage.data import Batch, SequentialBatches, as_batch
+from tutelage.engine import from_main, make_accelerator, tracking
+from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError, shorten
 from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
-from tutelage.experiment.dataset_fingerprint import samples, tokenizer
 from tutelage.experiment.measure import class_name, fingerprint
+from tutelage.experiment.module_source import ModuleSource
 from tutelage.experiment.open_run import choose_run_directory, open_run_directory
-from tutelage.experiment.spec import Arm, ExperimentSpec, RunContext, example_of
-from tutelage.experiment.summary import exported_student
-from tutelage.experiment.teachers import EnsemblePlan, Member, live_options, prefetch_mode
+from tutelage.experiment.spec import EnsembleSpec, EvaluationSpec, ExperimentSpec, MemberSpec, RunContext, TeacherSpec
+from tutelage.experiment.summary import load_student
+from tutelage.experiment.teachers import live_options, prefetch_mode
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal
 from tutelage.signals import stopping
@@ -43,7 +41,7 @@ from tutelage.teachers import EnsembleTeacher, LiveTeacher
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What :func:`distill` found.
+    """The result of :func:`distill`.
 
     Attributes:
         student: the distilled student, of its original class, in evaluation mode.
@@ -84,10 +82,10 @@ def distill(
     """Distil ``teacher`` into ``student`` and measure whether it helped.
 
     Args:
-        teacher: a trained module, or a list of them that speak as one; frozen, and never changed. ``None`` for a
+        teacher: a trained module, or a list of modules as an ensemble; frozen, and never changed. ``None`` for a
             ``method`` that needs none.
-        student: a module, whose state is where every seed starts, or a function that makes one, called
-            under each seed. The caller's module itself is not trained; take ``run.student``.
+        student: a module, whose weights every seed starts from, or a function that makes one, called under each
+            seed. The caller's module itself is not trained; take ``result.student``.
         train_loader: yields ``(inputs, labels)``, Hugging Face mappings, or what ``to_batch`` understands.
         eval_data: a loader for the final figures; read once for each model.
         validation: a loader to select the best epoch on. Default: none, and the last epoch is kept.
@@ -104,90 +102,48 @@ def distill(
         ensemble: of several teachers: ``combine``, ``weights`` and ``average_temperature`` of a recipe's ``teacher``,
             and ``route``, for each value of ``batch.route`` a list of members, which ``to_batch`` has to set.
         inference: keys of a recipe's ``teacher.inference``: ``dtype``, ``compile``, ``batch_size``, ``overlap`` ...
-        cache: keep the teacher's word on disk, so that it is asked for each training sample once, in this run and in
-            later ones: a folder; keys of a recipe's ``teacher.cache``, as ``path``, ``keep`` and ``dtype``; or
-            ``True``, for a folder in ``runs/cache`` with a name of its own. The loader's batches must have sample
-            ids, as by :class:`tutelage.data.IndexedDataset`, and show a sample the same each time. It is read again,
-            to see that it is the data that the cache was made from.
+        cache: keep the teacher outputs on disk, so that they are computed once for each training sample, in this run
+            and in later ones: a folder; keys of a recipe's ``teacher.cache``, such as ``path``, ``keep`` and
+            ``dtype``; or ``True``, for a folder in ``runs/cache``. The loader's batches need sample ids, as by
+            :class:`tutelage.data.IndexedDataset`, and a sample must look the same each time. The loader is read once
+            more, to check that the cache belongs to its data.
         to_batch: makes a :class:`tutelage.data.Batch` of what the loaders yield; for causal language models
             :func:`tutelage.data.causal_batch`.
         out: the run directory. Default: the first free of ``runs/distill``, ``runs/distill-2`` ...
-        resume: go on with the run in that directory.
+        resume: continue the run in that directory.
         verbose: show progress.
 
     Raises:
-        TutelageError: one of its subclasses, with the remedy; misfits are found before any training.
+        TutelageError: one of its subclasses, with the remedy; misfits are raised before any training.
     """
-    many = not isinstance(teacher, nn.Module) and isinstance(teacher, Sequence)
     _check_arguments(teacher, student, method, seeds, eval_data, validation, to_batch)
-    optimizer = {"kind": optimizer} if isinstance(optimizer, str) else optimizer
-    if isinstance(optimizer, dict) and lr is not None:
-        optimizer = {**optimizer, "lr": lr}
-    schedule = {"kind": schedule} if isinstance(schedule, str) else schedule
-    budget = {} if train is not None and "steps" in train else {"epochs": epochs}
-    config = _checked(TrainConfig, {**budget, "optimizer": optimizer, "schedule": schedule, **(train or {})})
+    config = _train_config(optimizer, lr, schedule, epochs, train, validation)
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     method = method if method is not None else LogitMethod()
-    template = copy.deepcopy(student) if isinstance(student, nn.Module) else None
-
-    def make_student(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if template is not None:
-                return copy.deepcopy(template)
-            assert not isinstance(student, nn.Module)
-            made = student()
-        if not isinstance(made, nn.Module):
-            raise ModelError(
-                f"the function given as student returned a {type(made).__name__}",
-                remedy="it must return a torch.nn.Module",
-            )
-        return made
-
-    def make_peer(asked: Any, seed: int) -> nn.Module:
-        if asked is None:
-            return make_student(seed)
-        if not callable(asked) or isinstance(asked, nn.Module):
-            raise ConfigError(
-                f"peers: {asked!r} is no function that makes a module",
-                remedy="give a number, or a list of functions such as lambda: Net(width=8)",
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            made = asked()
-        if not isinstance(made, nn.Module):
-            raise ModelError(
-                f"a function given as a peer returned a {type(made).__name__}", remedy="return a torch.nn.Module"
-            )
-        return made
-
-    def batches(arm: Arm, seed: int) -> LoaderBatches:
-        return LoaderBatches(train_loader, seed, to_batch)
-
-    cls = type(template) if template is not None else None
-    plan, live, prefetch = None, dict[str, Any](), None
-    if inference:
-        wanted = _checked(TeacherInferenceConfig, inference, "inference")
-        live, prefetch = live_options(wanted), prefetch_mode(wanted)
-    if many and live.get("sharded"):
-        raise ConfigError(
-            "distill(inference={'sharded': True}) of several teachers", remedy="it is for one; leave it out"
-        )
-    if many:
-        assert isinstance(teacher, Sequence)
-        plan = _plan(teacher, dict(ensemble or {}), live)
-    elif teacher is None and (ensemble or inference):
-        raise ConfigError(
-            f"distill(teacher=None, {'ensemble' if ensemble else 'inference'}=...), and there is no teacher",
-            remedy="leave it out",
-        )
-    elif ensemble:
-        raise ConfigError(
-            f"distill(ensemble={ensemble!r}), and there is one teacher", remedy="give a list of modules as teacher"
-        )
-    kept = _cache(cache, teacher_mode, "sharded" if live.get("sharded") else prefetch)
+    teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache)
+    source = ModuleSource(
+        teachers, copy.deepcopy(student) if isinstance(student, nn.Module) else student, copy.deepcopy(method),
+        train_loader, eval_data, to_batch, None if teacher_spec is None else teacher_spec.cache, config.precision,
+    )  # fmt: skip
+    student_class = class_name(type(student)) if isinstance(student, nn.Module) else "the given function's result"
+    spec = ExperimentSpec(
+        name="distill",
+        source=source,
+        train=config,
+        evaluation=EvaluationSpec(
+            test=SequentialBatches(eval_data, to_batch=to_batch),
+            validation=None if validation is None else SequentialBatches(validation, to_batch=to_batch),
+            classes=classes,
+        ),
+        teacher=teacher_spec,
+        seeds=seeds,
+        baseline=baseline,
+        student_card={"spec": None, "class": student_class, "classes": classes},
+    )
+    prints = [fingerprint(one) for one in teachers]
     described = {
-        "teacher": _fingerprints(teacher),
-        "student": fingerprint(make_student(seeds[0])),
+        "teacher": prints if isinstance(teacher, Sequence) else prints[0] if prints else None,
+        "student": fingerprint(source.build_student(seeds[0])),
         "method": {"class": type(method).__name__, "formula": method.formula()},
         "train": config.model_dump(mode="json", exclude_none=True),
         "seeds": list(seeds),
@@ -195,111 +151,139 @@ def distill(
         "teacher_mode": teacher_mode,
         **({"ensemble": ensemble} if ensemble else {}),
         **({"inference": inference} if inference else {}),
-        **({"cache": kept.model_dump(mode="json", exclude_none=True)} if kept is not None else {}),
+        **({"cache": source.cache.model_dump(mode="json", exclude_none=True)} if source.cache is not None else {}),
         "classes": classes,
         "batches": len(train_loader) if isinstance(train_loader, Sized) else None,
     }
-    if config.early_stop is not None and validation is None:
-        raise ConfigError(
-            f"distill(train={{'early_stop': {config.early_stop}}}): there is nothing to stop early on",
-            remedy="pass validation=, a loader that is neither trained nor tested on",
-        )
-    pristine = copy.deepcopy(method)
-    comparison = ExperimentSpec(
-        name="distill",
-        teacher=None if teacher is None else plan.untrained if plan is not None else lambda: teacher,  # type: ignore[arg-type, return-value]
-        student=make_student,
-        method=lambda: copy.deepcopy(pristine),
-        batches=batches,
-        config=config,
-        test=SequentialBatches(eval_data, to_batch=to_batch),
-        validation=None if validation is None else SequentialBatches(validation, to_batch=to_batch),
-        seeds=seeds,
-        baseline=baseline,
-        teacher_mode=teacher_mode,
-        ensemble=plan,
-        inference=live,
-        prefetch=prefetch,
-        classes=classes,
-        peer=make_peer,
-        peer_card=lambda asked: {} if asked is None else {"class": "the given function's result"},
-        student_card={
-            "spec": None, "class": class_name(cls) if cls else "the given function's result", "classes": classes,
-        },
-    )  # fmt: skip
-    accelerator = make_accelerator(config.precision, list(config.trackers))
-    path = from_main(accelerator, lambda: choose_run_directory(out, "distill", resume))
+    return _run(spec, yaml.safe_dump(described, sort_keys=False), out, resume, verbose)
+
+
+def _run(spec: ExperimentSpec, text: str, out: str | Path | None, resume: bool, verbose: bool) -> DistillResult:
+    accelerator = make_accelerator(spec.train.precision, list(spec.train.trackers))
+    path = from_main(accelerator, lambda: choose_run_directory(out, spec.name, resume))
     terminal = Terminal(speaks=verbose and accelerator.is_main_process)
     warn_of_precision(accelerator, terminal)
-    text = yaml.safe_dump(described, sort_keys=False)
     tracked = tracking(accelerator, path / "trackers", {"distill": text})
     with (
         open_run_directory(path, text, resume=resume, main=accelerator.is_main_process) as run,
         stopping(terminal.say) as stop,
         tracked,
     ):
-        ctx = RunContext(accelerator, run, terminal, stop)
-        if kept is not None:
-            found = partial(_made_from, train_loader, to_batch, ctx, config.precision)
-            comparison.cache = partial(open_own_cache, kept, found, partial(example_of, comparison))
-        summary = compare(comparison, ctx)
-        return DistillResult(exported_student(comparison, ctx, summary), summary, path)
+        summary = compare(spec, RunContext(accelerator, run, terminal, stop))
+        return DistillResult(load_student(spec, run.path / "student"), summary, path)
 
 
-def _cache(given: Any, mode: str, prefetch: str | None) -> CacheConfig | None:
-    """What is kept of the teacher's word; what it does not go with is refused."""
+def _train_config(
+    optimizer: Any, lr: float | None, schedule: Any, epochs: int, train: dict[str, Any] | None, validation: Any
+) -> TrainConfig:
+    """The ``train`` section that the arguments describe."""
+    optimizer = {"kind": optimizer} if isinstance(optimizer, str) else optimizer
+    if isinstance(optimizer, dict) and lr is not None:
+        optimizer = {**optimizer, "lr": lr}
+    schedule = {"kind": schedule} if isinstance(schedule, str) else schedule
+    budget = {} if train is not None and "steps" in train else {"epochs": epochs}
+    config = _validate(TrainConfig, {**budget, "optimizer": optimizer, "schedule": schedule, **(train or {})})
+    if config.early_stop is not None and validation is None:
+        raise ConfigError(
+            f"distill(train={{'early_stop': {config.early_stop}}}): there is no validation data to stop on",
+            remedy="pass validation=, a loader that is neither trained nor tested on",
+        )
+    return config
+
+
+def _teacher_spec(
+    teacher: nn.Module | Sequence[nn.Module] | None,
+    mode: Literal["eval", "train_bn"],
+    ensemble: dict[str, Any] | None,
+    inference: dict[str, Any] | None,
+    cache: Any,
+) -> TeacherSpec | None:
+    """The teacher that the arguments describe.
+
+    Raises:
+        ConfigError: arguments that do not go together.
+    """
+    options, prefetch = dict[str, Any](), None
+    if inference:
+        section = _validate(TeacherInferenceConfig, inference, "inference")
+        options, prefetch = live_options(section), prefetch_mode(section)
+    cache_config = _cache_config(cache, mode, "sharded" if options.get("sharded") else prefetch)
+    if teacher is None:
+        if ensemble or inference:
+            raise ConfigError(
+                f"distill(teacher=None, {'ensemble' if ensemble else 'inference'}=...), and there is no teacher",
+                remedy="leave it out",
+            )
+        return None
+    if isinstance(teacher, nn.Module):
+        if ensemble:
+            raise ConfigError(
+                f"distill(ensemble={shorten(ensemble)}), and there is one teacher",
+                remedy="give a list of modules as teacher",
+            )
+        return TeacherSpec((MemberSpec("teacher", inference=options),), mode, None, prefetch, cache_config)
+    if options.get("sharded"):
+        raise ConfigError(
+            "distill(inference={'sharded': True}) of several teachers", remedy="it is for one; leave it out"
+        )
+    members = tuple(MemberSpec(f"teacher-{i}", inference=options) for i in range(len(teacher)))
+    return TeacherSpec(members, mode, _ensemble_spec(teacher, dict(ensemble or {})), prefetch, cache_config)
+
+
+def _ensemble_spec(teachers: Sequence[nn.Module], options: dict[str, Any]) -> EnsembleSpec:
+    """How the teachers are combined; checked at once.
+
+    Raises:
+        ConfigError: options that do not fit the teachers.
+    """
+    route = options.pop("route", None)
+    config = _validate(EnsembleConfig, options, "ensemble")
+    spec = EnsembleSpec(config.combine or "probabilities", config.weights, config.average_temperature or 1.0, route)
+    if config.weights == "learned" and route is not None:
+        raise ConfigError(
+            "distill(ensemble=...): weights can be learned only for members that teach all samples",
+            remedy="leave route out, or give weights",
+        )
+    weights = None if isinstance(config.weights, str) else config.weights
+    EnsembleTeacher([LiveTeacher(t) for t in teachers], combine=spec.combine, weights=weights, route=route)
+    return spec
+
+
+def _cache_config(given: Any, mode: str, parallel: str | None) -> CacheConfig | None:
+    """The ``cache`` section; refused with options that a cache excludes."""
     section = cache_section(str(given) if isinstance(given, Path) else given)
     if section is None:
         return None
-    config = _checked(CacheConfig, section, "cache")
+    config = _validate(CacheConfig, section, "cache")
     if mode != "eval":
         raise ConfigError(
-            f"distill(cache={given!r}, teacher_mode={mode!r}): what the teacher says of a sample would depend on the "
-            "batch that it first came in",
+            f"distill(cache={shorten(given)}, teacher_mode={mode!r}): the cached outputs of a sample would depend on "
+            "the batch in which it came first",
             remedy="use teacher_mode='eval', or leave cache out",
         )
-    if prefetch is not None:
+    if parallel is not None:
         raise ConfigError(
-            f"distill(cache={given!r}, inference=...): a teacher whose word is read from disk is asked neither ahead "
-            "nor by all processes at once",
+            f"distill(cache={shorten(given)}, inference=...): outputs that are read from disk are neither prefetched "
+            "nor computed by all processes at once",
             remedy="leave overlap, process and sharded out of inference, or leave out the cache",
         )
     return config
 
 
-def _made_from(
-    loader: Iterable[Any], to_batch: Callable[[Any], Batch], ctx: RunContext, precision: str | None
-) -> dict[str, Any]:
-    """What a cache of the caller's own data depends on beside the teacher."""
-
-    def shown(batches: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
-        for step in ctx.terminal.iterate(batches, "reading training data"):
-            yield step
-            if ctx.should_stop():
-                raise Interrupted("stopped before any training", remedy="the same call again begins anew")
-
-    known = tokenizer(loader)
-    return {
-        "data": samples(loader, to_batch, shown),
-        "preprocessing": {} if known is None else {"tokenizer": known},
-        "precision": precision_here(precision),
-    }
-
-
 def _check_arguments(
     teacher: Any, student: Any, method: Any, seeds: Any, eval_data: Any, validation: Any, to_batch: Any
 ) -> None:
-    """Raise the error that names the argument that is not what :func:`distill` says."""
+    """Raise an error that names the first argument of the wrong kind."""
     several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
     if teacher is None and (method is None or (isinstance(method, Method) and method.needs is not None)):
         raise ConfigError(
             f"distill(teacher=None), and {type(method or LogitMethod()).__name__} needs a teacher",
             remedy="give one, or a method that needs none, as in method=tutelage.methods.SupervisedMethod()",
         )
-    modules = bool(teacher) and all(isinstance(t, nn.Module) for t in (teacher if several else [teacher]))
-    modules = modules or teacher is None
+    are_modules = bool(teacher) and all(isinstance(t, nn.Module) for t in (teacher if several else [teacher]))
+    are_modules = are_modules or teacher is None
     for name, given, right, wanted in (
-        ("teacher", teacher, modules, "a torch.nn.Module, or a list of modules"),
+        ("teacher", teacher, are_modules, "a torch.nn.Module, or a list of modules"),
         ("student", student, callable(student), "a torch.nn.Module, or a function that makes one"),
     ):
         if not right:
@@ -307,16 +291,17 @@ def _check_arguments(
     if any(student is t for t in (teacher if several else [teacher])):
         raise CapabilityError(
             "teacher and student are the same module; the student would start with nothing to learn",
-            remedy="give the student its own module, or copy.deepcopy(teacher) where it shall start from the teacher",
+            remedy="give the student its own module, or copy.deepcopy(teacher) to start from the teacher",
         )
     if method is not None and not isinstance(method, Method):
         raise ConfigError(
-            f"distill(method={method!r})", remedy="give a method, as in tutelage.methods.LogitMethod(temperature=4.0)"
+            f"distill(method={shorten(method)})",
+            remedy="give a method, as in tutelage.methods.LogitMethod(temperature=4.0)",
         )
-    whole = isinstance(seeds, Sequence) and all(isinstance(s, int) and s >= 0 for s in seeds)
-    if not whole or not seeds or len(set(seeds)) != len(seeds):
+    valid = isinstance(seeds, Sequence) and all(isinstance(s, int) and s >= 0 for s in seeds)
+    if not valid or not seeds or len(set(seeds)) != len(seeds):
         raise ConfigError(
-            f"distill(seeds={seeds!r})", remedy="give different whole numbers from 0 on, as in (0, 1, 2)"
+            f"distill(seeds={shorten(seeds)})", remedy="give different whole numbers from 0 on, as in (0, 1, 2)"
         )
     for name, loader in (("eval_data", eval_data), ("validation", validation)):
         if loader is None and name == "validation":
@@ -346,47 +331,17 @@ def check_order(name: str, batches: Iterable[Batch]) -> None:
         )
 
 
-def _plan(teachers: Sequence[nn.Module], options: dict[str, Any], inference: dict[str, Any]) -> EnsemblePlan:
-    """The teachers as one; what does not fit is found at once."""
-    route = options.pop("route", None)
-    asked = _checked(EnsembleConfig, options, "ensemble")
-    members = [Member(f"teacher-{i}", partial(_itself, t), inference=inference) for i, t in enumerate(teachers)]
-    plan = EnsemblePlan(
-        members, asked.combine or "probabilities", asked.weights, asked.average_temperature or 1.0, route
-    )
-    if asked.weights == "learned" and route is not None:
-        raise ConfigError(
-            "distill(ensemble=...): weights are learned of members that teach all samples",
-            remedy="leave route out, or give weights",
-        )
-    weights = None if isinstance(asked.weights, str) else asked.weights
-    EnsembleTeacher([LiveTeacher(t) for t in teachers], combine=plan.combine, weights=weights, route=route)
-    return plan
-
-
-def _fingerprints(teacher: nn.Module | Sequence[nn.Module] | None) -> Any:
-    if isinstance(teacher, Sequence):
-        return [fingerprint(t) for t in teacher]
-    return None if teacher is None else fingerprint(teacher)
-
-
-def _itself(model: nn.Module) -> nn.Module:
-    return model
-
-
 S = TypeVar("S", bound=BaseModel)
 
 
-def _checked(section: type[S], fields: dict[str, Any], argument: str = "") -> S:
-    from pydantic import ValidationError
-
+def _validate(section: type[S], fields: dict[str, Any], argument: str = "") -> S:
     try:
         return section.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(p) for p in first["loc"])
         raise ConfigError(
-            f"distill({argument and argument + ': '}{key}={first['input']!r}): "
+            f"distill({argument and argument + ': '}{key}={shorten(first['input'])}): "
             f"{first['msg'].removeprefix('Value error, ')}",
             remedy=f"keys of {argument or 'train'}: {', '.join(section.model_fields)}",
         ) from None

@@ -16,12 +16,12 @@ from tutelage.taps import Needs, observe
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
+    """Number of parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
-def reached(model: nn.Module, example: Batch) -> int:
-    """Number of parameters that its logits depend on, or that are frozen: of an early exit, no later layer's."""
+def reached_parameters(model: nn.Module, example: Batch) -> int:
+    """Parameters that the logits depend on or that are frozen; for an early exit, none of a later layer."""
     free = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     with torch.enable_grad():
@@ -38,7 +38,7 @@ def class_name(cls: type) -> str:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells a model from another: its class, its size and a digest of its weights."""
+    """A model's class, size and digest of its weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):

@@ -99,7 +99,7 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
 def open_run_directory(
     path: Path, config_yaml: str, *, resume: bool, main: bool, patience: float = 0.0
 ) -> Iterator[RunDirectory]:
-    """The run directory, locked against a second writer for as long as the block lasts.
+    """The run directory, try_lock against a second writer for as long as the block lasts.
 
     Args:
         path: the folder.

@@ -142,7 +142,7 @@ def has_samples(batch: Batch, classes: int) -> bool:
 
 
 @torch.no_grad()
-def collected(
+def collect_samples(
     test: Iterable[Batch],
     said: Iterable[Tensor] | None,
     students: Mapping[str, nn.Module],
@@ -176,7 +176,7 @@ def collected(
 # What a person sees ------------------------------------------------------------------------------------
 
 
-def unseen(batch: Batch) -> dict[str, str]:
+def describe_image(batch: Batch) -> dict[str, str]:
     """Of images of one or three channels a picture, its darkest and lightest values as black and white."""
     x = batch.inputs
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):
@@ -186,7 +186,7 @@ def unseen(batch: Batch) -> dict[str, str]:
     return {"image": png((x - low) / max(high - low, 1e-12))}
 
 
-def pictured(mean: Tensor, std: Tensor) -> DescribeSample:
+def normalised_image(mean: Tensor, std: Tensor) -> DescribeSample:
     """Shows images that were normalised so."""
 
     def show(batch: Batch) -> dict[str, str]:
@@ -196,7 +196,7 @@ def pictured(mean: Tensor, std: Tensor) -> DescribeSample:
     return show
 
 
-def worded(tokenizer: Any) -> DescribeSample:
+def decoded_text(tokenizer: Any) -> DescribeSample:
     """Shows the text that a model reads, as its tokenizer has it."""
 
     def show(batch: Batch) -> dict[str, str]:

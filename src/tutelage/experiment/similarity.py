@@ -1,4 +1,4 @@
-"""Dark knowledge: which classes a model finds alike, as its probabilities tell."""
+"""Class similarity (dark knowledge): which classes a model gives probability together."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tutelage.engine import RunDirectory
 from tutelage.files import write_text
 
 TEMPERATURES = (1, 2, 4, 8, 20)
-"""At which a run keeps the similarity of classes."""
+"""The temperatures at which a run writes class similarities."""
 
 MOST_CLASSES = 200
-"""With more classes than this, a run keeps none."""
+"""With more classes, a run writes none."""
 
 
 def class_similarity(logits: Tensor, temperature: float) -> Tensor:
     """``sim[i, j] = E[p_i p_j]`` over examples, with ``p = softmax(logits / temperature)``.
 
     Symmetric; its entries sum to 1, row ``i`` sums to ``E[p_i]``, and every entry goes to ``1 / C**2`` as the
-    temperature grows. One-hot answers leave the diagonal only.
+    temperature grows. For one-hot probabilities only the diagonal is not zero.
 
     Args:
         logits: ``[N, C]`` with at least one row.
-        temperature: above zero.
+        temperature: > 0.
 
     Returns:
         ``[C, C]``, float64.
@@ -35,7 +35,7 @@ def class_similarity(logits: Tensor, temperature: float) -> Tensor:
 
 
 class Similarities:
-    """:func:`class_similarity` at each of :data:`TEMPERATURES`, batch by batch; holds one ``[C, C]`` for each."""
+    """:func:`class_similarity` at each of :data:`TEMPERATURES`, accumulated batch by batch."""
 
     def __init__(self) -> None:
         self.n = self.classes = 0
@@ -51,11 +51,11 @@ class Similarities:
             self.sums[temperature] = self.sums[temperature] + here if temperature in self.sums else here
 
     def means(self) -> dict[int, Tensor]:
-        """``[C, C]`` by temperature; empty where there are too many classes, or no example."""
+        """``[C, C]`` by temperature; empty with too many classes or no example."""
         return {temperature: total / self.n for temperature, total in self.sums.items()}
 
-    def keep(self, run: RunDirectory, name: str) -> None:
-        """Write them for the model of that name: of each the upper triangle, row by row."""
+    def write(self, run: RunDirectory, name: str) -> None:
+        """Write the upper triangle of each, row by row, for the model of that name."""
         if not run.writes:
             return
         upper = torch.triu_indices(self.classes, self.classes).unbind()

@@ -1,126 +1,159 @@
-"""What a comparison compares, where it runs, and how its students begin."""
+"""The resolved, immutable description of one experiment, and where it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tutelage.config import SamplesConfig, TrainConfig
+from tutelage.config import CacheConfig, SamplesConfig, TrainConfig
 from tutelage.data import Batch, Batches
 from tutelage.engine import Accelerator, RunDirectory
-from tutelage.errors import ConfigError, Interrupted
-from tutelage.evaluation import TeacherOutput, classes_of, get_teacher_output
-from tutelage.experiment.measure import parameters
-from tutelage.experiment.sample_predictions import DescribeSample, unseen
-from tutelage.experiment.teachers import EnsemblePlan, ModelTeacher
-from tutelage.methods import Method, SupervisedMethod, prepare_method, prepare_student
+from tutelage.experiment.sample_predictions import DescribeSample, describe_image
+from tutelage.methods import Method
 from tutelage.progress import Terminal
-from tutelage.teachers import CachedTeacher, RemoteTeacher, Teacher
-
-MEMORY_BYTES = 2**29
-"""Teacher logits of the test split up to this size are kept in memory."""
-
+from tutelage.teachers import CachedTeacher, EnsembleTeacher, LiveTeacher, RemoteTeacher
 
 Arm = Literal["baseline", "distilled"]
 
+ModelTeacher = LiveTeacher | EnsembleTeacher
+"""A teacher whose model is in this process."""
 
 FIGURES = (
     "accuracy", "f1", "matthews", "spearman", "pearson", "recall", "perplexity", "loss", "agreement", "kl", "ece",
 )  # fmt: skip
-"""What is measured of every student."""
+"""The metrics that a summary reports for every student."""
 
 
-@dataclass
-class ExperimentSpec:
-    """What to compare.
+@dataclass(frozen=True)
+class TeacherTraining:
+    """How a teacher without weights is trained first."""
+
+    config: TrainConfig
+    batches: Batches
+    seed: int
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """One teacher model: the only teacher, or a member of an ensemble.
 
     Attributes:
-        name: of the run.
-        teacher: builds the teacher; with weights, unless ``train_teacher``. ``None`` for a method without one.
-        remote_teacher: in its place, opens a teacher behind a server, given how many tokens the student scores.
-        student: builds a student's initialisation from a seed; the same seed gives the same one.
-        method: builds the method.
-        batches: the training data of an arm under a seed.
-        config: how students are trained.
-        validation: iterated at each evaluation; ``None`` for none.
-        test: iterated once for each finished model.
-        seeds: each trains its own students.
-        baseline: train the baseline student too.
-        train_teacher: how to train the teacher first, and on what.
-        teacher_mode: see :class:`LiveTeacher`.
-        ensemble: of which teachers it is made, where there are several; ``teacher`` then builds all as one.
-        inference: options of :class:`LiveTeacher` beside the mode, of a single teacher.
-        prefetch: whether teacher outputs are prefetched, in a thread or in a separate process.
-        cache: opens the cache of a teacher's word, given the teacher, its classes and the method; ``None`` for none.
-        remember: the training samples, unaugmented, where the teacher's logits may be computed once.
-        remember_rows: how many positions these have.
-        classes: class names, in the order of the labels.
-        student_card: how to build the student again, for its folder.
-        teacher_card: the same of the teacher.
-        peer: builds what a method asks to be trained beside the student, given that and a seed. Default: a student,
-            where the method asks for one of its architecture.
-        peer_card: how to build it again, but for what the student's card says too.
-        supervised: builds the method that learns from the data alone.
-        metric: what models are chosen by, of those that evaluation gives.
-        students_of: of a teacher, what builds a student's initialisation from a seed, where that is a part of it.
-        head_only: whether only what did not come with a single teacher's weights is trained.
-        compared: whether there is nothing but the teacher's word to evaluate by, as of embeddings.
-        said: that word on the validation split; :func:`compare` asks for it.
-        samples: what is kept of single samples of the test split.
-        show: how a person sees one of them.
-        tokenizers: of language models that write: the student's and the teacher's.
-        harness: scores finished models by tasks of their own, by name.
+        name: of its training and its folder.
+        training: ``None`` for a model that has weights.
+        card: the entries of its ``model.json``.
+        inference: options of :class:`LiveTeacher`, without the mode.
+        head_only: train only the parameters that are not in the pretrained checkpoint.
     """
 
     name: str
-    teacher: Callable[[], nn.Module] | None
-    student: Callable[[int], nn.Module]
-    method: Callable[[], Method]
-    batches: Callable[[Arm, int], Batches]
-    config: TrainConfig
+    training: TeacherTraining | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+    inference: Mapping[str, Any] = field(default_factory=dict)
+    head_only: bool = False
+
+
+@dataclass(frozen=True)
+class EnsembleSpec:
+    """How the members of an ensemble are combined; see :class:`EnsembleTeacher`."""
+
+    combine: Literal["probabilities", "logits"] = "probabilities"
+    weights: Sequence[float] | Literal["learned"] | None = None
+    temperature: float = 1.0
+    route: Sequence[Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The teacher of an experiment.
+
+    Attributes:
+        members: one model, or several of an ensemble; empty for a teacher behind a server.
+        mode: see :class:`LiveTeacher`.
+        ensemble: how several members are combined.
+        prefetch: compute teacher outputs ahead of the step, in a thread (``overlap``) or in another process.
+        cache: keep the teacher outputs on disk.
+    """
+
+    members: tuple[MemberSpec, ...] = ()
+    mode: Literal["eval", "train_bn"] = "eval"
+    ensemble: EnsembleSpec | None = None
+    prefetch: Literal["overlap", "process"] | None = None
+    cache: CacheConfig | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the teacher is behind a server."""
+        return not self.members
+
+    @property
+    def is_trained_first(self) -> bool:
+        """Whether a member has no weights yet."""
+        return any(member.training is not None for member in self.members)
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """How finished models are measured.
+
+    Attributes:
+        test: read once for each finished model.
+        validation: read at each evaluation during training; ``None`` for none.
+        metric: selects the best checkpoint and the exported student.
+        classes: class names, in the order of the labels.
+        by_teacher: the data has no labels to evaluate by, as for embeddings; the teacher outputs take their place.
+        samples: which single samples of the test split are kept.
+        describe: renders a sample for the report.
+        tokenizers: those of student and teacher, for language models whose generations are kept.
+        harness: scores a finished model on the tasks of lm-evaluation-harness.
+    """
+
     test: Iterable[Batch]
     validation: Iterable[Batch] | None = None
-    seeds: Sequence[int] = (0,)
-    baseline: bool = True
-    train_teacher: tuple[TrainConfig, Batches, int] | None = None
-    teacher_mode: Literal["eval", "train_bn"] = "eval"
-    ensemble: EnsemblePlan | None = None
-    inference: Mapping[str, Any] = field(default_factory=dict)
-    prefetch: Literal["overlap", "process"] | None = None
-    cache: Callable[[Any, int, Method, Accelerator], CachedTeacher] | None = None
-    remember: Iterable[Batch] | None = None
-    remember_rows: int = 0
-    classes: list[str] | None = None
-    student_card: dict[str, Any] = field(default_factory=dict)
-    teacher_card: dict[str, Any] = field(default_factory=dict)
-    peer: Callable[[Any, int], nn.Module] | None = None
-    peer_card: Callable[[Any], dict[str, Any]] = lambda asked: {}
-    supervised: Callable[[], Method] = SupervisedMethod
     metric: str = "accuracy"
-    remote_teacher: Callable[[int], RemoteTeacher] | None = None
-    students_of: Callable[[nn.Module], Callable[[int], nn.Module]] | None = None
-    head_only: bool = False
-    compared: bool = False
-    said: TeacherReferences | None = None
+    classes: list[str] | None = None
+    by_teacher: bool = False
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    show: DescribeSample = unseen
+    describe: DescribeSample = describe_image
     tokenizers: tuple[Any, Any] | None = None
     harness: Callable[[nn.Module], dict[str, Any]] | None = None
 
-    def beside(self, teacher: nn.Module | None) -> ExperimentSpec:
-        """The same, its students cut from this teacher where they are parts of one."""
-        if self.students_of is None or teacher is None:
-            return self
-        return replace(self, student=self.students_of(teacher))
+
+@dataclass(frozen=True)
+class ExperimentSpec:
+    """One experiment: the baseline student and the distilled one, for several seeds.
+
+    Attributes:
+        name: of the run.
+        source: builds models, method and training data, from a recipe or from the caller's objects.
+        train: how students are trained.
+        evaluation: how they are measured.
+        teacher: ``None`` for a method without a teacher.
+        seeds: each trains its own students.
+        baseline: whether the baseline student is trained too.
+        student_card: the entries of the students' ``model.json``.
+        unaugmented: the training samples, if each always looks the same; their teacher outputs may be kept in memory.
+        training_rows: how many positions these samples have.
+    """
+
+    name: str
+    source: ExperimentSource
+    train: TrainConfig
+    evaluation: EvaluationSpec
+    teacher: TeacherSpec | None = None
+    seeds: Sequence[int] = (0,)
+    baseline: bool = True
+    student_card: Mapping[str, Any] = field(default_factory=dict)
+    unaugmented: Iterable[Batch] | None = None
+    training_rows: int = 0
 
 
 @dataclass
 class RunContext:
-    """Where and how a comparison runs."""
+    """Where and how an experiment runs."""
 
     accelerator: Accelerator
     run: RunDirectory
@@ -134,99 +167,47 @@ class RunContext:
         return device
 
 
-def model_of(teacher: ModelTeacher | None) -> nn.Module | None:
-    """The teacher's model, where there is a teacher."""
-    return None if teacher is None else teacher.model
+class ExperimentSource(Protocol):
+    """Builds the parts of an experiment. The same seed gives the same weights."""
 
+    def with_teacher(self, teacher: nn.Module | None) -> ExperimentSource:
+        """The same source, whose students are cut from ``teacher`` if they are parts of their teacher."""
+        ...
 
-class TeacherReferences:
-    """The teacher's logits for every test batch, to compare students with; iterated once for each model.
+    def build_student(self, seed: int) -> nn.Module:
+        """A student's initial weights."""
+        ...
 
-    Kept in memory as long as they fit :data:`MEMORY_BYTES`; else the teacher is asked again each time. Of a sharded
-    teacher, which no process can ask alone, all are kept.
-    """
+    def build_peer(self, options: Any, seed: int) -> nn.Module:
+        """A model that a method trains along with the student; ``None``: one of the student's architecture."""
+        ...
 
-    def __init__(self, teacher: Teacher, test: Iterable[Batch], ctx: RunContext) -> None:
-        self.teacher, self.test, self.device = teacher, test, ctx.device
-        self.kept: list[TeacherOutput] | None = []
-        self.classes = size = 0
-        for said in until_stopped(ctx.terminal.iterate(self._ask(), "teacher on test"), ctx):
-            own = said if isinstance(said, Tensor) else said.inputs  # a head's weights are the teacher's own
-            self.classes, size = classes_of(said), size + 4 * own.numel()
-            if size > MEMORY_BYTES and not getattr(teacher, "sharded", False):
-                self.kept = None
-                break
-            self.kept.append(said)
+    def peer_card(self, options: Any) -> dict[str, Any]:
+        """The entries of a peer's ``model.json`` that differ from the student's."""
+        ...
 
-    def _ask(self) -> Iterator[TeacherOutput]:
-        for batch in self.test:
-            said = get_teacher_output(self.teacher, batch.to(self.device))
-            yield said.float().cpu() if isinstance(said, Tensor) else said._replace(inputs=said.inputs.cpu())
+    def build_teacher(self, number: int) -> nn.Module:
+        """The model of a teacher's member; with weights unless it is trained first."""
+        ...
 
-    def __iter__(self) -> Iterator[TeacherOutput]:
-        return self._ask() if self.kept is None else iter(self.kept)
+    def build_method(self) -> Method:
+        """The method, before it knows student and teacher."""
+        ...
 
+    def build_baseline_method(self) -> Method:
+        """The method of the baseline, which learns from the labels."""
+        ...
 
-T = TypeVar("T")
+    def training_batches(self, arm: Arm, seed: int) -> Batches:
+        """The training data of an arm."""
+        ...
 
+    def connect_teacher(self, classes: int) -> RemoteTeacher:
+        """The teacher behind a server; ``classes`` is the student's vocabulary size."""
+        ...
 
-def until_stopped(items: Iterable[T], ctx: RunContext) -> Iterator[T]:
-    """``items``, as long as nobody asks for a stop.
-
-    Raises:
-        Interrupted: somebody did.
-    """
-    for item in items:
-        if ctx.should_stop():
-            raise Interrupted(
-                "stopped while the teacher was asked; what was trained is kept", remedy="go on with --resume"
-            )
-        yield item
-
-
-def example_of(c: ExperimentSpec) -> Batch:
-    """Two samples for a dry run."""
-    return next(iter(c.test)).rows(0, 2)
-
-
-def prepare_student_and_method(
-    c: ExperimentSpec, student: nn.Module, teacher: nn.Module | None, seed: int
-) -> tuple[nn.Module, Method]:
-    """What is trained of ``student``, and the method, fitted to it and the teacher; both start as the seed says."""
-    method, example = c.method(), example_of(c)
-    if method.peers:
-        method.add_peers(peers(c, method, seed))
-    student = prepare_student(method, student, teacher, example, seed)
-    ids = c.batches("distilled", seed).ids if method.needs_ids else None
-    return student, prepare_method(method, student, teacher, example, seed, ids)
-
-
-def peers(c: ExperimentSpec, method: Method, seed: int) -> list[nn.Module]:
-    """What a method asks to be trained beside the student; no two start alike, nor like the student of any seed."""
-    made = []
-    for i, asked in enumerate(method.peers, 1):
-        own = (seed + i * 2_246_822_507) % 2**32  # of a seed's upper half torch's generator on CPUs takes no note
-        if c.peer is not None:
-            made.append(c.peer(asked, own))
-            continue
-        if asked is not None:
-            raise ConfigError(f"peers: nobody here can build {asked!r}", remedy="give a number of peers")
-        made.append(c.student(own))
-    return made
-
-
-def projectors(method: Method) -> int:
-    """Parameters that are trained with the student and belong to no model that is kept."""
-    return 0 if method.peers else parameters(method)
-
-
-def taught_on(c: ExperimentSpec, method: Method, seed: int) -> Batches:
-    """The training data of a method under a seed: all of it, or what has a label where the rest teaches nothing."""
-    return c.batches("distilled" if method.uses_unlabelled else "baseline", seed)
-
-
-def initial_student(c: ExperimentSpec, arm: Arm, seed: int, live: ModelTeacher | None) -> tuple[nn.Module, Method]:
-    """The student of an arm and its method, untrained."""
-    if arm == "baseline":
-        return c.student(seed), c.supervised()
-    return prepare_student_and_method(c, c.student(seed), model_of(live), seed)
+    def open_cache(
+        self, teacher: ModelTeacher | RemoteTeacher, classes: int, method: Method, ctx: RunContext
+    ) -> CachedTeacher:
+        """The cache of teacher outputs, new or existing."""
+        ...

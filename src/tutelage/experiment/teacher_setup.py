@@ -1,26 +1,25 @@
-"""The teacher of a comparison: trained where it has no weights, examined, and asked in training."""
+"""Trains the teacher of an experiment if it has no weights, evaluates it, and provides its outputs in training."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tutelage.data import Batch
 from tutelage.engine import Training, from_main
 from tutelage.errors import ConfigError
-from tutelage.evaluation import evaluate_teacher
-from tutelage.experiment.checks import check_taught
+from tutelage.evaluation import TeacherOutput, classes_of, evaluate_teacher, get_teacher_output
+from tutelage.experiment.checks import check_better_than_chance
+from tutelage.experiment.prepare import AsTeacher, all_methods, all_needs, example_of, needs_teacher, until_stopped
 from tutelage.experiment.similarity import Similarities
-from tutelage.experiment.spec import ExperimentSpec, RunContext, TeacherReferences, example_of, until_stopped
-from tutelage.experiment.teachers import Member, ModelTeacher, described
-from tutelage.experiment.trainer import train_and_keep
+from tutelage.experiment.spec import ExperimentSpec, ModelTeacher, RunContext
+from tutelage.experiment.teachers import build_live_teacher, describe_ensemble
+from tutelage.experiment.trainer import train_and_save
 from tutelage.methods import Method, check_capabilities, needs_of
 from tutelage.models import load_weights
 from tutelage.progress import Terminal
@@ -29,105 +28,89 @@ from tutelage.taps import Needs
 from tutelage.teachers import (
     Ensemble,
     EnsembleTeacher,
-    LiveTeacher,
     MemoryTeacher,
     PrefetchingTeacher,
     RemoteTeacher,
     Teacher,
 )
 
+MEMORY_BYTES = 2**29
+"""Teacher outputs on the test split are kept in memory up to this size."""
 
-def live_teacher(c: ExperimentSpec, ctx: RunContext, model: nn.Module) -> ModelTeacher:
-    """The teacher, trained first where it has no weights, frozen, on this process's device."""
-    if c.ensemble is None:
-        assert c.teacher is not None
-        model = trained(
-            c, ctx, Member("teacher", c.teacher, c.train_teacher, c.teacher_card, head_only=c.head_only), model
-        )
+
+class ReferenceOutputs:
+    """The teacher outputs for every batch of a split, to compare students with; iterated once for each model.
+
+    They are kept in memory up to :data:`MEMORY_BYTES`, and are else computed again in each iteration. Those of a
+    sharded teacher are always kept: a single process cannot compute them.
+    """
+
+    def __init__(self, teacher: Teacher, batches: Iterable[Batch], ctx: RunContext) -> None:
+        self.teacher, self.batches, self.device = teacher, batches, ctx.device
+        self.stored: list[TeacherOutput] | None = []
+        self.classes = size = 0
+        for output in until_stopped(ctx.terminal.iterate(self._compute(), "teacher on test"), ctx):
+            tensor = output if isinstance(output, Tensor) else output.inputs  # a head's weights are the teacher's own
+            self.classes, size = classes_of(output), size + 4 * tensor.numel()
+            if size > MEMORY_BYTES and not getattr(teacher, "sharded", False):
+                self.stored = None
+                break
+            self.stored.append(output)
+
+    def _compute(self) -> Iterator[TeacherOutput]:
+        for batch in self.batches:
+            output = get_teacher_output(self.teacher, batch.to(self.device))
+            yield output.float().cpu() if isinstance(output, Tensor) else output._replace(inputs=output.inputs.cpu())
+
+    def __iter__(self) -> Iterator[TeacherOutput]:
+        return self._compute() if self.stored is None else iter(self.stored)
+
+
+def train_teacher(spec: ExperimentSpec, ctx: RunContext, model: nn.Module) -> ModelTeacher:
+    """The teacher as it runs, on this process's device; members without weights are trained first."""
+    teacher = spec.teacher
+    assert teacher is not None
+    if teacher.ensemble is None:
+        model = _train_member(spec, ctx, 0, model)
     else:
-        each = zip(c.ensemble.members, model.children(), strict=True)
-        model = Ensemble([trained(c, ctx, member, one) for member, one in each])
-    return as_taught(c, model, ctx.device)
+        model = Ensemble([_train_member(spec, ctx, i, one) for i, one in enumerate(model.children())])
+    return build_live_teacher(spec, model, ctx.device)
 
 
-def as_taught(c: ExperimentSpec, model: nn.Module, device: torch.device, *, learned: bool = True) -> ModelTeacher:
-    """The teacher with its weights, as it runs; unless ``learned``, members' weights that are to be are equal."""
-    if c.ensemble is None:
-        return LiveTeacher(model, mode=c.teacher_mode, **c.inference).to(device)
-    plan = c.ensemble
-    if plan.weights == "learned" and not learned:
-        plan = replace(plan, weights=None)
-    return plan.teacher(model.children(), c.teacher_mode, device, c.validation)
-
-
-def trained(c: ExperimentSpec, ctx: RunContext, member: Member, model: nn.Module) -> nn.Module:
-    """``model``, which ``member`` built, once it has weights."""
-    if member.train is None:
+def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.Module) -> nn.Module:
+    """``model``, that of the teacher's member ``number``, with weights."""
+    assert spec.teacher is not None
+    member, evaluation = spec.teacher.members[number], spec.evaluation
+    if member.training is None:
         return model
-    config, batches, seed = member.train
     if ctx.run.result(member.name) is None:
         training = Training(
-            member.name, model, c.supervised(), batches, config, ctx.run,
-            validation=None if c.validation is None else AsTaught(c.validation), seed=seed, metric=c.metric,
-            should_stop=ctx.should_stop, watcher=ctx.terminal,
+            member.name, model, spec.source.build_baseline_method(), member.training.batches, member.training.config,
+            ctx.run, validation=None if evaluation.validation is None else AsTeacher(evaluation.validation),
+            seed=member.training.seed, metric=evaluation.metric, should_stop=ctx.should_stop, watcher=ctx.terminal,
         )  # fmt: skip
         if member.head_only:
-            keep_body(model)
-        train_and_keep(training, ctx, member.model, AsTaught(c.test), None, dict(member.card))
-        model = member.model()
+            freeze_pretrained(model)
+
+        def rebuild() -> tuple[nn.Module, Method]:
+            return spec.source.build_teacher(number), spec.source.build_baseline_method()
+
+        train_and_save(training, ctx, rebuild, AsTeacher(evaluation.test), None, dict(member.card), {})
+        model = spec.source.build_teacher(number)
     load_weights(model, ctx.run.model(member.name))
     return model
 
 
-def examined(
-    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher
-) -> tuple[TeacherReferences | None, dict[str, Any]]:
-    """What the teacher says of the test split, where it reads what the student does, and how good it is.
+def freeze_pretrained(model: nn.Module) -> None:
+    """Freeze the parameters that came with a checkpoint; only new ones are trained.
 
     Raises:
-        CapabilityError: it does worse than chance.
-    """
-    if example_of(c).teacher_labels is not None:  # other tokens than the student's: each is measured on its own
-        splits = {"validation": c.validation if c.validation is not None else c.test, "test": c.test}
-        alone = {name: evaluate_teacher(teacher, AsTaught(split), ctx.device) for name, split in splits.items()}
-        return None, alone["test"] | {"validation": alone["validation"]}
-    references = TeacherReferences(teacher, c.test, ctx)
-    on_validation = evaluate_teacher(teacher, c.validation if c.validation is not None else c.test, ctx.device)
-    if "ece" in on_validation:
-        check_taught(on_validation, references.classes, ctx)
-    alike = Similarities()
-    teacher_scores = evaluate_teacher(teacher, c.test, ctx.device, references, watch=alike.add)
-    alike.keep(ctx.run, "teacher")
-    teacher_scores["validation"] = on_validation
-    if c.ensemble is not None and isinstance(teacher, EnsembleTeacher):
-        splits = {"test": c.test} | ({} if c.validation is None else {"validation": c.validation})
-        teacher_scores["ensemble"] = described(c.ensemble, teacher, splits, ctx.device)
-        say_ensemble(teacher_scores, ctx)
-    return references, teacher_scores
-
-
-@dataclass(frozen=True)
-class AsTaught:
-    """Batches with what the teacher sees in the place of what the student sees."""
-
-    batches: Iterable[Batch]
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            yield batch.for_teacher()
-
-
-def keep_body(model: nn.Module) -> None:
-    """Freeze what came with a model's weights; only what is new learns.
-
-    Raises:
-        ConfigError: nothing is new.
+        ConfigError: none is new.
     """
     fresh = set(getattr(model, "fresh", ()))
-    new = [name for name, _ in model.named_parameters() if name in fresh]
-    if not new:
+    if not any(name in fresh for name, _ in model.named_parameters()):
         raise ConfigError(
-            "all of the teacher came with its weights, and no new head is there to be trained",
+            "all parameters of the teacher are in its checkpoint; there is no new head to train",
             where="teacher.trainable",
             remedy="leave teacher.train out to use it as it is, or set teacher.trainable: all",
         )
@@ -135,112 +118,126 @@ def keep_body(model: nn.Module) -> None:
         parameter.requires_grad_(name in fresh)
 
 
-def say_ensemble(scores: Mapping[str, Any], ctx: RunContext) -> None:
-    """Each member's accuracy, weight and the ensemble's accuracy."""
-    found = scores["ensemble"]
-    what = {"learned": "learned weight", "given": "weight", "equal": "weight"}[found["weights"]]
-    for member in found["members"]:
-        own = " of its images" if found["routed"] else ""
-        ctx.terminal.say(
-            f"{member['name']}: test {member['test']['accuracy']:.2%}{own}, {what} {member['weight']:.3f}"
+def evaluate_reference(
+    spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher
+) -> tuple[ReferenceOutputs | None, dict[str, Any]]:
+    """The teacher outputs on the test split, and the teacher's figures.
+
+    The outputs are ``None`` if the teacher reads other tokens than the student: each is then measured by itself.
+
+    Raises:
+        CapabilityError: the teacher is worse than chance.
+    """
+    evaluation = spec.evaluation
+    test, validation = (
+        evaluation.test,
+        evaluation.validation if evaluation.validation is not None else evaluation.test,
+    )
+    if example_of(spec).teacher_labels is not None:
+        on_validation = evaluate_teacher(teacher, AsTeacher(validation), ctx.device)
+        return None, evaluate_teacher(teacher, AsTeacher(test), ctx.device) | {"validation": on_validation}
+    outputs = ReferenceOutputs(teacher, test, ctx)
+    on_validation = evaluate_teacher(teacher, validation, ctx.device)
+    if "ece" in on_validation:
+        check_better_than_chance(on_validation, outputs.classes, ctx)
+    similarities = Similarities()
+    scores = evaluate_teacher(teacher, test, ctx.device, outputs, watch=similarities.add)
+    similarities.write(ctx.run, "teacher")
+    scores["validation"] = on_validation
+    if isinstance(teacher, EnsembleTeacher):
+        assert spec.teacher is not None
+        splits = {"test": test} | ({} if evaluation.validation is None else {"validation": evaluation.validation})
+        scores["ensemble"] = describe_ensemble(spec.teacher, teacher, splits, ctx.device)
+        _print_ensemble(scores, ctx.terminal)
+    return outputs, scores
+
+
+def _print_ensemble(scores: Mapping[str, Any], terminal: Terminal) -> None:
+    """Print each member's accuracy and weight, and the ensemble's accuracy."""
+    ensemble = scores["ensemble"]
+    what = "learned weight" if ensemble["weights"] == "learned" else "weight"
+    for member in ensemble["members"]:
+        images = " of its images" if ensemble["routed"] else ""
+        terminal.say(
+            f"{member['name']}: test {member['test']['accuracy']:.2%}{images}, {what} {member['weight']:.3f}"
         )
-    ctx.terminal.say(f"ensemble, mean of {found['combine']}: test {scores['accuracy']:.2%}")
+    terminal.say(f"ensemble, mean of {ensemble['combine']}: test {scores['accuracy']:.2%}")
 
 
 @contextmanager
 def open_remote_teacher(
-    c: ExperimentSpec, terminal: Terminal, method: Method, classes: int
+    spec: ExperimentSpec, terminal: Terminal, method: Method, classes: int
 ) -> Iterator[RemoteTeacher | None]:
-    """The teacher behind a server, where there is one and it is asked for anything."""
-    if c.remote_teacher is None or not is_taught(method):
+    """The teacher behind a server, if there is one and the method uses it."""
+    if spec.teacher is None or not spec.teacher.is_remote or not needs_teacher(method):
         yield None
         return
-    with c.remote_teacher(classes) as teacher:
+    with spec.source.connect_teacher(classes) as teacher:
         check_capabilities(method, teacher)
         terminal.say(f"teacher: {teacher.model} at {teacher.url}, {teacher.k} tokens each")
         yield teacher
 
 
 @contextmanager
-def taught_by(
-    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | RemoteTeacher | None, method: Method, classes: int
+def open_training_teacher(
+    spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | RemoteTeacher | None, method: Method, classes: int
 ) -> Iterator[Teacher | None]:
-    """Who is asked in training: the cache where there is one, the teacher's memory where it fits, or itself."""
-    if teacher is None or not is_taught(method):
-        if c.cache is not None:
-            ctx.terminal.say("cache: not opened, for the method asks the teacher for nothing")
+    """What gives the teacher outputs in training: the cache, a copy in memory if it fits, or the teacher itself."""
+    cache = None if spec.teacher is None else spec.teacher.cache
+    if teacher is None or not needs_teacher(method):
+        if cache is not None:
+            ctx.terminal.say("cache: not opened, because the method uses no teacher outputs")
         yield teacher
         return
-    if c.cache is None:
-        known = remembered(c, ctx, teacher, method, classes)
-        if c.prefetch is None or known is not teacher:
-            yield known
-            return
-        with closing(PrefetchingTeacher(teacher, process=c.prefetch == "process")) as prefetching:
-            yield prefetching
+    if cache is None:
+        yield from _without_cache(spec, ctx, teacher, method, classes)
         return
-    with c.cache(teacher, classes, method, ctx.accelerator) as cached:
-        for each in (method, *(phase.method for phase in method.phases())):
+    with spec.source.open_cache(teacher, classes, method, ctx) as cached:
+        for each in all_methods(method):
             check_capabilities(each, cached)
-            asked = needs_of(each, cached)
-            if asked is not None:
-                cached.check(asked)
+            needs = needs_of(each, cached)
+            if needs is not None:
+                cached.check(needs)
         ctx.terminal.say(f"cache: {cached.folder}, {len(cached.reader):,} rows known")
         yield cached
 
 
-def is_taught(method: Method) -> bool:
-    """Whether a method, or a phase of it, asks the teacher for anything."""
-    return any(m.needs is not None for m in (method, *(phase.method for phase in method.phases())))
+def _without_cache(
+    spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | RemoteTeacher, method: Method, classes: int
+) -> Iterator[Teacher]:
+    assert spec.teacher is not None
+    if not isinstance(teacher, RemoteTeacher) and fits_memory(spec, ctx, teacher, method, classes):
+        yield store_in_memory(spec, ctx, teacher, all_needs(method))
+    elif spec.teacher.prefetch is None:
+        yield teacher
+    else:
+        with closing(PrefetchingTeacher(teacher, process=spec.teacher.prefetch == "process")) as prefetching:
+            yield prefetching
 
 
-def all_needs(method: Method) -> Needs:
-    """What a method and its phases need of the teacher, together."""
-    wanted = [m.needs for m in (method, *(phase.method for phase in method.phases())) if m.needs is not None]
-    return Needs(
-        logits=any(n.logits for n in wanted),
-        hidden=tuple(dict.fromkeys(tap for n in wanted for tap in n.hidden)),
-        head=any(n.head for n in wanted),
-        temperature=next((n.temperature for n in wanted if n.temperature is not None), None),
-    )
-
-
-def remembered(
-    c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | RemoteTeacher, method: Method, classes: int
-) -> Teacher:
-    """The teacher's word from memory, where it never changes and fits; else the teacher itself."""
-    if isinstance(teacher, RemoteTeacher) or not rememberable(c, ctx, teacher, method, classes):
-        return teacher
-    return in_memory(c, ctx, teacher, all_needs(method))
-
-
-def rememberable(c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, method: Method, classes: int) -> bool:
-    """Whether the teacher's word never changes and fits the memory; the run directory keeps the answer."""
+def fits_memory(spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, method: Method, classes: int) -> bool:
+    """Whether the teacher outputs never change and fit in memory; a resumed run keeps the decision."""
     needs = all_needs(method)
-    if c.remember is None or method.needs is None or needs.head or c.teacher_mode != "eval":
+    if spec.unaugmented is None or method.needs is None or needs.head:
         return False
-    if isinstance(teacher, LiveTeacher) and teacher.sharded:
+    if (spec.teacher is not None and spec.teacher.mode != "eval") or getattr(teacher, "sharded", False):
         return False
-    example = example_of(c)
+    example = example_of(spec)
     if example.labels.ndim > 1 or (needs.hidden and isinstance(example.inputs, dict)):
         return False  # as many rows as a text has tokens
     shapes = feature_shapes(teacher.model, example.rows(0, 1).for_teacher(), needs.hidden)
     row = classes * needs.logits + sum(math.prod(shape) for shape in shapes.values())
-    fits = c.remember_rows * row * 4 <= memory_budget(ctx.accelerator.num_processes)
+    budget = int(psutil.virtual_memory().available) // 4 // ctx.accelerator.num_processes
+    fits = spec.training_rows * row * 4 <= budget
     return from_main(ctx.accelerator, lambda: ctx.run.decided("remembered", fits))
 
 
-def in_memory(c: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, needs: Needs) -> MemoryTeacher:
-    """The teacher's word on the training data, asked once."""
-    assert c.remember is not None
+def store_in_memory(spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, needs: Needs) -> MemoryTeacher:
+    """The teacher outputs on the training data, computed once."""
+    assert spec.unaugmented is not None
 
-    def shown(batches: Iterable[Batch]) -> Iterator[Batch]:
+    def watch(batches: Iterable[Batch]) -> Iterator[Batch]:
         return until_stopped(ctx.terminal.iterate(batches, "teacher on training data"), ctx)
 
     with ctx.accelerator.autocast():
-        return MemoryTeacher(teacher, c.remember, ctx.device, shown, needs=needs)
-
-
-def memory_budget(processes: int) -> int:
-    """Bytes that a process may remember: its share of a quarter of what is free now."""
-    return int(psutil.virtual_memory().available) // 4 // processes
+        return MemoryTeacher(teacher, spec.unaugmented, ctx.device, watch, needs=needs)

@@ -1,101 +1,72 @@
-"""What teaches in a comparison: one model or several, as they are built, trained, run and combined."""
+"""Teachers of several models: how they are combined and described; and the options of live teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from tutelage.config import InferenceConfig, TeacherInferenceConfig, TrainConfig
-from tutelage.data import Batch, Batches
-from tutelage.errors import CapabilityError, ConfigError, suggest
+from tutelage.config import InferenceConfig, TeacherInferenceConfig
+from tutelage.data import Batch
+from tutelage.errors import ConfigError, suggest
 from tutelage.evaluation import evaluate_teacher
-from tutelage.teachers import Ensemble, EnsembleTeacher, LiveTeacher, fit_ensemble_weights
-
-Trained = tuple[TrainConfig, Batches, int]
-"""How a teacher is trained first, on what, and under which seed."""
-
-ModelTeacher = LiveTeacher | EnsembleTeacher
-"""A teacher with a model in this process, which methods are fitted to."""
+from tutelage.experiment.spec import EnsembleSpec, ExperimentSpec, ModelTeacher, TeacherSpec
+from tutelage.teachers import EnsembleTeacher, LiveTeacher, fit_ensemble_weights
 
 
-@dataclass(frozen=True)
-class Member:
-    """A teacher of several.
+def build_live_teacher(
+    spec: ExperimentSpec, model: nn.Module, device: torch.device, *, fit_weights: bool = True
+) -> ModelTeacher:
+    """The teacher as it runs, frozen, on ``device``.
 
-    Attributes:
-        name: of its training and its folder.
-        model: builds it; with weights, unless ``train``.
-        train: how it is trained first; ``None`` where it has weights.
-        card: how to build it again.
-        inference: options of :class:`LiveTeacher` beside the mode.
-        head_only: whether only what did not come with its weights is trained.
+    Args:
+        spec: of the experiment.
+        model: the teacher's model, or the ensemble's models as children.
+        device: of this process.
+        fit_weights: fit an ensemble's ``learned`` weights on the validation split; else the members weigh the same.
+
+    Raises:
+        ConfigError: weights are to be learned and there is no validation data.
     """
-
-    name: str
-    model: Callable[[], nn.Module]
-    train: Trained | None = None
-    card: Mapping[str, Any] = field(default_factory=dict)
-    inference: Mapping[str, Any] = field(default_factory=dict)
-    head_only: bool = False
-
-
-@dataclass(frozen=True)
-class EnsemblePlan:
-    """How teachers become one; :class:`EnsembleTeacher` has the meaning of each."""
-
-    members: Sequence[Member]
-    combine: Literal["probabilities", "logits"] = "probabilities"
-    weights: Sequence[float] | Literal["learned"] | None = None
-    temperature: float = 1.0
-    route: Sequence[Sequence[int]] | None = None
-
-    def untrained(self) -> Ensemble:
-        """All models as one, before any training."""
-        return Ensemble([member.model() for member in self.members], combine=self.combine)
-
-    def teacher(
-        self,
-        models: Iterable[nn.Module],
-        mode: Literal["eval", "train_bn"],
-        device: torch.device,
-        validation: Iterable[Batch] | None,
-    ) -> EnsembleTeacher:
-        """The ensemble of these models on ``device``; its weights, where they are to be learned, of ``validation``.
-
-        Raises:
-            ConfigError: weights are to be learned of nothing.
-        """
-        live = [
-            LiveTeacher(model, mode=mode, **member.inference).to(device)
-            for member, model in zip(self.members, models, strict=True)
-        ]
-        weights = None if self.weights is None or self.weights == "learned" else list(self.weights)
-        if self.weights == "learned":
-            if validation is None:
-                raise ConfigError(
-                    "the weights of the members are to be learned, and there is no validation data",
-                    remedy="pass validation=, or weights by hand",
-                )
-            weights = fit_ensemble_weights(
-                live, validation, combine=self.combine, temperature=self.temperature, device=device
+    teacher = spec.teacher
+    assert teacher is not None
+    ensemble = teacher.ensemble
+    models = [model] if ensemble is None else model.children()
+    live = [
+        LiveTeacher(one, mode=teacher.mode, **member.inference).to(device)
+        for member, one in zip(teacher.members, models, strict=True)
+    ]
+    if ensemble is None:
+        return live[0]
+    weights = None if ensemble.weights is None or ensemble.weights == "learned" else list(ensemble.weights)
+    if ensemble.weights == "learned" and fit_weights:
+        if spec.evaluation.validation is None:
+            raise ConfigError(
+                "the members' weights are to be learned, and there is no validation data",
+                remedy="pass validation=, or give the weights",
             )
-        return EnsembleTeacher(
-            live, combine=self.combine, weights=weights, temperature=self.temperature, route=self.route
+        weights = fit_ensemble_weights(
+            live,
+            spec.evaluation.validation,
+            combine=ensemble.combine,
+            temperature=ensemble.temperature,
+            device=device,
         )
+    return EnsembleTeacher(
+        live, combine=ensemble.combine, weights=weights, temperature=ensemble.temperature, route=ensemble.route
+    )
 
 
 def live_options(*sections: InferenceConfig | None) -> dict[str, Any]:
-    """What the last section says, else the one before it, as arguments of :class:`LiveTeacher`."""
-    given: dict[str, Any] = {}
+    """Arguments of :class:`LiveTeacher`; a key of a later section replaces that of an earlier one."""
+    options: dict[str, Any] = {}
     for section in sections:
-        given |= section.model_dump(exclude_none=True, include=set(InferenceConfig.model_fields)) if section else {}
+        options |= section.model_dump(exclude_none=True, include=set(InferenceConfig.model_fields)) if section else {}
         if isinstance(section, TeacherInferenceConfig) and section.sharded:
-            given["sharded"] = True
-    return given
+            options["sharded"] = True
+    return options
 
 
 def prefetch_mode(inference: TeacherInferenceConfig | None) -> Literal["overlap", "process"] | None:
@@ -105,8 +76,8 @@ def prefetch_mode(inference: TeacherInferenceConfig | None) -> Literal["overlap"
     return "process" if inference.process else "overlap" if inference.overlap else None
 
 
-def as_it_runs(teacher: ModelTeacher) -> dict[str, Any]:
-    """What else than its model decides what a teacher says, as JSON; empty for one model in its own numbers."""
+def inference_facts(teacher: ModelTeacher) -> dict[str, Any]:
+    """What decides the teacher outputs apart from the model, as JSON; empty for a single float32 model."""
     if isinstance(teacher, LiveTeacher):
         return {} if teacher.dtype is None else {"dtype": teacher.dtype}
     return {
@@ -114,18 +85,19 @@ def as_it_runs(teacher: ModelTeacher) -> dict[str, Any]:
         "weights": teacher.weights,
         "average_temperature": teacher.temperature,
         "route": teacher.route,
-        "members": [as_it_runs(member) for member in teacher.members if isinstance(member, LiveTeacher)],
+        "members": [inference_facts(member) for member in teacher.members if isinstance(member, LiveTeacher)],
     }
 
 
-def described(
-    plan: EnsemblePlan, teacher: EnsembleTeacher, splits: Mapping[str, Iterable[Batch]], device: torch.device
+def describe_ensemble(
+    spec: TeacherSpec, teacher: EnsembleTeacher, splits: Mapping[str, Iterable[Batch]], device: torch.device
 ) -> dict[str, Any]:
-    """What a summary says of an ensemble: how it is combined, and each member on the samples that it teaches."""
+    """The ensemble's entry in a summary: its options, and each member's figures on the samples routed to it."""
+    ensemble = spec.ensemble or EnsembleSpec()
     members = []
-    for m, member in enumerate(plan.members):
+    for m, member in enumerate(spec.members):
         scores = {
-            split: evaluate_teacher(teacher.members[m], _taught(teacher, m, batches), device)
+            split: evaluate_teacher(teacher.members[m], _routed_to(teacher, m, batches), device)
             for split, batches in splits.items()
         }
         members.append(
@@ -137,20 +109,24 @@ def described(
             }
         )
     return {
-        "combine": plan.combine,
-        "average_temperature": plan.temperature,
-        "weights": "learned" if plan.weights == "learned" else "given" if plan.weights is not None else "equal",
-        "routed": plan.route is not None,
+        "combine": ensemble.combine,
+        "average_temperature": ensemble.temperature,
+        "weights": "learned"
+        if ensemble.weights == "learned"
+        else "given"
+        if ensemble.weights is not None
+        else "equal",
+        "routed": ensemble.route is not None,
         "members": members,
     }
 
 
-def _taught(teacher: EnsembleTeacher, member: int, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The samples that a member teaches."""
+def _routed_to(teacher: EnsembleTeacher, member: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The samples that are routed to a member."""
     if teacher.route is None:
         yield from batches
         return
-    values = torch.tensor([v for v, those in enumerate(teacher.route) if member in those])
+    values = torch.tensor([v for v, members in enumerate(teacher.route) if member in members])
     for batch in batches:
         assert batch.route is not None
         rows = torch.isin(batch.route, values.to(batch.route.device)).nonzero().flatten()
@@ -158,42 +134,25 @@ def _taught(teacher: EnsembleTeacher, member: int, batches: Iterable[Batch]) -> 
             yield batch.take(rows)
 
 
-def routes(asked: Mapping[str, int | list[int]], values: Sequence[str]) -> list[list[int]]:
-    """For each value of the column, in order, the members that teach it.
+def resolve_routes(route: Mapping[str, int | list[int]], values: Sequence[str]) -> list[list[int]]:
+    """The members for each value of the ``data.route`` column, in the order of ``values``.
 
     Raises:
         ConfigError: a value without members, or members of a value that the data does not have.
     """
-    missing = [value for value in values if value not in asked]
+    missing = [value for value in values if value not in route]
     if missing:
         raise ConfigError(
             f"no member teaches the images of {', '.join(map(repr, missing[:5]))}",
             where="teacher.route",
             remedy=f"give members for every value of data.route: {', '.join(values[:20])}",
         )
-    unknown = next((value for value in asked if value not in values), None)
+    unknown = next((value for value in route if value not in values), None)
     if unknown is not None:
         raise ConfigError(
             f"no image has the value {unknown!r}" + suggest(unknown, list(values)),
             where="teacher.route",
             remedy=f"values of data.route: {', '.join(values[:20])}",
         )
-    found = [asked[value] for value in values]
-    return [[those] if isinstance(those, int) else list(those) for those in found]
-
-
-def check_agree(labels: Mapping[str, list[str] | None]) -> None:
-    """Raise :class:`CapabilityError` where two members of an ensemble have different class names."""
-    named = [(who, names) for who, names in labels.items() if names is not None]
-    for who, names in named[1:]:
-        first, known = named[0]
-        if names == known:
-            continue
-        if len(names) != len(known):
-            what = f"{first} knows {len(known)} classes, {who} {len(names)}"
-        else:
-            i = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
-            what = f"class {i} is {known[i]!r} to {first} and {names[i]!r} to {who}"
-        raise CapabilityError(
-            what, where="label map", remedy="the members of an ensemble score the same classes in the same order"
-        )
+    members = [route[value] for value in values]
+    return [[those] if isinstance(those, int) else list(those) for those in members]

@@ -1,9 +1,9 @@
-"""Texts in a recipe: whose tokenizer, which class names, and students that are parts of their teachers."""
+"""Texts in a recipe: tokenizers, class names, and students that are cut from their teachers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from tutelage.data.text_sources import RawTextData
 from tutelage.data.texts import as_list
 from tutelage.errors import ConfigError
 from tutelage.models import load_tokenizer, read_class_names
-from tutelage.models.pretrained import CrossEncoder, SentenceEncoder
+from tutelage.models.pretrained import SentenceEncoder
 from tutelage.progress import Terminal
 from tutelage.students import block_influence, prune, trim_embeddings, trim_tokenizer
 
@@ -95,33 +95,27 @@ def _known(recipe: Recipe) -> list[str] | None:
     return read_class_names(teacher.model, teacher.checkpoint)
 
 
-def students_of(config: StudentConfig, data: TextData, teacher: nn.Module) -> Callable[[int], nn.Module]:
-    """Cuts students from their teacher, as the recipe's section says; the same seed gives the same one.
+def measure_block_influence(teacher: nn.Module, data: TextData) -> Any:
+    """The importance of the teacher's layers on a few training texts."""
+    return block_influence(_bare(teacher), list(_some_batches(data)))
+
+
+def prune_student(config: StudentConfig, data: TextData, teacher: nn.Module, importance: Any, seed: int) -> nn.Module:
+    """A student cut from its teacher, as the recipe's section says; the same seed gives the same weights.
 
     Raises:
         ModelError: the teacher cannot be cut so.
-        ConfigError: the teacher is a cross-encoder.
     """
-    if isinstance(teacher, CrossEncoder):
-        raise ConfigError(
-            "the student of a ranking reads query and answers each by itself, and a part of a cross-encoder cannot",
-            where="student.model",
-            remedy="name an encoder: hf:ID",
-        )
-    whole = teacher.model if isinstance(teacher, SentenceEncoder) else teacher
-    importance = None
-    if config.map == "influence":
-        importance = block_influence(whole, list(_some(data)))
-    asked = {k: getattr(config, k) for k in ("layers", "map", "width", "heads", "intermediate", "embedding")}
+    options = {k: getattr(config, k) for k in ("layers", "map", "width", "heads", "intermediate", "embedding")}
+    part: Any = prune(_bare(teacher), **options, importance=importance, initial=config.initial, seed=seed).model
+    if data.teacher_token_ids is not None:
+        part = trim_embeddings(part, data.teacher_token_ids)
+    part.requires_grad_(True)
+    return with_tokenizer(type(teacher)(part) if isinstance(teacher, SentenceEncoder) else part, data)
 
-    def student(seed: int) -> nn.Module:
-        part: Any = prune(whole, **asked, importance=importance, initial=config.initial, seed=seed).model
-        if data.teacher_token_ids is not None:
-            part = trim_embeddings(part, data.teacher_token_ids)
-        part.requires_grad_(True)
-        return with_tokenizer(type(teacher)(part) if isinstance(teacher, SentenceEncoder) else part, data)
 
-    return student
+def _bare(teacher: nn.Module) -> nn.Module:
+    return teacher.model if isinstance(teacher, SentenceEncoder) else teacher
 
 
 def as_the_teacher_reads(data: TextData) -> TextData:
@@ -135,15 +129,15 @@ def with_tokenizer(model: nn.Module, data: TextData) -> nn.Module:
     return model
 
 
-def _some(data: TextData) -> Iterator[Batch]:
+def _some_batches(data: TextData) -> Iterator[Batch]:
     """A few training texts as the teacher sees them."""
     rows = data.for_teacher.select(torch.arange(min(RANKED_ON, len(data.for_teacher))))
     for (batch,) in PlannedBatches(rows, 32, 0).epoch(0, RankSlice()):
         yield batch
 
 
-def facts(data: TextData) -> dict[str, Any]:
-    """What the folder of a model of texts says of it."""
+def text_card(data: TextData) -> dict[str, Any]:
+    """The entries of a text model's ``model.json`` about its data."""
     return {
         "classes": data.classes,
         "preprocessing": data.preprocessing(),

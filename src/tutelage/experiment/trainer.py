@@ -1,4 +1,4 @@
-"""Training a student of a comparison, or finding it trained, and measuring it."""
+"""Trains one model of an experiment, measures it and writes its folder; a finished one is read back."""
 
 from __future__ import annotations
 
@@ -13,151 +13,128 @@ from torch import Tensor, nn
 
 from tutelage.data import Batch
 from tutelage.engine import Outcome, Training, fit, from_main
-from tutelage.evaluation import evaluate
-from tutelage.experiment.measure import reached
+from tutelage.evaluation import TeacherOutput, evaluate
+from tutelage.experiment.measure import reached_parameters
+from tutelage.experiment.prepare import example_of, get_signal, initial_student, training_batches
 from tutelage.experiment.similarity import Similarities
-from tutelage.experiment.spec import (
-    FIGURES,
-    Arm,
-    ExperimentSpec,
-    RunContext,
-    TeacherReferences,
-    example_of,
-    initial_student,
-    model_of,
-    taught_on,
-)
-from tutelage.experiment.teachers import ModelTeacher
+from tutelage.experiment.spec import FIGURES, Arm, ExperimentSpec, ModelTeacher, RunContext
 from tutelage.files import atomic_folder
-from tutelage.methods import DistillationModule, Method, needs_of, prepare_student
+from tutelage.methods import DistillationModule, Method
 from tutelage.models import save_model
 from tutelage.students import ReusedHead, to_float_model
-from tutelage.teachers import Signal, Teacher
+from tutelage.teachers import Teacher
+
+Rebuild = Callable[[], tuple[nn.Module, Method]]
+"""Builds a training's model and method once more, untrained."""
+
+
+@dataclass(frozen=True)
+class TrainingTeacher:
+    """What students are trained with and compared to.
+
+    Attributes:
+        live: the teacher's model; ``None`` if it is not in this process.
+        signals: gives the teacher outputs in training: the teacher itself, its cache, or a copy in memory.
+        on_test: the teacher outputs on the test split, which students are compared with.
+        on_validation: those on the validation split, if the data has no labels to evaluate by.
+    """
+
+    live: ModelTeacher | None = None
+    signals: Teacher | None = None
+    on_test: Iterable[TeacherOutput] | None = None
+    on_validation: Iterable[TeacherOutput] | None = None
 
 
 def train_student(
-    c: ExperimentSpec,
-    ctx: RunContext,
-    arm: Arm,
-    seed: int,
-    teacher: Teacher | None,
-    live: ModelTeacher | None,
-    references: TeacherReferences | None,
-    classes: int,
+    spec: ExperimentSpec, ctx: RunContext, arm: Arm, seed: int, teacher: TrainingTeacher, classes: int
 ) -> dict[str, Any]:
-    """Train one student, or find it trained, and return its result."""
-    name = f"{arm}-seed{seed}"
-    found = ctx.run.result(name)
-    if found is not None:
-        return found
-    training = training_of(c, ctx, arm, seed, teacher, live, classes)
-    card = {**c.student_card, "arm": arm}
+    """Train one student, or read it back if it is trained, and return its result."""
+    finished = ctx.run.result(f"{arm}-seed{seed}")
+    if finished is not None:
+        return finished
+    training = student_training(spec, ctx, arm, seed, teacher, classes)
+    card = {**spec.student_card, "arm": arm}
     if isinstance(training.student, ReusedHead):
         card["reused_head"] = training.student.card
-
-    def rebuilt() -> nn.Module:
-        model = c.student(seed)
-        return model if arm == "baseline" else prepare_student(c.method(), model, model_of(live), example_of(c), seed)
-
-    others = training.method.auxiliary_models(training.student)
-    cards = [{**card, **c.peer_card(asked), "arm": arm} for asked in training.method.peers]
-    kept = dict(zip(others, cards, strict=True)) if cards else {}
-    return train_and_keep(
-        training, ctx, rebuilt, c.test, references, card, Others(lambda: initial_student(c, arm, seed, live)[1], kept)
-    )
+    method = training.method
+    peer_cards = [{**card, **spec.source.peer_card(options), "arm": arm} for options in method.peers]
+    cards = dict(zip(method.auxiliary_models(training.student), peer_cards, strict=True)) if peer_cards else {}
+    rebuild = partial(initial_student, spec, arm, seed, teacher.live)
+    return train_and_save(training, ctx, rebuild, spec.evaluation.test, teacher.on_test, card, cards)
 
 
-def training_of(
-    c: ExperimentSpec,
-    ctx: RunContext,
-    arm: Arm,
-    seed: int,
-    teacher: Teacher | None,
-    live: ModelTeacher | None,
-    classes: int,
+def student_training(
+    spec: ExperimentSpec, ctx: RunContext, arm: Arm, seed: int, teacher: TrainingTeacher, classes: int
 ) -> Training:
-    """The training of a student; the phases that its method needs before it are done."""
-    fresh = partial(initial_student, c, arm, seed, live)
-    student, method = fresh()
+    """The training of a student; the phases that its method needs before it are trained here."""
+    rebuild = partial(initial_student, spec, arm, seed, teacher.live)
+    student, method = rebuild()
     training = Training(
         name=f"{arm}-seed{seed}",
         student=student,
         method=method,
-        batches=taught_on(c, method, seed),
-        config=c.config,
+        batches=training_batches(spec, method, seed),
+        config=spec.train,
         run=ctx.run,
-        teacher=teacher if arm == "distilled" else None,
-        validation=c.validation,
+        teacher=teacher.signals if arm == "distilled" else None,
+        validation=spec.evaluation.validation,
         seed=seed,
         should_stop=ctx.should_stop,
         watcher=ctx.terminal,
-        epoch_steps=c.batches("distilled", seed).steps_per_epoch,
+        epoch_steps=spec.source.training_batches("distilled", seed).steps_per_epoch,
         classes=classes,
-        metric=c.metric,
-        validation_references=c.said,
+        metric=spec.evaluation.metric,
+        validation_references=teacher.on_validation,
     )
     if method.phases():
-        return after_phases(training, ctx, fresh, live, example_of(c))
+        return _after_phases(training, ctx, rebuild, teacher.live, example_of(spec))
     return training
 
 
-@dataclass(frozen=True)
-class Others:
-    """What a method trains beside the student that gives logits too.
-
-    Attributes:
-        method: builds the method again, untrained.
-        cards: how to build those again that are to be saved, by name.
-    """
-
-    method: Callable[[], Method]
-    cards: Mapping[str, dict[str, Any]]
-
-
-def after_phases(
-    training: Training,
-    ctx: RunContext,
-    fresh: Callable[[], tuple[nn.Module, Method]],
-    live: ModelTeacher | None,
-    example: Batch,
+def _after_phases(
+    training: Training, ctx: RunContext, rebuild: Rebuild, live: ModelTeacher | None, example: Batch
 ) -> Training:
-    """Train what the method says comes first, or find it trained, and return the training that goes on from there.
+    """Train the method's phases, or read them back, and return the training that continues from there.
 
-    A phase has its share of the steps, the teacher, the data and the optimizer of the training itself; there is no
-    validation, for its loss says nothing of the student's accuracy.
+    A phase has its share of the steps, and the teacher, data and optimizer of the training. It has no validation:
+    its loss does not measure the student's accuracy.
     """
     total = training.steps
-    left, name = total, training.name
-    learned: list[dict[str, Tensor]] = []
+    remaining = total
+    phase_states: list[dict[str, Tensor]] = []
     for i in range(len(training.method.phases())):
         phase = training.method.phases()[i]
         steps = max(round(phase.share * total), 1)
-        left -= steps
-        keep_reached(training.student, phase.method, live, example, ctx.device)
+        remaining -= steps
+        _freeze_unreached(training.student, phase.method, live, example, ctx.device)
         config = training.config.model_copy(update={"epochs": None, "steps": steps, "early_stop": None})
-        first = replace(
-            training, name=f"{name}-{phase.name}", method=phase.method, config=config, validation=None,
+        phase_training = replace(
+            training, name=f"{training.name}-{phase.name}", method=phase.method, config=config, validation=None,
             epoch_steps=training.epoch_length,
         )  # fmt: skip
-        try:
-            outcome = fit(first, ctx.accelerator)
-        finally:
-            ctx.terminal.finished()
-        student, method = fresh()  # whole again, where the trained ones were sharded or compiled
-        weights, of_method = from_main(ctx.accelerator, lambda o=outcome: (o.last, o.method))  # type: ignore[misc]
-        learned.append(of_method)
+        outcome = _fit(phase_training, ctx)
+        student, method = rebuild()  # the trained ones may be sharded or compiled
+        weights, method_state = from_main(ctx.accelerator, lambda o=outcome: (o.last, o.method))  # type: ignore[misc]
+        phase_states.append(method_state)
         student.load_state_dict(weights)
-        for earlier, state in zip(method.phases(), learned, strict=False):
+        for earlier, state in zip(method.phases(), phase_states, strict=False):
             earlier.method.load_state_dict(state)
         training = replace(training, student=student, method=method)
-    config = training.config.model_copy(update={"epochs": None, "steps": max(left, 1)})
+    config = training.config.model_copy(update={"epochs": None, "steps": max(remaining, 1)})
     return replace(training, config=config)
 
 
-def keep_reached(
+def _fit(training: Training, ctx: RunContext) -> Outcome:
+    try:
+        return fit(training, ctx.accelerator)
+    finally:
+        ctx.terminal.finished()
+
+
+def _freeze_unreached(
     student: nn.Module, method: Method, teacher: Teacher | None, example: Batch, device: torch.device
 ) -> None:
-    """Freeze what of student and method gets no gradient from the method, by one pass in evaluation mode."""
+    """Freeze the parameters of student and method that the method's loss gives no gradient."""
     method.requires_grad_(True)
     module, batch = DistillationModule(student, method).to(device).eval(), example.to(device)
     terms = module(batch, get_signal(teacher, method, batch))
@@ -167,42 +144,38 @@ def keep_reached(
     module.zero_grad(set_to_none=True)
 
 
-def get_signal(teacher: Teacher | None, method: Method, batch: Batch) -> Signal | None:
-    """The teacher's word on a batch, where the method needs any."""
-    needs = needs_of(method, teacher)
-    if needs is None:
-        return None
-    assert teacher is not None
-    return teacher.signal(batch, needs)
-
-
-def train_and_keep(
+def train_and_save(
     training: Training,
     ctx: RunContext,
-    rebuild: Callable[[], nn.Module],
+    rebuild: Rebuild,
     test: Iterable[Batch],
-    references: TeacherReferences | None,
+    outputs: Iterable[TeacherOutput] | None,
     card: dict[str, Any],
-    others: Others | None = None,
+    peer_cards: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Fit, read the test split once for the best and once for the last weights, and write the model's folder.
+    """Train, measure the best and the last weights on the test split, and write the model's folder.
 
-    The main process measures and writes; it alone has whole weights where they are sharded.
+    The main process measures and writes; only it has all weights of a sharded model.
+
+    Args:
+        training: what is trained.
+        ctx: where it runs.
+        rebuild: builds the model and the method once more.
+        test: the test split.
+        outputs: the teacher outputs on it, to compare with.
+        card: the entries of the model's ``model.json``.
+        peer_cards: those of the models that are trained along and saved too, by name.
     """
-    try:
-        outcome = fit(training, ctx.accelerator)
-    finally:
-        ctx.terminal.finished()
+    outcome = _fit(training, ctx)
     if ctx.accelerator.is_main_process:
-        result = _measured(training, outcome, ctx, rebuild, test, references)
-        if others is not None and training.method.auxiliary_models(training.student):
-            found, models = _measured_others(outcome, ctx, rebuild, test, references, others.method())
-            result["others"] = found
-            for name, card_of in others.cards.items():  # before the result, which says that all is there
+        result, model = _measure(training, outcome, ctx, rebuild, test, outputs)
+        if training.method.auxiliary_models(training.student):
+            result["others"], others = _measure_others(outcome, ctx, rebuild, test, outputs)
+            for name, peer_card in peer_cards.items():  # before the result, which marks the training as finished
                 with atomic_folder(ctx.run.model(f"{training.name}-{name}")) as folder:
-                    save_model(models[name], folder, card_of)
+                    save_model(others[name], folder, peer_card)
         with atomic_folder(ctx.run.model(training.name)) as folder:
-            save_model(to_float_model(result.pop("model")), folder, card)
+            save_model(to_float_model(model), folder, card)
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         ctx.terminal.say(
             f"{training.name}: test {result['best'][training.metric]:.2%} "
@@ -216,66 +189,69 @@ def train_and_keep(
     return finished
 
 
-def _measured_others(
-    outcome: Outcome,
-    ctx: RunContext,
-    rebuild: Callable[[], nn.Module],
-    test: Iterable[Batch],
-    references: TeacherReferences | None,
-    method: Method,
-) -> tuple[dict[str, Any], dict[str, nn.Module]]:
-    """What a method's other models score on the test split, by name, and the models with the best weights.
-
-    The best weights are those of the step at which the student was best on validation.
-    """
-    student = rebuild().to(ctx.device)
-    method.to(ctx.device)
-    models = method.auxiliary_models(student)
-    example = next(iter(test)).rows(0, 2).to(ctx.device)
-    found: dict[str, Any] = {name: {"parameters": reached(model, example)} for name, model in models.items()}
-    for which, weights, of_method in (
-        ("last", outcome.last, outcome.method), ("best", outcome.best, outcome.best_method),
-    ):  # fmt: skip
-        student.load_state_dict(weights)
-        method.load_state_dict(of_method)
-        for name, model in models.items():
-            scores = evaluate(model, test, ctx.device, references)
-            found[name][which] = {k: scores[k] for k in FIGURES if k in scores}
-    return found, models
-
-
-def _measured(
+def _measure(
     training: Training,
     outcome: Outcome,
     ctx: RunContext,
-    rebuild: Callable[[], nn.Module],
+    rebuild: Rebuild,
     test: Iterable[Batch],
-    references: TeacherReferences | None,
-) -> dict[str, Any]:
-    """The result of a training, and under ``model`` the module that holds the best weights."""
-    model = rebuild().to(ctx.device)
+    outputs: Iterable[TeacherOutput] | None,
+) -> tuple[dict[str, Any], nn.Module]:
+    """The result of a training, and the model with the best weights."""
+    model = rebuild()[0].to(ctx.device)
     model.load_state_dict(outcome.last)
-    alike = Similarities()
-    last = evaluate(model, test, ctx.device, references, watch=alike.add)
+    similarities = Similarities()
+    last = evaluate(model, test, ctx.device, outputs, watch=similarities.add)
     best = last
     if any(not torch.equal(outcome.best[k], outcome.last[k]) for k in outcome.last):
         model.load_state_dict(outcome.best)
-        alike = Similarities()
-        best = evaluate(model, test, ctx.device, references, watch=alike.add)
-    if references is not None:  # the teacher's own is taken once it is finished
-        alike.keep(ctx.run, training.name)
-    at = outcome.progress
-    score = at.best
-    return {
+        similarities = Similarities()
+        best = evaluate(model, test, ctx.device, outputs, watch=similarities.add)
+    if outputs is not None:  # the teacher's own are written when the teacher is evaluated
+        similarities.write(ctx.run, training.name)
+    progress = outcome.progress
+    validation = None
+    if progress.best is not None:
+        score, negative_loss, step = progress.best
+        validation = {training.metric: score, "loss": -negative_loss, "step": int(step)}
+    result = {
         "training": training.name,
         "seed": training.seed,
-        "steps": at.step,
-        "stopped_early": at.stopped_early,
-        "seconds": round(at.seconds, 2),
-        "validation": None
-        if score is None
-        else {training.metric: score[0], "loss": -score[1], "step": int(score[2])},
+        "steps": progress.step,
+        "stopped_early": progress.stopped_early,
+        "seconds": round(progress.seconds, 2),
+        "validation": validation,
         "best": best,
         "last": last,
-        "model": model,
     }
+    return result, model
+
+
+def _measure_others(
+    outcome: Outcome,
+    ctx: RunContext,
+    rebuild: Rebuild,
+    test: Iterable[Batch],
+    outputs: Iterable[TeacherOutput] | None,
+) -> tuple[dict[str, Any], dict[str, nn.Module]]:
+    """The figures of a method's other models (peers, exits) by name, and these models with the best weights.
+
+    The best weights are those of the step at which the student was best on validation.
+    """
+    student, method = rebuild()
+    student.to(ctx.device)
+    method.to(ctx.device)
+    models = method.auxiliary_models(student)
+    example = next(iter(test)).rows(0, 2).to(ctx.device)
+    figures: dict[str, Any] = {
+        name: {"parameters": reached_parameters(model, example)} for name, model in models.items()
+    }
+    for which, weights, method_state in (
+        ("last", outcome.last, outcome.method), ("best", outcome.best, outcome.best_method),
+    ):  # fmt: skip
+        student.load_state_dict(weights)
+        method.load_state_dict(method_state)
+        for name, model in models.items():
+            scores = evaluate(model, test, ctx.device, outputs)
+            figures[name][which] = {k: scores[k] for k in FIGURES if k in scores}
+    return figures, models

@@ -16,7 +16,8 @@ from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.data import Data, SequentialBatches
 from tutelage.engine import RunDirectory
 from tutelage.evaluation import evaluate
-from tutelage.experiment.run import build_model, load_data, model_spec, read_summary
+from tutelage.experiment.recipe_source import build_model, load_data
+from tutelage.experiment.run import read_summary
 from tutelage.lab import llm
 from tutelage.models import load_weights
 from tutelage.multistage.run import run_recipe_or_workflow
@@ -184,8 +185,7 @@ class Results:
         """A figure of the students of a run before any training, on the test split, a value a seed."""
         recipe = recipe_of(self.bases, ARMS[arm], self.out)
         data = load_data(recipe, Terminal(speaks=False))
-        spec = model_spec(recipe.student, data)
-        nets = (build_model(recipe.student, spec, data, seed) for seed in recipe.seeds)
+        nets = (build_model(recipe.student, data, seed) for seed in recipe.seeds)
         return [float(evaluate(net, SequentialBatches(data.test), torch.device("cpu"))[key]) for net in nets]
 
     def row(self, arm: str, name: str, weights: str = "last") -> list[float]:
@@ -221,8 +221,7 @@ class Results:
                 self._data = load_data(recipe, Terminal(speaks=False))
             data = self._data
             config = recipe.required_teacher if model == "teacher" else recipe.student
-            spec = model_spec(config, data)
-            net = build_model(config, spec, data, 0)
+            net = build_model(config, data, 0)
             if model != "teacher":
                 load_weights(net, self.out / "arms" / FIRST["images"] / "models" / model)
             net.eval()

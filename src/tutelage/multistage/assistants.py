@@ -14,7 +14,7 @@ from tutelage.config import AssistantChainConfig, ModelConfig, Recipe, dump_reci
 from tutelage.data import Data
 from tutelage.errors import ConfigError
 from tutelage.experiment.measure import parameters
-from tutelage.experiment.run import model_spec
+from tutelage.experiment.recipe_source import model_spec
 from tutelage.models import build
 from tutelage.multistage.stages import (
     ResultRow,

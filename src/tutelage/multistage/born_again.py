@@ -11,7 +11,7 @@ import torch
 from tutelage.config import BornAgainConfig, Recipe
 from tutelage.data import SequentialBatches
 from tutelage.evaluation import evaluate_teacher
-from tutelage.experiment.run import build_model, decoding, model_spec
+from tutelage.experiment.recipe_source import build_model, evaluation_workers
 from tutelage.models import load_weights
 from tutelage.multistage.stages import (
     ResultRow,
@@ -106,12 +106,12 @@ def evaluate_ensembles(stages: StageRunner, folders: Sequence[str], device: torc
     """Results of the ensembles of the first two, three ... models."""
     recipe = stages.recipe
     data = stages.data(recipe)
-    spec, models = model_spec(recipe.student, data), []
+    models = []
     for folder in folders:
-        model = build_model(recipe.student, spec, data, 0)
+        model = build_model(recipe.student, data, 0)
         load_weights(model, Path(folder))
         models.append(LiveTeacher(model).to(device))
-    workers = decoding(recipe, data)
+    workers = evaluation_workers(recipe, data)
     splits = {
         "test": SequentialBatches(data.test, workers=workers),
         "validation": SequentialBatches(data.validation, workers=workers),

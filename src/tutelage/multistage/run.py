@@ -10,7 +10,7 @@ import torch
 
 from tutelage.config import Recipe, dump_recipe
 from tutelage.experiment.open_run import open_run_directory
-from tutelage.experiment.run import RunResult, prepared, read_summary, run_recipe
+from tutelage.experiment.run import RunResult, read_summary, run_recipe, set_up_run
 from tutelage.multistage.assistants import assistant_chain
 from tutelage.multistage.born_again import born_again, generation_zero
 from tutelage.multistage.stages import StageRunner, stage_recipe
@@ -40,7 +40,7 @@ def run_recipe_or_workflow(
     """
     if recipe.workflow is None:
         return run_recipe(recipe, out=out, resume=resume, terminal=terminal)
-    path, accelerator, terminal = prepared(recipe, out, resume, terminal)
+    path, accelerator, terminal = set_up_run(recipe, out, resume, terminal)
     with open_run_directory(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
         if run.summary.exists():
             terminal.say(f"{path} is finished; showing its results")

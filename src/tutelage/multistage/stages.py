@@ -23,7 +23,8 @@ from tutelage.data import Data
 from tutelage.engine import RunDirectory
 from tutelage.errors import RunDirectoryError
 from tutelage.evaluation.statistics import paired, spread
-from tutelage.experiment.run import RunResult, load_data, read_summary, run_data
+from tutelage.experiment.recipe_source import load_data
+from tutelage.experiment.run import RunResult, read_summary, run_on_data
 from tutelage.files import write_text
 from tutelage.progress import Terminal
 
@@ -70,7 +71,9 @@ class StageRunner:
             return RunResult(path, read_summary(summary))
         stage = stage_recipe(self.recipe, name, **changes)
         self.terminal.say(f"stage {name}")
-        return run_data(stage, self.data(stage), path, resume=(path / "config.yaml").exists(), terminal=self.terminal)
+        return run_on_data(
+            stage, self.data(stage), path, resume=(path / "config.yaml").exists(), terminal=self.terminal
+        )
 
 
 def stage_recipe(recipe: Recipe, name: str, **changes: Any) -> Recipe:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +22,21 @@ from tutelage.engine.callbacks import Silent
 from tutelage.errors import NumericsError
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.checks import (
+    check_better_than_chance,
     check_labels,
     check_method_runs,
     check_optimizer,
     check_output,
     check_separate,
-    check_taught,
     check_teachers,
 )
 from tutelage.experiment.open_run import open_run_directory
-from tutelage.experiment.run import comparison, load_data
-from tutelage.experiment.spec import ExperimentSpec, RunContext, prepare_student_and_method
-from tutelage.experiment.teacher_setup import all_needs, as_taught, in_memory, rememberable, taught_by
-from tutelage.experiment.teachers import Member, ModelTeacher
-from tutelage.experiment.trainer import training_of
+from tutelage.experiment.prepare import all_needs, build_teacher, prepare_student_and_method
+from tutelage.experiment.recipe_source import load_data, recipe_spec
+from tutelage.experiment.spec import ExperimentSpec, ModelTeacher, RunContext
+from tutelage.experiment.teacher_setup import fits_memory, open_training_teacher, store_in_memory
+from tutelage.experiment.teachers import build_live_teacher
+from tutelage.experiment.trainer import TrainingTeacher, student_training
 from tutelage.files import atomic_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
@@ -96,18 +97,18 @@ class TrialRunner:
             return recipe
         accelerator = make_accelerator(recipe.train.precision, [])
         ctx = RunContext(accelerator, run, self.terminal, self.should_stop)
-        c = comparison(recipe, self.data(recipe))
-        assert c.teacher is not None
-        untrained = c.teacher()
-        check_teachers(c, ctx.device, untrained)
+        spec = recipe_spec(recipe, self.data(recipe))
+        untrained = build_teacher(spec)
+        assert untrained is not None
+        assert spec.teacher is not None
+        check_teachers(spec, ctx.device, untrained)
         raw = recipe.model_dump(mode="json", exclude_none=True)
-        members: Sequence[Member] = [Member("teacher", c.teacher, c.train_teacher, c.teacher_card)]
-        models, sections = [untrained], [raw["teacher"]]
-        if c.ensemble is not None:
-            members, models, sections = c.ensemble.members, list(untrained.children()), raw["teacher"]["members"]
-        for member, model, section in zip(members, models, sections, strict=True):
-            if member.train is not None:
-                _train_member(member, model, c, ctx)
+        many = spec.teacher.ensemble is not None
+        models = list(untrained.children()) if many else [untrained]
+        sections = raw["teacher"]["members"] if many else [raw["teacher"]]
+        for number, (member, model, section) in enumerate(zip(spec.teacher.members, models, sections, strict=True)):
+            if member.training is not None:
+                _train_member(spec, ctx, number, model)
                 section.pop("train")
                 section.pop("trained", None)
                 section["checkpoint"] = str(run.model(member.name))
@@ -136,12 +137,12 @@ class TrialRunner:
         with open_run_directory(folder, dump_recipe(recipe), resume=resume, main=True, patience=PATIENCE) as run:
             ctx = RunContext(accelerator, run, self.terminal, self.should_stop)
             try:
-                c, live, method = self._ready(recipe, ctx)
-                with self._told(recipe, c, ctx, live, method) as teacher:
+                spec, live, method = self._ready(recipe, ctx)
+                with self._told(recipe, spec, ctx, live, method) as teacher:
                     for seed in recipe.seeds:
                         last = seed == recipe.seeds[-1]
                         judge = report if seed == recipe.seeds[0] else None
-                        result.seeds.append(self._seed(c, ctx, seed, teacher, live, judge, last))
+                        result.seeds.append(self._seed(spec, ctx, seed, teacher, live, judge, last))
                         many = len(result.seeds)
                         mean = sum(result.seeds) / many
                         if many > 1 and report(many * WHOLE_SEED, mean) and not last:
@@ -156,59 +157,62 @@ class TrialRunner:
         return result
 
     def _seed(
-        self, c: ExperimentSpec, ctx: RunContext, seed: int, teacher: Teacher, live: ModelTeacher,
+        self, spec: ExperimentSpec, ctx: RunContext, seed: int, teacher: Teacher, live: ModelTeacher,
         report: Report | None, last: bool,
     ) -> float:  # fmt: skip
         """Train the student of a seed; its last validation accuracy."""
-        assert c.classes is not None
-        training = training_of(c, replace(ctx, terminal=SILENT), "distilled", seed, teacher, live, len(c.classes))
+        classes = spec.evaluation.classes
+        assert classes is not None
+        both = TrainingTeacher(live, teacher)
+        training = student_training(spec, replace(ctx, terminal=SILENT), "distilled", seed, both, len(classes))
         watch = _Watch(ctx.run, training, report, (self.warmup, 1.0 if last else 2.0))
         fit(replace(training, watcher=watch), ctx.accelerator)
         return watch.seen[-1]
 
     def _ready(self, recipe: Recipe, ctx: RunContext) -> tuple[ExperimentSpec, ModelTeacher, Method]:
-        c, seed = comparison(recipe, self.data(recipe)), recipe.seeds[0]
-        student = c.student(seed)
-        check_output(c, ctx.device, student, "student")
-        live = self._teacher(recipe, c, ctx)
-        student, method = prepare_student_and_method(c, c.student(seed), live.model, seed)
-        check_optimizer(c, student, method)
+        spec, seed = recipe_spec(recipe, self.data(recipe)), recipe.seeds[0]
+        student = spec.source.build_student(seed)
+        check_output(spec, ctx.device, student, "student")
+        live = self._teacher(recipe, spec, ctx)
+        student, method = prepare_student_and_method(spec, spec.source.build_student(seed), live.model, seed)
+        check_optimizer(spec, student, method)
         check_separate(live.model, student)
-        check_labels(c, live.model, student)
-        if c.cache is None:
+        check_labels(spec, live.model, student)
+        if spec.teacher is not None and spec.teacher.cache is None:
             check_capabilities(method, live)
-        check_method_runs(c, ctx, student, method, live)
-        return c, live, method
+        check_method_runs(spec, ctx, student, method, live)
+        return spec, live, method
 
-    def _teacher(self, recipe: Recipe, c: ExperimentSpec, ctx: RunContext) -> ModelTeacher:
+    def _teacher(self, recipe: Recipe, spec: ExperimentSpec, ctx: RunContext) -> ModelTeacher:
         """The live teacher, loaded once."""
         key = _key(recipe)
         if key not in self.live:
             self.live.clear()  # one at a time: a teacher is large
-            assert c.teacher is not None
-            untrained = c.teacher()
-            check_teachers(c, ctx.device, untrained)
-            live = as_taught(c, untrained, ctx.device)
-            assert c.validation is not None
-            check_taught(evaluate_teacher(live, c.validation, ctx.device), len(c.classes or []), ctx)
+            untrained = build_teacher(spec)
+            assert untrained is not None
+            check_teachers(spec, ctx.device, untrained)
+            live = build_live_teacher(spec, untrained, ctx.device)
+            assert spec.evaluation.validation is not None
+            scores = evaluate_teacher(live, spec.evaluation.validation, ctx.device)
+            check_better_than_chance(scores, len(spec.evaluation.classes or []), ctx)
             self.live[key] = live
         return self.live[key]
 
     @contextmanager
     def _told(
-        self, recipe: Recipe, c: ExperimentSpec, ctx: RunContext, live: ModelTeacher, method: Method
+        self, recipe: Recipe, spec: ExperimentSpec, ctx: RunContext, live: ModelTeacher, method: Method
     ) -> Iterator[Teacher]:
         """Who is asked in training: what the process remembers of the teacher, else as in any run."""
-        classes = len(c.classes or [])
-        if c.cache is not None or not rememberable(c, ctx, live, method, classes):
-            with taught_by(replace(c, remember=None), ctx, live, method, classes) as teacher:
+        classes = len(spec.evaluation.classes or [])
+        if (spec.teacher and spec.teacher.cache is not None) or not fits_memory(spec, ctx, live, method, classes):
+            with open_training_teacher(replace(spec, unaugmented=None), ctx, live, method, classes) as teacher:
                 yield teacher or live
             return
         needs = replace(all_needs(method), temperature=None)
         key = f"{_key(recipe)} {needs}"
         if key not in self.memory:
             self.memory.clear()
-            self.memory[key] = in_memory(c, ctx, live, needs)
+            self.memory[key] = store_in_memory(spec, ctx, live, needs)
         yield self.memory[key]
 
 
@@ -219,27 +223,27 @@ def _key(recipe: Recipe) -> str:
     )
 
 
-def _train_member(member: Member, model: nn.Module, c: ExperimentSpec, ctx: RunContext) -> None:
-    """Train a teacher, or find it trained, and keep it; the test split has no part in it."""
+def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.Module) -> None:
+    """Train a member of the teacher, or find it trained, and save it; the test split is not used."""
+    assert spec.teacher is not None
+    member = spec.teacher.members[number]
     folder = ctx.run.model(member.name)
     if (folder / MODEL_CARD).exists():
         return
-    assert member.train is not None
-    config, batches, seed = member.train
+    assert member.training is not None
     training = Training(
-        member.name, model, SupervisedMethod(), batches, config, ctx.run,
-        validation=c.validation, seed=seed, should_stop=ctx.should_stop, watcher=ctx.terminal,
+        member.name, model, SupervisedMethod(), member.training.batches, member.training.config, ctx.run,
+        validation=spec.evaluation.validation, seed=member.training.seed, should_stop=ctx.should_stop,
+        watcher=ctx.terminal,
     )  # fmt: skip
     try:
         outcome = fit(training, ctx.accelerator)
     finally:
         ctx.terminal.finished()
-    trained = member.model()
+    trained = spec.source.build_teacher(number)
     trained.load_state_dict(outcome.best)
     with atomic_folder(folder) as draft:
         save_model(trained, draft, dict(member.card))
-    assert outcome.progress.best is not None
-    ctx.terminal.say(f"{member.name}: validation {outcome.progress.best[0]:.2%}, {outcome.progress.seconds:.0f} s")
 
 
 class _Watch(Silent):

@@ -1,0 +1,295 @@
+"""From a recipe and its data to an experiment's specification and the models that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.config import TAUGHT_ONLY, UNLABELLED, MemberConfig, MethodOptions, ModelConfig, Recipe, TeacherConfig
+from tutelage.data import Data, ImageData, PlannedBatches, SequentialBatches, TextData, load_images
+from tutelage.data.batch import IGNORE, LABELS
+from tutelage.errors import ConfigError
+from tutelage.evaluation.harness import harness
+from tutelage.experiment.caching import open_recipe_cache
+from tutelage.experiment.sample_predictions import decoded_text, normalised_image
+from tutelage.experiment.spec import (
+    Arm,
+    EnsembleSpec,
+    EvaluationSpec,
+    ExperimentSpec,
+    MemberSpec,
+    ModelTeacher,
+    RunContext,
+    TeacherSpec,
+    TeacherTraining,
+)
+from tutelage.experiment.teachers import live_options, prefetch_mode, resolve_routes
+from tutelage.experiment.texts import (
+    as_the_teacher_reads,
+    load_text_data,
+    measure_block_influence,
+    prune_student,
+    text_card,
+    with_tokenizer,
+)
+from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
+from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
+from tutelage.models.files import read_card
+from tutelage.models.pretrained import CrossEncoder
+from tutelage.progress import Terminal
+from tutelage.students import add_fake_quantisers, add_lora
+from tutelage.teachers import CachedTeacher, RemoteTeacher
+
+ONE_VIEW = (
+    "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "
+    "the teacher sees too (Beyer et al., 2022): set data.views to 10 or more"
+)
+
+
+def load_data(recipe: Recipe, terminal: Terminal) -> Data:
+    """The data of a recipe."""
+    if recipe.data.kind == "texts":
+        return load_text_data(recipe, terminal)
+    if recipe.data.views == 1:
+        terminal.say(f"note: {ONE_VIEW}")
+    fields = recipe.data.model_dump(exclude={"kind", "workers", "views"})
+    augment = None if recipe.teacher is None else recipe.teacher.augment
+    return load_images(**fields, teacher_augment=augment, progress=terminal.iterate)
+
+
+def recipe_spec(recipe: Recipe, data: Data) -> ExperimentSpec:
+    """The experiment that a recipe describes, on its data."""
+    workers, card = evaluation_workers(recipe, data), data_card(data)
+    if recipe.student.model != "teacher":
+        card = {"spec": model_spec(recipe.student, data).to_dict(), **card}
+    tokenizers = None
+    if isinstance(data, TextData):
+        describe = decoded_text(data.tokenizer)
+        if data.task == "causal":
+            tokenizers = (data.tokenizer, as_the_teacher_reads(data).tokenizer)
+    else:
+        describe = normalised_image(data.test.mean, data.test.std)
+    return ExperimentSpec(
+        name=recipe.name,
+        source=RecipeSource(recipe, data),
+        train=recipe.train,
+        evaluation=EvaluationSpec(
+            test=SequentialBatches(data.test, workers=workers),
+            validation=SequentialBatches(data.validation, workers=workers),
+            metric=str(recipe.data.metric),
+            classes=data.classes,
+            by_teacher=data.task in TAUGHT_ONLY,
+            samples=recipe.samples,
+            describe=describe,
+            tokenizers=tokenizers,
+            harness=None if recipe.evaluate is None else harness(recipe.evaluate, getattr(data, "tokenizer", None)),
+        ),
+        teacher=None if recipe.teacher is None else teacher_spec(recipe, recipe.teacher, data),
+        seeds=recipe.seeds,
+        baseline=recipe.baseline,
+        student_card=card,
+        unaugmented=None if data.train.is_augmented else SequentialBatches(data.train, workers=workers),
+        training_rows=len(data.train),
+    )
+
+
+def teacher_spec(recipe: Recipe, teacher: TeacherConfig, data: Data) -> TeacherSpec:
+    """The teacher that a recipe describes."""
+    if teacher.endpoint is not None:
+        return TeacherSpec(cache=teacher.cache)
+    ensemble = None
+    if teacher.members is not None:
+        route = None if teacher.route is None else resolve_routes(teacher.route, data.route_names)
+        ensemble = EnsembleSpec(
+            teacher.combine or "probabilities", teacher.weights, teacher.average_temperature or 1.0, route
+        )
+    members = tuple(_member_spec(recipe, teacher, number, data) for number in range(len(teacher.each)))
+    return TeacherSpec(members, teacher.mode, ensemble, prefetch_mode(teacher.inference), teacher.cache)
+
+
+def _member_spec(recipe: Recipe, teacher: TeacherConfig, number: int, data: Data) -> MemberSpec:
+    config = teacher.each[number]
+    training = None
+    if config.train is not None:
+        seed = _member_seed(recipe, config, number)
+        batches = PlannedBatches(data.for_teacher, config.train.batch_size, seed, recipe.data.workers)
+        training = TeacherTraining(config.train, batches, seed)
+    return MemberSpec(
+        f"teacher-{number}" if teacher.members is not None else "teacher",
+        training,
+        {
+            "spec": model_spec(config, data).to_dict(),
+            "loaded_classes": _checkpoint_classes(config),
+            **data_card(data),
+        },
+        live_options(teacher.inference, config.inference),
+        (config.trainable or ("head" if data.task == "mlm" else "all")) == "head",
+    )
+
+
+def _member_seed(recipe: Recipe, config: MemberConfig, number: int) -> int:
+    """The seed of a teacher's member; members of the same architecture differ."""
+    return recipe.seeds[0] + number if config.seed is None else config.seed
+
+
+@dataclass(frozen=True)
+class RecipeSource:
+    """Builds the parts of an experiment from a recipe; see :class:`ExperimentSource`.
+
+    Attributes:
+        recipe: names the models, the method and the data.
+        data: the recipe's data, loaded.
+        teacher: what a student that is part of its teacher is cut from. Default: the teacher before any training.
+        influence: the importance of the teacher's layers, if students are cut by it.
+    """
+
+    recipe: Recipe
+    data: Data
+    teacher: nn.Module | None = None
+    influence: Tensor | None = None
+
+    @property
+    def _is_cut(self) -> bool:
+        return self.recipe.student.model == "teacher"
+
+    def with_teacher(self, teacher: nn.Module | None) -> RecipeSource:
+        """See :class:`ExperimentSource`.
+
+        Raises:
+            ConfigError: students are to be cut from a cross-encoder.
+        """
+        if not self._is_cut or teacher is None:
+            return self
+        if isinstance(teacher, CrossEncoder):
+            raise ConfigError(
+                "a student for ranking reads query and answers separately; a part of a cross-encoder cannot",
+                where="student.model",
+                remedy="name an encoder: hf:ID",
+            )
+        assert isinstance(self.data, TextData)
+        influence = measure_block_influence(teacher, self.data) if self.recipe.student.map == "influence" else None
+        return replace(self, teacher=teacher, influence=influence)
+
+    def build_student(self, seed: int) -> nn.Module:
+        """See :class:`ExperimentSource`.
+
+        Raises:
+            ModelError: the teacher cannot be cut as the recipe says.
+        """
+        config, data = self.recipe.student, self.data
+        if self._is_cut and self.teacher is None:
+            return self.with_teacher(self.build_teacher(0)).build_student(seed)
+        if self.teacher is not None:
+            assert isinstance(data, TextData)
+            student = prune_student(config, data, self.teacher, self.influence, seed)
+        else:
+            student = build_model(config, data, seed)
+        if config.lora is not None:
+            student = add_lora(student, **config.lora.model_dump(), seed=seed)
+        return student if config.qat is None else add_fake_quantisers(student)
+
+    def build_peer(self, options: ModelConfig | None, seed: int) -> nn.Module:
+        """See :class:`ExperimentSource`."""
+        return build_model(options or self.recipe.student, self.data, seed, where="method.peers")
+
+    def peer_card(self, options: ModelConfig | None) -> dict[str, Any]:
+        """See :class:`ExperimentSource`."""
+        return {"spec": model_spec(options or self.recipe.student, self.data).to_dict()}
+
+    def build_teacher(self, number: int) -> nn.Module:
+        """See :class:`ExperimentSource`."""
+        teacher = self.recipe.required_teacher
+        config = teacher.each[number]
+        data = as_the_teacher_reads(self.data) if isinstance(self.data, TextData) else self.data
+        where = "teacher" if teacher.members is None else f"teacher.members.{number}"
+        seed = _member_seed(self.recipe, config, number)
+        return build_model(config, data, seed, where, model_spec(config, self.data))
+
+    def build_method(self) -> Method:
+        """See :class:`ExperimentSource`."""
+        options = self.recipe.method
+        kind, task = METHODS[options.kind], LABELS[self.recipe.data.task]
+        if kind.Options is not MethodOptions:
+            return kind(options, task=task)
+        return kind(**options.model_dump(exclude={"kind"}), task=task)
+
+    def build_baseline_method(self) -> Method:
+        """See :class:`ExperimentSource`."""
+        vocabulary: dict[str, Callable[[], Method]] = {"mlm": MaskedMethod, "causal": SequenceMethod}
+        if self.data.task in vocabulary:
+            return vocabulary[self.data.task]()
+        return SupervisedMethod(task=LABELS[self.data.task])
+
+    def training_batches(self, arm: Arm, seed: int) -> PlannedBatches:
+        """See :class:`ExperimentSource`; the baseline has the labelled samples."""
+        recipe, labelled = self.recipe, arm == "baseline" and self.data.task not in UNLABELLED
+        rows = self._labelled_rows if labelled else self.data.train
+        return PlannedBatches(rows, recipe.train.batch_size, seed, recipe.data.workers, recipe.data.views)
+
+    @cached_property
+    def _labelled_rows(self) -> Any:
+        rows: Any = self.data.train
+        return replace(rows, mix_augments=()).select((rows.labels != IGNORE).nonzero().flatten())
+
+    def connect_teacher(self, classes: int) -> RemoteTeacher:
+        """See :class:`ExperimentSource`; returns when the server has answered."""
+        endpoint, data = self.recipe.required_teacher.endpoint, self.data
+        assert endpoint is not None
+        assert isinstance(data, TextData)
+        options = endpoint.model_dump(exclude={"kind"})
+        return RemoteTeacher(
+            **options, server=endpoint.kind, classes=classes, tokenizer=data.tokenizer, longest=data.max_length
+        )
+
+    def open_cache(
+        self, teacher: ModelTeacher | RemoteTeacher, classes: int, method: Method, ctx: RunContext
+    ) -> CachedTeacher:
+        """See :class:`ExperimentSource`."""
+        return open_recipe_cache(self.recipe, self.data, teacher, classes, method, ctx.accelerator)
+
+
+def model_spec(config: ModelConfig, data: Data) -> ModelSpec:
+    """A recipe's model, sized for the data."""
+    return ModelSpec(config.model, config.options, **data.spec)
+
+
+def build_model(
+    config: ModelConfig, data: Data, seed: int, where: str = "student", spec: ModelSpec | None = None
+) -> nn.Module:
+    """A recipe's model, with its checkpoint's weights if it has one; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(spec or model_spec(config, data), data.classes, where=f"{where}.model")
+    if config.checkpoint is not None:
+        load_weights(model, Path(config.checkpoint))
+    return with_tokenizer(model, data) if isinstance(data, TextData) else model
+
+
+def evaluation_workers(recipe: Recipe, data: Data) -> int:
+    """Processes that load evaluation data; none for images that are in memory."""
+    return recipe.data.workers if isinstance(data, TextData) or data.test.pixels is None else 0
+
+
+def data_card(data: Data) -> dict[str, Any]:
+    """The entries of a model's ``model.json`` about its data."""
+    if isinstance(data, ImageData):
+        return {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
+    return text_card(data)
+
+
+def _checkpoint_classes(config: MemberConfig) -> list[str] | None:
+    """The class names in the ``model.json`` beside a checkpoint, if there is one."""
+    if config.checkpoint is None:
+        return None
+    path = Path(config.checkpoint)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / MODEL_CARD).exists():
+        return None
+    names: list[str] | None = read_card(folder).get("classes")
+    return names
