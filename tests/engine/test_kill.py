@@ -6,33 +6,29 @@ import hashlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from support import python
+
 RECIPE = """
 data: {source: digits, labels: 300, augment: [{shift: 1}]}
-teacher: {model: mlp, options: {hidden: [48]}, train: {steps: 200}}
+teacher: {model: mlp, options: {hidden: [48]}, train: {steps: 60}}
 student: {model: convnet, options: {widths: [4, 8], depth: 1}}
 method: logit
-train: {steps: 240, batch_size: 48, accumulate: 2, checkpoint_every: 5, log_every: 7, ema: 0.95, clip: 1.0}
+train: {steps: 60, batch_size: 48, accumulate: 2, checkpoint_every: 5, log_every: 7, ema: 0.95, clip: 1.0}
 seeds: [0, 1]
 """
 
 
 def command(recipe: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "tutelage", "run", str(recipe), "--out", str(out), *more]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return ["-m", "tutelage", "run", str(recipe), "--out", str(out), *more]
 
 
 def finish(recipe: Path, out: Path, *more: str) -> str:
-    done = subprocess.run(command(recipe, out, *more), env=environment(), capture_output=True, text=True, timeout=300)
+    done = python.run(command(recipe, out, *more))
     assert done.returncode == 0, done.stderr
     return hashlib.sha256((out / "student" / "model.safetensors").read_bytes()).hexdigest()
 
@@ -48,9 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
 
 def kill_and_resume(whole: tuple[Path, str, float], out: Path, delay: float) -> None:
     recipe, expected, _ = whole
-    process = subprocess.Popen(
-        command(recipe, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = python.Popen(command(recipe, out), stdout=python.DEVNULL, stderr=python.DEVNULL)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -101,7 +95,7 @@ def test_killed_inside_a_checkpoint(tmp_path: Path) -> None:
 def test_sigterm_saves_and_says_how_to_go_on(whole: tuple[Path, str, float], tmp_path: Path) -> None:
     recipe, expected, _ = whole
     out = tmp_path / "run"
-    process = subprocess.Popen(command(recipe, out), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = python.Popen(command(recipe, out), stderr=python.PIPE)
     deadline = time.monotonic() + 120
     while not list(out.glob("checkpoints/*/step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from support import python
 from support.text_worlds import FILLER, encoder, sentences, table, tokenizer
 from tutelage import api
 from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, Recipe, build_recipe, load_recipe
@@ -60,7 +59,8 @@ def test_a_run_cuts_the_student_and_leaves_a_model_of_transformers() -> None:
         "import sys, json, transformers; sys.modules['tutelage'] = None;"
         f"print(json.dumps(transformers.pipeline('text-classification', 'out/student', top_k=None)({text!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", outside], capture_output=True, text=True, check=True, timeout=120)
+    done = python.run(["-c", outside])
+    assert done.returncode == 0, done.stderr
     said = {s["label"]: s["score"] for s in json.loads(done.stdout.splitlines()[-1])[0]}
     cutter, model = transformers.AutoTokenizer.from_pretrained("out/student"), load_model("out/student")
     with torch.no_grad():

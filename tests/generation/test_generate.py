@@ -8,13 +8,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from support import python
 from support.closed_teacher import FAULTS, Closed
 from support.generations import (
     answered,
@@ -282,7 +282,7 @@ def test_killed_at_random_moments_no_paid_answer_is_lost_or_asked_twice(
     with Closed(delay=0.05) as server:
         path = recipe(tmp_path, server, prompts=str(given), endpoint={"concurrency": 8, "timeout": 5})
         lost, done = killed(path, out, server, kills)
-        finished = subprocess.run(command(path, out), capture_output=True, text=True, timeout=300)
+        finished = python.run(command(path, out))
         assert finished.returncode == 0, finished.stderr
         calls = Counter(call.prompt for call in server.calls)
     assert done < kills / 4, "most processes are to be killed at work"
@@ -299,7 +299,7 @@ def test_killed_at_random_moments_no_paid_answer_is_lost_or_asked_twice(
 def test_ctrl_c_waits_for_what_is_in_flight_and_says_how_to_go_on(tmp_path: Path) -> None:
     with Closed(delay=0.3) as server:
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 200)), endpoint={"timeout": 5})
-        process = subprocess.Popen(command(path, tmp_path / "out"), stderr=subprocess.PIPE, text=True)
+        process = python.Popen(command(path, tmp_path / "out"), stderr=python.PIPE)
         calls_made(server, 5, process)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)

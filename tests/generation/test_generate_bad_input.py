@@ -6,8 +6,7 @@ import base64
 import json
 import os
 import sqlite3
-import subprocess
-import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support import python
 from support.closed_teacher import FAULTS, Closed
 from support.generations import answered, made, prompts, recipe
 from tutelage import errors
@@ -177,11 +177,9 @@ def test_a_mistake_is_one_message(name: str, tmp_path: Path, capsys: pytest.Capt
 def test_two_writers(tmp_path: Path) -> None:
     with Closed(delay=0.2) as server:
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 16)), endpoint={"concurrency": 2, "timeout": 5})
-        first = subprocess.Popen(
-            [sys.executable, "-m", "tutelage", "generate", str(path), "--out", str(tmp_path / "o")]
-        )
+        first = python.Popen(["-m", "tutelage", "generate", str(path), "--out", str(tmp_path / "o")])
         while not server.calls and first.poll() is None:
-            pass
+            time.sleep(0.01)
         with pytest.raises(JournalError, match="another process is writing to it"):
             made(path, tmp_path / "o")
         first.kill()
@@ -305,8 +303,8 @@ def test_the_command_to_go_on_with_has_no_login(tmp_path: Path) -> None:
     with Closed(delay=0.2) as server:
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 100)), endpoint={"timeout": 5})
         address = server.url.replace("//", f"//me:{CANARY}@")
-        words = [sys.executable, "-m", "tutelage", "generate", str(path), f"generate.endpoint.url={address}"]
-        process = subprocess.Popen([*words, "--out", str(tmp_path / "o")], stderr=subprocess.PIPE, text=True)
+        words = ["-m", "tutelage", "generate", str(path), f"generate.endpoint.url={address}"]
+        process = python.Popen([*words, "--out", str(tmp_path / "o")], stderr=python.PIPE)
         until = time.monotonic() + 60
         while not server.calls and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from support import python
+from support.launching import launch
 from support.token_world import DIVERGENCES, SIZE, TOKENS, WIDTH, World, close, every, gradients, same
 from tutelage import losses
 from tutelage.losses import (
@@ -243,10 +244,7 @@ def test_with_ligers_kernel_values_and_gradients_are_the_same():
     """In Triton's interpreter, which no GPU is needed for."""
     pytest.importorskip("liger_kernel")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.liger_job"],
-        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = python.run(["-m", "support.liger_job"], cwd=Path(__file__).parents[1], env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "agrees" in done.stdout
 
@@ -261,15 +259,8 @@ def test_without_liger_or_a_gpu_no_kernel_is_taken(monkeypatch):
     same(world.chunked(), world.dense(), world.learned, 1e-5)
 
 
-def test_a_sharded_head_gets_the_mean_gradient_of_the_processes_on_its_own_shards(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
-    done = subprocess.run(
-        [sys.executable, *command, "--rdzv_endpoint", "127.0.0.1:0", "-m", "support.sharded_head_job"],
-        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.count("agrees") == 2
+def test_a_sharded_head_gets_the_mean_gradient_of_the_processes_on_its_own_shards():
+    assert launch(2, "-m", "support.sharded_head_job").count("agrees") == 2
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from support import python
 from tutelage import api
 from tutelage.config import build_recipe
 from tutelage.data import ImageData, SequentialBatches
@@ -227,14 +226,15 @@ def test_killed_at_random_it_finds_the_same(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(plain))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tutelage", "run", str(file), "--out"]
-    whole = subprocess.run([*command, "whole"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = ["-m", "tutelage", "run", str(file), "--out"]
+    whole = python.run([*command, "whole"], cwd=tmp_path, env=environment)
     assert whole.returncode == 0, whole.stderr
     rng, kills = random.Random(5), 0
     for _ in range(6):
         resume = ["--resume"] if (tmp_path / "killed" / "config.yaml").exists() else []
-        job = subprocess.Popen([*command, "killed", *resume], cwd=tmp_path, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        job = python.Popen(
+            [*command, "killed", *resume], cwd=tmp_path, env=environment, stdout=python.DEVNULL, stderr=python.DEVNULL
+        )
         goal = lines(tmp_path / "killed") + rng.randint(1, 15)
         while job.poll() is None and lines(tmp_path / "killed") < goal:
             time.sleep(0.005)
@@ -244,9 +244,7 @@ def test_killed_at_random_it_finds_the_same(kind: str, tmp_path: Path) -> None:
         job.wait()
         kills += 1
     resume = ["--resume"] if (tmp_path / "killed" / "config.yaml").exists() else []
-    last = subprocess.run(
-        [*command, "killed", *resume], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    last = python.run([*command, "killed", *resume], cwd=tmp_path, env=environment)
     assert last.returncode == 0, last.stderr
     found, wanted = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole"))
     assert kills >= 3

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from support import python
 from tutelage import api
 from tutelage.cli import main
 from tutelage.config import Recipe, build_recipe, load_recipe
@@ -177,15 +176,15 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
 def test_killed_and_resumed_gives_the_same_search(searched: api.SearchResult, tmp_path: Path, i: int) -> None:
     file, out = tmp_path / "small.yaml", tmp_path / "s"
     file.write_text(yaml.safe_dump(RECIPE))
-    command = [sys.executable, "-m", "tutelage", "search", str(file), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["-m", "tutelage", "search", str(file), "--out", str(out)]
+    process = python.Popen(command, stdout=python.DEVNULL, stderr=python.DEVNULL)
     deadline = time.monotonic() + 60
     while not (out / "config.yaml").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(random.Random(i).uniform(0, 10))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    done = python.run([*command, "--resume"])
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "search.json").read_text())
     assert _plain(timeless(found)) == _plain(timeless(searched.found))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from support import python
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.students import block_influence, prune, select_layers
 from tutelage.students.config_probing import layer_pattern
@@ -371,7 +370,7 @@ def test_students_load_in_plain_transformers(tmp_path: Path) -> None:
         save_file({"ids": ids, "out": said(student, {"input_ids": ids})}, tmp_path / f"{family}.safetensors")
         lines.append(f"AutoModelForSequenceClassification {family}\n")
     (tmp_path / "models.txt").write_text("".join(lines))
-    done = subprocess.run([sys.executable, "-c", LOADS, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = python.run(["-c", LOADS, str(tmp_path)])
     assert done.stdout.strip() == "equal", done.stderr
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from support import python
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.students import prune, trim_embeddings, trim_tokenizer
 
@@ -292,9 +291,7 @@ def test_half_of_minilm_with_few_words_serves_a_pipeline(tmp_path: Path) -> None
     smaller.save_pretrained(tmp_path)
     new.save_pretrained(tmp_path)
     texts = json.dumps(OWN[:3])
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS, str(tmp_path), texts], capture_output=True, text=True, timeout=200
-    )
+    done = python.run(["-c", LOADS, str(tmp_path), texts])
     assert done.returncode == 0, done.stderr
     for row, logits in zip(json.loads(done.stdout), mine, strict=True):
         scores = {int(entry["label"].removeprefix("LABEL_")): entry["score"] for entry in row}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 
+from support import python
 from support.closed_teacher import Closed
 from tutelage.generation import GenerationResult, generate
 from tutelage.progress import Terminal
@@ -92,11 +91,11 @@ def in_flight(calls: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def command(path: Path, out: Path) -> list[str]:
-    """The command line for a process of its own."""
-    return [sys.executable, "-m", "tutelage", "generate", str(path), "--out", str(out)]
+    """The command line for :mod:`support.python`."""
+    return ["-m", "tutelage", "generate", str(path), "--out", str(out)]
 
 
-def calls_made(server: Closed, more_than: int, process: subprocess.Popen[Any]) -> None:
+def calls_made(server: Closed, more_than: int, process: python.Popen) -> None:
     """Wait until the server was asked again."""
     until = time.monotonic() + 60
     while len(server.calls) <= more_than and process.poll() is None and time.monotonic() < until:
@@ -117,12 +116,12 @@ def killed(path: Path, out: Path, server: Closed, kills: int) -> tuple[Counter[s
     lost: Counter[str] = Counter()
     for _ in range(kills):
         before = len(server.calls)
-        process = subprocess.Popen(command(path, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = python.Popen(command(path, out), stdout=python.DEVNULL, stderr=python.DEVNULL)
         calls_made(server, before, process)
         time.sleep(dice.uniform(0.0, 0.5))
         done += process.poll() is not None
         process.kill()
-        process.communicate()
+        process.wait()
         time.sleep(0.1)  # what was in flight arrives at the server, and nobody waits for it
         calls = journal(out)
         open_asks = set(in_flight(calls))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from support import language_worlds as worlds
+from support import python
 
 HERE = Path(__file__).parents[1]
 
@@ -25,18 +29,44 @@ for name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_A
     ENVIRONMENT.pop(name, None)
 
 
-def launch(processes: int, *command: str, cwd: Path = HERE, **environment: str) -> None:
-    prefix = [sys.executable]
+def launch(processes: int, *command: str, cwd: Path = HERE, **environment: str) -> str:
+    """Run a Python command in so many processes as torch's launcher would; gives what they print."""
+    given = {**ENVIRONMENT, **environment}
+    ranks: list[dict[str, str]] = [{}]
     if processes > 1:
-        prefix += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-        prefix += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+        every = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(python.free_port()), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1",
+        }  # fmt: skip
+        ranks = [{**every, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in ranks]
+        started = [
+            python.Popen(command, cwd=cwd, env={**given, **rank}, stdout=log.fileno(), stderr=python.STDOUT)
+            for rank, log in zip(ranks, logs, strict=True)
+        ]
+        for process in started:
+            stack.callback(process.close)
+        until = time.monotonic() + int(environment.get("PATIENCE", 300))
+        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+            assert time.monotonic() < until, "a process does not end"
+            time.sleep(0.01)
+        for process in started:
+            if process.poll() is None:  # another has failed
+                process.kill()
+        for log in logs:
+            log.seek(0)
+        texts = [log.read() for log in logs]
+        assert not any(process.wait() for process in started), "".join(text[-3000:] for text in texts)
+        return "".join(texts)
+
+
+def torchrun(processes: int, *command: str, cwd: Path = HERE) -> None:
+    """Run a Python command by torch's launcher itself."""
+    prefix = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    prefix += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     done = subprocess.run(
-        [*prefix, *command],
-        cwd=cwd,
-        env={**ENVIRONMENT, **environment},
-        capture_output=True,
-        text=True,
-        timeout=int(environment.get("PATIENCE", 300)),
+        [sys.executable, *prefix, *command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

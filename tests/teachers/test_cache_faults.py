@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from support import python
 from support.cache_cases import FROM, KILLED, network, some
 from tutelage.errors import CacheError, CapabilityError, NumericsError
 from tutelage.taps import Needs
@@ -187,7 +186,7 @@ def test_killed_at_random_and_started_again_it_is_complete_and_has_no_row_twice(
     chance = random.Random(1)
     kills = 0
     for _ in range(60):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        with python.Popen(["-c", code], stdout=python.PIPE) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
             time.sleep(chance.random() * 0.3)
