@@ -17,11 +17,7 @@ from tutelage.students.projectors import device_of, eval_no_grad
 
 
 def require_config(model: nn.Module) -> Any:
-    """The config of a Hugging Face transformers model.
-
-    Raises:
-        ModelError: another kind of model.
-    """
+    """The config of a Hugging Face transformers model; raises :class:`ModelError` for other models."""
     require("transformers", "text", "a student that is pruned from a transformers model")
     from transformers import PreTrainedModel
 

@@ -13,11 +13,7 @@ from tutelage.errors import ModelError
 
 
 def build_from_config(model: nn.Module, config: Any, seed: int = 0) -> nn.Module:
-    """A model of the same class with random weights, in the dtype, on the device and in the mode of ``model``.
-
-    Raises:
-        ModelError: transformers refuses the config.
-    """
+    """A model of the same class with random weights, in the dtype, on the device and in the mode of ``model``."""
     try:
         type(config).from_dict(config.to_dict())  # the config must also load
         with torch.random.fork_rng(devices=[]):
@@ -44,13 +40,10 @@ def copy_weights(
     """Copy the teacher's weights into the student; returns the student's names that the teacher does not have.
 
     Args:
-        student: changed in place.
-        teacher: not changed, and shares no memory with the student.
+        student: changed in place; shares no memory with the teacher.
+        teacher: not changed.
         source: maps a name of the student to a name of the teacher.
         select: maps a name of the teacher and its value to the part to copy.
-
-    Raises:
-        ModelError: a part and its destination differ in shape.
     """
     theirs, missing = teacher.state_dict(), []
     with torch.no_grad():

@@ -80,11 +80,7 @@ class WeightLayout(NamedTuple):
 
 
 def find_weight_layout(model: nn.Module) -> WeightLayout:
-    """What each dimension of a model's weights counts.
-
-    Raises:
-        ModelError: the widths of this family cannot be found, or fail verification.
-    """
+    """What each dimension of a model's weights counts; raises :class:`ModelError` if it cannot be found."""
     kind, config, path = probe_config(model)
     family = kind.__name__
     before = _by_pattern(weight_shapes(kind, config), path, family)

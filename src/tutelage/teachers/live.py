@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -150,7 +150,9 @@ class LiveTeacher:
                 {k: _cast(v, cast) for k, v in inputs.items()} if isinstance(inputs, dict) else _cast(inputs, cast)
             )
         # Not inference_mode: it is no faster (docs/log.md), and its outputs cannot be saved for backward.
-        with torch.no_grad(), self._own_precision(batch.labels.device), self._batch_statistics(observer.model):
+        device = batch.labels.device.type
+        precision = nullcontext() if self.dtype is None else torch.autocast(device, enabled=False)
+        with torch.no_grad(), precision, self._batch_statistics(observer.model):
             try:
                 output = observer(inputs)
             except NotImplementedError as error:
@@ -185,14 +187,6 @@ class LiveTeacher:
         running = (self.model, runs, *(o.model for o in self._observers.values()))
         self._modules = list({id(m): m for model in running for m in model.modules()}.values())
         return observer
-
-    @contextmanager
-    def _own_precision(self, device: torch.device) -> Iterator[None]:
-        if self.dtype is None:
-            yield
-            return
-        with torch.autocast(device.type, enabled=False):
-            yield
 
     @contextmanager
     def _batch_statistics(self, model: nn.Module) -> Iterator[None]:

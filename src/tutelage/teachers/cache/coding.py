@@ -67,17 +67,16 @@ class Coder(NamedTuple):
         is_repeated = rows.counts.astype(np.int64) > 1
         widths = self._widths(exponent, is_repeated)
         rest = np.where(is_repeated, (rest << self._count_bits) | (rows.counts.astype(np.int64) - 2), rest)
-        places = self._places(rows.sizes, lengths)
-        size = -(-(places.rest + sum_groups(widths, places.entries)) // 8)
+        entries, heads, rests = self._places(rows.sizes, lengths)
+        size = -(-(rests + sum_groups(widths, entries)) // 8)
         start = 8 * (np.cumsum(size) - size)
         out = np.zeros(int(size.sum()) + 8, np.uint8)
         if self.size is None:
-            _write_bits(out, places.sizes + np.repeat(start, lengths), rows.sizes, self._size_bits)
-        offset = np.repeat(start, places.entries)
+            place = np.repeat(start, lengths) + self._size_bits * _positions(lengths)
+            _write_bits(out, place, rows.sizes, self._size_bits)
         head = (exponent << 1) | is_repeated if self.most > 1 else exponent
-        _write_bits(out, places.heads + offset, head, self._head_bits)
-        first = np.repeat(places.rest, places.entries) + offset
-        _write_bits(out, first + _sum_before(widths, places.entries), rest, widths)
+        _write_bits(out, heads + np.repeat(start, entries), head, self._head_bits)
+        _write_bits(out, np.repeat(rests + start, entries) + _sum_before(widths, entries), rest, widths)
         return Ragged(out[: len(out) - 8], size)
 
     def decode(self, coded: Ragged, lengths: Array) -> Counts:
@@ -90,15 +89,13 @@ class Coder(NamedTuple):
             )
         else:
             sizes = np.full(int(lengths.sum()), self.size, np.int64)
-        places = self._places(sizes, lengths)
-        offset = np.repeat(start, places.entries)
-        head = _read_bits(raw, places.heads + offset, self._head_bits)
+        entries, heads, rests = self._places(sizes, lengths)
+        head = _read_bits(raw, heads + np.repeat(start, entries), self._head_bits)
         exponent, is_repeated = head, np.zeros(len(head), bool)
         if self.most > 1:
             exponent, is_repeated = head >> 1, (head & 1).astype(bool)
         widths = self._widths(exponent, is_repeated)
-        first = np.repeat(places.rest, places.entries) + offset
-        rest = _read_bits(raw, first + _sum_before(widths, places.entries), widths)
+        rest = _read_bits(raw, np.repeat(rests + start, entries) + _sum_before(widths, entries), widths)
         counts = np.where(is_repeated, (rest & ((1 << self._count_bits) - 1)) + 2, 1)
         rest = np.where(is_repeated, rest >> self._count_bits, rest)
         gap = np.where(exponent < self._top, (1 << exponent) + rest, rest)
@@ -136,25 +133,12 @@ class Coder(NamedTuple):
         widths: Array = np.where(exponent < self._top, exponent, self._gap_bits) + self._count_bits * is_repeated
         return widths
 
-    def _places(self, sizes: Array, lengths: Array) -> _Places:
-        """Where the fields of each sample are, from the sample's first bit on."""
+    def _places(self, sizes: Array, lengths: Array) -> tuple[Array, Array, Array]:
+        """Number of classes of each sample; first bit of each head and of each sample's rest, from the sample on."""
         entries = sum_groups(sizes, lengths)
-        heads = lengths * self._size_bits
-        return _Places(
-            entries,
-            sizes=self._size_bits * _positions(lengths),
-            heads=np.repeat(heads, entries) + self._head_bits * _positions(entries),
-            rest=heads + self._head_bits * entries,
-        )
-
-
-class _Places(NamedTuple):
-    entries: Array
-    """Number of classes of each sample."""
-    sizes: Array
-    heads: Array
-    rest: Array
-    """Where the last part of each sample begins."""
+        start = lengths * self._size_bits
+        heads = np.repeat(start, entries) + self._head_bits * _positions(entries)
+        return entries, heads, start + self._head_bits * entries
 
 
 def _positions(lengths: Array) -> Array:

@@ -45,6 +45,16 @@ class Shard(NamedTuple):
     sha256: str
 
 
+class ShardData(NamedTuple):
+    """Keys and columns of a memory-mapped shard."""
+
+    keys: dict[str, Array]
+    columns: Columns
+    starts: dict[str, Array]
+    """Of columns of variable width, where each row begins."""
+    mapped: mmap.mmap
+
+
 @contextmanager
 def wrap_os_errors(path: Path) -> Iterator[None]:
     """Turn an error of the operating system into a :class:`CacheError`."""
@@ -91,11 +101,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read and verify what :func:`write_sealed` wrote.
-
-    Raises:
-        CacheError: the file is missing or damaged.
-    """
+    """Read what :func:`write_sealed` wrote; raises :class:`CacheError` if it is missing or damaged."""
     try:
         raw = path.read_bytes()
         content = json.loads(raw)
@@ -120,11 +126,7 @@ def write_manifest(folder: Path, layout: Layout, made_from: Mapping[str, Any]) -
 
 
 def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any]]:
-    """The layout and the provenance of a cache.
-
-    Raises:
-        CacheError: there is no cache, or its manifest is damaged or of another format.
-    """
+    """The layout and the provenance of a cache; raises :class:`CacheError` if they cannot be read."""
     content = read_sealed(folder / MANIFEST)
     if content.get("format") != FORMAT:
         raise CacheError(
@@ -157,11 +159,7 @@ def write_output(folder: Path, output: Head) -> None:
 
 
 def read_output(folder: Path) -> Head:
-    """Read and verify what :func:`write_output` wrote.
-
-    Raises:
-        CacheError: the head is missing or damaged.
-    """
+    """Read what :func:`write_output` wrote; raises :class:`CacheError` if it is missing or damaged."""
     side, path = read_sealed(folder / f"{HEAD}.json"), folder / f"{HEAD}.safetensors"
     raw = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(raw).hexdigest() != side["sha256"]:
@@ -212,11 +210,7 @@ def write_shard(folder: Path, stem: str, layout: Layout, keys: Mapping[str, Arra
 
 
 def complete_shards(folder: Path) -> list[Shard]:
-    """Every shard with a side file, by name.
-
-    Raises:
-        CacheError: a side file is damaged, or a shard is missing or has another size.
-    """
+    """Every shard with a side file, by name; raises as :func:`read_side_file`."""
     return [read_side_file(side) for side in side_files(folder)]
 
 
@@ -255,18 +249,20 @@ def check_shard(shard: Shard) -> None:
         )  # fmt: skip
 
 
-def open_shard(shard: Shard, layout: Layout) -> tuple[dict[str, Array], Columns, mmap.mmap]:
-    """Keys and columns of a shard, and its memory map. Numbers are read from disk on first access."""
+def open_shard(shard: Shard, layout: Layout) -> ShardData:
+    """Map a shard into memory. Numbers are read from disk on first access."""
     with shard.path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
     keys = {key: batch.column(key).to_numpy() for key in ("id", "view", "digest")}
     columns: Columns = {}
+    starts = {}
     for name, (width, _) in layout.columns().items():
         array = batch.column(name)
         values = array.values.to_numpy()
         if width is None:
-            columns[name] = Ragged(values, np.diff(array.offsets.to_numpy()))
+            offsets = array.offsets.to_numpy()
+            columns[name], starts[name] = Ragged(values, np.diff(offsets)), offsets[:-1].copy()
         else:
             columns[name] = values.reshape(batch.num_rows, width)
-    return keys, columns, mapped
+    return ShardData(keys, columns, starts, mapped)

@@ -93,8 +93,8 @@ def verify_cache(
         try:
             shard = read_side_file(side)
             check_shard(shard)
-            keys, columns, _ = open_shard(shard, layout)
-            if any(len(k) != shard.rows for k in keys.values()) or nbytes(columns) == 0:
+            data = open_shard(shard, layout)
+            if any(len(k) != shard.rows for k in data.keys.values()) or nbytes(data.columns) == 0:
                 raise CacheError("the shard does not have the rows that its side file states", where=str(shard.path))
         except (TutelageError, OSError, ValueError, KeyError) as error:
             faults.append(str(error))

@@ -5,36 +5,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import psutil
 
 from tutelage.errors import CacheError
 from tutelage.teachers.cache.columns import Array, Columns, Ragged, concat_columns, take_ragged, take_rows
-from tutelage.teachers.cache.files import Shard, check_shard, complete_shards, open_shard, read_manifest
+from tutelage.teachers.cache.files import Shard, ShardData, check_shard, complete_shards, open_shard, read_manifest
 from tutelage.teachers.cache.keys import hash_keys
-
-
-class _OpenShard(NamedTuple):
-    keys: dict[str, Array]
-    columns: Columns
-    starts: dict[str, Array]
-    mapped: mmap.mmap
-    address: int
-
-    def spans(self, rows: Array) -> Iterator[tuple[int, int]]:
-        """Where the columns of ``rows`` are in the file: page-aligned first byte, and number of bytes."""
-        for name, column in self.columns.items():
-            if isinstance(column, Ragged):
-                size = column.values.itemsize
-                first = column.values.ctypes.data - self.address + self.starts[name][rows].astype(np.int64) * size
-                last = first + column.lengths[rows].astype(np.int64) * size
-            else:
-                first = column.ctypes.data - self.address + rows.astype(np.int64) * column.strides[0]
-                last = first + column.strides[0]
-            pages = first // mmap.PAGESIZE * mmap.PAGESIZE
-            yield from zip(pages.tolist(), (last - pages).tolist(), strict=True)
 
 
 class CacheReader:
@@ -54,8 +32,8 @@ class CacheReader:
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
         self.folder, self.verify = folder, verify
         self.layout, self.made_from = read_manifest(folder)
-        self.by_path: dict[Path, _OpenShard] = {}
-        self.shards: list[_OpenShard] = []
+        self.by_path: dict[Path, ShardData] = {}
+        self.shards: list[ShardData] = []
         self.duplicates = 0
         self.scattered = False
         self._index: tuple[Array, Array, Array] = (
@@ -80,14 +58,11 @@ class CacheReader:
         return bool(new)
 
     def _open(self, shard: Shard) -> None:
-        keys, columns, mapped = open_shard(shard, self.layout)
-        starts = {n: np.cumsum(c.lengths) - c.lengths for n, c in columns.items() if isinstance(c, Ragged)}
+        data = self.by_path[shard.path] = open_shard(shard, self.layout)
         if self.scattered:
-            mapped.madvise(mmap.MADV_RANDOM)  # otherwise the system reads 128 KiB around every row
+            data.mapped.madvise(mmap.MADV_RANDOM)  # otherwise the system reads 128 KiB around every row
         elif not self.verify:
-            mapped.madvise(mmap.MADV_WILLNEED)
-        address = np.frombuffer(mapped, dtype=np.uint8).ctypes.data
-        self.by_path[shard.path] = _OpenShard(keys, columns, starts, mapped, address)
+            data.mapped.madvise(mmap.MADV_WILLNEED)
 
     def _build(self) -> None:
         self.shards = list(self.by_path.values())
@@ -131,7 +106,7 @@ class CacheReader:
         which, rows = self._index[1][positions], self._index[2][positions]
         for number in np.unique(which).tolist():
             shard = self.shards[number]
-            for start, length in shard.spans(np.sort(rows[which == number])):
+            for start, length in _spans(shard, np.sort(rows[which == number])):
                 shard.mapped.madvise(mmap.MADV_WILLNEED, start, length)
 
     def rows(self, positions: Array) -> tuple[dict[str, Array], Columns]:
@@ -165,3 +140,18 @@ class CacheReader:
 def memory_for_cache() -> int:
     """Bytes of a cache that the page cache can hold: half of the free memory."""
     return int(psutil.virtual_memory().available) // 2
+
+
+def _spans(shard: ShardData, rows: Array) -> Iterator[tuple[int, int]]:
+    """Where the columns of ``rows`` are in the file: page-aligned first byte, and number of bytes."""
+    address = np.frombuffer(shard.mapped, dtype=np.uint8).ctypes.data
+    for name, column in shard.columns.items():
+        if isinstance(column, Ragged):
+            size = column.values.itemsize
+            first = column.values.ctypes.data - address + shard.starts[name][rows].astype(np.int64) * size
+            last = first + column.lengths[rows].astype(np.int64) * size
+        else:
+            first = column.ctypes.data - address + rows.astype(np.int64) * column.strides[0]
+            last = first + column.strides[0]
+        pages = first // mmap.PAGESIZE * mmap.PAGESIZE
+        yield from zip(pages.tolist(), (last - pages).tolist(), strict=True)
