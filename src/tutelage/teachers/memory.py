@@ -63,8 +63,7 @@ class MemoryTeacher:
                 layout = _dense_layout(signal, needs, batch.labels.ndim == 2)
             if signal.head is not None and self.output is None:
                 self.output = without_inputs(signal.head).map(Tensor.cpu)
-            seeds = sampling_seeds(ids[-1], np.zeros_like(ids[-1]))
-            parts.append(layout.encode(signal, seeds, batch.counted() if layout.tokens else None))
+            parts.append(layout.encode(signal, sampling_seeds(ids[-1], np.zeros_like(ids[-1])), batch.counted()))
         if layout is None:
             raise CapabilityError("there is no batch to store teacher outputs of", remedy="give training data")
         self.layout = layout

@@ -148,18 +148,16 @@ class Layout:
         Args:
             signal: of a batch.
             seeds: ``[B]``, which determine the random draws of each sample.
-            counted: ``[B, L]``, true at the tokens that are stored; for a layout of tokens.
+            counted: ``[B, L]``, true at the tokens that are stored; used by a layout of tokens.
 
         Raises:
             CapabilityError: the signal does not fit the layout.
         """
         if self.tokens and counted is None:
             raise CapabilityError("a token cache does not know which tokens count", remedy="pass counted=")
+        counted = counted.cpu() if self.tokens and counted is not None else None
+        lengths = np.ones(len(seeds), np.int64) if counted is None else counted.sum(1).numpy()
         columns: Columns = {}
-        lengths = np.ones(len(seeds), np.int64)
-        if self.tokens and counted is not None:
-            counted = counted.cpu()
-            lengths = counted.sum(1).numpy()
         if self.encoding is not None:
             largest = self._largest(signal, counted)
             scores = torch.empty(0, 1)
@@ -207,7 +205,7 @@ class Layout:
 
     def _rows(self, what: str, x: Tensor, counted: Tensor | None) -> Tensor:
         """One row for each sample, or for each counted token."""
-        if not self.tokens or counted is None:
+        if counted is None:
             return x.detach().float().cpu()
         if tuple(x.shape[:2]) != tuple(counted.shape):
             raise CapabilityError(
@@ -233,15 +231,15 @@ class Layout:
             columns: of the samples that have counted tokens.
             needs: what to decode, and at which temperature.
             device: of the signal.
-            counted: ``[B, L]``, for a layout of tokens.
+            counted: ``[B, L]``, used by a layout of tokens.
             output: the output head without inputs, for a cache of head inputs.
 
         Raises:
             CapabilityError: the cache does not store that temperature, or ``output`` is missing.
         """
-        lengths = np.ones(_num_samples(columns), np.int64)
+        first = next(iter(columns.values()), np.empty(0))
+        lengths = np.ones(len(first.lengths if isinstance(first, Ragged) else first), np.int64)
         if self.tokens:
-            assert counted is not None
             lengths = tokens_per_sample(columns)
             widths = {name: width for name, (width, _) in self._row_columns().items() if width is not None}
             columns = {n: c.values.reshape(-1, widths[n]) if isinstance(c, Ragged) and n in widths else c
@@ -305,11 +303,6 @@ def tokens_per_sample(columns: Columns) -> Array:
     """Number of rows of each sample, in a layout of tokens."""
     out: Array = np.asarray(columns[TOKENS]).reshape(-1).astype(np.int64)
     return out
-
-
-def _num_samples(columns: Columns) -> int:
-    first = next(iter(columns.values()), None)
-    return 0 if first is None else len(first.lengths) if isinstance(first, Ragged) else len(first)
 
 
 def _scatter_rows(rows: Tensor, counted: Tensor) -> Tensor:

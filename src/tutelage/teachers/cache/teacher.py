@@ -100,10 +100,8 @@ class CachedTeacher:
             CacheError: an input differs from the one that the row was computed from, or writing failed.
         """
         self.check(needs)
-        return self.layout.decode(
-            self._columns(batch), needs, batch.labels.device,
-            counted=batch.counted() if self.layout.tokens else None, output=self._head(batch),
-        )  # fmt: skip
+        columns, output = self._columns(batch), self._head(batch)
+        return self.layout.decode(columns, needs, batch.labels.device, counted=batch.counted(), output=output)
 
     def prefetch(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
         """Start to read the rows of a batch; the result returns its signal."""
@@ -218,7 +216,7 @@ class CachedTeacher:
         signal = self.live.signal(moved, self.layout.needs)
         if "head" in self.provides and not has_output(self.folder):
             self._store_head(moved)
-        columns = self.layout.encode(signal, sampling_seeds(ids, views), counted if self.layout.tokens else None)
+        columns = self.layout.encode(signal, sampling_seeds(ids, views), counted)
         self.computed_rows += len(ids)
         real = (counted if counted.ndim == 1 else counted.flatten(1).any(-1)).cpu().numpy()
         _, first = np.unique(np.stack([ids, views], 1), axis=0, return_index=True)
