@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +66,19 @@ def field_of(config: Any, name: str) -> str:
     return str(config.attribute_map.get(name, name))
 
 
-def probe_config(model: nn.Module) -> tuple[type[nn.Module], Any, str]:
-    """Class, config and layer stack of a similar model with at most two layers and a small vocabulary."""
+class Probe(NamedTuple):
+    """A model of the same class with at most two layers and a small vocabulary: class, config, path of its layers."""
+
+    kind: type[nn.Module]
+    config: Any
+    path: str
+
+
+def probe_config(model: nn.Module) -> Probe:
+    """The probe of a model."""
     path, stack = find_layer_stack(model)
     config = config_for_layers(model, list(range(min(2, len(stack)))))
-    return type(model), with_vocabulary_size(config, VOCABULARY_SIZE), path
+    return Probe(type(model), with_vocabulary_size(config, VOCABULARY_SIZE), path)
 
 
 def config_for_layers(model: nn.Module, layers: list[int]) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tutelage.errors import ModelError
 from tutelage.students.config_probing import (
     Key,
+    Probe,
     Shape,
     field_of,
     layer_pattern,
@@ -81,9 +82,9 @@ class WeightLayout(NamedTuple):
 
 def find_weight_layout(model: nn.Module) -> WeightLayout:
     """What each dimension of a model's weights counts; raises :class:`ModelError` if it cannot be found."""
-    kind, config, path = probe_config(model)
-    family = kind.__name__
-    before = _by_pattern(weight_shapes(kind, config), path, family)
+    probe = probe_config(model)
+    config, family = probe.config, probe.kind.__name__
+    before = _by_pattern(weight_shapes(probe.kind, config), probe)
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     head = int(getattr(config, "head_dim", None) or hidden // heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -91,27 +92,26 @@ def find_weight_layout(model: nn.Module) -> WeightLayout:
     more_heads = {"num_attention_heads": heads + group}
     if hasattr(config, "num_key_value_heads"):
         more_heads["num_key_value_heads"] = shared + 1
-    compare = _comparer(kind, config, path, before)
+    compare = _comparer(probe, before)
     by_heads = compare(**more_heads)
     tied = not by_heads or any(g <= 0 or g % head for g in by_heads.values())
-    companions = _companions(kind, config, hidden, head, compare)
+    companions = _companions(probe, hidden, head, compare)
     wider = {"hidden_size": hidden + head, **dict.fromkeys(companions, hidden + head)}
     by_hidden = compare(**wider, **(more_heads if tied else {}))
     if not by_hidden:
         raise ModelError(f"the hidden size of {family} cannot be changed", remedy="prune its depth only: layers=...")
     apart = set(by_hidden) | (set() if tied else set(by_heads or {}))
-    field, by_units = _feed_forward(config, path, apart, compare, family)
+    field, by_units = _feed_forward(probe, apart, compare)
     fixed = {key: Axis("intermediate", 1, g) for key, g in by_units.items()}
-    candidates = (
-        _tied_candidates(kind, config, path, by_hidden, head)
-        if tied
-        else _separate_candidates(by_hidden, by_heads or {}, head, group)
-    )
+    if tied:
+        candidates = _tied_candidates(probe, by_hidden, head)
+    else:
+        candidates = _separate_candidates(by_hidden, by_heads or {}, head, group)
     units = {"hidden": hidden, "heads": heads if tied else shared, "intermediate": int(getattr(config, field))}
     wrong: list[str] = []
     for candidate in itertools.islice(candidates, MAX_CANDIDATES):
         axes = {**fixed, **candidate}
-        wrong = _violations(kind, config, path, axes, units)
+        wrong = _violations(probe, axes, units)
         if not wrong:
             return WeightLayout(axes, units, head, group, tied, field, companions)
     raise ModelError(
@@ -120,64 +120,66 @@ def find_weight_layout(model: nn.Module) -> WeightLayout:
     )
 
 
-def _by_pattern(all_shapes: Mapping[str, Shape] | None, stack: str, family: str) -> dict[str, Shape]:
+def _by_pattern(all_shapes: Mapping[str, Shape] | None, probe: Probe) -> dict[str, Shape]:
+    family = probe.kind.__name__
     if all_shapes is None:
         raise ModelError(f"{family} cannot be built from its config", remedy="use a model that transformers can load")
     merged: dict[str, Shape] = {}
     for name, shape in all_shapes.items():
-        if merged.setdefault(layer_pattern(name, stack), shape) != shape:
+        if merged.setdefault(layer_pattern(name, probe.path), shape) != shape:
             raise ModelError(f"layers of {family} differ in size ({name})", remedy="prune its depth only: layers=...")
     return merged
 
 
-def _comparer(
-    kind: type[nn.Module], config: Any, path: str, before: dict[str, Shape]
-) -> Callable[..., dict[Key, int] | None]:
+def _comparer(probe: Probe, before: dict[str, Shape]) -> Callable[..., dict[Key, int] | None]:
     def compare(**numbers: int) -> dict[Key, int] | None:
         try:
-            after = weight_shapes(kind, replace_fields(config, **numbers))
-            return None if after is None else shape_changes(before, _by_pattern(after, path, kind.__name__))
+            after = weight_shapes(probe.kind, replace_fields(probe.config, **numbers))
+            return None if after is None else shape_changes(before, _by_pattern(after, probe))
         except Exception:  # noqa: BLE001  configs raise different errors
             return None
 
     return compare
 
 
-def _companions(kind: type[nn.Module], config: Any, hidden: int, head: int, compare: Any) -> tuple[str, ...]:
+def _companions(probe: Probe, hidden: int, head: int, compare: Any) -> tuple[str, ...]:
     """Fields that must equal the hidden size, else the model fails or changes."""
-    own, companions = field_of(config, "hidden_size"), []
-    for name, value in size_fields(config).items():
+    own, companions = field_of(probe.config, "hidden_size"), []
+    for name, value in size_fields(probe.config).items():
         if value != hidden or name == own:
             continue
         changed = compare(**{name: hidden + head})
         if changed is None:
             companions.append(name)
         elif changed:
-            companions += [] if _runs(kind, replace_fields(config, **{name: hidden + head})) else [name]
+            companions += (
+                [] if _runs(probe._replace(config=replace_fields(probe.config, **{name: hidden + head}))) else [name]
+            )
         elif name.endswith("hidden_size"):  # of a head that this model does not have
             companions.append(name)
     return tuple(companions)
 
 
-def _runs(kind: type[nn.Module], config: Any) -> bool:
+def _runs(probe: Probe) -> bool:
     try:
-        run_model(random_model(kind, config))
+        run_model(random_model(probe.kind, probe.config))
     except Exception:  # noqa: BLE001  models raise different errors
         return False
     return True
 
 
-def _feed_forward(config: Any, path: str, apart: set[Key], compare: Any, family: str) -> tuple[str, dict[Key, int]]:
+def _feed_forward(probe: Probe, apart: set[Key], compare: Any) -> tuple[str, dict[Key, int]]:
     """The only field that changes dimensions of layers, and none that heads or hidden size change."""
+    config = probe.config
     known = {field_of(config, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
     matches = {}
     for name, value in size_fields(config).items():
         changed = {} if name in known else compare(**{name: value + 1})
-        if changed and not apart & set(changed) and all(key[0].startswith(f"{path}.*.") for key in changed):
+        if changed and not apart & set(changed) and all(key[0].startswith(f"{probe.path}.*.") for key in changed):
             matches[name] = changed
     if len(matches) != 1:
         raise ModelError(
-            f"the feed-forward width of {family} is not one number of its config (candidates: "
+            f"the feed-forward width of {probe.kind.__name__} is not one number of its config (candidates: "
             f"{', '.join(matches) or 'none'})",
             remedy="prune its depth only: layers=...",
         )
@@ -193,13 +195,11 @@ def _separate_candidates(
     yield {**fixed, **{key: Axis("heads", head * group, g // (head * group)) for key, g in by_heads.items()}}
 
 
-def _tied_candidates(
-    kind: type[nn.Module], config: Any, path: str, by_hidden: dict[Key, int], head: int
-) -> Iterator[dict[Key, Axis]]:
+def _tied_candidates(probe: Probe, by_hidden: dict[Key, int], head: int) -> Iterator[dict[Key, Axis]]:
     """Candidate layouts of a family whose heads and hidden size grow together, the likeliest first."""
     fixed = {key: Axis("hidden") for key in by_hidden}
     joint = [key for key, g in by_hidden.items() if g > head]
-    square, reads_shared = _square(kind, config, path, by_hidden, head)
+    square, reads_shared = _square(probe, by_hidden, head)
     into, out_of, neither = ({0: "heads", 1: "hidden"}, {0: "hidden", 1: "heads"}, {0: "hidden", 1: "hidden"})
     orders = [[into] if m in reads_shared else [out_of, into, neither] for m in square]
     layouts = [lambda g: Axis("heads", head, g // head), lambda g: Axis("heads", g, 1)] if joint else [None]
@@ -219,19 +219,17 @@ def _axis(role: str, head: int) -> Axis:
     return Axis("heads", head) if role == "heads" else Axis("hidden")
 
 
-def _square(
-    kind: type[nn.Module], config: Any, path: str, by_hidden: dict[Key, int], head: int
-) -> tuple[list[str], set[str]]:
+def _square(probe: Probe, by_hidden: dict[Key, int], head: int) -> tuple[list[str], set[str]]:
     """Modules of a layer with a hidden x hidden weight, and those of them that read the same tensor."""
-    model = random_model(kind, config)
+    model = random_model(probe.kind, probe.config)
     square: list[str] = []
     readers: dict[int, set[str]] = {}
     tensors: list[Tensor] = []  # references, so that no two have the same id
     handles = []
     for name, module in model.named_modules():
-        m = layer_pattern(f"{name}.", path).removesuffix(".")
+        m = layer_pattern(f"{name}.", probe.path).removesuffix(".")
         weight = getattr(module, "weight", None)
-        if not name.startswith(f"{path}.0.") or not isinstance(weight, Tensor) or weight.ndim != 2:
+        if not name.startswith(f"{probe.path}.0.") or not isinstance(weight, Tensor) or weight.ndim != 2:
             continue
         if by_hidden.get((f"{m}.weight", 0)) != head or by_hidden.get((f"{m}.weight", 1)) != head:
             continue
@@ -247,7 +245,8 @@ def _square(
         run_model(model)
     except Exception as error:
         raise ModelError(
-            f"{kind.__name__} does not run on token ids alone: {error}", remedy="prune its depth only: layers=..."
+            f"{probe.kind.__name__} does not run on token ids alone: {error}",
+            remedy="prune its depth only: layers=...",
         ) from error
     for handle in handles:
         handle.remove()
@@ -257,11 +256,10 @@ def _square(
 # Verification ----------------------------------------------------------------------------------------
 
 
-def _violations(
-    kind: type[nn.Module], config: Any, path: str, axes: dict[Key, Axis], units: dict[str, int]
-) -> list[str]:
+def _violations(probe: Probe, axes: dict[Key, Axis], units: dict[str, int]) -> list[str]:
     """Roles whose permutation changes the outputs of the model."""
-    model = random_model(kind, config)
+    path = probe.path
+    model = random_model(probe.kind, probe.config)
     state = {name: x.clone() for name, x in model.state_dict().items()}
     before = run_model(model)
     wrong = []
