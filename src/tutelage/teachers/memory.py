@@ -84,9 +84,7 @@ class MemoryTeacher:
             CapabilityError: something needed is not stored, a sample is unknown, the batch is augmented, or other
                 tokens of a sample count than when it was stored.
         """
-        kinds = needs.kinds() - ({"logits"} if self.layout.is_sparse else set())
-        missing = sorted(kinds - self.provides) or [t for t in needs.hidden if t not in self.layout.hidden]
-        if missing:
+        if missing := self.layout.missing(needs):
             raise CapabilityError(
                 f"{', '.join(missing)} of the teacher is not in memory", remedy="use the live teacher"
             )

@@ -127,6 +127,12 @@ class Layout:
         head = "head" in self.provides
         return Needs(logits=self.keep is not None and not head, hidden=tuple(self.hidden), head=head)
 
+    def missing(self, needs: Needs) -> list[str]:
+        """What is needed and not stored."""
+        missing = [tap for tap in needs.hidden if tap not in self.hidden]
+        missing += ["the output head"] * (needs.head and "head" not in self.provides)
+        return missing + ["logits"] * (needs.logits and self.keep is None)
+
     def columns(self) -> ColumnTypes:
         """The columns: values per sample and dtype. ``None`` values: a variable number for each sample."""
         rows = self._row_columns()

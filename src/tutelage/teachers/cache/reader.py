@@ -66,28 +66,29 @@ class CacheReader:
 
     def _build(self) -> None:
         self.shards = list(self.by_path.values())
-        hashes = np.concatenate([hash_keys(s.keys["id"], s.keys["view"]) for s in self.shards])
-        which = np.repeat(np.arange(len(self.shards), dtype=np.int32), [len(s.keys["id"]) for s in self.shards])
-        rows = np.concatenate([np.arange(len(s.keys["id"])) for s in self.shards])
+        ids, views = (np.concatenate([s.keys[key] for s in self.shards]) for key in ("id", "view"))
+        sizes = [len(s.keys["id"]) for s in self.shards]
+        which, rows = (
+            np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+            np.concatenate(list(map(np.arange, sizes))),
+        )
+        hashes = hash_keys(ids, views)
         order = np.argsort(hashes, kind="stable")
-        hashes, which, rows = hashes[order], which[order], rows[order]
+        ids, views, hashes, which, rows = (x[order] for x in (ids, views, hashes, which, rows))
+        again = hashes[1:] == hashes[:-1]
+        collisions = np.flatnonzero(again & ((ids[1:] != ids[:-1]) | (views[1:] != views[:-1])))
+        if len(collisions):
+            i = collisions[0]
+            raise CacheError(
+                f"sample {ids[i]}, view seed {views[i]}, and sample {ids[i + 1]}, view seed {views[i + 1]}, have the "
+                "same hash",
+                where=str(self.folder),
+                remedy="give one of the samples another id",
+            )
+        self.duplicates = int(again.sum())
         first = np.ones(len(hashes), dtype=bool)
-        first[1:] = hashes[1:] != hashes[:-1]
-        again = np.flatnonzero(~first)
-        for i in again.tolist():
-            one, other = self._key(which[i - 1], rows[i - 1]), self._key(which[i], rows[i])
-            if one != other:
-                raise CacheError(
-                    f"the keys (sample id, view seed) {one} and {other} have the same hash",
-                    where=str(self.folder),
-                    remedy="give one of the samples another id",
-                )
-        self.duplicates = len(again)
+        first[1:] = ~again
         self._index = hashes[first], which[first], rows[first]
-
-    def _key(self, which: int, row: int) -> tuple[int, int]:
-        keys = self.shards[which].keys
-        return int(keys["id"][row]), int(keys["view"][row])
 
     def find(self, ids: Array, views: Array) -> Array:
         """Positions ``[B]`` for :meth:`rows`; -1 for rows that the cache does not have."""

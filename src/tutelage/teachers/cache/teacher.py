@@ -121,10 +121,7 @@ class CachedTeacher:
 
     def check(self, needs: Needs) -> None:
         """Raise :class:`CapabilityError` unless the cache stores what is needed."""
-        missing = [tap for tap in needs.hidden if tap not in self.layout.hidden]
-        missing += ["the output head"] * (needs.head and "head" not in self.provides)
-        missing += ["logits"] * (needs.logits and self.layout.keep is None)
-        if missing:
+        if missing := self.layout.missing(needs):
             raise CapabilityError(
                 f"the cache does not keep {', '.join(missing)}",
                 where=str(self.folder), remedy="write another cache, or use the live teacher",
@@ -259,29 +256,26 @@ def check_same(
 
     A cache may store more taps than are needed.
     """
-    there, here = stored_layout.to_dict(), layout.to_dict()
-    taps, needed = there.pop("hidden"), here.pop("hidden")
-    differences = [
-        *_differences(stored, given), *_differences(there, here, "stored."),
-        *((f"stored.hidden.{tap}", taps.get(tap), shape) for tap, shape in needed.items() if taps.get(tap) != shape),
-    ]  # fmt: skip
+    there = _flatten({**stored, "stored": stored_layout.to_dict()})
+    here = _flatten({**given, "stored": layout.to_dict()})
+    unequal = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    differences = "; ".join(
+        f"{key} (there {_value(there.get(key))}, here {_value(here.get(key))})"
+        for key in unequal
+        if key in here or not key.startswith("stored.hidden.")
+    )
     if differences:
-        fields = "; ".join(f"{key} (there {_value(a)}, here {_value(b)})" for key, a, b in differences)
         raise CacheError(
-            f"the cache was made from something else: {fields}",
+            f"the cache was made from something else: {differences}",
             where=str(folder), remedy="use the settings that the cache was made from, or another folder",
         )  # fmt: skip
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    differences: list[tuple[str, Any, Any]] = []
-    for key in [*a, *(k for k in b if k not in a)]:
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, Mapping) and isinstance(y, Mapping):
-            differences += _differences(x, y, f"{prefix}{key}.")
-        elif x != y:
-            differences.append((f"{prefix}{key}", x, y))
-    return differences
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _value(value: Any) -> str:
