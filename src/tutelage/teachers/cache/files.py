@@ -53,6 +53,7 @@ class ShardData(NamedTuple):
     starts: dict[str, Array]
     """Of columns of variable width, where each row begins."""
     mapped: mmap.mmap
+    address: int
 
 
 @contextmanager
@@ -265,4 +266,4 @@ def open_shard(shard: Shard, layout: Layout) -> ShardData:
             columns[name], starts[name] = Ragged(values, np.diff(offsets)), offsets[:-1].copy()
         else:
             columns[name] = values.reshape(batch.num_rows, width)
-    return ShardData(keys, columns, starts, mapped)
+    return ShardData(keys, columns, starts, mapped, np.frombuffer(mapped, dtype=np.uint8).ctypes.data)

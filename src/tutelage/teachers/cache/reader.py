@@ -145,14 +145,13 @@ def memory_for_cache() -> int:
 
 def _spans(shard: ShardData, rows: Array) -> Iterator[tuple[int, int]]:
     """Where the columns of ``rows`` are in the file: page-aligned first byte, and number of bytes."""
-    address = np.frombuffer(shard.mapped, dtype=np.uint8).ctypes.data
     for name, column in shard.columns.items():
         if isinstance(column, Ragged):
             size = column.values.itemsize
-            first = column.values.ctypes.data - address + shard.starts[name][rows].astype(np.int64) * size
+            first = column.values.ctypes.data - shard.address + shard.starts[name][rows].astype(np.int64) * size
             last = first + column.lengths[rows].astype(np.int64) * size
         else:
-            first = column.ctypes.data - address + rows.astype(np.int64) * column.strides[0]
+            first = column.ctypes.data - shard.address + rows.astype(np.int64) * column.strides[0]
             last = first + column.strides[0]
         pages = first // mmap.PAGESIZE * mmap.PAGESIZE
         yield from zip(pages.tolist(), (last - pages).tolist(), strict=True)
