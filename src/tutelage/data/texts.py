@@ -239,45 +239,13 @@ def load_texts(
             where="data.pack",
             remedy="leave pack out; batches have texts of similar lengths anyway",
         )
-    key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
-    learn_option = learn if task == "causal" else None
-    tokenize_options: dict[str, Any] = {
-        "max_length": max_length, "pack": pack, "words": task == "tokens", "learn": learn_option, "ends": align,
-        "progress": progress,
-    }  # fmt: skip
-
-    def tokens(split: str, groups: Sequence[Sequence[str]], by: Any, what: str) -> tuple[Tokens, ...]:
-        values = raw.splits[split].columns
-        return tuple(
-            tokenize(
-                [values[n] for n in group], by, key=key and f"{key} {split} {list(group)}", what=f"{split} {what}",
-                **tokenize_options,
-            )
-            for group in groups
-        )  # fmt: skip
-
-    routes = _index([r.columns[route] for r in raw.splits.values()]) if route else ([], [])
-    ranks = task == "ranking"  # the student reads each text alone, the teacher an answer with its query
-    packed = pack and task in ("mlm", "causal")
+    route_names = sorted({str(v) for rows in raw.splits.values() for v in rows.columns[route]}) if route else []
     masking = build_masking(tokenizer, mask) if task == "mlm" else None
-    sets: dict[str, TextSet] = {}
-    for i, (split, rows) in enumerate(raw.splits.items()):
-        student_tokens = tokens(split, [[c] for c in columns] if ranks else [columns], tokenizer, "texts")
-        groups = [[teacher_columns[0], c] for c in teacher_columns[1:]] if ranks else [teacher_columns]
-        indices, targets, tags = encode_labels(raw, rows, label_columns, task, names, split)
-        count = len(student_tokens[0])
-        sets[split] = TextSet(
-            student_tokens,
-            torch.arange(count),
-            torch.arange(count) + sum(len(s) for s in sets.values()) if packed else rows.ids,
-            torch.full((count,), IGNORE) if packed else indices,
-            task,
-            targets,
-            tags,
-            masking,
-            tokens(split, groups, teacher_tokenizer, "teacher's texts") if differs or ranks else (),
-            torch.tensor(routes[1][i]) if route else None,
-        )
+    sets = _tokenize_splits(
+        raw, task, columns, (teacher_columns, differs), (label_columns, names), (route, route_names),
+        (tokenizer, teacher_tokenizer), masking,
+        max_length=max_length, pack=pack, learn=learn if task == "causal" else None, ends=align, progress=progress,
+    )  # fmt: skip
     data = _split(sets, validation, test, limit, split_seed)
     train = data["train"]
     if align:
@@ -291,12 +259,76 @@ def load_texts(
     settings = {
         "columns": [columns, teacher_columns], "max_length": max_length, "pack": pack,
         "mask": mask if task == "mlm" else None, "tokenizers": fingerprints, "content": raw.digest,
-        "learn": learn_option,
+        "learn": learn if task == "causal" else None,
     }  # fmt: skip
     return TextData(
         raw.name, train, _by_length(data["validation"]), _by_length(data["test"]), names, teacher, task, tokenizer,
-        max_length, settings, routes[0], teacher_tokenizer=teacher_tokenizer if align else None,
+        max_length, settings, route_names, teacher_tokenizer=teacher_tokenizer if align else None,
     )  # fmt: skip
+
+
+def _tokenize_splits(
+    raw: RawTextData,
+    task: TextTask,
+    columns: list[str],
+    teacher: tuple[list[str], bool],
+    labels: tuple[list[str], list[str]],
+    route: tuple[str | None, list[str]],
+    tokenizers: tuple[Any, Any],
+    masking: Masking | None,
+    *,
+    pack: bool,
+    **options: Any,
+) -> dict[str, TextSet]:
+    """The splits of a source, tokenised for student and teacher.
+
+    Args:
+        raw: the source.
+        task: the text task.
+        columns: the student's columns.
+        teacher: the teacher's columns, and whether its tokens differ.
+        labels: label columns, and class names.
+        route: route column, and its values.
+        tokenizers: of student and teacher.
+        masking: for ``mlm``.
+        pack: see :func:`tokenize`.
+        options: arguments of :func:`tokenize`.
+    """
+    teacher_columns, differs = teacher
+    key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
+
+    def tokens(split: str, groups: Sequence[Sequence[str]], by: Any, what: str) -> tuple[Tokens, ...]:
+        values = raw.splits[split].columns
+        return tuple(
+            tokenize(
+                [values[n] for n in group], by, pack=pack, words=task == "tokens",
+                key=key and f"{key} {split} {list(group)}", what=f"{split} {what}", **options,
+            )
+            for group in groups
+        )  # fmt: skip
+
+    column, values = route
+    ranks = task == "ranking"  # the student reads each text alone, the teacher an answer with its query
+    packed = pack and task in ("mlm", "causal")
+    sets: dict[str, TextSet] = {}
+    for split, rows in raw.splits.items():
+        student_tokens = tokens(split, [[c] for c in columns] if ranks else [columns], tokenizers[0], "texts")
+        groups = [[teacher_columns[0], c] for c in teacher_columns[1:]] if ranks else [teacher_columns]
+        indices, targets, tags = encode_labels(raw, rows, labels[0], task, labels[1], split)
+        count = len(student_tokens[0])
+        sets[split] = TextSet(
+            tokens=student_tokens,
+            rows=torch.arange(count),
+            ids=torch.arange(count) + sum(len(s) for s in sets.values()) if packed else rows.ids,
+            labels=torch.full((count,), IGNORE) if packed else indices,
+            task=task,
+            targets=targets,
+            tags=tags,
+            masking=masking,
+            teacher_tokens=tokens(split, groups, tokenizers[1], "teacher's texts") if differs or ranks else (),
+            route=torch.tensor([values.index(str(v)) for v in rows.columns[column]]) if column else None,
+        )
+    return sets
 
 
 def _check_same_tokens(task: TextTask, same_texts: bool) -> None:
@@ -373,12 +405,6 @@ def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) ->
 
 def _blank(text: Any) -> bool:
     return text is None or not (text.strip() if isinstance(text, str) else text)
-
-
-def _index(columns: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[int]]]:
-    """The sorted values of all columns, and each column as indices of these."""
-    names = sorted({str(v) for column in columns for v in column})
-    return names, [[names.index(str(v)) for v in column] for column in columns]
 
 
 def _split(

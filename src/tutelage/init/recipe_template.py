@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from jinja2 import Environment
 
 from tutelage.config import MODELS, build_recipe
 from tutelage.config.lines import parse_yaml
@@ -50,8 +51,11 @@ def draft_recipe(
     Raises:
         TutelageError: one of its subclasses: a model cannot be built, or an argument does not fit the data.
     """
-    lines = _image_recipe if data.task == "images" else _text_recipe
-    text = "\n".join(lines(data, teacher, student, checkpoint)) + "\n"
+    values = _image_values if data.task == "images" else _text_values
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["yaml"] = _yaml
+    template = (resources.files(__package__) / "recipe.yaml.jinja").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(data=data, **values(data, teacher, student, checkpoint))
     build_recipe(*parse_yaml(text, "the new recipe"), name="the new recipe", default_name="first")
     return text
 
@@ -85,22 +89,6 @@ def _model(given: str, flag: str) -> ModelChoice:
         raise ConfigError(f"{flag}: {error}", remedy="or give a folder with a model") from None
 
 
-def _head(data: DataDescription) -> Iterator[str]:
-    yield f"# {data.summary()[0].upper()}{data.summary()[1:]}."
-    yield "# Written by `tutelage init`. `tutelage doctor` checks this file before a run."
-    yield "# The page Recipes of the documentation describes every key."
-    yield ""
-    yield "data:"
-    yield f"  source: {_yaml(data.source)}"
-    if data.path is not None:
-        yield f"  path: {_yaml(data.path)}"
-
-
-def _key(key: str, value: object, why: str) -> str:
-    """A line of ``data`` with a comment."""
-    return f"  {f'{key}: {value}':<26}# {why}"
-
-
 def _model_line(named: ModelChoice, key: str, more: str = "") -> str:
     """The line of a model in a recipe."""
     parts = {"model": named.model}
@@ -112,66 +100,56 @@ def _model_line(named: ModelChoice, key: str, more: str = "") -> str:
 # Images ------------------------------------------------------------------------------------------------
 
 
-def _image_recipe(
+def _image_values(
     data: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
-) -> Iterator[str]:
+) -> dict[str, Any]:
+    """The variables of the template for images."""
     if data.source == "imagefolder":
         require("PIL", "vision", "reading image files")
     elif data.source not in NAMED:
-        require(
-            *(("datasets", "vision") if data.source.startswith("hf:") else ("torchvision", "vision")), "that data"
-        )
+        require("datasets" if data.source.startswith("hf:") else "torchvision", "vision", "that data")
     size, why_size = _image_size(data, teacher)
     big = _model(teacher, "--teacher") if teacher else _default_convnet(size, big=True)
     if checkpoint:
         big = big._replace(checkpoint=checkpoint)
-    small = _model(student, "--student") if student else _student_of(big, size)
-    counts = {which: _parameters(named, data, size) for which, named in (("teacher", big), ("student", small))}
-    fractions = _split_fractions(data)
+    in_library = big.model.partition(":")[0] in IMAGE_LIBRARIES
+    default = ModelChoice("timm:resnet18", {}) if in_library else _default_convnet(size, big=False)
+    small = _model(student, "--student") if student else default
+    teacher_size, student_size = (_parameters(named, data, size) for named in (big, small))
+    keys: list[tuple[str, object, str]] = []
+    if size is not None:
+        keys.append(("size", size, why_size))
+        if data.source == "imagefolder":
+            shift = f"[{{shift: {max(1, size // 16)}}}]"
+            keys.append(("augment", shift, "pixels; add flip if mirror images keep their class"))
+    keys += _split_fractions(data)
+    if big.checkpoint is not None or big.model.startswith("hf:"):
+        comments = [f"{teacher_size}The teacher has weights."]
+    else:
+        comments = [f"{teacher_size}The teacher has no weights yet, so the run trains it first, on all labels."]
+        comments += (
+            ["options: {pretrained: true} downloads published weights to start from."]
+            if in_library
+            else [
+                "A model pretrained on ImageNet is a better teacher, above all with few images of your own. It",
+                "needs a download, and size: 224 above:",
+                '  teacher: {model: "timm:resnet50", options: {pretrained: true}, train: {optimizer: {lr: 3e-4}}}',
+            ]
+        )
     train = None if data.rows is None else round(data.rows * (1 - (0.3 if data.splits == ("train",) else 0.1)))
     batch = (
         64 if train is None else next((b for b, most in ((16, 500), (32, 2_000), (64, 10_000)) if train < most), 128)
     )
-    epochs = 20 if train is None else max(10, min(60, round(STEPS * batch / max(train, 1))))
-
-    yield from _head(data)
-    if size is not None:
-        yield _key("size", size, why_size)
-    if size is not None and data.source == "imagefolder":
-        shift = f"[{{shift: {max(1, size // 16)}}}]"
-        yield _key("augment", shift, "pixels; add flip if mirror images keep their class")
-    for key, share in fractions.items():
-        yield _key(key, share, "larger than usual, since some class has few images")
-    yield ""
-    has_weights = big.checkpoint is not None or big.model.startswith("hf:")
-    yield f"# {counts['teacher']}" + (
-        "The teacher has weights."
-        if has_weights
-        else "The teacher has no weights yet, so the run trains it first, on all labels."
-    )
-    if not has_weights and big.model.partition(":")[0] not in IMAGE_LIBRARIES:
-        yield "# A model pretrained on ImageNet is a better teacher, above all with few images of your own. It"
-        yield "# needs a download, and size: 224 above:"
-        yield '#   teacher: {model: "timm:resnet50", options: {pretrained: true}, train: {optimizer: {lr: 3e-4}}}'
-    elif not has_weights:
-        yield "# options: {pretrained: true} downloads published weights to start from."
-    yield _model_line(big, "teacher")
-    yield ""
-    yield f"# {counts['student']}The student is the model that you deploy: make it as small as you need."
-    yield _model_line(small, "student")
-    yield ""
-    yield "# Soft labels of the teacher at T = 4 with weight 0.9, and the labels with weight 0.1: a good start."
-    yield "# `tutelage search` with this file searches for better values."
-    yield "method: {kind: logit, temperature: 4, alpha: 0.9}"
-    yield ""
-    many = "The number of images is not known" if train is None else f"About {train:,} images to train on"
-    yield f"# {many}: {epochs} epochs in batches of {batch}."
-    yield "train:"
-    yield f"  epochs: {epochs}"
-    yield f"  batch_size: {batch}"
-    yield "  optimizer: {kind: adamw, lr: 0.003, weight_decay: 0.01}"
-    yield ""
-    yield from _seeds(train)
+    return {
+        "keys": keys,
+        "teacher_comments": comments,
+        "teacher": _model_line(big, "teacher"),
+        "student_comment": f"{student_size}The student is the model that you deploy: make it as small as you need.",
+        "student": _model_line(small, "student"),
+        "train": train,
+        "batch": batch,
+        "epochs": 20 if train is None else max(10, min(60, round(STEPS * batch / max(train, 1)))),
+    }
 
 
 def _image_size(data: DataDescription, teacher: str | None) -> tuple[int | None, str]:
@@ -202,14 +180,6 @@ def _default_convnet(size: int | None, *, big: bool) -> ModelChoice:
     return ModelChoice("convnet", options)
 
 
-def _student_of(teacher: ModelChoice, size: int | None) -> ModelChoice:
-    return (
-        ModelChoice("timm:resnet18", {})
-        if teacher.model.partition(":")[0] in IMAGE_LIBRARIES
-        else _default_convnet(size, big=False)
-    )
-
-
 def _parameters(named: ModelChoice, data: DataDescription, size: int | None) -> str:
     """The number of parameters as a sentence, after a test that the model can be built; else empty."""
     if named.model.startswith("hf:") or named.options.get("pretrained") or data.source.partition(":")[1]:
@@ -222,43 +192,33 @@ def _parameters(named: ModelChoice, data: DataDescription, size: int | None) -> 
     return f"{sum(p.numel() for p in model.parameters()):,} parameters. "
 
 
-def _split_fractions(data: DataDescription) -> dict[str, float]:
+def _split_fractions(data: DataDescription) -> list[tuple[str, object, str]]:
     """Larger validation and test fractions, if the defaults would leave a class without samples.
 
     Raises:
         DataError: no fraction is large enough.
     """
-    classes, rows = len(data.classes or {}), data.rows
-    if not data.classes or rows is None or data.task not in ("images", "classes"):
-        return {}
+    if not data.classes or data.rows is None or data.task not in ("images", "classes"):
+        return []
     import torch
 
     from tutelage.data.images import stratified_split
 
-    labels = torch.arange(classes).repeat_interleave(torch.tensor(list(data.classes.values())))
-    fractions: dict[str, float] = {}
+    labels = torch.arange(len(data.classes)).repeat_interleave(torch.tensor(list(data.classes.values())))
+    things = "images" if data.task == "images" else "texts"
+    fractions: list[tuple[str, object, str]] = []
     for key, usual in (("test", 0.2), ("validation", 0.1)):
         if key in data.splits:
             continue
-        least = round(min(0.4, (classes + 0.5) / len(labels)), 3)
-        share = max(usual, least)
-        if share != usual:
-            fractions[key] = share
+        fraction = max(usual, round(min(0.4, (len(data.classes) + 0.5) / len(labels)), 3))
+        if fraction != usual:
+            fractions.append((key, fraction, f"larger than usual, since some class has few {things}"))
         try:
-            _, rest = stratified_split(labels, round(len(labels) * share), 0, f"data.{key}")
+            _, rest = stratified_split(labels, round(len(labels) * fraction), 0, f"data.{key}")
         except DataError as error:
             raise DataError(error.what, where=str(data.path), remedy="add some to the smallest class") from None
         labels = labels[rest]
     return fractions
-
-
-def _seeds(train: int | None) -> Iterator[str]:
-    if train is not None and train <= 20_000:
-        yield "# Three students of each arm, so that the gain gets a confidence interval."
-        yield "seeds: [0, 1, 2]"
-    else:
-        yield "# One student of each arm. Three seeds take three times as long and give a confidence interval."
-        yield "seeds: [0]"
 
 
 # Texts -------------------------------------------------------------------------------------------------
@@ -304,79 +264,57 @@ SMALL = 2_000
 """With fewer texts than this, a student trains for more epochs."""
 
 
-def _text_recipe(
+def _text_values(
     data: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
-) -> Iterator[str]:
+) -> dict[str, Any]:
+    """The variables of the template for texts."""
     require("transformers", "text", "learning from texts")
     plan = PLANS[data.task]
     big, why = _teacher_of_texts(data, teacher)
     if checkpoint:
         big = big._replace(checkpoint=checkpoint)
     layers = _layers(big)
-    small = _model(student, "--student") if student and student != "teacher" else None
-    length = _max_length(data, big)
-    known = data.task in LABELLED and _knows(big, data)
-    fractions = _split_fractions(data)
-    few = data.rows is not None and data.rows < SMALL
-    epochs = plan.epochs * (4 if few else 1)
-    batch = plan.batch if not few else max(8, plan.batch // 2)
     if data.task == "causal" and data.text != "text" and not isinstance(data.text, list):
         _check_chat(big)
-
-    yield from _head(data)
-    yield f"  task: {data.task}"
-    if data.source != "plain":
-        yield f"  text: {_yaml(data.text)}"
-    if data.label is not None:
-        yield f"  label: {_yaml(data.label)}"
-    yield _key("max_length", length, "tokens; longer texts are truncated")
+    few = data.rows is not None and data.rows < SMALL
+    epochs = plan.epochs * (4 if few else 1)
+    keys: list[tuple[str, object, str]] = [
+        ("max_length", _max_length(data, big), "tokens; longer texts are truncated")
+    ]
     if data.task == "causal":
-        yield _key("pack", "true", "several short texts in one row, without attention between them")
-    for key, share in fractions.items():
-        yield _key(key, share, "larger than usual, since some class has few texts")
-    yield ""
-    yield f"# {why}"
-    more = ""
-    if data.task in LABELLED and not known and big.checkpoint is None:
-        yield "# The run fine-tunes it on these labels first."
-        more = f", train: {{epochs: {epochs}, optimizer: {{kind: adamw, lr: {plan.teacher_lr}, weight_decay: 0.01}}}}"
-    elif known:
-        yield "# It was trained on these labels already, so the run does not train it."
+        keys.append(("pack", "true", "several short texts in one row, without attention between them"))
+    comments, training = [why], ""
+    if data.task in LABELLED and _knows(big, data):
+        comments.append("It was trained on these labels already, so the run does not train it.")
+    elif data.task in LABELLED and big.checkpoint is None:
+        comments.append("The run fine-tunes it on these labels first.")
+        optimizer = f"{{kind: adamw, lr: {plan.teacher_lr}, weight_decay: 0.01}}"
+        training = f", train: {{epochs: {epochs}, optimizer: {optimizer}}}"
     elif data.task == "mlm" and not _has_masked_head(big):
-        yield "# It has no masked language modelling head, so the run trains one first."
-        more = f", train: {{epochs: 2, optimizer: {{kind: adamw, lr: {plan.teacher_lr}}}}}"
-    yield _model_line(big, "teacher", more)
-    yield ""
-    if small is not None:
-        yield "# It needs the tokenizer of its teacher; if it has another, name that as data.tokenizer."
-        yield _model_line(small, "student")
+        comments.append("It has no masked language modelling head, so the run trains one first.")
+        training = f", train: {{epochs: 2, optimizer: {{kind: adamw, lr: {plan.teacher_lr}}}}}"
+    if student and student != "teacher":
+        about = "It needs the tokenizer of its teacher; if it has another, name that as data.tokenizer."
+        line = _model_line(_model(student, "--student"), "student")
     elif layers is not None:
         count = max(1, layers // 2)
-        yield f"# {count} of the teacher's {layers} layers, with its weights. Fewer layers are faster."
+        about = f"{count} of the teacher's {layers} layers, with its weights. Fewer layers are faster."
         which = "every-other" if data.task == "causal" else "linspace"
-        yield f"student: {{model: teacher, layers: {count}, map: {which}}}"
+        line = f"student: {{model: teacher, layers: {count}, map: {which}}}"
     else:
-        yield "# Every other layer of the teacher, with its weights."
-        yield "student: {model: teacher, map: every-other}"
-    yield ""
-    yield f"# {plan.why}"
-    yield f"method: {plan.method}"
-    yield ""
-    many = "The number of texts is not known" if data.rows is None else f"{data.rows:,} texts"
-    yield f"# {many}: {epochs} epochs in batches of {batch}."
-    yield "train:"
-    yield f"  epochs: {epochs}"
-    yield f"  batch_size: {batch}"
-    yield f"  optimizer: {{kind: adamw, lr: {plan.lr}, weight_decay: 0.01}}"
-    yield "  schedule: {kind: linear, warmup: 0.06}"
-    yield "  clip: 1.0"
-    yield "  precision: auto         # bf16 if the hardware supports it: about twice as fast"
-    yield ""
-    if data.task == "causal":
-        yield "# One student of each arm: language models take long."
-        yield "seeds: [0]"
-    else:
-        yield from _seeds(data.rows)
+        about = "Every other layer of the teacher, with its weights."
+        line = "student: {model: teacher, map: every-other}"
+    return {
+        "plan": plan,
+        "keys": [*keys, *_split_fractions(data)],
+        "teacher_comments": comments,
+        "teacher": _model_line(big, "teacher", training),
+        "student_comment": about,
+        "student": line,
+        "train": data.rows,
+        "batch": plan.batch if not few else max(8, plan.batch // 2),
+        "epochs": epochs,
+    }
 
 
 def _teacher_of_texts(data: DataDescription, given: str | None) -> tuple[ModelChoice, str]:
