@@ -73,11 +73,11 @@ def test_terms_are_those_of_the_objectives_and_leave_out_rows_without_a_label(me
     assert {name: int(term.count) for name, term in terms.items()} == dict.fromkeys(method.weights, 2)
     assert {name: int(n) for name, n in method.counts(batch).items()} == dict.fromkeys(method.weights, 2)
     rows, labels = logits[[0, 2]], torch.tensor([1, 4])
-    smoothing = getattr(method, "label_smoothing", 0.0)
+    smoothing = getattr(method.options, "label_smoothing", 0.0)
     expected = {"ce": losses.cross_entropy(rows, labels, label_smoothing=smoothing, reduction="sum")}
     if isinstance(method, TeacherFreeMethod):
         expected["teacher_free"] = losses.teacher_free(
-            rows, labels, correct=method.correct, temperature=method.temperature, variant=method.variant,
+            rows, labels, **method.options.model_dump(exclude={"kind", "alpha"}),
             reduction="sum",
         )  # fmt: skip
     for name, value in expected.items():

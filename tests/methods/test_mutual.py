@@ -127,8 +127,8 @@ def test_stale_peers_speak_in_evaluation_mode_and_stay_in_it() -> None:
     module, b = DistillationModule(student, method).train(), batch()
     before = {k: v.clone() for k, v in method.stale.state_dict().items()}
     with torch.no_grad():
-        said = method._said([], b)
-        for model, z in zip(method.stale, said, strict=True):
+        peer_logits = method._logits_for_peers([], b)
+        for model, z in zip(method.stale, peer_logits, strict=True):
             torch.testing.assert_close(model.eval()(b.inputs), z)
     module(b, None)
     assert all(torch.equal(v, before[k]) for k, v in method.stale.state_dict().items())
@@ -259,7 +259,7 @@ def test_a_recipes_mistakes_are_named(method: dict[str, Any], says: str) -> None
     ids=str,
 )
 def test_a_methods_mistakes_are_named(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(options))}="):
+    with pytest.raises(ConfigError, match=f"MutualOptions: {next(iter(options))}: "):
         MutualMethod(**options)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from tutelage.config.base import Count, Fraction, NotNegative, Positive
 from tutelage.config.methods.base import MethodOptions, auto_or_list
@@ -26,11 +24,12 @@ def _peers(given: Any) -> Any:
     return [{"model": one} if isinstance(one, str) else one for one in given]
 
 
-def _kind_of_peer(peer: Any) -> str:
-    return "function" if callable(peer) else "model"
+def _model_or_function(given: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    return given if callable(given) else handler(given)
 
 
-Peer = Annotated[ModelConfig, Tag("model")] | Annotated[SkipJsonSchema[Callable[[], Any]], Tag("function")]
+Peer = Annotated[ModelConfig | None, WrapValidator(_model_or_function)]
+"""A model, ``None`` for a copy of the student, or (in Python) a function that makes a module."""
 
 
 class MutualOptions(MethodOptions):
@@ -41,7 +40,7 @@ class MutualOptions(MethodOptions):
     needs_teacher: ClassVar[bool] = False
     kind: Literal["mutual"] = "mutual"
     """Learns from peers that are trained along; the teacher, where there is one, is only compared with."""
-    peers: Annotated[list[Annotated[Peer, Discriminator(_kind_of_peer)] | None], BeforeValidator(_peers)] = 1  # type: ignore[assignment]
+    peers: Annotated[list[Peer], BeforeValidator(_peers)] = 1  # type: ignore[assignment]
     """Whom the student learns with, beside itself: a number of copies of its architecture with other
     initialisations, or a list of models such as ``[{model: convnet, options: {widths: [8, 16]}}, mlp]``, where
     ``null`` is a copy. Default: one copy, so two students in all."""
