@@ -93,7 +93,7 @@ def several(b: Batch, task: Task) -> Batch:
 def test_labels_that_are_several_or_numbers(task: Task, soft: str, term: str) -> None:
     student, teacher = (m.eval() for m in pair())
     b = several(batch(mask=torch.arange(12) != 4), task)
-    method = LogitMethod(alpha=0.7, task=task, soft=None if soft in ("binary_kd",) else soft)
+    method = LogitMethod(alpha=0.7, task=task, **({} if soft == "binary_kd" else {"soft": soft}))
     terms = method(observe(student, b.inputs, Needs()), b, LiveTeacher(teacher).signal(b, Needs()))
     s, t, has = student(b.inputs), teacher(b.inputs), b.labelled()
     assert b.targets is not None
