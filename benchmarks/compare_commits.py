@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RENAMED = {
     "alone": "baseline",
+    "taught": "uses_teacher",
 }
 """Words of keys and names of models in ``summary.json``: before, now."""
 

@@ -19,7 +19,7 @@ from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.lab import CLAIMS, arms, llm, run_lab
 from tutelage.lab.arms import ARMS, FIRST, Results, recipe_of
 from tutelage.lab.page import facts
-from tutelage.lab.runner import base_recipes, lacking
+from tutelage.lab.runner import base_recipes, missing_requirement
 from tutelage.lab.statements import ExperimentResult, exact, gain, needed, within
 from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher
@@ -116,8 +116,10 @@ def test_an_experiment_without_its_data_is_left_out_or_refused(
         run_lab(["distilbert"], overrides=["texts.data.path=given here"], out=tmp_path / "lab", terminal=silent())
     with pytest.raises(ConfigError, match=r"(?s)'llm' lacks.*tutelage generate recipes/alpaca"):
         run_lab(["llm"], out=tmp_path / "lab", terminal=silent())
-    assert lacking("images", base_recipes("small", None, [])["images"]) is None
-    missing = lacking("images", base_recipes("small", None, ["data={source: imagefolder, path: nowhere}"])["images"])
+    assert missing_requirement("images", base_recipes("small", None, [])["images"]) is None
+    missing = missing_requirement(
+        "images", base_recipes("small", None, ["data={source: imagefolder, path: nowhere}"])["images"]
+    )
     assert missing == "nowhere: no such file; check data.path", "images are not what debian_sections makes"
 
 

@@ -101,7 +101,7 @@ def test_the_finding_without_a_teacher_and_without_a_difference() -> None:
         "exported": "distilled-seed0", "n": 10, "reference": "baseline", "student": "distilled",
         "agree": {"distilled": 10}, "right": {"both": 9, "reference": 0, "student": 0, "neither": 1},
     }  # fmt: skip
-    text = disagreement_text(found, model_names({"taught": False}))
+    text = disagreement_text(found, model_names({"uses_teacher": False}))
     assert text == (
         "The baseline student and the student with the method (distilled-seed0) disagree on 0 of 10 test samples, "
         "0.0 %."

@@ -42,7 +42,7 @@ def write_summary(
     summary: dict[str, Any] = {
         "name": spec.name,
         "formula": method.formula(),
-        "taught": needs_teacher(method),
+        "uses_teacher": needs_teacher(method),
         "classes": spec.evaluation.classes,
         "metric": metric,
         "seeds": list(spec.seeds),

@@ -1,10 +1,11 @@
-"""The trainings behind the claims: each arm is a recipe, run once, whoever asks for it."""
+"""The trainings behind the claims: each arm is a recipe that is run once and shared by all experiments."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from tutelage.models import load_weights
 from tutelage.multistage.run import run_recipe_or_workflow
 from tutelage.multistage.stages import with_trained_weights
 from tutelage.progress import Terminal
+from tutelage.reports.class_similarity import pairs_of, shares, square
+
+SILENT = Terminal(speaks=False)
 
 SMALLEST = [2, 2, 2, 3]
 SIZES: dict[str, dict[str, Any]] = {
@@ -31,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "size-16": {"widths": [16, 24, 32, 40]},
     "size-32": {"widths": [32, 48, 64, 80]},
 }
-"""Students beside the usual one, over nearly three decades of the teacher's size."""
+"""Further students, over nearly three decades of the teacher's size."""
 
 HINTS = {"hint": "hint", "attention": "attention_transfer"}
 
@@ -42,39 +46,39 @@ TRIPLE: dict[str, dict[str, Any]] = {
     "first-layers": {"student": {"map": "first"}},
     "random-weights": {"student": {"initial": "random"}},
 }
-"""DistilBERT's loss without each of its parts, and other weights to start from."""
+"""DistilBERT's loss without each of its terms, and other initial weights."""
 
 SMALL: dict[str, Any] = {
     "data": {"source": "digits", "labels": 300}, "train": {"epochs": 15}, "seeds": [0, 1],
     "teacher": {"augment": [], "train": {"epochs": 8, "batch_size": 64}},
 }  # fmt: skip
-"""What the small budget changes: data that needs no file, fewer steps, and two seeds, which show nothing."""
+"""Changes of the small budget: data that needs no file, fewer steps, and two seeds, which are no evidence."""
 
 SMALL_TEXTS: dict[str, Any] = {
     "data": {"limit": 400}, "train": {"epochs": 1}, "teacher": {"train": {"epochs": 1}}, "seeds": [0, 1],
 }  # fmt: skip
-"""The same of texts."""
+"""The same for texts."""
 
 SMALL_LLM: dict[str, Any] = {"train": {"steps": 20}, "seeds": [0, 1]}
-"""The same of a closed teacher's answers."""
+"""The same for a closed teacher's answers."""
 
 VIEWS = 30
 
 Bases = Mapping[str, Recipe]
-"""What arms start from, by the kind of data."""
+"""The recipes that arms start from, by the kind of data."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A training, or several of one recipe.
+    """A recipe to run.
 
     Attributes:
         name: of its folder.
         changes: to the base recipe, section by section; a mapping is merged, ``None`` removes.
-        base: which of the base recipes it changes.
-        cache: the cache of the teacher's word that such arms share; ``None`` where the teachers are many.
-        answers: of a closed teacher: ``own``, each to its prompt, or ``other``, each to another's.
-        augmented: whether images are augmented as the teacher's were, and shifted by up to a pixel, in 30 views.
+        base: the base recipe that it changes.
+        cache: the cache of teacher outputs that such arms share; ``None`` where they have several teachers.
+        augmented: images are augmented as the teacher's were, and shifted by up to a pixel, in 30 views.
+        answers: of a closed teacher: ``own``, each to its prompt, or ``other``, each to another prompt.
     """
 
     name: str
@@ -111,10 +115,10 @@ ARMS: dict[str, Arm] = {
         Arm("closed-shuffled", base="llm", cache=None, answers="other"),
     ]
 }  # fmt: skip
-"""Every arm that an experiment can ask for."""
+"""Every arm of an experiment, by its name."""
 
 FIRST = {"images": "kd", "texts": "triple"}
-"""The arm that trains the teacher, for all of its base; a closed one is trained already."""
+"""The arm that trains the teacher of its base; a closed teacher is trained already."""
 
 
 def merged(base: Any, over: Any) -> Any:
@@ -127,7 +131,7 @@ def merged(base: Any, over: Any) -> Any:
 
 
 def recipe_of(bases: Bases, arm: Arm, out: Path) -> Recipe:
-    """The recipe of an arm; once the first arm is finished, with the teacher that it trained."""
+    """The recipe of an arm, with the teacher that the first arm of its base trained."""
     base, first = bases[arm.base], FIRST.get(arm.base)
     raw: dict[str, Any] = yaml.safe_load(dump_recipe(base))
     if first is not None and arm.name != first:
@@ -135,8 +139,7 @@ def recipe_of(bases: Bases, arm: Arm, out: Path) -> Recipe:
     raw = merged(raw, arm.changes)
     raw["name"] = f"{base.name}-{arm.name}"
     if arm.augmented:
-        of_teacher = (base.teacher and base.teacher.augment) or []
-        raw["data"] |= {"augment": [*of_teacher, {"shift": 1}], "views": VIEWS}
+        raw["data"] |= {"augment": [*(base.required_teacher.augment or []), {"shift": 1}], "views": VIEWS}
     if arm.cache is not None:
         raw["teacher"]["cache"] = {"path": str(out / "cache" / arm.cache), "dtype": "fp32"}
     if arm.answers is not None:
@@ -147,7 +150,7 @@ def recipe_of(bases: Bases, arm: Arm, out: Path) -> Recipe:
 
 
 def run_arm(bases: Bases, name: str, out: Path, terminal: Terminal) -> dict[str, Any]:
-    """An arm's summary: run, gone on with, or found finished."""
+    """The summary of an arm, which is run, resumed, or finished already."""
     folder = out / "arms" / name
     if (folder / "summary.json").exists():
         return read_summary(folder / "summary.json")
@@ -157,68 +160,62 @@ def run_arm(bases: Bases, name: str, out: Path, terminal: Terminal) -> dict[str,
 
 
 class Results:
-    """What the arms left, for the experiments to read.
+    """The results of the arms.
 
     Args:
-        bases: what the arms start from.
-        out: the lab's folder.
+        bases: the recipes that arms start from.
+        out: the folder of the lab.
     """
 
     def __init__(self, bases: Bases, out: Path) -> None:
         self.bases, self.out = bases, out
         self.base = bases["images"]
-        self._data: Data | None = None
-        self._logits: dict[str, list[Tensor]] = {}
+        self._logits: dict[str, Tensor] = {}
+
+    @cached_property
+    def _data(self) -> Data:
+        return load_data(recipe_of(self.bases, ARMS["T1"], self.out), SILENT)
 
     def summary(self, arm: str) -> dict[str, Any]:
-        """Of a finished arm."""
+        """The summary of a finished arm."""
         return read_summary(self.out / "arms" / arm / "summary.json")
 
     def accuracy(
         self, arm: str, which: str = "distilled", weights: str = "last", key: str = "accuracy"
     ) -> list[float]:
-        """Test accuracy, or another figure, of a run's students, a value a seed."""
+        """Test accuracy, or another metric, of a run's students; one value a seed."""
         values: list[float] = self.summary(arm)["students"][which][weights][key]["values"]
         return values
 
-    def untrained(self, arm: str, key: str = "loss") -> list[float]:
-        """A figure of the students of a run before any training, on the test split, a value a seed."""
-        recipe = recipe_of(self.bases, ARMS[arm], self.out)
-        data = load_data(recipe, Terminal(speaks=False))
-        nets = (build_model(recipe.student, data, seed) for seed in recipe.seeds)
-        return [float(evaluate(net, SequentialBatches(data.test), torch.device("cpu"))[key]) for net in nets]
-
     def row(self, arm: str, name: str, weights: str = "last") -> list[float]:
-        """Test accuracy of a row of a workflow, a value a seed."""
+        """Test accuracy of a row of a multi-stage run; one value a seed."""
         row = next(row for row in self.summary(arm)["rows"] if row["name"] == name)
         values: list[float] = row[weights]["accuracy"]["values"]
         return values
 
+    def untrained(self, arm: str, key: str = "loss") -> list[float]:
+        """A test metric of a run's students before training; one value a seed."""
+        recipe = recipe_of(self.bases, ARMS[arm], self.out)
+        data = load_data(recipe, SILENT)
+        models = (build_model(recipe.student, data, seed) for seed in recipe.seeds)
+        return [float(evaluate(model, SequentialBatches(data.test), torch.device("cpu"))[key]) for model in models]
+
     def validation(self, arm: str) -> float:
         """Mean validation accuracy of a run's distilled students."""
         run = RunDirectory(self.out / "arms" / arm, writes=False)
-        found = [run.result(f"distilled-seed{seed}") for seed in self.base.seeds]
-        return sum(r["validation"]["accuracy"] for r in found if r) / len(found)
+        results = [run.result(f"distilled-seed{seed}") for seed in self.base.seeds]
+        return sum(result["validation"]["accuracy"] for result in results if result) / len(results)
 
     def similarity(self, model: str, temperature: int) -> Tensor:
-        """``sim[i, j]`` of a model of the first arm, of its pairs of classes, over the mass of both: ``[pairs]``."""
+        """Similarity of each pair of classes for a model of the first arm, ``[pairs]``; see :func:`shares`."""
         file = self.out / "arms" / FIRST["images"] / "similarity" / f"{model}.json"
         raw = json.loads(file.read_text(encoding="utf-8"))
-        many = raw["classes"]
-        sim = torch.zeros(many, many, dtype=torch.float64)
-        i, j = torch.triu_indices(many, many).unbind()
-        sim[i, j] = torch.tensor(raw["sim"][str(temperature)], dtype=torch.float64)
-        sim = sim + sim.T - sim.diag().diag()
-        mass = sim.sum(1)
-        i, j = torch.triu_indices(many, many, 1).unbind()
-        return 2 * sim[i, j] / (mass[i] + mass[j])
+        return torch.from_numpy(pairs_of(shares(square(raw["sim"][str(temperature)], raw["classes"]))))
 
     def logits(self, model: str) -> Tensor:
         """Logits of a model of the first arm (``teacher``, ``baseline-seed0``) on the validation split, float64."""
         if model not in self._logits:
             recipe = recipe_of(self.bases, ARMS["T1"], self.out)
-            if self._data is None:
-                self._data = load_data(recipe, Terminal(speaks=False))
             data = self._data
             config = recipe.required_teacher if model == "teacher" else recipe.student
             net = build_model(config, data, 0)
@@ -226,5 +223,6 @@ class Results:
                 load_weights(net, self.out / "arms" / FIRST["images"] / "models" / model)
             net.eval()
             with torch.no_grad():
-                self._logits[model] = [net(batch.inputs).double() for batch in SequentialBatches(data.validation)]
-        return torch.cat(self._logits[model])
+                batches = [net(batch.inputs).double() for batch in SequentialBatches(data.validation)]
+            self._logits[model] = torch.cat(batches)
+        return self._logits[model]

@@ -152,7 +152,7 @@ def per_class(run: RunRecord) -> Figure | None:
         return None
     figure, weakest = _class_bars(run, rows, "accuracy on the test split")
     figure.description = f"Accuracy of each class. Weakest of {rows[-1][1]}: {weakest}."
-    student = "distilled student" if run.summary.get("taught", True) else WITH_METHOD
+    student = "distilled student" if run.summary.get("uses_teacher", True) else WITH_METHOD
     figure.note = f"Weakest class of the {student} first. First seed."
     return figure
 

@@ -33,7 +33,7 @@ NEEDS_TEACHER = ("agreement", "kl")
 
 def model_names(summary: Mapping[str, Any]) -> dict[str, str]:
     """The name of each role in a run."""
-    distilled = DISTILLED if summary.get("taught", True) else WITH_METHOD
+    distilled = DISTILLED if summary.get("uses_teacher", True) else WITH_METHOD
     return {"teacher": TEACHER, "baseline": BASELINE, "distilled": distilled}
 
 
@@ -61,7 +61,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 
 def _against_baseline(summary: Mapping[str, Any]) -> str:
-    students, has_teacher = summary["students"], summary.get("taught", True)
+    students, has_teacher = summary["students"], summary.get("uses_teacher", True)
     head = f"{'Distilled' if has_teacher else 'With the method'} {_mean_accuracy(students['distilled'])}"
     if not students.get("baseline") or not summary.get("gain"):
         return f"{head}; no baseline was trained, so the gain is unknown"

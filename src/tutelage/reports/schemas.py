@@ -107,7 +107,7 @@ class RunSummary(_Record):
     name: str
     metric: str = "accuracy"
     formula: str | None = None
-    taught: bool = True
+    uses_teacher: bool = True
     classes: list[str] | None = None
     seeds: list[int]
     parameters: _ParameterCounts
@@ -128,7 +128,7 @@ class RunSummary(_Record):
     def _check_teacher(self) -> RunSummary:
         if self.teacher is not None and (self.parameters.teacher is None or self.capacity_ratio is None):
             raise ValueError("there is a teacher, but 'parameters.teacher' or 'capacity_ratio' is missing")
-        if self.teacher is None and self.remote_teacher is None and self.taught:
+        if self.teacher is None and self.remote_teacher is None and self.uses_teacher:
             raise ValueError("'teacher' is missing")
         return self
 
