@@ -197,16 +197,16 @@ def test_the_page_says_on_which_data_each_kind_of_claim_was_measured() -> None:
     assert facts(found).startswith("digits, 100 labelled images, 3 epochs, 1 seeds an arm; a.parquet")
 
 
-def test_the_teacher_is_asked_once_for_each_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine trainings by one teacher, on images as they are and in views: rows asked for are rows kept."""
-    asked: list[int] = []
-    ask = CachedTeacher._ask
+def test_the_teacher_computes_each_view_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine trainings with one teacher, on images and on their views: computed rows are stored rows."""
+    computed: list[int] = []
+    compute = CachedTeacher._compute
 
     def counted(self: CachedTeacher, batch: Any, ids: Any, views: Any, missing: Any) -> Any:
-        asked.append(len(missing))
-        return ask(self, batch, ids, views, missing)
+        computed.append(len(missing))
+        return compute(self, batch, ids, views, missing)
 
-    monkeypatch.setattr(CachedTeacher, "_ask", counted)
+    monkeypatch.setattr(CachedTeacher, "_compute", counted)
     monkeypatch.setattr(arms, "VIEWS", 2)
     run_lab(
         ["temperature", "augmentation"], budget="small", overrides=TINY, out=tmp_path, resume=False, terminal=silent()
@@ -215,7 +215,7 @@ def test_the_teacher_is_asked_once_for_each_view(tmp_path: Path, monkeypatch: py
     images = rows["images"]
     assert rows["views"] == 2 * images
     assert 200 < images <= 300
-    assert sum(asked) == 3 * images
+    assert sum(computed) == 3 * images
 
 
 def test_verdicts_follow_from_intervals() -> None:
