@@ -21,6 +21,7 @@ from tutelage.cli import main
 from tutelage.config import Recipe, build_recipe, load_recipe
 from tutelage.data.images import ImageSet
 from tutelage.errors import ConfigError, MissingDependencyError, NumericsError, RunDirectoryError
+from tutelage.experiment import recipe_source
 from tutelage.experiment import run as run_module
 from tutelage.progress import Terminal
 from tutelage.search import search as search_module
@@ -66,7 +67,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> api.SearchResult:
 
 
 def test_what_a_search_leaves(searched: api.SearchResult) -> None:
-    found, path = searched.found, searched.path
+    found, path = searched.summary, searched.path
     assert found == json.loads((path / "search.json").read_text())
     assert [t["number"] for t in found["trials"]] == list(range(8))
     states = [t["state"] for t in found["trials"]]
@@ -90,9 +91,9 @@ def test_what_a_search_leaves(searched: api.SearchResult) -> None:
 
 
 def test_the_recipe_as_it_is_comes_first_and_is_what_its_full_run_finds(searched: api.SearchResult) -> None:
-    first = searched.found["trials"][0]
+    first = searched.summary["trials"][0]
     assert first["values"] == {"method.temperature": 4.0, "train.optimizer.lr": 0.01}
-    assert searched.found["default"] == {"trial": 0, "validation": first["validation"], "seeds": first["seeds"]}
+    assert searched.summary["default"] == {"trial": 0, "validation": first["validation"], "seeds": first["seeds"]}
     lines = [json.loads(text) for text in (searched.path / "default" / "metrics.jsonl").read_text().splitlines()]
     for seed, value in zip((0, 1), first["seeds"], strict=True):
         seen = [
@@ -104,7 +105,7 @@ def test_the_recipe_as_it_is_comes_first_and_is_what_its_full_run_finds(searched
 
 
 def test_the_test_figures_are_those_of_the_two_full_runs(searched: api.SearchResult) -> None:
-    test, values = searched.found["test"], {}
+    test, values = searched.summary["test"], {}
     for name in searched.runs:
         summary = json.loads((searched.path / name / "summary.json").read_text())
         values[name] = summary["students"]["distilled"]["last"]["accuracy"]["values"]
@@ -120,7 +121,7 @@ def test_the_best_recipe_is_one_that_runs(searched: api.SearchResult) -> None:
     assert text.startswith("# The best of 8 trials")
     best = load_recipe(searched.path / "best.yaml")
     assert best == load_recipe(searched.path / "chosen" / "config.yaml")
-    chosen = searched.found["trials"][searched.found["best"]]["values"]
+    chosen = searched.summary["trials"][searched.summary["best"]]["values"]
     assert best.train.optimizer.lr == chosen["train.optimizer.lr"]
 
 
@@ -133,7 +134,7 @@ def test_searches_and_runs_side_by_side(searched: api.SearchResult, tmp_path: Pa
 
 def test_a_finished_search_is_shown_again(searched: api.SearchResult) -> None:
     again = search_module.search_recipe(recipe(), out=searched.path, resume=True, terminal=SILENT)
-    assert again.found == searched.found
+    assert again.summary == searched.summary
     with pytest.raises(RunDirectoryError, match=r"other settings: search\.space\.method\.temperature\.high"):
         search_module.search_recipe(
             recipe(), keys=["method.temperature=1:30:log", "train.optimizer.lr=1e-4:3e-2:log"],
@@ -149,7 +150,7 @@ class Gone(BaseException):
 def test_interrupted_and_resumed_gives_the_same_search(
     searched: api.SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    tell, told = trials_module._Watch._tell, 0
+    tell, told = trials_module._Reporter._evaluated, 0
 
     def until(watch: Any, line: dict[str, Any]) -> None:
         nonlocal told
@@ -158,13 +159,13 @@ def test_interrupted_and_resumed_gives_the_same_search(
             raise Gone
         tell(watch, line)
 
-    monkeypatch.setattr(trials_module._Watch, "_tell", until)
+    monkeypatch.setattr(trials_module._Reporter, "_evaluated", until)
     with pytest.raises(Gone):
         search_module.search_recipe(recipe(), out=tmp_path / "s", terminal=SILENT)
     with open(tmp_path / "s" / "search.journal", "a") as journal:
         journal.write('{"op_code":4,"wor')  # a line that a kill cut short
     resumed = search_module.search_recipe(recipe(), out=tmp_path / "s", resume=True, terminal=SILENT)
-    assert _plain(timeless(resumed.found)) == _plain(timeless(searched.found))
+    assert _plain(timeless(resumed.summary)) == _plain(timeless(searched.summary))
 
 
 def _plain(found: dict[str, Any]) -> dict[str, Any]:
@@ -187,23 +188,23 @@ def test_killed_and_resumed_gives_the_same_search(searched: api.SearchResult, tm
     done = python.run([*command, "--resume"])
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "search.json").read_text())
-    assert _plain(timeless(found)) == _plain(timeless(searched.found))
+    assert _plain(timeless(found)) == _plain(timeless(searched.summary))
     assert not list(out.rglob(".tutelage-tmp.*")), "a killed writer's drafts are swept away"
 
 
 def test_two_workers_try_as_many(searched: api.SearchResult, tmp_path: Path) -> None:
-    found = search_module.search_recipe(recipe(), workers=2, out=tmp_path / "s", terminal=SILENT).found
+    found = search_module.search_recipe(recipe(), workers=2, out=tmp_path / "s", terminal=SILENT).summary
     assert [t["number"] for t in found["trials"]] == list(range(8))
     assert {t["state"] for t in found["trials"]} <= {"finished", "pruned"}
-    assert found["trials"][0]["seeds"] == searched.found["trials"][0]["seeds"]
+    assert found["trials"][0]["seeds"] == searched.summary["trials"][0]["seeds"]
     best = found["trials"][found["best"]]
     assert best["validation"] == max(t["validation"] for t in found["trials"] if t["state"] == "finished")
 
 
 def test_more_trials_for_a_finished_search(tmp_path: Path) -> None:
     small = recipe(seeds=[0], train={"steps": 4, "evaluate_every": 2})
-    first = search_module.search_recipe(small, trials=2, out=tmp_path / "s", terminal=SILENT).found
-    more = search_module.search_recipe(small, trials=4, out=tmp_path / "s", resume=True, terminal=SILENT).found
+    first = search_module.search_recipe(small, trials=2, out=tmp_path / "s", terminal=SILENT).summary
+    more = search_module.search_recipe(small, trials=4, out=tmp_path / "s", resume=True, terminal=SILENT).summary
     assert len(more["trials"]) == 4
     assert [t["values"] for t in more["trials"][:2]] == [t["values"] for t in first["trials"]]
 
@@ -224,7 +225,7 @@ class Sealed(ImageSet):
 
 
 def test_no_trial_reads_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = run_module.load_images
+    load = recipe_source.load_images
 
     def sealed(*args: Any, **kwargs: Any) -> Any:
         data = load(*args, **kwargs)
@@ -233,7 +234,7 @@ def test_no_trial_reads_the_test_split(tmp_path: Path, monkeypatch: pytest.Monke
     def reached(*args: Any, **kwargs: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(run_module, "load_images", sealed)
+    monkeypatch.setattr(recipe_source, "load_images", sealed)
     monkeypatch.setattr(search_module, "run_recipe", reached)
     with pytest.raises(Reached):
         search_module.search_recipe(recipe(), trials=3, out=tmp_path / "s", terminal=SILENT)
@@ -243,8 +244,8 @@ def test_no_trial_reads_the_test_split(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_teacher_is_asked_once_for_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled = []
-    ask = trials_module.in_memory
-    monkeypatch.setattr(trials_module, "in_memory", lambda *a: filled.append(1) or ask(*a))
+    ask = trials_module.store_in_memory
+    monkeypatch.setattr(trials_module, "store_in_memory", lambda *a: filled.append(1) or ask(*a))
     small = recipe(seeds=[0], train={"steps": 4, "evaluate_every": 2})
     search_module.search_recipe(small, trials=3, out=tmp_path / "s", terminal=SILENT)
     assert len(filled) == 1
@@ -267,7 +268,7 @@ def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(
     small = recipe(seeds=[0], train={"steps": 4, "evaluate_every": 2, "optimizer": {"lr": 0.01}})
     found = search_module.search_recipe(
         small, trials=6, keys=["train.optimizer.lr=0.01,1.0"], out=tmp_path / "s", terminal=SILENT
-    ).found
+    ).summary
     states = {(t["state"], t["values"]["train.optimizer.lr"]) for t in found["trials"]}
     assert states == {("finished", 0.01), ("diverged", 1.0)}
     assert next(t["why"] for t in found["trials"] if t["state"] == "diverged") == "the loss is no longer finite"
@@ -277,7 +278,7 @@ def test_what_a_killed_process_reported_is_not_judged_before_its_last(tmp_path: 
     """A trial that had passed an evaluation before the kill must not be given up there after it."""
     small = recipe()
     assert small.search is not None
-    space = space_module.dimensions(small, small.search.space)
+    space = space_module.build_dimensions(small, small.search.space)
 
     def opened() -> SearchStudy:
         return SearchStudy(tmp_path / "search.journal", space, small.search)  # type: ignore[arg-type]
@@ -315,8 +316,8 @@ def test_what_a_killed_process_reported_is_not_judged_before_its_last(tmp_path: 
         ("method.kind=logit,featur", ["refuses method.kind", "did you mean 'feature'"]),
         ("method.soft=kd,dkd,kld", ["unknown soft loss 'kld'"]),
         ("train.batch_size=16:64.5", ["refuses train.batch_size=64.5", "integer"]),
-        ("method.alpha=0.5", ["nothing to choose from", "method.alpha=0.5"]),
-        ("method.alpha", ["does not say what the key may be"]),
+        ("method.alpha=0.5", ["at least two values", "method.alpha=0.5"]),
+        ("method.alpha", ["gives no range and no values"]),
         ("method.alpha=0:1:lin", ["'lin' follows the range"]),
         ("seeds=0,1", ["decides what is measured"]),
         ("data.split_seed=0:5", ["decides what is measured"]),
@@ -372,19 +373,19 @@ def test_without_optuna_there_is_a_remedy(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_default_space_is_temperature_and_alpha() -> None:
-    space = space_module.asked(recipe(search=None)).space
+    space = space_module.resolve_search(recipe(search=None)).space
     assert {k: (s.low, s.high, s.log) for k, s in space.items()} == {
         "method.temperature": (1, 20, True),
         "method.alpha": (0.0, 1.0, False),
     }
-    without = space_module.asked(recipe(search=None, method={"kind": "logit", "soft": "mse"})).space
+    without = space_module.resolve_search(recipe(search=None, method={"kind": "logit", "soft": "mse"})).space
     assert list(without) == ["method.alpha"]
 
 
 def test_whole_numbers_where_the_key_takes_no_others() -> None:
     keys = ["method.temperature=1:20", "train.batch_size=16:64:log", "student.options.depth=1:3", "train.clip=0.5:2"]
-    config = space_module.asked(recipe(), keys)
-    whole = {d.key: d.whole for d in space_module.dimensions(recipe(), config.space)}
+    config = space_module.resolve_search(recipe(), keys)
+    whole = {d.key: d.whole for d in space_module.build_dimensions(recipe(), config.space)}
     assert whole == {
         "method.temperature": False, "train.batch_size": True, "student.options.depth": True, "train.clip": False,
     }  # fmt: skip
@@ -401,7 +402,7 @@ def test_suggestions_stay_in_the_space_and_on_its_steps(tmp_path: Path) -> None:
     }
     small = recipe(search=section)
     assert small.search is not None
-    known = SearchStudy(tmp_path / "j", space_module.dimensions(small, small.search.space), small.search)
+    known = SearchStudy(tmp_path / "j", space_module.build_dimensions(small, small.search.space), small.search)
     drawn = []
     for _ in range(12):
         ticket = known.next()

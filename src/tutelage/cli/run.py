@@ -71,7 +71,7 @@ def search(
         words = [*(overrides or []), *flag("trials", trials), *keys, *parallel, *flag("out", out)]
         raise with_resume_command(stop, "search", recipe, *words, "--resume") from None
     path = result.path
-    say(f"\n{search_verdict(result.found)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
+    say(f"\n{search_verdict(result.summary)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
 
 
 def cache(

@@ -1,6 +1,6 @@
-"""One trial of a search: data, teacher and its word are shared by all trials of a process.
+"""The trials of a search: those of one process share data, teacher and teacher outputs.
 
-No trial has the test split: what takes its place in every check is the validation split.
+No trial has the test split: its data has the validation split in that place.
 """
 
 from __future__ import annotations
@@ -41,33 +41,32 @@ from tutelage.files import atomic_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
 from tutelage.progress import Terminal
-from tutelage.search.study import WHOLE_SEED, TrialResult
+from tutelage.search.study import SEED_STEP, TrialResult
 from tutelage.teachers import MemoryTeacher, Teacher
 
 Report = Callable[[int, float], bool]
-"""Is told the number of an evaluation and its accuracy; true gives the trial up."""
+"""Takes the number of an evaluation and its accuracy; true prunes the trial."""
 
-MOST_DATA = 3
-"""Data sets kept, where trials differ in keys of ``data``."""
+MAX_DATA = 3
+"""Data sets in memory, where trials differ in keys of ``data``."""
 
-PATIENCE = 60.0
-"""Seconds to wait for the process of a killed search to let go of its trial; it stops after a step."""
-
+LOCK_TIMEOUT = 60.0
+"""Seconds to wait until the process of a killed search releases its trial; it stops after a step."""
 
 SILENT = Terminal(speaks=False)
 
 
 class TrialPruned(Exception):
-    """A trial is given up."""
+    """A trial is pruned."""
 
 
 class TrialRunner:
-    """What the trials of one process share.
+    """Runs trials, and holds what they share.
 
     Args:
-        terminal: where the teacher's pass over the data is shown.
-        should_stop: asked after every step.
-        warmup: share of the first seed's training before a trial can be given up.
+        terminal: shows the teacher's pass over the data.
+        should_stop: called after every step.
+        warmup: share of the first seed's training before a trial can be pruned.
     """
 
     def __init__(self, terminal: Terminal, should_stop: Callable[[], bool], warmup: float) -> None:
@@ -80,18 +79,18 @@ class TrialRunner:
         """The data of a recipe, with its validation split in place of its test split."""
         key = json.dumps([recipe.data.model_dump(mode="json"), recipe.required_teacher.augment])
         if key not in self.loaded:
-            while len(self.loaded) >= MOST_DATA:
+            while len(self.loaded) >= MAX_DATA:
                 self.loaded.pop(next(iter(self.loaded)))
             data = load_data(recipe, self.terminal)
             self.loaded[key] = replace(data, test=data.validation)  # type: ignore[arg-type]  # both of one kind
         return self.loaded[key]
 
     def train_teacher(self, recipe: Recipe, run: RunDirectory) -> Recipe:
-        """The recipe with a teacher, or members, that have weights: trained once, in ``run``.
+        """The recipe with checkpoints of its teacher or members, which are trained once, in ``run``.
 
         Raises:
             TutelageError: they do not fit the data, or cannot be trained.
-            Interrupted: a stop was asked for; the state is saved.
+            Interrupted: the user asked to stop; the state is saved.
         """
         if all(member.train is None for member in recipe.required_teacher.each):
             return recipe
@@ -114,38 +113,41 @@ class TrialRunner:
                 section["checkpoint"] = str(run.model(member.name))
         return Recipe.model_validate(raw)
 
-    def try_out(self, recipe: Recipe) -> None:
-        """Everything but training.
+    def check(self, recipe: Recipe) -> None:
+        """Do everything but training.
 
         Raises:
             TutelageError: teacher, student, data and method do not fit, or refuse an option.
         """
         accelerator = make_accelerator(recipe.train.precision, [])
-        self._ready(recipe, RunContext(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop))
+        self._prepare(
+            recipe, RunContext(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop)
+        )
 
     def run(self, recipe: Recipe, folder: Path, report: Report) -> TrialResult:
-        """A trial, in an ordinary run directory without a summary; goes on where it was interrupted.
+        """Run a trial, or continue it, in a run directory without a summary.
 
         Raises:
-            TutelageError: it cannot be run.
-            Interrupted: a stop was asked for; the state is saved.
+            TutelageError: the recipe cannot be run.
+            Interrupted: the user asked to stop; the state is saved.
         """
         start = time.monotonic()
         accelerator = make_accelerator(recipe.train.precision, [])
         resume = (folder / "config.yaml").exists()
         result = TrialResult("finished")
-        with open_run_directory(folder, dump_recipe(recipe), resume=resume, main=True, patience=PATIENCE) as run:
+        with open_run_directory(folder, dump_recipe(recipe), resume=resume, main=True, patience=LOCK_TIMEOUT) as run:
             ctx = RunContext(accelerator, run, self.terminal, self.should_stop)
             try:
-                spec, live, method = self._ready(recipe, ctx)
-                with self._told(recipe, spec, ctx, live, method) as teacher:
+                spec, live, method = self._prepare(recipe, ctx)
+                with self._training_teacher(recipe, spec, ctx, live, method) as teacher:
                     for seed in recipe.seeds:
-                        last = seed == recipe.seeds[-1]
-                        judge = report if seed == recipe.seeds[0] else None
-                        result.seeds.append(self._seed(spec, ctx, seed, teacher, live, judge, last))
-                        many = len(result.seeds)
-                        mean = sum(result.seeds) / many
-                        if many > 1 and report(many * WHOLE_SEED, mean) and not last:
+                        is_last = seed == recipe.seeds[-1]
+                        first_report = report if seed == recipe.seeds[0] else None
+                        accuracy = self._train_seed(spec, ctx, seed, teacher, live, first_report, is_last)
+                        result.seeds.append(accuracy)
+                        count = len(result.seeds)
+                        mean = sum(result.seeds) / count
+                        if count > 1 and report(count * SEED_STEP, mean) and not is_last:
                             raise TrialPruned
             except TrialPruned:
                 result.state = "pruned"
@@ -156,20 +158,20 @@ class TrialRunner:
         result.seconds = time.monotonic() - start
         return result
 
-    def _seed(
+    def _train_seed(
         self, spec: ExperimentSpec, ctx: RunContext, seed: int, teacher: Teacher, live: ModelTeacher,
-        report: Report | None, last: bool,
+        report: Report | None, is_last: bool,
     ) -> float:  # fmt: skip
         """Train the student of a seed; its last validation accuracy."""
         classes = spec.evaluation.classes
         assert classes is not None
         both = TrainingTeacher(live, teacher)
         training = student_training(spec, replace(ctx, terminal=SILENT), "distilled", seed, both, len(classes))
-        watch = _Watch(ctx.run, training, report, (self.warmup, 1.0 if last else 2.0))
-        fit(replace(training, watcher=watch), ctx.accelerator)
-        return watch.seen[-1]
+        reporter = _Reporter(ctx.run, training, report, (self.warmup, 1.0 if is_last else 2.0))
+        fit(replace(training, watcher=reporter), ctx.accelerator)
+        return reporter.accuracies[-1]
 
-    def _ready(self, recipe: Recipe, ctx: RunContext) -> tuple[ExperimentSpec, ModelTeacher, Method]:
+    def _prepare(self, recipe: Recipe, ctx: RunContext) -> tuple[ExperimentSpec, ModelTeacher, Method]:
         spec, seed = recipe_spec(recipe, self.data(recipe)), recipe.seeds[0]
         student = spec.source.build_student(seed)
         check_output(spec, ctx.device, student, "student")
@@ -199,10 +201,10 @@ class TrialRunner:
         return self.live[key]
 
     @contextmanager
-    def _told(
+    def _training_teacher(
         self, recipe: Recipe, spec: ExperimentSpec, ctx: RunContext, live: ModelTeacher, method: Method
     ) -> Iterator[Teacher]:
-        """Who is asked in training: what the process remembers of the teacher, else as in any run."""
+        """The teacher that training uses: outputs in memory, shared by trials, or else the same as in any run."""
         classes = len(spec.evaluation.classes or [])
         if (spec.teacher and spec.teacher.cache is not None) or not fits_memory(spec, ctx, live, method, classes):
             with open_training_teacher(replace(spec, unaugmented=None), ctx, live, method, classes) as teacher:
@@ -217,7 +219,7 @@ class TrialRunner:
 
 
 def _key(recipe: Recipe) -> str:
-    """What decides the data and what the teacher says of it."""
+    """All that determines the data and the teacher's outputs."""
     return json.dumps(
         [recipe.data.model_dump(mode="json"), recipe.required_teacher.model_dump(mode="json")], sort_keys=True
     )
@@ -246,44 +248,44 @@ def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.
         save_model(trained, draft, dict(member.card))
 
 
-class _Watch(Silent):
-    """Tells of every evaluation of a training, those before an interruption first.
+class _Reporter(Silent):
+    """Reports every evaluation of a training, those before an interruption first.
 
     Args:
         run: where they are logged.
-        training: whose they are.
-        report: who is told; ``None`` for nobody.
-        judged: from which share of the training on, and before which, the answer counts. At the end of the last
-            seed nothing is left to save.
+        training: that is evaluated.
+        report: takes them; ``None`` for no reports.
+        window: shares of the training; only an evaluation from the first on and before the second can prune it. At
+            the end of the last seed nothing is left to save.
     """
 
     def __init__(
-        self, run: RunDirectory, training: Training, report: Report | None, judged: tuple[float, float]
+        self, run: RunDirectory, training: Training, report: Report | None, window: tuple[float, float]
     ) -> None:
         self.run, self.name, self.report = run, training.name, report
-        self.judged = [share * training.steps for share in judged]
-        self.seen: list[float] = []
+        self.window = [share * training.steps for share in window]
+        self.accuracies: list[float] = []
 
     def started(self, name: str, step: int, total: int) -> None:
-        """What was logged before ``step`` is told again."""
+        """Report what was logged before ``step``."""
         if step:
             for line in validations(self.run, self.name):
-                self._tell(line)
+                self._evaluated(line)
 
     def logged(self, line: dict[str, Any]) -> None:
-        """Tells of it where it is an evaluation."""
+        """Report an evaluation."""
         if "validation" in line:
-            self._tell(line)
+            self._evaluated(line)
 
-    def _tell(self, line: dict[str, Any]) -> None:
-        self.seen.append(line["validation"]["accuracy"])
-        gives_up = self.report is not None and self.report(len(self.seen), self.seen[-1])
-        if gives_up and self.judged[0] <= line["step"] < self.judged[1]:
+    def _evaluated(self, line: dict[str, Any]) -> None:
+        self.accuracies.append(line["validation"]["accuracy"])
+        is_bad = self.report is not None and self.report(len(self.accuracies), self.accuracies[-1])
+        if is_bad and self.window[0] <= line["step"] < self.window[1]:
             raise TrialPruned
 
 
 def validations(run: RunDirectory, training: str) -> list[dict[str, Any]]:
-    """The lines of the metrics that have a validation of a training, in order."""
+    """The logged evaluations of a training, in order."""
     if not run.metrics.exists():
         return []
     lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]

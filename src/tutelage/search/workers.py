@@ -1,4 +1,4 @@
-"""Processes that run the trials of a search; the search's own process alone decides and remembers."""
+"""Worker processes that run the trials of a search; only the search's own process decides and stores results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tutelage.search.trials import SILENT, TrialRunner
 
 
 class WorkerPool:
-    """Processes that each run a trial at a time, and tell of its evaluations.
+    """Processes that each run one trial at a time and send its evaluations.
 
     Args:
         workers: how many.
@@ -36,7 +36,7 @@ class WorkerPool:
         for _ in range(workers):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(there, self.stop, os.getpid(), threads, warmup), daemon=True
+                target=_work, args=(there, self.stop, os.getpid(), threads, warmup), daemon=True
             )
             process.start()
             there.close()
@@ -46,45 +46,43 @@ class WorkerPool:
         """Processes without a trial."""
         return [c for c in self.processes if c not in self.running]
 
-    def start(self, ticket: TrialRequest, recipe: Recipe, folder: Path) -> None:
+    def start(self, trial: TrialRequest, recipe: Recipe, folder: Path) -> None:
         """Give a trial to an idle process."""
         connection = self.idle()[0]
         connection.send((recipe, folder))
-        self.running[connection] = ticket
+        self.running[connection] = trial
 
     def results(
         self, report: Callable[[int, int, float], bool], should_stop: Callable[[], bool]
     ) -> Iterator[tuple[TrialRequest, TrialResult | TutelageError]]:
-        """Wait until trials are over; meanwhile answers what their processes ask.
+        """Wait until trials end; meanwhile answer the evaluations that processes send.
 
         Args:
-            report: is told number, evaluation and accuracy; true gives the trial up.
+            report: takes number, evaluation and accuracy; true prunes the trial.
             should_stop: true makes every process save and stop.
 
         Raises:
-            Interrupted: ``should_stop`` said so, and all have stopped.
+            Interrupted: all processes have stopped, because ``should_stop`` was true.
             CapabilityError: a process died.
         """
-        over: list[tuple[TrialRequest, TrialResult | TutelageError]] = []
-        stopped = False
-        while self.running and not over:
-            if should_stop() and not stopped:
-                stopped = True
+        ended: list[tuple[TrialRequest, TrialResult | TutelageError]] = []
+        while self.running and not ended:
+            if should_stop():
                 self.stop.set()
             for connection in wait(list(self.running), timeout=0.2):
                 assert isinstance(connection, Connection)
                 try:
-                    said = connection.recv()
+                    message = connection.recv()
                 except (EOFError, OSError):
                     raise self._died(connection) from None
-                if isinstance(said, tuple):
-                    connection.send(report(self.running[connection].number, *said))
-                elif isinstance(said, Interrupted):
+                if isinstance(message, tuple):
+                    connection.send(report(self.running[connection].number, *message))
+                elif isinstance(message, Interrupted):
                     self.running.pop(connection)
                 else:
-                    over.append((self.running.pop(connection), said))
-        yield from over
-        if stopped and not self.running:
+                    ended.append((self.running.pop(connection), message))
+        yield from ended
+        if self.stop.is_set() and not self.running:
             raise Interrupted("stopped; everything is saved")
 
     def _died(self, connection: Connection) -> CapabilityError:
@@ -94,11 +92,11 @@ class WorkerPool:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         return CapabilityError(
             f"the process of trial {self.running[connection].number} {how}",
-            remedy="go on with --resume; with fewer --workers where memory ran out",
+            remedy="continue with --resume; if memory ran out, with fewer --workers",
         )
 
     def close(self) -> None:
-        """End the processes; what runs is left where its last checkpoint is."""
+        """End the processes; a running trial stays at its last checkpoint."""
         self.stop.set()
         for connection, process in self.processes.items():
             if connection not in self.running and process.is_alive():
@@ -114,24 +112,24 @@ class WorkerPool:
             connection.close()
 
 
-def _serve(connection: Connection, stop: Any, parent: int, threads: int, warmup: float) -> None:
-    """A process of the pool: trials until told to end, or until the search's process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the search says when to stop
+def _work(connection: Connection, stop: Any, parent: int, threads: int, warmup: float) -> None:
+    """Run trials until a ``None`` arrives, or until the search's process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the search decides when to stop
     torch.set_num_threads(threads)
-    bench = TrialRunner(SILENT, lambda: stop.is_set() or os.getppid() != parent, warmup)
+    runner = TrialRunner(SILENT, lambda: stop.is_set() or os.getppid() != parent, warmup)
 
     def report(step: int, value: float) -> bool:
         connection.send((step, value))
-        answer: bool = connection.recv()
-        return answer
+        is_pruned: bool = connection.recv()
+        return is_pruned
 
     try:
         while (job := connection.recv()) is not None:
+            recipe, folder = job
             try:
-                recipe, folder = job
-                said: TrialResult | TutelageError = bench.run(recipe, folder, report)
+                outcome: TrialResult | TutelageError = runner.run(recipe, folder, report)
             except TutelageError as error:
-                said = error
-            connection.send(said)
-    except (EOFError, OSError):  # the search is gone; its trial goes on with --resume
+                outcome = error
+            connection.send(outcome)
+    except (EOFError, OSError):  # the search is gone; its trial continues with --resume
         return
