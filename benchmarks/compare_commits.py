@@ -6,11 +6,12 @@
 ``results`` runs each case on both commits with the same seeds: ``digits``, a small text classifier, a sentence
 encoder, a causal language model of random weights with ``token`` and with ``on-policy``, and ``generate`` against a
     python benchmarks/compare_commits.py speed COMMIT     # time of a step: this checkout / the commit, interleaved
+    python benchmarks/compare_commits.py commands COMMIT  # commands with their arguments and options
 and so must the bytes of every saved model and of the generated data. Keys that were renamed since are mapped by
 :data:`RENAMED`.
 
 ``speed`` runs both commits in turn, each time in a process of its own, and takes the ratio of medians. Use an idle
-machine. Both write ``results/compare-commits-*.json``.
+machine. Each writes ``results/compare-commits-*.json``.
 """
 
 from __future__ import annotations
@@ -362,10 +363,38 @@ def speed(sources: dict[str, Path], only: list[str], rounds: int) -> dict[str, A
     return report
 
 
+# Commands --------------------------------------------------------------------------------------------------------
+
+LIST_COMMANDS = """
+import json
+from typer.main import get_command
+from tutelage.cli import app
+def walk(command, path):
+    yield path, sorted(name for p in command.params for name in p.opts)
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from walk(inner, f"{path} {name}")
+print(json.dumps(dict(walk(get_command(app), "tutelage"))))
+"""
+
+
+def commands(sources: dict[str, Path]) -> dict[str, Any]:
+    """Names of all commands, arguments and options of both commits, and what only one of them has."""
+    known = {}
+    for which, source in sources.items():
+        environment = {**os.environ, "PYTHONPATH": str(source / "src")}
+        done = subprocess.run(
+            [sys.executable, "-c", LIST_COMMANDS], env=environment, capture_output=True, text=True, check=True
+        )
+        known[which] = {f"{path} {name}" for path, names in json.loads(done.stdout).items() for name in names}
+    gone, new = sorted(known["before"] - known["now"]), sorted(known["now"] - known["before"])
+    print(f"{len(known['now'])} names of options and arguments; gone: {gone or 'none'}; new: {new or 'none'}")
+    return {"names": len(known["now"]), "gone": gone, "new": new}
+
+
 def main() -> None:
     """Compare and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("results", "speed"))
+    parser.add_argument("what", choices=("results", "speed", "commands"))
     parser.add_argument("commit", help="the commit before, or a folder that holds its checkout")
     parser.add_argument("--only", nargs="*", default=[], help="names of cases")
     parser.add_argument("--rounds", type=int, default=7)
@@ -382,6 +411,8 @@ def main() -> None:
                 folder = options.keep or Path(scratch, "runs")
                 folder.mkdir(parents=True, exist_ok=True)
                 report = results(sources, options.only, folder)
+            elif options.what == "commands":
+                report = commands(sources)
             else:
                 report = speed(sources, options.only, options.rounds)
         finally:
