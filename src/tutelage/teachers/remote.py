@@ -30,16 +30,8 @@ SAMPLE = "It's 12 o'clock,\n  naïve Ann said: 日本 (x_1 = 3.5)!"
 """A text that the tokenizers of server and student must tokenize in the same way."""
 
 
-class TopTokens(NamedTuple):
-    """The likeliest tokens at some positions of a text.
-
-    Attributes:
-        tokens: ``[n, k]`` ids, the likeliest first.
-        log_probs: ``[n, k]``.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    log_probs: npt.NDArray[np.float32]
+TopTokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+"""``[n, k]`` ids of the likeliest tokens at n positions, the likeliest first, and their log-probabilities."""
 
 
 class RemoteTeacher:
@@ -140,25 +132,25 @@ class RemoteTeacher:
             raise CapabilityError("the batch has no tokens for the server", remedy="use data with task: causal")
         index = torch.arange(self.k).expand(*counted.shape, self.k).clone()
         values = torch.full((*counted.shape, self.k), -math.log(self.classes))
-        texts = [text for text in split_texts(batch) if text.at]
+        texts = [text for text in _split_texts(batch) if text.at]
         replies = [self._server.submit(partial(self._top_tokens, text)) for text in texts]
         try:
             for text, reply in zip(texts, replies, strict=True):
-                top = reply.result()
+                tokens, log_probs = reply.result()
                 where = torch.tensor(text.at) + text.start
-                index[text.row, where] = torch.from_numpy(top.tokens)
-                values[text.row, where] = torch.from_numpy(top.log_probs)
+                index[text.row, where] = torch.from_numpy(tokens)
+                values[text.row, where] = torch.from_numpy(log_probs)
         finally:
             for reply in replies:
                 reply.cancel()
         device = batch.labels.device
         return Signal(sparse=Sparse("topk", index.to(device), values.to(device), self.classes, 1.0))
 
-    def _top_tokens(self, text: Text) -> TopTokens:
+    def _top_tokens(self, text: _Text) -> TopTokens:
         top = self.kind.top_tokens(self._server.post, self.model, text.ids, text.at, self.k)
-        if int(top.tokens.max()) >= self.classes:
+        if int(top[0].max()) >= self.classes:
             raise self._other_tokenizer(
-                f"returns token id {int(top.tokens.max())}, and the student's vocabulary has {self.classes} tokens",
+                f"returns token id {int(top[0].max())}, and the student's vocabulary has {self.classes} tokens",
                 EndpointError,
             )
         return top
@@ -182,21 +174,14 @@ class RemoteTeacher:
                 raise self._other_tokenizer(
                     f"the server tokenizes a sample text as {there[:6]} ..., the student as {ids[:6]} ..."
                 )
-        self._server.retry(lambda: self._top_tokens(Text(0, 0, ids, list(range(len(ids) - 1)))))
+        self._server.retry(lambda: self._top_tokens(_Text(0, 0, ids, list(range(len(ids) - 1)))))
 
     def _other_tokenizer(self, what: str, kind: type[TutelageError] = CapabilityError) -> TutelageError:
         return kind(what, where=self.url, remedy="student and teacher must have one tokenizer")
 
 
-class Text(NamedTuple):
-    """A text of a batch.
-
-    Attributes:
-        row: of the batch.
-        start: position of its first token in the row.
-        ids: its tokens.
-        at: its counted positions, from 0.
-    """
+class _Text(NamedTuple):
+    """A text: its row in the batch, its first position there, its tokens, and its counted positions, from 0."""
 
     row: int
     start: int
@@ -204,7 +189,7 @@ class Text(NamedTuple):
     at: list[int]
 
 
-def split_texts(batch: Batch) -> list[Text]:
+def _split_texts(batch: Batch) -> list[_Text]:
     """The texts of a batch, without padding; packed rows have several."""
     assert isinstance(batch.inputs, dict)
     ids, counted = batch.inputs["input_ids"].cpu(), batch.counted().cpu()
@@ -218,14 +203,17 @@ def split_texts(batch: Batch) -> list[Text]:
         ends = [*begins[1:], int(real.nonzero()[-1]) + 1] if begins else []
         for start, stop in zip(begins, ends, strict=True):
             at = counted[row, start:stop].nonzero().flatten().tolist()
-            texts.append(Text(row, start, ids[row, start:stop].tolist(), at))
+            texts.append(_Text(row, start, ids[row, start:stop].tolist(), at))
     return texts
 
 
 # Kinds of servers ---------------------------------------------------------------------------------------
+# facts(): ``model``, and as far as the server states them ``vocabulary``, ``longest`` (its context size) and ``size``
+# tokenize(): token ids of a text without special tokens; ``None`` if the server has no such endpoint
+# top_tokens(): the k likeliest tokens after each of the positions ``at`` of ``ids``
 
 
-class Vllm:
+class _Vllm:
     """vLLM's completions, with ``prompt_logprobs`` of token ids.
 
     The first token has none. Each other token has the k likeliest and itself. The largest k is set when the server
@@ -233,7 +221,6 @@ class Vllm:
     """
 
     def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
-        """``model``, and ``longest``, the size of its context, from the list of models."""
         models = {str(each["id"]): each for each in list_models(post)}
         name = model if model is not None else next(iter(models), None)
         if name not in models:
@@ -245,11 +232,9 @@ class Vllm:
         return {"model": name, **({} if longest is None else {"longest": int(longest)})}
 
     def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
-        """Token ids of a text without special tokens; ``None`` if the server has no such endpoint."""
         return _tokenize(post, {"model": model, "prompt": text, "add_special_tokens": False})
 
     def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
-        """The k likeliest tokens after each of the positions ``at`` of ``ids``, from one request."""
         # the entry of a token has the distribution after the position before it; after the last one any token will do
         prompt = [*ids, ids[0]][: at[-1] + 2]
         body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
@@ -276,10 +261,10 @@ class Vllm:
                     f"returns the log-probabilities of another token for token {position + 1}", answered=True
                 )
             rows.append([(int(token), one["logprob"]) for token, one in entry.items()])
-        return select_top_k(rows, k)
+        return _select_top_k(rows, k)
 
 
-class LlamaCpp:
+class _LlamaCpp:
     """llama.cpp's ``/completion``, which returns the ``n_probs`` likeliest tokens only for a generated token.
 
     Each prefix of a text is a prompt, and the server generates one token after it; it reuses the prefix that it has
@@ -288,7 +273,6 @@ class LlamaCpp:
     """
 
     def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
-        """``model``, ``vocabulary``, ``longest`` and ``size``, as far as the server states them."""
         (first, *_) = list_models(post) or [{}]
         meta, props = first.get("meta") or {}, post("/props")
         longest = props.get("default_generation_settings", {}).get("n_ctx") if isinstance(props, dict) else None
@@ -297,11 +281,9 @@ class LlamaCpp:
         return {"model": name, **{key: int(x) for key, x in known.items() if x is not None}}
 
     def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
-        """Token ids from ``/tokenize``."""
         return _tokenize(post, {"content": text, "add_special": False})
 
     def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
-        """The tokens from requests of a few prefixes each."""
         rows: list[list[tuple[int, float | None]]] = []
         for start in range(0, len(at), PROMPTS_PER_REQUEST):
             positions = at[start : start + PROMPTS_PER_REQUEST]
@@ -324,19 +306,15 @@ class LlamaCpp:
                     )
                 top = (answer.get("completion_probabilities") or [{}])[0].get("top_logprobs", [])
                 rows.append([(int(x["id"]), x["logprob"]) for x in top])
-        return select_top_k(rows, k)
+        return _select_top_k(rows, k)
 
 
-SERVERS: dict[str, Vllm | LlamaCpp] = {"llama.cpp": LlamaCpp(), "vllm": Vllm()}
+SERVERS: dict[str, _Vllm | _LlamaCpp] = {"llama.cpp": _LlamaCpp(), "vllm": _Vllm()}
 """Kinds of servers by name."""
 
 
-def select_top_k(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> TopTokens:
-    """The k likeliest tokens of each row of (token, log-probability), in any order.
-
-    Raises:
-        TransientServerError: there are fewer, or they do not form a distribution.
-    """
+def _select_top_k(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> TopTokens:
+    """The k likeliest tokens of each row of (token, log-probability), in any order."""
     index, logs = np.zeros((len(rows), k), np.int64), np.zeros((len(rows), k), np.float32)
     for i, row in enumerate(rows):
         finite = sorted(((x, t) for t, x in row if x is not None and math.isfinite(x)), reverse=True)[:k]
@@ -347,7 +325,7 @@ def select_top_k(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> 
         logs[i], index[i] = zip(*finite, strict=True)
         if len({t for _, t in finite}) < k or float(np.exp(logs[i].astype(np.float64)).sum()) > 1.01:
             raise TransientServerError("returns log-probabilities that form no distribution", answered=True)
-    return TopTokens(index, np.minimum(logs, 0.0))
+    return index, np.minimum(logs, 0.0)
 
 
 def _tokenize(post: JsonRequest, body: Mapping[str, Any]) -> list[int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -75,11 +75,6 @@ class Encoding:
     provides: ClassVar[frozenset[str]]
     """What a teacher that reads these columns provides."""
 
-    @classmethod
-    def options(cls) -> list[str]:
-        """The fields of a layout that matter."""
-        return [field.name for field in fields(cls)]
-
     def check(self) -> None:
         """Raise :class:`ConfigError` if an option is out of range."""
 
@@ -97,26 +92,23 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class DenseEncoding(Encoding):
+class _DenseEncoding(Encoding):
     """All logits."""
 
     provides = frozenset({"logits"})
 
     def columns(self) -> ColumnTypes:
-        """The columns."""
         return {"logits": (self.classes, STORED[self.dtype])}
 
     def encode(self, rows: TeacherRows) -> Columns:
-        """Rows to columns."""
         return {"logits": to_stored(rows.scores, self.dtype)}
 
     def decode(self, columns: Columns, lengths: Array, temperature: float) -> Tensor:
-        """Columns to rows."""
         return from_stored(columns["logits"], self.dtype)
 
 
 @dataclass(frozen=True)
-class HeadInputEncoding(DenseEncoding):
+class _HeadInputEncoding(_DenseEncoding):
     """The inputs of the output head. The head's weights are stored once, and logits are computed from both."""
 
     width: int
@@ -124,19 +116,17 @@ class HeadInputEncoding(DenseEncoding):
     provides = frozenset({"logits", "head"})
 
     def check(self) -> None:
-        """Check the range of the options."""
         if self.width < 1:
             raise ConfigError(
                 f"a cache of head inputs has width {self.width}", remedy="set Layout(width=...) to the hidden size"
             )
 
     def columns(self) -> ColumnTypes:
-        """The columns."""
         return {"logits": (self.width, STORED[self.dtype])}
 
 
 @dataclass(frozen=True)
-class TopKEncoding(Encoding):
+class _TopKEncoding(Encoding):
     """The largest classes with their log-probabilities at each temperature."""
 
     k: int
@@ -145,7 +135,6 @@ class TopKEncoding(Encoding):
     provides = frozenset({"topk"})
 
     def check(self) -> None:
-        """Check the range of the options."""
         if not 1 <= self.k <= self.classes:
             raise ConfigError(
                 f"a top-k cache has k = {self.k}, and the teacher {self.classes} classes",
@@ -153,13 +142,11 @@ class TopKEncoding(Encoding):
             )
 
     def columns(self) -> ColumnTypes:
-        """The columns."""
         if not self.k:
             return {}
         return {"log_probs": (self.k * len(self.temperatures), STORED[self.dtype]), "index": (None, np.uint8)}
 
     def encode(self, rows: TeacherRows) -> Columns:
-        """Rows to columns."""
         indices, values = [], []
         if rows.largest is not None:
             index, order = rows.largest[0].sort(-1)
@@ -179,7 +166,6 @@ class TopKEncoding(Encoding):
         }
 
     def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
-        """Columns to rows."""
         at = self.temperatures.index(temperature)
         index = Coder(self.classes, size=self.k).decode(_ragged(columns["index"]), lengths).classes
         values = from_stored(columns["log_probs"], self.dtype)[:, at * self.k : (at + 1) * self.k]
@@ -187,7 +173,7 @@ class TopKEncoding(Encoding):
 
 
 @dataclass(frozen=True)
-class StochasticRounding(Encoding):
+class _StochasticRounding(Encoding):
     """``draws`` times each probability, rounded stochastically; the rounding error is carried to the next token."""
 
     draws: int
@@ -196,12 +182,10 @@ class StochasticRounding(Encoding):
     provides = frozenset({"sampled"})
 
     def check(self) -> None:
-        """Check the range of the options."""
         if not 1 <= self.draws <= 65_535:
             raise ConfigError(f"a cache has {self.draws} draws per row", remedy="set draws to 1 to 65535")
 
     def columns(self) -> ColumnTypes:
-        """The columns."""
         return {f"drawn@{t:g}": (None, np.uint8) for t in self.temperatures}
 
     @property
@@ -210,7 +194,6 @@ class StochasticRounding(Encoding):
         return Coder(self.classes, self.draws + 1, largest=min(self.classes, 2 * self.draws + 64))
 
     def encode(self, rows: TeacherRows) -> Columns:
-        """Rows to columns."""
         columns: Columns = {}
         for i, t in enumerate(self.temperatures):
             parts = [
@@ -222,14 +205,13 @@ class StochasticRounding(Encoding):
         return columns
 
     def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
-        """Columns to rows."""
         rows = self._coder.decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
         index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
         return index, count.float() / self.draws
 
 
 @dataclass(frozen=True)
-class SampledEncoding(Encoding):
+class _SampledEncoding(Encoding):
     """Independent draws from p, or from the proposal p^power, and the ``head`` largest classes exactly."""
 
     draws: int
@@ -240,7 +222,6 @@ class SampledEncoding(Encoding):
     provides = frozenset({"sampled"})
 
     def check(self) -> None:
-        """Check the range of the options."""
         if not (1 <= self.draws <= 65_535 and 0 <= self.head < self.classes):
             raise ConfigError(
                 f"a cache has {self.draws} draws per row and {self.head} of {self.classes} classes exactly",
@@ -252,22 +233,20 @@ class SampledEncoding(Encoding):
             )
 
     @property
-    def _exact(self) -> TopKEncoding:
-        return TopKEncoding(self.dtype, self.classes, self.head, self.temperatures)
+    def _exact(self) -> _TopKEncoding:
+        return _TopKEncoding(self.dtype, self.classes, self.head, self.temperatures)
 
     @property
     def _coder(self) -> Coder:
         return Coder(self.classes, self.draws, largest=min(self.classes, self.draws))
 
     def columns(self) -> ColumnTypes:
-        """The columns."""
         columns = self._exact.columns() | {f"drawn@{t:g}": (None, np.uint8) for t in self.temperatures}
         if self.power != 1:
             columns |= {f"weight@{t:g}": (None, STORED[self.dtype]) for t in self.temperatures}
         return columns
 
     def encode(self, rows: TeacherRows) -> Columns:
-        """Rows to columns."""
         columns = self._exact.encode(rows) if self.head else {}
         for i, t in enumerate(self.temperatures):
             parts, weights = [], []
@@ -290,7 +269,6 @@ class SampledEncoding(Encoding):
         return columns
 
     def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
-        """Columns to rows."""
         rows = self._coder.decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
         index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
         values = count.float() / self.draws
@@ -306,11 +284,11 @@ class SampledEncoding(Encoding):
 
 
 ENCODINGS: dict[str, type[Encoding]] = {
-    "dense": DenseEncoding,
-    "topk": TopKEncoding,
-    "sampled": SampledEncoding,
-    "stochastic_rounding": StochasticRounding,
-    "hidden": HeadInputEncoding,
+    "dense": _DenseEncoding,
+    "topk": _TopKEncoding,
+    "sampled": _SampledEncoding,
+    "stochastic_rounding": _StochasticRounding,
+    "hidden": _HeadInputEncoding,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -91,16 +91,16 @@ class Layout:
         if self.keep is None:
             return None
         kind = ENCODINGS[self.keep]
-        return kind(**{name: getattr(self, name) for name in kind.options()})
+        return kind(**{option.name: getattr(self, option.name) for option in fields(kind)})
 
     @property
     def is_sparse(self) -> bool:
         """Whether part of a distribution is stored, which exists at fixed temperatures only."""
-        return self.keep is not None and "temperatures" in ENCODINGS[self.keep].options()
+        return hasattr(self.encoding, "temperatures")
 
     def to_dict(self) -> dict[str, Any]:
         """The layout as JSON, without the options that its encoding does not use."""
-        used = {"keep", "dtype", "hidden", *(() if self.encoding is None else self.encoding.options())}
+        used = {"keep", "dtype", "hidden", *(() if self.encoding is None else vars(self.encoding))}
         raw = {k: v for k, v in asdict(self).items() if k in used}
         raw["hidden"] = {tap: list(shape) for tap, shape in self.hidden.items()}
         if "temperatures" in raw:
