@@ -174,18 +174,15 @@ def _narrower(model: nn.Module, rank: int, width: int) -> tuple[Any, dict[tuple[
         shared = before.keys() & after.keys()
         rows = shape_changes({n: before[n] for n in shared}, {n: after[n] for n in shared})
         layers = any(key[0].startswith(f"{stack}.") for key in rows or ())
-        if rows and not layers and rows.get((f"{word}.weight", 1)) == rank - width and _widens(before, after, rank):
+        # a matrix with ``rank`` inputs that is new, or had more inputs
+        matrix = any(len(s) == 2 and s[1] == rank and before.get(n, ())[:1] in ((), s[:1]) for n, s in after.items())
+        if rows and not layers and matrix and rows.get((f"{word}.weight", 1)) == rank - width:
             return smaller, rows
     raise ModelError(
         f"{kind.__name__} has no embeddings narrower than its hidden size: no number of its config makes them so",
         remedy="trim the vocabulary (trim_tokenizer, trim_embeddings), use width=, or a teacher with embedding_size, "
         "such as ELECTRA or DeBERTa-v2",
     )
-
-
-def _widens(before: dict[str, Any], after: dict[str, Any], rank: int) -> bool:
-    """Whether a matrix with ``rank`` inputs is new, or had more inputs."""
-    return any(len(s) == 2 and s[1] == rank and before.get(n, ())[:1] in ((), s[:1]) for n, s in after.items())
 
 
 def _projection(model: nn.Module, new: nn.Module, rank: int) -> str:

@@ -99,7 +99,18 @@ def select_layers(
     """
     teacher, student = teacher_layers, student_layers
     if not isinstance(map, str):
-        return _check_list([int(layer) for layer in map], teacher, student)
+        if len(map) != student or not len(map):
+            raise ConfigError(
+                f"the map lists {len(map)} layers, and the student has {student}",
+                remedy="list a layer of the teacher for each layer of the student",
+            )
+        layers = [int(layer) for layer in map]
+        if wrong := [str(layer) for layer in layers if not 0 <= layer < teacher]:
+            raise ConfigError(
+                f"the map lists layer {', '.join(wrong)}, and the teacher has {teacher}",
+                remedy=f"layers count from 0 to {teacher - 1}",
+            )
+        return layers
     if map not in LAYER_MAPS:
         near = nearest(map, list(LAYER_MAPS), 1)
         raise ConfigError(
@@ -129,21 +140,6 @@ def select_layers(
         gaps = max(student - 1, 1)
         return [(2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(student)]  # rounded, in integers
     return list(range(student) if map == "first" else range(teacher - student, teacher))
-
-
-def _check_list(layers: list[int], teacher: int, student: int) -> list[int]:
-    if len(layers) != student or not layers:
-        raise ConfigError(
-            f"the map lists {len(layers)} layers, and the student has {student}",
-            remedy="list a layer of the teacher for each layer of the student",
-        )
-    wrong = [layer for layer in layers if not 0 <= layer < teacher]
-    if wrong:
-        raise ConfigError(
-            f"the map lists layer {', '.join(map(str, wrong))}, and the teacher has {teacher}",
-            remedy=f"layers count from 0 to {teacher - 1}",
-        )
-    return layers
 
 
 # Influence -------------------------------------------------------------------------------------------

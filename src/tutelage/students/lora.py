@@ -88,7 +88,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for path, layer in layers:
         base = layer.get_base_layer()
         linear = base.dequantise() if isinstance(base, NF4Linear) else base
-        _untie(model, linear)
+        getter = getattr(model, "get_input_embeddings", None)
+        embedding = getter() if callable(getter) else None
+        if embedding is not None and embedding.weight is linear.weight:  # tied: the head gets a weight of its own
+            linear.weight = nn.Parameter(linear.weight.detach().clone())
+            cast(Any, model).config.tie_word_embeddings = False
         with torch.no_grad():
             for adapter in layer.active_adapters:
                 linear.weight += layer.get_delta_weight(adapter).to(linear.weight.dtype)
@@ -96,17 +100,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.requires_grad_(True)
-
-
-def _untie(model: nn.Module, head: nn.Linear) -> None:
-    """Give the output head a weight of its own if it shares that of the input embedding."""
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
-    if embedding is None or embedding.weight is not head.weight:
-        return
-    head.weight = nn.Parameter(head.weight.detach().clone())
-    config: Any = model.config
-    config.tie_word_embeddings = False
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -58,6 +58,10 @@ def _mlp(inputs: int, outputs: int, maps: bool) -> nn.Module:
     return nn.Sequential(_linear(inputs, outputs, maps), nn.ReLU(), _linear(outputs, outputs, maps))
 
 
+def _auto(inputs: int, outputs: int, maps: bool) -> nn.Module:
+    return nn.Identity() if inputs == outputs else _linear(inputs, outputs, maps)
+
+
 def _identity(inputs: int, outputs: int, maps: bool) -> nn.Module:
     if inputs != outputs:
         raise ModelError(
@@ -65,10 +69,6 @@ def _identity(inputs: int, outputs: int, maps: bool) -> nn.Module:
             remedy="use projector: auto, which adds a layer only where the numbers differ",
         )
     return nn.Identity()
-
-
-def _auto(inputs: int, outputs: int, maps: bool) -> nn.Module:
-    return nn.Identity() if inputs == outputs else _linear(inputs, outputs, maps)
 
 
 PROJECTORS: dict[str, Callable[[int, int, bool], nn.Module]] = {

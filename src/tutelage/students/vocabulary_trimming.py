@@ -139,15 +139,12 @@ def _word_piece(tokenizer: Any, description: Model, used: set[str], unknown: Seq
     vocabulary, prefix = model["vocab"], model["continuing_subword_prefix"]
     tokens = used | {model["unk_token"]} | _letters(used, vocabulary, prefix)
     # A word is unknown if its end has no token. It stays unknown only if the tokens of its beginning stay.
+    split = tokenizer.pre_tokenizer
     for text in unknown:
-        for word in _words(tokenizer, text):
+        normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        for word in [word for word, _ in split.pre_tokenize_str(normal)] if split else [normal]:
             tokens |= _greedy(word, vocabulary, prefix)
     return tokens
-
-
-def _words(tokenizer: Any, text: str) -> list[str]:
-    plain = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
-    return [w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(plain)] if tokenizer.pre_tokenizer else [plain]
 
 
 def _greedy(word: str, vocabulary: dict[str, int], prefix: str) -> set[str]:

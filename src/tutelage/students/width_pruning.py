@@ -10,7 +10,7 @@ with random weights must have the same outputs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +92,15 @@ def find_weight_layout(model: nn.Module) -> WeightLayout:
     more_heads = {"num_attention_heads": heads + group}
     if hasattr(config, "num_key_value_heads"):
         more_heads["num_key_value_heads"] = shared + 1
-    compare = _comparer(probe, before)
+
+    def compare(**fields: int) -> dict[Key, int] | None:
+        """The dimensions that change with fields of the config; ``None`` if the model cannot be built."""
+        try:
+            after = weight_shapes(probe.kind, replace_fields(config, **fields))
+            return None if after is None else shape_changes(before, _by_pattern(after, probe))
+        except Exception:  # noqa: BLE001  configs raise different errors
+            return None
+
     by_heads = compare(**more_heads)
     tied = not by_heads or any(g <= 0 or g % head for g in by_heads.values())
     companions = _companions(probe, hidden, head, compare)
@@ -129,17 +137,6 @@ def _by_pattern(all_shapes: Mapping[str, Shape] | None, probe: Probe) -> dict[st
         if merged.setdefault(layer_pattern(name, probe.path), shape) != shape:
             raise ModelError(f"layers of {family} differ in size ({name})", remedy="prune its depth only: layers=...")
     return merged
-
-
-def _comparer(probe: Probe, before: dict[str, Shape]) -> Callable[..., dict[Key, int] | None]:
-    def compare(**numbers: int) -> dict[Key, int] | None:
-        try:
-            after = weight_shapes(probe.kind, replace_fields(probe.config, **numbers))
-            return None if after is None else shape_changes(before, _by_pattern(after, probe))
-        except Exception:  # noqa: BLE001  configs raise different errors
-            return None
-
-    return compare
 
 
 def _companions(probe: Probe, hidden: int, head: int, compare: Any) -> tuple[str, ...]:
@@ -197,6 +194,7 @@ def _separate_candidates(
 
 def _tied_candidates(probe: Probe, by_hidden: dict[Key, int], head: int) -> Iterator[dict[Key, Axis]]:
     """Candidate layouts of a family whose heads and hidden size grow together, the likeliest first."""
+    axes = {"heads": Axis("heads", head), "hidden": Axis("hidden")}
     fixed = {key: Axis("hidden") for key in by_hidden}
     joint = [key for key, g in by_hidden.items() if g > head]
     square, reads_shared = _square(probe, by_hidden, head)
@@ -209,14 +207,10 @@ def _tied_candidates(probe: Probe, by_hidden: dict[Key, int], head: int) -> Iter
             candidate.update({key: layout(by_hidden[key]) for key in joint})
         for module, role in zip(square, roles, strict=True):
             for i in (0, 1):
-                candidate[f"{module}.weight", i] = _axis(role[i], head)
+                candidate[f"{module}.weight", i] = axes[role[i]]
             if (f"{module}.bias", 0) in fixed:
-                candidate[f"{module}.bias", 0] = _axis(role[0], head)
+                candidate[f"{module}.bias", 0] = axes[role[0]]
         yield candidate
-
-
-def _axis(role: str, head: int) -> Axis:
-    return Axis("heads", head) if role == "heads" else Axis("hidden")
 
 
 def _square(probe: Probe, by_hidden: dict[Key, int], head: int) -> tuple[list[str], set[str]]:
