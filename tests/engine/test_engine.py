@@ -355,5 +355,5 @@ def test_terms_counts_and_weights_must_name_the_same(tmp_path: Path) -> None:
             super().__init__()
             self.weights = {"ce": 1.0, "cross_entropy": 1.0}
 
-    with pytest.raises(CapabilityError, match="names its terms differently"):
+    with pytest.raises(CapabilityError, match="have different names in different places"):
         train(tmp_path, method=Misnamed())

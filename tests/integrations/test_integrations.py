@@ -203,9 +203,9 @@ def lightning_fit(module: Any, batches: list[Any], out: Path, **more: Any) -> li
 
 def by_lightning(case: Case, out: Path) -> Found:
     pytest.importorskip("lightning", reason="needs the extra lightning")
-    from tutelage.integrations.lightning import DistillationModule
+    from tutelage.integrations.lightning import LightningDistillationModule
 
-    module = DistillationModule(
+    module = LightningDistillationModule(
         case.student(), case.teacher, case.make_method(), example=case.world.train[0], to_batch=case.world.to_batch,
         accumulate=case.accumulate, optimizer=lambda parameters: torch.optim.SGD(parameters, **RATE),
     )  # fmt: skip
@@ -376,10 +376,10 @@ def test_lightning_validates_and_refuses_its_own_accumulation(tmp_path: Path, qu
     pytest.importorskip("lightning", reason="needs the extra lightning")
     from lightning import Trainer
 
-    from tutelage.integrations.lightning import DistillationModule
+    from tutelage.integrations.lightning import LightningDistillationModule
 
     case = Case("cnn-kd")
-    module = DistillationModule(case.student(), case.teacher, example=case.world.train[0])
+    module = LightningDistillationModule(case.student(), case.teacher, example=case.world.train[0])
     with pytest.raises(CapabilityError, match="accumulate_grad_batches=2"):
         lightning_fit(module, case.world.train, tmp_path, accumulate_grad_batches=2)
     trainer = Trainer(
@@ -392,4 +392,4 @@ def test_lightning_validates_and_refuses_its_own_accumulation(tmp_path: Path, qu
     assert 0 <= figures["val_accuracy"] <= 1
     assert figures["val_loss"] > 0
     with pytest.raises(CapabilityError, match="gradient_clip_val"):
-        DistillationModule(case.student(), case.teacher, example=case.world.train[0], clip=1.0)
+        LightningDistillationModule(case.student(), case.teacher, example=case.world.train[0], clip=1.0)

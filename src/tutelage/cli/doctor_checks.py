@@ -23,7 +23,6 @@ from tutelage.experiment.measure import parameters
 from tutelage.experiment.prepare import (
     bind_teacher,
     build_teacher,
-    get_signal,
     model_of,
     needs_teacher,
     prepare_student_and_method,
@@ -35,6 +34,7 @@ from tutelage.experiment.teacher_setup import open_remote_teacher
 from tutelage.experiment.teachers import build_live_teacher
 from tutelage.methods import Method, check_capabilities
 from tutelage.methods.base import DistillationModule
+from tutelage.methods.step import get_signal
 from tutelage.multistage.run import first_stage
 from tutelage.progress import Terminal
 from tutelage.taps import find_module

@@ -29,6 +29,7 @@ from tutelage.engine.zero import Zero
 from tutelage.errors import CapabilityError, CheckpointError, DataError, Interrupted, NumericsError
 from tutelage.evaluation.evaluate import TeacherOutput, evaluate
 from tutelage.methods.base import DistillationModule, Method, Term, needs_of
+from tutelage.methods.step import TermSums, check_terms, count_terms, get_signal, scale_terms
 from tutelage.taps import compile_apart
 from tutelage.teachers.signal import Signal, Teacher
 
@@ -199,8 +200,7 @@ class _State:
         self.evaluate_every = t.config.evaluate_every or max(t.epoch_length, -(-t.steps // EVALUATIONS))
         self.at = Progress()
         self.best: dict[str, Tensor] | None = None
-        self.sums: dict[str, Tensor] = {}
-        self.totals: dict[str, Tensor] = {}
+        self.terms = TermSums()
         self.clock = self.saved_at = time.monotonic()
         self.stop = torch.zeros(())
         self.first = True
@@ -251,11 +251,8 @@ class _State:
             return self.t.method.prepare_batch(self.bare.student, batch)
 
     def signal(self, batch: Batch) -> Signal | None:
-        needs = needs_of(self.t.method, self.t.teacher)
-        if needs is None or self.t.teacher is None:
-            return None
         with self.autocast():
-            return self.t.teacher.signal(batch, needs)
+            return get_signal(self.t.teacher, self.t.method, batch)
 
     def prefetch(self, batch: Batch) -> Callable[[], Signal | None]:
         teacher: Any = self.t.teacher
@@ -264,10 +261,7 @@ class _State:
 
     def scales(self, micros: list[Batch]) -> dict[str, Tensor]:
         """For each term its weight over its count in the whole step, all micro-batches and processes."""
-        counts: dict[str, Tensor] = {}
-        for batch in micros:
-            for name, count in self.t.method.counts(batch).items():
-                counts[name] = counts[name] + count if name in counts else count
+        counts = count_terms(self.t.method, micros)
         if self.share.world > 1:
             asked = torch.tensor(float(self.t.should_stop()), device=self.accelerator.device)
             stacked = torch.stack([asked, *(c.float() for c in counts.values())])
@@ -275,32 +269,13 @@ class _State:
             counts = dict(zip(counts, summed, strict=True))
         # Backward divides by the micro-batches, and the wrapper averages over processes: undo both.
         parts = self.share.world * self.share.accumulate
-        return {name: self.t.method.weights[name] * parts / count.clamp(min=1) for name, count in counts.items()}
+        return scale_terms(self.t.method, counts, parts)
 
     def loss(self, terms: dict[str, Term], scale: dict[str, Tensor]) -> Tensor:
         if self.first:
-            self.check_terms(terms, scale)
-        loss: Tensor | None = None
-        for name, (total, count) in terms.items():
-            part = total * scale[name]
-            loss = part if loss is None else loss + part
-            if name in self.sums:
-                self.sums[name] += total.detach()
-                self.totals[name] += count
-            else:
-                self.sums[name], self.totals[name] = total.detach().clone(), count.clone()
-        assert loss is not None
-        return loss
-
-    def check_terms(self, terms: dict[str, Term], scale: dict[str, Tensor]) -> None:
-        self.first = False
-        names = {"terms": set(terms), "counts": set(scale), "weights": set(self.t.method.weights)}
-        if len({frozenset(n) for n in names.values()}) != 1:
-            shown = "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in names.items())
-            raise CapabilityError(
-                f"{type(self.t.method).__name__} names its terms differently in different places: {shown}",
-                remedy="forward(), counts() and weights must name the same terms",
-            )
+            check_terms(self.t.method, terms, scale)
+            self.first = False
+        return self.terms.add(terms, scale)
 
     # After a step --------------------------------------------------------------------------------
 
@@ -342,13 +317,14 @@ class _State:
 
     def log(self) -> None:
         t = self.t
-        if not self.sums:
+        sums, counts = self.terms.sums, self.terms.counts
+        if not sums:
             return
-        names = list(self.sums)
-        stacked = torch.stack([*(self.sums[n].float() for n in names), *(self.totals[n].float() for n in names)])
+        names = list(sums)
+        stacked = torch.stack([*(sums[n].float() for n in names), *(counts[n].float() for n in names)])
         values = self.accelerator.reduce(stacked, "sum").tolist() if self.share.world > 1 else stacked.tolist()
         raw = {n: values[i] / max(values[len(names) + i], 1.0) for i, n in enumerate(names)}
-        self.sums, self.totals = {}, {}
+        self.terms = TermSums()
         line: dict[str, Any] = {
             "training": t.name,
             "step": self.at.step,

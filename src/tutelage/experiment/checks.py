@@ -12,9 +12,10 @@ from torch import nn
 from tutelage.engine import Accelerator, slow_bf16
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
-from tutelage.experiment.prepare import all_methods, example_of, get_signal
+from tutelage.experiment.prepare import all_methods, example_of
 from tutelage.experiment.spec import ExperimentSpec, RunContext
 from tutelage.methods import DistillationModule, Method, check_task
+from tutelage.methods.step import get_signal
 from tutelage.models import label_names
 from tutelage.progress import Terminal
 from tutelage.taps import Needs, Observation, observe

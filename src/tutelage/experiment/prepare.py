@@ -12,9 +12,9 @@ from tutelage.data import Batch, Batches
 from tutelage.errors import Interrupted
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.spec import Arm, ExperimentSpec, ModelTeacher, RunContext
-from tutelage.methods import Method, needs_of, prepare_method, prepare_student
+from tutelage.methods import Method, prepare_method, prepare_student
 from tutelage.taps import Needs
-from tutelage.teachers import Ensemble, Signal, Teacher
+from tutelage.teachers import Ensemble
 
 T = TypeVar("T")
 
@@ -116,15 +116,6 @@ def all_needs(method: Method) -> Needs:
         head=any(n.head for n in needs),
         temperature=next((n.temperature for n in needs if n.temperature is not None), None),
     )
-
-
-def get_signal(teacher: Teacher | None, method: Method, batch: Batch) -> Signal | None:
-    """The teacher outputs that the method needs for a batch; ``None`` if it needs none."""
-    needs = needs_of(method, teacher)
-    if needs is None:
-        return None
-    assert teacher is not None
-    return teacher.signal(batch, needs)
 
 
 def until_stopped(items: Iterable[T], ctx: RunContext) -> Iterator[T]:

@@ -15,11 +15,12 @@ from tutelage.data import Batch
 from tutelage.engine import Outcome, Training, fit, from_main
 from tutelage.evaluation import TeacherOutput, evaluate
 from tutelage.experiment.measure import reached_parameters
-from tutelage.experiment.prepare import example_of, get_signal, initial_student, training_batches
+from tutelage.experiment.prepare import example_of, initial_student, training_batches
 from tutelage.experiment.similarity import Similarities
 from tutelage.experiment.spec import FIGURES, Arm, ExperimentSpec, ModelTeacher, RunContext
 from tutelage.files import atomic_folder
 from tutelage.methods import DistillationModule, Method
+from tutelage.methods.step import get_signal
 from tutelage.models import save_model
 from tutelage.students import ReusedHead, to_float_model
 from tutelage.teachers import Teacher

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.data import Batch, as_batch
+from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError
 from tutelage.methods import (
     DistillationModule,
@@ -16,10 +17,10 @@ from tutelage.methods import (
     Method,
     Term,
     check_capabilities,
-    needs_of,
     prepare_method,
     prepare_student,
 )
+from tutelage.methods.step import TermSums, check_terms, count_terms, get_signal, mean_loss, scale_terms
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 from tutelage.teachers.signal import Signal, Teacher
@@ -102,7 +103,7 @@ class Distiller(DistillationModule):
             )
         super().__init__(adapted_student, method)
         self.teacher, self.to_batch = live, to_batch
-        self.terms: dict[str, Term] = {}
+        self.terms = TermSums()
         self.open()
 
     # A step ------------------------------------------------------------------------------------------
@@ -148,33 +149,23 @@ class Distiller(DistillationModule):
         batch = _batch(raw, self.to_batch).to(self.device)
         return self.method.prepare_batch(self.student, batch) if self.method.generates_batches else batch
 
-    def counts(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """How many positions each term averages over in a step of these micro-batches, on all processes."""
-        counts: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, count in self.method.counts(batch).items():
-                counts[name] = counts[name] + count if name in counts else count
-        if _world() > 1:
+    def scales(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The factor of each term's sum in a step of these micro-batches; begins the step.
+
+        It makes up for the averaging of gradients over processes, as by torch's DDP.
+        """
+        counts, world = count_terms(self.method, batches), current_rank().world
+        if world > 1:
             summed = torch.stack([count.float() for count in counts.values()])
             torch.distributed.all_reduce(summed)
             counts = dict(zip(counts, summed.unbind(), strict=True))
-        return counts
-
-    def scales(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """By what each term's sum is multiplied in a step of these micro-batches; begins the step.
-
-        Where several processes average their gradients, as torch's DDP does, this makes up for it.
-        """
-        counts = self.counts(batches)
-        scale = {name: self.method.weights[name] * _world() / n.clamp(min=1) for name, n in counts.items()}
-        self.method.loss_scales = scale
-        self.terms = {}
+        self.method.loss_scales = scale = scale_terms(self.method, counts, world)
+        self.terms = TermSums()
         return scale
 
     def signal(self, batch: Batch) -> Signal | None:
-        """The teacher's word on a batch, as far as the method needs it."""
-        needs = needs_of(self.method, self.teacher)
-        return None if needs is None or self.teacher is None else self.teacher.signal(batch, needs)
+        """The teacher outputs that the method needs for a batch."""
+        return get_signal(self.teacher, self.method, batch)
 
     def loss(self, batch: Batch, scale: dict[str, Tensor], through: nn.Module | None = None) -> Tensor:
         """The loss of one micro-batch.
@@ -182,29 +173,19 @@ class Distiller(DistillationModule):
         Args:
             batch: from :meth:`batch`.
             scale: from :meth:`scales` of all micro-batches of the step.
-            through: what is called in the place of this module, such as its DDP wrapper.
+            through: called in place of this module, such as its DDP wrapper.
 
         Returns:
             A scalar with a gradient. The terms are added to ``self.terms``.
         """
         terms: dict[str, Term] = (through or self)(batch, self.signal(batch))
-        if terms.keys() != scale.keys():
-            raise CapabilityError(
-                f"{type(self.method).__name__} counts {', '.join(scale)} and gives {', '.join(terms)}",
-                remedy="forward(), counts() and weights must name the same terms",
-            )
-        for name, (total, count) in terms.items():
-            before = self.terms.get(name)
-            now = Term(total.detach(), count)
-            self.terms[name] = now if before is None else Term(before.sum + now.sum, before.count + now.count)
-        return torch.stack([total * scale[name] for name, (total, _) in terms.items()]).sum()
+        check_terms(self.method, terms, scale)
+        return self.terms.add(terms, scale)
 
     @torch.no_grad()
     def evaluated(self, batch: Batch) -> Tensor:
         """The loss of a batch by itself, without gradient, on this process alone."""
-        terms: dict[str, Term] = self(batch, self.signal(batch))
-        weights = self.method.weights
-        return torch.stack([weights[k] * total / count.clamp(min=1) for k, (total, count) in terms.items()]).sum()
+        return mean_loss(self.method, self(batch, self.signal(batch)))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -215,13 +196,7 @@ class Distiller(DistillationModule):
 
     def values(self) -> dict[str, float]:
         """The mean of each term over the micro-batches of this step so far, unweighted, on this process."""
-        return {name: float(total / count.clamp(min=1)) for name, (total, count) in self.terms.items()}
-
-
-def _world() -> int:
-    """Processes that train together."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
+        return self.terms.means()
 
 
 def _batch(raw: Any, to_batch: Callable[[Any], Batch]) -> Batch:

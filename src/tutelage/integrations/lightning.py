@@ -23,7 +23,7 @@ Optimizers = Callable[[Iterable[nn.Parameter]], Any]
 """Makes what ``configure_optimizers`` returns, of the parameters that are trained."""
 
 
-class DistillationModule(LightningModule):
+class LightningDistillationModule(LightningModule):
     """Any student, teacher and method for Lightning's ``Trainer``.
 
     Each batch of the loader is one optimizer step, as in our engine. Lightning's own ``accumulate_grad_batches``
