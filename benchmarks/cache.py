@@ -36,7 +36,7 @@ from tutelage import losses
 from tutelage.config import OptimizerConfig
 from tutelage.data import Batch, PlannedBatches, RankSlice, load_images
 from tutelage.engine.optim import build_optimizer
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 from tutelage.methods import DistillationModule, LogitMethod, Method, SupervisedMethod
 from tutelage.models.small import ConvNet
 from tutelage.taps import Needs
@@ -79,7 +79,7 @@ def epoch(pairs: int) -> dict[str, Any]:
             runs["forward"] = partial(_forward, teacher, list(batches.epoch(0, RankSlice())))
             rounds = [{arm: _timed(run) for arm, run in runs.items()} for _ in range(pairs)]
         saved = [(r["live"] - r["cached"]) / r["forward"] for r in rounds]
-        interval = paired(saved, [0.0] * len(saved))
+        interval = paired_difference(saved, [0.0] * len(saved))
         found[name] = {
             "step_ms_alone": 1000 * statistics.median(r["alone"] for r in rounds) / batches.steps_per_epoch,
             "cached_over_alone": statistics.median(r["cached"] / r["alone"] for r in rounds),

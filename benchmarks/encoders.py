@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 from tutelage.models import load_model
 
 RESULTS = Path("results/encoders.json")
@@ -95,7 +95,7 @@ def main() -> None:
     scores = summary["teacher"]["accuracy"]
     for which in ("best", "last"):
         arms = {arm: row[which]["accuracy"]["values"] for arm, row in summary["students"].items()}
-        kept = paired([v / scores for v in arms["distilled"]], [0.0] * len(arms["distilled"]))
+        kept = paired_difference([v / scores for v in arms["distilled"]], [0.0] * len(arms["distilled"]))
         found[which] = {"accuracy": arms, "retention": kept, "gain": summary.get("gain", {}).get(which)}
     found["teacher"] = {"test": scores, "validation": summary["teacher"]["validation"]["accuracy"]}
     sizes = {name: model.get_input_embeddings().weight.shape[0] for name, model in models.items()}  # type: ignore[operator]

@@ -19,7 +19,7 @@ from typing import Any
 
 from tutelage import api
 from tutelage.config import build_recipe, dump_recipe, load_recipe
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 from tutelage.progress import Terminal
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -100,7 +100,7 @@ def write(args: argparse.Namespace, found: dict[str, dict[str, Any]], best: int,
             "teacher": {k: teacher[k] for k in ("accuracy", "loss", "ece")},
             "accuracy": figures["accuracy"],
             "agreement": figures["agreement"],
-            "over_best": None if name == "best" else paired(figures["accuracy"]["values"], single),
+            "over_best": None if name == "best" else paired_difference(figures["accuracy"]["values"], single),
             "weights": [m["weight"] for m in teacher.get("ensemble", {}).get("members", [])],
         }
     alone = last(first, "baseline")["accuracy"]
@@ -143,7 +143,7 @@ def write(args: argparse.Namespace, found: dict[str, dict[str, Any]], best: int,
             f"| {row['teachers']} | {100 * row['teacher']['accuracy']:.2f} | {row['teacher']['loss']:.3f} | "
             f"{percent(row['accuracy'])} | {over(row['over_best'])} | {percent(row['agreement'])} | {weights} |"
         )
-    lines.append(f"| none | | | {percent(alone)} | {over(paired(alone['values'], single))} | | |")
+    lines.append(f"| none | | | {percent(alone)} | {over(paired_difference(alone['values'], single))} | | |")
     (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
 
 

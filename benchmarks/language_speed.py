@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tutelage import losses
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import PlannedBatches, RankSlice, load_texts
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit, resolve_precision
 from tutelage.methods import SequenceMethod, TokenMethod, prepare_method
 from tutelage.models import load_tokenizer
 from tutelage.students import prune
@@ -56,7 +56,7 @@ class InTurn:
         self.seconds: dict[str, dict[str, list[float]]] = {c: {"engine": [], "by hand": []} for c in CLOCKS}
         self.tokens: list[int] = []
 
-    def started(self, name: str, step: int, total: int) -> None:
+    def on_start(self, name: str, step: int, total: int) -> None:
         """The engine's first step begins."""
         self.mark = self.now()
 
@@ -70,10 +70,10 @@ class InTurn:
         for name, at in self.mark.items():
             self.seconds[name][whose].append(at - before[name])
 
-    def logged(self, line: dict[str, Any]) -> None:
+    def on_log(self, line: dict[str, Any]) -> None:
         """Part of the engine's step."""
 
-    def stepped(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         """The engine's step ends; now the other."""
         self.took("engine")
         self.tokens.append(next(self.hand))
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576, help="a multiple of 192")
     parser.add_argument("--layers", type=int, default=30)
     args = parser.parse_args()
-    precision = precision_here("auto")
+    precision = resolve_precision("auto")
     tokenizer = load_tokenizer(MODEL)
     data = load_texts(
         "table", tokenizer=tokenizer, path=args.path, task="causal", pack=True, max_length=LENGTH, limit=2000
@@ -196,9 +196,9 @@ def main() -> None:
         training = Training(
             "speed", mine, prepare_method(method, mine, teacher, example, seed=0), planned, config,
             RunDirectory(folder),
-            teacher=taught, watcher=watcher,
+            teacher=taught, callback=watcher,
         )  # fmt: skip
-        fit(training, make_accelerator(precision))
+        fit(training, build_accelerator(precision))
         return watcher.found()
 
     layout = Layout(keep="stochastic_rounding", draws=50, classes=len(tokenizer), temperatures=(1.0,), tokens=True)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, PlannedBatches
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit
 from tutelage.methods import LogitMethod
 from tutelage.models.small import ConvNet
 from tutelage.teachers import LiveTeacher
@@ -88,14 +88,14 @@ class Interleaved:
         self.engine_seconds: list[float] = []
         self.hand_seconds: list[float] = []
 
-    def started(self, name: str, step: int, total: int) -> None:
+    def on_start(self, name: str, step: int, total: int) -> None:
         """The engine's first step begins."""
         self.mark = time.perf_counter()
 
-    def logged(self, line: dict[str, Any]) -> None:
+    def on_log(self, line: dict[str, Any]) -> None:
         """Part of the engine's step."""
 
-    def stepped(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         """The engine's step ends; now one by hand."""
         now = time.perf_counter()
         next(self.hand)
@@ -119,11 +119,11 @@ def measure(name: str, folder: Path, profile: cProfile.Profile | None) -> dict[s
     )  # fmt: skip
     training = Training(
         name, student, LogitMethod(), PlannedBatches(data, batch_size, seed=0), config, RunDirectory(folder),
-        teacher=LiveTeacher(teacher), watcher=watcher,
+        teacher=LiveTeacher(teacher), callback=watcher,
     )  # fmt: skip
     if profile is not None:
         profile.enable()
-    fit(training, make_accelerator())
+    fit(training, build_accelerator())
     if profile is not None:
         profile.disable()
     warm, end = 5, -1  # the last step writes a checkpoint

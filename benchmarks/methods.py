@@ -124,7 +124,7 @@ def cost(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """What the finished rows found."""
-    from tutelage.evaluation.statistics import paired, spread
+    from tutelage.evaluation.statistics import paired_difference, spread
 
     rows: dict[str, Any] = {}
     for name, method in methods():
@@ -153,7 +153,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             rows[row]["teacher"] = summary["teacher"]["accuracy"]
     for row in rows.values():
         if "kd" in rows and len(row["test"]) == len(rows["kd"]["test"]):
-            row["over_kd"] = paired(row["test"], rows["kd"]["test"])
+            row["over_kd"] = paired_difference(row["test"], rows["kd"]["test"])
     return rows
 
 

@@ -36,8 +36,8 @@ import torch
 
 from tutelage.config import Recipe, dump_recipe, load_recipe
 from tutelage.data import Batch, ImageData, SequentialBatches
-from tutelage.engine import make_accelerator
-from tutelage.evaluation.statistics import paired, spread
+from tutelage.engine import build_accelerator
+from tutelage.evaluation.statistics import paired_difference, spread
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.fill_cache import fill_cache
 from tutelage.experiment.open_run import open_run_directory
@@ -96,7 +96,7 @@ def prepared(text: str, pilot: bool) -> tuple[ImageData, ExperimentSpec, LiveTea
     evaluation = c.evaluation
     test = evaluation.validation if pilot and evaluation.validation is not None else evaluation.test
     c = replace(c, evaluation=replace(evaluation, validation=None, test=test))
-    accelerator = make_accelerator(recipe.train.precision, [])
+    accelerator = build_accelerator(recipe.train.precision, [])
     model = build_teacher(c)
     assert model is not None
     teacher = build_live_teacher(c, model, accelerator.device)
@@ -220,11 +220,11 @@ def write(args: argparse.Namespace) -> None:
         figures["accuracy"][arm] = {str(e): interval(column(arm, e, "accuracy")) for e in args.epochs}
         figures["agreement"][arm] = {str(e): spread(column(arm, e, "agreement")) for e in args.epochs}
         ends = [column(arm, e, "accuracy") for e in (max(args.epochs), min(args.epochs))]
-        figures["longest_over_shortest"][arm] = paired(*ends)
+        figures["longest_over_shortest"][arm] = paired_difference(*ends)
     if {"same", "fixed"} <= set(args.arms):
         for e in args.epochs:
             pair = (column("same", e, "accuracy"), column("fixed", e, "accuracy"))
-            figures["same_over_fixed"][str(e)] = paired(*pair)
+            figures["same_over_fixed"][str(e)] = paired_difference(*pair)
     out = Path(args.results)
     out.mkdir(parents=True, exist_ok=True)
     (out / "patience.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -235,7 +235,7 @@ def write(args: argparse.Namespace) -> None:
 
 def interval(values: list[float]) -> dict[str, Any]:
     """Mean and deviation over seeds, with Student's 95 % interval of the mean."""
-    held = paired(values, [0.0] * len(values))
+    held = paired_difference(values, [0.0] * len(values))
     return {**spread(values), "low": held["low"], "high": held["high"]}
 
 

@@ -22,7 +22,7 @@ import torch
 
 from tutelage import api
 from tutelage.config import load_recipe
-from tutelage.evaluation.statistics import paired, spread
+from tutelage.evaluation.statistics import paired_difference, spread
 from tutelage.experiment.export_student import CALIBRATION, export_student
 from tutelage.experiment.run_artifacts import find, rows_of
 from tutelage.export.timing import Cell, prepare_runner, summarise_times, time_interleaved
@@ -78,8 +78,8 @@ def measure(recipe: str, overrides: list[str], work: Path) -> dict[str, Any]:
         "parameters": whole.summary["parameters"],
         "test_rows": whole.summary["teacher"]["n"],
         "accuracy": {name: spread(values) for name, values in rows.items()},
-        "against_whole": {name: paired(rows[name], rows["whole"]) for name in NAMES if name != "whole"},
-        "during_against_after": paired(rows["during"], rows["after"]),
+        "against_whole": {name: paired_difference(rows[name], rows["whole"]) for name in NAMES if name != "whole"},
+        "during_against_after": paired_difference(rows["during"], rows["after"]),
         "alike": {name: spread(values) for name, values in alike.items()},
         "how": how,
         "latency": latency(whole.path, terminal),

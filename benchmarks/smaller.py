@@ -21,7 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 
 RESULTS = Path("results")
 
@@ -39,10 +39,10 @@ def student(run: Path, *controls: Path) -> dict[str, Any]:
         other = json.loads((control / "summary.json").read_text())
         assert other["seeds"] == summary["seeds"]
         assert other["parameters"]["student"] == sizes["student"]
-        gains[name] = {**paired(scores, distilled(other)), "accuracy": distilled(other)}
+        gains[name] = {**paired_difference(scores, distilled(other)), "accuracy": distilled(other)}
     return {
         "parameters": sizes["student"], "smaller": 1 - sizes["student"] / sizes["teacher"], "accuracy": scores,
-        "retention": paired([score / teacher for score in scores], [0.0] * len(scores)), "gains": gains,
+        "retention": paired_difference([score / teacher for score in scores], [0.0] * len(scores)), "gains": gains,
         "teacher": {"parameters": sizes["teacher"], "accuracy": teacher},
     }  # fmt: skip
 

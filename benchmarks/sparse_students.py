@@ -29,7 +29,7 @@ import torch
 
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, PlannedBatches, RankSlice, load_texts
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator, precision_here
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit, resolve_precision
 from tutelage.evaluation import evaluate
 from tutelage.evaluation.evaluate import get_teacher_output
 from tutelage.methods import SequenceMethod, TokenMethod, prepare_method
@@ -136,14 +136,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     file = RESULTS / "sparse-students.json"
-    precision = precision_here("auto")
+    precision = resolve_precision("auto")
     cutter, teacher = load_tokenizer(MODEL), load_pretrained(MODEL, "causal", None, {}).eval()
     data = load_texts(
         "table", tokenizer=cutter, path={"train": args.train, "test": args.held_out}, task="causal", pack=True,
         max_length=LENGTH, limit=4000, validation=0.0,
     )  # fmt: skip
     held = [batch for (batch,) in PlannedBatches(data.test, ROWS, 0).epoch(0, RankSlice())][: HELD // ROWS]
-    live, accelerator = LiveTeacher(teacher), make_accelerator(precision)
+    live, accelerator = LiveTeacher(teacher), build_accelerator(precision)
     words = [get_teacher_output(live, batch) for batch in held]
     student = prune(teacher, layers=LAYERS).model
 
@@ -193,7 +193,7 @@ def main() -> None:
                     RunDirectory(Path(place) / name.replace(" ", "-")),
                     teacher=None if method.needs is None else taught, seed=seed,
                 )  # fmt: skip
-                outcome = fit(training, make_accelerator(precision))
+                outcome = fit(training, build_accelerator(precision))
                 mine.load_state_dict(outcome.last)
                 if opened is not None:
                     opened.close()

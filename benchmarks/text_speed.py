@@ -27,7 +27,7 @@ from transformers import DataCollatorWithPadding
 
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import PlannedBatches, RankSlice, load_texts
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit
 from tutelage.methods import LogitMethod
 from tutelage.models import load_tokenizer
 from tutelage.models.pretrained import load_pretrained
@@ -64,14 +64,14 @@ class InTurn:
         self.seconds: dict[str, list[float]] = {name: [] for name in ("engine", *hands)}
         self.tokens: dict[str, list[int]] = {name: [] for name in hands}
 
-    def started(self, name: str, step: int, total: int) -> None:
+    def on_start(self, name: str, step: int, total: int) -> None:
         """The engine's first step begins."""
         self.mark = time.perf_counter()
 
-    def logged(self, line: dict[str, Any]) -> None:
+    def on_log(self, line: dict[str, Any]) -> None:
         """Part of the engine's step."""
 
-    def stepped(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         """The engine's step ends; now the others."""
         self.seconds["engine"].append(time.perf_counter() - self.mark)
         for name, hand in self.hands.items():
@@ -111,9 +111,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         training = Training(
             "speed", student, LogitMethod(), planned, config, RunDirectory(Path(folder)),
-            teacher=LiveTeacher(teacher), watcher=watcher,
+            teacher=LiveTeacher(teacher), callback=watcher,
         )  # fmt: skip
-        fit(training, make_accelerator())
+        fit(training, build_accelerator())
     tokens = {"engine": watcher.tokens["same batches by hand"], **watcher.tokens}
     rates = {n: sum(tokens[n][2:-1]) / sum(watcher.seconds[n][2:-1]) for n in tokens}
     mine, hand = watcher.seconds["engine"][2:-1], watcher.seconds["same batches by hand"][2:-1]

@@ -21,7 +21,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 
 RESULTS = Path("results")
 ARMS = {
@@ -91,7 +91,7 @@ def main() -> None:
         whole = rows["triple"]
         if row is whole or len(row[key]) != len(whole[key]):
             return ""
-        found = paired(row[key], whole[key])
+        found = paired_difference(row[key], whole[key])
         held = "" if found["low"] is None else f", {found['low']:+.3f} to {found['high']:+.3f}"
         return f" ({found['mean']:+.3f}{held})"
 

@@ -46,9 +46,9 @@ def test_a_rate_is_in_the_unit_in_which_it_is_no_nought(rate: float, words: str)
 def test_plain_lines_say_how_long_a_slow_step_takes(clock: Clock, seconds: float, words: str) -> None:
     written = io.StringIO()
     terminal = Terminal(Console(file=written, width=200))
-    terminal.started("baseline-seed0", 5, 145)
+    terminal.on_start("baseline-seed0", 5, 145)
     clock.now += 50 * seconds
-    terminal.logged({"step": 55, "validation": {"accuracy": 0.5}})
+    terminal.on_log({"step": 55, "validation": {"accuracy": 0.5}})
     assert f"step 55/145, {words}" in written.getvalue()
 
 
@@ -56,14 +56,14 @@ def test_plain_lines_say_how_long_a_slow_step_takes(clock: Clock, seconds: float
 def test_the_live_line_shows_slow_steps_as_they_come(clock: Clock, seconds: float) -> None:
     written = io.StringIO()
     terminal = Terminal(Console(file=written, width=160, force_terminal=True, get_time=clock))
-    terminal.started("baseline-seed0", 0, 100)
+    terminal.on_start("baseline-seed0", 0, 100)
     try:
         for step in (1, 2, 3):
             clock.now += seconds
-            terminal.stepped(step)
+            terminal.on_step(step)
             assert terminal.progress is not None
             terminal.progress.refresh()
     finally:
-        terminal.finished()
+        terminal.on_end()
     assert "3/100" in written.getvalue()
     assert f"{seconds:.1f} s/step" in written.getvalue()

@@ -16,7 +16,7 @@ import tutelage
 from support.worlds import WORLDS, Shuffled, World, teacher_for
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit
 from tutelage.errors import Interrupted
 from tutelage.methods import LogitMethod, Method, Term
 from tutelage.taps import Needs, Observation, output_head
@@ -130,7 +130,7 @@ def gradients(world: World, method: Method, out: Path) -> dict[str, torch.Tensor
     fit(
         Training("t", student, method, LoaderBatches([world.train[0]], 0, world.to_batch), config,
                  RunDirectory(out), teacher=LiveTeacher(teacher_for(world, 5))),
-        make_accelerator(),
+        build_accelerator(),
     )  # fmt: skip
     return {k: start[k] - v.detach() for k, v in student.named_parameters()}
 

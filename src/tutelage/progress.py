@@ -58,7 +58,7 @@ class Terminal:
         if self.speaks:
             self.console.print(text, highlight=False, markup=False)
 
-    def started(self, name: str, step: int, total: int) -> None:
+    def on_start(self, name: str, step: int, total: int) -> None:
         """A training begins, or goes on from ``step``."""
         self.name, self.total, self.terms, self.validation = name, total, "", ""
         self.began, self.first, self.shown = time.monotonic(), step, time.monotonic()
@@ -81,14 +81,14 @@ class Terminal:
             self.task = self.progress.add_task(name, total=total, completed=step, terms="")
             self.progress.start()
 
-    def stepped(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         """An optimizer step is done."""
         now = time.monotonic()
         if self.progress is not None and (step % 20 == 0 or step == self.total or now - self.drawn > 0.5):
             self.drawn = now
             self.progress.update(self.task, completed=step, terms=f"{self.validation}  {self.terms}".strip())
 
-    def logged(self, line: dict[str, Any]) -> None:
+    def on_log(self, line: dict[str, Any]) -> None:
         """A line went to the metrics."""
         if "terms" in line:
             self.terms = show_terms(line)
@@ -104,7 +104,7 @@ class Terminal:
                     f"{left / rate:.0f} s left, {self.terms}, {self.validation}"
                 )
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         """The live line goes."""
         if self.progress is not None:
             self.progress.stop()

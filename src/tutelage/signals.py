@@ -11,7 +11,7 @@ from types import FrameType
 
 
 @contextmanager
-def stopping(
+def catch_stop_signals(
     announce: Callable[[str], None] = lambda text: None, doing: str = "saving after this step"
 ) -> Iterator[Callable[[], bool]]:
     """Gives a function that is true once a stop was asked for; a second Ctrl-C stops at once.

@@ -14,7 +14,16 @@ from torch import nn
 from tutelage import config as settings
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator, optim, precision_here, slow_bf16, tracking
+from tutelage.engine import (
+    RunDirectory,
+    Training,
+    build_accelerator,
+    fit,
+    is_bf16_slow,
+    open_trackers,
+    optim,
+    resolve_precision,
+)
 from tutelage.engine.checkpoint import load_checkpoint, newest
 from tutelage.engine.ema import EMA
 from tutelage.errors import CapabilityError, MissingDependencyError, NumericsError
@@ -55,7 +64,7 @@ def train(out: Path, model: nn.Module | None = None, method: Method | None = Non
         "t", model or network(), method or SupervisedMethod(), LoaderBatches(data, 0), TrainConfig(**fields),
         RunDirectory(out), validation=[held()],
     )  # fmt: skip
-    return fit(training, make_accelerator(fields.get("precision"), fields.get("trackers")))
+    return fit(training, build_accelerator(fields.get("precision"), fields.get("trackers")))
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -238,7 +247,7 @@ def test_bf16_trains_with_the_loss_in_float32(tmp_path: Path) -> None:
     assert set(seen[::2]) == {torch.bfloat16}
     assert set(seen[1::2]) == {torch.float32}
     assert all(v.dtype == torch.float32 for v in outcome.last.values())
-    make_accelerator("no")
+    build_accelerator("no")
 
 
 def test_a_compiled_student_keeps_its_class_and_names(tmp_path: Path) -> None:
@@ -256,8 +265,8 @@ def test_a_compiled_student_keeps_its_class_and_names(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
-    accelerator = make_accelerator(None, ["tensorboard"])
-    with tracking(accelerator, tmp_path / "trackers", {"a": "b"}):
+    accelerator = build_accelerator(None, ["tensorboard"])
+    with open_trackers(accelerator, tmp_path / "trackers", {"a": "b"}):
         fit(
             Training("t", network(), SupervisedMethod(), LoaderBatches(batches(), 0), TrainConfig(steps=4),
                      RunDirectory(tmp_path), validation=[Batch(*batches()[0])]),
@@ -308,32 +317,32 @@ def test_auto_precision_is_what_the_processor_computes_in(
     found = dict.fromkeys(torch.cpu.get_capabilities(), False) | {instructions: True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    assert make_accelerator("auto").mixed_precision == meant
-    assert slow_bf16(make_accelerator("bf16")) == (meant == "no")
-    assert not slow_bf16(make_accelerator("auto"))
+    assert build_accelerator("auto").mixed_precision == meant
+    assert is_bf16_slow(build_accelerator("bf16")) == (meant == "no")
+    assert not is_bf16_slow(build_accelerator("auto"))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert [precision_here(asked) for asked in ("auto", "no", None)] == [meant, "no", "bf16"]
+    assert [resolve_precision(asked) for asked in ("auto", "no", None)] == [meant, "no", "bf16"]
 
 
 def test_a_precision_does_not_leak_into_the_next_run() -> None:
-    assert make_accelerator("bf16").mixed_precision == "bf16"
-    assert make_accelerator(None).mixed_precision == "no"
+    assert build_accelerator("bf16").mixed_precision == "bf16"
+    assert build_accelerator(None).mixed_precision == "no"
 
 
 def test_a_launcher_that_asks_for_deepspeed_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install deepspeed") as refused:
-        make_accelerator()
+        build_accelerator()
     assert "FSDP" in str(refused.value)
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_accelerator()  # the state of this process says that it is alone
+    build_accelerator()  # the state of this process says that it is alone
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     with pytest.raises(CapabilityError, match="started 2 processes, but accelerate sees 1"):
-        make_accelerator()
+        build_accelerator()
 
 
 def test_only_our_own_drafts_are_swept_away(tmp_path: Path) -> None:

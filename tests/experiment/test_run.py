@@ -15,9 +15,9 @@ from tutelage import api
 from tutelage.cli.doctor_checks import examine
 from tutelage.config import build_recipe, dump_recipe, load_recipe
 from tutelage.data import load_images
-from tutelage.engine import RunDirectory, make_accelerator
+from tutelage.engine import RunDirectory, build_accelerator
 from tutelage.errors import CapabilityError, Interrupted
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 from tutelage.experiment.compare import compare
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.similarity import class_similarity
@@ -218,11 +218,11 @@ def test_a_teacher_that_comes_with_weights_is_not_trained_again(teacher: dict[st
 
 
 def test_the_interval_is_student_s() -> None:
-    found = paired([0.9, 0.8, 0.85], [0.7, 0.75, 0.8])
+    found = paired_difference([0.9, 0.8, 0.85], [0.7, 0.75, 0.8])
     assert found["mean"] == pytest.approx(0.1)
     half = 4.302652729911275 * 0.08660254037844387 / 3**0.5
     assert (found["low"], found["high"]) == pytest.approx((0.1 - half, 0.1 + half))
-    assert paired([0.9], [0.7])["low"] is None
+    assert paired_difference([0.9], [0.7])["low"] is None
 
 
 def test_doctor_says_what_it_looked_at(finished: api.RunResult) -> None:
@@ -312,10 +312,10 @@ def test_a_stop_is_possible_while_teacher_outputs_are_computed(tmp_path: Path) -
         asked.append(1)
         return (tmp_path / "models" / "teacher").exists()
 
-    context = RunContext(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False), stop)
+    context = RunContext(build_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False), stop)
     with pytest.raises(Interrupted, match="while teacher outputs were computed"):
         compare(recipe_spec(recipe, data), context)
     assert not (tmp_path / "models" / "baseline-seed0").exists()
-    again = RunContext(make_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False))
+    again = RunContext(build_accelerator(), RunDirectory(tmp_path), Terminal(speaks=False))
     summary = compare(recipe_spec(recipe, data), again)
     assert summary["students"]["distilled"]["best"]["accuracy"]["mean"] > 0

@@ -17,7 +17,7 @@ from support.launching import launch
 from support.worlds import WORLDS, World, teacher_for
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import LoaderBatches
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit
 from tutelage.errors import CapabilityError, CheckpointError
 from tutelage.integrations import Distiller
 from tutelage.methods import (
@@ -104,7 +104,7 @@ def by_engine(case: Case, out: Path) -> Found:
     batches = LoaderBatches(case.world.train, 0, case.world.to_batch)
     fit(
         Training("t", student, method, batches, config, RunDirectory(out), LiveTeacher(case.teacher)),
-        make_accelerator(None, []),
+        build_accelerator(None, []),
     )
     lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line], weights_of(student, method)

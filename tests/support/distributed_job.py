@@ -19,7 +19,7 @@ from support import served_worlds
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import IGNORE, Batch, PlannedBatches
 from tutelage.data.tokens import tokenize
-from tutelage.engine import Accelerator, RunDirectory, Training, fit, leave, make_accelerator
+from tutelage.engine import Accelerator, RunDirectory, Training, build_accelerator, fit, leave
 from tutelage.engine.checkpoint import full_model_state
 from tutelage.losses import kd
 from tutelage.methods import (
@@ -149,11 +149,11 @@ class Snapshots:
         self.kept: dict[str, Tensor] = {}
         self.module: nn.Module | None = None
 
-    def started(self, name: str, step: int, total: int) -> None: ...
+    def on_start(self, name: str, step: int, total: int) -> None: ...
 
-    def logged(self, line: dict[str, Any]) -> None: ...
+    def on_log(self, line: dict[str, Any]) -> None: ...
 
-    def stepped(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         assert self.module is not None
         self.kept.update({f"{step}/{k}": v for k, v in full_model_state(self.module).items()})
 
@@ -186,7 +186,7 @@ def deepspeed_on_cpus() -> None:
 def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
     if kind.startswith("zero"):
         deepspeed_on_cpus()
-    accelerator = make_accelerator()
+    accelerator = build_accelerator()
     if kind.startswith("fsdp"):  # in units of 20 parameters, or all in the root
         sharded(accelerator, 20 if kind == "fsdp" else 10**9)
     watcher, student = Snapshots(), network(8, seed=1)
@@ -231,7 +231,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
     training = Training(
         "job", student, method, PlannedBatches(data, BATCH, seed=3), config,
         RunDirectory(out, writes=accelerator.is_main_process), teacher=live,
-        validation=[data.fetch(data.ids[:37])], watcher=watcher,
+        validation=[data.fetch(data.ids[:37])], callback=watcher,
     )  # fmt: skip
     prepare = accelerator.prepare
 

@@ -18,8 +18,8 @@ from support.numbered import TAPS, WIDTH, Numbered, allocated, hooks, numbered, 
 from support.worlds import WORLDS
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator
-from tutelage.engine.callbacks import Silent
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit
+from tutelage.engine.callbacks import NullCallback
 from tutelage.methods import DistillationModule, FeatureMethod, Method, Term, prepare_method
 from tutelage.models.small import ConvNet
 from tutelage.taps import (
@@ -176,7 +176,7 @@ def test_fit_trains_on_taps_and_leaves_no_hook(tmp_path: Path, compiled: bool, c
     config = TrainConfig(steps=9, compile=compiled, evaluate_every=2, optimizer=OptimizerConfig(lr=1e-2))
     training = Training("t", student, method, batches, config, RunDirectory(tmp_path),
                         validation=[world.to_batch(b) for b in world.held])  # fmt: skip
-    fit(training, make_accelerator())
+    fit(training, build_accelerator())
     assert len(method.seen) == 9
     assert hooks(student) == 0
 
@@ -184,15 +184,15 @@ def test_fit_trains_on_taps_and_leaves_no_hook(tmp_path: Path, compiled: bool, c
 def test_a_compiled_student_that_runs_before_its_first_step_is_tapped_all_the_same(
     tmp_path: Path, compiles_lightly: None
 ) -> None:
-    class Looks(Silent):
-        def started(self, name: str, step: int, total: int) -> None:
+    class Looks(NullCallback):
+        def on_start(self, name: str, step: int, total: int) -> None:
             student.train()(world.to_batch(world.train[0]).inputs)
 
     world = WORLDS["cnn"]()
     student, method = world.make(4), Watching()
     training = Training("t", student, method, LoaderBatches(world.train, 0, world.to_batch),
-                        TrainConfig(steps=2, compile=True), RunDirectory(tmp_path), watcher=Looks())  # fmt: skip
-    fit(training, make_accelerator())
+                        TrainConfig(steps=2, compile=True), RunDirectory(tmp_path), callback=Looks())  # fmt: skip
+    fit(training, build_accelerator())
     assert len(method.seen) == 2
 
 
@@ -207,7 +207,7 @@ def test_fit_leaves_no_hook_after_an_error_either(tmp_path: Path) -> None:
     training = Training("t", student, Fails(), LoaderBatches(world.train, 0, world.to_batch), TrainConfig(steps=3),
                         RunDirectory(tmp_path))  # fmt: skip
     with pytest.raises(RuntimeError, match="in the middle") as error:
-        fit(training, make_accelerator())
+        fit(training, build_accelerator())
     assert error.traceback
     assert hooks(student) == 0
 
@@ -224,7 +224,7 @@ def test_the_feature_method_compiled_learns_what_it_learns_without(tmp_path: Pat
         training = Training("t", student, method, LoaderBatches(world.train, 0, world.to_batch), config,
                             RunDirectory(tmp_path / str(compiled)), teacher=LiveTeacher(teacher),
                             validation=[world.to_batch(b) for b in world.held])  # fmt: skip
-        fit(training, make_accelerator())
+        fit(training, build_accelerator())
         ends.append(dict(student.named_parameters()))
         del training
         assert hooks(student) == hooks(teacher) == 0

@@ -19,7 +19,7 @@ from support.worlds import unsettled
 from tutelage import api
 from tutelage.config import build_recipe
 from tutelage.data import Batch
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.methods import FeatureMethod, LogitMethod, SupervisedMethod, prepare_method
 from tutelage.models.small import MLP
@@ -369,7 +369,7 @@ def trained(teacher: Any, tmp_path: Path, **config: Any) -> tuple[dict[str, Tens
         "student", student, LogitMethod(), steps, TrainConfig(**{"steps": 7, **config}), RunDirectory(tmp_path),
         teacher=teacher,
     )  # fmt: skip
-    return fit(training, make_accelerator(None, [])).last, steps.drawn
+    return fit(training, build_accelerator(None, [])).last, steps.drawn
 
 
 @pytest.mark.parametrize("process", [False, True])
@@ -395,7 +395,7 @@ def test_a_method_without_a_teacher_asks_nobody_ahead(tmp_path: Path) -> None:
         "student", student, SupervisedMethod(), Steps(), TrainConfig(steps=3), RunDirectory(tmp_path),
         teacher=PrefetchingTeacher(Never(network())),
     )  # fmt: skip
-    fit(training, make_accelerator(None, []))
+    fit(training, build_accelerator(None, []))
 
 
 def recipe(**inference: Any) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from tutelage.engine.callbacks import TrainingCallback
 from tutelage.engine.launch import (
     Accelerator,
-    from_main,
+    broadcast_from_main,
+    build_accelerator,
+    is_bf16_slow,
     leave,
-    make_accelerator,
-    precision_here,
-    slow_bf16,
-    tracking,
+    open_trackers,
+    resolve_precision,
 )
 from tutelage.engine.loop import Outcome, Training, fit
 from tutelage.engine.run_directory import RunDirectory
@@ -19,11 +19,11 @@ __all__ = [
     "RunDirectory",
     "Training",
     "TrainingCallback",
+    "broadcast_from_main",
+    "build_accelerator",
     "fit",
-    "from_main",
+    "is_bf16_slow",
     "leave",
-    "make_accelerator",
-    "precision_here",
-    "slow_bf16",
-    "tracking",
+    "open_trackers",
+    "resolve_precision",
 ]

@@ -9,7 +9,7 @@ from torch import nn
 from tutelage.errors import CapabilityError
 
 
-def recompute(student: nn.Module) -> None:
+def enable_gradient_checkpointing(student: nn.Module) -> None:
     """Let a model of transformers compute its layers again in the backward pass.
 
     Raises:

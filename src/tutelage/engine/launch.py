@@ -22,11 +22,11 @@ from tutelage.errors import CapabilityError, MissingDependencyError
 T = TypeVar("T")
 
 
-def make_accelerator(precision: str | None = None, trackers: list[str] | None = None) -> Accelerator:
+def build_accelerator(precision: str | None = None, trackers: list[str] | None = None) -> Accelerator:
     """An accelerator under ``accelerate launch``, ``torchrun`` or neither.
 
     Args:
-        precision: see :func:`precision_here`.
+        precision: see :func:`resolve_precision`.
         trackers: experiment trackers by accelerate's names.
 
     Raises:
@@ -38,7 +38,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
         zero.check_installed()
     elif world > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate takes each process of a launcher for the only one
-    precision = precision_here(precision)
+    precision = resolve_precision(precision)
     if AcceleratorState._shared_state and precision != AcceleratorState().mixed_precision:
         AcceleratorState._reset_state()  # a second run in one process may want another precision
     for tracker in trackers or ():
@@ -56,7 +56,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             log_with=trackers or None,
-            project_dir=".",  # trackers ask for one now; tracking() gives the real one before they write
+            project_dir=".",  # trackers ask for one now; open_trackers() gives the real one before they write
         )
     except (ImportError, ValueError) as error:
         raise CapabilityError(
@@ -72,7 +72,7 @@ def make_accelerator(precision: str | None = None, trackers: list[str] | None = 
     return accelerator
 
 
-def precision_here(asked: str | None) -> str:
+def resolve_precision(asked: str | None) -> str:
     """``no``, ``bf16`` or ``fp16``: the mixed precision that is meant on this machine.
 
     Args:
@@ -84,7 +84,7 @@ def precision_here(asked: str | None) -> str:
     return asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def slow_bf16(accelerator: Accelerator) -> bool:
+def is_bf16_slow(accelerator: Accelerator) -> bool:
     """Whether this run computes in bf16 on a CPU that has no instructions for it."""
     return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_has_bf16()
 
@@ -125,7 +125,7 @@ def _let_threads_go() -> None:
     time.sleep(0.5)
 
 
-def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+def broadcast_from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """What ``make`` gives on the main process, on every process; only there is it called."""
     value = [make() if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
@@ -134,7 +134,7 @@ def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
 
 
 @contextmanager
-def tracking(accelerator: Accelerator, folder: Path, config: dict[str, str]) -> Iterator[None]:
+def open_trackers(accelerator: Accelerator, folder: Path, config: dict[str, str]) -> Iterator[None]:
     """Experiment trackers, if any were asked for, open during the block; those of files write to ``folder``."""
     if not accelerator.log_with:
         yield

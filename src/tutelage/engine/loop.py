@@ -20,9 +20,9 @@ from tutelage.config import TrainConfig
 from tutelage.data.batch import IGNORE, Batch
 from tutelage.data.loader import Batches, RankSlice
 from tutelage.engine import checkpoint
-from tutelage.engine.callbacks import Silent, TrainingCallback
+from tutelage.engine.callbacks import NullCallback, TrainingCallback
 from tutelage.engine.ema import EMA
-from tutelage.engine.gradient_checkpointing import recompute
+from tutelage.engine.gradient_checkpointing import enable_gradient_checkpointing
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.run_directory import RunDirectory
 from tutelage.engine.zero import Zero
@@ -60,7 +60,7 @@ class Training:
             over ``batches``: a baseline student on fewer images gets the steps of the distilled one.
         classes: number of classes, where labels shall be checked against it.
         metric: of the validation, what the best weights are chosen by.
-        validation_references: the teacher's word on ``validation``, for metrics that compare with them.
+        validation_outputs: the teacher's word on ``validation``, for metrics that compare with them.
     """
 
     name: str
@@ -73,11 +73,11 @@ class Training:
     validation: Iterable[Batch] | None = None
     seed: int = 0
     should_stop: Callable[[], bool] = lambda: False
-    watcher: TrainingCallback = field(default_factory=Silent)
+    callback: TrainingCallback = field(default_factory=NullCallback)
     epoch_steps: int | None = None
     classes: int | None = None
     metric: str = "accuracy"
-    validation_references: Iterable[TeacherOutput] | None = None
+    validation_outputs: Iterable[TeacherOutput] | None = None
 
     @property
     def epoch_length(self) -> int:
@@ -140,7 +140,7 @@ def fit(t: Training, accelerator: Accelerator) -> Outcome:
 def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     s.resume()
     s.bare.method.before_training(s.bare.student, s.at.step, t.steps)
-    t.watcher.started(t.name, s.at.step, t.steps)
+    t.callback.on_start(t.name, s.at.step, t.steps)
     per_epoch = t.batches.steps_per_epoch
     while s.at.step < t.steps and not s.at.stopped_early:
         epoch, done = divmod(s.at.step, per_epoch)
@@ -174,7 +174,7 @@ class _State:
         self.share = RankSlice(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
         torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
         if t.config.gradient_checkpointing:
-            recompute(t.student)
+            enable_gradient_checkpointing(t.student)
         if t.config.compile:
             compile_apart(t.student)
         optimizer = build_optimizer(module, t.config.optimizer)
@@ -296,7 +296,7 @@ class _State:
             due = self.agreed(time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS)
         if due or last:
             self.save()
-        t.watcher.stepped(at.step)
+        t.callback.on_step(at.step)
         if not last and self.asked_to_stop():
             self.log()
             self.save()
@@ -345,7 +345,7 @@ class _State:
         self.t.run.log(line)
         if self.accelerator.trackers:
             self.accelerator.log({f"{self.t.name}/{k}": v for k, v in tracked.items()}, step=self.at.step)
-        self.t.watcher.logged(line)
+        self.t.callback.on_log(line)
 
     def validate(self) -> None:
         t, at = self.t, self.at
@@ -356,7 +356,7 @@ class _State:
                     self.bare.student,
                     t.validation,
                     self.accelerator.device,
-                    t.validation_references,
+                    t.validation_outputs,
                     share=self.share,
                     reduce=self.sum_over_processes,
                 )

@@ -56,7 +56,7 @@ class RunDirectory:
         """Folder of a training's checkpoints."""
         return self.path / "checkpoints" / training
 
-    def decided(self, what: str, now: bool) -> bool:
+    def keep_decision(self, what: str, now: bool) -> bool:
         """``now``, or what was decided when the run began: a resumed one computes the same."""
         path = self.path / "decisions.json"
         known: dict[str, bool] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

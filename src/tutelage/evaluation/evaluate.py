@@ -113,7 +113,7 @@ def placed(said: TeacherOutput, device: torch.device | str) -> TeacherOutput:
     return said.map(lambda x: x.to(device))
 
 
-def classes_of(said: TeacherOutput) -> int:
+def count_classes(said: TeacherOutput) -> int:
     """How many classes are scored."""
     return said.shape[-1] if isinstance(said, Tensor) else len(said.weight)
 
@@ -134,9 +134,9 @@ def _scored(
         highest = int(batch.labels.max()) if batch.labels.numel() else 0
         mine = batch.rows(start, stop).to(device)
         said = ask(mine)
-        if batch.task == "classes" and highest >= classes_of(said):
+        if batch.task == "classes" and highest >= count_classes(said):
             raise CapabilityError(
-                f"the data has a label {highest}, the {who} scores classes 0 to {classes_of(said) - 1}",
+                f"the data has a label {highest}, the {who} scores classes 0 to {count_classes(said) - 1}",
                 remedy="set its number of classes",
             )
         reference = None if theirs is None else next(theirs)

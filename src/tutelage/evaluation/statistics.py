@@ -17,7 +17,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def paired(treated: Sequence[float], control: Sequence[float], level: float = 0.95) -> dict[str, Any]:
+def paired_difference(treated: Sequence[float], control: Sequence[float], level: float = 0.95) -> dict[str, Any]:
     """Mean of the differences seed by seed, with Student's interval.
 
     Args:

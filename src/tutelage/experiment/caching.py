@@ -11,7 +11,7 @@ import torch
 
 from tutelage.config import CacheConfig, DataConfig, Recipe
 from tutelage.data import Batch, Data
-from tutelage.engine import Accelerator, precision_here
+from tutelage.engine import Accelerator, resolve_precision
 from tutelage.errors import CapabilityError
 from tutelage.experiment.dataset_fingerprint import short_hash
 from tutelage.experiment.measure import fingerprint
@@ -148,5 +148,5 @@ def recipe_provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | Remote
         "views": recipe.data.views if data.train.is_augmented else None,
         # an image that is mixed with others depends on which others there are
         "rows": short_hash(data.train.ids.numpy().tobytes()) if data.train.mix_augments else None,
-        "precision": precision_here(recipe.train.precision),
+        "precision": resolve_precision(recipe.train.precision),
     }

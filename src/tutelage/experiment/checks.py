@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.engine import Accelerator, slow_bf16
+from tutelage.engine import Accelerator, is_bf16_slow
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
 from tutelage.experiment.prepare import all_methods, example_of
@@ -185,7 +185,7 @@ def check_better_than_chance(scores: dict[str, Any], classes: int, ctx: RunConte
 
 def warn_of_precision(accelerator: Accelerator, terminal: Terminal) -> None:
     """Warn when bf16 makes a run slower instead of faster."""
-    if slow_bf16(accelerator):
+    if is_bf16_slow(accelerator):
         terminal.say(
             "warning: this CPU has no bf16 instructions, and a step can take ten times as long; set "
             "train.precision to auto or no"

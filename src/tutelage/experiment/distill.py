@@ -23,7 +23,7 @@ from tutelage.config import (
 )
 from tutelage.config.teachers import cache_section
 from tutelage.data import Batch, SequentialBatches, as_batch
-from tutelage.engine import from_main, make_accelerator, tracking
+from tutelage.engine import broadcast_from_main, build_accelerator, open_trackers
 from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError, shorten
 from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
@@ -35,7 +35,7 @@ from tutelage.experiment.summary import load_student
 from tutelage.experiment.teachers import live_options, prefetch_mode
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal
-from tutelage.signals import stopping
+from tutelage.signals import catch_stop_signals
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
 
 
@@ -159,14 +159,14 @@ def distill(
 
 
 def _run(spec: ExperimentSpec, text: str, out: str | Path | None, resume: bool, verbose: bool) -> DistillResult:
-    accelerator = make_accelerator(spec.train.precision, list(spec.train.trackers))
-    path = from_main(accelerator, lambda: choose_run_directory(out, spec.name, resume))
+    accelerator = build_accelerator(spec.train.precision, list(spec.train.trackers))
+    path = broadcast_from_main(accelerator, lambda: choose_run_directory(out, spec.name, resume))
     terminal = Terminal(speaks=verbose and accelerator.is_main_process)
     warn_of_precision(accelerator, terminal)
-    tracked = tracking(accelerator, path / "trackers", {"distill": text})
+    tracked = open_trackers(accelerator, path / "trackers", {"distill": text})
     with (
         open_run_directory(path, text, resume=resume, main=accelerator.is_main_process) as run,
-        stopping(terminal.say) as stop,
+        catch_stop_signals(terminal.say) as stop,
         tracked,
     ):
         summary = compare(spec, RunContext(accelerator, run, terminal, stop))

@@ -10,7 +10,7 @@ import yaml
 
 from tutelage.config import CacheConfig, Recipe
 from tutelage.data import Data, SequentialBatches
-from tutelage.engine import Accelerator, make_accelerator
+from tutelage.engine import Accelerator, build_accelerator
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.checks import check_output, check_teachers, warn_of_precision
@@ -19,7 +19,7 @@ from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.teacher_setup import open_remote_teacher
 from tutelage.experiment.teachers import build_live_teacher
 from tutelage.progress import Terminal
-from tutelage.signals import stopping
+from tutelage.signals import catch_stop_signals
 from tutelage.teachers import CachedTeacher
 from tutelage.teachers.cache import compact_cache, inspect_cache, verify_cache
 
@@ -58,7 +58,7 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
         Interrupted: SIGTERM or Ctrl-C; the computed rows are kept.
     """
     recipe = _with_cache(recipe, out)
-    accelerator = make_accelerator(recipe.train.precision, [])
+    accelerator = build_accelerator(recipe.train.precision, [])
     terminal = (terminal or Terminal()).only_on(accelerator.is_main_process)
     warn_of_precision(accelerator, terminal)
     data = load_data(recipe, terminal)
@@ -79,7 +79,7 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
         )
     start = time.monotonic()
     with (
-        stopping(terminal.say) as should_stop,
+        catch_stop_signals(terminal.say) as should_stop,
         open_remote_teacher(spec, terminal, method, classes) as remote,
     ):
         source = teacher or remote

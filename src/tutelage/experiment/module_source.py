@@ -12,7 +12,7 @@ from torch import nn
 
 from tutelage.config import CacheConfig
 from tutelage.data import Batch, LoaderBatches, SequentialBatches
-from tutelage.engine import precision_here
+from tutelage.engine import resolve_precision
 from tutelage.errors import ConfigError, Interrupted, ModelError
 from tutelage.experiment.caching import open_cache, teacher_provenance
 from tutelage.experiment.dataset_fingerprint import fingerprint_samples, fingerprint_tokenizer
@@ -108,7 +108,7 @@ class ModuleSource:
             "teacher": teacher_provenance(teacher),
             "data": fingerprint_samples(self.train_loader, self.to_batch, watch),
             "preprocessing": {} if tokenizer is None else {"tokenizer": tokenizer},
-            "precision": precision_here(self.precision),
+            "precision": resolve_precision(self.precision),
         }
         example = next(iter(SequentialBatches(self.eval_data, to_batch=self.to_batch))).rows(0, 1)
         return open_cache(self.cache, "distill", made_from, example, teacher, classes, method, ctx.accelerator)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tutelage.config import Recipe, dump_recipe
 from tutelage.data import Data
-from tutelage.engine import Accelerator, from_main, make_accelerator, tracking
+from tutelage.engine import Accelerator, broadcast_from_main, build_accelerator, open_trackers
 from tutelage.errors import ConfigError, RunDirectoryError
 from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
@@ -17,7 +17,7 @@ from tutelage.experiment.open_run import choose_run_directory, open_run_director
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.spec import RunContext
 from tutelage.progress import Terminal
-from tutelage.signals import stopping
+from tutelage.signals import catch_stop_signals
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def set_up_run(
     recipe: Recipe, out: str | Path | None, resume: bool, terminal: Terminal | None
 ) -> tuple[Path, Accelerator, Terminal]:
     """The run directory, the same for all processes; this process's accelerator; and where it shows progress."""
-    accelerator = make_accelerator(recipe.train.precision, list(recipe.train.trackers))
-    path = from_main(accelerator, lambda: choose_run_directory(out, recipe.name, resume))
+    accelerator = build_accelerator(recipe.train.precision, list(recipe.train.trackers))
+    path = broadcast_from_main(accelerator, lambda: choose_run_directory(out, recipe.name, resume))
     terminal = (terminal or Terminal()).only_on(accelerator.is_main_process)
     warn_of_precision(accelerator, terminal)
     return path, accelerator, terminal
@@ -70,7 +70,7 @@ def run_on_data(
     accelerator: Accelerator | None = None,
 ) -> RunResult:
     """:func:`run_recipe` in the folder ``path``, on loaded data; ``None`` loads the recipe's."""
-    accelerator = accelerator or make_accelerator(recipe.train.precision, list(recipe.train.trackers))
+    accelerator = accelerator or build_accelerator(recipe.train.precision, list(recipe.train.trackers))
     with open_run_directory(path, dump_recipe(recipe), resume=resume, main=accelerator.is_main_process) as run:
         if run.summary.exists():
             terminal.say(f"{path} is finished; showing its results")
@@ -78,8 +78,8 @@ def run_on_data(
         processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
         terminal.say(f"run directory: {path}{processes}")
         data = data or load_data(recipe, terminal)
-        tracked = tracking(accelerator, path / "trackers", {"recipe": dump_recipe(recipe)})
-        with stopping(terminal.say) as should_stop, tracked:
+        tracked = open_trackers(accelerator, path / "trackers", {"recipe": dump_recipe(recipe)})
+        with catch_stop_signals(terminal.say) as should_stop, tracked:
             summary = compare(recipe_spec(recipe, data), RunContext(accelerator, run, terminal, should_stop))
     return RunResult(path, summary)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tutelage.evaluation.statistics import paired, spread
+from tutelage.evaluation.statistics import paired_difference, spread
 from tutelage.experiment.continuations import generate_continuations, select_rows
 from tutelage.experiment.measure import latencies, parameters
 from tutelage.experiment.prepare import count_projectors, example_of, needs_teacher
@@ -62,7 +62,7 @@ def write_summary(
         summary["teacher"] = {**teacher_scores, "validation": validation}
     if "baseline" in results:
         summary["gain"] = {
-            which: paired(
+            which: paired_difference(
                 [r[which][metric] for r in results["distilled"]], [r[which][metric] for r in results["baseline"]]
             )
             for which in ("best", "last")

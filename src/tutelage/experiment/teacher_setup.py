@@ -11,9 +11,9 @@ import psutil
 from torch import Tensor, nn
 
 from tutelage.data import Batch
-from tutelage.engine import Training, from_main
+from tutelage.engine import Training, broadcast_from_main
 from tutelage.errors import ConfigError
-from tutelage.evaluation import TeacherOutput, classes_of, evaluate_teacher, get_teacher_output
+from tutelage.evaluation import TeacherOutput, count_classes, evaluate_teacher, get_teacher_output
 from tutelage.experiment.checks import check_better_than_chance
 from tutelage.experiment.prepare import AsTeacher, all_methods, all_needs, example_of, needs_teacher, until_stopped
 from tutelage.experiment.similarity import Similarities
@@ -51,7 +51,7 @@ class ReferenceOutputs:
         self.classes = size = 0
         for output in until_stopped(ctx.terminal.iterate(self._compute(), "teacher on test"), ctx):
             tensor = output if isinstance(output, Tensor) else output.inputs  # a head's weights are the teacher's own
-            self.classes, size = classes_of(output), size + 4 * tensor.numel()
+            self.classes, size = count_classes(output), size + 4 * tensor.numel()
             if size > MEMORY_BYTES and not getattr(teacher, "sharded", False):
                 self.stored = None
                 break
@@ -87,7 +87,7 @@ def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.
         training = Training(
             member.name, model, spec.source.build_baseline_method(), member.training.batches, member.training.config,
             ctx.run, validation=None if evaluation.validation is None else AsTeacher(evaluation.validation),
-            seed=member.training.seed, metric=evaluation.metric, should_stop=ctx.should_stop, watcher=ctx.terminal,
+            seed=member.training.seed, metric=evaluation.metric, should_stop=ctx.should_stop, callback=ctx.terminal,
         )  # fmt: skip
         if member.head_only:
             freeze_pretrained(model)
@@ -229,7 +229,7 @@ def fits_memory(spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, me
     row = classes * needs.logits + sum(math.prod(shape) for shape in shapes.values())
     budget = int(psutil.virtual_memory().available) // 4 // ctx.accelerator.num_processes
     fits = spec.training_rows * row * 4 <= budget
-    return from_main(ctx.accelerator, lambda: ctx.run.decided("remembered", fits))
+    return broadcast_from_main(ctx.accelerator, lambda: ctx.run.keep_decision("remembered", fits))
 
 
 def store_in_memory(spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, needs: Needs) -> MemoryTeacher:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.data import Batch
-from tutelage.engine import Outcome, Training, fit, from_main
+from tutelage.engine import Outcome, Training, broadcast_from_main, fit
 from tutelage.evaluation import TeacherOutput, evaluate
 from tutelage.experiment.measure import reached_parameters
 from tutelage.experiment.prepare import example_of, initial_student, training_batches
@@ -81,11 +81,11 @@ def student_training(
         validation=spec.evaluation.validation,
         seed=seed,
         should_stop=ctx.should_stop,
-        watcher=ctx.terminal,
+        callback=ctx.terminal,
         epoch_steps=spec.source.training_batches("distilled", seed).steps_per_epoch,
         classes=classes,
         metric=spec.evaluation.metric,
-        validation_references=teacher.on_validation,
+        validation_outputs=teacher.on_validation,
     )
     if method.phases():
         return _after_phases(training, ctx, rebuild, teacher.live, example_of(spec))
@@ -115,7 +115,7 @@ def _after_phases(
         )  # fmt: skip
         outcome = _fit(phase_training, ctx)
         student, method = rebuild()  # the trained ones may be sharded or compiled
-        weights, method_state = from_main(ctx.accelerator, lambda o=outcome: (o.last, o.method))  # type: ignore[misc]
+        weights, method_state = broadcast_from_main(ctx.accelerator, lambda o=outcome: (o.last, o.method))  # type: ignore[misc]
         phase_states.append(method_state)
         student.load_state_dict(weights)
         for earlier, state in zip(method.phases(), phase_states, strict=False):
@@ -129,7 +129,7 @@ def _fit(training: Training, ctx: RunContext) -> Outcome:
     try:
         return fit(training, ctx.accelerator)
     finally:
-        ctx.terminal.finished()
+        ctx.terminal.on_end()
 
 
 def _freeze_unreached(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tutelage.config import GIVEN, EndpointRecipe, JudgeConfig, Judgement, dump_recipe, load_judgement
 from tutelage.errors import BudgetSpent, DataError, RunDirectoryError, require
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 from tutelage.files import write_text
 from tutelage.generation.answers import RequestPlan
 from tutelage.generation.output import render
@@ -254,7 +254,7 @@ def pair_figures(pair: tuple[str, str], verdicts: Sequence[Sequence[str | None]]
     ignores the order. ``opposed`` counts prompts with contradictory verdicts.
     """
     scores = [sum(POINTS[v] for v in both if v) / 2 for both in verdicts if None not in both]
-    rate = paired(scores, [0.0] * len(scores)) if scores else {"mean": None, "low": None, "high": None}
+    rate = paired_difference(scores, [0.0] * len(scores)) if scores else {"mean": None, "low": None, "high": None}
     first = [(v == "win") != swapped for both in verdicts for swapped, v in enumerate(both) if v in ("win", "loss")]
     return {
         "pair": list(pair), "prompts": len(verdicts), "judged": len(scores),

@@ -18,7 +18,7 @@ from tutelage.generation.journal import FILE, Journal
 from tutelage.generation.progress import ProgressLine, show_progress
 from tutelage.generation.scheduler import RequestBatch, RequestClient, Scheduler
 from tutelage.progress import Terminal
-from tutelage.signals import stopping
+from tutelage.signals import catch_stop_signals
 
 CLIENTS: dict[str, Callable[..., RequestClient]] = {"batch": BatchClient, "live": ChatClient}
 """Clients by ``endpoint.api``."""
@@ -70,7 +70,7 @@ def run_plan(
         TutelageError: as :meth:`Scheduler.outcomes`.
     """
     scheduler = Scheduler(journal, Budget(limits, journal.usage), lambda: False)
-    with stopping(terminal.say, "sending no more requests, and waiting for those in flight") as should_stop:
+    with catch_stop_signals(terminal.say, "sending no more requests, and waiting for those in flight") as should_stop:
         scheduler.should_stop = should_stop
         try:
             result = asyncio.run(_send_batches(plan, first, scheduler, endpoints, bool(limits.prices), terminal))

@@ -24,7 +24,7 @@ from tutelage.lab.arms import ARMS, FIRST, SMALL, SMALL_LLM, SMALL_TEXTS, Bases,
 from tutelage.lab.claims import CLAIMS
 from tutelage.lab.page import lab_page, markdown
 from tutelage.progress import Terminal
-from tutelage.signals import stopping
+from tutelage.signals import catch_stop_signals
 
 Budget = Literal["small", "full"]
 
@@ -201,7 +201,7 @@ def _run_in_processes(bases: Bases, arms: Sequence[str], out: Path, jobs: int, t
     context = get_context("spawn")
     running: dict[Connection, tuple[str, SpawnProcess]] = {}
     waiting = list(arms)
-    with stopping(terminal.say) as should_stop:
+    with catch_stop_signals(terminal.say) as should_stop:
         try:
             while waiting or running:
                 if should_stop():

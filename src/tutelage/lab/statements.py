@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 
@@ -105,7 +105,7 @@ def gain(
     Reproduced when the interval lies above 0; not reproduced when it lies below ``relevant``, which excludes a
     relevant gain; else inconclusive, as always with one seed.
     """
-    difference = paired(treated, control)
+    difference = paired_difference(treated, control)
     low, high = difference["low"], difference["high"]
     verdict: Verdict = "inconclusive"
     if low is not None and low > 0:
@@ -149,7 +149,7 @@ def needed(differences: Sequence[float], relevant: float, most: int = 10_000) ->
 
 def within(statement: str, values: Sequence[float], low: float, high: float, unit: str = "") -> StatementResult:
     """A figure between two bounds: reproduced when its interval lies between them, not when it lies outside."""
-    mean = paired(values, [0.0] * len(values))
+    mean = paired_difference(values, [0.0] * len(values))
     a, b = (mean["mean"] if mean[end] is None else mean[end] for end in ("low", "high"))
     verdict: Verdict = "inconclusive"
     if low <= a and b <= high:
@@ -168,5 +168,5 @@ def exact(statement: str, error: float, most: float) -> StatementResult:
 
 def point(x: float | str, values: Sequence[float]) -> PlotPoint:
     """The mean over seeds and Student's interval."""
-    mean = paired(values, [0.0] * len(values))
+    mean = paired_difference(values, [0.0] * len(values))
     return PlotPoint(x, mean["mean"], mean["low"], mean["high"])

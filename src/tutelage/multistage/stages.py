@@ -22,7 +22,7 @@ from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.data import Data
 from tutelage.engine import RunDirectory
 from tutelage.errors import RunDirectoryError
-from tutelage.evaluation.statistics import paired, spread
+from tutelage.evaluation.statistics import paired_difference, spread
 from tutelage.experiment.recipe_source import load_data
 from tutelage.experiment.run import RunResult, read_summary, run_on_data
 from tutelage.files import write_text
@@ -142,7 +142,9 @@ class ResultRow:
             for which in ("best", "last")
         }
         against = {
-            other: {which: paired(self.values(which), rows[other].values(which)) for which in ("best", "last")}
+            other: {
+                which: paired_difference(self.values(which), rows[other].values(which)) for which in ("best", "last")
+            }
             for other in self.against
         }
         return {

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tutelage.config import Recipe, SearchConfig, dump_recipe
 from tutelage.engine import RunDirectory
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, RunDirectoryError, TutelageError, require
-from tutelage.evaluation.statistics import paired
+from tutelage.evaluation.statistics import paired_difference
 from tutelage.experiment.open_run import choose_run_directory, open_run_directory
 from tutelage.experiment.run import run_recipe
 from tutelage.files import write_text
@@ -33,7 +33,7 @@ from tutelage.search.search_space import (
     resolve_search,
     with_values,
 )
-from tutelage.signals import stopping
+from tutelage.signals import catch_stop_signals
 
 SUMMARY = "search.json"
 """The results of a search."""
@@ -106,7 +106,7 @@ def search_recipe(
             return SearchResult(path, before)
         terminal.say(f"search: {path}, {config.trials} trials of {', '.join(d.key for d in space)}")
         start = time.monotonic()
-        with stopping(terminal.say) as should_stop:
+        with catch_stop_signals(terminal.say) as should_stop:
             search = _Search(run, recipe, config, space, terminal, should_stop)
             search.run_trials(workers)
         summary = search.summarise(workers, start)
@@ -298,7 +298,9 @@ class _Search:
         test["chosen"] = test["default"] if is_default else self._run_in_full("chosen", best["values"])
         own = next((t for t in trials if t["values"] == self.default_values and t["state"] == "finished"), None)
         own_seeds = own["seeds"] if own is not None else self._last_validations("default")
-        gains = {w: paired(test["chosen"][w]["values"], test["default"][w]["values"]) for w in ("best", "last")}
+        gains = {
+            w: paired_difference(test["chosen"][w]["values"], test["default"][w]["values"]) for w in ("best", "last")
+        }
         return {
             "name": self.recipe.name,
             "objective": "validation accuracy after the last epoch, mean over seeds",
@@ -314,7 +316,7 @@ class _Search:
                 "seeds": own_seeds,
             },
             "same": is_default,
-            "gain_on_validation": paired(best["seeds"], own_seeds),
+            "gain_on_validation": paired_difference(best["seeds"], own_seeds),
             "test": test | {"gain": gains},
             "seconds": round(sum(t["seconds"] for t in trials), 1),
             "elapsed": round(elapsed, 1),

@@ -17,8 +17,7 @@ from torch import nn
 
 from tutelage.config import Recipe, dump_recipe
 from tutelage.data import Data
-from tutelage.engine import RunDirectory, Training, fit, make_accelerator
-from tutelage.engine.callbacks import Silent
+from tutelage.engine import RunDirectory, Training, build_accelerator, fit
 from tutelage.errors import NumericsError
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.checks import (
@@ -94,7 +93,7 @@ class TrialRunner:
         """
         if all(member.train is None for member in recipe.required_teacher.each):
             return recipe
-        accelerator = make_accelerator(recipe.train.precision, [])
+        accelerator = build_accelerator(recipe.train.precision, [])
         ctx = RunContext(accelerator, run, self.terminal, self.should_stop)
         spec = recipe_spec(recipe, self.data(recipe))
         untrained = build_teacher(spec)
@@ -119,7 +118,7 @@ class TrialRunner:
         Raises:
             TutelageError: teacher, student, data and method do not fit, or refuse an option.
         """
-        accelerator = make_accelerator(recipe.train.precision, [])
+        accelerator = build_accelerator(recipe.train.precision, [])
         self._prepare(
             recipe, RunContext(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop)
         )
@@ -132,7 +131,7 @@ class TrialRunner:
             Interrupted: the user asked to stop; the state is saved.
         """
         start = time.monotonic()
-        accelerator = make_accelerator(recipe.train.precision, [])
+        accelerator = build_accelerator(recipe.train.precision, [])
         resume = (folder / "config.yaml").exists()
         result = TrialResult("finished")
         with open_run_directory(folder, dump_recipe(recipe), resume=resume, main=True, patience=LOCK_TIMEOUT) as run:
@@ -168,7 +167,7 @@ class TrialRunner:
         both = TrainingTeacher(live, teacher)
         training = student_training(spec, replace(ctx, terminal=SILENT), "distilled", seed, both, len(classes))
         reporter = _Reporter(ctx.run, training, report, (self.warmup, 1.0 if is_last else 2.0))
-        fit(replace(training, watcher=reporter), ctx.accelerator)
+        fit(replace(training, callback=reporter), ctx.accelerator)
         return reporter.accuracies[-1]
 
     def _prepare(self, recipe: Recipe, ctx: RunContext) -> tuple[ExperimentSpec, ModelTeacher, Method]:
@@ -236,12 +235,12 @@ def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.
     training = Training(
         member.name, model, SupervisedMethod(), member.training.batches, member.training.config, ctx.run,
         validation=spec.evaluation.validation, seed=member.training.seed, should_stop=ctx.should_stop,
-        watcher=ctx.terminal,
+        callback=ctx.terminal,
     )  # fmt: skip
     try:
         outcome = fit(training, ctx.accelerator)
     finally:
-        ctx.terminal.finished()
+        ctx.terminal.on_end()
     trained = spec.source.build_teacher(number)
     trained.load_state_dict(outcome.best)
     with atomic_folder(folder) as draft:
@@ -266,13 +265,13 @@ class _Reporter(Silent):
         self.window = [share * training.steps for share in window]
         self.accuracies: list[float] = []
 
-    def started(self, name: str, step: int, total: int) -> None:
+    def on_start(self, name: str, step: int, total: int) -> None:
         """Report what was logged before ``step``."""
         if step:
             for line in validations(self.run, self.name):
                 self._evaluated(line)
 
-    def logged(self, line: dict[str, Any]) -> None:
+    def on_log(self, line: dict[str, Any]) -> None:
         """Report an evaluation."""
         if "validation" in line:
             self._evaluated(line)
