@@ -102,7 +102,7 @@ def test_sigterm_saves_and_says_how_to_go_on(whole: tuple[Path, str, float], tmp
     process.terminate()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "everything is saved" in stderr
+    assert "the state is saved" in stderr
     assert f"tutelage run {recipe} --out {out} --resume" in stderr
     assert "Traceback" not in stderr
     assert finish(recipe, out, "--resume") == expected

@@ -237,7 +237,7 @@ def test_lambda_grows_where_the_loss_of_an_evaluation_does(cutter: Any, folder: 
 
 def test_what_adapts_to_an_evaluation_needs_one(cutter: Any, folder: Path, tmp_path: Path) -> None:
     batches = [causal(cutter, [r["messages"] for r in worlds.conversations(3)])[1]]
-    with pytest.raises(CapabilityError, match="adapts to the loss on validation data"):
+    with pytest.raises(CapabilityError, match="adapts to the validation loss"):
         tutelage.distill(
             model(folder), lambda: model(folder, 2), batches, eval_data=batches, baseline=False, epochs=1,
             method=OnPolicyMethod(0.0, adaptive=0.1), out=tmp_path / "run", verbose=False,

@@ -42,25 +42,25 @@ CHECKPOINT_SECONDS = 20.0
 
 @dataclass
 class Training:
-    """One training: what, on what, taught by whom, and where it leaves its traces.
+    """One training: the student, the method, the data, the teacher and the run directory.
 
     Attributes:
-        name: of this training within its run, such as ``distilled-seed0``.
+        name: within its run, such as ``distilled-seed0``.
         student: trained in place.
-        method: gives the terms of a batch.
+        method: computes the loss terms of a batch.
         batches: the training data, planned by seed.
         config: how to train.
         run: the run directory.
         teacher: ``None`` for a method without one.
         validation: batches to select on; ``None`` for none.
-        seed: of everything random but the initialisation, which is the caller's.
-        should_stop: asked after every step; true saves and raises :class:`Interrupted`.
-        watcher: is told how it goes.
-        epoch_steps: what counts as an epoch for the schedule and the evaluations, where that is not a pass
-            over ``batches``: a baseline student on fewer images gets the steps of the distilled one.
-        classes: number of classes, where labels shall be checked against it.
-        metric: of the validation, what the best weights are chosen by.
-        validation_outputs: the teacher's word on ``validation``, for metrics that compare with them.
+        seed: of everything random except the initial weights, which the caller sets.
+        should_stop: called after every step; true saves the state and raises :class:`Interrupted`.
+        callback: called at the start, after each step and for each line of metrics.
+        epoch_steps: the steps of an epoch for the schedule and the evaluations. Default: a pass over ``batches``.
+            A baseline student on fewer images gets the steps of the distilled one.
+        classes: the number of classes; labels are checked against it.
+        metric: of the validation, which selects the best weights.
+        validation_outputs: the teacher outputs on ``validation``, for metrics that compare with them.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Training:
 
 @dataclass
 class Progress:
-    """Where a training stands; part of its checkpoints."""
+    """The progress of a training; part of its checkpoints."""
 
     step: int = 0
     best: list[float] | None = None
@@ -109,10 +109,10 @@ class Outcome:
 
     Attributes:
         last: weights after the last step, by name, on the CPU. Only the main process of several has any.
-        best: weights at the best validation; ``last`` where there was none.
-        method: what the method has learned, after the last step.
+        best: weights at the best validation; ``last`` without validation.
+        method: the method's own weights after the last step.
         best_method: the same at the best validation of the student.
-        progress: where it ended.
+        progress: at the end.
     """
 
     last: dict[str, Tensor]
@@ -123,16 +123,16 @@ class Outcome:
 
 
 def fit(t: Training, accelerator: Accelerator) -> Outcome:
-    """Train ``t.student``, from its newest checkpoint where there is one.
+    """Train ``t.student``, from its newest checkpoint if there is one.
 
     Raises:
-        Interrupted: ``t.should_stop`` said so; the state is saved.
+        Interrupted: ``t.should_stop`` returned true; the state is saved.
         NumericsError: the loss is no longer finite.
         CheckpointError: the newest checkpoint is damaged.
-        ModelError: a tap that the student has no module for, or that gives nothing to learn from.
+        ModelError: a tap names no module of the student, or captures no tensor with a gradient.
     """
     module = DistillationModule(t.student, t.method).train()
-    with closing(module):  # its taps leave the caller's module however the training ends
+    with closing(module):  # removes the taps from the caller's module, also after an error
         module.open()  # before anything compiles or wraps the student
         return _train(t, accelerator, _State(t, accelerator, module))
 
@@ -144,11 +144,11 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     per_epoch = t.batches.steps_per_epoch
     while s.at.step < t.steps and not s.at.stopped_early:
         epoch, done = divmod(s.at.step, per_epoch)
-        for micros in s.asked(t.batches.epoch(epoch, s.share, skip=done)):
+        for micros in s.with_signals(t.batches.epoch(epoch, s.share, skip=done)):
             s.bare.method.loss_scales = scale = s.scales([batch for batch, _ in micros])
-            for batch, said in micros:
+            for batch, get_batch_signal in micros:
                 with accelerator.accumulate(s.module):
-                    terms = s.module(batch, said())
+                    terms = s.module(batch, get_batch_signal())
                     accelerator.backward(s.loss(terms, scale))
             if t.config.clip is not None:
                 accelerator.clip_grad_norm_(s.module.parameters(), t.config.clip)
@@ -163,13 +163,13 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
 
 
 class _State:
-    """What :func:`fit` keeps between steps, and the bookkeeping around them."""
+    """The state of :func:`fit` between steps, and the bookkeeping around a step."""
 
     def __init__(self, t: Training, accelerator: Accelerator, module: DistillationModule) -> None:
         self.t, self.accelerator = t, accelerator
         accelerator.gradient_state.plugin_kwargs.update(num_steps=t.config.accumulate, sync_with_dataloader=False)
         accelerator.step = 0
-        if accelerator.scaler is not None:  # one for all trainings of a run: each starts from torch's defaults
+        if accelerator.scaler is not None:  # shared by all trainings of a run: reset it to torch's defaults
             accelerator.scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
         self.share = RankSlice(accelerator.process_index, accelerator.num_processes, t.config.accumulate)
         torch.manual_seed((t.seed * 2_147_483_629 + accelerator.process_index) & (2**63 - 1))
@@ -185,14 +185,14 @@ class _State:
         self.bare: DistillationModule = accelerator.unwrap_model(self.module)
         if t.method.needs_validation and t.validation is None:
             raise CapabilityError(
-                f"{type(t.method).__name__} adapts to the loss on validation data, and there is none",
-                remedy="give validation data, or leave adaptive out",
+                f"{type(t.method).__name__} adapts to the validation loss, and there is no validation data",
+                remedy="add validation data, or leave adaptive out",
             )
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)
-        if self.zero is not None:  # its own wrapper steps, in backward
+        if self.zero is not None:  # its wrapper makes the step in backward
             self.zero.outer, self.bare_optimizer = self.bare_optimizer, optimizer
-        # accelerate's wrapper looks for optional packages on disk at every step, 0.2 ms; where it would only pass
-        # the call on, we make it ourselves.
+        # accelerate's wrapper looks for optional packages on disk at every step, which takes 0.2 ms. It is used only
+        # where it does more than pass the call on.
         wrapped = accelerator.scaler is not None or deepspeed or accelerator.distributed_type.value == "XLA"
         self.optimizer = prepared if wrapped else self.bare_optimizer
         self.schedule = build_schedule(self.bare_optimizer, t.config.schedule, t.steps, t.epoch_length)
@@ -208,7 +208,7 @@ class _State:
     # One step ------------------------------------------------------------------------------------
 
     def check_labels(self, micros: list[Batch]) -> None:
-        """On the CPU, where it is cheap; a GPU would only say that an assertion failed."""
+        """Check labels on the CPU, where it is cheap; on a GPU the error would be a bare assertion."""
         if self.t.classes is None:
             return
         for batch in micros:
@@ -218,10 +218,10 @@ class _State:
                     raise DataError(
                         f"a training batch has labels from {low} to {high}, the models score classes 0 to "
                         f"{self.t.classes - 1}",
-                        remedy=f"labels are class indices, {IGNORE} where there is none",
+                        remedy=f"labels are class indices; {IGNORE} marks a sample without a label",
                     )
 
-    def asked(self, steps: Iterator[list[Batch]]) -> Iterator[list[tuple[Batch, Callable[[], Signal | None]]]]:
+    def with_signals(self, steps: Iterator[list[Batch]]) -> Iterator[list[tuple[Batch, Callable[[], Signal | None]]]]:
         """The micro-batches of each step, on the device, each with a function that returns its teacher signal.
 
         A teacher with ``prefetch`` gets the batches of a step while the step before it trains.
@@ -230,24 +230,24 @@ class _State:
         prefetching = self.t.method.needs is not None and hasattr(self.t.teacher, "prefetch")
         for micros in itertools.islice(steps, self.t.steps - self.at.step):
             self.check_labels(micros)
-            placed = [self.prepared(batch.to(self.accelerator.device)) for batch in micros]
+            moved = [self.prepare(batch.to(self.accelerator.device)) for batch in micros]
             if not prefetching:
-                yield [(batch, partial(self.signal, batch)) for batch in placed]
+                yield [(batch, partial(self.signal, batch)) for batch in moved]
                 continue
-            before, pending = pending, [(batch, self.prefetch(batch)) for batch in placed]
+            before, pending = pending, [(batch, self.prefetch(batch)) for batch in moved]
             if before is not None:
                 yield before
         if pending is not None:
             yield pending
 
-    def prepared(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         if not self.t.method.generates_batches:
             return batch
         with self.autocast():
             module: Any = self.module
             if isinstance(module, FSDPModule):
-                written: Batch = module(batch, None, writing=True)  # type: ignore[operator]
-                return written
+                generated: Batch = module(batch, None, writing=True)  # type: ignore[operator]
+                return generated
             return self.t.method.prepare_batch(self.bare.student, batch)
 
     def signal(self, batch: Batch) -> Signal | None:
@@ -260,14 +260,14 @@ class _State:
             return teacher.prefetch(batch, needs_of(self.t.method, teacher))
 
     def scales(self, micros: list[Batch]) -> dict[str, Tensor]:
-        """For each term its weight over its count in the whole step, all micro-batches and processes."""
+        """Each term's weight divided by its count in the full step: all micro-batches and processes."""
         counts = count_terms(self.t.method, micros)
         if self.share.world > 1:
-            asked = torch.tensor(float(self.t.should_stop()), device=self.accelerator.device)
-            stacked = torch.stack([asked, *(c.float() for c in counts.values())])
+            stop = torch.tensor(float(self.t.should_stop()), device=self.accelerator.device)
+            stacked = torch.stack([stop, *(c.float() for c in counts.values())])
             self.stop, *summed = self.accelerator.reduce(stacked, "sum").unbind()
             counts = dict(zip(counts, summed, strict=True))
-        # Backward divides by the micro-batches, and the wrapper averages over processes: undo both.
+        # accelerate's backward divides by the micro-batches, and DDP averages over processes: undo both.
         parts = self.share.world * self.share.accumulate
         return scale_terms(self.t.method, counts, parts)
 
@@ -293,27 +293,27 @@ class _State:
             self.validate()
             last = last or at.stopped_early
         if t.config.checkpoint_every is None and evaluating:
-            due = self.agreed(time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS)
+            due = self.main_decides(time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS)
         if due or last:
             self.save()
         t.callback.on_step(at.step)
-        if not last and self.asked_to_stop():
+        if not last and self.is_stop_requested():
             self.log()
             self.save()
-            raise Interrupted(f"stopped at step {at.step} of {t.steps} of {t.name}; everything is saved")
+            raise Interrupted(f"stopped at step {at.step} of {t.steps} of {t.name}; the state is saved")
 
-    def agreed(self, mine: bool) -> bool:
-        """The main process's answer, on every process."""
+    def main_decides(self, value: bool) -> bool:
+        """The main process's ``value``, on every process."""
         if self.share.world == 1:
-            return mine
-        answer = torch.tensor(float(mine and self.accelerator.is_main_process), device=self.accelerator.device)
+            return value
+        answer = torch.tensor(float(value and self.accelerator.is_main_process), device=self.accelerator.device)
         return bool(self.accelerator.reduce(answer, "sum").item())
 
-    def asked_to_stop(self) -> bool:
+    def is_stop_requested(self) -> bool:
         if self.share.world == 1:
             return self.t.should_stop()
-        look = self.accelerator.device.type == "cpu" or self.at.step % self.t.config.log_every == 0
-        return look and bool(self.stop.item())
+        check = self.accelerator.device.type == "cpu" or self.at.step % self.t.config.log_every == 0
+        return check and bool(self.stop.item())
 
     def log(self) -> None:
         t = self.t
@@ -335,9 +335,9 @@ class _State:
         }
         if not all(abs(v) < float("inf") for v in raw.values()):
             raise NumericsError(
-                f"{t.name}: the loss is no longer finite, by step {self.at.step} ({raw})",
-                remedy="lower train.optimizer.lr, set train.clip: 1.0 or use bf16 in place of fp16; "
-                "`tutelage doctor` looks at the data",
+                f"{t.name}: the loss is no longer finite at step {self.at.step} ({raw})",
+                remedy="lower train.optimizer.lr, set train.clip: 1.0 or use bf16 instead of fp16; "
+                "`tutelage doctor` checks the data",
             )
         self.emit(line, {"loss": line["loss"], "lr": line["lr"], **{f"term/{n}": v for n, v in raw.items()}})
 
@@ -351,7 +351,7 @@ class _State:
         t, at = self.t, self.at
         assert t.validation is not None
         with self.autocast(), self.averaged():
-            with self.whole():
+            with self.gathered():
                 scores = evaluate(
                     self.bare.student,
                     t.validation,
@@ -388,11 +388,11 @@ class _State:
         return nullcontext() if self.ema is None else self.ema.applied()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """The student can be called by itself, and is on every process the one that is saved.
+    def gathered(self) -> Iterator[None]:
+        """Within the block the student can be called by itself, and every process has the weights that are saved.
 
-        Under FSDP2 weights that the root holds are gathered for the block; batch statistics, which each
-        process has its own of, become those of the main one, as at the next step of training anyway.
+        Under FSDP2 the root's weights are gathered. Batch statistics, which differ between processes, become those
+        of the main process, as they do at the next training step.
         """
         if self.share.world > 1:
             for buffer in self.module.buffers():

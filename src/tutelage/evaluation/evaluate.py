@@ -1,4 +1,4 @@
-"""How good a model is, and how like its teacher: sums over positions, never means of means."""
+"""Evaluates a model, and compares it with its teacher."""
 
 from __future__ import annotations
 
@@ -25,80 +25,80 @@ def evaluate(
     reduce: Callable[[Tensor], Tensor] = lambda x: x,
     watch: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
-    """Metrics of ``model`` over ``batches``; the model's mode is left as it was.
+    """Metrics of ``model`` over ``batches``; the model keeps its mode.
 
     Args:
-        model: any module that gives logits.
+        model: any module that returns logits.
         batches: unaugmented.
         device: where the model is.
-        teacher: the teacher's word on each batch, of :func:`get_teacher_output`, in the same order.
+        teacher: the teacher output for each batch, from :func:`get_teacher_output`, in the same order.
         share: which rows of every batch this process evaluates.
         reduce: sums a tensor over processes.
-        watch: is shown the logits of the positions that count, ``[N, C]``, batch after batch.
+        watch: called with the logits of the counted positions of each batch, ``[N, C]``.
     """
 
     of_head = vocabulary_head(model) is not None
 
-    def ask(batch: Batch) -> TeacherOutput:
-        where = guessed(batch) if of_head else None
+    def run(batch: Batch) -> TeacherOutput:
+        where = predicted_positions(batch) if of_head else None
         with torch.no_grad():
             seen = observe(model, batch.inputs, Needs() if where is None else OF_HEAD)
-            return _said(seen.logits, seen.head, where)
+            return _to_output(seen.logits, seen.head, where)
 
     with evaluating(model):
-        return _scored(ask, type(model).__name__, batches, device, teacher, share, watch).reduce(reduce).result()
+        return _accumulate(run, type(model).__name__, batches, device, teacher, share, watch).reduce(reduce).result()
 
 
 def evaluate_teacher(
     teacher: Teacher,
     batches: Iterable[Batch],
     device: torch.device,
-    said: Iterable[TeacherOutput] | None = None,
+    outputs: Iterable[TeacherOutput] | None = None,
     watch: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a teacher by what it says, in its own numbers and by its own routes.
+    """Metrics of a teacher, in its own precision and with its own routes.
 
     Args:
-        teacher: is asked for its logits.
+        teacher: gives its logits.
         batches: unaugmented.
-        device: where it is asked.
-        said: its word on each batch, of :func:`get_teacher_output`, where it was asked already.
+        device: where the batches go.
+        outputs: its output for each batch, from :func:`get_teacher_output`, if they are computed already.
         watch: as in :func:`evaluate`.
     """
-    known = None if said is None else iter(said)
+    stored = None if outputs is None else iter(outputs)
 
-    def ask(batch: Batch) -> TeacherOutput:
-        return get_teacher_output(teacher, batch) if known is None else placed(next(known), device)
+    def run(batch: Batch) -> TeacherOutput:
+        return get_teacher_output(teacher, batch) if stored is None else _to_device(next(stored), device)
 
-    return _scored(ask, "teacher", batches, device, watch=watch).result()
+    return _accumulate(run, "teacher", batches, device, watch=watch).result()
 
 
 OF_HEAD = Needs(logits=False, head=True)
 
 TeacherOutput = Tensor | Head
-"""Logits ``[B, ..., C]``; or of a vocabulary the head, with what goes into it at the N tokens that are guessed:
-their scores ``[N, V]`` are made some at a time."""
+"""Logits ``[B, ..., C]``; or, for a vocabulary, the output head with its inputs at the N predicted tokens: their logits
+``[N, V]`` are computed in chunks."""
 
 
 CHUNK = 1 << 24
-"""Most scores of a vocabulary that exist at a time, for each of student and teacher."""
+"""The maximum number of vocabulary logits in memory at a time, for student and teacher each."""
 
 
-def guessed(batch: Batch) -> Tensor | None:
-    """``[B, L]`` where tokens are to be guessed, of language modelling; ``None`` where labels are of whole rows."""
+def predicted_positions(batch: Batch) -> Tensor | None:
+    """``[B, L]``, true for the tokens to predict in language modelling; ``None`` if each row has one label."""
     return batch.labelled() if batch.labels.ndim == 2 and isinstance(batch.inputs, dict) else None
 
 
 def get_teacher_output(teacher: Teacher, batch: Batch) -> TeacherOutput:
-    """A teacher's word on a batch."""
+    """The logits of a teacher for a batch, or its output head's inputs."""
     model = getattr(teacher, "model", None)
     of_head = "head" in teacher.provides and model is not None and vocabulary_head(model) is not None
-    where = guessed(batch) if of_head else None
+    where = predicted_positions(batch) if of_head else None
     signal = teacher.signal(batch, Needs() if where is None else OF_HEAD)
-    return _said(signal.logits, signal.head, where)
+    return _to_output(signal.logits, signal.head, where)
 
 
-def _said(logits: Tensor | None, head: Head | None, where: Tensor | None) -> TeacherOutput:
+def _to_output(logits: Tensor | None, head: Head | None, where: Tensor | None) -> TeacherOutput:
     if where is None:
         assert logits is not None
         return logits
@@ -106,20 +106,19 @@ def _said(logits: Tensor | None, head: Head | None, where: Tensor | None) -> Tea
     return head._replace(inputs=head.inputs[where])
 
 
-def placed(said: TeacherOutput, device: torch.device | str) -> TeacherOutput:
-    """The same on another device."""
-    if isinstance(said, Tensor):
-        return said.to(device)
-    return said.map(lambda x: x.to(device))
+def _to_device(output: TeacherOutput, device: torch.device | str) -> TeacherOutput:
+    if isinstance(output, Tensor):
+        return output.to(device)
+    return output.map(lambda x: x.to(device))
 
 
-def count_classes(said: TeacherOutput) -> int:
-    """How many classes are scored."""
-    return said.shape[-1] if isinstance(said, Tensor) else len(said.weight)
+def count_classes(output: TeacherOutput) -> int:
+    """The number of classes that an output scores."""
+    return output.shape[-1] if isinstance(output, Tensor) else len(output.weight)
 
 
-def _scored(
-    ask: Callable[[Batch], TeacherOutput],
+def _accumulate(
+    run: Callable[[Batch], TeacherOutput],
     who: str,
     batches: Iterable[Batch],
     device: torch.device,
@@ -133,47 +132,47 @@ def _scored(
         start, stop = even_spans(len(batch), share.world)[share.rank]
         highest = int(batch.labels.max()) if batch.labels.numel() else 0
         mine = batch.rows(start, stop).to(device)
-        said = ask(mine)
-        if batch.task == "classes" and highest >= count_classes(said):
+        output = run(mine)
+        if batch.task == "classes" and highest >= count_classes(output):
             raise CapabilityError(
-                f"the data has a label {highest}, the {who} scores classes 0 to {count_classes(said) - 1}",
+                f"the data has a label {highest}, the {who} scores classes 0 to {count_classes(output) - 1}",
                 remedy="set its number of classes",
             )
         reference = None if theirs is None else next(theirs)
         scores = METRICS[batch.task](device) if scores is None else scores
-        if isinstance(said, Head):
+        if isinstance(output, Head):
             where = batch.labelled()
             begin, end = int(where[:start].sum()), int(where[:stop].sum())
             if reference is not None:
-                reference = placed(_positions(reference, where, begin, end), device)
-            _add_tokens(scores, said, mine.labels[mine.labelled()], reference)
+                reference = _to_device(_select_positions(reference, where, begin, end), device)
+            _add_tokens(scores, output, mine.labels[mine.labelled()], reference)
             continue
         if reference is not None:
             assert isinstance(reference, Tensor)
-            reference = (reference[start:stop] if start < stop else reference[: len(said)]).to(device)
-        scores.add(said, mine, reference, (start, stop, len(batch)))
+            reference = (reference[start:stop] if start < stop else reference[: len(output)]).to(device)
+        scores.add(output, mine, reference, (start, stop, len(batch)))
         if watch is not None and batch.task == "classes":
-            watch(said.flatten(0, -2).float()[mine.counted().flatten()])
+            watch(output.flatten(0, -2).float()[mine.counted().flatten()])
     if scores is None:
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
     return scores
 
 
-def _positions(said: TeacherOutput, where: Tensor, begin: int, end: int) -> TeacherOutput:
-    """Of a whole batch's word the part on guessed tokens ``begin`` to ``end``."""
-    if isinstance(said, Tensor):
-        return said[where.to(said.device)][begin:end]
-    return said._replace(inputs=said.inputs[begin:end])
+def _select_positions(output: TeacherOutput, where: Tensor, begin: int, end: int) -> TeacherOutput:
+    """The part of a full batch's output for the predicted tokens ``begin`` to ``end``."""
+    if isinstance(output, Tensor):
+        return output[where.to(output.device)][begin:end]
+    return output._replace(inputs=output.inputs[begin:end])
 
 
 @torch.no_grad()
-def _add_tokens(scores: Metrics, said: Head, labels: Tensor, reference: TeacherOutput | None) -> None:
-    """Add guessed tokens, so many at a time that their scores fit."""
-    size = max(CHUNK // len(said.weight), 1)
+def _add_tokens(scores: Metrics, head: Head, labels: Tensor, reference: TeacherOutput | None) -> None:
+    """Add predicted tokens in chunks whose logits fit in memory."""
+    size = max(CHUNK // len(head.weight), 1)
     for at in range(0, len(labels), size):
         some = slice(at, at + size)
         part = Batch(labels[some], labels[some])
         theirs = None
         if reference is not None:
             theirs = reference[some] if isinstance(reference, Tensor) else reference.scores(some)
-        scores.add(said.scores(some), part, theirs, (0, len(part), len(part)))
+        scores.add(head.scores(some), part, theirs, (0, len(part), len(part)))

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness says of language models, by the names of its tasks."""
+"""Scores language models on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Scores = dict[str, dict[str, float]]
 
 
 def harness(config: EvaluateConfig, tokenizer: Any) -> Callable[[nn.Module], Scores]:
-    """What scores a causal language model by the tasks of a recipe. Their names are looked up at once.
+    """A function that scores a causal language model on a recipe's tasks. Unknown names raise at once.
 
     Args:
-        config: the tasks, and how they are asked.
+        config: the tasks and their options.
         tokenizer: of the models.
 
     Raises:
@@ -46,12 +46,12 @@ def harness(config: EvaluateConfig, tokenizer: Any) -> Callable[[nn.Module], Sco
 
         given: Any = model.eval()
         with torch.no_grad():
-            found: Any = simple_evaluate(
+            output: Any = simple_evaluate(
                 model=HFLM(pretrained=given, tokenizer=tokenizer, batch_size=config.batch_size),
                 tasks=list(config.tasks), num_fewshot=config.shots, limit=config.limit, task_manager=manager,
                 apply_chat_template=config.chat, log_samples=False, verbosity="ERROR",
             )  # fmt: skip
-        return {task: _plain(metrics) for task, metrics in found["results"].items()}
+        return {task: _plain(metrics) for task, metrics in output["results"].items()}
 
     return score
 

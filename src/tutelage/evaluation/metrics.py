@@ -1,4 +1,4 @@
-"""Running metrics by what labels are: sums over positions, never means of means."""
+"""Metrics for each kind of label, accumulated as sums over positions and processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tutelage.data.batch import IGNORE, Batch
 BINS = 15
 """Bins of the reliability diagram and of the calibration error (Guo et al., 2017)."""
 VOCABULARY = 1_000
-"""More classes than these are a vocabulary: not counted one by one, and the loss is a perplexity too."""
+"""With more classes, they are a vocabulary: there are no per-class figures, and a perplexity."""
 CONFUSED = 200
-"""Most classes of which every pair of label and answer is counted, for F1 and Matthews."""
+"""Up to so many classes, a confusion matrix is accumulated, for F1 and Matthews' coefficient."""
 NEIGHBOURS = 10
 MOST = 4_000
-"""Most embeddings that are compared pair by pair."""
+"""The maximum number of embeddings that are compared pairwise."""
 
 
 class Metrics(Protocol):
-    """What a model's answers add up to."""
+    """Accumulates the metrics of a model."""
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows of a batch.
@@ -32,13 +32,13 @@ class Metrics(Protocol):
         Args:
             logits: ``[B, ..., C]``.
             batch: those rows.
-            teacher: the teacher's logits of them.
-            rows: which they are of the whole batch: start, stop, and how many that has.
+            teacher: the teacher's logits for them.
+            rows: their position in the full batch: start, stop and the full batch's length.
         """
         ...
 
     def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> Metrics:
-        """These sums, added up over processes."""
+        """The sums over all processes."""
         ...
 
     def result(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Scores:
             self.sums["kl"] += F.kl_div(log_q, log_t, reduction="sum", log_target=True)
 
     def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> Scores:
-        """These sums, added up over processes."""
+        """The sums over all processes."""
         self.sums = {k: over_processes(v) for k, v in self.sums.items()}
         self.bins = over_processes(self.bins)
         self.per_class = None if self.per_class is None else over_processes(self.per_class)
@@ -104,8 +104,9 @@ class Scores:
         return self
 
     def result(self) -> dict[str, Any]:
-        """Accuracy, loss (nats), ECE and the reliability bins; of a vocabulary the perplexity; F1 (of class 1 where
-        there are two, else the mean over classes) and Matthews' coefficient; with a teacher, agreement and KL (nats).
+        """Accuracy, loss (nats), ECE, reliability bins, F1 and Matthews' coefficient; perplexity for a vocabulary.
+
+        F1 is that of class 1 for two classes, else the mean over classes. With a teacher: agreement and KL (nats).
         """
         s = {k: float(v) for k, v in self.sums.items()}
         n = max(s["n"], 1.0)
@@ -127,38 +128,38 @@ class Scores:
             total, hits = self.per_class.cpu()
             out["per_class"] = (hits / total.clamp(min=1)).tolist()
         if self.confused is not None:
-            out |= of_confusion(self.confused.cpu())
+            out |= confusion_metrics(self.confused.cpu())
         if s["seen"]:
             out["agreement"] = s["agree"] / s["seen"]
             out["kl"] = s["kl"] / s["seen"]
         return out
 
 
-def of_confusion(counts: Tensor) -> dict[str, float]:
-    """F1 and Matthews' coefficient of ``[C * C]`` counts, label first.
+def confusion_metrics(counts: Tensor) -> dict[str, float]:
+    """F1 and Matthews' coefficient from ``[C * C]`` counts, label first.
 
     Reference: Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient (2004).
     """
     classes = round(len(counts) ** 0.5)
     table = counts.view(classes, classes)
-    right, given, said, n = table.diagonal(), table.sum(1), table.sum(0), table.sum()
-    each = 2 * right / (given + said).clamp(min=1)
-    present = (given + said) > 0
+    right, true, predicted, n = table.diagonal(), table.sum(1), table.sum(0), table.sum()
+    each = 2 * right / (true + predicted).clamp(min=1)
+    present = (true + predicted) > 0
     f1 = each[1] if classes == 2 else each[present].mean() if bool(present.any()) else torch.zeros(())
-    spread = (n * n - said @ said) * (n * n - given @ given)
-    matthews = (n * right.sum() - said @ given) / spread.sqrt() if spread > 0 else torch.zeros(())
+    spread = (n * n - predicted @ predicted) * (n * n - true @ true)
+    matthews = (n * right.sum() - predicted @ true) / spread.sqrt() if spread > 0 else torch.zeros(())
     return {"f1": float(f1), "matthews": float(matthews)}
 
 
 class LabelScores:
-    """Of any number of labels each: F1 over all decisions (micro), the share of right decisions, loss.
+    """Multi-label metrics: micro F1 over all decisions, the share of right decisions, and the loss.
 
     Args:
         device: where the sums live.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        names = ("n", "decisions", "right", "true", "said", "hit", "nll", "seen", "agree", "kl")
+        names = ("n", "decisions", "right", "true", "predicted", "hit", "nll", "seen", "agree", "kl")
         self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in names}
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
@@ -167,10 +168,10 @@ class LabelScores:
         assert batch.targets is not None
         has, counted = batch.labelled(), batch.counted()
         scores, targets = logits[has].float(), batch.targets[has]
-        said, true = scores > 0, targets > 0.5
+        predicted, true = scores > 0, targets > 0.5
         for name, value in (
-            ("n", has.sum()), ("decisions", said.numel()), ("right", (said == true).sum()), ("true", true.sum()),
-            ("said", said.sum()), ("hit", (said & true).sum()),
+            ("n", has.sum()), ("decisions", predicted.numel()), ("right", (predicted == true).sum()),
+            ("true", true.sum()), ("predicted", predicted.sum()), ("hit", (predicted & true).sum()),
             ("nll", F.binary_cross_entropy_with_logits(scores, targets, reduction="sum")),
         ):  # fmt: skip
             self.sums[name] += value
@@ -183,7 +184,7 @@ class LabelScores:
             self.sums["kl"] += (p * yes + (1 - p) * no).sum()
 
     def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> LabelScores:
-        """These sums, added up over processes."""
+        """The sums over all processes."""
         self.sums = {k: over_processes(v) for k, v in self.sums.items()}
         return self
 
@@ -192,26 +193,26 @@ class LabelScores:
         s = {k: float(v) for k, v in self.sums.items()}
         out = {
             "n": int(s["n"]), "accuracy": s["right"] / max(s["decisions"], 1),
-            "f1": 2 * s["hit"] / max(s["true"] + s["said"], 1), "loss": s["nll"] / max(s["n"], 1),
+            "f1": 2 * s["hit"] / max(s["true"] + s["predicted"], 1), "loss": s["nll"] / max(s["n"], 1),
         }  # fmt: skip
         if s["seen"]:
             out |= {"agreement": s["agree"] / s["seen"], "kl": s["kl"] / s["seen"]}
         return out
 
 
-class _Kept:
-    """Rows of every process, side by side, for metrics that are no sums."""
+class _AllRows:
+    """The rows of every process, for metrics that are not sums."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = device
         self.parts: dict[str, list[Tensor]] = {}
 
-    def keep(self, name: str, values: Tensor, rows: tuple[int, int, int]) -> None:
+    def store(self, name: str, values: Tensor, rows: tuple[int, int, int]) -> None:
         start, stop, total = rows
-        whole = torch.zeros(total, *values.shape[1:], dtype=torch.float64, device=values.device)
+        rows_of_all = torch.zeros(total, *values.shape[1:], dtype=torch.float64, device=values.device)
         if start < stop:
-            whole[start:stop] = values.double()
-        self.parts.setdefault(name, []).append(whole)
+            rows_of_all[start:stop] = values.double()
+        self.parts.setdefault(name, []).append(rows_of_all)
 
     def reduced(self, over_processes: Callable[[Tensor], Tensor]) -> None:
         self.parts = {name: [over_processes(part) for part in parts] for name, parts in self.parts.items()}
@@ -220,16 +221,16 @@ class _Kept:
         return torch.cat(self.parts[name]).cpu() if name in self.parts else None
 
 
-class NumberScores(_Kept):
-    """Of numbers: Spearman's and Pearson's correlation, means over columns, and the mean squared error."""
+class NumberScores(_AllRows):
+    """Regression metrics: Spearman's and Pearson's correlation (mean over columns), mean squared error."""
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows."""
         assert batch.targets is not None
-        for name, values in (("said", logits), ("true", batch.targets), ("has", batch.labelled()[:, None])):
-            self.keep(name, values, rows)
+        for name, values in (("predicted", logits), ("true", batch.targets), ("has", batch.labelled()[:, None])):
+            self.store(name, values, rows)
         if teacher is not None:
-            self.keep("teacher", teacher, rows)
+            self.store("teacher", teacher, rows)
 
     def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> NumberScores:
         """The rows of all processes."""
@@ -238,30 +239,30 @@ class NumberScores(_Kept):
 
     def result(self) -> dict[str, Any]:
         """``spearman``, ``pearson`` and ``loss``, the mean squared error; with a teacher, ``agreement``."""
-        said, true, has = self.all("said"), self.all("true"), self.all("has")
-        if said is None or true is None or has is None:
+        predicted, true, has = self.all("predicted"), self.all("true"), self.all("has")
+        if predicted is None or true is None or has is None:
             return {"n": 0, "spearman": 0.0, "pearson": 0.0, "loss": 0.0}
         known = has[:, 0] > 0
         out = {
-            "n": int(known.sum()), "spearman": correlation(ranks(said[known]), ranks(true[known])),
-            "pearson": correlation(said[known], true[known]),
-            "loss": float((said[known] - true[known]).square().sum(-1).mean()) if bool(known.any()) else 0.0,
+            "n": int(known.sum()), "spearman": correlation(ranks(predicted[known]), ranks(true[known])),
+            "pearson": correlation(predicted[known], true[known]),
+            "loss": float((predicted[known] - true[known]).square().sum(-1).mean()) if bool(known.any()) else 0.0,
         }  # fmt: skip
         theirs = self.all("teacher")
         if theirs is not None:
-            out["agreement"] = correlation(ranks(said), ranks(theirs))
+            out["agreement"] = correlation(ranks(predicted), ranks(theirs))
         return out
 
 
-class EmbeddingScores(_Kept):
-    """Of embeddings, against the teacher's: order of similarities, neighbours, direction."""
+class EmbeddingScores(_AllRows):
+    """Embedding metrics against the teacher: order of the similarities, nearest neighbours, similarity error."""
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows."""
         del batch
-        self.keep("mine", logits, rows)
+        self.store("mine", logits, rows)
         if teacher is not None:
-            self.keep("teacher", teacher, rows)
+            self.store("teacher", teacher, rows)
 
     def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> EmbeddingScores:
         """The rows of all processes."""
@@ -269,11 +270,11 @@ class EmbeddingScores(_Kept):
         return self
 
     def result(self) -> dict[str, Any]:
-        """Metrics of at most :data:`MOST` texts.
+        """Metrics over at most :data:`MOST` texts.
 
-        ``spearman`` of the cosine similarities of all pairs with the teacher's, ``recall``: share of the teacher's
-        ten nearest neighbours of a text that are among the student's, and ``loss``, the mean squared difference of
-        the similarities. Without a teacher each is compared with itself.
+        ``spearman``: correlation of all pairs' cosine similarities with the teacher's. ``recall``: share of a text's
+        ten nearest neighbours for the teacher that are among the student's. ``loss``: the mean squared difference of
+        the similarities. Without a teacher, the embeddings are compared with themselves.
         """
         mine = self.all("mine")
         if mine is None:
@@ -294,7 +295,7 @@ class EmbeddingScores(_Kept):
 
 
 class RankingScores:
-    """Of the scores of an answer and another, against the teacher's: how often the order is the same.
+    """Ranking metrics: how often student and teacher order two answers in the same way.
 
     Args:
         device: where the sums live.
@@ -304,7 +305,7 @@ class RankingScores:
         self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in ("n", "right", "square")}
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
-        """Add rows; without a teacher the first answer is the right one."""
+        """Add rows; without a teacher the first answer is the correct one."""
         del rows
         counted = batch.counted()
         mine = logits[counted].double()
@@ -315,7 +316,7 @@ class RankingScores:
         self.sums["square"] += (gaps[0] - gaps[1]).square().sum()
 
     def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> RankingScores:
-        """These sums, added up over processes."""
+        """The sums over all processes."""
         self.sums = {k: over_processes(v) for k, v in self.sums.items()}
         return self
 
@@ -329,14 +330,14 @@ class RankingScores:
 
 
 def ranks(x: Tensor) -> Tensor:
-    """Of each column of ``[N, C]``, the rank of every value; equal ones share the mean of theirs."""
+    """The rank of every value within its column of ``[N, C]``; equal values share their mean rank."""
     from scipy.stats import rankdata
 
     return torch.from_numpy(rankdata(x.numpy(), axis=0))
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation of the columns of ``[N, C]``, their mean; 0 where a column is constant."""
+    """Pearson's correlation of the columns of ``[N, C]``, averaged; 0 for a constant column."""
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
     size = (x.square().sum(0) * y.square().sum(0)).sqrt()
     return float(torch.where(size > 0, (x * y).sum(0) / size.clamp(min=1e-30), 0.0).mean()) if len(x) else 0.0
@@ -349,4 +350,4 @@ METRICS: dict[str, Callable[[torch.device], Metrics]] = {
     "embedding": EmbeddingScores,
     "ranking": RankingScores,
 }
-"""By what the labels of a batch are."""
+"""By the kind of a batch's labels."""
