@@ -226,7 +226,7 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
-    train(tmp_path, checkpoint_every=2, keep=3)
+    train(tmp_path, checkpoint_every=2, keep_checkpoints=3)
     kept = sorted(p.name for p in (tmp_path / "checkpoints" / "t").iterdir())
     assert kept == ["step-000000008", "step-000000010", "step-000000012"]
     last = newest(tmp_path / "checkpoints" / "t")

@@ -227,7 +227,7 @@ def test_one_epoch_is_the_same_in_every_loop(case: Case, tmp_path: Path, quiet_l
 
 def test_by_hand_without_anything_of_ours_but_objectives(tmp_path: Path) -> None:
     case = Case("cnn-kd")
-    losses, weights = by_engine(case, tmp_path)
+    expected, weights = by_engine(case, tmp_path)
     student, teacher = case.student(), case.teacher.eval()
     optimizer = torch.optim.SGD(student.parameters(), **RATE)
     found = []
@@ -241,7 +241,7 @@ def test_by_hand_without_anything_of_ours_but_objectives(tmp_path: Path) -> None
         loss.backward()
         optimizer.step()
         found.append(loss.item())
-    assert found == pytest.approx(losses, abs=1e-6)
+    assert found == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(student.state_dict(), weights, rtol=0, atol=1e-6)
 
 

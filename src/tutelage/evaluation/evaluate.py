@@ -76,8 +76,8 @@ def evaluate_teacher(
 OF_HEAD = Needs(logits=False, head=True)
 
 TeacherOutput = Tensor | Head
-"""Logits ``[B, ..., C]``; or, for a vocabulary, the output head with its inputs at the N predicted tokens: their logits
-``[N, V]`` are computed in chunks."""
+"""Logits ``[B, ..., C]``; or, for a vocabulary, the output head with its inputs at the N predicted tokens. Their
+logits ``[N, V]`` are computed in chunks."""
 
 
 CHUNK = 1 << 24
