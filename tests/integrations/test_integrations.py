@@ -15,6 +15,7 @@ from torch import nn
 
 from support.launching import launch
 from support.worlds import WORLDS, World, teacher_for
+from tutelage import losses as loss_functions
 from tutelage.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from tutelage.data import LoaderBatches
 from tutelage.engine import RunDirectory, Training, build_accelerator, fit
@@ -235,7 +236,7 @@ def test_by_hand_without_anything_of_ours_but_objectives(tmp_path: Path) -> None
         logits = student(x)
         with torch.no_grad():
             said = teacher(x)
-        soft = losses.kd(logits, said, temperature=3.0)
+        soft = loss_functions.kd(logits, said, temperature=3.0)
         loss = 0.7 * soft + 0.3 * nn.functional.cross_entropy(logits, y)  # torch ignores -100 as we do
         optimizer.zero_grad()
         loss.backward()
