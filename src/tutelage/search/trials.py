@@ -247,7 +247,7 @@ def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.
         save_model(trained, draft, dict(member.card))
 
 
-class _Reporter(Silent):
+class _Reporter(NullCallback):
     """Reports every evaluation of a training, those before an interruption first.
 
     Args:
