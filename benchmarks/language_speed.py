@@ -151,7 +151,7 @@ def page(found: dict[str, Any]) -> str:
         f"{'bf16' if found['precision'] == 'bf16' else 'float32'}, threads: {found['threads']}.",
         "A step of the engine and one by hand take turns on the same batches. `python benchmarks/language_speed.py`.",
         "",
-        "| taught by | against | clock | tokens a second | by hand | ratio of sums | median of steps | wanted |",
+        "| teacher | against | clock | tokens a second | by hand | ratio of sums | median of steps | wanted |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, one in found["figures"].items():

@@ -176,7 +176,7 @@ def main() -> None:
         "Time and memory of each loss over those of the student's own forward and backward pass: ResNet-18, "
         "64x64, batch 64, one thread; features of ResNet-34. `python benchmarks/losses.py`",
         "",
-        "| loss | time | memory | parameters learned besides |",
+        "| loss | time | memory | parameters further learned parameters |",
         "| --- | --- | --- | --- |",
     ]
     for name, r in sorted(rows.items(), key=lambda item: -item[1]["ratio"]):

@@ -170,7 +170,8 @@ def write(args: argparse.Namespace, rows: dict[str, Any], costs: dict[str, Any])
         f"Teacher: {100 * teacher:.2f} %. Test accuracy of the last epoch, mean and standard deviation over seeds "
         f"{next(iter(rows.values()))['seeds']}; against plain `kd` paired by seed, with 95 % interval.",
         "",
-        "| method | loss | test % | over kd | agreement with the teacher % | learned besides | ms a step | peak MB |",
+        "| method | loss | test % | over kd | agreement with the teacher % "
+        "| further learned parameters | ms a step | peak MB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     base = costs.get("baseline")

@@ -167,7 +167,7 @@ def table() -> None:
         f"Held-out conversations about packages that no student saw: half answered by the teacher, half by people. "
         f"{STEPS} steps of 8 rows of {LENGTH} tokens; one seed. `python benchmarks/smollm2_half.py`",
         "",
-        "| student | KL to the teacher (nats) | perplexity | next token right % | as the teacher says % |",
+        "| student | KL to the teacher (nats) | perplexity | next token right % | same as the teacher % |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows.values():

@@ -1,4 +1,4 @@
-"""The similarity of classes is the lecture's E[p_i p_j], however the examples are batched."""
+"""The similarity of classes is E[p_i p_j], however the examples are batched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lecture's mathematics of the soft loss, as exact as floating point allows."""
+"""The mathematics of the soft loss, as exact as floating point allows."""
 
 from __future__ import annotations
 
