@@ -174,7 +174,7 @@ def test_a_model_in_which_packed_texts_see_each_other_is_refused(cutter: Any, fo
     check_packed_rows_are_separate("student", blind, packed)
     plain = blind.model.forward
     blind.model.forward = lambda *a, position_ids=None, **k: plain(*a, **k)  # as a model without positions
-    with pytest.raises(CapabilityError, match="lets the texts of a packed row see each other"):
+    with pytest.raises(CapabilityError, match="the texts of a packed row attend to each other"):
         check_packed_rows_are_separate("student", blind, packed)
 
 
@@ -254,7 +254,7 @@ def test_a_teacher_may_give_logits_or_a_part_of_its_distribution(cutter: Any, fo
     whole = torch.arange(logits.shape[-1]).expand_as(every)
     parts = Signal(sparse=Sparse("topk", whole, every, logits.shape[-1], 1.0))
     torch.testing.assert_close(total(student, method, batch, parts), exact)
-    with pytest.raises(CapabilityError, match="of T = 2, the loss of T = 1"):
+    with pytest.raises(CapabilityError, match="for T = 2, the loss has T = 1"):
         total(student, method, batch, Signal(sparse=Sparse("topk", whole, every, logits.shape[-1], 2.0)))
 
 

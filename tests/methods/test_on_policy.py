@@ -19,7 +19,7 @@ from tutelage.data import IGNORE, Batch
 from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import METHODS, OnPolicyMethod, check_capabilities
 from tutelage.methods.on_policy import _prompts as prompts_of
-from tutelage.methods.on_policy import after_mean
+from tutelage.methods.on_policy import mean_after
 from tutelage.teachers import LiveTeacher, MemoryTeacher
 
 __all__ = ["recipe"]
@@ -110,14 +110,14 @@ def test_answers_are_kept_used_again_and_the_oldest_go(cutter: Any, folder: Path
     method = ready(student, model(folder), batches[0], replay_buffer=3, replay_share=0.0)
     torch.manual_seed(0)
     made = [method.prepare_batch(student, batch) for batch in batches]
-    assert int(method.written) == 6
-    method.replay_share = 1.0
+    assert int(method.replay_count) == 6
+    method.options.replay_share = 1.0
     again = {tuple(method.prepare_batch(student, batches[0]).inputs["input_ids"][0].tolist()) for _ in range(40)}  # type: ignore[index, call-overload]
     assert again == {tuple(b.inputs["input_ids"][0].tolist()) for b in made[3:]}  # type: ignore[index, call-overload]
     drawn = method.prepare_batch(student, batches[0])
     match = next(b for b in made if torch.equal(b.inputs["input_ids"], drawn.inputs["input_ids"]))  # type: ignore[index, call-overload]
     assert torch.equal(match.mask, drawn.mask)  # type: ignore[arg-type]
-    assert {"kept", "spans", "written"} <= set(method.state_dict())
+    assert {"replay_tokens", "replay_lengths", "replay_count"} <= set(method.state_dict())
 
 
 def test_the_long_part_is_the_policy_gradient_of_what_follows(cutter: Any, folder: Path) -> None:
@@ -227,12 +227,12 @@ def test_lambda_grows_where_the_loss_of_an_evaluation_does(cutter: Any, folder: 
     seen = []
     for loss in (3.0, 2.0, 3.05, 3.1, 3.15, 3.3, 9.0, 10.0):
         method.after_validation({"loss": loss})
-        seen.append(round(float(method.share), 3))
+        seen.append(round(float(method.current_lambda), 3))
     assert seen == [0.0, 0.0, 0.0, 0.4, 0.4, 0.8, 1.0, 1.0]
     fixed = ready(model(folder, 2), model(folder), batch, lmbda=0.3)
     fixed.after_validation({"loss": 1.0})
     fixed.after_validation({"loss": 9.0})
-    assert float(fixed.share) == pytest.approx(0.3)
+    assert float(fixed.current_lambda) == pytest.approx(0.3)
 
 
 def test_what_adapts_to_an_evaluation_needs_one(cutter: Any, folder: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_what_adapts_to_an_evaluation_needs_one(cutter: Any, folder: Path, tmp_p
     with pytest.raises(CapabilityError, match="adapts to the validation loss"):
         tutelage.distill(
             model(folder), lambda: model(folder, 2), batches, eval_data=batches, baseline=False, epochs=1,
-            method=OnPolicyMethod(0.0, adaptive=0.1), out=tmp_path / "run", verbose=False,
+            method=OnPolicyMethod(lmbda=0.0, adaptive=0.1), out=tmp_path / "run", verbose=False,
         )  # fmt: skip
 
 
@@ -252,33 +252,33 @@ def test_the_share_of_kept_answers_rises_with_the_training(cutter: Any, folder: 
     shares = []
     for step in (0, 50, 100):
         method.before_training(student, step, 100)
-        before = int(method.written)
+        before = int(method.replay_count)
         for _ in range(60):
             method.prepare_batch(student, batch)
-        shares.append(1 - (int(method.written) - before) / 60)
+        shares.append(1 - (int(method.replay_count) - before) / 60)
     assert shares[0] == 0
     assert abs(shares[1] - 0.5) < 0.2
     assert shares[2] == 1
     method.before_training(student, 0, 2)
     method.after_step()
-    assert method._done == 0.5
+    assert method._progress == 0.5
 
 
 def test_what_follows_counts_up_to_the_end_of_an_answer() -> None:
     x, mask = torch.tensor([[9.0, 1.0, 2.0, 4.0, 7.0]]), torch.tensor([[False, True, True, True, False]])
-    assert after_mean(x, mask)[0, 1:4].tolist() == [3.0, 4.0, 0.0]
+    assert mean_after(x, mask)[0, 1:4].tolist() == [3.0, 4.0, 0.0]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"lmbda": 1.5}, "lmbda=1.5"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"long": 1.0}, "belongs to reverse_kl"),
-        ({"divergence": "reverse_kl", "long": 1.0, "replay_buffer": 5}, "replay_buffer=5"),
-        ({"mix": 0.2, "replay_buffer": 5}, "mix=0.2"),
-        ({"mix": 1.0}, "below 1"),
-        ({"adaptive": -0.1}, "adaptive=-0.1"),
+        ({"lmbda": 1.5}, "lmbda(.|\n)*less than or equal to 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens(.|\n)*greater than or equal to 1"),
+        ({"long": 1.0}, "needs divergence: reverse_kl"),
+        ({"divergence": "reverse_kl", "long": 1.0, "replay_buffer": 5}, "replay_buffer: 0"),
+        ({"mix": 0.2, "replay_buffer": 5}, "'mix' needs"),
+        ({"mix": 1.0}, "less than 1"),
+        ({"adaptive": -0.1}, "adaptive(.|\n)*greater than or equal to 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
@@ -320,8 +320,8 @@ def distil(cutter: Any, folder: Path, out: Path, die_at: int | None = None, **op
     batches = [causal(cutter, [r["messages"] for r in worlds.conversations(3, seed)])[1] for seed in range(4)]
     return tutelage.distill(
         model(folder), lambda: model(folder, 2), Shuffled(batches, die_at), eval_data=batches[:1],
-        validation=batches[1:2], method=OnPolicyMethod(0.7, max_new_tokens=4, replay_buffer=6), epochs=3, lr=1e-3,
-        baseline=False,
+        validation=batches[1:2], method=OnPolicyMethod(lmbda=0.7, max_new_tokens=4, replay_buffer=6),
+        epochs=3, lr=1e-3, baseline=False,
         train={"log_every": 1, "checkpoint_every": 2}, out=out, verbose=False, **options,
     )  # fmt: skip
 
@@ -335,7 +335,7 @@ def test_what_was_written_and_kept_is_the_same_after_a_stop(
         distil(cutter, folder, tmp_path / "cut", die_at=batches)
     distil(cutter, folder, tmp_path / "cut", resume=True)
     first, second = state(tmp_path / "whole"), state(tmp_path / "cut")
-    assert int(first["method.written"]) > 6
+    assert int(first["method.replay_count"]) > 6
     assert all(torch.equal(v, second[k]) for k, v in first.items())
 
 

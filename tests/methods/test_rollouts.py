@@ -21,7 +21,7 @@ from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError, EndpointError
 from tutelage.methods import OnPolicyMethod
-from tutelage.methods.rollouts import read_as
+from tutelage.methods.rollouts import prompt_text
 from tutelage.students import add_lora
 
 __all__ = ["recipe"]
@@ -171,7 +171,7 @@ def test_a_fault_that_passes_changes_nothing(fault: Any, server: servers.Server,
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [(unfinished, "breaks an answer off"), (without_tokens, "no token ids"), (servers.breaks, "out of memory")],
+    [(unfinished, "stops an answer early"), (without_tokens, "no token ids"), (servers.breaks, "out of memory")],
     ids=["unfinished", "without_tokens", "breaks"],
 )
 def test_a_fault_that_stays_is_an_error(
@@ -200,10 +200,10 @@ def test_a_server_that_takes_no_weights_is_an_error(server: servers.Server, cutt
 def test_what_does_not_go_together_is_refused(server: servers.Server, cutter: Any, folder: Path) -> None:
     rollouts = of(server)
     with pytest.raises(ConfigError, match="rollouts"):
-        OnPolicyMethod(1.0, "reverse_kl", long=1.0, rollouts=rollouts)
+        OnPolicyMethod(lmbda=1.0, divergence="reverse_kl", long=1.0, rollouts=rollouts)
     for odd in ({"model": "x", "every": 3}, {"every": None}):
-        with pytest.raises(ConfigError, match="kind='openai'"):
-            OnPolicyMethod(1.0, rollouts={"url": "http://127.0.0.1:1/v1", "kind": "openai", **odd})
+        with pytest.raises(ConfigError, match="kind: openai"):
+            OnPolicyMethod(lmbda=1.0, rollouts={"url": "http://127.0.0.1:1/v1", "kind": "openai", **odd})
     _, batch = causal(cutter, ROWS[:1], max_length=256)
     student = model(folder, 2)
     method = ready(student, model(folder), batch, rollouts=of(server, kind="openai"))
@@ -254,7 +254,7 @@ def test_a_server_that_is_not_there_is_missed_before_anything_is_trained(
 def test_text_is_read_as_the_tokens_that_are_meant(template: str) -> None:
     cutter = worlds.tokenizer(template)
     ids = cutter.apply_chat_template(ROWS[0][:1], add_generation_prompt=True)["input_ids"]
-    assert cutter(read_as(cutter, ids))["input_ids"] == ids
+    assert cutter(prompt_text(cutter, ids))["input_ids"] == ids
 
 
 def test_what_a_tokenizer_puts_before_each_text_is_not_said_twice() -> None:
@@ -265,8 +265,8 @@ def test_what_a_tokenizer_puts_before_each_text_is_not_said_twice() -> None:
     cutter.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
     ids = cutter("Ann has 3 apples")["input_ids"]
     assert ids[0] == begin
-    assert read_as(cutter, ids) == "Ann has 3 apples"
-    assert read_as(cutter, ids[1:]) == "Ann has 3 apples"  # the best that there is
+    assert prompt_text(cutter, ids) == "Ann has 3 apples"
+    assert prompt_text(cutter, ids[1:]) == "Ann has 3 apples"  # the best that there is
 
 
 def speaking_plainly(cutter: Any) -> Any:

@@ -94,7 +94,7 @@ def attention_by_hand(s: Any, t: Any, b: Batch, m: int, n: int) -> Tensor:
     return kl[b.mask].mean()
 
 
-@pytest.mark.parametrize("method", [TinybertMethod(prediction=0, scores="probabilities"), MinilmMethod(1)])
+@pytest.mark.parametrize("method", [TinybertMethod(prediction=0, scores="probabilities"), MinilmMethod(version=1)])
 def test_attention_is_what_transformers_outputs_give(method: Method) -> None:
     student, teacher, b = make(seed=1, layers=1), make(seed=2, layers=4), batch()
     method = fit(method, student, teacher, b)
@@ -258,7 +258,7 @@ def test_all_that_is_not_frozen_gets_a_gradient_as_distributed_wrappers_want(nam
 
 def test_no_minus_infinity_of_a_mask_is_compared_whatever_computes_attention() -> None:
     student, teacher, b = make(seed=1), make(seed=2, layers=4), batch(extra=3)
-    for factory in (lambda: TinybertMethod(prediction=0), lambda: MinilmMethod(1)):
+    for factory in (lambda: TinybertMethod(prediction=0), lambda: MinilmMethod(version=1)):
         found = []
         for implementation in ("sdpa", "eager"):
             for model in (student, teacher):
@@ -276,7 +276,7 @@ def test_dropout_of_the_students_attention_is_not_compared() -> None:
         make(seed=2),
         batch(),
     )
-    method = fit(TinybertMethod([1, None], prediction=0, hidden=0, embedding=0), student, teacher, b)
+    method = fit(TinybertMethod(layers=[1, None], prediction=0, hidden=0, embedding=0), student, teacher, b)
     evaluated = seen(student, teacher, method, b)["attention"]
     torch.testing.assert_close(seen(student.train(), teacher, method, b)["attention"], evaluated)
 
@@ -368,8 +368,8 @@ def test_no_method_of_hidden_states_runs_a_head_over_the_vocabulary(factory: Cal
         (lambda: TripleMethod(cosine=0), ["cosine"]),
         (lambda: TinybertMethod(attention=0, prediction=0), ["attention_mse", "soft_cross_entropy"]),
         (lambda: TinybertMethod(embedding=0, hidden=0, prediction=0), ["hint"]),
-        (lambda: MinilmMethod(1, attention=0), ["attention_kl"]),
-        (lambda: MinilmMethod(1, values=0), ["value_relation"]),
+        (lambda: MinilmMethod(version=1, attention=0), ["attention_kl"]),
+        (lambda: MinilmMethod(version=1, values=0), ["value_relation"]),
     ],
 )  # fmt: skip
 def test_a_term_that_weighs_nothing_is_not_computed(

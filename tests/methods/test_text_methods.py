@@ -46,7 +46,7 @@ from tutelage.methods import (
     TinybertMethod,
     TripleMethod,
 )
-from tutelage.methods.transformer_layers import find_layers, mapped
+from tutelage.methods.transformer_layers import find_layers, map_layers
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 
@@ -70,14 +70,18 @@ def test_widths_that_differ_get_projectors_that_are_trained_and_no_student() -> 
     ("method", "says"),
     [
         (lambda: TinybertMethod(prediction=0), "2 heads of attention, the teacher's layer 1 has 4(.|\n)*heads: mean"),
-        (lambda: MinilmMethod(1), "2 heads of attention, the teacher 4(.|\n)*version: 2"),
+        (lambda: MinilmMethod(version=1), "2 heads of attention, the teacher 4(.|\n)*version: 2"),
     ],
 )  # fmt: skip
 def test_heads_that_differ_are_refused_or_averaged(method: Callable[[], Method], says: str) -> None:
     student, teacher, b = make(seed=1), make(seed=2, heads=4), batch()
     with pytest.raises(ModelError, match=says):
         fit(method(), student, teacher, b)
-    for other in (TinybertMethod(prediction=0, heads="mean"), MinilmMethod(1, heads="mean"), MinilmMethod(2)):
+    for other in (
+        TinybertMethod(prediction=0, heads="mean"),
+        MinilmMethod(version=1, heads="mean"),
+        MinilmMethod(version=2),
+    ):
         assert all(float(v.detach()) > 0 for v in seen(student, teacher, fit(other, student, teacher, b), b).values())
 
 
@@ -86,20 +90,20 @@ def test_maps_of_layers() -> None:
 
     def found(layers: Any, student: int, teacher: int, **more: Any) -> list[tuple[int, int]]:
         mine = find_layers("student", make(layers=student), b)
-        return mapped(layers, mine, find_layers("teacher", make(layers=teacher), b), **more)
+        return map_layers(layers, mine, find_layers("teacher", make(layers=teacher), b), **more)
 
     assert found("uniform", 3, 6) == [(1, 2), (2, 4), (3, 6)]
     assert found("uniform", 2, 5) == [(1, 3), (2, 5)]
     assert found("last", 2, 5) == [(1, 4), (2, 5)]
-    assert found("skip", 3, 6, but_last=True) == [(1, 2), (2, 4)]
-    assert found("last", 3, 6, but_last=True) == [(1, 4), (2, 5)]
+    assert found("skip", 3, 6, exclude_last=True) == [(1, 2), (2, 4)]
+    assert found("last", 3, 6, exclude_last=True) == [(1, 4), (2, 5)]
     assert found([None, 3], 2, 5) == [(2, 3)]
     with pytest.raises(ModelError, match=r"give 2 numbers from 1 to 4"):
         found([1, 2, 3], 2, 4)
     with pytest.raises(ModelError, match=r"give 2 numbers from 1 to 4"):
         found([1, 5], 2, 4)
     with pytest.raises(ModelError, match="no layer is left"):
-        found("skip", 1, 4, but_last=True)
+        found("skip", 1, 4, exclude_last=True)
     with pytest.raises(ModelError, match="4 layers, the teacher 2"):
         found("last", 4, 2)
 
@@ -155,7 +159,7 @@ def test_layers_queries_keys_and_values_are_found_in_any_family(family: str) -> 
     assert attention.values.tap.endswith(value)
     assert (attention.plain, attention.heads) == (plain, 4)
     assert len({attention.queries, attention.keys, attention.values}) == 3
-    taps = (stack.embeddings, *(layer.state for layer in stack.layers), stack.last)
+    taps = (stack.embeddings, *(layer.output for layer in stack.layers), stack.last)
     with torch.no_grad():
         observed = observe(model, b.inputs, Needs(hidden=tuple(dict.fromkeys(taps)))).hidden
         said = model(**b.inputs, output_hidden_states=True).hidden_states
@@ -166,7 +170,7 @@ def test_layers_queries_keys_and_values_are_found_in_any_family(family: str) -> 
     method = fit(MinilmMethod(), make(seed=4), model, b)
     assert set(seen(make(seed=4), model, method, b)) == {"queries", "keys", "values"}
     if not plain:
-        for refused in (MinilmMethod(1), TinybertMethod(prediction=0)):
+        for refused in (MinilmMethod(version=1), TinybertMethod(prediction=0)):
             with pytest.raises(ModelError, match="rotary or relative positions"):
                 fit(refused, make(seed=4), model, b)
         fit(TinybertMethod(prediction=0, attention=0), make(seed=4), model, b)
@@ -268,7 +272,7 @@ def test_the_engine_says_before_how_terms_are_weighted_so_one_gradient_serves_al
     [
         (TripleMethod(), BertForMaskedLM, BertModel, "mlm", CapabilityError, "the teacher, BertModel, has no head"),
         (TripleMethod(), BertModel, BertForMaskedLM, "mlm", CapabilityError, "the student(.|\n)*kd: 0 and mlm: 0"),
-        (TripleMethod(), BertForMaskedLM, BertForMaskedLM, "texts", CapabilityError, "masked tokens have one each"),
+        (TripleMethod(), BertForMaskedLM, BertForMaskedLM, "texts", CapabilityError, "needs one for each token"),
         (MinilmMethod(layer=9), BertModel, BertModel, "plain", ModelError, "layer 9 of a teacher with 2"),
         (MinilmMethod(relation_heads=5), BertModel, BertModel, "plain", ModelError, "give one of 1, 2, 4, 8, 16"),
         (EmbeddingMethod(), BertForMaskedLM, BertForMaskedLM, "plain", ModelError, "one vector for each text"),
@@ -289,13 +293,13 @@ def test_vocabularies_and_classes_and_tokens_that_differ_say_so() -> None:
     with pytest.raises(CapabilityError, match="scores 40 tokens, the teacher 44"):
         fit(TripleMethod(), student, other, b)
     shorter = replace(b, teacher_inputs={k: v[:, :5] for k, v in b.inputs.items()})
-    for method in (TripleMethod(), TinybertMethod(prediction=0), MinilmMethod(1), MinilmMethod(2)):
+    for method in (TripleMethod(), TinybertMethod(prediction=0), MinilmMethod(version=1), MinilmMethod(version=2)):
         with pytest.raises(CapabilityError, match="reads 9 tokens of a text, the teacher 5"):
             seen(student, make(seed=2), fit(method, student, make(seed=2), shorter), shorter)
     kind, texts = BertForSequenceClassification, batch("texts")
     three, two = make(kind, 1, num_labels=3, layers=2), make(kind, 2, num_labels=2)
     for method in (PatientMethod(), TinybertMethod(stage1_fraction=0)):
-        with pytest.raises(CapabilityError, match="score the same classes"):
+        with pytest.raises(CapabilityError, match="have the same classes"):
             seen(three, two, fit(method, three, two, texts), texts)
     images = Batch(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
     with pytest.raises(CapabilityError, match="tokens of texts"):
@@ -317,16 +321,16 @@ class Flat(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "options", "says"),
     [
-        ("triple", {"mlm": -1}, "0 or more"),
+        ("triple", {"mlm": -1}, "greater than or equal to 0"),
         ("triple", {"mlm": 0, "kd": 0, "cosine": 0}, "are all 0"),
-        ("triple", {"positions": "some"}, "counted, masked"),
-        ("triple", {"temperature": 0}, "above 0"),
-        ("tinybert", {"layers": "skip"}, "uniform, last"),
-        ("tinybert", {"layers": [0, 2]}, "counted from 1"),
+        ("triple", {"positions": "some"}, "'counted' or 'masked'"),
+        ("triple", {"temperature": 0}, "greater than 0"),
+        ("tinybert", {"layers": "skip"}, "uniform"),
+        ("tinybert", {"layers": [0, 2]}, "greater than or equal to 1"),
         ("tinybert", {"prediction": 0, "stage1_fraction": 0.5}, "leave it out"),
-        ("minilm", {"version": 1, "queries": 1.0}, "version 1 has no such term"),
-        ("minilm", {"version": 3}, "allowed: 1, 2"),
-        ("patient", {"alpha": 2.0}, r"\[0, 1\]"),
+        ("minilm", {"version": 1, "queries": 1.0}, "version 1 has no term"),
+        ("minilm", {"version": 3}, "1 or 2"),
+        ("patient", {"alpha": 2.0}, "at most 1"),
         ("embedding", {"mse": 0, "similarity": 0}, "are all 0"),
     ],
 )
@@ -363,4 +367,4 @@ def test_a_recipe_says_at_once_what_is_wrong(method: dict[str, Any], says: str) 
     with pytest.raises(ConfigError, match=says):
         build_recipe({**RECIPE, "method": method})
     listed = build_recipe({**RECIPE, "method": {"kind": "tinybert", "layers": [None, 4]}}).method
-    assert METHODS["tinybert"](**listed.model_dump(exclude={"kind"})).hidden.layers == [None, 4]
+    assert METHODS["tinybert"](**listed.model_dump(exclude={"kind"})).hidden.options.layers == [None, 4]

@@ -214,13 +214,17 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
         student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)
         student.generation_config.eos_token_id = list(range(0, 300, 5))  # type: ignore[union-attr]
         rollouts = {"url": written_by(accelerator), "every": 1} if "served" in kind else None
-        own = OnPolicyMethod(1.0, sampling_temperature=0.0, max_new_tokens=9, rollouts=rollouts)
+        own = OnPolicyMethod(lmbda=1.0, sampling_temperature=0.0, max_new_tokens=9, rollouts=rollouts)
         method = prepare_method(own, student, teacher, data.fetch(data.ids), seed=4)
     if "token" in kind:
         data = Sentences(pack=kind.endswith("packed"))
         student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2)
         method = prepare_method(
-            TokenMethod("js", 2.0, 0.7, hidden=0.5), student, teacher, data.fetch(data.ids), seed=4
+            TokenMethod(divergence="js", temperature=2.0, alpha=0.7, hidden=0.5),
+            student,
+            teacher,
+            data.fetch(data.ids),
+            seed=4,
         )
     live = LiveTeacher(teacher, sharded=kind.endswith("sharded-teacher")).to("cpu")
     config = TrainConfig(

@@ -229,7 +229,7 @@ CASES = [
 
 UTILITIES = {
     "ContrastiveMemory", "overhaul_margin", "LinearHead", "LoRA", "TopKTargets", "SampledTargets",
-    "CrossVocabularyTargets", "HardTargets", "SoftTargets", "TeacherDistribution", "check_divergence", "coarse",
+    "CrossVocabularyTargets", "HardTargets", "SoftTargets", "TeacherDistribution", "coarse",
     "linear_cross_entropy", "linear_sums",
 }  # fmt: skip
 """Exported names that are no losses, or several at once."""

@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[], Method], Any, str]] = {
     "tinybert-texts": (lambda: TinybertMethod(stage1_fraction=0), BertForSequenceClassification, "texts"),
     "tinybert-tokens": (lambda: TinybertMethod(stage1_fraction=0), BertForTokenClassification, "tokens"),
     "tinybert-kl": (lambda: TinybertMethod(prediction=0, scores="probabilities"), BertForMaskedLM, "mlm"),
-    "minilm-1": (lambda: MinilmMethod(1), BertForMaskedLM, "plain"),
+    "minilm-1": (lambda: MinilmMethod(version=1), BertForMaskedLM, "plain"),
     "minilm-2": (MinilmMethod, BertForMaskedLM, "mlm"),
     "patient": (PatientMethod, BertForSequenceClassification, "texts"),
     "patient-tokens": (PatientMethod, BertForTokenClassification, "tokens"),

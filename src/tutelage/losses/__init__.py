@@ -42,7 +42,6 @@ from tutelage.losses.terms import (
     SoftTargets,
     TeacherDistribution,
     TopKTargets,
-    check_divergence,
 )
 from tutelage.losses.tokens import linear_cross_entropy, linear_divergence, linear_sums
 from tutelage.losses.vectors import cosine, cosine_matrix, margin_mse, patient
@@ -63,7 +62,6 @@ __all__ = [
     "binary_cross_entropy",
     "binary_kd",
     "bounded_regression",
-    "check_divergence",
     "coarse",
     "correlation",
     "cosine",

@@ -17,19 +17,19 @@ Rest = Literal["bucket", "uld"]
 their sorted probabilities are compared too."""
 
 
-def coarse(logits: Tensor, kept: Tensor) -> Tensor:
+def coarse(logits: Tensor, classes: Tensor) -> Tensor:
     """Logits ``[..., S + 1]`` of some classes, and of all others as one outcome, which is last.
 
     Their softmax is the distribution of ``logits`` with the probabilities of the others summed. Divide by T before.
 
     Args:
         logits: ``[..., C]``.
-        kept: ``[S]``, distinct classes. If these are all C, there is no last outcome.
+        classes: ``[S]``, distinct classes. If these are all C, there is no last outcome.
     """
-    some = logits[..., kept]
-    if len(kept) == logits.shape[-1]:
+    some = logits[..., classes]
+    if len(classes) == logits.shape[-1]:
         return some
-    return torch.cat([some, logits.index_fill(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+    return torch.cat([some, logits.index_fill(-1, classes, -torch.inf).logsumexp(-1, keepdim=True)], -1)
 
 
 @without_autocast

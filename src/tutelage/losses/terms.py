@@ -284,20 +284,6 @@ def _common_options(
     return t, mask, _divergence(term.divergence, beta=term.beta, alpha=term.alpha, reverse=term.reverse)
 
 
-def check_divergence(
-    name: str, beta: float | None = None, alpha: float | None = None, reverse: bool | None = None
-) -> None:
-    """Raise ``ValueError`` for an unknown divergence, or an option that it does not have or that is out of range.
-
-    Args:
-        name: of the divergence, as ``linear_divergence`` takes it.
-        beta: of ``js``.
-        alpha: of ``skew_kl``.
-        reverse: of ``skew_kl``.
-    """
-    _divergence(name, beta=beta, alpha=alpha, reverse=reverse)
-
-
 def _divergence(divergence: str, **options: Any) -> Divergence:
     check_choice("divergence", divergence, *DIVERGENCES)
     factory = DIVERGENCES[divergence]

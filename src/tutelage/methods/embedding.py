@@ -1,14 +1,17 @@
-"""Embeddings of texts: the teacher's vector, and which texts are alike."""
+"""Embeddings of texts: the teacher's vector, and the similarities within a batch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.data.batch import Batch, Task
+from tutelage.config import EmbeddingOptions
+from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.text_terms import check_weights
+from tutelage.methods.text_terms import nonzero_weights
 from tutelage.students import Projector, build_projector, eval_no_grad
 from tutelage.students.projectors import Shape, device_of
 from tutelage.taps import Needs, Observation, observe
@@ -16,35 +19,32 @@ from tutelage.teachers.signal import Signal
 
 
 class EmbeddingMethod(Method):
-    r"""The teacher's embedding of a text for the student's: mean square, and the similarities within a batch.
+    r"""The student learns the teacher's embedding of a text: mean square, and the similarities within a batch.
 
-    Models give embeddings ``[B, D]`` in place of logits. Teacher and student may read different texts
-    (``Batch.teacher_inputs``): a sentence, and its translation for the student. No labels are learned from.
-
-    Args:
-        mse: weight of :math:`\tfrac1D \|e^S - e^T\|^2`. Where widths differ the student's go through a linear layer,
-            which is trained along and not exported.
-        similarity: weight of the squared gaps between cosines of all pairs of a micro-batch, for any widths. The
-            paper has 0.
-        task: what labels are.
+    The terms are :math:`\tfrac1D \|e^S - e^T\|^2` and the squared gaps between cosines of all pairs of a micro-batch.
+    Models return embeddings ``[B, D]`` in place of logits. Teacher and student may read different texts
+    (``Batch.teacher_inputs``): a sentence, and its translation for the student. Labels are not used.
 
     Raises:
-        ConfigError: a weight below 0, or no term left.
+        ConfigError: both weights are 0.
 
     Reference: Reimers and Gurevych, Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation
-    (EMNLP 2020), equation 1; the second term is ours, see :func:`tutelage.losses.cosine_matrix`.
+    (EMNLP 2020), equation 1; the second term is :func:`tutelage.losses.cosine_matrix`.
     """
 
-    def __init__(self, mse: float = 1.0, similarity: float = 1.0, *, task: Task = "classes") -> None:
-        super().__init__()
-        self.weights, self.task = check_weights(mse=mse, similarity=similarity), task
+    Options = EmbeddingOptions
+    options: EmbeddingOptions
+
+    def __init__(self, options: EmbeddingOptions | None = None, /, **keywords: Any) -> None:
+        super().__init__(options, **keywords)
+        self.weights = nonzero_weights(mse=self.options.mse, similarity=self.options.similarity)
         self.projector: Projector | None = None
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Make the projector, where widths differ.
+        """Build the projector if the widths differ.
 
         Raises:
-            ModelError: a model that gives no embeddings.
+            ModelError: a model that returns no embeddings.
         """
         assert teacher is not None
         s, t = _shape("student", student, example), _shape("teacher", teacher, example.for_teacher())
@@ -56,7 +56,7 @@ class EmbeddingMethod(Method):
         return dict.fromkeys(self.weights, _texts(batch).sum())
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms ``mse`` and ``similarity``, as far as they weigh anything."""
+        """The terms ``mse`` and ``similarity``, if they have a weight."""
         assert student.logits is not None
         assert signal is not None
         s, t, mask = student.logits, signal.dense(), _texts(batch)
@@ -73,7 +73,7 @@ def _texts(batch: Batch) -> Tensor:
     """``[B]``, true at texts that count."""
     if batch.labels.ndim != 1:
         raise CapabilityError(
-            f"labels are {list(batch.labels.shape)}, one for each token, and embeddings are of whole texts",
+            f"labels are {list(batch.labels.shape)}, one for each token, and a text has one embedding",
             remedy="use data with one label for each text, or none",
         )
     return batch.counted()
@@ -83,9 +83,9 @@ def _shape(who: str, model: nn.Module, example: Batch) -> Shape:
     with eval_no_grad(model):
         logits = observe(model, example.to(device_of(model)).inputs, Needs()).logits
     if logits is None or logits.ndim != 2:
-        given = None if logits is None else list(logits.shape)
+        shape = None if logits is None else list(logits.shape)
         raise ModelError(
-            f"the {who} gives {given}, and an embedding is one vector for each text, [B, D]",
+            f"the {who} returns {shape}, and an embedding is one vector for each text, [B, D]",
             where=who, remedy="build a model that pools its hidden states",
         )  # fmt: skip
     return tuple(logits.shape)

@@ -1,4 +1,4 @@
-"""What methods on texts share: which tokens count, the head over a vocabulary, and the terms of the outputs."""
+"""Helpers of methods on texts: which tokens count, the vocabulary head, and the terms of the outputs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tutelage.teachers.signal import Signal
 # Which tokens count ------------------------------------------------------------------------------------------------
 
 
-def seen_tokens(batch: Batch) -> Tensor:
-    """``[B, L]``, true at what is no padding, by the attention mask; all where there is none.
+def non_padding(batch: Batch) -> Tensor:
+    """``[B, L]``, true at tokens that are not padding, by the attention mask; all true without a mask.
 
     Raises:
-        CapabilityError: the batch is no texts.
+        CapabilityError: the batch contains no texts.
     """
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {}
     attention = inputs.get("attention_mask")
@@ -40,105 +40,102 @@ def seen_tokens(batch: Batch) -> Tensor:
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-def text_positions(batch: Batch) -> Tensor:
-    """``[B, L]``, true at tokens that count: never padding, and of texts with a label for each token or masked ones
-    what the batch's mask leaves (so no special tokens)."""
-    seen, counted = seen_tokens(batch), batch.counted()
-    return seen & (counted if counted.ndim == 2 else counted.unsqueeze(-1))
+def counted_tokens(batch: Batch) -> Tensor:
+    """``[B, L]``, true at tokens that count: no padding, and no token or text that the batch's mask excludes."""
+    present, counted = non_padding(batch), batch.counted()
+    return present & (counted if counted.ndim == 2 else counted.unsqueeze(-1))
 
 
 def counted_outputs(batch: Batch) -> Tensor:
-    """Positions of the logits that count, in the shape of the labels; of tokens never padding."""
-    return batch.counted() if batch.labels.ndim == 1 else text_positions(batch)
+    """Positions of the logits that count, in the shape of the labels; never padding."""
+    return batch.counted() if batch.labels.ndim == 1 else counted_tokens(batch)
+
+
+def check_same_tokens(student: Tensor, teacher: Tensor) -> None:
+    """Raise :class:`CapabilityError` if the hidden states ``[B, L, ...]`` have different numbers of tokens."""
+    if student.shape[:2] != teacher.shape[:2]:
+        raise CapabilityError(
+            f"the student reads {student.shape[1]} tokens of a text, the teacher {teacher.shape[1]}",
+            remedy="this method compares token by token: use one tokenizer and one text, or kind: embedding",
+        )
+
+
+# Heads and taps ----------------------------------------------------------------------------------------------------
 
 
 def linear_head(head: Head) -> losses.LinearHead:
-    """A head that was seen, as the chunked losses take it."""
-    beside = None if head.adapter is None else losses.LoRA(*head.adapter)
-    return losses.LinearHead(head.weight, head.bias, head.scale, head.softcap, beside)
+    """An observed head, as the chunked losses take it."""
+    lora = None if head.adapter is None else losses.LoRA(*head.adapter)
+    return losses.LinearHead(head.weight, head.bias, head.scale, head.softcap, lora)
 
 
 def head_terms(
     method: Method,
     head: Head,
-    asked: Mapping[str, losses.HardTargets | losses.SoftTargets | losses.CrossVocabularyTargets],
+    targets: Mapping[str, losses.HardTargets | losses.SoftTargets | losses.CrossVocabularyTargets],
     counts: Mapping[str, Tensor],
 ) -> dict[str, Term]:
-    """Terms of what a head scores, from one projection and with one gradient, by what the engine will multiply each.
+    """Terms of a head's logits from one projection, with one gradient for the weights that the engine will apply.
 
     Args:
-        method: whose terms they are.
+        method: the owner of the terms.
         head: the student's.
-        asked: the losses, by term.
+        targets: by term.
         counts: how many tokens each term averages over.
 
     Raises:
         ValueError: as :func:`tutelage.losses.linear_sums`.
     """
-    shares = method.loss_scales or {name: method.weights[name] / counts[name].clamp(min=1) for name in asked}
-    weights = [shares[name] for name in asked]
-    sums = losses.linear_sums(head.inputs, linear_head(head), list(asked.values()), weights=weights)
-    return {name: Term(total, counts[name]) for name, total in zip(asked, sums, strict=True)}
+    scales = method.loss_scales or {name: method.weights[name] / counts[name].clamp(min=1) for name in targets}
+    weights = [scales[name] for name in targets]
+    sums = losses.linear_sums(head.inputs, linear_head(head), list(targets.values()), weights=weights)
+    return {name: Term(total, counts[name]) for name, total in zip(targets, sums, strict=True)}
 
 
-def quiet_needs(model: nn.Module, taps: Sequence[str]) -> Needs:
-    """Taps and nothing else; where the model has a head over a vocabulary, that is not run."""
+def taps_only(model: nn.Module, taps: Sequence[str]) -> Needs:
+    """Needs of taps alone; a head over a vocabulary is not run."""
     return Needs(logits=False, head=vocabulary_head(model) is not None, hidden=tuple(dict.fromkeys(taps)))
 
 
-def freeze_unreached(student: nn.Module, example: Batch, needs: Needs, *, head: bool = False) -> nn.Module:
-    """``student``, with what no tap (nor ``head``) depends on frozen, such as all that is behind the tapped layers.
+def freeze_unused(student: nn.Module, example: Batch, needs: Needs, *, head: bool = False) -> nn.Module:
+    """``student``, with the parameters frozen on which no tap (nor ``head``) depends, such as later layers.
 
-    It would get no gradient anyway; distributed wrappers wait for one of everything that is not frozen. The exported
-    student is a fresh one, with nothing frozen.
+    They get no gradient, and distributed wrappers wait for the gradient of every parameter that is not frozen. The
+    exported student is a fresh one, with nothing frozen.
     """
-    learned = [p for p in student.parameters() if p.requires_grad]
+    parameters = [p for p in student.parameters() if p.requires_grad]
     with evaluating(student), torch.enable_grad():
         observed = observe(student, example.to(device_of(student)).inputs, needs)
-    parts = list(observed.hidden.values())
+    outputs = list(observed.hidden.values())
     if observed.head is not None and head:
-        parts += [x for x in observed.head if isinstance(x, Tensor)]
-    gradients = torch.autograd.grad([x.float().sum() for x in parts], learned, allow_unused=True)
-    for parameter, gradient in zip(learned, gradients, strict=True):
+        outputs += [x for x in observed.head if isinstance(x, Tensor)]
+    gradients = torch.autograd.grad([x.float().sum() for x in outputs], parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     return student
 
 
-def check_same_tokens(student: Tensor, teacher: Tensor) -> None:
-    """Raise :class:`CapabilityError` where the two hidden states ``[B, L, ...]`` are not of the same tokens."""
-    if student.shape[:2] != teacher.shape[:2]:
-        raise CapabilityError(
-            f"the student reads {student.shape[1]} tokens of a text, the teacher {teacher.shape[1]}",
-            remedy="token by token both must read the same: use one tokenizer and one text, or kind: embedding",
-        )
+# Weights, and terms of the outputs ---------------------------------------------------------------------------------
 
 
-# What the outputs say ---------------------------------------------------------------------------------
+def nonzero_weights(**weights: float) -> dict[str, float]:
+    """The weights other than 0; raises :class:`ConfigError` if there are none."""
+    nonzero = {name: weight for name, weight in weights.items() if weight}
+    if not nonzero:
+        raise ConfigError(f"{', '.join(weights)} are all 0", remedy="give at least one term a weight above 0")
+    return nonzero
 
 
-def check_weights(**weights: float) -> dict[str, float]:
-    """Those above 0; raises :class:`ConfigError` for one below, and where none is left."""
-    for name, weight in weights.items():
-        if not weight >= 0:
-            raise ConfigError(f"{name}={weight}", remedy="must be 0 or more: a weight; 0 leaves the term out")
-    kept = {name: weight for name, weight in weights.items() if weight}
-    if not kept:
-        raise ConfigError(
-            f"{', '.join(weights)} are all 0", remedy="give at least one a weight, or nothing is learned"
-        )
-    return kept
-
-
-class Outputs:
-    """Terms of the logits: soft labels, and hard ones. One that weighs nothing is not computed.
+class OutputTerms:
+    """Terms of the logits: soft labels and hard labels. A term with weight 0 is not computed.
 
     Args:
-        task: what labels are.
+        task: the kind of labels.
         alpha: weight of the soft labels.
-        hard: weight of the hard ones.
+        hard: weight of the hard labels.
         temperature: T of the soft labels of classes.
-        soft: the loss on logits of classes; of the other tasks it is their own.
-        name: of the soft term; default its loss's.
+        soft: the loss on logits of classes; other tasks have their own.
+        name: of the soft term; default: that of its loss.
     """
 
     def __init__(
@@ -149,19 +146,18 @@ class Outputs:
         self.loss = logit_loss(self.soft)
         self.temperature = None if LOGIT_LOSSES[self.soft].temperature is None else temperature
         self.name = self.soft if name is None else name
-        given = {self.name: alpha, self.labels.term: hard}
-        self.weights = {term: weight for term, weight in given.items() if weight}
+        self.weights = {k: weight for k, weight in {self.name: alpha, self.labels.term: hard}.items() if weight}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs that count, and those with a label."""
-        counts = {self.name: counted_outputs(batch), self.labels.term: batch.labelled()}
-        return {term: counts[term].sum() for term in self.weights}
+        positions = {self.name: counted_outputs(batch), self.labels.term: batch.labelled()}
+        return {term: positions[term].sum() for term in self.weights}
 
     def __call__(self, logits: Tensor | None, signal: Signal, batch: Batch) -> dict[str, Term]:
-        """The terms; none, where nothing weighs.
+        """The terms with a weight.
 
         Raises:
-            CapabilityError: teacher and student score different classes, or not in the shape of the labels.
+            CapabilityError: teacher and student have different classes, or not the shape of the labels.
         """
         if not self.weights:
             return {}
@@ -173,7 +169,7 @@ class Outputs:
             if teacher.shape != logits.shape:
                 raise CapabilityError(
                     f"the student's logits are {tuple(logits.shape)}, the teacher's {tuple(teacher.shape)}",
-                    remedy="both must score the same classes in the same order",
+                    remedy="both must have the same classes in the same order",
                 )
             options = {} if self.temperature is None else {"temperature": self.temperature}
             loss = self.loss(logits, teacher, mask=counted_outputs(batch), reduction="sum", **options)
@@ -183,6 +179,6 @@ class Outputs:
         return terms
 
     def formula(self) -> str:
-        """The terms in one line; empty, where nothing weighs."""
-        shown = "" if self.temperature is None else f"(T={self.temperature:g})"
-        return " + ".join(f"{w:g} * {n}{shown if n == self.name else ''}" for n, w in self.weights.items())
+        """The terms in one line."""
+        temperature = "" if self.temperature is None else f"(T={self.temperature:g})"
+        return " + ".join(f"{w:g} * {n}{temperature if n == self.name else ''}" for n, w in self.weights.items())

@@ -1,107 +1,112 @@
-"""TinyBERT: embeddings, hidden states and attention of mapped layers first, and then the predictions."""
+"""TinyBERT: embeddings, hidden states and attention of mapped layers first, then the predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.data.batch import Batch, Task
-from tutelage.errors import ConfigError, ModelError
+from tutelage.config import TinybertOptions
+from tutelage.data.batch import Batch
+from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Phase, Term
 from tutelage.methods.text_terms import (
-    Outputs,
+    OutputTerms,
     check_same_tokens,
-    check_weights,
-    freeze_unreached,
-    quiet_needs,
-    seen_tokens,
-    text_positions,
+    counted_tokens,
+    freeze_unused,
+    non_padding,
+    nonzero_weights,
+    taps_only,
 )
-from tutelage.methods.transformer_layers import Attention, Stack, attention_scores, check_layers, find_layers, mapped
+from tutelage.methods.transformer_layers import (
+    Attention,
+    LayerStack,
+    check_plain_attention,
+    find_layers,
+    map_layers,
+)
 from tutelage.students import build_projector
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
 
-Scores = Literal["scores", "probabilities"]
-
-COMPARED: dict[str, Callable[..., Tensor]] = {
+ATTENTION_LOSSES: dict[str, Callable[..., Tensor]] = {
     "probabilities": losses.attention_kl,
     "scores": losses.attention_mse,
 }
-"""How attention is compared: scores by squares, or what the softmax makes of them by KL."""
+"""The loss of the attention, by the option ``scores``."""
 
 
 class LayersMethod(Method):
-    """The first stage of TinyBERT: all but the predictions.
+    """The first stage of TinyBERT: all terms except the predictions.
 
     Args:
-        layers: as of :class:`TinybertMethod`.
-        weights: of ``embedding``, ``hidden`` and ``attention``, those above 0.
-        scores: as of :class:`TinybertMethod`.
-        heads: as of :class:`TinybertMethod`.
-        task: what labels are.
+        options: of :class:`TinybertMethod`.
+        **keywords: the fields of ``options``, and ``task``.
     """
 
-    def __init__(
-        self, layers: str | Sequence[int | None], weights: Mapping[str, float], scores: str, heads: str, task: Task
-    ) -> None:
-        super().__init__()
-        self.layers, self.weights, self.scores, self.heads = layers, dict(weights), scores, heads
-        self.task = task
+    Options = TinybertOptions
+    options: TinybertOptions
+
+    def __init__(self, options: TinybertOptions | None = None, /, **keywords: Any) -> None:
+        super().__init__(options, **keywords)
+        o = self.options
+        self.weights = nonzero_weights(embedding=o.embedding, hidden=o.hidden, attention=o.attention)
         self.projectors = nn.ModuleDict()
         self.states: dict[str, list[tuple[str, str]]] = {}
         self.attentions: list[tuple[Attention, Attention]] = []
-        self.pairs: list[tuple[int, int]] = []
+        self.layer_map: list[tuple[int, int]] = []
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find the layers of both models, and make the projectors.
+        """Find the layers of both models, and build the projectors.
 
         Raises:
             ModelError: no layers are found, or attention that cannot be compared.
         """
         assert teacher is not None
-        mine, theirs = (
-            find_layers("student", student, example),
-            find_layers("teacher", teacher, example.for_teacher()),
-        )
-        self.pairs = mapped(self.layers, mine, theirs)
+        mine = find_layers("student", student, example)
+        theirs = find_layers("teacher", teacher, example.for_teacher())
+        self.layer_map = map_layers(self.options.layers, mine, theirs)
         self.states = {}
         if "embedding" in self.weights:
             self.states["embedding"] = [(mine.embeddings, theirs.embeddings)]
         if "hidden" in self.weights:
-            self.states["hidden"] = [(mine.layers[m - 1].state, theirs.layers[n - 1].state) for m, n in self.pairs]
+            self.states["hidden"] = [
+                (mine.layers[m - 1].output, theirs.layers[n - 1].output) for m, n in self.layer_map
+            ]
         shapes = (1, 1, mine.width), (1, 1, theirs.width)
         self.projectors = nn.ModuleDict({name: build_projector(*shapes) for name in self.states})
-        self.attentions = _attentions(mine, theirs, self.pairs, self.heads) if "attention" in self.weights else []
-        taps: tuple[list[str], list[str]] = ([], [])
-        for i, found in enumerate(taps):
-            found += [pair[i] for pairs in self.states.values() for pair in pairs]
-            found += [part.tap for pair in self.attentions for part in (pair[i].queries, pair[i].keys)]
-        self.student_needs = quiet_needs(student, taps[0])
-        self.needs = quiet_needs(teacher, taps[1])
+        self.attentions = []
+        if "attention" in self.weights:
+            self.attentions = _attentions(mine, theirs, self.layer_map, self.options.heads)
+        taps = [
+            [pair[i] for pairs in self.states.values() for pair in pairs]
+            + [channels.tap for pair in self.attentions for channels in (pair[i].queries, pair[i].keys)]
+            for i in range(2)
+        ]
+        self.student_needs, self.needs = taps_only(student, taps[0]), taps_only(teacher, taps[1])
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens that count."""
-        return dict.fromkeys(self.weights, text_positions(batch).sum())
+        return dict.fromkeys(self.weights, counted_tokens(batch).sum())
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms ``embedding``, ``hidden`` and ``attention``, as far as they weigh anything.
+        """The terms ``embedding``, ``hidden`` and ``attention``, if they have a weight.
 
         Raises:
-            CapabilityError: teacher and student do not read the same tokens.
+            CapabilityError: teacher and student read different tokens.
         """
         assert signal is not None
-        positions, seen = text_positions(batch), seen_tokens(batch)
+        positions = counted_tokens(batch)
         terms, count = dict[str, Term](), positions.sum()
         for name, pairs in self.states.items():
             parts = [self._state(name, student.hidden[a], signal.hidden[b], positions) for a, b in pairs]
             terms[name] = Term(torch.stack(parts).sum(), count)
         if self.attentions:
-            visible = positions.unsqueeze(-1) & seen.unsqueeze(-2)
+            visible = positions.unsqueeze(-1) & non_padding(batch).unsqueeze(-2)
             parts = [self._attention(*pair, student.hidden, signal.hidden, visible) for pair in self.attentions]
             terms["attention"] = Term(torch.stack(parts).sum(), count)
         return terms
@@ -115,18 +120,16 @@ class LayersMethod(Method):
         self, mine: Attention, theirs: Attention, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor],
         visible: Tensor,
     ) -> Tensor:  # fmt: skip
-        s, t = (
-            attention_scores(one.queries.of(hidden), one.keys.of(hidden), one.heads or 1)
-            for one, hidden in ((mine, student), (theirs, teacher))
-        )
+        s, t = mine.scores(student), theirs.scores(teacher)
         check_same_tokens(s.transpose(1, 2), t.transpose(1, 2))
-        return COMPARED[self.scores](s, t, heads=self.heads, mask=visible, reduction="sum")
+        loss = ATTENTION_LOSSES[self.options.scores]
+        return loss(s, t, heads=self.options.heads, mask=visible, reduction="sum")
 
     def formula(self) -> str:
-        """The loss in one line, and which layers teach which as soon as they are found."""
-        shown = {"attention": f"({self.scores})"}
-        loss = " + ".join(f"{weight:g} * {name}{shown.get(name, '')}" for name, weight in self.weights.items())
-        layers = ", ".join(f"{m}<-{n}" for m, n in self.pairs) or str(self.layers)
+        """The loss in one line, with the pairs of layers once they are known."""
+        scores = {"attention": f"({self.options.scores})"}
+        loss = " + ".join(f"{weight:g} * {name}{scores.get(name, '')}" for name, weight in self.weights.items())
+        layers = ", ".join(f"{m}<-{n}" for m, n in self.layer_map) or str(self.options.layers)
         return f"{loss} of layers {layers}" if {"hidden", "attention"} & set(self.weights) else loss
 
 
@@ -134,88 +137,50 @@ class TinybertMethod(Method):
     r"""TinyBERT: :math:`\mathrm{MSE}(E^S W_e, E^T) + \sum_m \mathrm{MSE}(H^S_m W_h, H^T_{g(m)}) +
     \mathrm{MSE}(A^S_m, A^T_{g(m)})`, and then soft cross-entropy.
 
-    Attention is that before the softmax and before any mask, QK/sqrt(d), computed from queries and keys, whatever
-    computes the model's own. A query counts where its token does, and sees all keys that are no padding. Without
+    Attention is that before the softmax and before any mask, QK/sqrt(d), computed from queries and keys. A query
+    counts if its token does, and attends to all keys that are not padding. If the widths differ, the student's hidden
+    states go through one linear layer for all layers, as in the paper, and its embeddings through another. Without
     predictions this is TinyBERT's general distillation.
 
-    Args:
-        layers: the teacher's layer for each of the student's: ``uniform``, m * N / M, rounded; ``last``, the last M;
-            or a list counted from 1, where null leaves a layer out.
-        embedding: weight of what goes into the first layer.
-        hidden: weight of what layers give, summed over them. Where widths differ the student's go through a linear
-            layer that all layers share, as in the paper; embeddings through another.
-        attention: weight of the attention, summed over layers.
-        prediction: weight of the soft labels: cross-entropy of classes, each for itself of several labels, squares
-            of numbers.
-        temperature: T of the soft labels.
-        stage1_fraction: share of the steps in which the layers alone are learned, and after which they are
-            dropped; 0: both together. Default 0.87, the paper's 20 epochs of 23.
-        scores: ``scores``: attention before the softmax, by squares, the paper's; ``probabilities``: after it, by KL.
-        heads: ``each``, head by head; ``mean``, which may differ in number.
-        task: what labels are.
+    The soft labels are cross-entropy for classes, binary cross-entropy for several labels, and squares for numbers.
 
     Raises:
-        ConfigError: a value out of range, or no term left.
+        ConfigError: all weights are 0.
 
     Reference: Jiao et al., TinyBERT (EMNLP Findings 2020), equations 5 to 11.
     """
 
-    def __init__(
-        self,
-        layers: str | Sequence[int | None] = "uniform",
-        *,
-        embedding: float = 1.0,
-        hidden: float = 1.0,
-        attention: float = 1.0,
-        prediction: float = 1.0,
-        temperature: float = 1.0,
-        stage1_fraction: float | None = None,
-        scores: Scores = "scores",
-        heads: Literal["each", "mean"] = "each",
-        task: Task = "classes",
-    ) -> None:
-        super().__init__()
-        self.task = task
-        weights = check_weights(embedding=embedding, hidden=hidden, attention=attention, prediction=prediction)
-        check_layers(layers, ("uniform", "last"))
-        of_layers = {name: weight for name, weight in weights.items() if name != "prediction"}
-        both = bool(of_layers) and bool(prediction)
-        for name, value, right, remedy in (
-            ("temperature", temperature, temperature > 0, "must be above 0; TinyBERT has 1"),
-            (
-                "stage1_fraction",
-                stage1_fraction,
-                stage1_fraction is None or 0 <= stage1_fraction < 1,
-                "a share of all steps, from 0 to below 1",
-            ),
-            (
-                "stage1_fraction",
-                stage1_fraction,
-                not stage1_fraction or both,
-                "there is one stage only where a side weighs nothing; leave it out",
-            ),
-            ("scores", scores, scores in COMPARED, f"allowed: {', '.join(COMPARED)}"),
-            ("heads", heads, heads in ("each", "mean"), "allowed: each, mean"),
-        ):
-            if not right:
-                raise ConfigError(f"{name}={value!r}", remedy=remedy)
-        self.stage1_fraction = (0.87 if stage1_fraction is None else stage1_fraction) if both else 0.0
-        self.hidden = LayersMethod(layers, of_layers, scores, heads, task) if of_layers else None
-        self.outputs = Outputs(task, prediction, 0.0, temperature, "soft_cross_entropy", "prediction")
-        self.together = self.hidden is not None and not self.stage1_fraction
-        self.weights = {**(of_layers if self.together else {}), **self.outputs.weights}
-        self.needs = self.student_needs = Needs(logits=bool(prediction))
+    Options = TinybertOptions
+    options: TinybertOptions
+
+    def __init__(self, options: TinybertOptions | None = None, /, **keywords: Any) -> None:
+        super().__init__(options, **keywords)
+        o = self.options
+        nonzero_weights(embedding=o.embedding, hidden=o.hidden, attention=o.attention, prediction=o.prediction)
+        has_layers = bool(o.embedding or o.hidden or o.attention)
+        self.hidden = LayersMethod(o, task=self.task) if has_layers else None
+        self.stage1_fraction = 0.0
+        if has_layers and o.prediction:
+            self.stage1_fraction = 0.87 if o.stage1_fraction is None else o.stage1_fraction
+        self.outputs = OutputTerms(self.task, o.prediction, 0.0, o.temperature, "soft_cross_entropy", "prediction")
+        self.weights = {**(self._layers.weights if self._layers else {}), **self.outputs.weights}
+        self.needs = self.student_needs = Needs(logits=bool(o.prediction))
+
+    @property
+    def _layers(self) -> LayersMethod | None:
+        """The terms of the layers that are trained with the predictions, not before them."""
+        return None if self.stage1_fraction else self.hidden
 
     def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
-        """The student; without predictions, with what is behind the compared layers frozen."""
+        """The student; without predictions, everything after the compared layers is frozen."""
         self.build(student, teacher, example)
         if self.outputs.weights:
             return student
         assert self.student_needs is not None
-        return freeze_unreached(student, example, self.student_needs)
+        return freeze_unused(student, example, self.student_needs)
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find the layers of both models, and make the projectors.
+        """Find the layers of both models, and build the projectors.
 
         Raises:
             ModelError: no layers are found, or attention that cannot be compared.
@@ -226,61 +191,46 @@ class TinybertMethod(Method):
         if self.stage1_fraction:
             self.hidden.requires_grad_(False)
             return
-        assert self.hidden.needs is not None
-        assert self.hidden.student_needs is not None
         self.needs, self.student_needs = self.hidden.needs, self.hidden.student_needs
         if self.outputs.weights:
+            assert self.needs is not None
+            assert self.student_needs is not None
             self.needs = Needs(hidden=self.needs.hidden)
             self.student_needs = Needs(hidden=self.student_needs.hidden)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """``prediction``: outputs that count; unless they came first, of the layers tokens that count."""
-        layers = self.hidden.counts(batch) if self.hidden is not None and self.together else {}
-        return {**layers, **self.outputs.counts(batch)}
+        """``prediction``: outputs that count; the terms of the layers without a first stage: tokens that count."""
+        return {**(self._layers.counts(batch) if self._layers else {}), **self.outputs.counts(batch)}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The term ``prediction`` and, unless they came first, those of the layers."""
+        """The term ``prediction`` and, without a first stage, those of the layers."""
         assert signal is not None
-        layers = self.hidden(student, batch, signal) if self.hidden is not None and self.together else {}
+        layers = self._layers(student, batch, signal) if self._layers else {}
         return {**layers, **self.outputs(student.logits, signal, batch)}
 
     def phases(self) -> Sequence[Phase]:
-        """The layers, where they come first."""
-        return (
-            [Phase("layers", self.stage1_fraction, self.hidden)]
-            if self.stage1_fraction and self.hidden is not None
-            else []
-        )
+        """The first stage: the layers."""
+        return [Phase("layers", self.stage1_fraction, self.hidden)] if self.stage1_fraction and self.hidden else []
 
     def formula(self) -> str:
         """The loss in one line."""
         parts = [self.hidden.formula() if self.hidden is not None else "", self.outputs.formula()]
-        link = f" for {self.stage1_fraction:.0%} of the steps, then " if self.stage1_fraction else " + "
-        return link.join(part for part in parts if part)
+        separator = f" for {self.stage1_fraction:.0%} of the steps, then " if self.stage1_fraction else " + "
+        return separator.join(part for part in parts if part)
 
 
 def _attentions(
-    mine: Stack, theirs: Stack, pairs: Sequence[tuple[int, int]], heads: str
+    mine: LayerStack, theirs: LayerStack, pairs: Sequence[tuple[int, int]], heads: str
 ) -> list[tuple[Attention, Attention]]:
-    """The attention of pairs of layers, once it is known that it can be compared."""
-    found = list(zip(mine.attentions([m for m, _ in pairs]), theirs.attentions([n for _, n in pairs]), strict=True))
-    for (m, n), (s, t) in zip(pairs, found, strict=True):
-        check_plain(mine, m, s, "attention: 0")
-        check_plain(theirs, n, t, "attention: 0")
+    """The attention of pairs of layers; raises :class:`ModelError` if it cannot be compared."""
+    students, teachers = mine.attentions([m for m, _ in pairs]), theirs.attentions([n for _, n in pairs])
+    for (m, n), s, t in zip(pairs, students, teachers, strict=True):
+        check_plain_attention(mine, m, s, "attention: 0")
+        check_plain_attention(theirs, n, t, "attention: 0")
         if heads == "each" and s.heads != t.heads:
             raise ModelError(
                 f"the student's layer {m} has {s.heads} heads of attention, the teacher's layer {n} has {t.heads}, "
-                "and head by head there is no pairing",
+                "so they cannot be compared head by head",
                 where="method.heads", remedy="set heads: mean, or attention: 0",
             )  # fmt: skip
-    return found
-
-
-def check_plain(stack: Stack, number: int, attention: Attention, without: str) -> None:
-    """Raise :class:`ModelError` where a layer's attention is more than a product of queries and keys."""
-    if not attention.plain:
-        raise ModelError(
-            f"attention in layer {number} of the {stack.who}, {type(stack.model).__name__}, is not "
-            "softmax(QK/sqrt(d)) of its queries and keys alone: it has rotary or relative positions, or a window",
-            where="method", remedy=f"set {without}",
-        )  # fmt: skip
+    return list(zip(students, teachers, strict=True))

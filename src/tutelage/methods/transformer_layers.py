@@ -1,8 +1,9 @@
-"""The layers of a text model: where its hidden states, queries, keys and values are, found by two dry runs.
+"""The layers of a text model: its hidden states, queries, keys and values, found by two dry runs.
 
-No names of families: layers are the longest list of like modules that each give ``[B, L, D]``; a value is what
-attention passes on where a token sees itself alone, as in a text of one token; queries and keys are made of what the
-value is made of; and whether their product is the attention is computed and compared.
+This works without a list of model families. Layers are the longest list of modules of one class that each return
+``[B, L, D]``. Values are the output of a linear layer that attention returns unchanged for a text of one token.
+Queries and keys are outputs of other linear layers of the same input. Whether softmax(QK/sqrt(d)) is the model's
+attention is computed and compared.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
-from tutelage.errors import ConfigError, ModelError
-from tutelage.methods.text_terms import seen_tokens
+from tutelage.errors import ModelError
+from tutelage.methods.text_terms import non_padding
 from tutelage.students import eval_no_grad
 from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, observe
 
-CLOSE = {torch.float32: 2e-6, torch.float64: 1e-9}
-"""Error of rounding, relative to the largest entry, of what is computed again."""
-CLOSE_HALF = 1e-2
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-9}
+"""Rounding error of a recomputed value, relative to the largest entry."""
+TOLERANCE_HALF = 1e-2
 
 
 class Channels(NamedTuple):
@@ -35,24 +36,24 @@ class Channels(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many channels."""
+        """The number of channels."""
         return self.stop - self.start
 
     def of(self, hidden: Mapping[str, Tensor]) -> Tensor:
-        """The channels, of what was seen."""
+        """The channels of observed hidden states."""
         return hidden[self.tap][..., self.start : self.stop]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What a layer's attention is made of.
+    """The inputs of a layer's attention.
 
     Attributes:
         queries: before any rotation.
         keys: before any rotation.
-        values: what is averaged.
-        heads: into which all are split; ``None`` where neither the model's config nor the dry run tells.
-        plain: whether attention is softmax(QK/sqrt(d)) of these and nothing else.
+        values: before the weighted mean.
+        heads: their number; ``None`` if neither the model's config nor the dry run shows it.
+        plain: whether attention is exactly softmax(QK/sqrt(d)) of these.
     """
 
     queries: Channels
@@ -61,24 +62,28 @@ class Attention:
     heads: int | None
     plain: bool
 
+    def scores(self, hidden: Mapping[str, Tensor]) -> Tensor:
+        """``[B, H, L, L]`` attention scores of observed hidden states."""
+        return attention_scores(self.queries.of(hidden), self.keys.of(hidden), self.heads or 1)
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, and its call where the same module is several layers."""
+    """A layer, with its call number if one module is several layers."""
 
     path: str
     call: int | None
     width: int
 
     @property
-    def state(self) -> str:
-        """The tap of the hidden state that it gives."""
+    def output(self) -> str:
+        """The tap of its output hidden state."""
         return self.path if self.call is None else f"{self.path}@{self.call}"
 
     @property
-    def entry(self) -> str:
-        """The tap of the hidden state that it takes."""
-        return f"{self.state}:input"
+    def input(self) -> str:
+        """The tap of its input hidden state."""
+        return f"{self.output}:input"
 
 
 class Call(NamedTuple):
@@ -87,19 +92,22 @@ class Call(NamedTuple):
     path: str
     number: int
     began: int
-    """How many calls had ended when it began."""
-    linear: bool
-    given: Tensor | None
-    gave: Any
+    """The number of calls that had ended when it began."""
+    is_linear: bool
+    input: Tensor | None
+    output: Any
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """The layers of a model, in order.
 
     Attributes:
-        layers: all of them.
-        last: the tap of the last hidden state, after the norm that some models have behind the layers.
+        who: ``student`` or ``teacher``, for messages.
+        model: the model.
+        example: a few texts.
+        layers: all layers.
+        last: the tap of the last hidden state, after a final norm if the model has one.
     """
 
     who: str
@@ -110,144 +118,161 @@ class Stack:
 
     @property
     def width(self) -> int:
-        """Of the hidden states."""
+        """Width of the hidden states."""
         return self.layers[0].width
 
     @property
     def embeddings(self) -> str:
-        """The tap of what goes into the first layer."""
-        return self.layers[0].entry
+        """The tap of the first layer's input."""
+        return self.layers[0].input
 
     def attentions(self, numbers: Sequence[int]) -> list[Attention]:
-        """Those of some layers, counted from 1.
+        """The attention of some layers, counted from 1.
 
         Raises:
-            ModelError: a layer without queries, keys and values that can be told apart.
+            ModelError: the queries, keys and values of a layer are not found.
         """
-        calls = _watched(self.model, self.example)
-        alone = _watched(self.model, _first_token(self.example))
-        return [self._attention(self.layers[n - 1], calls, alone) for n in numbers]
+        calls = _record_calls(self.model, self.example)
+        one_token = _record_calls(self.model, _first_tokens(self.example))
+        return [self._attention(self.layers[n - 1], calls, one_token) for n in numbers]
 
-    def _attention(self, layer: Layer, calls: list[Call], alone: list[Call]) -> Attention:
-        within = _within(layer, alone)
+    def _attention(self, layer: Layer, calls: list[Call], one_token: list[Call]) -> Attention:
+        inner = _linear_calls(layer, one_token)
         candidates = [
-            self._made_of(parts, taker, calls)
-            for values, taker in _values(within)
-            for parts in _queries_and_keys(values, taker, within)
+            self._check_candidate(channels, consumer, calls)
+            for values, consumer in _find_values(inner)
+            for channels in _find_queries_and_keys(values, consumer, inner)
         ]
         if not candidates:
             raise ModelError(
                 f"no queries, keys and values are found in the {self.who}'s layer {layer.path!r}",
-                remedy="its attention is not made by linear layers of one input, or heads are mixed in one: pair "
-                "modules by name, with kind: feature",
+                remedy="its attention does not use linear layers of one input, or mixes heads: pair modules by name, "
+                "with kind: feature",
             )
         return next((one for one in candidates if one.plain), candidates[0])
 
-    def _made_of(self, parts: tuple[Channels, Channels, Channels], taker: Call, calls: list[Call]) -> Attention:
-        """An attention by its parts; plain where their product is what the next layer takes."""
+    def _check_candidate(self, channels: tuple[Channels, Channels, Channels], consumer: Call, calls: list[Call]
+    ) -> Attention:  # fmt: skip
+        """The attention of queries, keys and values; plain if it reproduces the input of ``consumer``."""
         by_name = {(c.path, c.number): c for c in calls}
-        q, k, v = (_seen(by_name, part) for part in parts)
-        context = by_name[taker.path, taker.number].given
+        q, k, v = (_output_channels(by_name, one) for one in channels)
+        context = by_name[consumer.path, consumer.number].input
         assert context is not None
-        known = getattr(getattr(self.model, "config", None), "num_attention_heads", None)
-        heads = [known] if isinstance(known, int) else [h for h in range(1, v.shape[-1] + 1) if v.shape[-1] % h == 0]
-        visible = seen_tokens(self.example).to(v.device)
-        queries, keys, values = _numbered(parts, calls)
+        configured = getattr(getattr(self.model, "config", None), "num_attention_heads", None)
+        known = configured if isinstance(configured, int) else None
+        heads = [h for h in range(1, v.shape[-1] + 1) if v.shape[-1] % h == 0] if known is None else [known]
+        visible = non_padding(self.example).to(v.device)
+        queries, keys, values = _with_call_numbers(channels, calls)
         for h in heads:
             for swapped in (False, True):
-                made = _attended(*((k, q) if swapped else (q, k)), v, h, visible)
-                if made is not None and _is_made(made[visible], context[visible], _uniform_attention(v, visible)):
+                result = _attend(*((k, q) if swapped else (q, k)), v, h, visible)
+                if result is not None and _same_attention(
+                    result[visible], context[visible], _uniform_attention(v, visible)
+                ):
                     first, second = (keys, queries) if swapped else (queries, keys)
                     return Attention(first, second, values, h, plain=True)
-        return Attention(queries, keys, values, known if isinstance(known, int) else None, plain=False)
+        return Attention(queries, keys, values, known, plain=False)
 
 
-def find_layers(who: str, model: nn.Module, example: Batch) -> Stack:
-    """The layers of a model of texts.
+def find_layers(who: str, model: nn.Module, example: Batch) -> LayerStack:
+    """The layers of a text model.
 
     Args:
         who: ``student`` or ``teacher``, for messages.
         model: runs once, in evaluation mode.
-        example: a few texts, as the model sees them.
+        example: a few texts, as the model reads them.
 
     Raises:
-        CapabilityError: the example is no texts.
-        ModelError: no list of like modules that give hidden states, or several models in one.
+        CapabilityError: the example contains no texts.
+        ModelError: no list of modules that return hidden states, or several models in one.
     """
     if getattr(model, "many", False):
         raise ModelError(
-            f"the {who} is several models, and whose layers are meant is not said",
+            f"the {who} is an ensemble, and this method needs the layers of one model",
             remedy="take one teacher, or kind: logit",
         )
-    shape = seen_tokens(example).shape
-    calls = _watched(model, example)
-    lists = []
+    shape = non_padding(example).shape
+    calls = _record_calls(model, example)
+    stacks = []
     for path, module in model.named_modules():
         members = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
         if not members or len({type(m) for m in members}) != 1 or not any(True for _ in members[0].children()):
             continue
         names = {f"{path}.{name}" if path else name for name, _ in module.named_children()}
-        ran = [c for c in calls if c.path in names]
-        states = [_tensor(c.gave) for c in ran]
-        if ran and all(x is not None and x.ndim == 3 and x.shape[:2] == shape for x in states):
+        of_members = [c for c in calls if c.path in names]
+        states = [_first_tensor(c.output) for c in of_members]
+        if states and all(x is not None and x.ndim == 3 and x.shape[:2] == shape for x in states):
             widths = {x.shape[-1] for x in states if x is not None}
             if len(widths) == 1:
-                lists.append((path, ran, widths.pop()))
-    outer = [one for one in lists if not any(one[0].startswith(f"{other[0]}.") or not other[0] for other in lists
-                                             if other is not one)]  # fmt: skip
+                stacks.append((path, of_members, widths.pop()))
+    outer = [s for s in stacks if not any(s[0].startswith(f"{o[0]}.") or not o[0] for o in stacks if o is not s)]
     if not outer:
         raise ModelError(
             f"no layers are found in the {who}, {type(model).__name__}",
-            remedy="a list of like modules, each giving [B, L, D]: pair modules by name, with kind: feature",
+            remedy="it has no list of modules of one class that each return [B, L, D]: pair modules by name, with "
+            "kind: feature",
         )
-    path, ran, width = max(outer, key=lambda one: len(one[1]))
-    many = {c.path for c in ran if c.number}
-    layers = tuple(Layer(c.path, c.number if c.path in many else None, width) for c in ran)
-    return Stack(who, model, example, layers, _last_state(calls, path, layers, width))
+    path, of_members, width = max(outer, key=lambda stack: len(stack[1]))
+    repeated = {c.path for c in of_members if c.number}
+    layers = tuple(Layer(c.path, c.number if c.path in repeated else None, width) for c in of_members)
+    return LayerStack(who, model, example, layers, _last_state(calls, path, layers, width))
 
 
 def _last_state(calls: Sequence[Call], path: str, layers: Sequence[Layer], width: int) -> str:
-    """The tap of what the outermost module around the layers gives that still is a hidden state."""
-    around = [".".join(path.split(".")[:n]) for n in range(path.count(".") + 1)]
-    by_path = {c.path: c.gave for c in calls}
-    for name in around:
-        gave = by_path.get(name)
-        state = _tensor(gave)
-        if state is not None and state.ndim == 3 and state.shape[-1] == width and (name or _is_bare(gave)):
-            return f"{name}[0]" if isinstance(gave, Mapping) else name
-    return layers[-1].state
+    """The tap of the outermost module around the layers whose output is still a hidden state."""
+    outputs = {c.path: c.output for c in calls}
+    for name in (".".join(path.split(".")[:n]) for n in range(path.count(".") + 1)):
+        output = outputs.get(name)
+        state = _first_tensor(output)
+        # the output of a bare model is its last hidden state, and no logits
+        is_bare = isinstance(output, Mapping) and "last_hidden_state" in output
+        if state is not None and state.ndim == 3 and state.shape[-1] == width and (name or is_bare):
+            return f"{name}[0]" if isinstance(output, Mapping) else name
+    return layers[-1].output
 
 
-def _is_bare(gave: Any) -> bool:
-    """Whether a model's output is its last hidden state, and no scores."""
-    return isinstance(gave, Mapping) and "last_hidden_state" in gave
+def check_plain_attention(stack: LayerStack, number: int, attention: Attention, setting: str) -> None:
+    """Raise :class:`ModelError` unless a layer's attention is exactly softmax(QK/sqrt(d)).
+
+    Args:
+        stack: the model's layers.
+        number: of the layer, from 1.
+        attention: of the layer.
+        setting: the option that avoids the comparison, for the message.
+    """
+    if not attention.plain:
+        raise ModelError(
+            f"attention in layer {number} of the {stack.who}, {type(stack.model).__name__}, is not "
+            "softmax(QK/sqrt(d)) of its queries and keys alone: it has rotary or relative positions, or a window",
+            where="method", remedy=f"set {setting}",
+        )  # fmt: skip
 
 
 # The dry run ------------------------------------------------------------------------------------------
 
 
-def _watched(model: nn.Module, example: Batch) -> list[Call]:
-    """Every module's calls, in the order of their ends, with the first tensor that each took and what it gave."""
+def _record_calls(model: nn.Module, example: Batch) -> list[Call]:
+    """Every module's calls, ordered by their end, with the first input tensor and the output of each."""
     calls: list[Call] = []
     numbers: dict[str, int] = {}
-    open_now: list[tuple[str, int, int, Tensor | None]] = []
+    running: list[tuple[str, int, int, Tensor | None]] = []
     handles = []
 
-    def watch(path: str, module: nn.Module) -> None:
-        def enters(_: nn.Module, args: Any, kwargs: Any) -> None:
+    def record(path: str, module: nn.Module) -> None:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             numbers[path] = numbers.get(path, -1) + 1
-            given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            open_now.append((path, numbers[path], len(calls), given))
+            first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            running.append((path, numbers[path], len(calls), first))
 
-        def leaves(_: nn.Module, args: Any, gave: Any) -> None:
-            name, number, began, given = open_now.pop()
-            calls.append(Call(name, number, began, isinstance(module, nn.Linear), given, gave))
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            name, number, began, first = running.pop()
+            calls.append(Call(name, number, began, isinstance(module, nn.Linear), first, output))
 
-        handles.append(module.register_forward_pre_hook(enters, with_kwargs=True))
-        handles.append(module.register_forward_hook(leaves))
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
 
     for path, module in model.named_modules():
-        watch(path, module)
+        record(path, module)
     try:
         with eval_no_grad(model):
             observe(model, example.to(device_of(model)).inputs, Needs(logits=False))
@@ -257,68 +282,70 @@ def _watched(model: nn.Module, example: Batch) -> list[Call]:
     return calls
 
 
-def _tensor(gave: Any) -> Tensor | None:
-    """The first tensor of what a module gave."""
-    values = gave.values() if isinstance(gave, Mapping) else gave if isinstance(gave, (tuple, list)) else (gave,)
+def _first_tensor(output: Any) -> Tensor | None:
+    """The first tensor of a module's output."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    values = output if isinstance(output, (tuple, list)) else (output,)
     return next((x for x in values if isinstance(x, Tensor)), None)
 
 
-def _within(layer: Layer, calls: Sequence[Call]) -> list[Call]:
+def _linear_calls(layer: Layer, calls: Sequence[Call]) -> list[Call]:
     """The calls of linear layers inside a layer's call."""
     end = next(i for i, c in enumerate(calls) if c.path == layer.path and c.number == (layer.call or 0))
     inside = calls[calls[end].began : end]
-    return [c for c in inside if c.linear and c.given is not None and c.gave.ndim == 3]
+    return [c for c in inside if c.is_linear and c.input is not None and c.output.ndim == 3]
 
 
-def _values(calls: Sequence[Call]) -> Iterator[tuple[Channels, Call]]:
-    """The values, and the call that takes them in: in a text of one token they reach it as they are."""
-    for i, made in enumerate(calls):
-        for taker in calls[i + 1 :]:
-            if taker.given is None or taker.given.ndim != 3:
+def _find_values(calls: Sequence[Call]) -> Iterator[tuple[Channels, Call]]:
+    """The values, and the call whose input they are: for a text of one token attention does not change them."""
+    for i, producer in enumerate(calls):
+        for consumer in calls[i + 1 :]:
+            if consumer.input is None or consumer.input.ndim != 3:
                 continue
-            width, all_of_it = taker.given.shape[-1], made.gave.shape[-1]
-            for start in range(0, all_of_it - width + 1, width) if all_of_it in (width, 3 * width) else ():
-                if _close(made.gave[..., start : start + width], taker.given):
-                    yield Channels(f"{made.path}@{made.number}", start, start + width), taker
+            width, total = consumer.input.shape[-1], producer.output.shape[-1]
+            for start in range(0, total - width + 1, width) if total in (width, 3 * width) else ():
+                if _is_close(producer.output[..., start : start + width], consumer.input):
+                    yield Channels(f"{producer.path}@{producer.number}", start, start + width), consumer
 
 
-def _queries_and_keys(
-    values: Channels, taker: Call, calls: Sequence[Call]
+def _find_queries_and_keys(
+    values: Channels, consumer: Call, calls: Sequence[Call]
 ) -> Iterator[tuple[Channels, Channels, Channels]]:
-    """Queries, keys and values: thirds of one layer's output; or three layers with one input, or of one module."""
+    """Queries, keys and values: thirds of one layer's output; or three layers of one input, or of one module."""
     path, _, number = values.tap.partition("@")
-    made = next(c for c in calls if c.path == path and c.number == int(number))
+    producer = next(c for c in calls if c.path == path and c.number == int(number))
     width = values.width
-    if made.gave.shape[-1] == 3 * width:
+    if producer.output.shape[-1] == 3 * width:
         q, k = (Channels(values.tap, s, s + width) for s in (0, width, 2 * width) if s != values.start)
         yield q, k, values
         return
-    others = [c for c in calls if c is not taker and c is not made and c.gave.shape == made.gave.shape]
+    others = [c for c in calls if c is not consumer and c is not producer and c.output.shape == producer.output.shape]
     parent = path.rpartition(".")[0]
-    shared = [c for c in others if c.given is made.given]
-    siblings = [c for c in others if c.path.rpartition(".")[0] == parent and c.number == made.number]
-    for found in (shared, siblings):
-        if len(found) == 2:
-            q, k = (Channels(f"{c.path}@{c.number}", 0, c.gave.shape[-1]) for c in found)
+    same_input = [c for c in others if c.input is producer.input]
+    siblings = [c for c in others if c.path.rpartition(".")[0] == parent and c.number == producer.number]
+    for group in (same_input, siblings):
+        if len(group) == 2:
+            q, k = (Channels(f"{c.path}@{c.number}", 0, c.output.shape[-1]) for c in group)
             yield q, k, values
 
 
-def _seen(by_name: Mapping[tuple[str, int], Call], part: Channels) -> Tensor:
-    path, _, number = part.tap.partition("@")
-    x: Tensor = by_name[path, int(number)].gave
-    return x[..., part.start : part.stop]
+def _output_channels(by_name: Mapping[tuple[str, int], Call], channels: Channels) -> Tensor:
+    path, _, number = channels.tap.partition("@")
+    x: Tensor = by_name[path, int(number)].output
+    return x[..., channels.start : channels.stop]
 
 
-def _numbered(parts: Sequence[Channels], calls: Sequence[Call]) -> tuple[Channels, Channels, Channels]:
-    """The parts with taps that say which call only where there are several."""
-    many = {c.path for c in calls if c.number}
-    names = [part.tap if part.tap.partition("@")[0] in many else part.tap.partition("@")[0] for part in parts]
-    q, k, v = (part._replace(tap=name) for part, name in zip(parts, names, strict=True))
+def _with_call_numbers(channels: Sequence[Channels], calls: Sequence[Call]) -> tuple[Channels, Channels, Channels]:
+    """The channels, whose taps have a call number only if their module has several calls."""
+    repeated = {c.path for c in calls if c.number}
+    paths = [one.tap.partition("@")[0] for one in channels]
+    q, k, v = (one if path in repeated else one._replace(tap=path) for one, path in zip(channels, paths, strict=True))
     return q, k, v
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, heads: int, visible: Tensor) -> Tensor | None:
-    """``[B, L, D]`` values averaged by softmax(QK/sqrt(d))."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, visible: Tensor) -> Tensor | None:
+    """``[B, L, D]`` values averaged by softmax(QK/sqrt(d)); ``None`` if the shapes do not fit."""
     if any(x.shape[-1] % heads for x in (q, k, v)) or q.shape != k.shape:
         return None
     scores = attention_scores(q, k, heads).masked_fill(~visible[:, None, None, :], float("-inf"))
@@ -343,26 +370,26 @@ def attention_scores(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
 
 
 def _uniform_attention(v: Tensor, visible: Tensor) -> Tensor:
-    """``[N, D]`` what the tokens would take in if each saw all others alike."""
+    """``[N, D]`` the output of uniform attention."""
     mean = v.float().masked_fill(~visible.unsqueeze(-1), 0.0).sum(1) / visible.sum(1, keepdim=True).clamp(min=1)
     return mean.unsqueeze(1).expand(v.shape)[visible]
 
 
-def _is_made(made: Tensor, seen: Tensor, uniform: Tensor) -> bool:
-    """Whether attention is what was computed: to 1 % of how far it is from uniform, for a fresh model's is close."""
-    scale, apart = seen.float().abs().max(), (seen.float() - uniform).abs().max()
-    error = (made.float() - seen.float()).abs().max()
-    return bool(error <= 0.01 * apart + CLOSE.get(seen.dtype, CLOSE_HALF) * scale)
+def _same_attention(result: Tensor, context: Tensor, uniform: Tensor) -> bool:
+    """Whether ``result`` is ``context``, to 1 % of its distance from uniform (small in an untrained model)."""
+    scale, distance = context.float().abs().max(), (context.float() - uniform).abs().max()
+    error = (result.float() - context.float()).abs().max()
+    return bool(error <= 0.01 * distance + TOLERANCE.get(context.dtype, TOLERANCE_HALF) * scale)
 
 
-def _close(made: Tensor, seen: Tensor) -> bool:
-    error = (made.float() - seen.float()).abs().max()
-    return bool(error <= CLOSE.get(seen.dtype, CLOSE_HALF) * seen.float().abs().max().clamp(min=1e-12))
+def _is_close(x: Tensor, y: Tensor) -> bool:
+    error = (x.float() - y.float()).abs().max()
+    return bool(error <= TOLERANCE.get(y.dtype, TOLERANCE_HALF) * y.float().abs().max().clamp(min=1e-12))
 
 
-def _first_token(batch: Batch) -> Batch:
-    """The texts cut to their first token, which is there."""
-    shape = seen_tokens(batch).shape
+def _first_tokens(batch: Batch) -> Batch:
+    """The texts cut to their first token."""
+    shape = non_padding(batch).shape
     assert isinstance(batch.inputs, dict)
     inputs = {name: x[:, :1] if x.shape[:2] == shape else x for name, x in batch.inputs.items()}
     if "attention_mask" in inputs:
@@ -370,7 +397,7 @@ def _first_token(batch: Batch) -> Batch:
     return replace(batch, inputs=inputs, teacher_inputs=None)
 
 
-# Which layer teaches which ----------------------------------------------------------------------------
+# Layer maps -------------------------------------------------------------------------------------------
 
 
 def _uniform(students: int, teachers: int) -> list[int]:
@@ -385,22 +412,8 @@ LAYER_MAPS = {"uniform": _uniform, "skip": _uniform, "last": _last}
 """(number of the student's layers, of the teacher's) -> the teacher's layer for each of the student's, from 1."""
 
 
-def check_layers(layers: str | Sequence[int | None], allowed: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` unless ``layers`` is a known map or a list of numbers."""
-    if isinstance(layers, str):
-        if layers not in allowed:
-            raise ConfigError(
-                f"layers={layers!r}", remedy=f"allowed: {', '.join(allowed)}, or a list such as [4, 8, 12]"
-            )
-    elif not layers or not all(n is None or (isinstance(n, int) and n >= 1) for n in layers):
-        raise ConfigError(
-            f"layers={list(layers)!r}",
-            remedy="give the teacher's layer for each of the student's, counted from 1; null leaves one out",
-        )
-
-
-def mapped(
-    layers: str | Sequence[int | None], student: Stack, teacher: Stack, *, but_last: bool = False
+def map_layers(
+    layers: str | Sequence[int | None], student: LayerStack, teacher: LayerStack, *, exclude_last: bool = False
 ) -> list[tuple[int, int]]:
     """Pairs of layers of student and teacher, counted from 1.
 
@@ -408,33 +421,33 @@ def mapped(
         layers: one of :data:`LAYER_MAPS`, or the teacher's layer for each of the student's.
         student: its layers.
         teacher: its layers.
-        but_last: without the student's last layer.
+        exclude_last: without the student's last layer.
 
     Raises:
-        ModelError: a map that leads nowhere.
+        ModelError: the map does not fit the numbers of layers.
     """
-    count, known = len(student.layers), len(teacher.layers)
-    wanted = count - but_last
+    students, teachers = len(student.layers), len(teacher.layers)
+    length = students - exclude_last
     if isinstance(layers, str):
-        if layers == "last" and count > known:
+        if layers == "last" and students > teachers:
             raise ModelError(
-                f"layers: last, and the student has {count} layers, the teacher {known}",
+                f"layers: last, and the student has {students} layers, the teacher {teachers}",
                 where="method.layers", remedy="list them",
             )  # fmt: skip
-        listed: list[int | None] = [max(n, 1) for n in LAYER_MAPS[layers](count, known)[:wanted]]
+        listed: list[int | None] = [max(n, 1) for n in LAYER_MAPS[layers](students, teachers)[:length]]
     else:
         listed = list(layers)
-        if len(listed) != wanted or any(n is not None and n > known for n in listed):
-            what = f"{count} layers" + (", of which the last has no place here" if but_last else "")
+        if len(listed) != length or any(n is not None and n > teachers for n in listed):
+            what = f"{students} layers" + (", of which the last is excluded" if exclude_last else "")
             raise ModelError(
-                f"layers {listed} for a student of {what}, and a teacher of {known}",
+                f"layers {listed} for a student of {what}, and a teacher of {teachers}",
                 where="method.layers",
-                remedy=f"give {wanted} numbers from 1 to {known}, or null to leave one out",
+                remedy=f"give {length} numbers from 1 to {teachers}, or null to leave one out",
             )
     pairs = [(m, n) for m, n in enumerate(listed, start=1) if n is not None]
     if not pairs:
         raise ModelError(
-            f"no layer is left of a student of {count}" + (" but its last" if but_last else ""),
+            f"no layer is left of a student of {students}" + (" without its last" if exclude_last else ""),
             where="method.layers", remedy="take a deeper student, or kind: logit",
         )  # fmt: skip
     return pairs

@@ -31,7 +31,7 @@ class TokenOptions(MethodOptions):
     """Weight of the next tokens. Default: 1 - alpha."""
     beta: Fraction | None = None
     """Of ``js``: 0 is like ``kl``, 1 like ``reverse_kl``. Default: 0.5."""
-    skew: Fraction | None = None
+    skew: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Of ``skew_kl``: the other side's share of the mixture. Default: 0.1."""
     reverse: bool | None = None
     """Of ``skew_kl``: from the student to the mixture. Default: from the teacher."""
@@ -164,7 +164,7 @@ class CrossTokenizerOptions(MethodOptions):
     their sorted probabilities are compared."""
     beta: Fraction | None = None
     """Of ``js``. Default: 0.5."""
-    skew: Fraction | None = None
+    skew: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Of ``skew_kl``. Default: 0.1."""
     reverse: bool | None = None
     """Of ``skew_kl``: from the student to the mixture."""
