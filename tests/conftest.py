@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
@@ -20,3 +21,10 @@ __all__ = ["cutter", "folder"]
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_not_searched_for_garbage() -> None:
+    """Accelerate collects garbage after each training, which took longer than the trainings of most tests."""
+    gc.collect()
+    gc.freeze()

@@ -185,9 +185,9 @@ def test_broken_files_are_named() -> None:
             load_texts("table", tokenizer=tokenizer(), path=path, task="mlm")
 
 
-def test_a_line_of_ten_megabytes_is_read_and_loses_its_end() -> None:
+def test_a_line_of_two_megabytes_is_read_and_loses_its_end() -> None:
     rows = sentences(40)
-    rows[3]["text"] = "music " * 1_700_000
+    rows[3]["text"] = "music " * 350_000
     data = load(rows, max_length=16)
     assert int(max(s.lengths.max() for s in (data.train, data.validation, data.test))) == 16
 

@@ -34,12 +34,19 @@ def recipe(data: dict[str, Any], **more: Any) -> Recipe:
     raw: dict[str, Any] = {
         "name": "t",
         "data": {"source": "table", "path": "d.jsonl", "max_length": 32, **data},
-        "teacher": {"model": f"hf:{Path('encoder').resolve()}", "train": {"epochs": 12}},
+        "teacher": {"model": f"hf:{Path('encoder').resolve()}", "train": {"epochs": 2}},
         "student": {"model": "teacher", "layers": 1},
         "method": {"kind": "logit", "temperature": 2},
-        "train": {"epochs": 6, "batch_size": 16, "optimizer": {"kind": "adamw", "lr": 0.003}},
+        "train": {"epochs": 2, "batch_size": 16, "optimizer": {"kind": "adamw", "lr": 0.003}},
     }
     return build_recipe(raw | more)
+
+
+LONGER: dict[str, Any] = {
+    "teacher": {"model": "hf:encoder", "train": {"epochs": 8}},
+    "train": {"epochs": 4, "batch_size": 16, "optimizer": {"kind": "adamw", "lr": 0.003}},
+}
+"""Enough for a student that knows the labels."""
 
 
 def run(r: Recipe, out: str = "out") -> dict[str, Any]:
@@ -50,7 +57,7 @@ def test_a_run_cuts_the_student_and_leaves_a_model_of_transformers() -> None:
     encoder(Path("encoder"))
     rows = sentences(240)
     table(Path("d.jsonl"), rows)
-    summary = run(recipe({"label": "label"}))
+    summary = run(recipe({"label": "label"}, **LONGER))
     assert summary["teacher"]["accuracy"] > 0.8
     assert summary["students"]["distilled"]["best"]["accuracy"]["mean"] > 0.8
     assert 0 < summary["capacity_ratio"] < 1
@@ -113,6 +120,7 @@ def test_a_bi_encoder_learns_from_a_cross_encoder() -> None:
         "teacher": {"model": "hf:cross"},
         "student": {"model": "hf:encoder"},
         "method": {"kind": "logit", "alpha": 1},
+        "train": LONGER["train"],
     }
     summary = run(recipe(data, **more))
     assert summary["formula"] == "1 * margin_mse + 0 * ce"
@@ -133,7 +141,7 @@ def test_a_bi_encoder_learns_from_a_cross_encoder() -> None:
 
 def test_a_teacher_of_the_same_classes_in_another_order_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["sound", "math", "net"]
-    table(Path("d.jsonl"), sentences(240))
+    table(Path("d.jsonl"), sentences(90))
     encoder(Path("encoder"))
     first = recipe({"label": "label", "classes": names}, baseline=False)
     run(first, "first")
@@ -152,7 +160,7 @@ def test_a_trimmed_vocabulary_goes_with_its_student() -> None:
     rows = [r | {"text": r["text"].replace("prime", "vector")} for r in sentences(150)]
     table(Path("d.jsonl"), rows)
     student = {"model": "teacher", "layers": 1, "vocabulary": "corpus"}
-    summary = run(recipe({"label": "label"}, student=student))
+    summary = run(recipe({"label": "label"}, student=student, **LONGER))
     assert summary["students"]["distilled"]["best"]["accuracy"]["mean"] > 0.6
     cutter = transformers.AutoTokenizer.from_pretrained("out/student")
     model = load_model("out/student")

@@ -6,6 +6,7 @@ import copy
 import shutil
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from support.launching import launch
 from support.numbered import TAPS, WIDTH, Numbered, allocated, hooks, numbered, tensors
-from support.worlds import WORLDS
+from support.worlds import WORLDS, World
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
 from tutelage.engine import RunDirectory, Training, build_accelerator, fit
@@ -39,7 +40,7 @@ def test_the_meter_of_memory_sees_one_feature() -> None:
     assert allocated() - before >= kept.nbytes
 
 
-def train_numbered(model: Numbered, steps: int = 1000, taps: tuple[str, ...] = TAPS) -> None:
+def train_numbered(model: Numbered, steps: int = 300, taps: tuple[str, ...] = TAPS) -> None:
     """Train with evaluations in between; each feature is that of its own batch, and memory is flat."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     feature = 64 * WIDTH * 4
@@ -78,11 +79,11 @@ def train_numbered(model: Numbered, steps: int = 1000, taps: tuple[str, ...] = T
     assert hooks(model) == 0
 
 
-def test_a_thousand_steps_with_evaluations_in_between() -> None:
+def test_many_steps_with_evaluations_in_between() -> None:
     train_numbered(Numbered())
 
 
-def test_a_thousand_compiled_steps_with_evaluations_in_between() -> None:
+def test_many_compiled_steps_with_evaluations_in_between() -> None:
     model = Numbered()
     model.compile(backend="aot_eager", fullgraph=True)
     train_numbered(model)
@@ -93,17 +94,17 @@ def test_a_thousand_compiled_steps_with_evaluations_in_between() -> None:
 def test_a_thousand_steps_through_inductor() -> None:
     model = Numbered()
     model.compile()
-    train_numbered(model)
+    train_numbered(model, 1000)
 
 
-def test_a_thousand_checkpointed_steps() -> None:
+def test_many_checkpointed_steps() -> None:
     train_numbered(Numbered(checkpointed=True))
 
 
 def test_compiled_checkpointed_steps() -> None:
     model = Numbered(checkpointed=True)
     model.compile(backend="aot_eager")
-    train_numbered(model, 200)
+    train_numbered(model, 100)
 
 
 def test_checkpointing_gives_the_gradient_that_there_is_without() -> None:
@@ -160,6 +161,12 @@ class Watching(Method):
         return {"norm": Term(student.hidden["stages.0"].square().mean((1, 2, 3)).sum(), self.counts(batch)["norm"])}
 
 
+def short() -> World:
+    """Two batches to train on and one to evaluate on, none of a size that another has: each size is compiled anew."""
+    world = WORLDS["cnn"]()
+    return replace(world, train=world.train[2:], held=world.held[1:])
+
+
 @pytest.fixture
 def compiles_lightly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``Module.compile`` without a C++ compiler."""
@@ -170,14 +177,14 @@ def compiles_lightly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fit_trains_on_taps_and_leaves_no_hook(tmp_path: Path, compiled: bool, compiles_lightly: None) -> None:
-    world = WORLDS["cnn"]()
+    world = short()
     student, method = world.make(4), Watching()
     batches = LoaderBatches(world.train, 0, world.to_batch)
-    config = TrainConfig(steps=9, compile=compiled, evaluate_every=2, optimizer=OptimizerConfig(lr=1e-2))
+    config = TrainConfig(steps=5, compile=compiled, evaluate_every=2, optimizer=OptimizerConfig(lr=1e-2))
     training = Training("t", student, method, batches, config, RunDirectory(tmp_path),
                         validation=[world.to_batch(b) for b in world.held])  # fmt: skip
     fit(training, build_accelerator())
-    assert len(method.seen) == 9
+    assert len(method.seen) == 5
     assert hooks(student) == 0
 
 
@@ -213,14 +220,14 @@ def test_fit_leaves_no_hook_after_an_error_either(tmp_path: Path) -> None:
 
 
 def test_the_feature_method_compiled_learns_what_it_learns_without(tmp_path: Path, compiles_lightly: None) -> None:
-    world = WORLDS["cnn"]()
+    world = short()
     ends = []
     for compiled in (False, True):
         torch.manual_seed(1)
         student, teacher = world.make(4), world.make(8)
         example = world.to_batch(world.train[0])
         method = prepare_method(FeatureMethod(pairs="auto"), student, teacher, example, seed=0)
-        config = TrainConfig(steps=6, compile=compiled, evaluate_every=2, optimizer=OptimizerConfig(lr=1e-2))
+        config = TrainConfig(steps=4, compile=compiled, evaluate_every=2, optimizer=OptimizerConfig(lr=1e-2))
         training = Training("t", student, method, LoaderBatches(world.train, 0, world.to_batch), config,
                             RunDirectory(tmp_path / str(compiled)), teacher=LiveTeacher(teacher),
                             validation=[world.to_batch(b) for b in world.held])  # fmt: skip
@@ -274,9 +281,10 @@ def test_a_teachers_taps_stay_until_it_is_closed_or_gone() -> None:
 @pytest.mark.parametrize(
     ("kind", "steps"),
     [
-        ("ddp", 1000),
-        ("ddp-compiled", 50),
-        ("fsdp", 50),
+        ("ddp", 60),
+        ("ddp-compiled", 21),
+        ("fsdp", 40),
+        pytest.param("ddp", 1000, marks=pytest.mark.slow),
         pytest.param("ddp-compiled", 1000, marks=pytest.mark.slow),
         pytest.param("fsdp", 1000, marks=pytest.mark.slow),
     ],
