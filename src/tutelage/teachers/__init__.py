@@ -9,16 +9,6 @@ from tutelage.teachers.remote import RemoteTeacher
 from tutelage.teachers.signal import Signal, Sparse, Teacher
 
 __all__ = [
-    "CachedTeacher",
-    "Ensemble",
-    "EnsembleTeacher",
-    "Layout",
-    "LiveTeacher",
-    "MemoryTeacher",
-    "PrefetchingTeacher",
-    "RemoteTeacher",
-    "Signal",
-    "Sparse",
-    "Teacher",
-    "fit_ensemble_weights",
-]
+    "CachedTeacher", "Ensemble", "EnsembleTeacher", "Layout", "LiveTeacher", "MemoryTeacher", "PrefetchingTeacher",
+    "RemoteTeacher", "Signal", "Sparse", "Teacher", "fit_ensemble_weights",
+]  # fmt: skip

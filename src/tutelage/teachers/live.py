@@ -64,12 +64,23 @@ class LiveTeacher:
         device: torch.device | str | None = None,
         sharded: bool = False,
     ) -> None:
-        if mode not in ("eval", "train_bn"):
-            raise CapabilityError(f"unknown teacher mode {mode!r}", remedy="allowed: eval, train_bn")
-        if dtype not in (None, "int8", *FLOATS):
-            raise CapabilityError(f"unknown teacher dtype {dtype!r}", remedy="allowed: bf16, fp16, int8")
-        if batch_size is not None and batch_size < 1:
-            raise CapabilityError(f"the teacher has batch_size={batch_size}", remedy="set at least 1")
+        for is_wrong, what, remedy in (
+            (mode not in ("eval", "train_bn"), f"unknown teacher mode {mode!r}", "allowed: eval, train_bn"),
+            (dtype not in (None, "int8", *FLOATS), f"unknown teacher dtype {dtype!r}", "allowed: bf16, fp16, int8"),
+            (batch_size is not None and batch_size < 1, f"the teacher has batch_size={batch_size}", "set at least 1"),
+            (
+                mode == "train_bn" and not any(isinstance(m, _BatchNorm) for m in model.modules()),
+                f"teacher mode is 'train_bn', and {type(model).__name__} has no batch norm",
+                "set mode: eval",
+            ),
+            (
+                mode == "train_bn" and batch_size is not None,
+                "teacher mode 'train_bn' normalises by the whole batch, and batch_size splits it",
+                "remove batch_size, or set mode: eval",
+            ),
+        ):
+            if is_wrong:
+                raise CapabilityError(what, remedy=remedy)
         others = {"mode": mode == "train_bn", "dtype": dtype == "int8", "compile": compile, "batch_size": batch_size,
                   "device": device}  # fmt: skip
         if sharded and any(others.values()):
@@ -89,15 +100,6 @@ class LiveTeacher:
         self._modules: list[nn.Module] = []
         self._parts: nn.Module | None = None
         self._here = torch.device("cpu")
-        if mode == "train_bn" and not any(isinstance(m, _BatchNorm) for m in model.modules()):
-            raise CapabilityError(
-                f"teacher mode is 'train_bn', and {type(model).__name__} has no batch norm", remedy="set mode: eval"
-            )
-        if mode == "train_bn" and batch_size is not None:
-            raise CapabilityError(
-                "teacher mode 'train_bn' normalises by the whole batch, and batch_size splits it",
-                remedy="remove batch_size, or set mode: eval",
-            )
         if dtype == "int8":
             quantise_linear_layers(model)  # an early error if there is nothing to quantise
         if self.device is not None:

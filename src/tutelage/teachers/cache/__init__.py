@@ -8,12 +8,6 @@ from tutelage.teachers.cache.teacher import CachedTeacher
 from tutelage.teachers.cache.writer import CacheWriter
 
 __all__ = [
-    "CacheReader",
-    "CacheWriter",
-    "CachedTeacher",
-    "Layout",
-    "compact_cache",
-    "input_digest",
-    "inspect_cache",
+    "CacheReader", "CacheWriter", "CachedTeacher", "Layout", "compact_cache", "input_digest", "inspect_cache",
     "verify_cache",
-]
+]  # fmt: skip

@@ -185,13 +185,13 @@ class _StochasticRounding(Encoding):
         if not 1 <= self.draws <= 65_535:
             raise ConfigError(f"a cache has {self.draws} draws per row", remedy="set draws to 1 to 65535")
 
-    def columns(self) -> ColumnTypes:
-        return {f"drawn@{t:g}": (None, np.uint8) for t in self.temperatures}
-
     @property
     def _coder(self) -> Coder:
         # The number of classes in a row varies by less than the square root of draws, but randomly.
         return Coder(self.classes, self.draws + 1, largest=min(self.classes, 2 * self.draws + 64))
+
+    def columns(self) -> ColumnTypes:
+        return {f"drawn@{t:g}": (None, np.uint8) for t in self.temperatures}
 
     def encode(self, rows: TeacherRows) -> Columns:
         columns: Columns = {}
@@ -204,22 +204,22 @@ class _StochasticRounding(Encoding):
             columns[f"drawn@{t:g}"] = self._coder.encode(concat_counts(parts), rows.lengths)
         return columns
 
-    def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
+    def _decode_counts(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Array, Tensor, Tensor]:
+        """Number of classes of each row, and padded classes and weights."""
         rows = self._coder.decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
         index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
-        return index, count.float() / self.draws
+        return rows.sizes, index, count.float() / self.draws
+
+    def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
+        return self._decode_counts(columns, lengths, temperature)[1:]
 
 
 @dataclass(frozen=True)
-class _SampledEncoding(Encoding):
+class _SampledEncoding(_StochasticRounding):
     """Independent draws from p, or from the proposal p^power, and the ``head`` largest classes exactly."""
 
-    draws: int
     head: int
     power: float
-    temperatures: tuple[float, ...]
-
-    provides = frozenset({"sampled"})
 
     def check(self) -> None:
         if not (1 <= self.draws <= 65_535 and 0 <= self.head < self.classes):
@@ -241,7 +241,7 @@ class _SampledEncoding(Encoding):
         return Coder(self.classes, self.draws, largest=min(self.classes, self.draws))
 
     def columns(self) -> ColumnTypes:
-        columns = self._exact.columns() | {f"drawn@{t:g}": (None, np.uint8) for t in self.temperatures}
+        columns = self._exact.columns() | super().columns()
         if self.power != 1:
             columns |= {f"weight@{t:g}": (None, STORED[self.dtype]) for t in self.temperatures}
         return columns
@@ -269,13 +269,11 @@ class _SampledEncoding(Encoding):
         return columns
 
     def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
-        rows = self._coder.decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
-        index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
-        values = count.float() / self.draws
+        sizes, index, values = self._decode_counts(columns, lengths, temperature)
         exact = self._exact.decode(columns, lengths, temperature) if self.head else None
         if self.power != 1:
             log = from_stored(_ragged(columns[f"weight@{temperature:g}"]).values, self.dtype)
-            values = values * torch.from_numpy(pad_rows(log.exp().numpy(), rows.sizes))
+            values = values * torch.from_numpy(pad_rows(log.exp().numpy(), sizes))
         elif exact is not None:
             values = values * (1.0 - exact[1].exp().sum(-1, keepdim=True)).clamp(min=0.0)
         if exact is None:
