@@ -131,15 +131,6 @@ def similarities_of(run: RunRecord) -> dict[str, ClassSimilarity]:
 
 
 @dataclass(frozen=True)
-class Heatmap:
-    """The heatmap of a model."""
-
-    role: str
-    name: str
-    figure: Figure
-
-
-@dataclass(frozen=True)
 class TemperatureView:
     """Text and table of a temperature: for each pair of classes, share and rank by model."""
 
@@ -157,7 +148,7 @@ class SimilarityPanel:
     label: str
     note: str
     controls: Sequence[Control] = ()
-    heatmaps: Sequence[Heatmap] = ()
+    heatmaps: Sequence[Figure] = ()
     views: Sequence[TemperatureView] = ()
 
 
@@ -181,8 +172,7 @@ def similarity_panel(run: RunRecord) -> SimilarityPanel | None:
         run.label, note,
         [Control("T", choices, preset, radios=True),
          Control("colours", {"one colour scale for all": "one", "one for each": "own"})],
-        [Heatmap(role, names[role], _heatmap(role, names[role], similarities, classes, preset))
-         for role in similarities[preset].mean],
+        [_heatmap(role, names[role], similarities, classes, preset) for role in similarities[preset].mean],
         [_temperature_view(t, t == preset, at, classes, names) for t, at in similarities.items()],
     )  # fmt: skip
 
@@ -201,16 +191,13 @@ def _heatmap(
         "ticks": "", "constrain": "domain",
     }  # fmt: skip
     layout = {
-        "height": 380,
-        "margin": {"l": 24, "r": 6, "t": 32, "b": 24},
+        "height": 380, "margin": {"l": 24, "r": 6, "t": 32, "b": 24}, "plot_bgcolor": "--rule", "showlegend": False,
         "xaxis": {**axis, "tickangle": 0 if max(map(len, labels)) <= 2 else -90},
         "yaxis": {**axis, "autorange": "reversed"},
-        "plot_bgcolor": "--rule",
-        "showlegend": False,
-    }
+    }  # fmt: skip
     description = f"Heatmap of class similarity for the {name}. At T = {preset}: {'; '.join(pairs)}."
     data = [_trace(role, name, t, at, classes) for t, at in of_role.items()]
-    return Figure("", description, data, layout, is_square=True, paper_width=PAPER_WIDTH)
+    return Figure("", description, data, layout, legend={role: name}, is_square=True, paper_width=PAPER_WIDTH)
 
 
 def _trace(role: str, name: str, t: str, at: ClassSimilarity, classes: Sequence[str]) -> dict[str, Any]:
@@ -218,10 +205,7 @@ def _trace(role: str, name: str, t: str, at: ClassSimilarity, classes: Sequence[
     ranges = {"one": _range(list(at.mean.values())), "own": _range([at.mean[role]])}
     gap = 1 if len(classes) <= LABELS else 0
     trace: dict[str, Any] = {
-        "type": "heatmap",
-        "name": name,
-        "x": ticks,
-        "y": ticks,
+        "type": "heatmap", "name": name, "x": ticks, "y": ticks, "xgap": gap, "ygap": gap, "hoverongaps": False,
         "z": [[short(100 * v) for v in row] for row in at.mean[role].tolist()],
         "colorscale": HEAT_SCALE,
         "colorbar": {
@@ -229,9 +213,6 @@ def _trace(role: str, name: str, t: str, at: ClassSimilarity, classes: Sequence[
             "xpad": 0, "ypad": 4, "outlinewidth": 0, "nticks": 5, "ticksuffix": " %", "tickfont": {"size": 10},
             "ticklabelposition": "outside top",
         },
-        "xgap": gap,
-        "ygap": gap,
-        "hoverongaps": False,
         "hovertemplate": f"%{{y}} and %{{x}}: %{{z:.2f}} %<extra>{name}, T = {t}</extra>",
         "show": {"T": t},
         "by": {"colours": {scale: {"zmin": low, "zmax": high} for scale, (low, high) in ranges.items()}},

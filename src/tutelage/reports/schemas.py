@@ -43,17 +43,20 @@ class _ReliabilityBins(_Record):
     accuracy: list[float]
 
 
-class _JointModel(_Record):
+class _ByWeights(_Record):
+    """Metrics of the weights that were best on validation, and of those of the last epoch."""
+
+    best: _StudentMetrics
+    last: _StudentMetrics
+
+
+class _JointModel(_ByWeights):
     """A model that was trained together with the student: a peer, or an exit of the student."""
 
     parameters: int
-    best: _StudentMetrics
-    last: _StudentMetrics
 
 
-class _ArmResult(_Record):
-    best: _StudentMetrics
-    last: _StudentMetrics
+class _ArmResult(_ByWeights):
     reliability: _ReliabilityBins | None = None
     per_class: list[float] | None = None
     seconds: _SeedSpread | None = None
@@ -76,7 +79,6 @@ class _EnsembleMember(_Record):
     weight: float
     parameters: int
     test: _ModelMetrics
-    validation: _ModelMetrics | None = None
 
 
 class _EnsembleResult(_Record):
@@ -138,14 +140,12 @@ class _StageDifference(_Record):
     last: _PairedDifference
 
 
-class _StageResult(_Record):
+class _StageResult(_ByWeights):
     """A row of the table of a multi-stage run."""
 
     name: str
     role: str
     parameters: int
-    best: _StudentMetrics
-    last: _StudentMetrics
     taught_by: str | None = None
     validation: _SeedSpread | None = None
     against: dict[str, _StageDifference]
@@ -217,7 +217,6 @@ class SamplesFile(_Record):
     n: int
     reference: str
     student: str
-    labelled: int
     agree: dict[str, int]
     right: dict[Literal["both", "reference", "student", "neither"], int]
     by_class: dict[str, list[int]]
