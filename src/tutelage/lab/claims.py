@@ -394,7 +394,7 @@ CLAIMS: dict[str, Claim] = {
     ),
     "dark-knowledge": Claim(
         "Soft labels contain the similarity of classes, sim(i, j) = E[p_i p_j], and the student learns it.",
-        f"{HINTON}; the measure is ours",
+        f"{HINTON}; no paper for the measure",
         "Order of the pairs of classes by sim: teacher against distilled and baseline students.", ["kd"],
         dark_knowledge,
     ),
