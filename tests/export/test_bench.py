@@ -174,8 +174,8 @@ def test_the_command_prints_a_table_and_writes_a_page(capsys: pytest.CaptureFixt
     ]
     get_command(app)(args, standalone_mode=False)
     said = capsys.readouterr().out
-    assert "run by" in said
-    assert "made up for mlp" in said
+    assert "Speed-up: over mlp (eager)" in said
+    assert "Inputs are random for mlp" in said
     assert json.loads(Path("b.json").read_text())["base"] == "mlp"
     assert Path("b.html").exists()
     with pytest.raises(ConfigError, match="--batches 1;2"):

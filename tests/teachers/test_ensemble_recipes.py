@@ -120,7 +120,7 @@ def test_routed_members_teach_their_own_folder(tmp_path: Path) -> None:
             F.cross_entropy(model(given.inputs), labels[rows]).backward()
             optimizer.step()
         torch.save(model.state_dict(), tmp_path / f"{light}.pt")
-    member = {"model": "test_ensembles:linear"}
+    member = {"model": f"{__name__}:linear"}
     given = {
         "name": "lights",
         "data": {"source": "imagefolder", "path": str(tmp_path / "x"), "size": 8, "route": "folder"},

@@ -73,12 +73,6 @@ class Survey:
 def survey(model: nn.Module, example: Batch, title: str, note: str = "") -> Survey:
     """Run ``model`` once on ``example``, in evaluation mode, and list the outputs of every module.
 
-    Args:
-        model: a module; its state does not change.
-        example: a batch of at least one row.
-        title: title of the survey.
-        note: printed after the shape of the inputs.
-
     Raises:
         ModelError: the model does not take the example.
     """
@@ -140,12 +134,7 @@ def _items(value: Any, rows: int, depth: int = 3) -> list[tuple[str, str]]:
 
 
 def survey_recipe(recipe: Recipe, who: tuple[str, ...], terminal: Terminal | None = None) -> list[Survey]:
-    """Survey the models of a recipe on three samples of its data.
-
-    Args:
-        recipe: the recipe.
-        who: ``student``, ``teacher`` or both.
-        terminal: prints progress.
+    """Survey ``student``, ``teacher`` or both of a recipe on three samples of its data.
 
     Raises:
         TutelageError: the data or a model cannot be loaded.
@@ -176,17 +165,11 @@ def survey_model(
 ) -> Survey:
     """Survey a model by its name in recipes, or from the folder of an exported model.
 
-    Args:
-        name: name of the model, or a folder.
-        size: shape of one example: (channels, height, width), or (tokens,). Default: the model's own, else 3x32x32
-            for the networks of this package and 3x224x224 for those of a library.
-        classes: number of classes. Default: that of the folder, else 10.
-        options: arguments of the constructor.
+    ``size`` is (channels, height, width) or (tokens,). Default: the model's own, else 3x32x32, and 3x224x224 for the
+    models of a library.
 
     Raises:
-        ModelError: the model is unknown, or cannot be built or run.
-        CheckpointError: the folder is incomplete.
-        MissingDependencyError: the model needs an extra.
+        TutelageError: the model is unknown, incomplete, needs an extra, or cannot be built or run.
     """
     channels, side = (size[0], size[-1]) if size and len(size) == 3 else (3, SIZES.get(name.partition(":")[0], 32))
     if Path(name).is_dir():
