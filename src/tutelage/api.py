@@ -24,7 +24,7 @@ from tutelage.search.search import search_recipe
 
 @wraps(_distill)
 def distill(*args: Any, **kwargs: Any) -> DistillResult:
-    """See :func:`tutelage.experiment.distill.distill`; writes ``report.html`` and says what was found besides."""
+    """See :func:`tutelage.experiment.distill.distill`; writes ``report.html`` and prints the result."""
     run = _distill(*args, **kwargs)
     _report(run.path)
     terminal = Terminal(speaks=kwargs.get("verbose", True) and is_main())

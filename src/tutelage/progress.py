@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class _Rate(ProgressColumn):
 
 
 def show_rate(rate: float) -> str:
-    """``12 steps/s``, or ``2.3 s/step`` where a step takes longer than a second."""
+    """``12 steps/s``, or ``2.3 s/step`` if a step takes longer than a second."""
     return f"{rate:.0f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
 
 
 def show_terms(line: dict[str, Any]) -> str:
-    """``loss 1.23 = kd 0.9 + ce 0.33``: the terms as weighted."""
+    """``loss 1.23 = kd 0.9 + ce 0.33``: the weighted terms."""
     parts = " + ".join(f"{n} {v['weighted']:.3g}" for n, v in line["terms"].items())
     return f"loss {line['loss']:.3g}" + (f" = {parts}" if len(line["terms"]) > 1 else "")
 
 
 class Terminal:
-    """A watcher that shows rate, time left, the terms of the loss and the validation accuracy.
+    """A callback that shows the rate, the remaining time, the loss terms and the validation metric.
 
     Args:
-        console: where to.
-        speaks: false for all processes but the main one.
+        console: default: standard error.
+        speaks: whether this process prints; true only for the main one.
     """
 
     def __init__(self, console: Console | None = None, *, speaks: bool = True) -> None:
@@ -44,7 +44,7 @@ class Terminal:
         self.live = speaks and self.console.is_terminal
         self.progress: Progress | None = None
         self.name, self.total, self.terms, self.validation = "", 0, "", ""
-        self.shown = self.began = self.drawn = 0.0
+        self.printed_at = self.began = self.drawn_at = 0.0
         self.first = 0
 
     def only_on(self, main_process: bool) -> Self:
@@ -59,11 +59,11 @@ class Terminal:
             self.console.print(text, highlight=False, markup=False)
 
     def on_start(self, name: str, step: int, total: int) -> None:
-        """A training begins, or goes on from ``step``."""
+        """A training starts, or continues from ``step``."""
         self.name, self.total, self.terms, self.validation = name, total, "", ""
-        self.began, self.first, self.shown = time.monotonic(), step, time.monotonic()
+        self.began, self.first, self.printed_at = time.monotonic(), step, time.monotonic()
         if step and step < total:
-            self.say(f"{name}: going on from step {step} of {total}")
+            self.say(f"{name}: continuing from step {step} of {total}")
         if self.live and step < total:
             self.progress = Progress(
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -84,19 +84,19 @@ class Terminal:
     def on_step(self, step: int) -> None:
         """An optimizer step is done."""
         now = time.monotonic()
-        if self.progress is not None and (step % 20 == 0 or step == self.total or now - self.drawn > 0.5):
-            self.drawn = now
+        if self.progress is not None and (step % 20 == 0 or step == self.total or now - self.drawn_at > 0.5):
+            self.drawn_at = now
             self.progress.update(self.task, completed=step, terms=f"{self.validation}  {self.terms}".strip())
 
     def on_log(self, line: dict[str, Any]) -> None:
-        """A line went to the metrics."""
+        """A line was written to the metrics."""
         if "terms" in line:
             self.terms = show_terms(line)
         else:
             self.validation = f"val {next(iter(line['validation'].values())):.1%}"  # the metric comes first
             now = time.monotonic()
-            if self.speaks and not self.live and now - self.shown > 10:
-                self.shown = now
+            if self.speaks and not self.live and now - self.printed_at > 10:
+                self.printed_at = now
                 done, left = line["step"] - self.first, self.total - line["step"]
                 rate = done / (now - self.began)
                 self.say(
@@ -105,13 +105,13 @@ class Terminal:
                 )
 
     def on_end(self) -> None:
-        """The live line goes."""
+        """Remove the live line."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
 
     def iterate(self, items: Iterable[T], what: str) -> Iterator[T]:
-        """The items, with a bar where somebody looks."""
+        """The items, with a progress bar in a terminal."""
         if not self.live:
             yield from items
             return

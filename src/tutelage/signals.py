@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the engine grants at the end of a step."""
+"""Turns Ctrl-C and SIGTERM into a request to stop at the end of a step."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from types import FrameType
 def catch_stop_signals(
     announce: Callable[[str], None] = lambda text: None, doing: str = "saving after this step"
 ) -> Iterator[Callable[[], bool]]:
-    """Gives a function that is true once a stop was asked for; a second Ctrl-C stops at once.
+    """A function that returns true once a stop is requested; a second Ctrl-C stops at once.
 
-    ``doing`` tells a person who asked what happens first.
+    ``doing`` names what happens before the stop, for the message.
 
-    Only the main thread can receive signals; elsewhere the answer is always no.
+    Only the main thread can receive signals; in others the function always returns false.
     """
-    asked = threading.Event()
+    requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield requested.is_set
         return
 
     mine = os.getpid()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != mine:  # a process that fetches data: the main one stops it
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != mine:  # a data-loading process, which the main one stops
             return
-        if asked.is_set() and number == signal.SIGINT:
+        if requested.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
         announce(f"{signal.Signals(number).name}: {doing}; once more Ctrl-C stops at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

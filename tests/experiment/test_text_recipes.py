@@ -223,7 +223,7 @@ def test_every_task_has_a_loss_of_labels_and_a_default_loss_on_logits() -> None:
     ({"student": {"model": "teacher", "layers": 9}}, "9"),
     ({"student": {"model": "hf:other"}, "data": {"task": "mlm"}, "method": {"kind": "triple"}},
      "have different tokens"),
-    ({"teacher": {"model": "mlp"}}, "brings a tokenizer"),
+    ({"teacher": {"model": "mlp"}}, "has a tokenizer"),
     ({"teacher": {"model": "package:no_such_thing/model"}}, "no installed package 'no_such_thing'"),
 ])  # fmt: skip
 def test_models_that_do_not_fit_are_named(more: dict[str, Any], says: str) -> None:

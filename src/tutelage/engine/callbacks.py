@@ -1,4 +1,4 @@
-"""Who is told how a training goes."""
+"""Callbacks of a training."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 
 class TrainingCallback(Protocol):
-    """Somebody who is told how a training goes."""
+    """Is called as a training proceeds."""
 
     def on_start(self, name: str, step: int, total: int) -> None:
-        """A training begins, or goes on from ``step``."""
+        """A training starts, or continues from ``step``."""
         ...
 
     def on_step(self, step: int) -> None:
@@ -17,12 +17,12 @@ class TrainingCallback(Protocol):
         ...
 
     def on_log(self, line: dict[str, Any]) -> None:
-        """A line went to the metrics."""
+        """A line was written to the metrics."""
         ...
 
 
 class NullCallback:
-    """A watcher that says nothing."""
+    """A callback that does nothing."""
 
     def on_start(self, name: str, step: int, total: int) -> None:
         """Nothing."""

@@ -1,8 +1,8 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
-A checkpoint is a folder of one safetensors file for all tensors and one JSON file for all else,
-so reading it never runs code. Tensors are stored whole under the names of the unwrapped module,
-whatever the sharding: a run may be continued with another number of processes.
+A checkpoint is a folder with one safetensors file for all tensors and one JSON file for everything else,
+so reading it never runs code. Tensors are stored unsharded, under the names of the unwrapped module:
+a run can continue with another number of processes.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def full_model_state(module: nn.Module, zero: Zero | None = None) -> dict[str, Tensor]:
     """A copy of all weights and buffers, unsharded, on the CPU, by the names of the unwrapped module.
 
-    Every process must call it; only the main one gets any.
+    Every process must call it; only the main process gets the weights.
     """
     if zero is not None:
         return zero.model()
     state = get_model_state_dict(module, options=_WHOLE)
-    return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}  # on a CPU it is no copy yet
+    return {
+        k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)
+    }  # on the CPU it is not a copy yet
 
 
 def pack(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON; each tensor in it moves to ``tensors`` and leaves its name behind."""
     if isinstance(value, Tensor):
-        tensors[prefix] = value.detach().cpu().contiguous().clone()  # its own storage, as safetensors asks
+        tensors[prefix] = value.detach().cpu().contiguous().clone()  # safetensors needs its own storage
         return {"tensor": prefix}
     if isinstance(value, dict):
         return {"dict": [[k, pack(v, f"{prefix}/{k}", tensors)] for k, v in value.items()]}
@@ -122,7 +124,7 @@ def restore_training(
         zero.restore(captured)
         return
     set_model_state_dict(module, captured["model"], options=StateDictOptions(full_state_dict=True))
-    # torch cannot spread a full state without any tensor over processes; SGD without momentum has such a one.
+    # torch cannot distribute a full state without any tensor, such as that of SGD without momentum.
     holds = any(
         isinstance(v, Tensor) and v.dim() > 0 for s in captured["optimizer"]["state"].values() for v in s.values()
     )
@@ -132,7 +134,7 @@ def restore_training(
 
 
 def save_checkpoint(folder: Path, parts: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
+    """Write a checkpoint, atomically."""
     tensors: dict[str, Tensor] = {}
     state = pack(parts, "", tensors)
     with atomic_folder(folder) as draft:
@@ -144,7 +146,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """Read what :func:`save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: incomplete or damaged.
+        CheckpointError: it is incomplete or damaged.
     """
     try:
         tensors = load_file(str(folder / TENSORS))
@@ -161,13 +163,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the latest step in ``folder``."""
-    found = sorted(folder.glob("step-*"))
-    return found[-1] if found else None
+    return max(folder.glob("step-*"), default=None)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest."""
     for old in sorted(folder.glob("step-*"))[:-keep]:
         trash = old.with_name(f"{TEMPORARY_PREFIX}{old.name}")
-        old.rename(trash)  # one step out of sight: a kill in the middle leaves no half checkpoint
+        old.rename(trash)  # atomically: a kill in between leaves no partial checkpoint
         shutil.rmtree(trash, ignore_errors=True)

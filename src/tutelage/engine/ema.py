@@ -13,12 +13,11 @@ from torch.distributed.tensor import DTensor
 class EMA:
     """Averages of all floating parameters of a module: ``a = decay * a + (1 - decay) * w``.
 
-    In the first steps the decay is (1 + step) / (10 + step), so that the average is not the
-    initialisation for long. Buffers are the module's own.
+    In the first steps the decay is (1 + step) / (10 + step), so that the average soon forgets the
+    initial weights. Buffers are not averaged.
 
     Args:
-        module: the module, sharded where it is sharded, out of any wrapper, so that the names of its averages
-            fit any number of processes.
+        module: the unwrapped module, sharded or not, so that the names of its averages fit any number of processes.
         decay: in (0, 1).
 
     Reference: Tarvainen and Valpola, Mean teachers are better role models (2017), section 3.
@@ -53,12 +52,12 @@ class EMA:
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():
             mine, theirs = _local(self.averages[name]), _local(parameter.data)
-            kept = theirs.clone()
+            weights = theirs.clone()
             theirs.copy_(mine)
-            mine.copy_(kept)
+            mine.copy_(weights)
 
     def state(self) -> dict[str, object]:
-        """For a checkpoint; unsharded, so every process must call it."""
+        """The unsharded state for a checkpoint; every process must call it."""
         whole = {k: a.full_tensor() if isinstance(a, DTensor) else a for k, a in self.averages.items()}
         return {"updates": self.updates, "averages": whole}
 

@@ -1,4 +1,4 @@
-"""Layers that are computed once more in the backward pass, in place of keeping what is between them."""
+"""Gradient checkpointing: activations are recomputed in the backward pass instead of stored."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from tutelage.errors import CapabilityError
 
 
 def enable_gradient_checkpointing(student: nn.Module) -> None:
-    """Let a model of transformers compute its layers again in the backward pass.
+    """Turn on gradient checkpointing in a model of transformers.
 
     Raises:
-        CapabilityError: it is of another kind.
+        CapabilityError: the model does not support it.
     """
     model: Any = getattr(student, "model", student) if hasattr(student, "weights_prefix") else student
-    older = getattr(model, "gradient_checkpointing_enable", None)  # transformers has called it both
+    older = getattr(model, "gradient_checkpointing_enable", None)  # transformers uses both names
     enable = getattr(model, "activation_checkpointing_enable", older)
     if not callable(enable) or not getattr(model, "supports_gradient_checkpointing", False):
         raise CapabilityError(
-            f"{type(student).__name__} cannot compute its layers again",
+            f"{type(student).__name__} does not support gradient checkpointing",
             where="train.gradient_checkpointing",
-            remedy="leave it out; it is for models of transformers",
+            remedy="leave it out; it works for models of transformers",
         )
-    # Not re-entrant: in that one what is tapped inside a layer would get no gradient.
+    # Not re-entrant: that variant gives no gradient to activations that are tapped inside a layer.
     enable({"use_reentrant": False})

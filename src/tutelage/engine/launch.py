@@ -1,4 +1,4 @@
-"""The accelerator of this process, as the launcher set it up."""
+"""accelerate's Accelerator for this process, and what depends on the launcher."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def build_accelerator(precision: str | None = None, trackers: list[str] | None =
 
     Raises:
         CapabilityError: this machine cannot compute in that precision.
-        MissingDependencyError: a tracker is not installed, or DeepSpeed, for which the launcher asks.
+        MissingDependencyError: a tracker is not installed, or DeepSpeed, if the launcher uses it.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if zero.wanted():
         zero.check_installed()
     elif world > 1 and not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate takes each process of a launcher for the only one
+        os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate treats each process as the only one
     precision = resolve_precision(precision)
     if AcceleratorState._shared_state and precision != AcceleratorState().mixed_precision:
-        AcceleratorState._reset_state()  # a second run in one process may want another precision
+        AcceleratorState._reset_state()  # a second run in one process may use another precision
     for tracker in trackers or ():
-        if LoggerType(tracker) not in get_available_trackers():  # accelerate itself would leave it out
+        if LoggerType(tracker) not in get_available_trackers():  # accelerate would ignore it silently
             raise MissingDependencyError(
                 f"train.trackers: {tracker} is not installed",
                 remedy=f"pip install {tracker}, or take it out of train.trackers",
@@ -56,7 +56,7 @@ def build_accelerator(precision: str | None = None, trackers: list[str] | None =
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             log_with=trackers or None,
-            project_dir=".",  # trackers ask for one now; open_trackers() gives the real one before they write
+            project_dir=".",  # trackers need one now; open_trackers() sets the real one before they write
         )
     except (ImportError, ValueError) as error:
         raise CapabilityError(
@@ -72,20 +72,20 @@ def build_accelerator(precision: str | None = None, trackers: list[str] | None =
     return accelerator
 
 
-def resolve_precision(asked: str | None) -> str:
-    """``no``, ``bf16`` or ``fp16``: the mixed precision that is meant on this machine.
+def resolve_precision(precision: str | None) -> str:
+    """The mixed precision on this machine: ``no``, ``bf16`` or ``fp16``.
 
     Args:
-        asked: one of these; ``auto`` for bf16 where the hardware computes in it, else none; ``None`` for what the
-            launcher says, else none.
+        precision: one of these; ``auto`` for bf16 if the hardware supports it, else ``no``; ``None`` for that of the
+            launcher, else ``no``.
     """
-    if asked == "auto":
+    if precision == "auto":
         return "bf16" if _has_bf16() else "no"
-    return asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def is_bf16_slow(accelerator: Accelerator) -> bool:
-    """Whether this run computes in bf16 on a CPU that has no instructions for it."""
+    """Whether this run computes in bf16 on a CPU without bf16 instructions."""
     return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_has_bf16()
 
 
@@ -97,36 +97,36 @@ def _has_bf16() -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16 itself: x86's AVX-512 and AMX, and ARM's, have it in the feature's name."""
-    return any(found for name, found in torch.cpu.get_capabilities().items() if "bf16" in name)
+    """Whether the CPU has bf16 instructions; the features of x86 (AVX-512, AMX) and ARM have it in their names."""
+    return any(available for name, available in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def leave() -> None:
-    """The end of a launched process whose work is done: leaves its process group. Not after an error."""
+    """Leave the process group, at the end of a launched process; not after an error."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         _end_slowly()
 
 
 def _end_slowly() -> None:
-    """Have the interpreter wait for gloo's threads when it ends."""
+    """Let the interpreter wait for gloo's threads before it exits."""
     atexit.unregister(_let_threads_go)
     atexit.register(_let_threads_go)
 
 
 def _let_threads_go() -> None:
-    """Lets gloo's threads drop the tensors of their last collective.
+    """Wait until gloo's threads have released the tensors of their last collective.
 
-    A thread of gloo wakes the one that waits for a collective before it drops the tensors, which takes the
-    interpreter's lock. If the interpreter ends in between, the process aborts ("terminate called without an active
-    exception") after all its work is done, and the launcher calls the run failed. A process group that DDP holds
-    outlives ``destroy_process_group``, so its threads cannot be joined from here.
+    A thread of gloo signals the end of a collective before it releases the tensors, which needs the interpreter's
+    lock. If the interpreter exits in between, the process aborts ("terminate called without an active exception")
+    after its work is done, and the launcher reports a failed run. DDP holds a process group beyond
+    ``destroy_process_group``, so its threads cannot be joined here.
     """
     time.sleep(0.5)
 
 
 def broadcast_from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
-    """What ``make`` gives on the main process, on every process; only there is it called."""
+    """The result of ``make`` on every process; only the main process calls it."""
     value = [make() if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(value)
@@ -135,7 +135,7 @@ def broadcast_from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
 
 @contextmanager
 def open_trackers(accelerator: Accelerator, folder: Path, config: dict[str, str]) -> Iterator[None]:
-    """Experiment trackers, if any were asked for, open during the block; those of files write to ``folder``."""
+    """Open the experiment trackers, if there are any, during the block; those with files write to ``folder``."""
     if not accelerator.log_with:
         yield
         return

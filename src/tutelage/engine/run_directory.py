@@ -1,17 +1,17 @@
-"""The run directory: everything a person or a report needs, written so that a crash loses nothing.
+"""The run directory: every file that a report or a resumed run needs, written so that a crash loses nothing.
 
 ::
 
     config.yaml     the resolved recipe
     metrics.jsonl   one line for each log point and evaluation of every training
-    summary.json    what the run found; written at the end
-    report.html     the same to look at
+    summary.json    the figures; written at the end
+    report.html     the same as a page
     student/        the exported student
     models/         each finished training's model and its result
-    similarity/     how alike the classes are to the teacher and to each finished model
-    samples/        single samples of the test split, with what teacher and students say of them
-    judged/         answers of the student before a judge
-    checkpoints/    the last states of each training
+    similarity/     class similarities of the teacher and of each finished model
+    samples/        single samples of the test split, with predictions of teacher and students
+    judged/         answers of the student with their judgements
+    checkpoints/    the last checkpoints of each training
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RunDirectory:
 
     @property
     def summary(self) -> Path:
-        """What the run found."""
+        """The figures of the run."""
         return self.path / "summary.json"
 
     @property
@@ -57,7 +57,7 @@ class RunDirectory:
         return self.path / "checkpoints" / training
 
     def keep_decision(self, what: str, now: bool) -> bool:
-        """``now``, or what was decided when the run began: a resumed one computes the same."""
+        """The stored decision ``what``; without one ``now``, which is stored. A resumed run computes the same."""
         path = self.path / "decisions.json"
         known: dict[str, bool] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if what not in known and self.writes:
@@ -69,15 +69,15 @@ class RunDirectory:
         return self.path / "models" / training
 
     def similarity(self, training: str) -> Path:
-        """How alike the classes are to a finished training's model."""
+        """The class similarities of a finished training's model."""
         return self.path / "similarity" / f"{training}.json"
 
     def samples(self, kind: str) -> Path:
-        """Single samples of the test split, with what teacher and students say of them."""
+        """Single samples of the test split, with predictions of teacher and students."""
         return self.path / "samples" / f"{kind}.json"
 
     def judged(self, name: str) -> Path:
-        """What a judgement found of the run's student."""
+        """A judgement of the run's student."""
         return self.path / "judged" / f"{name}.json"
 
     def export(self, model: Path) -> None:
@@ -86,19 +86,19 @@ class RunDirectory:
             shutil.copytree(model, folder, ignore=shutil.ignore_patterns("result.json"), dirs_exist_ok=True)
 
     def result(self, training: str) -> dict[str, Any] | None:
-        """What a finished training found; ``None`` while it is not finished."""
+        """The result of a finished training; ``None`` before that."""
         path = self.model(training) / "result.json"
         if not path.exists():
             return None
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunDirectoryError(
                 f"is damaged: {error}",
                 where=str(path),
                 remedy=f"delete {path.parent}; --resume then trains this model again",
             ) from None
-        return found
+        return result
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
@@ -109,17 +109,17 @@ class RunDirectory:
                     file.write(json.dumps(line) + "\n")
 
     def rewind(self, training: str, step: int) -> None:
-        """Forget what was logged of a training after ``step``, before it goes on from there."""
+        """Remove a training's lines after ``step``, before it continues from there."""
         if self.writes and self.metrics.exists():
-            kept = [
+            lines = [
                 text
                 for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
                 if (line := _parsed(text)) is not None and not (line["training"] == training and line["step"] > step)
             ]
-            write_text(self.metrics, "".join(text + "\n" for text in kept))
+            write_text(self.metrics, "".join(text + "\n" for text in lines))
 
     def sweep(self) -> None:
-        """Remove what a killed process left half-written."""
+        """Remove partial files of a killed process."""
         for folder in (
             self.path,
             self.path / "models",

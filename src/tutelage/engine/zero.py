@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO, stages 1 and 2: processes share the optimizer's state, and gradients.
+"""DeepSpeed's ZeRO, stages 1 and 2: the optimizer's state and gradients are partitioned over processes.
 
-What a checkpoint holds is whole, as without it, and under the same names, so that a run goes on with or without
-DeepSpeed, on any number of processes.
+Checkpoints are unpartitioned and have the same names as without DeepSpeed, so that a run can continue with or without
+it, on any number of processes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ODD = ("adafactor", "adagrad")
 
 
 def wanted() -> bool:
-    """Whether the launcher's configuration asks for DeepSpeed."""
+    """Whether the launcher uses DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def check_installed() -> None:
-    """Raise :class:`MissingDependencyError` where it is not."""
+    """Raise :class:`MissingDependencyError` if it is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingDependencyError(
             "the launcher's configuration asks for DeepSpeed, which is not installed",
@@ -40,16 +40,16 @@ def check_installed() -> None:
 
 
 class Zero:
-    """What of a training DeepSpeed does in the engine's place.
+    """The parts of a training that DeepSpeed does instead of the engine.
 
     Args:
-        accelerator: of a launcher that asks for DeepSpeed; its settings become those of the training.
+        accelerator: of a launcher that uses DeepSpeed; its settings become those of the training.
         config: of the training.
         module: that is trained.
         optimizer: of it.
 
     Raises:
-        CapabilityError: another stage, or an option that the shared state does not go with.
+        CapabilityError: another stage, or an option that does not work with a partitioned state.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Zero:
         self.precision = accelerator.mixed_precision
         self.settings = settings
         settings.update(
-            train_micro_batch_size_per_gpu=1,  # of no use here: our batches are planned
+            train_micro_batch_size_per_gpu=1,  # unused: our batches are planned
             gradient_accumulation_steps=config.accumulate,
             train_batch_size=config.accumulate * accelerator.num_processes,
             gradient_clipping=config.clip or 0.0,
@@ -96,46 +96,46 @@ class Zero:
 
     @contextmanager
     def as_without(self) -> Iterator[None]:
-        """While DeepSpeed takes the model over, it is not told of bf16: weights stay in float32, as without it."""
-        told = self.settings.pop("bf16", None)
+        """Hide bf16 from DeepSpeed while it wraps the model, so that weights stay in float32."""
+        before = self.settings.pop("bf16", None)
         self.settings["bf16"] = {"enabled": False}
         try:
             yield
         finally:
-            self.settings["bf16"] = told or {"enabled": False}  # the next training's accelerator reads it here
+            self.settings["bf16"] = before or {"enabled": False}  # the next training's accelerator reads it here
 
     def model(self) -> dict[str, Tensor]:
-        """All weights and buffers on the CPU, of those that learn the exact ones. Every process must call it; only
-        the main one gets any."""
+        """All weights and buffers on the CPU; trained weights in float32. Every process must call it; only the main
+        process gets them."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {k: v.detach() for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
         main, whole = current_rank().rank == 0, dict[nn.Parameter, Tensor]()
-        found = {k: v.cpu().clone() for k, v in state.items()} if main else {}
+        weights = {k: v.cpu().clone() for k, v in state.items()} if main else {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if parameter.requires_grad and name in state:
                 if parameter not in whole:
                     exact = safe_get_full_fp32_param(parameter).detach()
                     whole[parameter] = exact.cpu().clone() if main else exact.new_empty(0)
                 if main:
-                    found[name] = whole[parameter]
-        return found
+                    weights[name] = whole[parameter]
+        return weights
 
     def state(self) -> dict[str, Any]:
         """The optimizer's state by parameter, as of one process, for the main one. Every process must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        kept, steps = self._kept()
-        learning, found = self._learning(), dict[str, dict[str, Tensor]]()
+        keys, steps = self._state_keys()
+        learning, states = self._learning(), dict[str, dict[str, Tensor]]()
         for name, parameter in learning.items():
-            parts = {key: safe_get_full_optimizer_state(parameter, key) for key in kept}
+            parts = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
             if current_rank().rank == 0:
-                found[name] = {k: v.detach().cpu().clone() for k, v in (parts | steps).items()}
+                states[name] = {k: v.detach().cpu().clone() for k, v in (parts | steps).items()}
         groups = [
             {**{k: v for k, v in group.items() if k != "params"}, "params": names}
             for group, names in zip(self.optimizer.param_groups, self.groups, strict=True)
         ]
-        return {"state": found if kept or steps else {}, "param_groups": groups}
+        return {"state": states if keys or steps else {}, "param_groups": groups}
 
     def restore(self, captured: Mapping[str, Any]) -> None:
         """Put back what :meth:`model` and :meth:`state` gave; every process must call it with the same."""
@@ -148,9 +148,9 @@ class Zero:
         known = captured["optimizer"]["state"]
         if known:
             self._make_state()
-            kept, _ = self._kept()
+            keys, _ = self._state_keys()
             for name, parameter in learning.items():
-                for key in kept:
+                for key in keys:
                     if key in known.get(name, {}):
                         safe_set_full_optimizer_state(parameter, known[name][key].to(parameter.device), key)
             first: Mapping[str, Any] = next(iter(known.values()))
@@ -164,8 +164,8 @@ class Zero:
     def _learning(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def _kept(self) -> tuple[list[str], dict[str, Tensor]]:
-        """What the optimizer keeps of each weight, and what it counts.
+    def _state_keys(self) -> tuple[list[str], dict[str, Tensor]]:
+        """The names of the optimizer's tensors for each weight, and its step counts.
 
         DeepSpeed finds it by parameter as it was after the first group's first step, when the others had none.
         """
@@ -177,7 +177,7 @@ class Zero:
         return [k for k, v in tensors.items() if v.dim()], {k: v.cpu() for k, v in tensors.items() if not v.dim()}
 
     def _make_state(self) -> None:
-        """Have the optimizer make what it keeps, by a step that moves nothing."""
+        """Make the optimizer create its state, by a step with a learning rate of 0."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0

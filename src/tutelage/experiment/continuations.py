@@ -1,4 +1,4 @@
-"""What language models write: teacher and students go on with the same texts of the test split."""
+"""Sample generations: teacher and students continue the same texts of the test split."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tutelage.data.batch import IGNORE, Batch
 from tutelage.methods.sampling import sample_completions
 
 OPENING = 0.25
-"""The share of a text without a prompt that is given."""
+"""The share of a text without a prompt that models continue."""
 LONGEST = 32
-"""Most tokens of such a share."""
+"""The maximum number of tokens of that share."""
 READ = 512
-"""Most tokens of a prompt that are read, its last."""
+"""Only the last tokens of a longer prompt are read."""
 
 
 class Opening(NamedTuple):
-    """A text of the test split to go on with.
+    """A text of the test split to continue.
 
     Args:
         prompt: token ids, ``[P]``.
@@ -62,18 +62,18 @@ def opening(batch: Batch) -> Opening | None:
 
 
 def select_rows(test: Iterable[Batch], count: int) -> list[Batch]:
-    """``count`` rows from all over the split, each a batch of its own; the same ones whatever the batches."""
-    found: list[tuple[str, Batch]] = []
+    """``count`` rows from the full split, each as a batch; they do not depend on the batch size."""
+    selected: list[tuple[str, Batch]] = []
     number = 0
     for batch in test:
         for at in range(len(batch)):
             key, number = hashlib.sha256(str(number).encode()).hexdigest(), number + 1
-            if len(found) >= count and key > found[-1][0]:
+            if len(selected) >= count and key > selected[-1][0]:
                 continue
             row = batch.rows(at, at + 1)
             if opening(row) is not None and opening(row.for_teacher()) is not None:
-                found = sorted([*found, (key, row)], key=lambda one: one[0])[:count]
-    return [row for _, row in found]
+                selected = sorted([*selected, (key, row)], key=lambda one: one[0])[:count]
+    return [row for _, row in selected]
 
 
 def generate_continuations(
@@ -89,11 +89,11 @@ def generate_continuations(
     """
     texts: list[dict[str, str]] = [{} for _ in rows]
     for name, (model, tokenizer) in models.items():
-        openings = [found for row in rows if (found := opening(row.for_teacher() if name == "teacher" else row))]
+        openings = [one for row in rows if (one := opening(row.for_teacher() if name == "teacher" else row))]
         first = next(model.parameters(), None)
         prompts = [one.prompt.to(device if first is None else first.device) for one in openings]
-        said = sample_completions(model, prompts, max_new_tokens=most, temperature=0)
-        for text, one, (ids, begin) in zip(texts, openings, said, strict=True):
+        outputs = sample_completions(model, prompts, max_new_tokens=most, temperature=0)
+        for text, one, (ids, begin) in zip(texts, openings, outputs, strict=True):
 
             def words(tokens: Tensor, cutter: Any = tokenizer) -> str:
                 return str(cutter.decode(tokens, skip_special_tokens=True)).strip()

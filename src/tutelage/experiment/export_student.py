@@ -56,12 +56,12 @@ def export_student(
     terminal = terminal or Terminal()
     if isinstance(source, nn.Module):
         return _of_module(source, to, out, data, classes, preprocessing, to_batch)
-    found = find(source, terminal)
-    bundle = found.bundle
+    saved = find(source, terminal)
+    bundle = saved.bundle
     check_format(to, bundle.model)
-    place = Path(out) if out is not None else (found.run if found.is_student else found.folder) / "export" / to  # type: ignore[operator]
+    place = Path(out) if out is not None else (saved.run if saved.is_student else saved.folder) / "export" / to  # type: ignore[operator]
     check_output_folder(place)
-    known = _data(found, data, terminal)
+    known = _data(saved, data, terminal)
     if known is None:
         names = input_names(bundle.model, bundle.task, bundle.tokenizer)
         batches = random_inputs(bundle.task, bundle.preprocessing, names, _vocabulary(bundle), ROWS)
@@ -72,7 +72,7 @@ def export_student(
         read_from = f"rows of the test split of {known.name}"
         calibration = rows_of(known.validation, CALIBRATION, bundle.task) if to == "int8" else []
         measure = None if bundle.task == "embedding" else partial(_measured, known)
-    facts = {"summary": found.summary if found.is_student else {}, "recipe": found.config,
+    facts = {"summary": saved.summary if saved.is_student else {}, "recipe": saved.config,
              "auto": auto_class(bundle.task)}  # fmt: skip
     return write_export(
         bundle,
@@ -83,24 +83,24 @@ def export_student(
         calibration=calibration,
         facts=facts,
         measure=measure,
-        pairs=_pairs(found),
+        pairs=_pairs(saved),
     )
 
 
-def _data(found: SavedModel, given: Any, terminal: Terminal) -> Data | None:
+def _data(saved: SavedModel, given: Any, terminal: Terminal) -> Data | None:
     if isinstance(given, (str, Path)):
-        return data_of(checked_recipe(given), found.bundle, terminal)
+        return data_of(checked_recipe(given), saved.bundle, terminal)
     if given is not None:
         raise ConfigError(
             f"export_student(data=...) is a {type(given).__name__}, and the source is a folder",
             remedy="give the path of a recipe, or leave it out: the run's own data is read",
         )
-    return found.data()
+    return saved.data()
 
 
-def _pairs(found: SavedModel) -> bool:
+def _pairs(saved: SavedModel) -> bool:
     """Whether a row of the run's data is two texts that are read together."""
-    config = None if found.recipe is None else found.recipe.data
+    config = None if saved.recipe is None else saved.recipe.data
     return (
         isinstance(config, TextDataConfig)
         and config.task not in ("causal", "ranking")

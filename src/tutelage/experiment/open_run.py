@@ -80,15 +80,15 @@ def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
         ) from None
     changed = [k for k in differing_keys(before, config) if k not in FREE_TO_CHANGE]
     if changed:
-        shown = [f"{k} (then {_shown(before, k)}, now {_shown(config, k)})" for k in changed[:5]]
+        differences = [f"{k} (then {_value_at(before, k)}, now {_value_at(config, k)})" for k in changed[:5]]
         raise RunDirectoryError(
-            f"was started with other settings: {', '.join(shown)}" + (" ..." if len(changed) > 5 else ""),
+            f"was started with other settings: {', '.join(differences)}" + (" ..." if len(changed) > 5 else ""),
             where=str(path),
             remedy="resume with the same recipe and overrides, or choose another --out",
         )
 
 
-def _shown(config: Mapping[str, Any], key: str) -> str:
+def _value_at(config: Mapping[str, Any], key: str) -> str:
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -1,4 +1,4 @@
-"""What a finished run left, to go on with: its student, its recipe, its figures, its data."""
+"""Loads what a finished run left: its student, recipe, figures and data."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model in its folder, and the run that it is of.
+    """A model in its folder, and the run that it belongs to.
 
     Attributes:
         folder: of the model.
-        run: of the run that it is in; ``None`` where it lies alone.
-        recipe: that run's; ``None`` where :func:`tutelage.distill` was called, or there is no run.
+        run: the run directory that it is in; ``None`` if there is none.
+        recipe: that run's; ``None`` for a run of :func:`tutelage.distill`, or without a run.
         config: what ``config.yaml`` holds.
-        summary: what the run found.
+        summary: the figures of the run.
     """
 
     folder: Path
@@ -85,12 +85,12 @@ def find(path: str | Path, terminal: Terminal) -> SavedModel:
             raise RunDirectoryError(
                 "has no student yet", where=str(given), remedy="finish the run first: tutelage run ... --resume"
             )
-        return _found(given / STUDENT, given, terminal)
+        return _load_saved_model(given / STUDENT, given, terminal)
     run = next((p for p in given.resolve().parents[:2] if (p / CONFIG).is_file() and (p / SUMMARY).is_file()), None)
-    return _found(given, run, terminal)
+    return _load_saved_model(given, run, terminal)
 
 
-def _found(folder: Path, run: Path | None, terminal: Terminal) -> SavedModel:
+def _load_saved_model(folder: Path, run: Path | None, terminal: Terminal) -> SavedModel:
     if run is None:
         return SavedModel(folder, None, None, {}, {}, terminal)
     try:
@@ -121,12 +121,12 @@ def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal) -> Data:
         if bundle.classes:
             fields["classes"] = bundle.classes
         data = load_images(**fields, progress=terminal.iterate)
-        known, found = bundle.preprocessing, data.preprocessing()
-        changed = [k for k in found if k in known and known[k] != found[k]]
+        known, actual = bundle.preprocessing, data.preprocessing()
+        changed = [k for k in actual if k in known and known[k] != actual[k]]
         if changed and bundle.folder is not None and (bundle.folder / MODEL_CARD).exists():
             key = changed[0]
             raise DataError(
-                f"not the images that the model was trained on: {key} is {found[key]}, and was {known[key]}",
+                f"not the images that the model was trained on: {key} is {actual[key]}, and was {known[key]}",
                 where=str(config.path or config.source),
                 remedy="put the data back as it was when the run began",
             )

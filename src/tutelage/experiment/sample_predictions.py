@@ -1,4 +1,4 @@
-"""What a run keeps of single samples of the test split, for its page: where teacher and student disagree."""
+"""Selects single samples of the test split for the report: those on which teacher and student disagree."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tutelage.taps import Needs, observe
 MOST_CLASSES = 1_000
 """With more classes than this, a run keeps no samples: their scores are most of the file."""
 PIXELS = 64
-"""Larger images are made as small as this."""
+"""The maximum side of an image; larger ones are scaled down."""
 CHARACTERS = 1_000
-"""Of a text."""
+"""The maximum length of a text."""
 PAIRS = 12
-"""Pairs of what the teacher and what the student says, the most frequent."""
+"""The number of most frequent (teacher prediction, student prediction) pairs."""
 
 DescribeSample = Callable[[Batch], dict[str, str]]
-"""A batch of one row as a person sees it: an ``image`` (PNG as a data URI), a ``text``, or nothing."""
+"""Renders a batch of one row for the report: an ``image`` (PNG as a data URI), a ``text``, or nothing."""
 
 
 @dataclass
 class Candidate:
-    """A row that may be kept."""
+    """A row that may be selected."""
 
     key: tuple[Any, ...]
     number: int
@@ -41,10 +41,10 @@ class Candidate:
 
 
 class Samples:
-    """The samples that are kept of a split, batch by batch.
+    """Selects samples of a split, batch by batch.
 
     Of the rows on which reference and student disagree, those come first where the student's distribution is
-    furthest from the reference's (KL); of those on which they agree, some from all over the split.
+    furthest from the reference's (KL); of those on which they agree, some from the full split.
 
     Args:
         reference: which of the models the student is compared with.
@@ -55,8 +55,8 @@ class Samples:
     def __init__(self, reference: str, student: str, count: int) -> None:
         self.reference, self.student, self.count = reference, student, count
         self.n = 0
-        self.apart: list[Candidate] = []
-        self.alike: list[Candidate] = []
+        self.disagreeing: list[Candidate] = []
+        self.agreeing: list[Candidate] = []
         self.agree: dict[str, Tensor] = {}
         self.right = torch.zeros(2, 2, dtype=torch.int64)
         self.labels = self.confused = torch.zeros(0, dtype=torch.int64)
@@ -74,12 +74,12 @@ class Samples:
             self.labels = torch.zeros(classes, dtype=torch.int64)
             self.confused = torch.zeros(classes * classes, dtype=torch.int64)
             self.agree = {name: torch.zeros(classes + 1, dtype=torch.int64) for name in logits}
-        said = {name: scores.argmax(-1) for name, scores in logits.items()}
-        first, second = said[self.reference], said[self.student]
+        predictions = {name: scores.argmax(-1) for name, scores in logits.items()}
+        first, second = predictions[self.reference], predictions[self.student]
         known = batch.labels != IGNORE
         labels = batch.labels[known]
         self.labels += torch.bincount(labels, minlength=classes)
-        for name, each in said.items():  # unlabelled rows count at the end
+        for name, each in predictions.items():  # unlabelled rows count at the end
             self.agree[name] += torch.bincount(
                 torch.where(known, batch.labels, classes)[each == first], minlength=classes + 1
             )
@@ -90,19 +90,19 @@ class Samples:
         for at in range(len(batch)):
             number, same = self.n + at, bool(first[at] == second[at])
             key = (hashlib.sha256(str(number).encode()).hexdigest(),) if same else (-float(away[at]), number)
-            kept = self.alike if same else self.apart
-            if len(kept) < self.count or key < kept[-1].key:
+            rows = self.agreeing if same else self.disagreeing
+            if len(rows) < self.count or key < rows[-1].key:
                 row = {name: scores[at].float() for name, scores in logits.items()}
-                kept.append(Candidate(key, number, batch.rows(at, at + 1).to("cpu"), row))
-                kept.sort(key=lambda one: one.key)
-                del kept[self.count :]
+                rows.append(Candidate(key, number, batch.rows(at, at + 1).to("cpu"), row))
+                rows.sort(key=lambda one: one.key)
+                del rows[self.count :]
         self.n += len(batch)
 
     def chosen(self) -> list[Candidate]:
         """Two of three disagree, where there are so many; these come first."""
-        many = min(len(self.apart), max(self.count - len(self.alike), -(-2 * self.count // 3)))
-        some = sorted(self.alike[: self.count - many], key=lambda one: one.number)
-        return [*self.apart[:many], *some]
+        many = min(len(self.disagreeing), max(self.count - len(self.agreeing), -(-2 * self.count // 3)))
+        some = sorted(self.agreeing[: self.count - many], key=lambda one: one.number)
+        return [*self.disagreeing[:many], *some]
 
     def as_json(self, show: DescribeSample) -> dict[str, Any]:
         """For the file."""
@@ -144,7 +144,7 @@ def has_samples(batch: Batch, classes: int) -> bool:
 @torch.no_grad()
 def collect_samples(
     test: Iterable[Batch],
-    said: Iterable[Tensor] | None,
+    outputs: Iterable[Tensor] | None,
     students: Mapping[str, nn.Module],
     count: int,
     device: torch.device,
@@ -153,15 +153,14 @@ def collect_samples(
 
     Args:
         test: its batches.
-        said: the teacher's logits of each batch. ``None``: without a teacher, the first of the students is what the
-            last is compared with.
+        outputs: the teacher's logits of each batch. ``None``: no teacher; the last student is compared with the first
         students: in evaluation mode, on ``device``, by name.
         count: most samples.
         device: of the students.
     """
-    names = [*(["teacher"] if said is not None else []), *students]
+    names = [*(["teacher"] if outputs is not None else []), *students]
     samples = Samples(names[0], names[-1], count)
-    theirs = None if said is None else iter(said)
+    theirs = None if outputs is None else iter(outputs)
     for batch in test:
         logits = {} if theirs is None else {"teacher": next(theirs).cpu()}
         there = batch.to(device)

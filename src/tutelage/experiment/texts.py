@@ -30,7 +30,7 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
 
     Raises:
         DataError: missing, broken or contradictory data.
-        ConfigError: nobody brings a tokenizer.
+        ConfigError: neither student nor teacher has a tokenizer.
     """
     config = recipe.data
     assert isinstance(config, TextDataConfig)
@@ -42,22 +42,22 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     given["align"] = recipe.method.cross_tokenizer
     if recipe.student.vocabulary is None:
         return load_texts(**fields, **given, tokenizer=mine)
-    asked = {k: fields[k] for k in ("source", "path", "options", "text", "teacher_text", "label", "route")}
-    raw = read_texts(**asked)
+    source = {k: fields[k] for k in ("source", "path", "options", "text", "teacher_text", "label", "route")}
+    raw = read_texts(**source)
     whole = load_texts(**fields, **given, tokenizer=mine, raw=raw)
     texts = training_texts(raw, whole, as_list(config.text))
     terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")
-    trimmed, kept = trim_tokenizer(mine, texts)
-    terminal.say(f"vocabulary: {len(kept):,} of {len(mine):,} tokens are kept")
+    trimmed, token_ids = trim_tokenizer(mine, texts)
+    terminal.say(f"vocabulary: {len(token_ids):,} of {len(mine):,} tokens are kept")
     data = load_texts(**fields, **given, tokenizer=trimmed, raw=raw)
-    return replace(data, teacher_token_ids=kept)
+    return replace(data, teacher_token_ids=token_ids)
 
 
 def training_texts(raw: RawTextData, data: TextData, columns: Sequence[str]) -> list[str]:
     """The texts that are trained on, once the others are cut off; of lists of words, joined."""
     known, rows = set(data.for_teacher.ids.tolist()), raw.splits["train"]
-    kept = [i for i, each in enumerate(rows.ids.tolist()) if each in known]
-    texts = [rows.columns[c][i] for c in columns for i in kept]
+    rows_used = [i for i, each in enumerate(rows.ids.tolist()) if each in known]
+    texts = [rows.columns[c][i] for c in columns for i in rows_used]
     return [text if isinstance(text, str) else " ".join(text) for text in texts]
 
 
@@ -78,7 +78,7 @@ def _student_tokenizer(recipe: Recipe, theirs: Any) -> Any:
         return load_tokenizer(student.model)
     if theirs is None:
         raise ConfigError(
-            "neither teacher nor student brings a tokenizer",
+            "neither teacher nor student has a tokenizer",
             where="data.tokenizer",
             remedy="name one: data.tokenizer: hf:ID",
         )

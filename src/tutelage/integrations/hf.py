@@ -93,8 +93,8 @@ class DistillationTrainer(Trainer):
             DataCollatorWithPadding(processing_class) if processing_class is not None else default_data_collator
         )
         columns = [*inspect.signature(student.forward).parameters, "labels", "label", "label_ids"]
-        kept = columns if args.remove_unused_columns else None
-        example = collator(_few(train_dataset, kept))
+        columns_used = columns if args.remove_unused_columns else None
+        example = collator(_few(train_dataset, columns_used))
         self.distiller = Distiller(
             student, teacher, method, example=example, to_batch=to_batch, seed=args.seed, ids=ids, peers=peers,
             phases_done=phases_done,
@@ -196,16 +196,16 @@ class DistillationTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def _few(dataset: Any, kept: Iterable[str] | None) -> list[Any]:
+def _few(dataset: Any, columns_used: Iterable[str] | None) -> list[Any]:
     """The first samples, with the columns that models take."""
     if dataset is None:
         raise DataError("DistillationTrainer(train_dataset=None)", remedy="give what the student learns from")
-    found = list(islice(iter(dataset), EXAMPLE))
-    if not found:
+    rows = list(islice(iter(dataset), EXAMPLE))
+    if not rows:
         raise DataError("the training data is empty", remedy="give at least two samples")
-    if kept is None or not all(isinstance(row, dict) for row in found):
-        return found
-    return [{k: v for k, v in row.items() if k in set(kept)} for row in found]
+    if columns_used is None or not all(isinstance(row, dict) for row in rows):
+        return rows
+    return [{k: v for k, v in row.items() if k in set(columns_used)} for row in rows]
 
 
 class _StepEnds(TrainerCallback):
