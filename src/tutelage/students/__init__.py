@@ -8,6 +8,7 @@ from tutelage.students.projectors import (
     PROJECTORS,
     Projector,
     build_projector,
+    dry_run,
     eval_no_grad,
     feature_shapes,
     match_dtype,
@@ -20,7 +21,8 @@ from tutelage.students.vocabulary_trimming import trim_tokenizer
 
 __all__ = [
     "LAYER_MAPS", "PROJECTORS", "Projector", "PrunedStudent", "ReusedHead", "add_fake_quantisers", "add_lora",
-    "block_influence", "build_projector", "eval_no_grad", "feature_shapes", "find_embedding_tap", "find_last_norm",
-    "find_preactivations", "find_stages", "has_adapters", "is_quantisation_aware", "match_dtype", "merge_lora",
-    "prune", "resize_like", "reuse_head", "select_layers", "to_float_model", "trim_embeddings", "trim_tokenizer",
+    "block_influence", "build_projector", "dry_run", "eval_no_grad", "feature_shapes", "find_embedding_tap",
+    "find_last_norm", "find_preactivations", "find_stages", "has_adapters", "is_quantisation_aware", "match_dtype",
+    "merge_lora", "prune", "resize_like", "reuse_head", "select_layers", "to_float_model", "trim_embeddings",
+    "trim_tokenizer",
 ]  # fmt: skip

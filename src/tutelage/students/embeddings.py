@@ -208,7 +208,6 @@ def _norm(new: nn.Module, rank: int, width: int, rows: dict[tuple[str, int], int
 
 
 def _fill(new: Any, old: Any, tables: dict[str, Tensor], projection: str, norm: str | None, rank: int) -> None:
-    """Set tables, norm and matrix."""
     width = next(iter(tables.values())).shape[1]
     if norm:
         tables = {p: x - x.mean(1, keepdim=True) for p, x in tables.items()}

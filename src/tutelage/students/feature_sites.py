@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
-from tutelage.students.projectors import device_of, eval_no_grad
-from tutelage.taps import Needs, find_module, observe, output_head, parse_tap
+from tutelage.students.projectors import dry_run
+from tutelage.taps import Needs, find_module, output_head, parse_tap
 
 Size = tuple[int, int]
 
@@ -79,8 +79,7 @@ def _feature_maps(
     register = nn.Module.register_forward_pre_hook if inputs else nn.Module.register_forward_hook
     handles = [register(module, record(path)) for path, module in modules.items()]
     try:
-        with eval_no_grad(model):
-            observe(model, example.to(device_of(model)).inputs, Needs(logits=False))
+        dry_run(model, example, Needs(logits=False))
     finally:
         for handle in handles:
             handle.remove()
@@ -137,8 +136,7 @@ def find_last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.bat
     on = tapped.register_forward_pre_hook if parsed.side == "input" else tapped.register_forward_hook
     handles.append(on(mark))
     try:
-        with eval_no_grad(model):
-            feature = observe(model, example.to(device_of(model)).inputs, Needs(hidden=(tap,))).hidden[tap]
+        feature = dry_run(model, example, Needs(hidden=(tap,))).hidden[tap]
     finally:
         for handle in handles:
             handle.remove()

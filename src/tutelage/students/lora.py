@@ -164,14 +164,12 @@ class NF4Linear(nn.Linear):
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers with adapters, by path."""
     for path, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and hasattr(module, "get_base_layer"):
             yield path, module
 
 
 def _target_paths(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers that get adapters."""
     linear = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path]
     if isinstance(targets, str):
         return [path for path in linear if path != _head_path(model)]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, ModelError, shorten
-from tutelage.taps import Needs, evaluating, observe
+from tutelage.taps import Needs, Observation, evaluating, observe
 
 Shape = tuple[int, ...]
 
@@ -36,14 +36,19 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def dry_run(model: nn.Module, example: Batch, needs: Needs) -> Observation:
+    """The outputs of a model for an example, in evaluation mode and without autograd."""
+    with eval_no_grad(model):
+        return observe(model, example.to(device_of(model)).inputs, needs)
+
+
 def feature_shapes(model: nn.Module, example: Batch, paths: Sequence[str]) -> dict[str, Shape]:
     """The shape of each tap in ``paths`` for ``example``, from one run in evaluation mode.
 
     Raises:
         ModelError: unknown path, or its module does not give a tensor.
     """
-    with eval_no_grad(model):
-        observed = observe(model, example.to(device_of(model)).inputs, Needs(hidden=tuple(dict.fromkeys(paths))))
+    observed = dry_run(model, example, Needs(hidden=tuple(dict.fromkeys(paths))))
     return {path: tuple(x.shape) for path, x in observed.hidden.items()}
 
 

@@ -139,11 +139,8 @@ def _set_sizes(
     """Set the sizes in ``config``; returns the number of units of each role."""
     hidden, total = int(config.hidden_size), int(config.num_attention_heads)
     units = layout.units["intermediate"]
-    for name, size, most in (
-        ("width", width, hidden),
-        ("heads", heads, total),
-        ("intermediate", intermediate, units),
-    ):
+    given = {"width": (width, hidden), "heads": (heads, total), "intermediate": (intermediate, units)}
+    for name, (size, most) in given.items():
         if size is not None and not 1 <= size <= most:
             raise ConfigError(f"{name} is {size}, and the teacher has {most}", remedy=f"use 1 to {most}")
     if layout.tied:
@@ -185,12 +182,13 @@ def _tied_sizes(head: int, hidden: int, heads: int | None, width: int | None, fa
     return width // head, width
 
 
-def _layer_of(name: str, path: str) -> str:
-    return name[len(path) + 1 :].split(".", 1)[0] if name.startswith(f"{path}.") else ""
+def _unit_key(role: str, name: str, path: str) -> tuple[str, str]:
+    """Role and layer of the units along a dimension of a weight; hidden units have no layer."""
+    has_layer = role != "hidden" and name.startswith(f"{path}.")
+    return role, name[len(path) + 1 :].split(".", 1)[0] if has_layer else ""
 
 
 def _most_important(model: nn.Module, path: str, layout: WeightLayout, sizes: dict[str, int]) -> Units:
-    """The units of highest importance."""
     sums: dict[tuple[str, str], list[Tensor | float]] = {}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, x in model.named_parameters():
@@ -203,14 +201,13 @@ def _most_important(model: nn.Module, path: str, layout: WeightLayout, sizes: di
             square = square.sum(others) if others else square
             square = square.view(axis.stacked, layout.units[axis.role], axis.size).sum((0, 2)).cpu()
             reads = i == 1 and id(x) not in tables
-            layer = "" if axis.role == "hidden" else _layer_of(name, path)
-            both = sums.setdefault((axis.role, layer), [0.0, 0.0])
+            both = sums.setdefault(_unit_key(axis.role, name, path), [0.0, 0.0])
             both[reads] = both[reads] + square
     units: Units = {}
-    for (role, layer), (writes, reads_) in sums.items():
+    for key, (writes, reads_) in sums.items():
         weight = torch.as_tensor(writes) * torch.as_tensor(reads_)
         ranked = weight.argsort(descending=True, stable=True)
-        units[role, layer] = ranked[: sizes[role]].sort().values
+        units[key] = ranked[: sizes[key[0]]].sort().values
     return units
 
 
@@ -219,6 +216,6 @@ def _select_units(name: str, value: Tensor, path: str, layout: WeightLayout, uni
     for i in range(value.ndim):
         axis = layout.axes.get((layer_pattern(name, path), i))
         if axis is not None:
-            selected = units[axis.role, "" if axis.role == "hidden" else _layer_of(name, path)]
+            selected = units[_unit_key(axis.role, name, path)]
             value = value.index_select(i, axis.positions(selected, layout.units[axis.role]).to(value.device))
     return value

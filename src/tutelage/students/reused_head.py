@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.students.feature_sites import find_embedding_tap, find_stages
-from tutelage.students.projectors import device_of, eval_no_grad, feature_shapes
+from tutelage.students.projectors import device_of, dry_run, feature_shapes
 from tutelage.taps import Needs, evaluating, logits_of, observe, output_head
 
 
@@ -99,8 +99,7 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
     both = maps[0] is not None and maps[1] is not None and _averaged(teacher, example, maps[1])
     mine, other = (str(maps[0]), str(maps[1])) if both else taps
     shape = feature_shapes(student, example, [mine])[mine]
-    with eval_no_grad(teacher):
-        inputs = observe(teacher, example.to(device_of(teacher)).inputs, Needs(logits=False, hidden=(other,)))
+    inputs = dry_run(teacher, example, Needs(logits=False, hidden=(other,)))
     reused = ReusedHead(
         student, tap=mine, inputs=shape[1] if both else shape[-1], outputs=classifier.in_features,
         classes=classifier.out_features, maps=both, factor=factor,
@@ -128,9 +127,8 @@ def _freeze_unreached(reused: ReusedHead, example: Batch) -> None:
 
 def _averaged(model: nn.Module, example: Batch, tap: str) -> bool:
     """Whether the logits are the output head of the mean of the map at ``tap``."""
-    with eval_no_grad(model):
-        observed = observe(model, example.to(device_of(model)).inputs, Needs(hidden=(tap,)))
-        feature, head = observed.hidden[tap], output_head(model)
-        if feature.shape[1] != head.in_features or observed.logits is None:
-            return False
-        return torch.allclose(head(feature.mean((2, 3))), observed.logits, rtol=1e-3, atol=1e-4)
+    observed, head = dry_run(model, example, Needs(hidden=(tap,))), output_head(model)
+    feature = observed.hidden[tap]
+    if feature.shape[1] != head.in_features or observed.logits is None:
+        return False
+    return torch.allclose(head(feature.mean((2, 3))), observed.logits, rtol=1e-3, atol=1e-4)

@@ -98,7 +98,6 @@ def _corpus(texts: Iterable[str]) -> Sequence[str]:
 
 
 def _tokenize(tokenizer: Any, corpus: Sequence[str]) -> Iterator[list[str]]:
-    """The tokens of each text."""
     names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     for start in range(0, len(corpus), BATCH_SIZE):
         rows = list(corpus[start : start + BATCH_SIZE])
