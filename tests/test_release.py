@@ -45,6 +45,7 @@ def test_wheel_and_sdist_hold_every_file_of_the_package(built: Path) -> None:
     files = [p for p in (ROOT / "src" / "tutelage").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     files += list((ROOT / "src" / "tutelage" / "recipes").glob("*.yaml"))  # behind a link, which rglob does not enter
     wanted = {p.relative_to(ROOT / "src").as_posix() for p in files}
+    assert {f"tutelage/reports/{name}" for name in ("static/report.css", "templates/base.html.jinja")} <= wanted
     (wheel,) = built.glob("*.whl")
     (sdist,) = built.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
