@@ -318,9 +318,9 @@ def test_ctrl_c_waits_for_what_is_in_flight_and_says_how_to_go_on(tmp_path: Path
 
 
 def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tutelage.generation import progress
+    from tutelage.generation import request_loop
 
-    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.05)
+    monkeypatch.setattr(request_loop, "LINE_INTERVAL", 0.05)
     with Closed(rate=0.2, faults=["500"], delay=0.05) as server:
         path = recipe(
             tmp_path, server, prompts=str(prompts(tmp_path, 60)), endpoint={"concurrency": 4},

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,13 +17,7 @@ from tutelage.errors import EndpointError
 from tutelage.generation.client import FIRST_WAIT, LONGEST_WAIT
 from tutelage.generation.connections import ConnectionPool
 from tutelage.generation.requests import canonical_json
-from tutelage.generation.response_errors import (
-    FatalResponse,
-    RequestRefused,
-    RetryableError,
-    ValidResponse,
-    parse_response,
-)
+from tutelage.generation.response_errors import CallError, FatalResponse, ValidResponse, parse_response
 from tutelage.generation.scheduler import PendingRequest, Scheduler
 
 MAX_REQUESTS = 50_000
@@ -76,15 +69,8 @@ class BatchClient:
             keys.append(one.request.key)
         if not keys:
             return None
-        boundary = uuid.uuid4().hex
-        form = (
-            f'--{boundary}\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--{boundary}\r\n'
-            'content-disposition: form-data; name="file"; filename="requests.jsonl"\r\n'
-            "content-type: application/jsonl\r\n\r\n"
-        )
-        body = form.encode() + b"".join(lines) + f"\r\n--{boundary}--\r\n".encode()
-        headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
-        file = (await self._json("POST", "/files", body, headers))["id"]
+        content = ("requests.jsonl", b"".join(lines), "application/jsonl")
+        file = (await self._json("POST", "/files", files={"purpose": (None, "batch"), "file": content}))["id"]
         name = f"batch-{len(self.scheduler.journal.batches)}"
         state = {"state": "sent", "file": file, "keys": keys, "model": self.endpoint.model}
         self.scheduler.journal.note_batch(name, state)
@@ -120,20 +106,16 @@ class BatchClient:
             response = parse_response(reply["status_code"], {}, canonical_json(reply["body"]))
         else:
             detail = str((line.get("error") or {}).get("message") or status)
-            response = RetryableError("not in the batch", detail=detail)
-        match response:
-            case ValidResponse():
-                scheduler.answered(pending, response)
-                return True
-            case RequestRefused():
-                scheduler.give_up(pending, response, retry=False)
-                return True
-            case FatalResponse():
-                scheduler.failed(pending, RetryableError("refused", detail=response.what))
-                scheduler.fatal = EndpointError(response.what, where=self.endpoint.url, remedy=response.remedy)
-                return False
-        if pending.attempts >= self.endpoint.attempts:
-            scheduler.give_up(pending, response, retry=not response.final)
+            response = CallError("not in the batch", detail)
+        if isinstance(response, ValidResponse):
+            scheduler.answered(pending, response)
+            return True
+        if isinstance(response, FatalResponse):
+            scheduler.failed(pending, CallError("refused", response.what))
+            scheduler.fatal = EndpointError(response.what, where=self.endpoint.url, remedy=response.remedy)
+            return False
+        if response.refused or pending.attempts >= self.endpoint.attempts:
+            scheduler.give_up(pending, response)
             return True
         scheduler.failed(pending, response)
         return False
@@ -161,10 +143,10 @@ class BatchClient:
                 await asyncio.sleep(min(0.2, self.endpoint.poll))
 
     async def _json(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+        self, method: str, path: str, body: bytes = b"", files: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """The JSON object of a reply."""
-        raw = await self._send(path, method, body, headers)
+        raw = await self._send(path, method, body, files)
         try:
             reply = json.loads(raw)
             if not isinstance(reply, dict):
@@ -177,15 +159,15 @@ class BatchClient:
         return reply
 
     async def _send(
-        self, path: str, method: str = "GET", body: bytes = b"", headers: dict[str, str] | None = None
+        self, path: str, method: str = "GET", body: bytes = b"", files: dict[str, Any] | None = None
     ) -> bytes:
         """The body of a reply, with retries: these calls cost nothing, so they pass no budget."""
         for attempt in range(self.endpoint.attempts):
-            reply = await self.connections.send(method, path, body, self.endpoint.timeout, headers)
-            if not isinstance(reply, RetryableError) and 200 <= reply[0] < 300:
+            reply = await self.connections.send(method, path, body, self.endpoint.timeout, files=files)
+            if not isinstance(reply, CallError) and 200 <= reply[0] < 300:
                 return reply[2]
-            error = reply if isinstance(reply, RetryableError) else parse_response(*reply)
-            if not isinstance(error, RetryableError):
+            error = reply if isinstance(reply, CallError) else parse_response(*reply)
+            if not isinstance(error, CallError) or error.refused:
                 break
             await asyncio.sleep(max(min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt), error.after or 0.0))
         what, remedy = getattr(error, "detail", "") or "no answer", "run the same command again; a batch is not lost"

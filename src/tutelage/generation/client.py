@@ -13,14 +13,7 @@ from tutelage.config import EndpointConfig
 from tutelage.errors import EndpointError, RunDirectoryError
 from tutelage.generation.connections import ConnectionPool
 from tutelage.generation.rate_limit import ConcurrencyLimit, RateLimit
-from tutelage.generation.response_errors import (
-    FatalResponse,
-    ParsedResponse,
-    RequestRefused,
-    RetryableError,
-    ValidResponse,
-    parse_response,
-)
+from tutelage.generation.response_errors import CallError, FatalResponse, ValidResponse, parse_response
 from tutelage.generation.scheduler import PendingRequest, Scheduler
 
 FIRST_WAIT = 0.5
@@ -110,40 +103,38 @@ class ChatClient:
             self.scheduler.fatal = self.scheduler.fatal or error
 
     async def _call(self, pending: PendingRequest) -> None:
-        sent = time.monotonic()
-        reply = await self.connections.send("POST", "/chat/completions", pending.request.body, self.endpoint.timeout)
-        response: ParsedResponse = reply if isinstance(reply, RetryableError) else parse_response(*reply)
-        scheduler = self.scheduler
-        match response:
-            case ValidResponse():
-                self.concurrency.succeeded()
-                self.answers += 1
-                scheduler.answered(pending, response)
-            case RequestRefused():
-                self.concurrency.succeeded()
-                self.refusals += 1
-                scheduler.give_up(pending, response, retry=False)
-                if not self.answers and self.refusals >= MAX_REFUSED and response.reason != "content filter":
-                    raise EndpointError(
-                        f"refuses every request ({response.detail})", where=self.endpoint.url,
-                        remedy="correct endpoint, sampling or templates, then run the same command again",
-                    )  # fmt: skip
-            case RetryableError():
-                self._retry(pending, response, sent)
-            case FatalResponse():
-                models = await self.connections.list_models() if response.list_models else []
-                remedy = response.remedy + (f"; it serves: {', '.join(models)}" if models else "")
-                scheduler.failed(pending, RetryableError("refused", detail=response.what))
-                raise EndpointError(response.what, where=self.endpoint.url, remedy=remedy)
+        sent, timeout, url = time.monotonic(), self.endpoint.timeout, self.endpoint.url
+        reply = await self.connections.send("POST", "/chat/completions", pending.request.body, timeout)
+        response = reply if isinstance(reply, CallError) else parse_response(*reply)
+        if isinstance(response, ValidResponse):
+            self.concurrency.succeeded()
+            self.answers += 1
+            self.scheduler.answered(pending, response)
+        elif isinstance(response, FatalResponse):
+            models = await self.connections.list_models() if response.list_models else []
+            remedy = response.remedy + (f"; it serves: {', '.join(models)}" if models else "")
+            self.scheduler.failed(pending, CallError("refused", response.what))
+            raise EndpointError(response.what, where=url, remedy=remedy)
+        elif response.refused:
+            self.concurrency.succeeded()
+            self.refusals += 1
+            self.scheduler.give_up(pending, response)
+            if not self.answers and self.refusals >= MAX_REFUSED and response.reason != "content filter":
+                raise EndpointError(
+                    f"refuses every request ({response.detail})", where=url,
+                    remedy="correct endpoint, sampling or templates, then run the same command again",
+                )  # fmt: skip
+        else:
+            self._retry(pending, response, sent)
 
-    def _retry(self, pending: PendingRequest, error: RetryableError, sent: float) -> None:
+    def _retry(self, pending: PendingRequest, error: CallError, sent: float) -> None:
         scheduler, concurrency = self.scheduler, self.concurrency
-        if error.final:  # the server works, and only this answer is invalid
+        if error.server_works:
             concurrency.succeeded()
         else:
             concurrency.failed(sent, overloaded=error.overloaded, after=error.after)
         if pending.attempts >= self.endpoint.attempts and not concurrency.is_down:
-            scheduler.give_up(pending, error, retry=not error.final)
+            scheduler.give_up(pending, error)
             return
         scheduler.failed(pending, error)
         if concurrency.is_down:  # the request did not cause the failure

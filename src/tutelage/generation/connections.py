@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import ConfigError
-from tutelage.generation.response_errors import RetryableError
+from tutelage.generation.response_errors import CallError
 
 if TYPE_CHECKING:
     import ssl
@@ -95,16 +95,21 @@ class ConnectionPool:
         return httpx2.AsyncHTTPTransport(verify=self._context, limits=limits, proxy=self._proxy)
 
     async def send(
-        self, method: str, path: str, body: bytes, timeout: float, headers: dict[str, str] | None = None
-    ) -> tuple[int, dict[str, str], bytes] | RetryableError:
-        """Status, headers and body of a reply, or the error of the connection; the key is in neither."""
+        self, method: str, path: str, body: bytes, timeout: float, *, files: dict[str, Any] | None = None
+    ) -> tuple[int, dict[str, str], bytes] | CallError:
+        """Status, headers and body of a reply, or the error of the connection; the key is in neither.
+
+        ``files`` are the fields of a multipart form, in place of a JSON body.
+        """
         import httpx2
 
         url = self._targets.get(path) or self._targets.setdefault(path, self._url.join(path.lstrip("/")))
+        timeouts = dict.fromkeys(("connect", "read", "write", "pool"), timeout)
+        headers = {k: v for k, v in self._headers.items() if files is None or k != "content-type"}
+        content = None if files is not None else body
         request = httpx2.Request(
-            method, url, content=body, headers={**self._headers, **(headers or {})},
-            extensions={"timeout": {"connect": timeout, "read": timeout, "write": timeout, "pool": timeout}},
-        )  # fmt: skip
+            method, url, content=content, files=files, headers=headers, extensions={"timeout": timeouts}
+        )
         connection = self._open()
         is_complete = False
         try:
@@ -116,11 +121,11 @@ class ConnectionPool:
                 finally:
                     await response.aclose()
         except (TimeoutError, httpx2.TimeoutException):
-            return RetryableError("time-out", overloaded=True, billed=True, detail=f"{timeout:g} s")
+            return CallError("time-out", f"{timeout:g} s", billed=True, overloaded=True)
         except httpx2.ConnectError as error:
-            return RetryableError("cannot be reached", detail=self._message(error))
+            return CallError("cannot be reached", self._message(error))
         except (httpx2.HTTPError, OSError) as error:
-            return RetryableError("connection lost", billed=True, detail=self._message(error))
+            return CallError("connection lost", self._message(error), billed=True)
         finally:
             if is_complete:
                 self._idle.append(connection)
@@ -135,7 +140,7 @@ class ConnectionPool:
     async def list_models(self) -> list[str]:
         """Names of up to 8 models that the server lists."""
         reply = await self.send("GET", "/models", b"", 10.0)
-        if not isinstance(reply, RetryableError):
+        if not isinstance(reply, CallError):
             with suppress(ValueError, LookupError, TypeError):
                 return [str(model["id"]) for model in json.loads(reply[2])["data"]][:8]
         return []

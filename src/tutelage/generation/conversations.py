@@ -40,7 +40,7 @@ class Conversation:
 
 
 class RejectedConversation(NamedTuple):
-    """A conversation, or an instruction, that does not go into the data, and why."""
+    """A conversation or instruction that does not go into the data, and why."""
 
     name: str
     reason: str

@@ -14,8 +14,8 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,13 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         raise JournalError(what, where=str(path), remedy=remedy) from None
 
 
+@dataclass
 class Usage:
     """Calls, tokens, and cost in 10^-12 of the currency, over all runs of a journal."""
 
-    def __init__(self, requests: int = 0, tokens: int = 0, cost: int = 0) -> None:
-        self.requests, self.tokens, self.cost = requests, tokens, cost
+    requests: int
+    tokens: int
+    cost: int
 
 
 class Journal:
@@ -106,7 +108,6 @@ class Journal:
             except BaseException:
                 self._db.close()
                 raise
-        self._thread = ThreadPoolExecutor(1, "journal")
 
     def _open(self, header: Mapping[str, Any]) -> None:
         db = self._db
@@ -142,12 +143,11 @@ class Journal:
 
     def find(self, request: Request) -> Outcome | None:
         """The outcome of a request, by its key or else by its slot."""
-        columns = "SELECT key, response, reason, detail FROM results WHERE"
+        query = "SELECT key, response, reason, detail FROM results WHERE"
         with _sqlite_errors(self.path):
-            row = self._db.execute(f"{columns} key = ?", (request.key,)).fetchone()
+            row = self._db.execute(f"{query} key = ?", (request.key,)).fetchone()
             if row is None and request.slot is not None:
-                latest = f"{columns} slot = ? ORDER BY rowid DESC"
-                row = self._db.execute(latest, (request.slot,)).fetchone()
+                row = self._db.execute(f"{query} slot = ? ORDER BY rowid DESC", (request.slot,)).fetchone()
         if row is None:
             return None
         key, response, reason, detail = row
@@ -158,11 +158,7 @@ class Journal:
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
-        """Write rows. After one error nothing is written any more.
-
-        Raises:
-            RunDirectoryError: the disk refuses.
-        """
+        """Write rows. After one error every further call raises it."""
         if self.failure is not None:
             raise self.failure
         try:
@@ -233,7 +229,6 @@ class Journal:
 
     async def _sync(self) -> None:
         """Commit the rows written so far, sync the write-ahead log, then call the callbacks of these rows."""
-        loop = asyncio.get_running_loop()
         try:
             while self._callbacks:
                 await asyncio.sleep(SYNC_INTERVAL)
@@ -241,20 +236,16 @@ class Journal:
                 with self._write() as db:
                     db.commit()
                     with wrap_write_errors(self.path):
-                        await loop.run_in_executor(self._thread, os.fdatasync, self._log)
+                        await asyncio.to_thread(os.fdatasync, self._log)
                 for done in callbacks:
                     done()
-        except Exception:  # noqa: BLE001  (``failure`` has it)
-            return
+        except Exception as error:  # noqa: BLE001  (``flush`` raises it)
+            self.failure = self.failure or error
         finally:
             self._syncing = None
 
     async def flush(self) -> None:
-        """Wait until all rows are on disk.
-
-        Raises:
-            RunDirectoryError: the disk refuses.
-        """
+        """Wait until all rows are on disk; raises :class:`RunDirectoryError` if the disk refuses."""
         while self._syncing is not None:
             await asyncio.wait([self._syncing])
         if self.failure is not None:
@@ -262,7 +253,6 @@ class Journal:
 
     def close(self) -> None:
         """Write all rows to disk and release the lock."""
-        self._thread.shutdown()
         os.close(self._log)
         try:
             with _sqlite_errors(self.path):

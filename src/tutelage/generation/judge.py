@@ -180,11 +180,7 @@ def find_run(model: str) -> Path | None:
 
 
 def read_prompts(settings: JudgeConfig) -> list[JudgePrompt]:
-    """The first prompts of the file.
-
-    Raises:
-        DataError: a row has neither messages nor a prompt, or ``given`` is among the answers and a row has none.
-    """
+    """The first prompts of the file; raises :class:`DataError` for a row without a prompt or a needed answer."""
     prompts = []
     for number, row in enumerate(read_rows(settings.prompts, "prompts")[: settings.count], 1):
         where = f"{settings.prompts}, row {number}"

@@ -55,28 +55,15 @@ def _quote(text: str) -> str:
 
 
 def write_output(
-    path: Path,
-    name: str,
-    settings: Generations,
-    version: str,
-    accepted: Sequence[Conversation],
+    path: Path, name: str, settings: Generations, version: str, accepted: Sequence[Conversation],
     rejected: Sequence[RejectedConversation],
-) -> dict[str, Any]:
-    """Write data, rejected conversations and card.
+) -> dict[str, Any]:  # fmt: skip
+    """Write the data, the rejected conversations and the card of a recipe ``name`` into the folder ``path``.
 
-    Args:
-        path: the folder.
-        name: of the recipe.
-        settings: the recipe's section.
-        version: the hash of its templates.
-        accepted: in order.
-        rejected: in order.
+    ``version`` is the hash of the recipe's templates.
 
     Returns:
         ``kept``, ``splits``, ``rejected`` and ``diversity``, for ``summary.json``.
-
-    Raises:
-        RunDirectoryError: the disk refuses.
     """
     splits = split_conversations(accepted, settings.held_out)
     with atomic_folder(path / "data") as folder:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+
+from rich.live import Live
+from rich.text import Text
 
 from tutelage.config import BudgetConfig, EndpointConfig
 from tutelage.errors import Interrupted, JournalError, RunDirectoryError
@@ -15,13 +20,18 @@ from tutelage.generation.batch_api import BatchClient
 from tutelage.generation.budget import UNIT, Budget
 from tutelage.generation.client import ChatClient
 from tutelage.generation.journal import FILE, Journal
-from tutelage.generation.progress import ProgressLine, show_progress
 from tutelage.generation.scheduler import RequestBatch, RequestClient, Scheduler
 from tutelage.progress import Terminal
 from tutelage.signals import catch_stop_signals
 
 CLIENTS: dict[str, Callable[..., RequestClient]] = {"batch": BatchClient, "live": ChatClient}
 """Clients by ``endpoint.api``."""
+
+LIVE_INTERVAL = 0.25
+"""Seconds between two updates of the progress in a terminal."""
+
+LINE_INTERVAL = 10.0
+"""Seconds between two lines elsewhere."""
 
 T = TypeVar("T")
 
@@ -45,13 +55,9 @@ def open_journal(folder: Path, made_of: Mapping[str, Any]) -> Journal:
 
 
 def run_plan(
-    plan: RequestPlan[T],
-    first: RequestBatch | None,
-    journal: Journal,
-    endpoints: Mapping[str, EndpointConfig],
-    limits: BudgetConfig,
-    terminal: Terminal,
-) -> tuple[T, Scheduler]:
+    plan: RequestPlan[T], first: RequestBatch | None, journal: Journal, endpoints: Mapping[str, EndpointConfig],
+    limits: BudgetConfig, terminal: Terminal,
+) -> tuple[T, Scheduler]:  # fmt: skip
     """Send batch after batch of a plan until it returns its result.
 
     Args:
@@ -87,18 +93,48 @@ async def _send_batches(
 ) -> T:  # fmt: skip
     scheduler.batch_roles = {role for role, endpoint in endpoints.items() if endpoint.api == "batch"}
     scheduler.clients = {role: CLIENTS[endpoint.api](endpoint, scheduler) for role, endpoint in endpoints.items()}
+    progress = asyncio.create_task(_show_progress(terminal, scheduler, has_prices))
     try:
-        async with show_progress(terminal, ProgressLine(scheduler, has_prices)):
-            while True:
-                outcomes = [] if batch is None else await scheduler.outcomes(batch)
-                try:
-                    batch = plan.send(outcomes)
-                except StopIteration as end:
-                    result: T = end.value
-                    return result
+        while True:
+            outcomes = [] if batch is None else await scheduler.outcomes(batch)
+            try:
+                batch = plan.send(outcomes)
+            except StopIteration as end:
+                result: T = end.value
+                return result
     finally:
+        progress.cancel()
+        await asyncio.wait([progress])
         for client in scheduler.clients.values():
             await client.close()
+
+
+async def _show_progress(terminal: Terminal, scheduler: Scheduler, has_prices: bool) -> None:
+    """Update a live line in a terminal, or print a line from time to time elsewhere."""
+    counts, usage = scheduler.counts, scheduler.journal.usage
+    name, start, first = "", 0.0, 0
+
+    def text() -> str:
+        nonlocal name, start, first
+        if counts.name != name:
+            name, start, first = counts.name, time.monotonic(), counts.done
+        parts = [f"{counts.name}: {counts.done:,}/{counts.total:,}", f"{counts.in_flight} in flight"]
+        parts += [f"{counts.failed:,} calls failed"] if counts.failed else []
+        parts += [f"{counts.given_up:,} given up"] if counts.given_up else []
+        parts += [f"{usage.tokens:,} tokens"] + ([f"{usage.cost / UNIT:.4f} spent"] if has_prices else [])
+        done, seconds, left = counts.done - first, time.monotonic() - start, counts.total - counts.done
+        if done > 0 and seconds > 1 and left > 0:
+            parts.append(f"{timedelta(seconds=round(left * seconds / done))} left")
+        return ", ".join(parts)
+
+    if not terminal.live:
+        while True:
+            await asyncio.sleep(LINE_INTERVAL)
+            terminal.say(text())
+    with Live(console=terminal.console, transient=True, auto_refresh=False) as live:
+        while True:
+            live.update(Text(text(), no_wrap=True, overflow="ellipsis"), refresh=True)
+            await asyncio.sleep(LIVE_INTERVAL)
 
 
 def usage_summary(journal: Journal, limits: BudgetConfig) -> dict[str, Any]:

@@ -24,35 +24,28 @@ class ValidResponse(NamedTuple):
     usage: TokenUsage | None
 
 
-class RetryableError(NamedTuple):
-    """An error that may pass.
+class CallError(NamedTuple):
+    """A call without an answer.
 
     Args:
         reason: a short category.
-        after: seconds that the server asks to wait.
-        overloaded: the server has too much to do.
-        billed: the server may have generated, and charged for, an answer that was lost.
         detail: message of the server.
+        billed: the server may have generated, and charged for, an answer that was lost.
         usage: where the server counts tokens all the same.
-        final: the server works, and only this answer is invalid.
+        refused: the server will not answer this request; other errors may pass.
+        server_works: only this answer is invalid.
+        overloaded: the server has too much to do.
+        after: seconds that the server asks to wait.
     """
 
     reason: str
-    after: float | None = None
+    detail: str = ""
+    billed: bool = False
+    usage: TokenUsage | None = None
+    refused: bool = False
+    server_works: bool = False
     overloaded: bool = False
-    billed: bool = False
-    detail: str = ""
-    usage: TokenUsage | None = None
-    final: bool = False
-
-
-class RequestRefused(NamedTuple):
-    """A request that this server will not answer."""
-
-    reason: str
-    detail: str = ""
-    billed: bool = False
-    usage: TokenUsage | None = None
+    after: float | None = None
 
 
 class FatalResponse(NamedTuple):
@@ -69,7 +62,7 @@ class FatalResponse(NamedTuple):
     list_models: bool = False
 
 
-ParsedResponse = ValidResponse | RetryableError | RequestRefused | FatalResponse
+ParsedResponse = ValidResponse | CallError | FatalResponse
 
 LONGEST_RETRY_AFTER = 3600.0
 """Seconds; a server that asks for a longer wait ends the run."""
@@ -113,13 +106,10 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Pars
             return FatalResponse(
                 f"the server asks to wait {after / 3600:.1f} hours ({detail})", "run the same command again then"
             )
-        return RetryableError(
-            f"status {status}", after=after, overloaded=status in (408, 429, 503, 504, 529),
-            billed=status in (408, 504), detail=detail,
-        )  # fmt: skip
-    if "content_filter" in (code, message) or "content_policy_violation" in code:
-        return RequestRefused("content filter", detail)
-    return RequestRefused("refused by the server", detail)
+        overloaded = status in (408, 429, 503, 504, 529)
+        return CallError(f"status {status}", detail, billed=status in (408, 504), overloaded=overloaded, after=after)
+    is_filtered = "content_filter" in (code, message) or "content_policy_violation" in code
+    return CallError("content filter" if is_filtered else "refused by the server", detail, refused=True)
 
 
 def _answer(body: bytes) -> ParsedResponse:
@@ -128,11 +118,11 @@ def _answer(body: bytes) -> ParsedResponse:
         if not isinstance(reply, dict):
             raise ValueError
     except ValueError:
-        return RetryableError("invalid reply", billed=True, detail=f"{len(body)} bytes that are no JSON object")
+        return CallError("invalid reply", f"{len(body)} bytes that are no JSON object", billed=True)
     usage = _usage(reply.get("usage"))
     billed = usage is None
     if reply.get("error"):
-        return RetryableError("error in the reply", billed=billed, detail=str(reply["error"])[:300], usage=usage)
+        return CallError("error in the reply", str(reply["error"])[:300], billed, usage)
     try:
         choice = reply["choices"][0]
         finish = choice.get("finish_reason")
@@ -140,11 +130,11 @@ def _answer(body: bytes) -> ParsedResponse:
         if not isinstance(finish, str | None) or not isinstance(text, str | None):
             raise ValueError
     except (LookupError, TypeError, AttributeError, ValueError):
-        return RetryableError("no choices", billed=billed, usage=usage, final=True)
+        return CallError("no choices", "", billed, usage, server_works=True)
     if finish == "content_filter":
-        return RequestRefused("content filter", "the server cut the answer", billed, usage)
+        return CallError("content filter", "the server cut the answer", billed, usage, refused=True)
     if not text or not text.strip():
-        return RetryableError("empty answer", billed=billed, usage=usage, final=True)
+        return CallError("empty answer", "", billed, usage, server_works=True)
     return ValidResponse(body, usage)
 
 

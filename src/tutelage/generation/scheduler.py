@@ -11,7 +11,7 @@ from tutelage.errors import Interrupted
 from tutelage.generation.budget import Budget
 from tutelage.generation.journal import Journal
 from tutelage.generation.requests import NOT_SENT, FailedRequest, Outcome, Request
-from tutelage.generation.response_errors import RequestRefused, RetryableError, ValidResponse
+from tutelage.generation.response_errors import CallError, ValidResponse
 
 
 class RequestBatch(NamedTuple):
@@ -28,17 +28,8 @@ class RequestBatch(NamedTuple):
 
 @dataclass
 class ProgressCounts:
-    """Counts that the user sees while a request batch is sent.
-
-    Args:
-        name: of the batch.
-        total: its requests.
-        cached: requests whose outcome was in the journal.
-        done: requests with an outcome.
-        in_flight: calls that have no outcome yet.
-        given_up: requests that get no answer.
-        failed: calls that failed.
-    """
+    """Counts that the user sees while a request batch is sent: requests in all, with an outcome in the journal
+    already, with an outcome, and without an answer; calls in flight, and failed ones."""
 
     name: str = ""
     total: int = 0
@@ -177,22 +168,20 @@ class Scheduler:
         tokens, cost = self._bill(pending, reply.usage, True)
         self.journal.end_call(pending.request, tokens, cost, self._count_done, response=reply.raw)
 
-    def failed(self, pending: PendingRequest, error: RetryableError) -> None:
-        """A call failed, and there will be another."""
-        self.counts.failed += 1
+    def failed(self, pending: PendingRequest, error: CallError, *, final: bool = False) -> None:
+        """A call failed; unless this is ``final``, there will be another."""
+        self.counts.failed += not error.refused
         tokens, cost = self._bill(pending, error.usage, error.billed)
+        done = self._count_done if final else lambda: None
+        retry = not (error.refused or error.server_works)
         self.journal.end_call(
-            pending.request, tokens, cost, lambda: None, reason=error.reason, detail=error.detail, final=False
+            pending.request, tokens, cost, done, reason=error.reason, detail=error.detail, final=final, retry=retry
         )
 
-    def give_up(self, pending: PendingRequest, error: RequestRefused | RetryableError, *, retry: bool) -> None:
-        """A request gets no answer; with ``retry`` the next run sends it again."""
+    def give_up(self, pending: PendingRequest, error: CallError) -> None:
+        """A request gets no answer. If its error may pass, the next run sends it again."""
         self.counts.given_up += 1
-        self.counts.failed += isinstance(error, RetryableError)
-        tokens, cost = self._bill(pending, error.usage, error.billed)
-        self.journal.end_call(
-            pending.request, tokens, cost, self._count_done, reason=error.reason, detail=error.detail, retry=retry
-        )
+        self.failed(pending, error, final=True)
 
     def _count_done(self) -> None:
         self.counts.done += 1
