@@ -14,7 +14,7 @@ quickstart: $(VENV)/.core
 	$(BIN)/tutelage run recipes/digits.yaml
 
 test: lint types
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=10
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow

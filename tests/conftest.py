@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing.context
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
@@ -13,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from support import python
 from support.language_worlds import cutter, folder
 
 __all__ = ["cutter", "folder"]
@@ -21,6 +23,12 @@ __all__ = ["cutter", "folder"]
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of the package start as forks of a server that has imported torch, not as fresh interpreters."""
+    monkeypatch.setitem(multiprocessing.context._concrete_contexts, "spawn", python.context())
 
 
 @pytest.fixture(autouse=True, scope="module")

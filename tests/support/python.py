@@ -17,6 +17,7 @@ import sys
 import threading
 import types
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
@@ -25,13 +26,20 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src"
 
-__all__ = ["DEVNULL", "PIPE", "STDOUT", "Popen", "free_port", "run"]
+__all__ = ["DEVNULL", "PIPE", "STDOUT", "Popen", "context", "free_port", "run"]
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.preloaded"])
-    return context
+def context() -> Any:
+    """A context of multiprocessing whose processes are forks of the server, which it starts."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["support.preloaded"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(SOURCE), str(TESTS), *([path] if path else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+    return found
 
 
 class Popen:
@@ -49,22 +57,17 @@ class Popen:
     ) -> None:
         assert text, "pipes are read as text"
         environment = dict(os.environ if env is None else env)
-        context = _context()
+        server = context()
         self.args = command
         ends: dict[str, Connection | int | None] = {"stdout": stdout, "stderr": stderr}
-        pipes = {name: context.Pipe(duplex=False) for name, kind in ends.items() if kind == PIPE}
+        pipes = {name: server.Pipe(duplex=False) for name, kind in ends.items() if kind == PIPE}
         ends.update({name: writer for name, (_, writer) in pipes.items()})
         for name, end in ends.items():
             if isinstance(end, int) and end >= 0:  # a file's number
                 ends[name] = Connection(os.dup(end), readable=False)
         arguments = (list(command), str(cwd or Path.cwd()), environment, ends["stdout"], ends["stderr"])
-        self._process = context.Process(target=_main, args=arguments)
-        path = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(SOURCE), str(TESTS), *([path] if path else [])])
-        try:  # the server starts with the first process
-            self._process.start()
-        finally:
-            os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+        self._process = server.Process(target=_main, args=arguments)
+        self._process.start()
         files = {}
         for name, (reader, writer) in pipes.items():
             writer.close()

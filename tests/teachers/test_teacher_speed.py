@@ -6,7 +6,6 @@ import copy
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +233,7 @@ def test_hidden_states_can_be_saved_for_backward() -> None:
 # Asked ahead ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("process", [False, True])
 def test_asked_ahead_it_says_the_same_in_order_and_out_of_it(process: bool) -> None:
     plain, teacher = LiveTeacher(network()), PrefetchingTeacher(LiveTeacher(network()), process=process)
@@ -262,30 +262,32 @@ def test_it_computes_beside_the_student() -> None:
 
 
 class Slow(nn.Module):
-    """Waits, as a teacher somewhere else does."""
+    """Ends its work only once the student has taken its step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 3)
+        self.has_started, self.student_is_done = threading.Event(), threading.Event()
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.1)
+        self.has_started.set()
+        assert self.student_is_done.wait(60), "the student waits for the teacher"
         out: Tensor = self.inner(x)
         return out
 
 
 def test_waiting_for_the_teacher_and_the_student_s_step_overlap() -> None:
     given = Batch(torch.randn(2, 4), torch.zeros(2).long())
-    teacher = PrefetchingTeacher(LiveTeacher(Slow()))
-    start = time.perf_counter()
-    wait = teacher.prefetch(given, Needs())
-    for _ in range(8):
-        time.sleep(0.1)  # the student
-        before, wait = wait, teacher.prefetch(given, Needs())
-        before()
-    took = time.perf_counter() - start
+    model = Slow()
+    teacher = PrefetchingTeacher(LiveTeacher(model))
+    for _ in range(3):
+        wait = teacher.prefetch(given, Needs())
+        assert model.has_started.wait(60)
+        model.student_is_done.set()
+        assert wait().dense().shape == (2, 3)
+        model.has_started.clear()
+        model.student_is_done.clear()
     teacher.close()
-    assert took < 1.4, "8 steps of 0.1 s with a teacher of 0.1 s take 1.6 s one after the other"
 
 
 class Failing(nn.Module):
@@ -303,6 +305,7 @@ class Failing(nn.Module):
         raise RuntimeError("broken within")
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
     ("how", "process", "error", "says"),
     [
@@ -372,6 +375,7 @@ def trained(teacher: Any, tmp_path: Path, **config: Any) -> tuple[dict[str, Tens
     return fit(training, build_accelerator(None, [])).last, steps.drawn
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("process", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_student_taught_ahead_gets_the_same_bits(tmp_path: Path, process: bool, accumulate: int) -> None:
