@@ -1,4 +1,4 @@
-"""Student, method and teacher as one module, whose losses are those of our engine."""
+"""Student, method and teacher as one module, with the same losses as our engine."""
 
 from __future__ import annotations
 
@@ -26,18 +26,14 @@ from tutelage.teachers import LiveTeacher
 from tutelage.teachers.signal import Signal, Teacher
 
 EXAMPLE = 2
-"""Samples of the dry run that a method is fitted with, as in the engine."""
+"""The number of samples of the dry run that sets up a method."""
 
 
 class Distiller(DistillationModule):
-    r"""A student and what teaches it, for a loop of your own.
+    """Student, method and teacher for a training loop of your own.
 
-    One optimizer step is a few micro-batches. Of each the loss is the sum over terms of
-
-    .. math:: w_k \, \frac{\sum_i \ell_{ki}}{n_k}
-
-    where :math:`n_k` counts what the term averages over in *all* micro-batches of the step, on all processes, so the
-    gradients add up to that of the whole step however it is cut. ::
+    The losses of a step's micro-batches are scaled so that their gradients add up to that of the full step; see
+    :mod:`tutelage.methods.step`. ::
 
         distiller = Distiller(student, teacher, LogitMethod(), example=next(iter(loader)))
         optimizer = torch.optim.AdamW(distiller.parameters())
@@ -49,25 +45,25 @@ class Distiller(DistillationModule):
             optimizer.zero_grad()
             distiller.after_step()
 
-    Its parameters are the student's and what the method learns beside it, never the teacher's. ``student`` is what to
-    save: the module that was given, or what the method made of it (SimKD).
+    Its parameters are those of the student and of the method, never the teacher's. Save ``distiller.student``: the
+    given module, or the one that the method made from it (SimKD).
 
     Args:
         student: any module; it is trained in place.
         teacher: a module, which is frozen; anything with ``signal`` (:class:`tutelage.teachers.signal.Teacher`); or
             ``None`` for a method that needs none.
-        method: default :class:`LogitMethod` at T = 4, alpha = 0.9. It is fitted to the models here.
+        method: default :class:`LogitMethod` at T = 4, alpha = 0.9. It is set up for the models here.
         example: a batch of the data, for a dry run; two samples of it are enough.
-        to_batch: makes a :class:`tutelage.data.Batch` of what the data yields; for causal language models
+        to_batch: converts what the data yields to a :class:`tutelage.data.Batch`; for causal language models
             :func:`tutelage.data.causal_batch`.
-        seed: of what the method initialises.
+        seed: of the method's initial weights.
         ids: ``[N]``, sample ids of the training data, for a method that needs them (CRD).
-        peers: modules that are trained with the student, for a method that asks for some (mutual learning).
-        phases_done: the trainings that the method needs first (``method.phases()``) are done.
+        peers: modules that are trained with the student, for a method with peers (mutual learning).
+        phases_done: the phases that the method needs first (``method.phases()``) are trained.
 
     Raises:
         CapabilityError: the teacher cannot give what the method needs, or the method needs something first.
-        ModelError: the models do not go together, or a tap is not there.
+        ModelError: the models do not fit, or a tap names no module.
     """
 
     def __init__(
@@ -92,16 +88,16 @@ class Distiller(DistillationModule):
         few = _batch(example, to_batch).rows(0, EXAMPLE).to(place)
         if peers:
             method.add_peers(peers)
-        adapted_student = prepare_student(method, student, model, few, seed)
-        prepare_method(method, adapted_student, model, few, seed, ids)
+        student = prepare_student(method, student, model, few, seed)
+        prepare_method(method, student, model, few, seed, ids)
         if method.phases() and not phases_done:
             names = ", ".join(phase.name for phase in method.phases())
             raise CapabilityError(
-                f"{type(method).__name__} needs trainings before its own: {names}",
+                f"{type(method).__name__} has phases that are trained first: {names}",
                 remedy="train each as a Distiller of its phase.method, then pass phases_done=True; or use "
-                "tutelage.distill, which does",
+                "tutelage.distill, which does this",
             )
-        super().__init__(adapted_student, method)
+        super().__init__(student, method)
         self.teacher, self.to_batch = live, to_batch
         self.terms = TermSums()
         self.open()
@@ -109,11 +105,11 @@ class Distiller(DistillationModule):
     # A step ------------------------------------------------------------------------------------------
 
     def begin(self, total: int, step: int = 0) -> None:
-        """To be called before the first step, and again where a training goes on.
+        """Call it before the first step, and again when a training is resumed.
 
         Args:
-            total: optimizer steps in all.
-            step: those that are done.
+            total: the number of optimizer steps.
+            step: the number of finished steps.
         """
         if isinstance(self.teacher, LiveTeacher):
             self.teacher.to(self.device)
@@ -126,7 +122,7 @@ class Distiller(DistillationModule):
             micros: what the data yields, or batches.
 
         Yields:
-            Scalars, whose sum is the loss of the step.
+            Scalars; their sum is the loss of the step.
         """
         batches = [self.batch(raw) for raw in micros]
         scale = self.scales(batches)
@@ -134,18 +130,18 @@ class Distiller(DistillationModule):
             yield self.loss(batch, scale)
 
     def after_step(self) -> None:
-        """To be called after each optimizer step."""
+        """Call it after each optimizer step."""
         self.method.after_step()
 
     # Its parts, for loops that call them one by one ----------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Where the student is."""
+        """The student's device."""
         return next((p.device for p in self.student.parameters()), torch.device("cpu"))
 
     def batch(self, raw: Any) -> Batch:
-        """What the data yields as the batch that is learned from, on the student's device."""
+        """What the data yields as a training batch, on the student's device."""
         batch = _batch(raw, self.to_batch).to(self.device)
         return self.method.prepare_batch(self.student, batch) if self.method.generates_batches else batch
 

@@ -30,37 +30,37 @@ from transformers import (  # noqa: E402
 )
 
 METHOD_WEIGHTS = "method.safetensors"
-"""What a method has learned, beside the student in a checkpoint's folder."""
+"""The method's weights, next to the student in a checkpoint's folder."""
 
 
 class DistillationTrainer(Trainer):
     """``transformers.Trainer`` for any student, teacher and method.
 
-    The data, the collator, the arguments and the callbacks are Trainer's. The loss is the method's, divided over all
-    micro-batches of ``gradient_accumulation_steps`` and all processes together, as in our engine. A checkpoint is the
-    student, as ``save_pretrained`` writes it, and ``method.safetensors``, where the method learns something itself.
+    Data, collator, arguments and callbacks are Trainer's. The loss is the method's, averaged over all micro-batches
+    of ``gradient_accumulation_steps`` and all processes, as in our engine. A checkpoint holds the student, as
+    ``save_pretrained`` writes it, and ``method.safetensors`` if the method has weights.
 
-    ``evaluate`` gives the method's loss on the data; ``compute_metrics`` gets the student's logits and the labels of
+    ``evaluate`` returns the method's loss; ``compute_metrics`` gets the student's logits and the labels of
     those positions, already shifted for causal language models.
 
     Args:
         student: a model of transformers, or any module that takes the data's columns.
-        teacher: as of :class:`tutelage.integrations.Distiller`.
+        teacher: see :class:`tutelage.integrations.Distiller`.
         method: default :class:`tutelage.methods.LogitMethod` at T = 4, alpha = 0.9.
         args: Trainer's.
-        train_dataset: Trainer's; its first samples are the dry run's.
+        train_dataset: Trainer's; its first samples are used for the dry run.
         data_collator: Trainer's. Default: Trainer's own choice.
         processing_class: Trainer's.
-        to_batch: makes a batch of what the collator yields; for causal language models
+        to_batch: converts what the collator returns to a batch; for causal language models
             :func:`tutelage.data.causal_batch`.
         ids: sample ids of the training data, for a method that needs them.
-        peers: modules that are trained with the student, for a method that asks for some.
-        phases_done: the trainings that the method needs first are done.
-        more: whatever else Trainer takes, but for ``model`` and its own ways to make a loss.
+        peers: modules that are trained with the student, for a method with peers.
+        phases_done: the phases that the method needs first are trained.
+        more: other arguments of Trainer, except ``model`` and those that define a loss.
 
     Raises:
-        CapabilityError: as of :class:`tutelage.integrations.Distiller`, or an argument that does not go with it.
-        DataError: there is no training data.
+        CapabilityError: see :class:`tutelage.integrations.Distiller`; or an unsupported argument.
+        DataError: no training data.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class DistillationTrainer(Trainer):
         for refused in ("model", "model_init", "compute_loss_func"):
             if refused in more:
                 raise CapabilityError(
-                    f"DistillationTrainer takes no {refused}", remedy="give student, teacher and method in its place"
+                    f"DistillationTrainer takes no {refused}", remedy="give student, teacher and method instead"
                 )
         if getattr(args, "label_smoothing_factor", 0.0):
             raise CapabilityError(
-                "label_smoothing_factor is of Trainer's own loss",
+                "label_smoothing_factor changes Trainer's own loss, which is not used",
                 remedy="method=SupervisedMethod(label_smoothing=...)",
             )
         collator = data_collator or (
@@ -103,16 +103,17 @@ class DistillationTrainer(Trainer):
             enable = getattr(student, "gradient_checkpointing_enable", None)
             if enable is None:
                 raise CapabilityError(
-                    f"{type(student).__name__} cannot compute its layers again", remedy="gradient_checkpointing=False"
+                    f"{type(student).__name__} does not support gradient checkpointing",
+                    remedy="gradient_checkpointing=False",
                 )
             enable({"use_reentrant": False})
-            args.gradient_checkpointing = False  # done, and Trainer would ask the distiller for it
+            args.gradient_checkpointing = False  # done; Trainer would call it on the distiller
         super().__init__(
             model=self.distiller, args=args, train_dataset=train_dataset, data_collator=collator,
             processing_class=processing_class, **more,
         )  # fmt: skip
         self._signature_columns = columns
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # our losses are of the whole step
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # our losses are scaled for the full step
         self._scale: dict[str, Tensor] = {}
         self._ready: list[Batch] = []
         self.add_callback(_StepEnds(self.distiller))
@@ -133,13 +134,13 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The method's loss of the next micro-batch of the step."""
+        """The method's loss for the step's next micro-batch."""
         with self.accelerator.autocast():
             loss = self.distiller.loss(self._ready.pop(0), self._scale, through=model)
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's lines, with the value of each term in the last step beside the loss."""
+        """Trainer's log lines, with each term of the last step."""
         if "loss" in logs:
             logs = {**logs, **{f"term/{name}": value for name, value in self.distiller.values().items()}}
         super().log(logs, start_time)
@@ -185,7 +186,7 @@ class DistillationTrainer(Trainer):
             return
         if not (folder / METHOD_WEIGHTS).is_file():
             raise CheckpointError(
-                f"has no {METHOD_WEIGHTS}, and {type(self.distiller.method).__name__} has learned something",
+                f"has no {METHOD_WEIGHTS}, and {type(self.distiller.method).__name__} has weights",
                 where=str(folder),
                 remedy="resume from a checkpoint of this trainer with the same method",
             )
@@ -197,9 +198,9 @@ class DistillationTrainer(Trainer):
 
 
 def _few(dataset: Any, columns_used: Iterable[str] | None) -> list[Any]:
-    """The first samples, with the columns that models take."""
+    """The first samples, with the columns that the model uses."""
     if dataset is None:
-        raise DataError("DistillationTrainer(train_dataset=None)", remedy="give what the student learns from")
+        raise DataError("DistillationTrainer(train_dataset=None)", remedy="give the training data")
     rows = list(islice(iter(dataset), EXAMPLE))
     if not rows:
         raise DataError("the training data is empty", remedy="give at least two samples")
@@ -209,7 +210,7 @@ def _few(dataset: Any, columns_used: Iterable[str] | None) -> list[Any]:
 
 
 class _StepEnds(TrainerCallback):
-    """Tells the method where the training is."""
+    """Reports the training's progress to the method."""
 
     def __init__(self, distiller: Distiller) -> None:
         self.distiller = distiller

@@ -20,37 +20,36 @@ require("lightning", "lightning", "tutelage.integrations.lightning")
 from lightning import LightningModule  # noqa: E402
 
 Optimizers = Callable[[Iterable[nn.Parameter]], Any]
-"""Makes what ``configure_optimizers`` returns, of the parameters that are trained."""
+"""Takes the trained parameters and returns what ``configure_optimizers`` may return."""
 
 
 class LightningDistillationModule(LightningModule):
     """Any student, teacher and method for Lightning's ``Trainer``.
 
-    Each batch of the loader is one optimizer step, as in our engine. Lightning's own ``accumulate_grad_batches``
-    would divide by the number of micro-batches, and counts of terms differ between these: cut the loader's batch
-    here, with ``accumulate``, and the gradient is that of the whole batch.
+    Each batch of the loader is one optimizer step, as in our engine. Split it into micro-batches with ``accumulate``
+    here, which keeps its gradient, and not with Lightning's ``accumulate_grad_batches``: that divides by the number
+    of micro-batches, whose term counts differ.
 
-    Logged: ``train_loss``, each term as ``term/NAME``, ``val_loss``, and of one class of several ``val_accuracy``.
+    Logs ``train_loss``, each term as ``term/NAME``, ``val_loss``, and ``val_accuracy`` for classification.
 
     Args:
         student: any module.
-        teacher: as of :class:`tutelage.integrations.Distiller`.
+        teacher: see :class:`tutelage.integrations.Distiller`.
         method: default :class:`tutelage.methods.LogitMethod` at T = 4, alpha = 0.9.
         example: a batch of the data, for a dry run.
         optimizer: a function of the parameters that returns an optimizer, or anything that Lightning's
             ``configure_optimizers`` may return. Default: AdamW at 1e-3.
-        accumulate: micro-batches that a batch is cut into; above 1 on one process only.
-        clip: largest norm of the gradient, where ``accumulate`` is above 1; else it is Lightning's own
-            ``gradient_clip_val``.
-        to_batch: makes a batch of what the loader yields; for causal language models
+        accumulate: micro-batches of a batch; above 1 on one process only.
+        clip: maximum norm of the gradient, if ``accumulate`` is above 1; else use Lightning's ``gradient_clip_val``.
+        to_batch: converts what the loader yields to a batch; for causal language models
             :func:`tutelage.data.causal_batch`.
-        seed: of what the method initialises.
+        seed: of the method's initial weights.
         ids: sample ids of the training data, for a method that needs them.
-        peers: modules that are trained with the student, for a method that asks for some.
-        phases_done: the trainings that the method needs first are done.
+        peers: modules that are trained with the student, for a method with peers.
+        phases_done: the phases that the method needs first are trained.
 
     Raises:
-        CapabilityError: as of :class:`tutelage.integrations.Distiller`, or ``clip`` where it is Lightning's to do.
+        CapabilityError: see :class:`tutelage.integrations.Distiller`; or ``clip`` without ``accumulate``.
     """
 
     def __init__(
@@ -71,10 +70,11 @@ class LightningDistillationModule(LightningModule):
     ) -> None:
         super().__init__()
         if accumulate < 1:
-            raise CapabilityError(f"accumulate={accumulate}", remedy="a number of micro-batches, from 1 on")
+            raise CapabilityError(f"accumulate={accumulate}", remedy="give a number of micro-batches, 1 or more")
         if clip is not None and accumulate == 1:
             raise CapabilityError(
-                f"clip={clip} where Lightning steps itself", remedy="Trainer(gradient_clip_val=...), which it knows"
+                f"clip={clip} without accumulate, where Lightning makes the step",
+                remedy="Trainer(gradient_clip_val=...)",
             )
         self.distiller = Distiller(
             student, teacher, method, example=example, to_batch=to_batch, seed=seed, ids=ids, peers=peers,
@@ -85,7 +85,7 @@ class LightningDistillationModule(LightningModule):
 
     @property
     def student(self) -> nn.Module:
-        """What to save."""
+        """The module to save."""
         return self.distiller.student
 
     def forward(self, inputs: Any) -> Tensor:
@@ -100,16 +100,16 @@ class LightningDistillationModule(LightningModule):
         return logits_of(self.student(**inputs) if isinstance(inputs, dict) else self.student(inputs))
 
     def configure_optimizers(self) -> Any:
-        """What ``optimizer`` makes of the parameters of student and method."""
+        """The optimizer for the parameters of student and method."""
         trained = [p for p in self.distiller.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=1e-3) if self._optimizer is None else self._optimizer(trained)
 
     def on_fit_start(self) -> None:
-        """Checks what does not go together, and tells the method how long the training is."""
+        """Check Lightning's arguments, and report the number of steps to the method."""
         if self.trainer.accumulate_grad_batches != 1:
             raise CapabilityError(
                 f"Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches}) divides by the number of "
-                "micro-batches, and not by what counts in them",
+                "micro-batches, not by their term counts",
                 remedy="leave it at 1, make the loader's batch as large as the step, and pass accumulate= here",
             )
         if self.accumulate > 1 and self.trainer.world_size > 1:
@@ -120,20 +120,20 @@ class LightningDistillationModule(LightningModule):
         self.distiller.begin(int(self.trainer.estimated_stepping_batches), self.global_step)
 
     def training_step(self, raw: Any, index: int) -> Tensor:
-        """The method's loss of a batch; with ``accumulate`` the whole step."""
+        """The method's loss of a batch; with ``accumulate`` the full step."""
         batch = self.distiller.batch(raw)
         if self.automatic_optimization:
             loss = self.distiller.loss(batch, self.distiller.scales([batch]))
         else:
-            loss = self._whole_step(batch)
+            loss = self._full_step(batch)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         self.log_dict({f"term/{k}": v for k, v in self.distiller.values().items()}, batch_size=len(batch))
         return loss
 
-    def _whole_step(self, batch: Batch) -> Tensor:
+    def _full_step(self, batch: Batch) -> Tensor:
         optimizers: Any = self.optimizers()
         if isinstance(optimizers, list):
-            raise CapabilityError(f"{len(optimizers)} optimizers", remedy="one, of all parameters")
+            raise CapabilityError(f"{len(optimizers)} optimizers", remedy="return one optimizer for all parameters")
         micros = batch.split(self.accumulate)
         scale = self.distiller.scales(micros)
         total = torch.zeros((), device=self.device)
@@ -151,11 +151,11 @@ class LightningDistillationModule(LightningModule):
         return total
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Tells the method that a step is done."""
+        """Report the end of a step to the method."""
         self.distiller.after_step()
 
     def validation_step(self, raw: Any, index: int) -> None:
-        """Logs the method's loss, and of one class of several the accuracy."""
+        """Log the method's loss, and the accuracy for classification."""
         batch = self.distiller.batch(raw)
         self.log("val_loss", self.distiller.evaluated(batch), batch_size=len(batch), sync_dist=True)
         labelled = batch.labelled()
