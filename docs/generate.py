@@ -26,11 +26,11 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data: kind: texts": config.TextDataConfig,
     "teacher": config.TeacherConfig,
     "teacher.members": config.MemberConfig,
-    "teacher.endpoint": config.ServedConfig,
+    "teacher.endpoint": config.RemoteTeacherConfig,
     "teacher.inference": config.TeacherInferenceConfig,
     "teacher.cache": config.CacheConfig,
     "student": config.StudentConfig,
-    "student.lora": config.LowRankConfig,
+    "student.lora": config.LoraConfig,
     "workflow: kind: born-again": config.BornAgainConfig,
     "workflow: kind: assistant-chain": config.AssistantChainConfig,
     "method: kind: logit": config.LogitOptions,
@@ -126,7 +126,7 @@ ABOUT_AUGMENTATIONS = """\
 A list, applied in order: `[flip, {shift: 2}, {erase: {p: 0.5, value: 0}}]`. Each is drawn from a seed that is a
 function of run seed, epoch and sample, so teacher and student see the same view. Those of `torchvision.transforms.v2`
 need the extra `vision`. `mixup` and `cutmix` come last and take another image, in a view of its own: what comes of
-it has no single class, so it trains the distilled student by the teacher's word alone (function matching; the hard
+it has no single class, so it trains the distilled student with the teacher's outputs alone (function matching; the hard
 labels have no part in it), and neither the baseline student nor the teacher.
 """
 
@@ -164,7 +164,7 @@ the same. What a loss learns beside the student is trained along and not exporte
 
 def field_docs(cls: type[BaseModel]) -> dict[str, str]:
     """The docstring under each field of ``cls`` and its bases, which Python itself throws away."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith(config.__name__):
             continue
@@ -174,8 +174,8 @@ def field_docs(cls: type[BaseModel]) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 name = field.target.id
                 if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                    found[name] = inspect.cleandoc(str(after.value.value))
-    return found
+                    docs[name] = inspect.cleandoc(str(after.value.value))
+    return docs
 
 
 def meaning(cls: type[BaseModel], name: str) -> str:
@@ -395,8 +395,8 @@ def options_of(name: str, section: type[LossOptions]) -> str:
 
 ABOUT_INFERENCE = """\
 With `members`, each may have an `inference` of its own, but for `overlap` and `process`; what it leaves out is taken from
-`teacher.inference`. Where training images are not augmented, the teacher's word is remembered as far as memory allows:
-each image is asked for once, and `overlap` and `process` have nothing to do.
+`teacher.inference`. If training images are not augmented and memory allows, the teacher outputs are kept in memory:
+the teacher runs once for each image, and `overlap` and `process` have no effect.
 """
 
 ABOUT_ENSEMBLES = """\
@@ -414,7 +414,7 @@ teacher:
 
 - The mean of probabilities goes to the student as its log, so at T = 1 the soft labels are that mean. A method with
   T > 1 softens it as it softens any logits; `average_temperature: 4` beside `temperature: 4` gives the student the mean of
-  what each member says at T = 4.
+  the members' distributions at T = 4.
 - The mean of logits is the geometric mean of probabilities, normalised.
 - Hidden states are one member's: `pairs: [{student: stages.1, teacher: 0.stages.1}]`, never `auto`.
 - The summary and the report have each member's accuracy (with `route`, of the images that it teaches) and weight.
@@ -503,9 +503,9 @@ def schema() -> dict[str, Any]:
 
     It knows types, names and ranges; what does not go together only `tutelage` itself says.
     """
-    found = config.Recipe.model_json_schema()
+    document = config.Recipe.model_json_schema()
     classes = {cls.__name__: cls for cls in (config.Recipe, *SECTIONS.values())}
-    for name, part in [("Recipe", found), *found["$defs"].items()]:
+    for name, part in [("Recipe", document), *document["$defs"].items()]:
         for key, field in part.get("properties", {}).items():
             if name in classes:
                 field["description"] = meaning(classes[name], key)
@@ -522,10 +522,10 @@ def schema() -> dict[str, Any]:
                 field["anyOf"] = [short, *(whole["anyOf"] if whole.keys() == {"anyOf"} else [whole])]
         known = ("kind", "name", "method", "data", "student")  # all of these can be left out somewhere
         part["required"] = [key for key in part.get("required", []) if key not in known]
-    found["properties"]["seed"] = {"type": "integer", "minimum": 0, "description": "Short for `seeds` of one."}
-    found["anyOf"] = [{"required": ["data", "student"]}, {"required": ["generate"]}, {"required": ["judge"]}]
+    document["properties"]["seed"] = {"type": "integer", "minimum": 0, "description": "Short for `seeds` of one."}
+    document["anyOf"] = [{"required": ["data", "student"]}, {"required": ["generate"]}, {"required": ["judge"]}]
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of tutelage"}
-    return {**about, **{k: v for k, v in found.items() if k not in about}}
+    return {**about, **{k: v for k, v in document.items() if k not in about}}
 
 
 def schema_text() -> str:

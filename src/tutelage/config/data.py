@@ -32,13 +32,13 @@ METRICS: dict[str, tuple[str, ...]] = {
     "embedding": ("spearman",),
     "ranking": ("accuracy",),
 }
-"""What models of a task can be chosen by, the default first."""
+"""Metrics that choose the best model, by task; the default first."""
 
-TAUGHT_ONLY = ("embedding", "ranking")
-"""Tasks in which the teacher alone says what is right."""
+TEACHER_ONLY_TASKS = ("embedding", "ranking")
+"""Tasks without labels, whose only target is the teacher."""
 
-UNLABELLED = ("mlm", "causal", "tokens", *TAUGHT_ONLY)
-"""Tasks whose texts have no label each that could be left out."""
+UNLABELLED = ("mlm", "causal", "tokens", *TEACHER_ONLY_TASKS)
+"""Tasks without one label for each text."""
 
 
 TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding", "ranking"]
@@ -77,27 +77,27 @@ Augments = list[Annotated[Any, AfterValidator(_augment)]]
 
 
 class SplitsConfig(Section):
-    """Which samples, and in which splits: what images and texts have alike."""
+    """Which samples are used, and in which splits: the keys that images and texts share."""
 
     labels: Count | None = None
     """Use the labels of only this many training samples, stratified by class. Default: of all."""
     unlabeled: Literal["keep", "drop"] = "keep"
-    """Samples without a label: still taught by the teacher (``keep``), or left out (``drop``)."""
+    """Samples without a label: ``keep``, the student learns them from the teacher; ``drop``, they are left out."""
     limit: Count | None = None
-    """Use only this many training samples at all, stratified by class. Default: all."""
+    """Use only this many training samples, stratified by class. Default: all."""
     validation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the training samples cut off for validation where the source has no such split."""
+    """Share of the training samples used for validation, if the source has no validation split."""
     test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share cut off for the test where the source has no such split."""
+    """Share of the samples used as test split, if the source has none."""
     split_seed: Seed = 0
-    """Seed of those cuts and of ``labels`` and ``limit``. Not the run's seed: all seeds share the splits."""
+    """Seed of these splits and of ``labels`` and ``limit``. All ``seeds`` of a run share the splits."""
 
 
 class DataConfig(SplitsConfig):
     """What to train and evaluate on: images."""
 
     kind: Literal["images"] = "images"
-    """Images, which is what it is where nothing says otherwise."""
+    """Images, the default."""
     source: Annotated[str, AfterValidator(_source)]
     """``digits``, ``fashion-mnist``, ``imagefolder``, ``torchvision:NAME`` or ``hf:DATASET_ID``."""
     path: str | None = None
@@ -109,10 +109,10 @@ class DataConfig(SplitsConfig):
     label_column: str | None = None
     """Column of the labels, of an hf data set. Default: the one of type ClassLabel."""
     route: str | None = None
-    """What says which member of an ensemble teaches an image: a column of an hf data set, or ``folder`` with an
-    ``imagefolder``, the sub-folder between class and file, as in ``train/CLASS/night/1.png``."""
+    """Decides which member of an ensemble teaches an image: a column of an hf data set, or ``folder`` for an
+    ``imagefolder``: the sub-folder between class and file, as in ``train/CLASS/night/1.png``."""
     size: Annotated[int, Field(ge=4, le=2048)] | None = None
-    """Height and width in pixels that images are brought to. Default: as they are, or 224 for files."""
+    """Height and width in pixels that images are resized to. Default: no resizing, or 224 for files."""
     crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the shorter side that the centre crop of an image file keeps; 0.875 for ImageNet models."""
     classes: list[str] | None = None
@@ -126,10 +126,10 @@ class DataConfig(SplitsConfig):
     """Per channel, in [0, 1]. Default: of the source, else of the training
     images where these are in memory, else ImageNet's."""
     views: Count | None = None
-    """How many different views of a sample the augmentations give, the same for all seeds; epochs go round them.
-    Default: new ones in every epoch, which no cache can keep."""
+    """Number of different views of a sample, the same for all seeds; epochs cycle through them. Default: new views in
+    every epoch, which no cache can store."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode image files. 0: the main one."""
+    """Processes that decode image files. 0: the main process."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -177,7 +177,7 @@ class TextDataConfig(SplitsConfig):
     """What to train and evaluate on: texts."""
 
     kind: Literal["texts"]
-    """Texts, as token ids. Known by ``source: table`` or ``plain``, ``text`` or ``task`` where it is left out."""
+    """Texts, as token ids. The default if there is ``source: table`` or ``plain``, ``text`` or ``task``."""
     source: Annotated[str, AfterValidator(_text_source)]
     """``table`` (CSV, TSV, JSON lines or Parquet), ``plain`` (files that end in .txt, whose paragraphs are texts) or
     ``hf:DATASET_ID``."""
@@ -193,33 +193,34 @@ class TextDataConfig(SplitsConfig):
     """Column of the texts; two of pairs, three of a ranking; of ``tokens``, of lists of words; of ``causal``, of
     texts or conversations (lists of messages with role and content), or two columns, a prompt and its answer."""
     teacher_text: str | Annotated[list[str], Field(min_length=1, max_length=3)] | None = None
-    """What the teacher reads where that is something else, such as the same in another language."""
+    """Column of the teacher's input, if it differs from the student's, such as the text in another language."""
     label: str | list[str] | None = None
     """Column of the labels: names, numbers, or lists of either; a list of columns that are each yes or no, or
     numbers. Default: ``label``, where the task has one."""
     metric: Literal["accuracy", "f1", "matthews", "spearman", "pearson"] | None = None
     """What models are chosen by. Default: ``accuracy``; of several labels ``f1``, of numbers ``spearman``."""
     tokenizer: str | None = None
-    """Where the student's tokenizer is, as for ``model``. Default: beside the student, or the teacher's."""
+    """The student's tokenizer: a hub id or a folder. Default: the student's own, else the teacher's."""
     max_length: Annotated[int, Field(ge=4, le=65_536)] = 128
-    """Tokens of a text, special ones included; what is longer loses its end."""
+    """Tokens of a text, special tokens included; longer texts are truncated at the end."""
     pack: bool = False
     """Several texts to a row of ``max_length``. Of ``mlm``: joined, separated and cut; of ``causal``: whole, side by
     side, and none sees another."""
     learn: Literal["answers", "all"] = "answers"
-    """Of ``causal``: which tokens of a conversation count: those of the assistant's answers, or all."""
+    """For ``causal``: the loss is on the tokens of the assistant's answers, or on all tokens of a conversation."""
     mask: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """Of ``mlm``: share of the tokens that are to be guessed."""
+    """For ``mlm``: share of the tokens that are masked."""
     empty: Literal["error", "drop"] = "error"
-    """Texts without a letter: an error, or left out."""
+    """Empty texts: an error, or left out."""
     classes: list[str] | None = None
     """Class names in the order of the logits. Default: those of a teacher that knows them, else of the data."""
     route: str | None = None
-    """Column that says which member of an ensemble teaches a text."""
+    """Column that decides which member of an ensemble teaches a text."""
     views: Count | None = None
-    """Of ``mlm``: how many different maskings a text has; epochs go round them. Default: a new one in every epoch."""
+    """For ``mlm``: number of different maskings of a text; epochs cycle through them. Default: new ones in every
+    epoch."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that put batches together. 0: the main one."""
+    """Processes that collate batches. 0: the main process."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TextDataConfig:
@@ -238,7 +239,7 @@ class TextDataConfig(SplitsConfig):
             )
         if self.task in ("tokens", "mlm") and texts > 1:
             raise Misfit(f"task {self.task!r} takes one column of text, given {texts}; name one", "text")
-        unlabelled = self.task in ("mlm", "causal", *TAUGHT_ONLY)
+        unlabelled = self.task in ("mlm", "causal", *TEACHER_ONLY_TASKS)
         if unlabelled and self.label is not None:
             raise Misfit(f"task {self.task!r} has no labels; remove 'label'", "label")
         if self.source == "plain" and not unlabelled:
@@ -269,14 +270,14 @@ class TextDataConfig(SplitsConfig):
 
     @property
     def augment(self) -> Augments:
-        """Nothing augments texts but the masks of ``mlm``."""
+        """Texts are not augmented, but for the masks of ``mlm``."""
         return []
 
 
 DATA_KINDS: dict[str, type[Section]] = {"images": DataConfig, "texts": TextDataConfig}
-"""What data a recipe can have."""
+"""The kinds of data."""
 
 
 def kind_of(data: dict[str, Any]) -> str:
-    """What kind of data a section is where it does not say."""
+    """The kind of data of a section without ``kind``."""
     return "texts" if {"text", "task", "tokenizer"} & data.keys() or data.get("source") in TEXT_SOURCES else "images"

@@ -163,7 +163,8 @@ class QualityConfig(Section):
             check_pattern(pattern, "banned")
         if self.dedup_threshold is not None and self.dedup_threshold <= 0:
             raise Misfit(
-                "dedup_threshold is 0, and all texts are that near; give one above, or null", "dedup_threshold"
+                "dedup_threshold is 0, so that all texts are duplicates; give a number above 0, or null",
+                "dedup_threshold",
             )
         return self
 
@@ -171,16 +172,16 @@ class QualityConfig(Section):
 def check_pattern(pattern: str, key: str, *, groups: bool = False) -> None:
     """Raise :class:`Misfit` unless ``pattern`` is a regular expression, with ``groups`` one that has some."""
     try:
-        found = re.compile(pattern)
+        compiled = re.compile(pattern)
     except re.error as error:
         raise Misfit(f"{key} {shorten(pattern)} is no regular expression: {error}; correct it", key) from None
-    if groups and not found.groups:
-        raise Misfit(f"{key} {shorten(pattern)} has no group; put brackets around what it looks for", key)
+    if groups and not compiled.groups:
+        raise Misfit(f"{key} {shorten(pattern)} has no group; put brackets around the result", key)
 
 
-def check_priced(budget: BudgetConfig, asked: list[EndpointConfig]) -> None:
+def check_priced(budget: BudgetConfig, endpoints: list[EndpointConfig]) -> None:
     """Raise :class:`Misfit` where money is limited and a model has no price."""
-    for endpoint in asked if budget.max_cost is not None else []:
+    for endpoint in endpoints if budget.max_cost is not None else []:
         if endpoint.model not in budget.prices:
             raise Misfit(
                 f"budget.max_cost is set, and budget.prices has no {shorten(endpoint.model)}; "
@@ -209,11 +210,11 @@ class BestConfig(Section):
     judge: EndpointConfig | None = None
     """Who judges. Default: the teacher itself."""
     template: str = JUDGE
-    """What the judge is asked; it has ``prompt`` and ``answer``."""
+    """Template of the judge's prompt, with ``prompt`` and ``answer``."""
     score: str = r"\b(10|[1-9])\b"
     """A regular expression whose first group, where it first matches, is the score."""
     sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.0, max_tokens=8))
-    """How the judge answers."""
+    """Sampling of the judge."""
     extract: str | None = None
     """``consistency``: a regular expression whose first group, where it last matches, is an answer's result. Default:
     there is none, and the answer that is most like all others by ROUGE-L is kept."""
@@ -266,7 +267,7 @@ class AnswerConfig(GenerateConfig):
     """Answers to given prompts."""
 
     kind: Literal["answer"] = "answer"
-    """What is asked for."""
+    """What is generated."""
     prompts: str
     """A file of prompts: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet``, whose columns templates can name, or
     ``.txt`` with a ``prompt`` a line. A column ``id`` names them."""
@@ -286,13 +287,13 @@ class SelfInstructConfig(GenerateConfig):
     """New instructions in the manner of a few examples, and answers to them (Wang et al., 2023)."""
 
     kind: Literal["self-instruct"] = "self-instruct"
-    """What is asked for."""
+    """What is generated."""
     seeds: str | None = None
     """A file of tasks with a column ``instruction``. Default: the 72 that come with tutelage."""
     count: Count = 1000
     """New instructions to keep, before they are answered."""
     instruct: str = INSTRUCT
-    """What is asked for new tasks; it has ``examples``, a list of tasks, and ``number``."""
+    """Template of the prompt for new tasks, with ``examples``, a list of tasks, and ``number``."""
     instruct_sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=1.0))
     """How instructions are drawn."""
     examples: Count = 8
@@ -333,7 +334,7 @@ class EvolveConfig(GenerateConfig):
     """Instructions that get harder or branch off, round by round, and answers to all (Xu et al., 2024)."""
 
     kind: Literal["evolve"] = "evolve"
-    """What is asked for."""
+    """What is generated."""
     prompts: str | None = None
     """A file of tasks with a column ``instruction``. Default: the 72 that come with tutelage."""
     rounds: Count = 3
@@ -362,13 +363,13 @@ class ConversationConfig(GenerateConfig):
     """Conversations of several turns, in which the teacher also speaks for the user."""
 
     kind: Literal["conversation"] = "conversation"
-    """What is asked for."""
+    """What is generated."""
     prompts: str
     """A file of first messages, as in ``kind: answer``."""
     turns: Annotated[int, Field(ge=2)] = 3
     """Answers in each conversation."""
     follow_up: str = FOLLOW_UP
-    """What is asked for the user's next message; it has ``messages``, each with ``role`` and ``content``."""
+    """Template of the prompt for the user's next message, with ``messages``, each with ``role`` and ``content``."""
     follow_up_sampling: SamplingConfig = Field(
         default_factory=lambda: SamplingConfig(temperature=1.0, max_tokens=128)
     )

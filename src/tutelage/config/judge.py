@@ -53,7 +53,7 @@ class JudgeConfig(Section):
     max_tokens: Count = 192
     """Of an answer. The most likely token is taken each time."""
     template: str = VERDICT
-    """What the judge is asked; it has ``prompt``, ``first`` and ``second``."""
+    """Template of the judge's prompt, with ``prompt``, ``first`` and ``second``."""
     choice: str = r"\b(A|B|[Tt]ie)\b"
     """A regular expression whose first group, where it first matches, is the verdict: A, B; all else is a tie."""
     sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.0, max_tokens=8))

@@ -11,14 +11,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tutelage.config.base import Section
-from tutelage.config.data import DATA_KINDS, TAUGHT_ONLY, kind_of
+from tutelage.config.data import DATA_KINDS, TEACHER_ONLY_TASKS, kind_of
 from tutelage.config.generate import GENERATE_KINDS, Generations
 from tutelage.config.judge import EndpointRecipe, JudgeConfig
 from tutelage.config.lines import Key, Place, load_yaml, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
 from tutelage.config.methods import METHOD_KINDS, SOFT_OF_TASK
+from tutelage.config.multistage import WORKFLOW_KINDS
 from tutelage.config.recipe import Recipe
-from tutelage.config.workflows import WORKFLOW_KINDS
 from tutelage.errors import ConfigError, nearest, shorten, suggest
 
 Checked = TypeVar("Checked", bound=Section)
@@ -28,7 +28,7 @@ TRAIN_SHORTHANDS = {"optimizer": "kind", "schedule": "kind"}
 
 
 def _expand(raw: dict[str, Any]) -> None:
-    """Write shorthands out in place: ``data: digits`` is ``data: {source: digits}``."""
+    """Expand shorthands in place: ``data: digits`` is ``data: {source: digits}``."""
 
     def expand(section: Any, table: dict[str, str]) -> None:
         if isinstance(section, dict):
@@ -55,10 +55,10 @@ def _expand(raw: dict[str, Any]) -> None:
 KINDS: dict[str, Mapping[str, type[Section]]] = {
     "data": DATA_KINDS, "generate": GENERATE_KINDS, "method": METHOD_KINDS, "workflow": WORKFLOW_KINDS,
 }  # fmt: skip
-"""Sections of several kinds."""
+"""The classes of sections that have a ``kind``."""
 
 BUDGETS = {"epochs": "steps", "steps": "epochs"}
-"""Two ways to say how long: an override of one replaces the other."""
+"""Two keys for the length of a training: an override of one replaces the other."""
 
 
 MAX_PROBLEMS = 20
@@ -66,14 +66,14 @@ MAX_PROBLEMS = 20
 
 
 def _named(text: str) -> str:
-    """How messages name an override; an endpoint's might hold a login."""
+    """How messages show an override. The value of an endpoint's key may be a secret."""
     return (
         f"override {text.partition('=')[0] + '=...' if text.startswith(('generate.', 'judge.')) else shorten(text)}"
     )
 
 
 def _override(raw: dict[str, Any], text: str) -> Key:
-    """Set what ``text`` says and return the key it set."""
+    """Apply one override and return its key."""
     key, equals, value = text.partition("=")
     where = _named(text)
     if not equals or not all(key.split(".")):
@@ -125,15 +125,15 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def _plan_training(teacher: dict[str, Any], base: Any) -> None:
-    """Complete, in place, the training of the teacher, or of each member that has no weights."""
+    """Complete in place the training of the teacher, or of each member, if it has no weights."""
     members = teacher.get("members")
     if isinstance(members, list) and teacher.get("model") is None:
         base = _merge(base, teacher.pop("train", None) or {})
     for one in members if isinstance(members, list) else [teacher]:
         if isinstance(one, dict) and one.get("checkpoint") is None and isinstance(one.get("model"), str):
-            asked = one.get("train")
-            if asked is not None or not _has_weights(one):
-                one["train"] = _merge(base, asked or {})
+            own = one.get("train")
+            if own is not None or not _has_weights(one):
+                one["train"] = _merge(base, own or {})
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -151,7 +151,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 class Generation(NamedTuple):
-    """What `tutelage generate` carries out.
+    """The job of `tutelage generate`.
 
     Attributes:
         name: of the recipe.
@@ -165,7 +165,7 @@ class Generation(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What `tutelage judge` carries out: as :class:`Generation`, of the section ``judge``."""
+    """The job of `tutelage judge`, with the attributes of :class:`Generation`."""
 
     name: str
     settings: JudgeConfig
@@ -203,15 +203,15 @@ def _part(
     places = _prepare(raw, lines, name, default_name, overrides)
     if part not in raw:
         raise ConfigError(
-            f"says nothing of {what}", where=name,
+            f"has no section {part!r}, {what}", where=name,
             remedy=f"add a section {part!r}; recipes/alpaca-smollm2.yaml shows one",
         )  # fmt: skip
     kind: type[Recipe | EndpointRecipe] = Recipe if raw.keys() & {"data", "student"} else EndpointRecipe
-    return _validated(kind, raw, name, places), lambda key: where_given(name, places, key)
+    return _validate(kind, raw, name, places), lambda key: where_given(name, places, key)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int], str]:
-    """A recipe's mapping, the lines of its keys, and its name where it does not say one."""
+    """A recipe's mapping, the lines of its keys, and its default name."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -240,16 +240,16 @@ def build_recipe(
     """A checked recipe from a mapping.
 
     Args:
-        raw: the mapping; changed in place, short forms are written out.
+        raw: the mapping; changed in place: shorthands are expanded.
         lines: of its keys in a file, for error messages.
         name: of the file, for error messages.
-        default_name: of the recipe, where it does not say one.
+        default_name: the name of a recipe without ``name``.
         overrides: ``key=value``, as of :func:`load_recipe`.
 
     Raises:
         ConfigError: names the file, line, key, what was given and what is allowed.
     """
-    return _validated(Recipe, raw, name, _prepare(raw, lines, name, default_name, overrides))
+    return _validate(Recipe, raw, name, _prepare(raw, lines, name, default_name, overrides))
 
 
 def _prepare(
@@ -259,7 +259,7 @@ def _prepare(
     default_name: str | None,
     overrides: Iterable[str],
 ) -> dict[Key, Place]:
-    """Write out, in place, what is short for something, and override; gives the places of the keys."""
+    """Expand shorthands and apply overrides in place; returns the places of the keys."""
     places: dict[Key, Place] = dict(lines or {})
     if "seed" in raw:
         if "seeds" in raw:
@@ -279,16 +279,16 @@ def _prepare(
         raw["method"].setdefault("kind", "logit")
     if isinstance(raw.get("data"), dict):
         raw["data"].setdefault("kind", kind_of(raw["data"]))
-    settle(raw)
+    set_task_defaults(raw)
     return places
 
 
-def _validated(model: type[Checked], raw: dict[str, Any], name: str, places: Mapping[Key, Place]) -> Checked:
-    """The mapping as ``model``, or what is wrong with it in words."""
+def _validate(model: type[Checked], raw: dict[str, Any], name: str, places: Mapping[Key, Place]) -> Checked:
+    """The mapping as ``model``; raises :class:`ConfigError` with a message for each problem."""
     kinds = {
-        key: found
+        key: section
         for key, known in KINDS.items()
-        if (found := _kind(raw.get(key), key, known, where_given(name, places, (key, "kind")))) is not None
+        if (section := _kind(raw.get(key), key, known, where_given(name, places, (key, "kind")))) is not None
     }
     teacher = raw.get("teacher")
     if isinstance(teacher, dict):
@@ -309,19 +309,19 @@ def _validated(model: type[Checked], raw: dict[str, Any], name: str, places: Map
         raise ConfigError("\n".join(problems)) from None
 
 
-def settle(raw: dict[str, Any]) -> None:
-    """Complete, in place, what follows from the data's task where nothing else is said."""
+def set_task_defaults(raw: dict[str, Any]) -> None:
+    """Set in place the defaults that depend on the task of the data."""
     data, method = raw.get("data"), raw.get("method")
     task = data.get("task", "classes") if isinstance(data, dict) else "classes"
     soft = SOFT_OF_TASK.get(str(task))
     if soft is not None and isinstance(method, dict) and method.get("kind") in ("logit", "feature"):
         method.setdefault("soft", soft)
-    if task in TAUGHT_ONLY:  # nothing but the teacher says what is right
+    if task in TEACHER_ONLY_TASKS:  # no labels to train a baseline on
         raw.setdefault("baseline", False)
 
 
 def _kind(section: Any, key: str, known: Mapping[str, type[Section]], where: str) -> type[Section] | None:
-    """The class of a section that has several, by its ``kind``; ``None`` where there is no such section."""
+    """The class of a section by its ``kind``; ``None`` if there is no such section."""
     if not isinstance(section, dict):
         return None
     kind = section.get("kind")
@@ -341,11 +341,11 @@ def dump_recipe(recipe: BaseModel) -> str:
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ between two nested mappings."""
-    found: list[str] = []
+    keys: list[str] = []
     for key in [*a, *(k for k in b if k not in a)]:
         x, y = a.get(key), b.get(key)
         if isinstance(x, Mapping) and isinstance(y, Mapping):
-            found += differing_keys(x, y, f"{prefix}{key}.")
+            keys += differing_keys(x, y, f"{prefix}{key}.")
         elif x != y:
-            found.append(f"{prefix}{key}")
-    return found
+            keys.append(f"{prefix}{key}")
+    return keys

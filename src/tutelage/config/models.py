@@ -63,7 +63,7 @@ def _map(given: Any) -> Any:
     return given
 
 
-class LowRankConfig(Section):
+class LoraConfig(Section):
     """LoRA: low-rank matrices beside linear layers learn, all else stays. What is exported has them added in."""
 
     rank: Count = 16
@@ -106,7 +106,7 @@ class StudentConfig(ModelConfig):
     """``corpus``: only the tokens of the training texts are kept, and the tokenizer is rebuilt. Default: all."""
     initial: Literal["teacher", "random"] = "teacher"
     """Whether it starts from the teacher's weights."""
-    lora: Annotated[LowRankConfig | None, BeforeValidator(_lora)] = None
+    lora: Annotated[LoraConfig | None, BeforeValidator(_lora)] = None
     """``lora: 16`` is short for ``lora: {rank: 16}``. Default: all weights learn."""
     qat: Literal["int8"] | None = None
     """``int8``: weights and inputs of its linear layers and convolutions are rounded to eight bits in every forward

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from tutelage.config.base import Section, Seed
-from tutelage.config.data import TAUGHT_ONLY, DataConfig, TextDataConfig
+from tutelage.config.data import TEACHER_ONLY_TASKS, DataConfig, TextDataConfig
 from tutelage.config.evaluate import EvaluateConfig
 from tutelage.config.generate import Generations
 from tutelage.config.judge import JudgeConfig
@@ -32,12 +32,12 @@ from tutelage.config.methods import (
     TripleOptions,
 )
 from tutelage.config.models import StudentConfig
-from tutelage.config.samples import SamplesConfig
+from tutelage.config.multistage import AssistantChainConfig, BornAgainConfig
+from tutelage.config.sample_outputs import SamplesConfig
 from tutelage.config.search import SearchConfig
 from tutelage.config.teachers import CacheConfig, TeacherConfig
 from tutelage.config.train import TrainConfig
-from tutelage.config.workflows import AssistantChainConfig, BornAgainConfig
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, shorten
 
 
 class Recipe(Section):
@@ -87,9 +87,9 @@ class Recipe(Section):
     """What ``tutelage judge`` compares. A recipe for that alone needs no other key. See below."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _check_sections(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
-            raise Misfit(f"{self.seeds} holds a seed twice, and a copy adds no evidence; remove it", "seeds")
+            raise Misfit(f"{shorten(self.seeds)} has a seed twice; remove one", "seeds")
         if isinstance(self.workflow, BornAgainConfig):
             if self.teacher is not None:
                 raise Misfit(
@@ -107,10 +107,12 @@ class Recipe(Section):
                     "method",
                 )
             if self.data.route is not None:
-                raise Misfit("'data.route' is given, and there is no teacher to go by it; remove it", "data")
+                raise Misfit("'data.route' is given, and there is no teacher; remove it", "data")
         if self.student.model == "teacher":
             if self.teacher is None or self.teacher.model is None:
-                what = "no teacher" if self.teacher is None else "none here" if self.teacher.endpoint else "several"
+                what = (
+                    "no teacher" if self.teacher is None else "a remote one" if self.teacher.endpoint else "several"
+                )
                 raise Misfit(f"the student is cut from its teacher, and there is {what}; name a model", "student")
             if isinstance(self.data, DataConfig):
                 raise Misfit(
@@ -131,7 +133,7 @@ class Recipe(Section):
                 f"evaluate.tasks are for causal language models, and the task is {self.data.task!r}; remove it",
                 "evaluate",
             )
-        if self.baseline and self.data.task in TAUGHT_ONLY:
+        if self.baseline and self.data.task in TEACHER_ONLY_TASKS:
             raise Misfit(f"task {self.data.task!r} has no labels to learn from alone; remove 'baseline'", "baseline")
         if self.data.task != "classes" and self.workflow is not None:
             raise Misfit(f"workflows are for classes, and the task is {self.data.task!r}; remove it", "workflow")
@@ -143,7 +145,7 @@ class Recipe(Section):
                 "use another method",
                 "method",
             )
-        return self if self.teacher is None else self._with_teacher(self.teacher)
+        return self if self.teacher is None else self._check_teacher(self.teacher)
 
     @property
     def required_teacher(self) -> TeacherConfig:
@@ -156,12 +158,12 @@ class Recipe(Section):
             raise ConfigError("the recipe has no teacher", where="teacher", remedy="use a recipe that has one")
         return self.teacher
 
-    def _with_teacher(self, teacher: TeacherConfig) -> Recipe:
+    def _check_teacher(self, teacher: TeacherConfig) -> Recipe:
         if teacher.augment is not None and isinstance(self.data, TextDataConfig):
             raise Misfit("'augment' of the teacher is for images, and this data is texts; remove it", "teacher")
         for i, member in enumerate(teacher.each):
             where = "teacher" if teacher.members is None else f"teacher.members.{i}"
-            if member.train is not None and self.data.task in TAUGHT_ONLY:
+            if member.train is not None and self.data.task in TEACHER_ONLY_TASKS:
                 raise Misfit(
                     f"task {self.data.task!r} has nothing to train {where} on; give one with weights", "teacher"
                 )
@@ -176,11 +178,11 @@ class Recipe(Section):
                         "teacher",
                     )
         if teacher.endpoint is not None:
-            self._served()
+            self._check_remote_teacher()
         if teacher.route is not None and self.data.route is None:
-            raise Misfit("teacher.route goes by a column, and there is no 'data.route'; name it", "teacher")
+            raise Misfit("teacher.route needs 'data.route'; name its column there", "teacher")
         if self.data.route is not None and teacher.route is None:
-            raise Misfit("'data.route' is given, and no 'teacher.route' goes by it; remove it, or add one", "data")
+            raise Misfit("'data.route' needs 'teacher.route'; remove it, or add one", "data")
         mixed = [n for n in ("cutmix", "mixup") if any(n in entry for entry in self.data.augment)]
         if self.data.route is not None and mixed:
             raise Misfit(
@@ -193,40 +195,43 @@ class Recipe(Section):
                 "simkd takes over one teacher's classifier, and there are several; use another method", "method"
             )
         if teacher.members is not None and isinstance(self.method, FeatureOptions):
-            self._of_members(self.method, teacher)
+            self._check_ensemble_features(self.method, teacher)
         if teacher.cache is not None and self.data.augment and self.data.views is None:
             raise Misfit(
-                "teacher.cache with data.augment would keep a row for every image of every epoch and never read one; "
-                "set data.views, such as 10: so many views of each image are kept, and epochs go round them",
+                "teacher.cache with data.augment would store new rows in every epoch and never read one; "
+                "set data.views, such as 10: epochs then cycle through 10 stored views of each image",
                 "teacher",
             )
         if teacher.cache is not None and teacher.mode != "eval":
             raise Misfit(
-                f"teacher.cache with teacher.mode {teacher.mode!r}: what the teacher says of an image would "
-                "depend on the batch that it first came in; use mode: eval",
+                f"teacher.cache with teacher.mode {teacher.mode!r}: the cached outputs would depend on the "
+                "first batch of an image; use mode: eval",
                 "teacher",
             )
         return self
 
-    def _served(self) -> None:
+    def _check_remote_teacher(self) -> None:
         cache, usual = self.required_teacher.cache or CacheConfig(), CacheConfig()
         keys = ("keep", "k", "draws", "head", "power", "temperatures")
         odd = [key for key in keys if getattr(cache, key) != getattr(usual, key)]
         if odd:
             raise Misfit(
-                f"a cache of a teacher behind a server keeps what it says, as many as teacher.endpoint.k; remove "
+                f"a cache of a teacher behind a server stores its teacher.endpoint.k most probable tokens; remove "
                 f"{odd[0]!r}",
                 "teacher",
             )
         if self.method.needs_teacher and not self.method.accepts_remote_teacher:
             able = ", ".join(kind for kind, config in METHOD_KINDS.items() if config.accepts_remote_teacher)
             raise Misfit(
-                f"a teacher behind a server says the likeliest next tokens, and {self.method.kind} needs more; "
+                f"a teacher behind a server returns some next tokens, and {self.method.kind} needs more; "
                 f"allowed: {able}",
                 "method",
             )
         if self.data.task != "causal":
-            raise Misfit(f"a teacher behind a server says next tokens, and the task is {self.data.task!r}", "data")
+            raise Misfit(
+                f"a teacher behind a server predicts next tokens, not {self.data.task!r}; set it to causal",
+                "data",
+            )
         method = self.method
         if isinstance(method, TokenOptions):
             for key, value, right in (
@@ -235,17 +240,20 @@ class Recipe(Section):
             ):  # fmt: skip
                 if value != right:
                     raise Misfit(
-                        f"a teacher behind a server gives the likeliest tokens at T = 1, and {key}: {value} asks for "
+                        f"a teacher behind a server returns some tokens at T = 1, and {key}: {value} needs "
                         f"more; set it to {right}",
                         "method",
                     )
 
-    def _of_members(self, method: FeatureOptions, teacher: TeacherConfig) -> None:
+    def _check_ensemble_features(self, method: FeatureOptions, teacher: TeacherConfig) -> None:
         if method.pairs is None:
             raise Misfit(
-                "which member's features are meant by 'pairs: auto' is not said; "
+                "'pairs: auto' is ambiguous with several teachers; "
                 "list the pairs, as in {student: stages.1, teacher: 0.stages.1}",
                 "method",
             )
         if teacher.route is not None:
-            raise Misfit("features of members that each teach some images only; use kind: logit", "method")
+            raise Misfit(
+                "'pairs' need members that teach all samples, and 'route' gives each a part; use kind: logit",
+                "method",
+            )

@@ -118,7 +118,7 @@ class TrainConfig(Section):
     checkpoint_every: Count | None = None
     """Steps between checkpoints. Default: at evaluations, at most every 20 seconds."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept. Each holds the weights of the best validation so far besides."""
+    """Newest checkpoints kept. Each holds the weights of the best validation so far too."""
     log_every: Count = 50
     """Steps between lines of ``metrics.jsonl``."""
     trackers: list[Literal[TRACKERS]] = Field(default_factory=list)  # type: ignore[valid-type]

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.config import TAUGHT_ONLY, UNLABELLED, MemberConfig, MethodOptions, ModelConfig, Recipe, TeacherConfig
+from tutelage.config import (
+    TEACHER_ONLY_TASKS,
+    UNLABELLED,
+    MemberConfig,
+    MethodOptions,
+    ModelConfig,
+    Recipe,
+    TeacherConfig,
+)
 from tutelage.data import Data, ImageData, PlannedBatches, SequentialBatches, TextData, load_images
 from tutelage.data.batch import IGNORE, LABELS
 from tutelage.errors import ConfigError
@@ -84,7 +92,7 @@ def recipe_spec(recipe: Recipe, data: Data) -> ExperimentSpec:
             validation=SequentialBatches(data.validation, workers=workers),
             metric=str(recipe.data.metric),
             classes=data.classes,
-            by_teacher=data.task in TAUGHT_ONLY,
+            by_teacher=data.task in TEACHER_ONLY_TASKS,
             samples=recipe.samples,
             describe=describe,
             tokenizers=tokenizers,

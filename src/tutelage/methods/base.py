@@ -32,9 +32,9 @@ class Term(NamedTuple):
 
 
 class Method(nn.Module):
-    """What is the loss of this batch: wires the student's and the teacher's word to losses.
+    """The loss of a batch, from the outputs of student and teacher.
 
-    A method is a module so that what it learns besides the student (projectors) is trained,
+    A method is a module so that its own parameters (projectors) are trained,
     synchronised, clipped and saved with it.
 
     Args:
@@ -134,7 +134,7 @@ class Method(nn.Module):
         """
 
     def prepare_batch(self, student: nn.Module, batch: Batch) -> Batch:
-        """What a batch of the data becomes before it is counted and the teacher is asked. Default: what it is.
+        """The batch that the method trains on, before it is counted and the teacher runs. Default: ``batch``.
 
         Called once for each micro-batch with the student as it is at that step, and with ``generates_batches`` alone.
         """
@@ -189,7 +189,7 @@ def prepare_method(
     seed: int,
     ids: Tensor | None = None,
 ) -> Method:
-    """``method``, fitted to the models; what it initialises is a function of ``seed`` alone.
+    """Build ``method`` for the models; its initialisation is a function of ``seed`` alone.
 
     Args:
         method: changed in place, by its :meth:`Method.build`.
@@ -207,10 +207,10 @@ def prepare_method(
 def prepare_student(
     method: Method, student: nn.Module, teacher: nn.Module | None, example: Batch, seed: int
 ) -> nn.Module:
-    """What ``method`` trains and exports for ``student``; what it adds is a function of ``seed`` alone.
+    """The module that ``method`` trains and exports; its new weights are a function of ``seed`` alone.
 
     Args:
-        method: its :meth:`Method.adapt_student` is asked.
+        method: its :meth:`Method.adapt_student` is called.
         student: as it was made.
         teacher: the teacher's model; ``None`` where there is none.
         example: a few samples of the data.
@@ -222,7 +222,7 @@ def prepare_student(
 
 @contextmanager
 def _stream(seed: int) -> Iterator[None]:
-    """Random numbers by ``seed``, of another stream than the student's own."""
+    """Random numbers by ``seed``, from another stream than the student's initialisation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((seed + 1) * 2_654_435_761 & (2**63 - 1))
         yield

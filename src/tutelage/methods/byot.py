@@ -65,7 +65,7 @@ class ByotMethod(Method):
         last = list(find_stages(student, example))
         size = last[-1] if last else (1, 1)
         signed = bool((feature < 0).any())
-        made = []
+        exits = []
         for tap in self.taps:
             shape = tuple(seen.hidden[tap].shape)
             if len(shape) not in (2, 4):
@@ -73,8 +73,8 @@ class ByotMethod(Method):
                     f"{tap!r} gives {shape}: an exit is at a map [B, C, H, W] or a vector [B, D]",
                     where="method.exits", remedy="`tutelage taps` shows what there is",
                 )  # fmt: skip
-            made.append(Exit(shape, size, feature.shape[1], classes, factor=self.options.factor, signed=signed))
-        self.exits = nn.ModuleList(made)
+            exits.append(Exit(shape, size, feature.shape[1], classes, factor=self.options.factor, signed=signed))
+        self.exits = nn.ModuleList(exits)
         self.student_needs = Needs(hidden=(*self.taps, self.deepest))
         soft, hint = self.options.alpha / self.options.temperature**2, self.options.hint * feature.shape[1]
         self.weights = {"ce": 1.0}

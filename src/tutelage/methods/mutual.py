@@ -163,10 +163,12 @@ class MutualMethod(Method):
 
     def formula(self) -> str:
         """The loss in one line."""
-        shown = [f"T={self.options.temperature:g}", f"target={self.options.target}"]
-        shown += [f"refresh={self.options.refresh}"] if self.options.refresh is not None else []
-        shown += [f"burn_in={self.options.burn_in:g}"] if self.options.burn_in else []
-        return f"{1 + len(self.peers)} students, each 1 * ce + {self.options.weight:g} * mutual({', '.join(shown)})"
+        settings = [f"T={self.options.temperature:g}", f"target={self.options.target}"]
+        settings += [f"refresh={self.options.refresh}"] if self.options.refresh is not None else []
+        settings += [f"burn_in={self.options.burn_in:g}"] if self.options.burn_in else []
+        return (
+            f"{1 + len(self.peers)} students, each 1 * ce + {self.options.weight:g} * mutual({', '.join(settings)})"
+        )
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -12,8 +12,8 @@ from tutelage.config.methods.base import Layers, MethodOptions, check_labels_wei
 
 
 class TripleOptions(MethodOptions):
-    """DistilBERT: 5 * T^2 * KL to the teacher's word for each token + 2 * CE with the masked ones + 1 * the cosine
-    distance of the last hidden states. A term with weight 0 is not computed."""
+    """DistilBERT: 5 * T^2 * KL to the teacher's distribution of each token + 2 * CE with the masked tokens + 1 * the
+    cosine distance of the last hidden states. A term with weight 0 is not computed."""
 
     kind: Literal["triple"] = "triple"
     """For models and data of masked language modelling."""

@@ -65,9 +65,9 @@ class RolloutsOptions(Section):
     folder: str | None = None
     """Where weights are written for it. Default: a temporary folder of this machine."""
     key_env: str | None = None
-    """Name of the environment variable that holds the key. Default: none is sent."""
+    """Name of the environment variable with the API key. Default: no key is sent."""
     concurrency: Count = 16
-    """The most prompts that it is asked at once."""
+    """Most requests in flight."""
     timeout: Positive = 300.0
     """Seconds that an answer may take, or loading weights, while other processes wait."""
     max_retry_time: Positive = 200.0
@@ -85,29 +85,29 @@ class RolloutsOptions(Section):
 
 
 class OnPolicyOptions(TokenOptions):
-    """Language models, taught on what the student itself writes: with probability lambda a batch's answers are its
-    own, and the teacher scores them (GKD). Not with a cache, nor with packed rows."""
+    """Language models, trained on the student's own answers: with probability lambda the student generates the
+    answers of a batch, and the teacher scores them (GKD). Not with a cache, nor with packed rows."""
 
     accepts_remote_teacher: ClassVar[bool] = False
     kind: Literal["on-policy"] = "on-policy"  # type: ignore[assignment]
     """For causal language models of one tokenizer and data of task causal with prompts: conversations, or pairs."""
     lmbda: Fraction = 0.5
-    """Share of batches that the student writes: 0 is like ``token``, 1 is all."""
+    """Share of batches whose answers the student generates: 0 is like ``token``, 1 is all."""
     divergence: Divergence = "js"
     """D, as in ``token``. With ``reverse_kl`` and ``lmbda: 1`` MiniLLM's, of one step."""
     alpha: NotNegative = 1.0
     """Weight of the soft labels; at most 1 unless ``hard`` is given."""
     max_new_tokens: Count = 128
-    """Most tokens that the student writes for a prompt."""
+    """Most tokens that the student generates for a prompt."""
     max_prompt_tokens: Count = 512
-    """Most tokens of a prompt; of a longer one its last are read."""
+    """Most tokens of a prompt; longer prompts are truncated at the start."""
     sampling_temperature: NotNegative = 1.0
-    """Temperature at which it writes; 0 takes the likeliest token."""
+    """Temperature of the student's sampling; 0 takes the most probable token."""
     replay_buffer: Annotated[int, Field(ge=0)] = 0
-    """How many answers are kept and used again (DistiLLM); 0: none."""
+    """Size of the replay buffer, in answers (DistiLLM); 0: none."""
     replay_share: Fraction | Literal["rising"] = 0.5
-    """Share of what it writes that is drawn from those kept, once there are enough; ``rising``: from 0 at the first
-    step to 1 at the last (DistiLLM)."""
+    """Share of the student's batches that come from the replay buffer, once it holds enough; ``rising``: from 0 at
+    the first step to 1 at the last (DistiLLM)."""
     long: NotNegative = 0.0
     """Weight of MiniLLM's long part, what a token leads to. Needs ``divergence: reverse_kl``, ``temperature: 1``,
     ``sampling_temperature: 1`` and ``replay_buffer: 0``."""
@@ -140,7 +140,7 @@ class OnPolicyOptions(TokenOptions):
 
 
 class CrossTokenizerOptions(MethodOptions):
-    """A language model taught by one with another tokenizer: alpha * soft + (1 - alpha) * CE with the next tokens.
+    """A language model whose teacher has another tokenizer: alpha * soft + (1 - alpha) * CE with the next tokens.
     Tokens of both are aligned by the bytes that they stand for; what chat templates and tokenizers put around a text
     may differ."""
 
@@ -160,8 +160,8 @@ class CrossTokenizerOptions(MethodOptions):
     hard: NotNegative | None = None
     """Weight of the next tokens. Default: 1 - alpha."""
     rest: Literal["bucket", "uld"] = "bucket"
-    """Of ``spans``: what the entries are that only one vocabulary has: ``bucket``, one outcome; ``uld``: besides,
-    their sorted probabilities are compared."""
+    """Of ``spans``: what the entries are that only one vocabulary has: ``bucket``, one outcome; ``uld``: in
+    addition, their sorted probabilities are compared."""
     beta: Fraction | None = None
     """Of ``js``. Default: 0.5."""
     skew: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
@@ -187,7 +187,7 @@ def check_divergence(config: TokenOptions | CrossTokenizerOptions) -> None:
 
 class SequenceOptions(MethodOptions):
     """Maximum likelihood of the next tokens: of a teacher's answers, sequence-level distillation (Alpaca). No teacher
-    is asked."""
+    runs."""
 
     kind: Literal["sequence"] = "sequence"
     """For causal language models and data of task causal."""

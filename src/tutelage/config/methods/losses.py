@@ -203,7 +203,7 @@ class ReviewOptions(LossOptions):
 
     method_only: ClassVar[frozenset[str]] = frozenset({"width"})
     levels: list[Count] | None = None
-    """Sizes to which maps are pooled, besides their own."""
+    """Sizes to which maps are pooled, in addition to their own."""
     width: Count | None = None
     """Channels of the fusion. Default: the student's deepest, at most 512."""
 

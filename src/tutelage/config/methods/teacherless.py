@@ -1,4 +1,4 @@
-"""Methods without a teacher: students that teach each other or themselves, and controls."""
+"""Options of methods without a teacher: mutual learning, self-distillation, and controls."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ class MutualOptions(MethodOptions):
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["mutual"] = "mutual"
-    """Learns from peers that are trained along; the teacher, where there is one, is only compared with."""
+    """The student learns from peers that train with it; a teacher, if there is one, is only compared with."""
     peers: Annotated[list[Peer], BeforeValidator(_peers)] = 1  # type: ignore[assignment]
-    """Whom the student learns with, beside itself: a number of copies of its architecture with other
-    initialisations, or a list of models such as ``[{model: convnet, options: {widths: [8, 16]}}, mlp]``, where
-    ``null`` is a copy. Default: one copy, so two students in all."""
+    """The other students: a number of copies of the student's architecture with other initialisations, or a list of
+    models such as ``[{model: convnet, options: {widths: [8, 16]}}, mlp]``, where ``null`` is a copy. Default: one
+    copy, so two students in all."""
     temperature: Positive = 1.0
-    """T, of all students alike."""
+    """T of all students."""
     weight: NotNegative = 1.0
-    """Of what the peers say."""
+    """Weight of the loss to the peers."""
     target: Literal["each", "mean"] = "each"
     """``each``: the mean of the losses to each peer; ``mean``: the loss to the mean of their probabilities."""
     refresh: Count | None = None
-    """Learn from copies of the peers that are renewed every so many steps. Default: from the peers as they are."""
+    """Learn from copies of the peers that are updated every so many steps. Default: from the peers themselves."""
     burn_in: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the steps in which the labels alone are learned."""
+    """Share of the steps with the labels alone."""
 
 
 class ByotOptions(MethodOptions):
@@ -62,7 +62,7 @@ class ByotOptions(MethodOptions):
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["byot"] = "byot"
-    """The network teaches itself; the teacher, where there is one, is only compared with."""
+    """The network is its own teacher; a teacher, if there is one, is only compared with."""
     exits: Annotated[list[str] | None, auto_or_list("taps", "for example [stages.0, stages.1]")] = None
     """``auto``, the default: the last feature map of each resolution but the deepest. Or a list of taps, as
     ``tutelage taps RECIPE`` shows them."""
@@ -71,28 +71,28 @@ class ByotOptions(MethodOptions):
     temperature: Positive = 3.0
     """T of that KL."""
     hint: NotNegative = 0.03
-    """Weight of the squared distance of an exit's feature to what goes into the student's head."""
+    """Weight of the squared distance of an exit's feature to the input of the student's head."""
     factor: Count = 4
-    """By how much an exit's bottleneck is narrower than that."""
+    """The bottleneck of an exit has the width of that input divided by this."""
 
 
 class SupervisedOptions(MethodOptions):
-    """The labels alone, smoothed or not, in place of a teacher's: a control. Learns from labelled images only."""
+    """The labels alone, with or without smoothing: a control. Learns from labelled images only."""
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["supervised"] = "supervised"
-    """Cross-entropy; the teacher, where there is one, is only compared with."""
+    """Cross-entropy; a teacher, if there is one, is only compared with."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the target that is spread evenly over all classes; 0.1 is usual."""
 
 
 class TeacherFreeOptions(MethodOptions):
-    """Tf-KD: (1 - alpha) * CE + alpha * soft labels of a teacher that nobody trained. Learns from labelled images
+    """Tf-KD: (1 - alpha) * CE + alpha * hand-made soft labels. Learns from labelled images
     only."""
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["teacher-free"] = "teacher-free"
-    """Soft labels made by hand, a control; the teacher, where there is one, is only compared with."""
+    """Hand-made soft labels, a control; a teacher, if there is one, is only compared with."""
     alpha: Fraction = 0.1
     """Weight of those soft labels."""
     temperature: Positive = 20.0

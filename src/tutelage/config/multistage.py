@@ -1,4 +1,4 @@
-"""The ``workflow`` of a recipe: what trains more than once."""
+"""The ``workflow`` of a recipe: born-again generations and chains of assistants."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tutelage.config.models import ModelConfig
 
 
 class BornAgainConfig(Section):
-    """Generations of one architecture, each taught by the last (Furlanello et al., 2018)."""
+    """Generations of one architecture; each is the teacher of the next (Furlanello et al., 2018)."""
 
     kind: Literal["born-again"] = "born-again"
     """The workflow."""
     generations: Count = 3
-    """Taught generations. Generation 0 is the student trained alone; each starts from weights of its own."""
+    """Distilled generations. Generation 0 is the baseline student; each has its own initialisation."""
     ensemble: bool = True
-    """Score the mean of the probabilities of generations 0 to n too, for every n."""
+    """Also score the mean of the probabilities of generations 0 to n, for every n."""
     controls: list[Literal["label-smoothing", "teacher-free"]] = Field(default_factory=list)
-    """Students with the first generation's initial weights and steps that nobody teaches: what is gained without a
+    """Students with the first generation's initial weights and steps and without a teacher: the gain that needs no
     teacher."""
 
 
@@ -41,7 +41,7 @@ class AssistantChainConfig(Section):
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """The least share of its teacher's parameters that ``auto`` gives a student."""
     direct: bool = True
-    """Teach the student by the teacher itself too, for the comparison."""
+    """Also distil the student from the teacher directly, for comparison."""
 
 
 WORKFLOW_KINDS: dict[str, type[Section]] = {"assistant-chain": AssistantChainConfig, "born-again": BornAgainConfig}
