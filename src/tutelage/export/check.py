@@ -28,12 +28,7 @@ def compare_outputs(
 ) -> dict[str, Any]:
     """Compare the outputs of the model and of its export.
 
-    Args:
-        source: the model.
-        export: the export in its runtime.
-        batches: inputs.
-        task: the task, which defines the agreement.
-        exact: all outputs must agree within :data:`TOLERANCE`; else the predictions must agree.
+    With ``exact`` all outputs must agree within :data:`TOLERANCE`, else the predictions must agree.
 
     Returns:
         ``rows``; ``max_difference`` of any output; ``agreement``: the share of equal predictions, of embeddings the

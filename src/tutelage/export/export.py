@@ -23,7 +23,7 @@ from tutelage.errors import CapabilityError, ConfigError, RunDirectoryError, sug
 from tutelage.export.bundle import Inputs, ModelBundle, TraceModule, is_transformers
 from tutelage.export.card import model_card
 from tutelage.export.check import TOLERANCE, compare_outputs
-from tutelage.export.formats import FORMATS, output_name, trace_rows
+from tutelage.export.formats import FORMATS, ExportJob, output_name, trace_rows
 from tutelage.export.runtimes import MANIFEST, RuntimeModule, input_names, open_export
 from tutelage.files import atomic_folder
 
@@ -101,7 +101,7 @@ def write_export(
         names = tuple(batches[0])
     positions = getattr(getattr(bundle.model, "config", None), "max_position_embeddings", None)
     with atomic_folder(out) as folder:
-        how = FORMATS[to](bundle, folder, names, trace_rows(batches[0]), calibration)
+        how = FORMATS[to](ExportJob(bundle, folder, names, trace_rows(batches[0]), calibration))
         if bundle.tokenizer is not None:
             bundle.tokenizer.save_pretrained(folder)
         manifest: dict[str, Any] = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,20 @@ from tutelage.files import silence_transformers
 from tutelage.models import MODEL_CARD, WEIGHTS, save_model
 from tutelage.models.files import read_card
 
-Writer = Callable[[ModelBundle, Path, tuple[str, ...], Inputs, Sequence[Inputs]], dict[str, Any]]
-"""(model, folder, names of the inputs, a few rows to trace with, calibration inputs) -> entries of the manifest."""
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A model, the folder to write it to, names of its inputs, rows to trace with, and calibration inputs."""
+
+    bundle: ModelBundle
+    folder: Path
+    names: tuple[str, ...]
+    few: Inputs
+    calibration: Sequence[Inputs] = ()
 
 
-def _safetensors(
-    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
-) -> dict[str, Any]:
+def _safetensors(job: ExportJob) -> dict[str, Any]:
+    bundle, folder = job.bundle, job.folder
     if bundle.folder is None:
         raise CapabilityError(
             "a module of your own has no folder with the arguments that build it",
@@ -44,9 +51,8 @@ def _safetensors(
     return {}
 
 
-def _huggingface(
-    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
-) -> dict[str, Any]:
+def _huggingface(job: ExportJob) -> dict[str, Any]:
+    bundle, folder = job.bundle, job.folder
     with silence_transformers(), _with_label_names(bundle):
         bundle.model.save_pretrained(folder)  # type: ignore[operator]
     if bundle.task == "images" and bundle.preprocessing.get("channels") == 3:
@@ -86,21 +92,17 @@ def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 # Graphs ------------------------------------------------------------------------------------------------
 
 
-def _program(
-    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
-) -> dict[str, Any]:
-    graph, inputs = _trace_inputs(bundle.model, names, few)
-    dynamic = _dynamic_shapes(names, inputs, [torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC])
-    with _trace_errors(bundle.model, "torch-export"):
+def _program(job: ExportJob) -> dict[str, Any]:
+    graph, inputs = _trace_inputs(job.bundle.model, job.names, job.few)
+    dynamic = _dynamic_shapes(job.names, inputs, [torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC])
+    with _trace_errors(job.bundle.model, "torch-export"):
         program = torch.export.export(graph, inputs, dynamic_shapes=dynamic)
-        torch.export.save(program, folder / PROGRAM)
+        torch.export.save(program, job.folder / PROGRAM)
     return {"torch": torch.__version__}
 
 
-def _onnx(
-    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
-) -> dict[str, Any]:
-    return write_onnx(bundle.model, names, few, folder / ONNX, output_name(bundle.task))
+def _onnx(job: ExportJob) -> dict[str, Any]:
+    return write_onnx(job.bundle.model, job.names, job.few, job.folder / ONNX, output_name(job.bundle.task))
 
 
 def output_name(task: str) -> str:
@@ -111,14 +113,7 @@ def output_name(task: str) -> str:
 def write_onnx(
     model: nn.Module, names: tuple[str, ...], few: Inputs, path: Path, output: str = "logits"
 ) -> dict[str, Any]:
-    """Write an ONNX graph for any number of rows and tokens.
-
-    Args:
-        model: the module, in evaluation mode, on the CPU.
-        names: names of its inputs.
-        few: at least two rows of inputs.
-        path: path of the file.
-        output: name of the output.
+    """Write an ONNX graph for any number of rows and tokens, traced with the rows ``few``.
 
     Raises:
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
@@ -185,12 +180,11 @@ def _silence_converters() -> Iterator[None]:
 # int8 --------------------------------------------------------------------------------------------------
 
 
-def _int8(
-    bundle: ModelBundle, folder: Path, names: tuple[str, ...], few: Inputs, others: Sequence[Inputs]
-) -> dict[str, Any]:
-    whole = folder / "whole.onnx"
-    how = write_onnx(bundle.model, names, few, whole, output_name(bundle.task))
-    how |= quantise_onnx(whole, folder / ONNX, names, others if has_convolutions(bundle.model) else ())
+def _int8(job: ExportJob) -> dict[str, Any]:
+    whole = job.folder / "whole.onnx"
+    how = write_onnx(job.bundle.model, job.names, job.few, whole, output_name(job.bundle.task))
+    calibration = job.calibration if has_convolutions(job.bundle.model) else ()
+    how |= quantise_onnx(whole, job.folder / ONNX, job.names, calibration)
     whole.unlink()
     whole.with_name("whole.onnx.data").unlink(missing_ok=True)
     return how
@@ -207,15 +201,8 @@ def quantise_onnx(whole: Path, to: Path, names: tuple[str, ...], calibration: Se
     All types are unsigned: on processors without int8 instructions (VNNI), ONNX Runtime adds the products of unsigned
     and signed numbers in 16 bits, which overflow silently (a BERT lost a third of its predictions).
 
-    Args:
-        whole: the graph in float32.
-        to: the file to write.
-        names: names of its inputs.
-        calibration: inputs that fix the ranges of activations (static quantisation); empty: the ranges are computed
-            for each input (dynamic quantisation).
-
-    Returns:
-        Entries of the manifest.
+    ``calibration`` inputs fix the ranges of activations (static quantisation); without them the ranges are computed
+    for each input (dynamic quantisation). Returns entries of the manifest.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
@@ -249,14 +236,10 @@ class _CalibrationReader:
         return next(self._rest, None)
 
 
-FORMATS: dict[str, Writer] = {
-    "safetensors": _safetensors,
-    "hf": _huggingface,
-    "onnx": _onnx,
-    "int8": _int8,
-    "torch-export": _program,
-}
-"""The writer of each format."""
+FORMATS: dict[str, Callable[[ExportJob], dict[str, Any]]] = {
+    "safetensors": _safetensors, "hf": _huggingface, "onnx": _onnx, "int8": _int8, "torch-export": _program,
+}  # fmt: skip
+"""The writer of each format, which returns entries of the manifest."""
 
 
 def trace_rows(inputs: Inputs) -> Inputs:
@@ -264,4 +247,4 @@ def trace_rows(inputs: Inputs) -> Inputs:
     rows = len(next(iter(inputs.values())))
     if rows >= 2:
         return {name: x[: min(rows, 3)] for name, x in inputs.items()}
-    return {name: torch.cat([x, copy.deepcopy(x)]) for name, x in inputs.items()}
+    return {name: torch.cat([x, x]) for name, x in inputs.items()}

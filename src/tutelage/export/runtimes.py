@@ -197,16 +197,11 @@ def _check_archive(path: Path) -> None:
 
 
 def _onnx(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
-    session = onnx_session(folder / ONNX)
-
-    def run(inputs: Inputs) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: inputs[name].numpy() for name in names})[0])
-
-    return None, run
+    return None, onnx_runner(folder / ONNX, names)
 
 
-def onnx_session(path: Path, threads: int | None = None) -> Any:
-    """An ONNX Runtime session with as many threads as torch.
+def onnx_runner(path: Path, names: tuple[str, ...]) -> Run:
+    """Run a graph in ONNX Runtime, with as many threads as torch.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -217,12 +212,17 @@ def onnx_session(path: Path, threads: int | None = None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - its errors have no other common base
         raise _damaged(path, error) from None
+
+    def run(inputs: Inputs) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: inputs[name].numpy() for name in names})[0])
+
+    return run
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -230,10 +230,6 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 RUNTIMES: dict[str, Callable[[Path, str, tuple[str, ...]], Runtime]] = {
-    "safetensors": _safetensors,
-    "hf": _huggingface,
-    "onnx": _onnx,
-    "int8": _onnx,
-    "torch-export": _program,
-}
+    "safetensors": _safetensors, "hf": _huggingface, "onnx": _onnx, "int8": _onnx, "torch-export": _program,
+}  # fmt: skip
 """The loader of each format."""

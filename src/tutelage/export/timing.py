@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tutelage.errors import TutelageError, first_line
 from tutelage.export.bundle import Inputs, TraceModule
 from tutelage.export.formats import quantise_onnx, trace_rows, write_onnx
-from tutelage.export.runtimes import Run, onnx_session
+from tutelage.export.runtimes import Run, onnx_runner
 from tutelage.taps import compile_apart
 
 COLUMNS = ("eager", "compiled", "onnx", "int8")
@@ -40,12 +40,7 @@ def time_interleaved(
     """Seconds of each call. Every round calls all cells once, in a new random order.
 
     Drift of the machine's speed and warm caches then affect all cells equally, so ratios within a round are more
-    reliable than the seconds themselves.
-
-    Args:
-        cells: the calls; each gets one warm-up call.
-        rounds: number of rounds.
-        seed: seed of the orders.
+    reliable than the seconds themselves. Each call gets one warm-up call.
     """
     order, draw = list(cells), random.Random(seed)
     times: dict[Cell, list[float]] = {cell: [] for cell in cells}
@@ -61,13 +56,7 @@ def time_interleaved(
 
 
 def summarise_times(times: Sequence[float], rows: int, base: Sequence[float] | None) -> dict[str, Any]:
-    """Statistics of one cell: latency percentiles, rows per second, and the speedup over ``base``.
-
-    Args:
-        times: seconds of each round.
-        rows: batch size.
-        base: seconds of the cell that it is compared with, in the same rounds.
-    """
+    """Latency percentiles, rows per second, and the speedup over the seconds ``base`` of the same rounds."""
     ordered = sorted(times)
     p50 = statistics.median(ordered)
     result: dict[str, Any] = {
@@ -93,15 +82,9 @@ def count_flops(model: nn.Module, names: tuple[str, ...], one: Inputs) -> int:
 
 def prepare_runner(column: str, model: nn.Module, names: tuple[str, ...], few: Inputs, calibration: Sequence[Inputs],
            folder: Path) -> tuple[Run, Path | None]:  # fmt: skip
-    """A model in one runtime, and the file that the runtime reads, if any.
+    """A model in the runtime ``column``, and the file that the runtime reads, if any.
 
-    Args:
-        column: one of :data:`COLUMNS`.
-        model: the module, in evaluation mode.
-        names: names of its inputs.
-        few: rows to trace with.
-        calibration: inputs that calibrate int8 activations of models with convolutions.
-        folder: folder for files.
+    ``few`` are rows to trace with; ``calibration`` calibrates int8 activations of models with convolutions.
 
     Raises:
         TutelageError: the runtime does not support the model.
@@ -109,7 +92,9 @@ def prepare_runner(column: str, model: nn.Module, names: tuple[str, ...], few: I
     if column == "eager":
         return TraceModule(model, names).run, None
     if column == "compiled":
-        return _compiled(model, names), None
+        graph = TraceModule(model, names).eval()
+        compile_apart(graph, dynamic=False)  # separate graphs: shared ones would hit torch's recompile limit
+        return graph.run, None
     whole = folder / "whole.onnx"
     if not whole.exists():
         write_onnx(model, names, trace_rows(few), whole)
@@ -117,24 +102,7 @@ def prepare_runner(column: str, model: nn.Module, names: tuple[str, ...], few: I
     if column == "int8":
         path = folder / "int8.onnx"
         quantise_onnx(whole, path, names, calibration)
-    session = onnx_session(path)
-
-    def run(inputs: Inputs) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: inputs[name].numpy() for name in names})[0])
-
-    return run, path
-
-
-def _compiled(model: nn.Module, names: tuple[str, ...]) -> Run:
-    graph = TraceModule(model, names).eval()
-    compile_apart(graph, dynamic=False)  # separate graphs: shared ones would hit torch's recompile limit
-
-    @torch.no_grad()
-    def run(inputs: Inputs) -> Tensor:
-        outputs: Tensor = graph(*(inputs[name] for name in names))
-        return outputs
-
-    return run
+    return onnx_runner(path, names), path
 
 
 def try_call(call: Callable[[], Any]) -> tuple[Any, str | None]:
@@ -150,15 +118,8 @@ def try_call(call: Callable[[], Any]) -> tuple[Any, str | None]:
 def peak_memory(kind: str, path: Path, names: tuple[str, ...], inputs: Inputs, threads: int) -> dict[str, int]:
     """Peak of resident memory of a new process that loads a model and runs it.
 
-    Args:
-        kind: ``model`` for a folder that torch runs, ``onnx`` for a file that ONNX Runtime runs without torch.
-        path: the folder or file.
-        names: names of the inputs.
-        inputs: a batch, which is run three times.
-        threads: threads of the runtime.
-
-    Returns:
-        ``peak`` bytes, and ``before``: bytes with all libraries loaded, before the model.
+    ``kind`` is ``model`` for a folder that torch runs, ``onnx`` for a file that ONNX Runtime runs without torch.
+    Returns ``peak`` bytes, and ``before``: bytes with all libraries loaded, before the model.
 
     Raises:
         RuntimeError: the process failed.
