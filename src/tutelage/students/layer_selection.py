@@ -30,11 +30,7 @@ def require_config(model: nn.Module) -> Any:
 
 
 def find_layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and modules of the layers: the only list with ``config.num_hidden_layers`` modules, each with weights.
-
-    Raises:
-        ModelError: not a transformers model; no such list, or several; or layers that share weights.
-    """
+    """Path and modules of the layers: the only list with ``config.num_hidden_layers`` modules, each with weights."""
     config = require_config(model)
     family = type(model).__name__
     count = getattr(config, "num_hidden_layers", None)

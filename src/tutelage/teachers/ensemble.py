@@ -242,11 +242,7 @@ class Ensemble(nn.ModuleList):
 
 
 def normalise_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Weights that sum to 1; equal ones by default.
-
-    Raises:
-        CapabilityError: their number is not ``count``, one is negative or not finite, or all are zero.
-    """
+    """Weights that sum to 1, equal ones by default; raises :class:`CapabilityError` for unusable weights."""
     if weights is None:
         return [1 / count] * count
     values = [float(w) for w in weights]

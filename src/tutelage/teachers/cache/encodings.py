@@ -294,11 +294,7 @@ ENCODINGS: dict[str, type[Encoding]] = {
 
 
 def to_stored(x: Tensor, dtype: str) -> Array:
-    """``x`` as an array in the storage type of ``dtype``.
-
-    Raises:
-        NumericsError: ``x`` is not finite in ``dtype``.
-    """
+    """``x`` as an array; raises :class:`NumericsError` if it is not finite in ``dtype``."""
     stored = x.to(DTYPES[dtype])
     if not bool(torch.isfinite(stored).all()):
         finite = bool(torch.isfinite(x).all())

@@ -221,11 +221,7 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def read_side_file(side: Path) -> Shard:
-    """The shard that a side file describes.
-
-    Raises:
-        CacheError: the side file is damaged, or the shard is missing or has another size.
-    """
+    """The shard of a side file; raises :class:`CacheError` if one of them is missing or damaged."""
     content = read_sealed(side)
     shard = Shard(side.parent / str(content["shard"]), content["rows"], content["bytes"], content["sha256"])
     if shard.path.stem != side.stem:

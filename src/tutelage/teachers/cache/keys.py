@@ -15,11 +15,7 @@ from tutelage.teachers.cache.columns import Array
 
 
 def sample_keys(batch: Batch) -> tuple[Array, Array]:
-    """Sample ids and view seeds of a batch; seeds are 0 without augmentation.
-
-    Raises:
-        CapabilityError: the batch has no ids.
-    """
+    """Sample ids and view seeds of a batch; seeds are 0 without augmentation."""
     if batch.ids is None:
         raise CapabilityError(
             "the batch has no sample ids, by which teacher outputs are stored",

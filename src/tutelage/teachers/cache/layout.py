@@ -278,11 +278,7 @@ class Layout:
         return Signal(logits, hidden, head._replace(inputs=place(head.inputs)) if needs.head else None)
 
     def check_temperature(self, temperature: float | None) -> float:
-        """The temperature to decode at.
-
-        Raises:
-            CapabilityError: the distributions are sparse and not stored at this temperature.
-        """
+        """The temperature to decode at; raises :class:`CapabilityError` if it is not stored."""
         if not self.is_sparse:
             return 1.0
         if temperature is None and len(self.temperatures) == 1:

@@ -112,11 +112,7 @@ class CachedTeacher:
         return partial(compute_signal, self, batch, needs, current_autocast(batch.labels.device))
 
     def fill(self, batch: Batch) -> None:
-        """Store the rows of a batch that are missing.
-
-        Raises:
-            CacheError: as :meth:`signal`.
-        """
+        """Store the rows of a batch that are missing; raises as :meth:`signal`."""
         self._columns(batch)
 
     def check(self, needs: Needs) -> None:
