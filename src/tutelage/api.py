@@ -46,8 +46,8 @@ def run(
         recipe: a recipe, or the path of its YAML file.
         overrides: ``key=value``, for a path.
         out: the run directory. Default: the first free of ``runs/NAME``, ``runs/NAME-2`` ...
-        resume: go on with the run in that directory.
-        terminal: where progress is shown.
+        resume: continue the run in that directory.
+        terminal: shows progress.
 
     Raises:
         TutelageError: one of its subclasses, with the remedy.
@@ -69,17 +69,17 @@ def run_search(
     resume: bool = False,
     terminal: Terminal | None = None,
 ) -> SearchResult:
-    """Search the settings of a recipe and write the page; what ``tutelage search`` does.
+    """Search a recipe's hyperparameters and write the page; what ``tutelage search`` does.
 
     Args:
         recipe: a recipe, or the path of its YAML file.
         overrides: ``key=value``, for a path.
-        trials: how many settings are tried. Default: the recipe's ``search.trials``, 20.
-        keys: the space in place of the recipe's: ``KEY=LOW:HIGH``, ``KEY=LOW:HIGH:log``, ``KEY=a,b,c``.
-        workers: processes that each run a trial at a time; above 1, call it under ``if __name__ == "__main__"``.
+        trials: the number of trials. Default: the recipe's ``search.trials``, 20.
+        keys: the search space, instead of the recipe's: ``KEY=LOW:HIGH``, ``KEY=LOW:HIGH:log``, ``KEY=a,b,c``.
+        workers: processes that run trials in parallel; above 1, call it under ``if __name__ == "__main__"``.
         out: the folder. Default: the first free of ``runs/NAME-search``, ``runs/NAME-search-2`` ...
-        resume: go on with the search in that folder.
-        terminal: where progress is shown.
+        resume: continue the search in that folder.
+        terminal: shows progress.
 
     Raises:
         TutelageError: one of its subclasses, with the remedy.
@@ -101,13 +101,13 @@ def judge(
     out: str | Path | None = None,
     terminal: Terminal | None = None,
 ) -> JudgementResult:
-    """Let models answer and an endpoint judge, and write the pages; what ``tutelage judge`` does.
+    """Generate answers, let an endpoint judge them, and write the pages; what ``tutelage judge`` does.
 
     Args:
         recipe: the path of a YAML file, or a loaded one.
         overrides: ``key=value``, for a path.
         out: the folder. Default: ``runs/NAME-judge``.
-        terminal: where progress is shown.
+        terminal: shows progress.
 
     Raises:
         TutelageError: one of its subclasses, with the remedy.
@@ -120,7 +120,7 @@ def judge(
 
 
 def is_main() -> bool:
-    """Whether this process is the one of several that writes and speaks."""
+    """Whether this is the main process, which writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

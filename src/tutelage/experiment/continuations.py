@@ -79,12 +79,12 @@ def select_rows(test: Iterable[Batch], count: int) -> list[Batch]:
 def generate_continuations(
     models: Mapping[str, tuple[nn.Module, Any]], rows: Sequence[Batch], most: int, device: torch.device
 ) -> list[dict[str, str]]:
-    """The rows as texts: ``prompt``, ``data`` (what follows there), and what each model writes, by its name.
+    """The rows as texts: ``prompt``, ``data`` (its continuation in the data), and each model's continuation by name.
 
     Args:
-        models: each with its tokenizer. That named ``teacher`` reads what the teacher of the data reads.
-        rows: of :func:`select_rows`.
-        most: tokens that each writes.
+        models: each with its tokenizer. ``teacher`` gets the teacher's inputs.
+        rows: from :func:`select_rows`.
+        most: the maximum number of generated tokens.
         device: where models without parameters are.
     """
     texts: list[dict[str, str]] = [{} for _ in rows]
@@ -95,10 +95,10 @@ def generate_continuations(
         outputs = sample_completions(model, prompts, max_new_tokens=most, temperature=0)
         for text, one, (ids, begin) in zip(texts, openings, outputs, strict=True):
 
-            def words(tokens: Tensor, cutter: Any = tokenizer) -> str:
-                return str(cutter.decode(tokens, skip_special_tokens=True)).strip()
+            def decode(tokens: Tensor, tokenizer: Any = tokenizer) -> str:
+                return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-            text[name] = words(ids[begin:])
-            text.setdefault("prompt", words(one.prompt))
-            text.setdefault("data", words(one.rest[:most]))
+            text[name] = decode(ids[begin:])
+            text.setdefault("prompt", decode(one.prompt))
+            text.setdefault("data", decode(one.rest[:most]))
     return texts

@@ -37,21 +37,21 @@ def export_student(
     to_batch: Callable[[Any], Batch] = as_batch,
     terminal: Terminal | None = None,
 ) -> ExportResult:
-    """Write a finished model in a format that runs elsewhere, and see there that it answers as before.
+    """Export a finished model, and check that the exported model gives the same outputs.
 
     Args:
-        source: the folder of a run, whose student is meant; of a model; or a module, with ``data``.
+        source: the folder of a run, for its student; the folder of a model; or a module, with ``data``.
         to: ``safetensors``, ``hf``, ``onnx``, ``int8`` or ``torch-export``.
         out: the folder. Default: ``export/FORMAT`` in the run's or the model's.
-        data: what it is checked on: a recipe, for a model without a run; a loader, for a module. Default: 256 rows of
-            the run's test split; inputs made up where there is none.
+        data: the check's inputs: a recipe, for a model without a run; a loader, for a module. Default: 256 rows of
+            the run's test split, or random inputs without a run.
         classes: label names, of a module.
         preprocessing: ``size``, ``channels``, ``mean`` and ``std`` of a module's images, or ``max_length`` of texts.
         to_batch: makes a :class:`tutelage.data.Batch` of what a loader yields.
-        terminal: where progress is shown.
+        terminal: shows progress.
 
     Raises:
-        TutelageError: one of its subclasses, with the remedy; nothing is left of an export that is not right.
+        TutelageError: one of its subclasses, with the remedy; a failed export leaves no files.
     """
     terminal = terminal or Terminal()
     if isinstance(source, nn.Module):

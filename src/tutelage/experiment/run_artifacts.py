@@ -59,13 +59,13 @@ class SavedModel:
         """The run's data, as this model reads it; ``None`` where no recipe says which.
 
         Raises:
-            DataError: it is gone, or other data than the model's.
+            DataError: it is missing, or differs from the model's.
         """
         return None if self.recipe is None else data_of(self.recipe, self.bundle, self.terminal)
 
 
 def find(path: str | Path, terminal: Terminal) -> SavedModel:
-    """The student of a run, or the model in a folder, with the run that it is in.
+    """The student of a run, or the model in a folder, with its run.
 
     Raises:
         RunDirectoryError: no such folder, or a run that is not finished.
@@ -109,7 +109,7 @@ def _load_saved_model(folder: Path, run: Path | None, terminal: Terminal) -> Sav
 
 
 def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal) -> Data:
-    """The data of a recipe as a model reads it: with its class order, and cut by its tokenizer.
+    """The data of a recipe as a model reads it: with its class order and its tokenizer.
 
     Raises:
         DataError: it cannot be read, or has other classes.
@@ -126,9 +126,9 @@ def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal) -> Data:
         if changed and bundle.folder is not None and (bundle.folder / MODEL_CARD).exists():
             key = changed[0]
             raise DataError(
-                f"not the images that the model was trained on: {key} is {actual[key]}, and was {known[key]}",
+                f"the images differ from the training images: {key} is {actual[key]}, it was {known[key]}",
                 where=str(config.path or config.source),
-                remedy="put the data back as it was when the run began",
+                remedy="restore the data of the run",
             )
         return data
     _check_tokenizer(bundle)
@@ -145,9 +145,9 @@ def _check_tokenizer(bundle: ModelBundle) -> None:
     known = (read_card(folder).get("preprocessing") or {}).get("tokenizer")
     if known is not None and tokenizer_fingerprint(bundle.tokenizer) != known:
         raise CheckpointError(
-            "the tokenizer beside the model is another than it was trained with",
+            "the tokenizer next to the model is not the one that it was trained with",
             where=str(folder),
-            remedy="put back the files that the run wrote",
+            remedy="restore the files that the run wrote",
         )
 
 
