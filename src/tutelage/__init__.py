@@ -34,21 +34,9 @@ _MODULES = {
 _PACKAGES = ("config", "data", "export", "engine", "methods", "models", "losses", "reports", "taps", "teachers")
 
 __all__ = [
-    "DistillResult",
-    "TutelageError",
-    "data",
-    "distill",
-    "export_student",
-    "generate",
-    "judge",
-    "losses",
-    "methods",
-    "models",
-    "predict",
-    "run",
-    "run_search",
-    "teachers",
-]
+    "DistillResult", "TutelageError", "data", "distill", "export_student", "generate", "judge", "losses", "methods",
+    "models", "predict", "run", "run_search", "teachers",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -10,24 +10,7 @@ Data = ImageData | TextData
 """The data of a recipe."""
 
 __all__ = [
-    "IGNORE",
-    "Batch",
-    "Batches",
-    "Data",
-    "ImageData",
-    "ImageSet",
-    "IndexedDataset",
-    "LoaderBatches",
-    "PlannedBatches",
-    "RankSlice",
-    "Rows",
-    "SequentialBatches",
-    "TextData",
-    "TextSet",
-    "as_batch",
-    "causal_batch",
-    "load_images",
-    "load_texts",
-    "read_texts",
-    "view_seeds",
-]
+    "IGNORE", "Batch", "Batches", "Data", "ImageData", "ImageSet", "IndexedDataset", "LoaderBatches",
+    "PlannedBatches", "RankSlice", "Rows", "SequentialBatches", "TextData", "TextSet", "as_batch", "causal_batch",
+    "load_images", "load_texts", "read_texts", "view_seeds",
+]  # fmt: skip

@@ -14,16 +14,6 @@ from tutelage.engine.loop import Outcome, Training, fit
 from tutelage.engine.run_directory import RunDirectory
 
 __all__ = [
-    "Accelerator",
-    "Outcome",
-    "RunDirectory",
-    "Training",
-    "TrainingCallback",
-    "broadcast_from_main",
-    "build_accelerator",
-    "fit",
-    "is_bf16_slow",
-    "leave",
-    "open_trackers",
-    "resolve_precision",
-]
+    "Accelerator", "Outcome", "RunDirectory", "Training", "TrainingCallback", "broadcast_from_main",
+    "build_accelerator", "fit", "is_bf16_slow", "leave", "open_trackers", "resolve_precision",
+]  # fmt: skip

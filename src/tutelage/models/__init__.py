@@ -5,16 +5,6 @@ from tutelage.models.files import MODEL_CARD, WEIGHTS, load_model, load_weights,
 from tutelage.models.pretrained import load_tokenizer, read_class_names, resolve_source
 
 __all__ = [
-    "MODEL_CARD",
-    "WEIGHTS",
-    "ZOO",
-    "ModelSpec",
-    "build",
-    "label_names",
-    "load_model",
-    "load_tokenizer",
-    "load_weights",
-    "read_class_names",
-    "resolve_source",
-    "save_model",
-]
+    "MODEL_CARD", "WEIGHTS", "ZOO", "ModelSpec", "build", "label_names", "load_model", "load_tokenizer",
+    "load_weights", "read_class_names", "resolve_source", "save_model",
+]  # fmt: skip

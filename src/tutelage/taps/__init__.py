@@ -21,19 +21,6 @@ from tutelage.taps.observe import (
 from tutelage.taps.tap import Tap, find_module, parse_tap
 
 __all__ = [
-    "Adapter",
-    "Head",
-    "Needs",
-    "Observation",
-    "Observer",
-    "Tap",
-    "as_linear",
-    "compile_apart",
-    "evaluating",
-    "find_module",
-    "logits_of",
-    "observe",
-    "output_head",
-    "parse_tap",
-    "vocabulary_head",
-]
+    "Adapter", "Head", "Needs", "Observation", "Observer", "Tap", "as_linear", "compile_apart", "evaluating",
+    "find_module", "logits_of", "observe", "output_head", "parse_tap", "vocabulary_head",
+]  # fmt: skip

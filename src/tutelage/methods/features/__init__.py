@@ -9,15 +9,6 @@ from tutelage.methods.features.learned import FactorTransferLoss, OverhaulLoss, 
 from tutelage.methods.features.pairwise import PairwiseLoss, TokenPairwiseLoss
 
 __all__ = [
-    "ContrastiveLoss",
-    "FactorTransferLoss",
-    "FeatureContext",
-    "FeatureLoss",
-    "FeaturePair",
-    "OverhaulLoss",
-    "PairwiseLoss",
-    "ReviewLoss",
-    "TokenPairwiseLoss",
-    "VidLoss",
-    "token_positions",
-]
+    "ContrastiveLoss", "FactorTransferLoss", "FeatureContext", "FeatureLoss", "FeaturePair", "OverhaulLoss",
+    "PairwiseLoss", "ReviewLoss", "TokenPairwiseLoss", "VidLoss", "token_positions",
+]  # fmt: skip
