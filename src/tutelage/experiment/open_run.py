@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from tutelage.config import differing_keys
+from tutelage.config.lines import load_yaml
 from tutelage.engine import RunDirectory
 from tutelage.errors import Interrupted, RunDirectoryError, TutelageError
 from tutelage.files import try_lock, wrap_write_errors, write_text
@@ -69,7 +70,7 @@ def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
             raise RunDirectoryError("there is no run to resume", where=str(path), remedy="leave --resume out")
         return
     try:
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        before = load_yaml(stored.read_text(encoding="utf-8"))[0]
         if not isinstance(before, dict):
             raise ValueError("it holds no settings")
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -115,7 +116,7 @@ def open_run_directory(
     if not main:
         yield run
         return
-    check_same(path, yaml.safe_load(config_yaml), resume)
+    check_same(path, load_yaml(config_yaml)[0], resume)
     with wrap_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / "run.lock", os.O_CREAT | os.O_RDWR)

@@ -15,7 +15,6 @@ from tutelage.config import (
     TEACHER_ONLY_TASKS,
     UNLABELLED,
     MemberConfig,
-    MethodOptions,
     ModelConfig,
     Recipe,
     TeacherConfig,
@@ -222,10 +221,7 @@ class RecipeSource:
     def build_method(self) -> Method:
         """See :class:`ExperimentSource`."""
         options = self.recipe.method
-        kind, task = METHODS[options.kind], LABELS[self.recipe.data.task]
-        if kind.Options is not MethodOptions:
-            return kind(options, task=task)
-        return kind(**options.model_dump(exclude={"kind"}), task=task)
+        return METHODS[options.kind](options, task=LABELS[self.recipe.data.task])
 
     def build_baseline_method(self) -> Method:
         """See :class:`ExperimentSource`."""

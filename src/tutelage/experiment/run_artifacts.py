@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from tutelage.config import Recipe, TextDataConfig, build_recipe, load_recipe
+from tutelage.config.lines import load_yaml
 from tutelage.data import Data, SequentialBatches, load_images, load_texts
 from tutelage.data.tokens import tokenizer_fingerprint
 from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, nearest
@@ -94,7 +95,7 @@ def _load_saved_model(folder: Path, run: Path | None, terminal: Terminal) -> Sav
     if run is None:
         return SavedModel(folder, None, None, {}, {}, terminal)
     try:
-        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        config = load_yaml((run / CONFIG).read_text(encoding="utf-8"))[0]
         if not isinstance(config, dict):
             raise ValueError("it holds no settings")
     except (OSError, ValueError, yaml.YAMLError) as error:
