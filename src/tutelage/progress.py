@@ -31,12 +31,7 @@ def show_terms(line: dict[str, Any]) -> str:
 
 
 class Terminal:
-    """A callback that shows the rate, the remaining time, the loss terms and the validation metric.
-
-    Args:
-        console: default: standard error.
-        speaks: whether this process prints; true only for the main one.
-    """
+    """A callback that shows the rate, the remaining time, the loss terms and the validation metric."""
 
     def __init__(self, console: Console | None = None, *, speaks: bool = True) -> None:
         self.console = console or Console(stderr=True)

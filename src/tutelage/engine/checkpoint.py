@@ -143,11 +143,7 @@ def save_checkpoint(folder: Path, parts: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read what :func:`save_checkpoint` wrote.
-
-    Raises:
-        CheckpointError: it is incomplete or damaged.
-    """
+    """Read what :func:`save_checkpoint` wrote."""
     try:
         tensors = load_file(str(folder / TENSORS))
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))

@@ -10,11 +10,7 @@ from tutelage.errors import CapabilityError
 
 
 def enable_gradient_checkpointing(student: nn.Module) -> None:
-    """Turn on gradient checkpointing in a model of transformers.
-
-    Raises:
-        CapabilityError: the model does not support it.
-    """
+    """Turn on gradient checkpointing in a model of transformers."""
     model: Any = getattr(student, "model", student) if hasattr(student, "weights_prefix") else student
     older = getattr(model, "gradient_checkpointing_enable", None)  # transformers uses both names
     enable = getattr(model, "activation_checkpointing_enable", older)

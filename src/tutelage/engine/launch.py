@@ -23,16 +23,7 @@ T = TypeVar("T")
 
 
 def build_accelerator(precision: str | None = None, trackers: list[str] | None = None) -> Accelerator:
-    """An accelerator under ``accelerate launch``, ``torchrun`` or neither.
-
-    Args:
-        precision: see :func:`resolve_precision`.
-        trackers: experiment trackers by accelerate's names.
-
-    Raises:
-        CapabilityError: this machine cannot compute in that precision.
-        MissingDependencyError: a tracker is not installed, or DeepSpeed, if the launcher uses it.
-    """
+    """An accelerator under ``accelerate launch``, ``torchrun`` or neither."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if zero.wanted():
         zero.check_installed()

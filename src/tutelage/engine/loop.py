@@ -45,17 +45,10 @@ class Training:
     """One training: the student, the method, the data, the teacher and the run directory.
 
     Attributes:
-        name: within its run, such as ``distilled-seed0``.
         student: trained in place.
-        method: computes the loss terms of a batch.
-        batches: the training data, planned by seed.
-        config: how to train.
-        run: the run directory.
-        teacher: ``None`` for a method without one.
         validation: batches to select on; ``None`` for none.
         seed: of everything random except the initial weights, which the caller sets.
         should_stop: called after every step; true saves the state and raises :class:`Interrupted`.
-        callback: called at the start, after each step and for each line of metrics.
         epoch_steps: the steps of an epoch for the schedule and the evaluations. Default: a pass over ``batches``.
             A baseline student on fewer images gets the steps of the distilled one.
         classes: the number of classes; labels are checked against it.
@@ -112,7 +105,6 @@ class Outcome:
         best: weights at the best validation; ``last`` without validation.
         method: the method's own weights after the last step.
         best_method: the same at the best validation of the student.
-        progress: at the end.
     """
 
     last: dict[str, Tensor]

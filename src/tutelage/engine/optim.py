@@ -31,9 +31,6 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     """The optimizer of all parameters of ``module`` that want a gradient.
 
     Weight decay is not applied to vectors and scalars (biases, norms), unless ``decay_vectors`` asks for it.
-
-    Raises:
-        ConfigError: the optimizer refuses an option, or there is nothing to train.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
@@ -87,11 +84,7 @@ exponential's decay are in epochs."""
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int, steps_per_epoch: int
 ) -> schedulers.ChainedScheduler:
-    """The schedule, after a linear warm-up; stepped once an optimizer step.
-
-    Raises:
-        ConfigError: an option is missing or refused.
-    """
+    """The schedule, after a linear warm-up; stepped once an optimizer step."""
     warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
     try:
         main = SCHEDULES[config.kind](optimizer, max(1, steps), steps_per_epoch, config.options)

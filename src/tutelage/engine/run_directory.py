@@ -27,12 +27,7 @@ from tutelage.files import TEMPORARY_PREFIX, atomic_folder, wrap_write_errors, w
 
 
 class RunDirectory:
-    """Paths and files of one run.
-
-    Args:
-        path: the folder; made if absent.
-        writes: whether this process writes (the main one of several).
-    """
+    """Paths and files of one run."""
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes

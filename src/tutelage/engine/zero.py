@@ -40,17 +40,7 @@ def check_installed() -> None:
 
 
 class Zero:
-    """The parts of a training that DeepSpeed does instead of the engine.
-
-    Args:
-        accelerator: of a launcher that uses DeepSpeed; its settings become those of the training.
-        config: of the training.
-        module: that is trained.
-        optimizer: of it.
-
-    Raises:
-        CapabilityError: another stage, or an option that does not work with a partitioned state.
-    """
+    """The parts of a training that DeepSpeed does instead of the engine."""
 
     def __init__(
         self, accelerator: Accelerator, config: TrainConfig, module: nn.Module, optimizer: torch.optim.Optimizer
@@ -106,7 +96,8 @@ class Zero:
 
     def model(self) -> dict[str, Tensor]:
         """All weights and buffers on the CPU; trained weights in float32. Every process must call it; only the main
-        process gets them."""
+        process gets them.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {k: v.detach() for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}

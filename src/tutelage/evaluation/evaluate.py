@@ -28,12 +28,8 @@ def evaluate(
     """Metrics of ``model`` over ``batches``; the model keeps its mode.
 
     Args:
-        model: any module that returns logits.
-        batches: unaugmented.
-        device: where the model is.
         teacher: the teacher output for each batch, from :func:`get_teacher_output`, in the same order.
         share: which rows of every batch this process evaluates.
-        reduce: sums a tensor over processes.
         watch: called with the logits of the counted positions of each batch, ``[N, C]``.
     """
 
@@ -59,11 +55,7 @@ def evaluate_teacher(
     """Metrics of a teacher, in its own precision and with its own routes.
 
     Args:
-        teacher: gives its logits.
-        batches: unaugmented.
-        device: where the batches go.
         outputs: its output for each batch, from :func:`get_teacher_output`, if they are computed already.
-        watch: as in :func:`evaluate`.
     """
     stored = None if outputs is None else iter(outputs)
 

@@ -17,16 +17,7 @@ Scores = dict[str, dict[str, float]]
 
 
 def harness(config: EvaluateConfig, tokenizer: Any) -> Callable[[nn.Module], Scores]:
-    """A function that scores a causal language model on a recipe's tasks. Unknown names raise at once.
-
-    Args:
-        config: the tasks and their options.
-        tokenizer: of the models.
-
-    Raises:
-        MissingDependencyError: lm-eval is not installed.
-        ConfigError: no task of such a name.
-    """
+    """A function that scores a causal language model on a recipe's tasks. Unknown names raise at once."""
     require("lm_eval", "lm-eval", "evaluate.tasks")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager

@@ -31,7 +31,6 @@ class Metrics(Protocol):
 
         Args:
             logits: ``[B, ..., C]``.
-            batch: those rows.
             teacher: the teacher's logits for them.
             rows: their position in the full batch: start, stop and the full batch's length.
         """
@@ -47,11 +46,7 @@ class Metrics(Protocol):
 
 
 class Scores:
-    """Running sums of every metric of a classifier.
-
-    Args:
-        device: where the sums live.
-    """
+    """Running sums of every metric of a classifier."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         names = ("n", "correct", "nll", "seen", "agree", "kl")
@@ -152,11 +147,7 @@ def confusion_metrics(counts: Tensor) -> dict[str, float]:
 
 
 class LabelScores:
-    """Multi-label metrics: micro F1 over all decisions, the share of right decisions, and the loss.
-
-    Args:
-        device: where the sums live.
-    """
+    """Multi-label metrics: micro F1 over all decisions, the share of right decisions, and the loss."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         names = ("n", "decisions", "right", "true", "predicted", "hit", "nll", "seen", "agree", "kl")
@@ -295,11 +286,7 @@ class EmbeddingScores(_AllRows):
 
 
 class RankingScores:
-    """Ranking metrics: how often student and teacher order two answers in the same way.
-
-    Args:
-        device: where the sums live.
-    """
+    """Ranking metrics: how often student and teacher order two answers in the same way."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in ("n", "right", "square")}

@@ -20,11 +20,6 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def paired_difference(treated: Sequence[float], control: Sequence[float], level: float = 0.95) -> dict[str, Any]:
     """Mean of the differences seed by seed, with Student's interval.
 
-    Args:
-        treated: one value a seed.
-        control: the same seeds, in the same order.
-        level: of the interval.
-
     Returns:
         ``mean``, and ``low`` and ``high``, which are ``None`` for a single seed.
     """

@@ -34,12 +34,7 @@ def open_recipe_cache(
     method: Method,
     accelerator: Accelerator,
 ) -> CachedTeacher:
-    """The cache of a recipe's teacher outputs, new or existing.
-
-    Raises:
-        CapabilityError: the method needs outputs that no cache keeps.
-        CacheError: the cache was made from something else, or is damaged.
-    """
+    """The cache of a recipe's teacher outputs, new or existing."""
     config = recipe.required_teacher.cache
     assert config is not None
     made_from = recipe_provenance(recipe, data, teacher)
@@ -63,18 +58,8 @@ def open_cache(
     """The cache of a teacher's outputs, new or existing.
 
     Args:
-        config: what is kept, and where.
-        name: begins the folder's name if ``config`` has no path.
         made_from: everything that a row depends on.
         example: a batch of one sample.
-        teacher: computes missing rows.
-        classes: the number of classes that it scores.
-        method: decides which outputs are kept.
-        accelerator: of this process.
-
-    Raises:
-        CapabilityError: the method or the data needs outputs that no cache keeps.
-        CacheError: the cache was made from something else, or is damaged.
     """
     needs = all_needs(method)
     if needs.head and config.keep != "hidden" and not method.takes_sparse:

@@ -35,16 +35,7 @@ def check_teachers(spec: ExperimentSpec, device: torch.device, model: nn.Module)
 
 
 def check_output(spec: ExperimentSpec, device: torch.device, model: nn.Module, who: str) -> int:
-    """Run ``model`` on two samples, so that a misfit with the data shows before training.
-
-    Returns:
-        The number of classes that it scores.
-
-    Raises:
-        DataError: the test split is empty.
-        CapabilityError: the model cannot take the inputs, or scores another number of classes.
-        NumericsError: its logits are not finite.
-    """
+    """Run ``model`` on two samples, so that a misfit with the data shows before training."""
     full = next(iter(spec.evaluation.test), None)
     if full is None:
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")

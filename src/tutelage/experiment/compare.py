@@ -42,13 +42,7 @@ from tutelage.students import has_adapters, is_quantisation_aware
 
 @dataclass(frozen=True)
 class Prepared:
-    """The student of the first seed, untrained.
-
-    Attributes:
-        initial: as it was built.
-        student: the module that the method trains for it; often the same one.
-        method: set up for student and teacher.
-    """
+    """The student of the first seed, untrained."""
 
     initial: nn.Module
     student: nn.Module
@@ -56,12 +50,7 @@ class Prepared:
 
 
 def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
-    """Run the experiment, or continue it, and write its summary and its student.
-
-    Raises:
-        CapabilityError: teacher, student, data and method do not fit; raised before any student is trained.
-        Interrupted: a stop was requested; the state is saved.
-    """
+    """Run the experiment, or continue it, and write its summary and its student."""
     if spec.teacher is None:
         check_capabilities(spec.source.build_method(), None)
     model = build_teacher(spec)

@@ -21,12 +21,7 @@ READ = 512
 
 
 class Opening(NamedTuple):
-    """A text of the test split to continue.
-
-    Args:
-        prompt: token ids, ``[P]``.
-        rest: what follows in the data, up to the end of the answer or of the text.
-    """
+    """A text of the test split to continue."""
 
     prompt: Tensor
     rest: Tensor
@@ -37,9 +32,6 @@ def opening(batch: Batch) -> Opening | None:
 
     The prompt of a conversation is all before its last answer; that of a text which is learned whole is its first
     quarter, at most :data:`LONGEST` tokens.
-
-    Returns:
-        ``None`` where nothing is learned of it.
     """
     assert isinstance(batch.inputs, dict)
     ids, labels = batch.inputs["input_ids"][0], batch.labels[0]
@@ -79,14 +71,7 @@ def select_rows(test: Iterable[Batch], count: int) -> list[Batch]:
 def generate_continuations(
     models: Mapping[str, tuple[nn.Module, Any]], rows: Sequence[Batch], most: int, device: torch.device
 ) -> list[dict[str, str]]:
-    """The rows as texts: ``prompt``, ``data`` (its continuation in the data), and each model's continuation by name.
-
-    Args:
-        models: each with its tokenizer. ``teacher`` gets the teacher's inputs.
-        rows: from :func:`select_rows`.
-        most: the maximum number of generated tokens.
-        device: where models without parameters are.
-    """
+    """The rows as texts: ``prompt``, ``data`` (how it goes on in the data), and each model's continuation by name."""
     texts: list[dict[str, str]] = [{} for _ in rows]
     for name, (model, tokenizer) in models.items():
         openings = [one for row in rows if (one := opening(row.for_teacher() if name == "teacher" else row))]

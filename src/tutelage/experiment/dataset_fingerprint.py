@@ -33,15 +33,6 @@ def fingerprint_samples(
 
     It does not depend on the samples' order or the batch size. Reads one epoch and the first batches of another,
     without any model.
-
-    Args:
-        loader: of training data.
-        to_batch: makes a batch of what it yields.
-        watch: wraps the iteration.
-
-    Raises:
-        CapabilityError: batches without ids, augmented ones, or a sample that does not always look the same.
-        DataError: ids that are not one int64 for each sample, or the loader drops samples.
     """
     batches = LoaderBatches(loader, 0, to_batch)
     batches.check_no_drop_last()

@@ -198,11 +198,7 @@ def _teacher_spec(
     inference: dict[str, Any] | None,
     cache: Any,
 ) -> TeacherSpec | None:
-    """The teacher that the arguments describe.
-
-    Raises:
-        ConfigError: arguments that do not go together.
-    """
+    """The teacher that the arguments describe."""
     options, prefetch = dict[str, Any](), None
     if inference:
         section = _validate(TeacherInferenceConfig, inference, "inference")
@@ -231,11 +227,7 @@ def _teacher_spec(
 
 
 def _ensemble_spec(teachers: Sequence[nn.Module], options: dict[str, Any]) -> EnsembleSpec:
-    """How the teachers are combined; checked at once.
-
-    Raises:
-        ConfigError: options that do not fit the teachers.
-    """
+    """How the teachers are combined; checked at once."""
     route = options.pop("route", None)
     config = _validate(EnsembleConfig, options, "ensemble")
     spec = EnsembleSpec(config.combine or "probabilities", config.weights, config.average_temperature or 1.0, route)

@@ -26,14 +26,7 @@ from tutelage.teachers.cache import compact_cache, inspect_cache, verify_cache
 
 @dataclass(frozen=True)
 class CacheResult:
-    """A cache that holds every row of a recipe's training data.
-
-    Attributes:
-        path: its folder.
-        rows: the number of rows that it holds.
-        computed: the number of rows that this process computed now.
-        seconds: how long that took.
-    """
+    """A full cache: its folder, its rows, those that this process computed now, and the seconds that it took."""
 
     path: Path
     rows: int
@@ -48,14 +41,7 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
     work.
 
     Args:
-        recipe: with a teacher that has weights.
         out: the folder of the cache. Default: the recipe's ``teacher.cache.path``, or the one that its runs use.
-        terminal: shows progress.
-
-    Raises:
-        CapabilityError: the teacher has no weights yet.
-        CacheError: the folder's cache was made from something else, is damaged, or cannot be written.
-        Interrupted: SIGTERM or Ctrl-C; the computed rows are kept.
     """
     recipe = _with_cache(recipe, out)
     accelerator = build_accelerator(recipe.train.precision, [])
@@ -116,12 +102,7 @@ def _result(cache: CachedTeacher, accelerator: Accelerator, start: float) -> Cac
 
 
 def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
-    """The recipe with a cache, in the folder ``out`` if it is given.
-
-    Raises:
-        ConfigError: no teacher, or augmentation without a number of views.
-        CapabilityError: the teacher has no weights.
-    """
+    """The recipe with a cache, in the folder ``out`` if it is given."""
     if recipe.teacher is None:
         raise ConfigError("the recipe has no teacher, so there are no outputs to cache", where="teacher",
                           remedy="add 'teacher'")  # fmt: skip
@@ -146,11 +127,7 @@ def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
 
 
 def cache_verification(folder: Path) -> str:
-    """One line for an intact cache.
-
-    Raises:
-        CacheError: it is damaged; names every fault.
-    """
+    """One line for an intact cache."""
     faults = verify_cache(folder, Terminal().iterate)
     if faults:
         raise CacheError(f"{len(faults)} faults\n" + "\n".join(faults), where=str(folder))
@@ -159,20 +136,12 @@ def cache_verification(folder: Path) -> str:
 
 
 def cache_description(folder: Path) -> str:
-    """What a cache keeps and what it was made from, as YAML.
-
-    Raises:
-        CacheError: no cache, or a damaged one.
-    """
+    """What a cache keeps and what it was made from, as YAML."""
     return yaml.safe_dump(inspect_cache(folder), sort_keys=False).rstrip()
 
 
 def cache_compaction(folder: Path) -> str:
-    """Merge the shards of a cache, and describe the change.
-
-    Raises:
-        CacheError: no cache, a damaged one, or no room.
-    """
+    """Merge the shards of a cache, and describe the change."""
     now = compact_cache(folder, Terminal().iterate)
     return (
         f"{folder}: {now['shards_before']} shards of {now['bytes_before']:,} bytes are now {now['shards']} of "

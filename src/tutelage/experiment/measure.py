@@ -53,11 +53,6 @@ def latencies(
     """Milliseconds of a forward pass for one sample, the models taking turns.
 
     Taking turns, because a machine's speed drifts: compare the figures with each other only.
-
-    Args:
-        models: by name; each is put into evaluation mode and timed on the first row of its batch.
-        device: where models without parameters are.
-        rounds: timed passes of each, after a tenth as many untimed.
     """
     one = {}
     for name, (model, example) in models.items():

@@ -23,18 +23,7 @@ from tutelage.teachers import CachedTeacher, RemoteTeacher
 
 @dataclass(frozen=True)
 class ModuleSource:
-    """Builds the parts of an experiment from the caller's objects; see :class:`ExperimentSource`.
-
-    Attributes:
-        teachers: the caller's modules; empty without a teacher.
-        student: a module to copy, or a function that makes one.
-        method: a method to copy.
-        train_loader: the training data.
-        eval_data: the test data.
-        to_batch: makes a batch of what a loader yields.
-        cache: keeps the teacher outputs on disk.
-        precision: ``train.precision``.
-    """
+    """Builds the parts of an experiment from the caller's objects; see :class:`ExperimentSource`."""
 
     teachers: Sequence[nn.Module]
     student: nn.Module | Callable[[], nn.Module]

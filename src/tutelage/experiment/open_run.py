@@ -26,11 +26,7 @@ FREE_TO_CHANGE = {
 
 
 def choose_run_directory(out: str | Path | None, name: str, resume: bool) -> Path:
-    """The run's folder: ``out``, or the newest (to resume) or first free of runs/NAME, runs/NAME-2 ...
-
-    Raises:
-        RunDirectoryError: it holds a run already and ``resume`` is not set, or it holds something else.
-    """
+    """The run's folder: ``out``, or the newest (to resume) or first free of runs/NAME, runs/NAME-2 ..."""
     if out is None:
         taken = sorted(
             (int(m.group(1) or 1), p)
@@ -103,14 +99,7 @@ def open_run_directory(
     """The run directory, try_lock against a second writer for as long as the block lasts.
 
     Args:
-        path: the folder.
-        config_yaml: what is run.
-        resume: whether it is gone on with.
-        main: whether this process writes.
         patience: seconds to wait for another process that writes to it.
-
-    Raises:
-        RunDirectoryError: it cannot be written, another process writes to it, or it is of other settings.
     """
     run = RunDirectory(path, writes=main)
     if not main:

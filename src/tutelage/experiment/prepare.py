@@ -119,11 +119,7 @@ def all_needs(method: Method) -> Needs:
 
 
 def until_stopped(items: Iterable[T], ctx: RunContext) -> Iterator[T]:
-    """``items``, until a stop is requested.
-
-    Raises:
-        Interrupted: a stop was requested.
-    """
+    """``items``, until a stop is requested."""
     for item in items:
         if ctx.should_stop():
             raise Interrupted(

@@ -150,8 +150,6 @@ class RecipeSource:
     """Builds the parts of an experiment from a recipe; see :class:`ExperimentSource`.
 
     Attributes:
-        recipe: names the models, the method and the data.
-        data: the recipe's data, loaded.
         teacher: what a student that is part of its teacher is cut from. Default: the teacher before any training.
         influence: the importance of the teacher's layers, if students are cut by it.
     """
@@ -166,11 +164,7 @@ class RecipeSource:
         return self.recipe.student.model == "teacher"
 
     def with_teacher(self, teacher: nn.Module | None) -> RecipeSource:
-        """See :class:`ExperimentSource`.
-
-        Raises:
-            ConfigError: students are to be cut from a cross-encoder.
-        """
+        """See :class:`ExperimentSource`."""
         if not self._is_cut or teacher is None:
             return self
         if isinstance(teacher, CrossEncoder):
@@ -184,11 +178,7 @@ class RecipeSource:
         return replace(self, teacher=teacher, influence=influence)
 
     def build_student(self, seed: int) -> nn.Module:
-        """See :class:`ExperimentSource`.
-
-        Raises:
-            ModelError: the teacher cannot be cut as the recipe says.
-        """
+        """See :class:`ExperimentSource`."""
         config, data = self.recipe.student, self.data
         if self._is_cut and self.teacher is None:
             return self.with_teacher(self.build_teacher(0)).build_student(seed)

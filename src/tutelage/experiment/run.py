@@ -31,18 +31,7 @@ class RunResult:
 def run_recipe(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
 ) -> RunResult:
-    """Train the teacher if it has no weights, the baseline student and the distilled student, and compare them.
-
-    Args:
-        recipe: what to run.
-        out: the run directory. Default: the first free of ``runs/NAME``, ``runs/NAME-2`` ...
-        resume: continue the run in that directory.
-        terminal: shows progress.
-
-    Raises:
-        TutelageError: one of its subclasses, with the remedy.
-        Interrupted: SIGTERM or Ctrl-C; the state is saved.
-    """
+    """Train the teacher if it has no weights, the baseline student and the distilled student, and compare them."""
     if recipe.workflow is not None:
         raise ConfigError(f"workflow {recipe.workflow.kind!r} is not a single run", remedy="tutelage.api.run runs it")
     path, accelerator, terminal = set_up_run(recipe, out, resume, terminal)
@@ -85,11 +74,7 @@ def run_on_data(
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The ``summary.json`` of a finished run or workflow.
-
-    Raises:
-        RunDirectoryError: the file is damaged.
-    """
+    """The ``summary.json`` of a finished run or workflow."""
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -32,11 +32,8 @@ class SavedModel:
     """A model in its folder, and the run that it belongs to.
 
     Attributes:
-        folder: of the model.
         run: the run directory that it is in; ``None`` if there is none.
         recipe: that run's; ``None`` for a run of :func:`tutelage.distill`, or without a run.
-        config: what ``config.yaml`` holds.
-        summary: the figures of the run.
     """
 
     folder: Path
@@ -57,21 +54,12 @@ class SavedModel:
         return self.run is not None and self.folder == self.run / STUDENT
 
     def data(self) -> Data | None:
-        """The run's data, as this model reads it; ``None`` where no recipe says which.
-
-        Raises:
-            DataError: it is missing, or differs from the model's.
-        """
+        """The run's data, as this model reads it; ``None`` where no recipe says which."""
         return None if self.recipe is None else data_of(self.recipe, self.bundle, self.terminal)
 
 
 def find(path: str | Path, terminal: Terminal) -> SavedModel:
-    """The student of a run, or the model in a folder, with its run.
-
-    Raises:
-        RunDirectoryError: no such folder, or a run that is not finished.
-        CheckpointError: the folder holds no model.
-    """
+    """The student of a run, or the model in a folder, with its run."""
     given = Path(path)
     if not given.is_dir():
         siblings = [str(p) for p in given.parent.glob("*")] if given.parent.is_dir() else []
@@ -110,12 +98,7 @@ def _load_saved_model(folder: Path, run: Path | None, terminal: Terminal) -> Sav
 
 
 def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal) -> Data:
-    """The data of a recipe as a model reads it: with its class order and its tokenizer.
-
-    Raises:
-        DataError: it cannot be read, or has other classes.
-        CheckpointError: the model has another tokenizer than it was trained with.
-    """
+    """The data of a recipe as a model reads it: with its class order and its tokenizer."""
     config = recipe.data
     if not isinstance(config, TextDataConfig):
         fields = config.model_dump(exclude={"kind", "workers", "views", "augment", "labels", "unlabeled"})

@@ -45,11 +45,6 @@ class Samples:
 
     Of the rows on which reference and student disagree, those come first where the student's distribution is
     furthest from the reference's (KL); of those on which they agree, some from the full split.
-
-    Args:
-        reference: which of the models the student is compared with.
-        student: which one that is.
-        count: most samples.
     """
 
     def __init__(self, reference: str, student: str, count: int) -> None:
@@ -65,7 +60,6 @@ class Samples:
         """Add a batch.
 
         Args:
-            batch: with labels ``[B]``.
             logits: ``[B, C]`` of each model by its name, on the CPU.
         """
         theirs, mine = logits[self.reference].float(), logits[self.student].float()
@@ -152,11 +146,7 @@ def collect_samples(
     """Samples of a split.
 
     Args:
-        test: its batches.
         outputs: the teacher's logits of each batch. ``None``: no teacher; the last student is compared with the first
-        students: in evaluation mode, on ``device``, by name.
-        count: most samples.
-        device: of the students.
     """
     names = [*(["teacher"] if outputs is not None else []), *students]
     samples = Samples(names[0], names[-1], count)

@@ -42,9 +42,7 @@ class MemberSpec:
     """One teacher model: the only teacher, or a member of an ensemble.
 
     Attributes:
-        name: of its training and its folder.
         training: ``None`` for a model that has weights.
-        card: the entries of its ``model.json``.
         inference: options of :class:`LiveTeacher`, without the mode.
         head_only: train only the parameters that are not in the pretrained checkpoint.
     """
@@ -72,10 +70,7 @@ class TeacherSpec:
 
     Attributes:
         members: one model, or several of an ensemble; empty for a teacher behind a server.
-        mode: see :class:`LiveTeacher`.
-        ensemble: how several members are combined.
         prefetch: compute teacher outputs ahead of the step, in a thread (``overlap``) or in another process.
-        cache: keep the teacher outputs on disk.
     """
 
     members: tuple[MemberSpec, ...] = ()
@@ -101,14 +96,9 @@ class EvaluationSpec:
 
     Attributes:
         test: read once for each finished model.
-        validation: read at each evaluation during training; ``None`` for none.
         metric: selects the best checkpoint and the exported student.
-        classes: class names, in the order of the labels.
         by_teacher: the data has no labels to evaluate by, as for embeddings; the teacher outputs take their place.
-        samples: which single samples of the test split are kept.
-        describe: renders a sample for the report.
         tokenizers: those of student and teacher, for language models whose generations are kept.
-        harness: scores a finished model on the tasks of lm-evaluation-harness.
     """
 
     test: Iterable[Batch]
@@ -127,14 +117,7 @@ class ExperimentSpec:
     """One experiment: the baseline student and the distilled one, for several seeds.
 
     Attributes:
-        name: of the run.
-        source: builds models, method and training data, from a recipe or from the caller's objects.
-        train: how students are trained.
-        evaluation: how they are measured.
-        teacher: ``None`` for a method without a teacher.
         seeds: each trains its own students.
-        baseline: whether the baseline student is trained too.
-        student_card: the entries of the students' ``model.json``.
         unaugmented: the training samples, if each always looks the same; their teacher outputs may be kept in memory.
         training_rows: how many positions these samples have.
     """

@@ -102,11 +102,7 @@ def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.
 
 
 def freeze_pretrained(model: nn.Module) -> None:
-    """Freeze the parameters that came with a checkpoint; only new ones are trained.
-
-    Raises:
-        ConfigError: none is new.
-    """
+    """Freeze the parameters that came with a checkpoint; only new ones are trained."""
     fresh = set(getattr(model, "fresh", ()))
     if not any(name in fresh for name, _ in model.named_parameters()):
         raise ConfigError(
@@ -124,9 +120,6 @@ def evaluate_reference(
     """The teacher outputs on the test split, and the teacher's figures.
 
     The outputs are ``None`` if the teacher reads other tokens than the student: each is then measured by itself.
-
-    Raises:
-        CapabilityError: the teacher is worse than chance.
     """
     evaluation = spec.evaluation
     test, validation = (

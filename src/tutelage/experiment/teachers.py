@@ -22,13 +22,7 @@ def build_live_teacher(
     """The teacher as it runs, frozen, on ``device``.
 
     Args:
-        spec: of the experiment.
-        model: the teacher's model, or the ensemble's models as children.
-        device: of this process.
         fit_weights: fit an ensemble's ``learned`` weights on the validation split; else the members weigh the same.
-
-    Raises:
-        ConfigError: weights are to be learned and there is no validation data.
     """
     teacher = spec.teacher
     assert teacher is not None
@@ -135,11 +129,7 @@ def _routed_to(teacher: EnsembleTeacher, member: int, batches: Iterable[Batch]) 
 
 
 def resolve_routes(route: Mapping[str, int | list[int]], values: Sequence[str]) -> list[list[int]]:
-    """The members for each value of the ``data.route`` column, in the order of ``values``.
-
-    Raises:
-        ConfigError: a value without members, or members of a value that the data does not have.
-    """
+    """The members for each value of the ``data.route`` column, in the order of ``values``."""
     missing = [value for value in values if value not in route]
     if missing:
         raise ConfigError(

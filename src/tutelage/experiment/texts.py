@@ -26,12 +26,7 @@ RANKED_ON = 256
 
 
 def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
-    """The texts of a recipe, cut by the student's tokenizer, and by the teacher's where that is another.
-
-    Raises:
-        DataError: missing, broken or contradictory data.
-        ConfigError: neither student nor teacher has a tokenizer.
-    """
+    """The texts of a recipe, cut by the student's tokenizer, and by the teacher's where that is another."""
     config = recipe.data
     assert isinstance(config, TextDataConfig)
     theirs = _teacher_tokenizer(recipe)
@@ -101,11 +96,7 @@ def measure_block_influence(teacher: nn.Module, data: TextData) -> Any:
 
 
 def prune_student(config: StudentConfig, data: TextData, teacher: nn.Module, importance: Any, seed: int) -> nn.Module:
-    """A student cut from its teacher, as the recipe's section says; the same seed gives the same weights.
-
-    Raises:
-        ModelError: the teacher cannot be cut so.
-    """
+    """A student cut from its teacher, as the recipe's section says; the same seed gives the same weights."""
     options = {k: getattr(config, k) for k in ("layers", "map", "width", "heads", "intermediate", "embedding")}
     part: Any = prune(_bare(teacher), **options, importance=importance, initial=config.initial, seed=seed).model
     if data.teacher_token_ids is not None:

@@ -36,7 +36,6 @@ class TrainingTeacher:
     Attributes:
         live: the teacher's model; ``None`` if it is not in this process.
         signals: gives the teacher outputs in training: the teacher itself, its cache, or a copy in memory.
-        on_test: the teacher outputs on the test split, which students are compared with.
         on_validation: those on the validation split, if the data has no labels to evaluate by.
     """
 
@@ -159,12 +158,6 @@ def train_and_save(
     The main process measures and writes; only it has all weights of a sharded model.
 
     Args:
-        training: what is trained.
-        ctx: where it runs.
-        rebuild: builds the model and the method once more.
-        test: the test split.
-        outputs: the teacher outputs on it, to compare with.
-        card: the entries of the model's ``model.json``.
         peer_cards: those of the models that are trained along and saved too, by name.
     """
     outcome = _fit(training, ctx)

@@ -107,11 +107,7 @@ def assistant_chain(stages: StageRunner, device: torch.device) -> dict[str, Any]
 def choose_assistants(
     recipe: Recipe, config: AssistantChainConfig, data: Data, say: Callable[[str], None]
 ) -> list[ModelConfig]:
-    """The assistants, from the largest to the smallest; none if the student is large enough.
-
-    Raises:
-        ConfigError: ``auto``, and the student's model has no such family, or there is no size between.
-    """
+    """The assistants, from the largest to the smallest; none if the student is large enough."""
     if config.assistants is not None:
         return config.assistants
     kind = recipe.student.model

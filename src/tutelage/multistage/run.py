@@ -26,18 +26,7 @@ WORKFLOWS: dict[str, Callable[[StageRunner, torch.device], dict[str, Any]]] = {
 def run_recipe_or_workflow(
     recipe: Recipe, *, out: str | Path | None = None, resume: bool = False, terminal: Terminal | None = None
 ) -> RunResult:
-    """Run a recipe's workflow; without one this is :func:`run_recipe`.
-
-    Args:
-        recipe: of one run or of several.
-        out: the folder. Default: the first free of ``runs/NAME``, ``runs/NAME-2`` ...
-        resume: continue the run in that folder: finished stages stay, an interrupted one continues.
-        terminal: shows the progress.
-
-    Raises:
-        TutelageError: one of its subclasses, with the remedy.
-        Interrupted: SIGTERM or Ctrl-C; the state is saved.
-    """
+    """Run a recipe's workflow; without one this is :func:`run_recipe`."""
     if recipe.workflow is None:
         return run_recipe(recipe, out=out, resume=resume, terminal=terminal)
     path, accelerator, terminal = set_up_run(recipe, out, resume, terminal)

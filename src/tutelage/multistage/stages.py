@@ -31,13 +31,7 @@ from tutelage.progress import Terminal
 
 @dataclass
 class StageRunner:
-    """The runs of one workflow.
-
-    Args:
-        recipe: of the workflow.
-        run: its folder.
-        terminal: shows the progress.
-    """
+    """The runs of one workflow."""
 
     recipe: Recipe
     run: RunDirectory
@@ -58,12 +52,7 @@ class StageRunner:
         return self.run.path / "stages" / name
 
     def run_stage(self, name: str, **changes: Any) -> RunResult:
-        """Run a stage, or continue it; a finished stage is only read.
-
-        Args:
-            name: of its folder.
-            changes: sections that replace those of the workflow's recipe.
-        """
+        """Run a stage, or continue it; a finished stage is only read."""
         path = self.path(name)
         self.names.append(name)
         summary = path / "summary.json"
@@ -109,10 +98,8 @@ class ResultRow:
     """A row of a workflow's table: one kind of model over the seeds.
 
     Attributes:
-        name: of the row.
         role: ``teacher``, ``baseline``, ``distilled``, ``direct``, ``assistant``, ``ensemble`` or ``control``.
         results: for each seed ``best`` and ``last`` figures of the test split, and ``validation``.
-        parameters: of one such model.
         taught_by: the name of its teacher's row, if any.
         against: names of rows that it is compared with, seed by seed.
         step: its place in the order of training, if any.
@@ -165,12 +152,8 @@ def write_summary(
     """Write the workflow's summary, and export its student.
 
     Args:
-        stages: the runs.
-        kind: of the workflow.
-        rows: of its table.
         verdict: gives the conclusion in a sentence, from the rows by name.
         exported: a stage's folder, and the training whose model is the workflow's student.
-        more: further entries of the summary.
     """
     by_name = {row.name: row for row in rows}
     table = [row.to_dict(by_name) for row in rows]
@@ -191,11 +174,7 @@ def write_summary(
 
 
 def load_result(stage: RunResult, training: str) -> dict[str, Any]:
-    """The result of a training in a finished stage.
-
-    Raises:
-        RunDirectoryError: its folder is missing or damaged.
-    """
+    """The result of a training in a finished stage."""
     result = RunDirectory(stage.path, writes=False).result(training)
     if result is None:
         raise RunDirectoryError(

@@ -76,20 +76,9 @@ def search_recipe(
     the mean of their last validation accuracies. No trial reads the test split.
 
     Args:
-        recipe: its ``search`` has the space. Default: the method's temperature and alpha.
-        trials: how many, pruned ones included. Default: the recipe's ``search.trials``.
         keys: the space in place of the recipe's: ``KEY=LOW:HIGH``, ``KEY=LOW:HIGH:log``, ``KEY=a,b,c``.
         workers: processes that each run one trial at a time. With one worker, an interrupted and resumed search gives
             the results of an uninterrupted one.
-        out: the folder. Default: the first free of ``runs/NAME-search``, ``runs/NAME-search-2`` ...
-        resume: continue the search in that folder.
-        terminal: shows the progress.
-
-    Raises:
-        MissingDependencyError: optuna is not installed.
-        ConfigError: the recipe has no such key, or refuses a value; nothing has been trained.
-        TutelageError: one of its subclasses, with the remedy.
-        Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     require("optuna", "search", "a search")
     _check_recipe(recipe)
@@ -279,12 +268,7 @@ class _Search:
     # Results -------------------------------------------------------------------------------------------
 
     def summarise(self, workers: int, start: float) -> dict[str, Any]:
-        """Run the chosen recipe and the search's own once in full; the content of ``search.json``.
-
-        Raises:
-            CapabilityError: no trial finished.
-            Interrupted: the user asked to stop; the state is saved.
-        """
+        """Run the chosen recipe and the search's own once in full; the content of ``search.json``."""
         elapsed, trials = time.monotonic() - start, self.study.trials()
         best = best_trial(trials)
         if best is None:

@@ -44,13 +44,8 @@ class SearchDimension:
     """A key and its range or values.
 
     Attributes:
-        key: dotted, of the recipe.
-        low: of a range.
-        high: of a range, included.
-        log: whether the range is sampled on a logarithmic scale.
         step: of the range; ``None`` for a continuous one.
         whole: whether the range has integers only.
-        values: to choose from, in place of a range.
         own: the recipe's own value; :data:`ABSENT` if it has none.
     """
 
@@ -99,12 +94,7 @@ def resolve_search(recipe: Recipe, keys: Iterable[str] = (), trials: int | None 
     """The search of a recipe and a command line, with its space.
 
     Args:
-        recipe: its ``search`` is the base.
         keys: ``KEY=LOW:HIGH``, ``KEY=LOW:HIGH:log`` or ``KEY=a,b,c``, in place of the recipe's space.
-        trials: in place of the recipe's.
-
-    Raises:
-        ConfigError: a key does not have one of these forms, or is given twice.
     """
     config = recipe.search or SearchConfig()
     changes: dict[str, Any] = {} if trials is None else {"trials": trials}
@@ -166,11 +156,7 @@ def default_space(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_dimensions(recipe: Recipe, space: Mapping[str, KeySpace]) -> list[SearchDimension]:
-    """The dimensions of a search over a recipe.
-
-    Raises:
-        ConfigError: the recipe has no such key (with the nearest), or the key must be the same in all trials.
-    """
+    """The dimensions of a search over a recipe."""
     dimensions = []
     for key, one in space.items():
         if why := _why_fixed(key):
@@ -257,21 +243,13 @@ def _types(annotation: Any) -> list[Any]:
 
 
 def with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
-    """The resolved recipe ``base`` with these values at these keys.
-
-    Raises:
-        ConfigError: the recipe refuses them.
-    """
+    """The resolved recipe ``base`` with these values at these keys."""
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return build_recipe(copy.deepcopy(dict(base)), name=str(base["name"]), overrides=overrides)
 
 
 def check_values(base: Mapping[str, Any], space: Sequence[SearchDimension]) -> None:
-    """Build the recipe with every end and value of the space, each alone and in combinations.
-
-    Raises:
-        ConfigError: the recipe refuses one.
-    """
+    """Build the recipe with every end and value of the space, each alone and in combinations."""
     single = [{d.key: value} for d in space for value in d.ends()]
     combined = [{d.key: value for d, value in zip(space, row, strict=True)} for row in _combinations(space)]
     for values in [*single, *combined]:

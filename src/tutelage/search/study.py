@@ -44,10 +44,8 @@ class TrialResult:
     """How a trial ended.
 
     Attributes:
-        state: one of :data:`STATES`.
         seeds: last validation accuracy of each seed that was trained to the end.
         seconds: in the process that ended it.
-        why: it diverged or failed.
     """
 
     state: str
@@ -96,16 +94,7 @@ class _NoLock:
 
 
 class SearchStudy:
-    """Suggests trials and stores their results.
-
-    Args:
-        journal: the file; created if absent. A last line that a killed process cut short is dropped.
-        space: the keys to set.
-        config: seed and pruning.
-
-    Raises:
-        RunDirectoryError: the journal is damaged, or cannot be written.
-    """
+    """Suggests trials and stores their results."""
 
     def __init__(self, journal: Path, space: Sequence[SearchDimension], config: SearchConfig) -> None:
         self.space, self.journal = list(space), journal

@@ -64,8 +64,6 @@ class TrialRunner:
     """Runs trials, and holds what they share.
 
     Args:
-        terminal: shows the teacher's pass over the data.
-        should_stop: called after every step.
         warmup: share of the first seed's training before a trial can be pruned.
     """
 
@@ -86,12 +84,7 @@ class TrialRunner:
         return self.loaded[key]
 
     def train_teacher(self, recipe: Recipe, run: RunDirectory) -> Recipe:
-        """The recipe with checkpoints of its teacher or members, which are trained once, in ``run``.
-
-        Raises:
-            TutelageError: they do not fit the data, or cannot be trained.
-            Interrupted: the user asked to stop; the state is saved.
-        """
+        """The recipe with checkpoints of its teacher or members, which are trained once, in ``run``."""
         if all(member.train is None for member in recipe.required_teacher.each):
             return recipe
         accelerator = build_accelerator(recipe.train.precision, [])
@@ -114,23 +107,14 @@ class TrialRunner:
         return Recipe.model_validate(raw)
 
     def check(self, recipe: Recipe) -> None:
-        """Do everything but training.
-
-        Raises:
-            TutelageError: teacher, student, data and method do not fit, or refuse an option.
-        """
+        """Do everything but training."""
         accelerator = build_accelerator(recipe.train.precision, [])
         self._prepare(
             recipe, RunContext(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop)
         )
 
     def run(self, recipe: Recipe, folder: Path, report: Report) -> TrialResult:
-        """Run a trial, or continue it, in a run directory without a summary.
-
-        Raises:
-            TutelageError: the recipe cannot be run.
-            Interrupted: the user asked to stop; the state is saved.
-        """
+        """Run a trial, or continue it, in a run directory without a summary."""
         start = time.monotonic()
         accelerator = build_accelerator(recipe.train.precision, [])
         resume = (folder / "config.yaml").exists()
@@ -252,9 +236,6 @@ class _Reporter(NullCallback):
     """Reports every evaluation of a training, those before an interruption first.
 
     Args:
-        run: where they are logged.
-        training: that is evaluated.
-        report: takes them; ``None`` for no reports.
         window: shares of the training; only an evaluation from the first on and before the second can prune it. At
             the end of the last seed nothing is left to save.
     """

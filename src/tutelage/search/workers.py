@@ -20,12 +20,7 @@ from tutelage.search.trials import SILENT, TrialRunner
 
 
 class WorkerPool:
-    """Processes that each run one trial at a time and send its evaluations.
-
-    Args:
-        workers: how many.
-        warmup: see :class:`TrialRunner`.
-    """
+    """Processes that each run one trial at a time and send its evaluations."""
 
     def __init__(self, workers: int, warmup: float) -> None:
         context = multiprocessing.get_context("spawn")
