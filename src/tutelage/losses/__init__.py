@@ -8,10 +8,14 @@ For language models there are losses on hidden states, without the logits of all
 
     loss = losses.linear_divergence(hidden, head, (teacher_hidden, teacher_head), temperature=2.0)
 
-Most have a value per example: ``mask`` excludes examples and ``reduction="none"`` returns their values.
+All take ``mask``, booleans that are true where an example (a row of logits, a token, a text) counts, and
+``reduction``: ``mean`` over the examples that count, ``sum``, or ``none`` for one value per example, 0 where masked.
+``mask`` has the shape of the examples: ``[...]`` for logits ``[..., C]``, ``[B]`` for features ``[B, ...]``; losses
+on features element by element also take more leading dimensions, such as ``[B, L]`` for tokens ``[B, L, D]``.
+
 Relations (``dist``, ``mlkd``, ``similarity``, ``correlation``, ``pkt``, ``rkd_distance``,
-``rkd_angle``, ``cosine_matrix``) compare the examples of a batch with each other: ``mask`` deletes rows, and
-``reduction="none"`` is an error.
+``rkd_angle``, ``cosine_matrix``) compare the examples of a batch with each other: ``mask`` deletes rows, ``mean``
+is the formula of the loss, ``sum`` is the mean times the number of rows, and ``none`` is an error.
 """
 
 from tutelage.losses.attention import attention_kl, attention_mse, value_relation

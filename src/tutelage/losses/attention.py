@@ -45,8 +45,6 @@ def attention_mse(
         teacher: scores ``[B, H, L, L]``; receives no gradient.
         heads: ``each`` compares head by head; ``mean`` compares the scores averaged over heads, whose numbers may
             differ.
-        mask: ``[B, L]`` or ``[B, L, L]``, see above. Masked pairs do not count.
-        reduction: ``mean`` over query tokens that count, ``sum``, or ``none`` for ``[B, L]``.
 
     Returns:
         Mean square over heads and keys; zero, with zero gradient, when student equals teacher.
@@ -86,8 +84,6 @@ def attention_kl(
             may differ.
         inputs: ``probabilities`` for attention after the softmax, such as ``attentions`` of a Hugging Face model.
         temperature: T of the softmax, above 0.
-        mask: ``[B, L]`` or ``[B, L, L]``, see above. Masked keys get probability 0.
-        reduction: ``mean`` over query tokens that count, ``sum``, or ``none`` for ``[B, L]``.
 
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
@@ -132,8 +128,6 @@ def value_relation(
         heads: relation heads; must divide D and D'. v1: the number of attention heads, equal in both. v2: the
             published numbers use 48 (base) and 64 (large teachers).
         temperature: T of the softmax, above 0.
-        mask: ``[B, L]`` or ``[B, L, L]``, see above.
-        reduction: ``mean`` over tokens that count, ``sum``, or ``none`` for ``[B, L]``.
 
     Returns:
         Nats times T^2, averaged over relation heads; zero, with zero gradient, when student equals teacher.

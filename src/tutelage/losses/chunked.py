@@ -167,8 +167,8 @@ def _run(
     with torch.autocast(hidden.device.type, enabled=False):
         projection = HeadProjection(problem.head, of_head, hidden, problem.size, problem.dtype)
         gradients = None if required is None else GradientSums(projection, required, tensors)
-        precise = torch.promote_types(projection.dtype, torch.float32)
-        values = [hidden.new_zeros(len(hidden), dtype=precise) for _ in problem.parts]
+        without_autocast = torch.promote_types(projection.dtype, torch.float32)
+        values = [hidden.new_zeros(len(hidden), dtype=without_autocast) for _ in problem.parts]
         readers = [part.open() for part in problem.parts]
         slab = SLAB * torch.get_num_threads() if hidden.is_cpu else SLAB_ELSEWHERE
         slab = max(slab // problem.size, 1)
@@ -203,13 +203,8 @@ def _run(
 def _share_softmax(
     parts: Sequence[TokenLoss], weighted: dict[int, tuple[tuple[Tensor, ...], Weight]], log_q: Tensor
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Values of some parts, and the gradient of their weighted sum by the logits; overwrites ``log_q``.
-
-    Args:
-        parts: all parts.
-        weighted: the targets and the weight of each part to compute.
-        log_q: ``[n, V]``.
-    """
+    """Values of some parts, with their targets and weights, and the gradient of the weighted sum by the logits;
+    overwrites ``log_q`` ``[n, V]``."""
     losses: dict[int, tuple[SparseTargetLoss, Weight]] = {}
     for k, (targets, weight) in weighted.items():
         compute = parts[k].sparse

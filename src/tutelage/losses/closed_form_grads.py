@@ -38,9 +38,6 @@ def through_softmax(q: Tensor, by_log_q: Tensor) -> Tensor:
     return by_log_q.sub_(vecdot(q, by_log_q).unsqueeze(-1)).mul_(q)
 
 
-# ---------------------------------------------------- dense teachers
-
-
 def kl() -> Divergence:
     """``KL(p || q)``."""
 
@@ -119,9 +116,6 @@ DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "kl": kl, "reverse_kl": reverse_kl, "js": js, "skew_kl": skew_kl, "tvd": tvd
 }  # fmt: skip
 """By name; each factory takes the options of the loss."""
-
-
-# ---------------------------------------------- sparse teachers, and labels
 
 
 def topk(log_q: Tensor, index: Tensor, log_p: Tensor, needs_grad: bool) -> LossAndGrad:

@@ -14,6 +14,9 @@ from tutelage.errors import shorten
 Mask = Tensor | None
 """Booleans, true where an example (or token) counts; ``None`` counts all."""
 
+Variant = Literal["paper", "authors"]
+"""The formula of the paper, or of the authors' code."""
+
 Reduction = Literal["none", "mean", "sum"]
 """``mean`` and ``sum`` are over the examples that count; ``none`` returns one value per example, 0 where masked."""
 
@@ -37,9 +40,6 @@ def without_autocast(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
 def as_float(x: Tensor) -> Tensor:
     """``x`` in the working precision of losses: float64 if it is float64, else float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-# ------------------------------------------------------------------- checks
 
 
 def check_same_shape(student: Tensor, teacher: Tensor) -> None:
@@ -70,15 +70,6 @@ def check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     return mask.bool()
 
 
-def check_labels(labels: Tensor, student: Tensor) -> None:
-    """Raise ``ValueError`` unless ``student`` has one label per row."""
-    if labels.shape != student.shape[:-1]:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} must be one class index for each row of logits, "
-            f"{tuple(student.shape[:-1])}"
-        )
-
-
 def check_temperature(temperature: float) -> float:
     """``temperature``; raises ``ValueError`` unless it is above 0."""
     if not temperature > 0:
@@ -91,9 +82,6 @@ def check_choice(name: str, value: str, *allowed: str) -> str:
     if value not in allowed:
         raise ValueError(f"{name}={shorten(value)}: allowed are {', '.join(map(repr, allowed))}")
     return value
-
-
-# ------------------------------------------------------------------ masking
 
 
 def zero_masked(x: Tensor, mask: Mask) -> Tensor:
@@ -111,14 +99,7 @@ def zero_masked(x: Tensor, mask: Mask) -> Tensor:
 def float_pair(student: Tensor, teacher: Tensor, mask: Mask, examples: int = -1) -> tuple[Tensor, Tensor]:
     """Student and detached teacher in working precision, with zeros in masked rows.
 
-    Args:
-        student: ``[..., C]``.
-        teacher: the same leading dimensions.
-        mask: of the shape ``student.shape[:examples]``.
-        examples: how many leading dimensions enumerate examples; -1: all but the last.
-
-    Raises:
-        ValueError: the mask has another shape.
+    ``examples`` is the number of leading dimensions, those of ``mask``, that enumerate examples; -1: all but one.
     """
     if mask is not None:
         mask = check_mask(mask, student.shape[:examples])
@@ -132,13 +113,7 @@ def float_rows(student: Tensor, teacher: Tensor, mask: Mask, examples: int = -1)
 
 
 def batch_rows(student: Tensor, teacher: Tensor, mask: Mask, reduction: Reduction) -> tuple[Tensor, Tensor]:
-    """``[N, D]`` student and detached teacher for a loss between the rows of a batch; masked rows are deleted.
-
-    Args:
-        student: ``[B, ...]``; all but the first dimension is flattened.
-        teacher: ``[B, ...]``, of any other width.
-        mask: ``[B]``.
-        reduction: ``mean`` or ``sum``.
+    """``[N, D]`` student and detached teacher, from ``[B, ...]``, for a loss between rows; masked rows are deleted.
 
     Raises:
         ValueError: batch sizes differ, the mask has another shape, or ``reduction`` is ``none`` or unknown.
@@ -162,17 +137,11 @@ def per_example(x: Tensor, leading: int = 1) -> Tensor:
     return x.unsqueeze(-1).flatten(leading)
 
 
-# ---------------------------------------------------------------- reduction
-
-
 def reduce(value: Tensor, mask: Mask, reduction: Reduction) -> Tensor:
     """Reduce one value per example, ``[...]``, over the examples that count.
 
     ``mean`` divides by the number of unmasked examples, at least 1: an empty or fully masked batch gives a zero that
     is still connected to the graph.
-
-    Raises:
-        ValueError: unknown ``reduction``.
     """
     check_choice("reduction", reduction, "none", "mean", "sum")
     if mask is not None:
@@ -191,9 +160,6 @@ def reduce_batch(value: Tensor, count: int, reduction: Reduction) -> Tensor:
     (sum, count) then divides to the mean, as for losses with a value per row.
     """
     return value if reduction == "mean" else value * count
-
-
-# ------------------------------------------------------- safe normalisation
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:

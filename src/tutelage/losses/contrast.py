@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tutelage.losses.common import (
     Mask,
     Reduction,
+    Variant,
     as_float,
     check_choice,
     check_mask,
@@ -102,7 +102,7 @@ def crd(
     memory: ContrastiveMemory,
     *,
     temperature: float = 0.07,
-    variant: Literal["paper", "authors"] = "paper",
+    variant: Variant = "paper",
     mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -128,8 +128,6 @@ def crd(
             first
             batch: ``memory.calibrate``. The loss is then about a thousandth of the paper's, in which a negative costs
             1.4 nats at the start.
-        mask: ``[B]``, true where the example counts.
-        reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
     Returns:
         Nats. Not zero at equality: it is a classification loss.

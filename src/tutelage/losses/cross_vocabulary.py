@@ -46,8 +46,6 @@ def uld(
         student: logits ``[..., C]``.
         teacher: logits ``[..., C']``; receives no gradient.
         temperature: T, above 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         At most 2 T^2; zero if one list is a permutation of the other.
@@ -67,8 +65,6 @@ def uld(
     return reduce((q - p).abs().sum(-1) * t**2, mask, reduction)
 
 
-# ---------------------------------------------------------------- with gradients
-
 Distance = Callable[[Tensor, Tensor, bool], LossAndGrad]
 """(the student's logits over T ``[n, C]``, the teacher's ``[n, C']``, whether the gradient is required); changes
 neither."""
@@ -86,14 +82,7 @@ def sorted_distance() -> Distance:
 
 
 def over_shared(divergence: Divergence, own: Tensor, theirs: Tensor, rest: Rest = "bucket") -> Distance:
-    """A divergence over the shared entries, and all others as one outcome.
-
-    Args:
-        divergence: over those outcomes.
-        own: ``[S]``, the student's ids of the shared entries.
-        theirs: ``[S]``, the teacher's ids.
-        rest: ``uld`` also compares the sorted probabilities of the other entries.
-    """
+    """A divergence over the shared entries, whose ids are ``own`` and ``theirs`` ``[S]``, and all others as one."""
 
     def compute(student: Tensor, teacher: Tensor, needs_grad: bool) -> LossAndGrad:
         mine, others = own.to(student.device), theirs.to(student.device)

@@ -26,8 +26,6 @@ def reverse_kl(
         student: logits ``[..., C]``.
         teacher: logits of the same shape; receives no gradient.
         temperature: T, above 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
@@ -66,8 +64,6 @@ def js(
         teacher: logits of the same shape; receives no gradient.
         beta: weight of the teacher in the mixture, in [0, 1].
         temperature: T, above 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats times T^2, at most ln 2 times T^2 for beta 0.5; zero, with zero gradient, when student equals teacher.
@@ -123,8 +119,6 @@ def skew_kl(
         alpha: share of the first distribution in the mixture, in [0, 1). 0 is plain KL.
         reverse: skew the reverse KL instead of the forward one.
         temperature: T, above 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
@@ -160,8 +154,6 @@ def tvd(
         student: logits ``[..., C]``.
         teacher: logits of the same shape; receives no gradient.
         temperature: T, above 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         A probability times T^2; zero, with zero gradient, when student equals teacher.

@@ -7,7 +7,6 @@ Student and teacher are features ``[B, ...]`` of one shape: project the student 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from tutelage.losses.common import (
     Mask,
     Reduction,
+    Variant,
     as_float,
     check_choice,
     check_same_shape,
@@ -59,12 +59,7 @@ def hint(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Redu
 
 @without_autocast
 def simkd(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    variant: Literal["paper", "authors"] = "paper",
-    mask: Mask = None,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, *, variant: Variant = "paper", mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""SimKD: :math:`\|P(F^S) - F^T\|_2^2` of the features in front of the teacher's classifier.
 
@@ -75,8 +70,6 @@ def simkd(
         teacher: the same shape; receives no gradient.
         variant: ``paper`` sums over elements; ``authors``, the code of the published numbers, averages over them and
             is then the same as :func:`hint`.
-        mask: ``[B]``, or with more leading dimensions, true where the example counts.
-        reduction: ``mean`` over examples that count, ``sum``, or ``none``.
 
     Raises:
         ValueError: shapes differ, unknown variant.
@@ -91,12 +84,7 @@ def simkd(
 
 @without_autocast
 def factor_transfer(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    variant: Literal["paper", "authors"] = "paper",
-    mask: Mask = None,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, *, variant: Variant = "paper", mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Factor transfer: :math:`\|F^S/\|F^S\|_2 - F^T/\|F^T\|_2\|_1` of factors.
 
@@ -104,8 +92,6 @@ def factor_transfer(
         student: factor ``[B, ...]``, a translator's output for the student's features.
         teacher: factor of the same shape, a pretrained paraphraser's output for the teacher's; receives no gradient.
         variant: ``paper`` sums over elements; ``authors``, the code of the published weights, averages over them.
-        mask: ``[B]``, or with more leading dimensions, true where the example counts.
-        reduction: ``mean`` over examples that count, ``sum``, or ``none``.
 
     Returns:
         Zero, with zero gradient, when student equals teacher.
@@ -135,8 +121,6 @@ def overhaul(
         student: projected features ``[B, C, ...]``, before any ReLU.
         teacher: features of the same shape, before ReLU; receives no gradient.
         margin: ``[C]``, negative, per channel of the teacher: :func:`overhaul_margin`.
-        mask: ``[B]``, true where the example counts.
-        reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
     Returns:
         Sum over elements; zero, with zero gradient, when student equals teacher.
@@ -199,7 +183,7 @@ def vid(
     spread: Tensor,
     *,
     epsilon: float = 1e-5,
-    variant: Literal["paper", "authors"] = "paper",
+    variant: Variant = "paper",
     mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -215,8 +199,6 @@ def vid(
         epsilon: least variance.
         variant: ``paper`` sums over elements; ``authors``, the code of the published numbers (weight 1), averages
             over them.
-        mask: ``[B]``, true where the example counts.
-        reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
     Raises:
         ValueError: shapes differ, spread is not one for each channel, unknown variant.

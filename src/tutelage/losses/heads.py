@@ -118,14 +118,10 @@ def _gathered(x: Tensor) -> Tensor:
 
 
 class HeadProjection:
-    """The raw logits of some hidden states at a time.
+    """The raw logits of some of the hidden states ``[N, D]`` at a time.
 
-    Args:
-        head: provides the scale of its LoRA.
-        tensors: of the head, in the order of :meth:`LinearHead.tensors`.
-        hidden: ``[N, D]``.
-        size: V without padding, which is never projected.
-        dtype: of the projections: that of autocast, or ``None`` for the tensors' own.
+    ``tensors`` are :meth:`LinearHead.tensors`; ``size`` is V without padding, which is never projected; ``dtype`` is
+    that of autocast, or ``None`` for the tensors' own.
     """
 
     def __init__(
@@ -157,13 +153,7 @@ class HeadProjection:
 
 
 class GradientSums:
-    """Sums, in float32 or more, of the gradients by hidden states and by a head's tensors.
-
-    Args:
-        projection: of the student.
-        required: whether hidden states, weight, bias, LoRA's a and b require a gradient.
-        tensors: those tensors.
-    """
+    """Sums, in float32 or more, of the gradients by the hidden states and the head's tensors that require one."""
 
     def __init__(
         self, projection: HeadProjection, required: Sequence[bool], tensors: Sequence[Tensor | None]
@@ -181,7 +171,7 @@ class GradientSums:
         self.buffer: Tensor | None = None
 
     def buffer_for(self, raw: Tensor) -> Tensor:
-        """Where to write the gradient by the raw logits: in their place if they are precise enough."""
+        """Where to write the gradient by the raw logits: in their place if they are without_autocast enough."""
         if self.dtype == raw.dtype:
             return raw
         if self.buffer is None or self.buffer.shape[0] < len(raw):

@@ -6,8 +6,6 @@ float32 (float64 for float64 inputs), sends no gradient to the teacher, and aver
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,10 +13,10 @@ from torch.nn import functional as F
 from tutelage.losses.common import (
     Mask,
     Reduction,
+    Variant,
     as_float,
     centre,
     check_choice,
-    check_labels,
     check_mask,
     check_same_shape,
     check_temperature,
@@ -105,8 +103,6 @@ def soft_cross_entropy(
         student: logits ``[..., C]``.
         teacher: logits of the same shape, not probabilities; receives no gradient.
         temperature: T of both, above 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Raises:
         ValueError: shapes differ, or the temperature is not above 0.
@@ -131,8 +127,6 @@ def cross_entropy(
         student: logits ``[..., C]``.
         labels: class indices ``[...]``, or -100.
         label_smoothing: epsilon, in [0, 1).
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Raises:
         ValueError: labels are not one for each row, or epsilon outside [0, 1).
@@ -155,7 +149,10 @@ def cross_entropy(
 
 def labelled_rows(student: Tensor, labels: Tensor, mask: Mask) -> Tensor:
     """``[...]``, true at rows that count and have a label; raises ``ValueError`` for labels of another shape."""
-    check_labels(labels, student)
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must be one class index for each row, {tuple(student.shape[:-1])}"
+        )
     counts = labels != IGNORE
     return counts if mask is None else counts & check_mask(mask, labels.shape)
 
@@ -167,7 +164,7 @@ def teacher_free(
     *,
     correct: float = 0.99,
     temperature: float = 20.0,
-    variant: Literal["paper", "authors"] = "paper",
+    variant: Variant = "paper",
     mask: Mask = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -184,8 +181,6 @@ def teacher_free(
         variant: ``authors`` is the code of the published numbers:
             :math:`\mathrm{KL}(\mathrm{softmax}(p^d / T) \| p^S_1)`, which softens probabilities as if they were
             logits, does not soften the student and has no :math:`T^2`. At T = 20 its target is almost uniform.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats, for ``paper`` times T^2, which the paper omits and every soft loss here has.
@@ -262,8 +257,6 @@ def binary_kd(
         student: logits ``[..., L]``, one per label.
         teacher: logits of the same shape; receives no gradient.
         temperature: T, above 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats times T^2, summed over labels; zero, with zero gradient, when student equals teacher.
@@ -291,8 +284,6 @@ def binary_cross_entropy(
     Args:
         student: logits ``[..., L]``, one per label.
         targets: the same shape, in [0, 1].
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats, summed over labels, as :func:`binary_kd` is; transformers' own loss divides by the number of labels.
@@ -317,8 +308,6 @@ def mse(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Reduc
     Args:
         student: logits or predicted values ``[..., C]``.
         teacher: the same shape; receives no gradient.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Raises:
         ValueError: shapes differ.
@@ -351,8 +340,6 @@ def bounded_regression(
         teacher: the same shape; receives no gradient.
         targets: true values, the same shape.
         margin: m, in squared units of the targets: by how much the student must be better for a loss of 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Squared error; with ``margin=0`` zero where the student is no worse than the teacher.

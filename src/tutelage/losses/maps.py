@@ -41,8 +41,6 @@ def attention_transfer(
             average-pooled to the smaller before squaring.
         variant: ``normalised`` sums the squares over positions. ``authors``, the code of the published weight, 1000,
             averages over them: H W times smaller.
-        mask: ``[B]``, true where the example counts.
-        reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
     Returns:
         In [0, 2], over H W for ``authors``; zero, with zero gradient, when student equals teacher.
@@ -83,8 +81,6 @@ def nst(
         teacher: feature map ``[B, C', H', W']``; receives no gradient. If the spatial sizes differ, the larger map is
             average-pooled to the smaller.
         kernel: ``polynomial`` :math:`(x \cdot y)^2`, the paper's choice; or ``linear``.
-        mask: ``[B]``, true where the example counts.
-        reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
     Returns:
         Zero, with zero gradient, when student equals teacher, in any order of channels.
@@ -128,8 +124,6 @@ def review(
         student: fused feature map ``[B, C, H, W]``.
         teacher: the same shape; receives no gradient.
         levels: side lengths of the pyramid, decreasing.
-        mask: ``[B]``, true where the example counts.
-        reduction: ``mean`` over examples that count, ``sum``, or ``none`` for ``[B]``.
 
     Returns:
         Zero, with zero gradient, when student equals teacher.

@@ -8,14 +8,23 @@ error, and ``sum`` is the mean times the number of rows that count. The loss dep
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tutelage.losses.common import Mask, Reduction, batch_rows, check_choice, reduce_batch, unit, without_autocast
+from tutelage.losses.common import (
+    Mask,
+    Reduction,
+    Variant,
+    batch_rows,
+    check_choice,
+    reduce_batch,
+    unit,
+    without_autocast,
+)
 
 CHUNK = 1 << 20
 """Most angles that :func:`rkd_angle` computes at a time."""
@@ -30,8 +39,6 @@ def similarity(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction
     Args:
         student: features ``[B, ...]``.
         teacher: features ``[B, ...]`` of any width; receives no gradient.
-        mask: ``[B]``, true where the example counts; the others are deleted.
-        reduction: ``mean`` is the formula above; ``sum`` is B times that.
 
     Returns:
         Zero, with zero gradient, when student equals teacher. A batch repeated k times is 1/k of it.
@@ -67,8 +74,6 @@ def correlation(
         teacher: features ``[B, ...]`` of any width; receives no gradient.
         gamma: width of the kernel.
         order: P, highest power of the series, at least 1.
-        mask: ``[B]``, true where the example counts; the others are deleted.
-        reduction: ``mean`` is the formula above; ``sum`` is B times that.
 
     Returns:
         Zero, with zero gradient, when student equals teacher. The same for a batch repeated k times.
@@ -99,12 +104,7 @@ def correlation(
 
 @without_autocast
 def pkt(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    variant: Literal["paper", "authors"] = "paper",
-    mask: Mask = None,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, *, variant: Variant = "paper", mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Probabilistic knowledge transfer: KL between the rows' distributions over their neighbours.
 
@@ -168,8 +168,6 @@ def rkd_distance(student: Tensor, teacher: Tensor, *, mask: Mask = None, reducti
     Args:
         student: features ``[B, ...]``.
         teacher: features ``[B, ...]`` of any width; receives no gradient.
-        mask: ``[B]``, true where the example counts; the others are deleted.
-        reduction: ``mean`` is the formula above; ``sum`` is B times that.
 
     Returns:
         Zero, with zero gradient, when student equals teacher, also if scaled or shifted. The same for a batch
@@ -214,8 +212,6 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction:
     Args:
         student: features ``[B, ...]``.
         teacher: features ``[B, ...]`` of any width; receives no gradient.
-        mask: ``[B]``, true where the example counts; the others are deleted.
-        reduction: ``mean`` is the formula above; ``sum`` is B times that.
 
     Returns:
         Zero, with zero gradient, when student equals teacher, also if scaled or shifted. The same for a batch

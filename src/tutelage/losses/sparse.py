@@ -34,8 +34,6 @@ def topk_kd(
         index: the teacher's classes ``[..., k]``, all different.
         log_probs: their log-probabilities at T ``[..., k]``, natural logarithm.
         temperature: T, above 0: that of ``log_probs``.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats times T^2; zero if the student gives the k classes the teacher's probabilities.
@@ -84,8 +82,6 @@ def sampled_kd(
         weights: of each ``[..., k]``, 0 for padding. For n plain draws: the count of the class, over n. Do not divide
             by their sum, which would favour the classes in the sample.
         temperature: T, above 0: that of the sample.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats times T^2. Not zero at equality: its expectation there is T^2 times the teacher's entropy.

@@ -55,8 +55,6 @@ def dkd(
         alpha: weight of TCKD.
         beta: weight of NCKD.
         temperature: T, above 0.
-        mask: ``[...]``, true where the row counts.
-        reduction: ``mean`` over rows that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
@@ -116,8 +114,6 @@ def dist(
         beta: weight of the inter-class part.
         gamma: weight of the intra-class part.
         temperature: T, above 0.
-        mask: ``[...]``, true where the row counts; the others are deleted.
-        reduction: ``mean``, or ``sum``: the mean times the rows that count.
 
     Returns:
         In [0, 2 (beta + gamma) T^2]; zero, with zero gradient, when student equals teacher.
@@ -183,8 +179,6 @@ def mlkd(
         instance: weight of the instance part.
         batch: weight of the batch part.
         classes: weight of the class part.
-        mask: ``[...]``, true where the row counts; the others are deleted.
-        reduction: ``mean``, or ``sum``: the mean times the rows that count.
 
     Returns:
         Zero, with zero gradient, when student equals teacher.

@@ -5,14 +5,13 @@ Every function works in float32 (float64 for float64 inputs) and sends no gradie
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from tutelage.losses.common import (
     Mask,
     Reduction,
+    Variant,
     batch_rows,
     check_choice,
     float_rows,
@@ -33,8 +32,6 @@ def cosine(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Re
     Args:
         student: vectors ``[..., D]``, such as the hidden states ``[B, L, D]`` of tokens.
         teacher: the same shape; receives no gradient.
-        mask: ``[...]``, true where the vector counts.
-        reduction: ``mean`` over vectors that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Between 0 and 2; zero, with zero gradient, when student equals teacher, in any positive scale.
@@ -50,12 +47,7 @@ def cosine(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Re
 
 @without_autocast
 def patient(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    variant: Literal["paper", "authors"] = "paper",
-    mask: Mask = None,
-    reduction: Reduction = "mean",
+    student: Tensor, teacher: Tensor, *, variant: Variant = "paper", mask: Mask = None, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""Patient knowledge distillation: :math:`\| h^S/\|h^S\|_2 - h^T/\|h^T\|_2 \|_2^2` of a layer's [CLS] state.
 
@@ -64,8 +56,6 @@ def patient(
         teacher: the same shape; receives no gradient.
         variant: ``paper`` sums over the elements of a state; ``authors``, the code of the published weights (10 to
             1000), averages over them.
-        mask: ``[...]``, true where the text counts.
-        reduction: ``mean`` over texts that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         ``paper``: between 0 and 4, twice :func:`cosine`. Zero, with zero gradient, when student equals teacher.
@@ -91,8 +81,6 @@ def cosine_matrix(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduct
     Args:
         student: embeddings ``[B, D]``.
         teacher: embeddings ``[B, D']`` of the same texts, of any width; receives no gradient.
-        mask: ``[B]``, true where the text counts; the others are deleted.
-        reduction: ``mean`` is the formula above; ``sum`` is B times that.
 
     Returns:
         Zero, with zero gradient, when student equals teacher, in any rotation. 0 for fewer than two texts.
@@ -121,8 +109,6 @@ def margin_mse(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction
     Args:
         student: scores ``[..., P]`` of a query's passages; the first is the relevant one.
         teacher: the same shape; receives no gradient.
-        mask: ``[...]``, true where the query counts.
-        reduction: ``mean`` over queries that count, ``sum``, or ``none`` for ``[...]``.
 
     Returns:
         Zero, with zero gradient, when student equals teacher, up to a constant for each query.

@@ -4,7 +4,6 @@
 ``encoder:input[hidden_states]`` names an activation; :mod:`tutelage.taps.tap` has the grammar.
 """
 
-from tutelage.taps.modes import evaluating
 from tutelage.taps.observe import (
     Adapter,
     Head,
@@ -13,6 +12,7 @@ from tutelage.taps.observe import (
     Observer,
     as_linear,
     compile_apart,
+    evaluating,
     logits_of,
     observe,
     output_head,

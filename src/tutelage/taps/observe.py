@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, Self
@@ -278,6 +279,18 @@ def _captured_tensor(record: _Record, tap: Tap) -> Tensor:
         remedy = "checkpoint with use_reentrant=False" if value is _REENTRANT else "`tutelage taps` lists all taps"
         raise ModelError(value, where=f"tap {tap.text!r}", remedy=remedy)
     return value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` in evaluation mode; afterwards each module has its previous mode."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def compile_apart(model: nn.Module, **options: Any) -> None:
