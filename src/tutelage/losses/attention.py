@@ -153,7 +153,8 @@ def value_relation(
     pairs, tokens = _visible(mask, student.unsqueeze(1))
     if tokens is not None:
         # NaN in a padded token would reach the others through the products
-        hidden = ~_present(mask, tokens).unsqueeze(-1)
+        present = tokens if mask is None or mask.ndim == 2 else tokens | mask.bool().any(-2)
+        hidden = ~present.unsqueeze(-1)
         student, teacher = student.masked_fill(hidden, 0.0), teacher.masked_fill(hidden, 0.0)
     value = _relation_kl(_products(student, heads), _products(teacher, heads), pairs, temperature)
     return reduce(value, tokens, reduction)
@@ -215,8 +216,3 @@ def _visible(mask: Mask, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         f"mask {tuple(mask.shape)} must be [B, L], true at tokens, or [B, L, L], true where a query attends to "
         f"a key, here with B = {batch} and L = {length}"
     )
-
-
-def _present(mask: Mask, tokens: Tensor) -> Tensor:
-    """``[B, L]``, true at tokens that are query or key of a pair that counts."""
-    return tokens if mask is None or mask.ndim == 2 else tokens | mask.bool().any(-2)

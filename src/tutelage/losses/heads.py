@@ -89,11 +89,6 @@ class LinearHead:
             grad.addcmul_(grad * logits, logits, value=-1.0 / self.softcap**2)
         return grad if self.scale == 1.0 else grad.mul_(self.scale)
 
-    @property
-    def rows(self) -> int:
-        """V, including padding."""
-        return self.weight.shape[0]
-
 
 def as_head(head: Tensor | LinearHead) -> LinearHead:
     """A weight ``[V, D]`` as a head."""

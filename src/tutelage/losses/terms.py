@@ -116,14 +116,7 @@ class HardTargets:
 
 
 class _Student(NamedTuple):
-    """What the terms need to know of the student's logits.
-
-    Attributes:
-        shape: of the positions.
-        size: of the vocabulary without padding.
-        vocabulary: as given.
-        dtype: of the projections.
-    """
+    """The student's logits: shape of the positions, vocabulary without padding, and dtype of the projections."""
 
     shape: torch.Size
     size: int
@@ -151,7 +144,7 @@ def build_problem(
     _check_width("student's hidden states", hidden, head)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: must be 1 token or more, or None")
-    size = _unpadded("the student", head.rows, vocabulary)
+    size = _unpadded("the student", len(head.weight), vocabulary)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float64 in (hidden.dtype, head.weight.dtype):
@@ -325,14 +318,14 @@ def _dense_teacher(
     hidden, head = teacher[0], as_head(teacher[1])
     _check_positions("teacher's hidden states", hidden, shape)
     _check_width("teacher's hidden states", hidden, head)
-    flat, size = hidden.detach().reshape(-1, hidden.shape[-1]), head.rows if own_vocabulary else student.size
+    flat, size = hidden.detach().reshape(-1, hidden.shape[-1]), len(head.weight) if own_vocabulary else student.size
 
     def opened() -> Callable[[Rows], tuple[Tensor, ...]]:
         with torch.no_grad():
             projection = HeadProjection(head, head.tensors(), flat, size, student.dtype)
         return lambda rows: (projection.project(rows),)
 
-    return opened, head.finish, head.rows
+    return opened, head.finish, len(head.weight)
 
 
 def _check_positions(name: str, x: Tensor, shape: torch.Size) -> None:

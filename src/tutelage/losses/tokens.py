@@ -108,11 +108,8 @@ def linear_sums(
 
     Args:
         student_hidden: as in :func:`linear_divergence`, as are ``student_head``, ``vocabulary`` and ``chunk``.
-        student_head: the head.
         terms: the losses; their tokens may differ.
         weights: of each sum in the loss that will be differentiated, scalars above 0.
-        vocabulary: how many rows are tokens.
-        chunk: tokens at a time.
 
     Returns:
         A scalar for each term, float32 or more, connected to the student also if no token counts.
@@ -142,11 +139,8 @@ def linear_cross_entropy(
     Args:
         student_hidden: ``[..., D]``, as in :func:`linear_divergence`, as are ``student_head``, ``vocabulary`` and
             ``chunk``.
-        student_head: the head.
         labels: ``[...]``, already shifted; -100 for none.
         token_weights: ``[...]``, w; default 1. The mean divides by the number of tokens that count.
-        vocabulary: how many rows are tokens.
-        chunk: tokens at a time.
         mask: ``[...]``, true where the token counts.
         reduction: ``mean`` over tokens that count and have a label, ``sum``, or ``none`` for ``[...]``, 0 elsewhere.
 

@@ -130,12 +130,12 @@ class CrossTokenizerMethod(TokenMethod):
         else:
             assert batch.teacher_labels is not None
             labels = batch.teacher_labels.flatten()
-        single, chains = self._split(spans, batch.labels.flatten(), labels)
+        (mine, other), chains = self._split(spans, batch.labels.flatten(), labels)
         inputs = theirs.inputs.flatten(0, -2)
         teacher = inputs.new_zeros(masks["soft"].numel(), inputs.shape[-1])
         mask = torch.zeros_like(masks["soft"])
-        teacher[single.mine] = inputs[single.theirs]
-        mask.view(-1)[single.mine] = True
+        teacher[mine] = inputs[other]
+        mask.view(-1)[mine] = True
         targets: dict[str, losses.CrossVocabularyTargets | losses.HardTargets] = {
             "soft": losses.CrossVocabularyTargets(
                 (teacher.view(*mask.shape, -1), linear_head(theirs)), self.shared, self.options.rest, mask=mask,
@@ -152,27 +152,27 @@ class CrossTokenizerMethod(TokenMethod):
             terms["soft"] = Term(terms["soft"].sum + products, counts["soft"])
         return terms
 
-    def _split(self, spans: _Spans, labels: Tensor, theirs: Tensor) -> tuple[_Pairs, _Spans | None]:
+    def _split(self, spans: _Spans, labels: Tensor, theirs: Tensor) -> tuple[tuple[Tensor, Tensor], _Spans | None]:
         """With ``spans``: the positions at which both predict one token, the same entry, and all other spans; with
         ``uld``: the positions before each span, and ``None``."""
         mine = _first(spans.mine, spans.of, spans.count)
         other = _first(spans.theirs, spans.of_theirs, spans.count)
         if self.options.compare == "uld":
-            return _Pairs(mine, other), None
+            return (mine, other), None
         assert self.shared is not None
         sizes = [torch.bincount(of, minlength=spans.count) for of in (spans.of, spans.of_theirs)]
         single = (sizes[0] == 1) & (sizes[1] == 1)
         single &= _counterpart(self.shared, labels[mine]) == theirs[other]
         rest = ~single
         if not bool(rest.any()):
-            return _Pairs(mine, other), None
+            return (mine, other), None
         numbers = rest.cumsum(0) - 1
         in_rest, in_rest_theirs = rest[spans.of], rest[spans.of_theirs]
         chains = _Spans(
             spans.mine[in_rest], numbers[spans.of[in_rest]],
             spans.theirs[in_rest_theirs], numbers[spans.of_theirs[in_rest_theirs]], int(rest.sum()),
         )  # fmt: skip
-        return _Pairs(mine[single], other[single]), chains
+        return (mine[single], other[single]), chains
 
     def _products(self, chains: _Spans, mine: Head, theirs: Head, labels: Tensor, teacher_labels: Tensor) -> Tensor:
         """D of the probabilities of spans of several tokens or of different entries."""
@@ -214,13 +214,6 @@ class _Spans(NamedTuple):
     theirs: Tensor
     of_theirs: Tensor
     count: int  # type: ignore[assignment]
-
-
-class _Pairs(NamedTuple):
-    """Corresponding flat positions of student and teacher."""
-
-    mine: Tensor
-    theirs: Tensor
 
 
 def _identical_spans(counted: Tensor) -> _Spans:

@@ -19,7 +19,7 @@ from tutelage.methods.text_terms import (
     nonzero_weights,
     taps_only,
 )
-from tutelage.methods.transformer_layers import Attention, Channels, check_plain_attention, find_layers
+from tutelage.methods.transformer_layers import Attention, Channels, check_plain_attention, find_both_layers
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
 
@@ -58,7 +58,6 @@ class MinilmMethod(Method):
     def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The student, with everything after the compared queries, keys and values frozen."""
         self.build(student, teacher, example)
-        assert self.student_needs is not None
         return freeze_unused(student, example, self.student_needs)
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
@@ -68,8 +67,7 @@ class MinilmMethod(Method):
             ModelError: they are not found, heads do not divide the widths, or attention cannot be compared.
         """
         assert teacher is not None
-        mine = find_layers("student", student, example)
-        theirs = find_layers("teacher", teacher, example.for_teacher())
+        mine, theirs = find_both_layers(student, teacher, example)
         last, layer = len(mine.layers), self.options.layer or len(theirs.layers)
         if layer > len(theirs.layers):
             raise ModelError(

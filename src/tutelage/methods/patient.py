@@ -19,7 +19,7 @@ from tutelage.methods.text_terms import (
     nonzero_weights,
     taps_only,
 )
-from tutelage.methods.transformer_layers import find_layers, map_layers
+from tutelage.methods.transformer_layers import find_both_layers, map_layers
 from tutelage.students import Projector, build_projector
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
@@ -55,10 +55,7 @@ class PatientMethod(Method):
     def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The student; without soft and hard labels, everything after the compared layers is frozen."""
         self.build(student, teacher, example)
-        if self.outputs.weights:
-            return student
-        assert self.student_needs is not None
-        return freeze_unused(student, example, self.student_needs)
+        return student if self.outputs.weights else freeze_unused(student, example, self.student_needs)
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
         """Find the layers of both models.
@@ -69,8 +66,7 @@ class PatientMethod(Method):
         assert teacher is not None
         self.pairs, self.projector = [], None
         if "patient" in self.weights:
-            mine = find_layers("student", student, example)
-            theirs = find_layers("teacher", teacher, example.for_teacher())
+            mine, theirs = find_both_layers(student, teacher, example)
             self.layer_map = map_layers(self.options.layers, mine, theirs, exclude_last=True)
             self.pairs = [(mine.layers[m - 1].output, theirs.layers[n - 1].output) for m, n in self.layer_map]
             if mine.width != theirs.width:

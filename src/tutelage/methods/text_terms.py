@@ -97,7 +97,7 @@ def taps_only(model: nn.Module, taps: Sequence[str]) -> Needs:
     return Needs(logits=False, head=vocabulary_head(model) is not None, hidden=tuple(dict.fromkeys(taps)))
 
 
-def freeze_unused(student: nn.Module, example: Batch, needs: Needs, *, head: bool = False) -> nn.Module:
+def freeze_unused(student: nn.Module, example: Batch, needs: Needs | None, *, head: bool = False) -> nn.Module:
     """``student``, with the parameters frozen on which no tap (nor ``head``) depends, such as later layers.
 
     They get no gradient, and distributed wrappers wait for the gradient of every parameter that is not frozen. The

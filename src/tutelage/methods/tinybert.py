@@ -26,7 +26,7 @@ from tutelage.methods.transformer_layers import (
     Attention,
     LayerStack,
     check_plain_attention,
-    find_layers,
+    find_both_layers,
     map_layers,
 )
 from tutelage.students import build_projector
@@ -67,8 +67,7 @@ class LayersMethod(Method):
             ModelError: no layers are found, or attention that cannot be compared.
         """
         assert teacher is not None
-        mine = find_layers("student", student, example)
-        theirs = find_layers("teacher", teacher, example.for_teacher())
+        mine, theirs = find_both_layers(student, teacher, example)
         self.layer_map = map_layers(self.options.layers, mine, theirs)
         self.states = {}
         if "embedding" in self.weights:
@@ -174,10 +173,7 @@ class TinybertMethod(Method):
     def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> nn.Module:
         """The student; without predictions, everything after the compared layers is frozen."""
         self.build(student, teacher, example)
-        if self.outputs.weights:
-            return student
-        assert self.student_needs is not None
-        return freeze_unused(student, example, self.student_needs)
+        return student if self.outputs.weights else freeze_unused(student, example, self.student_needs)
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
         """Find the layers of both models, and build the projectors.

@@ -13,7 +13,7 @@ from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
 from tutelage.methods.base import Method, Term
 from tutelage.methods.text_terms import check_same_tokens, counted_tokens, head_terms, linear_head, nonzero_weights
-from tutelage.methods.transformer_layers import find_layers, map_layers
+from tutelage.methods.transformer_layers import find_both_layers, map_layers
 from tutelage.students import build_projector, eval_no_grad
 from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, Observation, observe, vocabulary_head
@@ -88,9 +88,8 @@ class TokenMethod(Method):
         for who, model in models.items():
             check_packed_rows_are_separate(who, model, example)
         if "hidden" in self.weights:
-            assert teacher is not None
             o: Any = self.options
-            mine, theirs = find_layers("student", student, example), find_layers("teacher", teacher, example)
+            mine, theirs = find_both_layers(student, teacher, example)
             self.layer_map = map_layers(o.layers, mine, theirs)
             self.pairs = [(mine.layers[m - 1].output, theirs.layers[n - 1].output) for m, n in self.layer_map]
             if mine.width != theirs.width:

@@ -165,10 +165,7 @@ class LayerStack:
         queries, keys, values = _with_call_numbers(channels, calls)
         for h in heads:
             for swapped in (False, True):
-                result = _attend(*((k, q) if swapped else (q, k)), v, h, visible)
-                if result is not None and _same_attention(
-                    result[visible], context[visible], _uniform_attention(v, visible)
-                ):
+                if _is_attention(*((k, q) if swapped else (q, k)), v, h, visible, context):
                     first, second = (keys, queries) if swapped else (queries, keys)
                     return Attention(first, second, values, h, plain=True)
         return Attention(queries, keys, values, known, plain=False)
@@ -216,6 +213,12 @@ def find_layers(who: str, model: nn.Module, example: Batch) -> LayerStack:
     repeated = {c.path for c in of_members if c.number}
     layers = tuple(Layer(c.path, c.number if c.path in repeated else None, width) for c in of_members)
     return LayerStack(who, model, example, layers, _last_state(calls, path, layers, width))
+
+
+def find_both_layers(student: nn.Module, teacher: nn.Module | None, example: Batch) -> tuple[LayerStack, LayerStack]:
+    """The layers of student and teacher; raises as :func:`find_layers`."""
+    assert teacher is not None
+    return find_layers("student", student, example), find_layers("teacher", teacher, example.for_teacher())
 
 
 def _last_state(calls: Sequence[Call], path: str, layers: Sequence[Layer], width: int) -> str:
@@ -344,13 +347,18 @@ def _with_call_numbers(channels: Sequence[Channels], calls: Sequence[Call]) -> t
     return q, k, v
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, visible: Tensor) -> Tensor | None:
-    """``[B, L, D]`` values averaged by softmax(QK/sqrt(d)); ``None`` if the shapes do not fit."""
+def _is_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, visible: Tensor, context: Tensor) -> bool:
+    """Whether ``context`` is softmax(QK/sqrt(d))V, to 1 % of its distance from uniform attention."""
     if any(x.shape[-1] % heads for x in (q, k, v)) or q.shape != k.shape:
-        return None
+        return False
     scores = attention_scores(q, k, heads).masked_fill(~visible[:, None, None, :], float("-inf"))
     split = v.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-    return (scores.softmax(-1) @ split).transpose(1, 2).flatten(2)
+    result = (scores.softmax(-1) @ split).transpose(1, 2).flatten(2)[visible].float()
+    mean = v.float().masked_fill(~visible.unsqueeze(-1), 0.0).sum(1) / visible.sum(1, keepdim=True).clamp(min=1)
+    uniform, context = mean.unsqueeze(1).expand(v.shape)[visible], context[visible]
+    scale, distance = context.float().abs().max(), (context.float() - uniform).abs().max()
+    error = (result - context.float()).abs().max()
+    return bool(error <= 0.01 * distance + TOLERANCE.get(context.dtype, TOLERANCE_HALF) * scale)
 
 
 def attention_scores(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
@@ -367,19 +375,6 @@ def attention_scores(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
             for x in (queries, keys)
         )
         return q @ k.mT / q.shape[-1] ** 0.5
-
-
-def _uniform_attention(v: Tensor, visible: Tensor) -> Tensor:
-    """``[N, D]`` the output of uniform attention."""
-    mean = v.float().masked_fill(~visible.unsqueeze(-1), 0.0).sum(1) / visible.sum(1, keepdim=True).clamp(min=1)
-    return mean.unsqueeze(1).expand(v.shape)[visible]
-
-
-def _same_attention(result: Tensor, context: Tensor, uniform: Tensor) -> bool:
-    """Whether ``result`` is ``context``, to 1 % of its distance from uniform (small in an untrained model)."""
-    scale, distance = context.float().abs().max(), (context.float() - uniform).abs().max()
-    error = (result.float() - context.float()).abs().max()
-    return bool(error <= 0.01 * distance + TOLERANCE.get(context.dtype, TOLERANCE_HALF) * scale)
 
 
 def _is_close(x: Tensor, y: Tensor) -> bool:
@@ -400,25 +395,14 @@ def _first_tokens(batch: Batch) -> Batch:
 # Layer maps -------------------------------------------------------------------------------------------
 
 
-def _uniform(students: int, teachers: int) -> list[int]:
-    return [(2 * m * teachers + students) // (2 * students) for m in range(1, students + 1)]
-
-
-def _last(students: int, teachers: int) -> list[int]:
-    return [teachers - students + m for m in range(1, students + 1)]
-
-
-LAYER_MAPS = {"uniform": _uniform, "skip": _uniform, "last": _last}
-"""(number of the student's layers, of the teacher's) -> the teacher's layer for each of the student's, from 1."""
-
-
 def map_layers(
     layers: str | Sequence[int | None], student: LayerStack, teacher: LayerStack, *, exclude_last: bool = False
 ) -> list[tuple[int, int]]:
     """Pairs of layers of student and teacher, counted from 1.
 
     Args:
-        layers: one of :data:`LAYER_MAPS`, or the teacher's layer for each of the student's.
+        layers: ``uniform`` or ``skip``: m N / M, rounded, for layer m of M; ``last``: the last M of N; or the
+            teacher's layer for each of the student's.
         student: its layers.
         teacher: its layers.
         exclude_last: without the student's last layer.
@@ -434,7 +418,11 @@ def map_layers(
                 f"layers: last, and the student has {students} layers, the teacher {teachers}",
                 where="method.layers", remedy="list them",
             )  # fmt: skip
-        listed: list[int | None] = [max(n, 1) for n in LAYER_MAPS[layers](students, teachers)[:length]]
+        last = layers == "last"
+        listed: list[int | None] = [
+            max(teachers - students + m if last else (2 * m * teachers + students) // (2 * students), 1)
+            for m in range(1, length + 1)
+        ]
     else:
         listed = list(layers)
         if len(listed) != length or any(n is not None and n > teachers for n in listed):

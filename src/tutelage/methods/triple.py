@@ -20,7 +20,7 @@ from tutelage.methods.text_terms import (
     nonzero_weights,
     taps_only,
 )
-from tutelage.methods.transformer_layers import find_layers
+from tutelage.methods.transformer_layers import find_both_layers
 from tutelage.students import Projector, build_projector
 from tutelage.taps import Head, Needs, Observation, vocabulary_head
 from tutelage.teachers.signal import Signal
@@ -81,7 +81,7 @@ class TripleMethod(Method):
             _check_vocabularies(mine.out_features, theirs.out_features)
         self.taps, self.projector = None, None
         if "cosine" in self.weights:
-            s, t = find_layers("student", student, example), find_layers("teacher", teacher, example.for_teacher())
+            s, t = find_both_layers(student, teacher, example)
             self.taps = (s.last, t.last)
             if s.width != t.width:
                 self.projector = build_projector((1, 1, s.width), (1, 1, t.width), kind="linear")
