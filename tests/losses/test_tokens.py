@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from support import python
 from support.launching import launch
 from support.token_world import DIVERGENCES, SIZE, TOKENS, WIDTH, World, close, every, gradients, same
 from tutelage import losses
@@ -244,7 +244,8 @@ def test_with_ligers_kernel_values_and_gradients_are_the_same():
     """In Triton's interpreter, which no GPU is needed for."""
     pytest.importorskip("liger_kernel")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = python.run(["-m", "support.liger_job"], cwd=Path(__file__).parents[1], env=environment)
+    command = [sys.executable, "-m", "support.liger_job"]  # triton reads the variable when it is imported
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "agrees" in done.stdout
 

@@ -312,7 +312,7 @@ def test_a_recipe_that_asks_the_teacher_ahead_is_refused(key: str, recipe: dict[
     recipe["data"].pop("pack")
     recipe["method"] = {"kind": "on-policy"}
     recipe["teacher"][key] = {"cache": True, "inference": {"overlap": True}}[key]
-    with pytest.raises(CapabilityError, match=rf"teacher\.{key}.*just written"):
+    with pytest.raises(CapabilityError, match=rf"teacher\.{key}.*cannot be computed ahead"):
         tutelage.run(build_recipe(recipe), out=tmp_path / "run")
 
 
