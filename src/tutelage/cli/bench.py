@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tutelage.cli.base import argument, option, say
+from tutelage.cli.base import argument, grid, option, say, wide_console
 from tutelage.errors import ConfigError
 
 
@@ -37,24 +37,13 @@ def bench(
         sizes = [int(n) for n in batches.split(",")]
     except ValueError:
         raise ConfigError(f"--batches {batches}", remedy="give numbers with commas between them: 1,8,32") from None
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from tutelage.cli.bench_models import bench as measure
     from tutelage.reports.bench import notes, table, verdict, write_bench
 
     result = measure(sources, out=out, batch_sizes=sizes, rounds=rounds, columns=columns.split(","), memory=memory)
     head, rows = table(result)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    grid = Table(box=box.SIMPLE_HEAD)
-    for i, title in enumerate(head):
-        grid.add_column(title, justify="right" if i > 1 else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*row)
-    console.print(grid, markup=False)
+    console = wide_console(160)
+    console.print(grid([head, *rows], 2, overflow="fold"), markup=False)
     for note in notes(result):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     path = Path(result["path"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tutelage.cli.base import Overrides, RecipeArgument, say
+from tutelage.cli.base import Overrides, RecipeArgument, flag, say, with_resume_command
 from tutelage.errors import Interrupted
 
 
@@ -32,7 +30,7 @@ def generate(
     try:
         result = generation.generate(loaded, out=out)
     except Interrupted as stop:
-        raise _with_command(stop, "generate", recipe, overrides, out) from None
+        raise with_resume_command(stop, "generate", recipe, *(overrides or []), *flag("out", out)) from None
     summary, spent = result.summary, result.summary["spent"]
     rejected = ", ".join(f"{count:,} {reason}" for reason, count in summary["rejected"].items())
     cost = f", {spent['cost']:.4f} spent" if "cost" in spent else ""
@@ -59,19 +57,10 @@ def judge(
     try:
         result = api.judge(loaded, out=out)
     except Interrupted as stop:
-        raise _with_command(stop, "judge", recipe, overrides, out) from None
+        raise with_resume_command(stop, "judge", recipe, *(overrides or []), *flag("out", out)) from None
     for pair in result.summary["pairs"]:
         first, second = pair["pair"]
         rate = "no verdict" if pair["rate"] is None else f"{pair['rate']:.1%}"
         say(f"{first} against {second}: {rate}, {pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost")
     for folder in (result.path, *result.runs):
         say(f"page: {folder / 'report.html'}")
-
-
-def _with_command(
-    stop: Interrupted, command: str, recipe: Path, overrides: list[str] | None, out: Path | None
-) -> Interrupted:
-    """The error with the command that continues the run, without an endpoint's login."""
-    safe = [re.sub(r"//[^/\s]*@", "//", text) for text in overrides or []]
-    words = ["tutelage", command, str(recipe), *safe, *(["--out", str(out)] if out else [])]
-    return Interrupted(stop.what, remedy=f"continue with: {shlex.join(words)}")

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tutelage.cli.base import Overrides, RecipeArgument, argument, flag, option, say, with_resume_command
+from tutelage.cli.base import (
+    Overrides,
+    RecipeArgument,
+    argument,
+    flag,
+    grid,
+    option,
+    say,
+    wide_console,
+    with_resume_command,
+)
 from tutelage.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -157,14 +167,10 @@ def report(
 
 
 def _show(summary: dict[str, Any], path: Path) -> None:
-    from rich.console import Console
-
     from tutelage.reports import final_table, multistage_table, verdict
     from tutelage.reports.selection_metric import metric_of
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = wide_console(120)
     console.print()
     many = "workflow" in summary
     console.print(
@@ -177,9 +183,6 @@ def _show(summary: dict[str, Any], path: Path) -> None:
 
 def _table(rows: list[dict[str, Any]], width: int, metric: str = "accuracy") -> Table:
     """One row per model; in a narrow terminal one column per model."""
-    from rich import box
-    from rich.table import Table
-
     from tutelage.reports.formatting import ABSENT
     from tutelage.reports.results import NEEDS_TEACHER
     from tutelage.reports.selection_metric import METRIC_LABELS
@@ -197,9 +200,4 @@ def _table(rows: list[dict[str, Any]], width: int, metric: str = "accuracy") -> 
     lines = [["", *titles.values()], *models]
     if sum(max(len(cell) for cell in column) + 2 for column in zip(*lines, strict=True)) > width:
         lines = [list(column) for column in zip(*lines, strict=True)]
-    table = Table(box=box.SIMPLE_HEAD)
-    for i, title in enumerate(lines[0]):
-        table.add_column(title, justify="right" if i else "left", no_wrap=True)
-    for line in lines[1:]:
-        table.add_row(*line)
-    return table
+    return grid(lines, 1, no_wrap=True)

@@ -8,6 +8,7 @@ import inspect
 import struct
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,11 +49,10 @@ class RawSplit:
     def take(self, rows: Tensor) -> RawSplit:
         """The given rows with their ids."""
         ids = torch.arange(len(self.labels)) if self.ids is None else self.ids
-        opener = self.open
         return RawSplit(
             self.labels[rows],
             None if self.pixels is None else self.pixels[rows],
-            None if opener is None else partial(_open_row, opener, rows),
+            None if self.open is None else partial(_open_row, self.open, rows),
             ids[rows],
             None if self.route is None else self.route[rows],
         )
@@ -98,20 +98,18 @@ def open_source(
     if source == "imagefolder":
         assert path is not None
         return read_image_folder(Path(path), classes, by_folder=route is not None)
-    simple: dict[str, Callable[[str | None], RawImages]] = {
-        "digits": read_digits,
-        "fashion-mnist": read_fashion_mnist,
-    }
-    if source in simple:
-        return simple[source](path)
-    names = [*simple, "imagefolder", "torchvision:NAME", "hf:DATASET_ID"]
+    if source == "digits":
+        return read_digits()
+    if source == "fashion-mnist":
+        return read_fashion_mnist(path)
+    names = ["digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID"]
     raise ConfigError(
         f"data.source: unknown source {source!r}" + suggest(source, names),
         remedy=f"allowed: {', '.join(names)}",
     )
 
 
-def read_digits(path: str | None) -> RawImages:
+def read_digits() -> RawImages:
     """1,797 images of handwritten digits, 8x8, from scikit-learn; a single split."""
     from sklearn.datasets import load_digits
 
@@ -178,7 +176,7 @@ def open_image(path: Path) -> Any:
             image.load()
         return image
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(
             f"cannot be decoded: {reason}", where=str(path), remedy="remove the file or replace it"
         ) from None
@@ -326,13 +324,11 @@ def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> Ra
         parts = {"train": build(train=True), "test": build(train=False)}
     elif "split" in parameters:
         parts = {"train": build(split="train")}
-        for split, names in {k: v for k, v in SPLIT_NAMES.items() if k != "train"}.items():
-            for candidate in names:
-                try:
+        for split in ("validation", "test"):
+            for candidate in SPLIT_NAMES[split]:
+                with suppress(_NoSuchSplit):
                     parts[split] = build(split=candidate)
                     break
-                except _NoSuchSplit:
-                    continue
     else:
         parts = {"train": build()}
     splits = {split: _torchvision_split(part) for split, part in parts.items()}

@@ -167,12 +167,8 @@ def _parquet(path: Path) -> Any:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    ".csv": _csv,
-    ".json": _json,
-    ".jsonl": _json,
-    ".parquet": _parquet,
-    ".tsv": lambda path: _csv(path, "\t"),
-}
+    ".csv": _csv, ".json": _json, ".jsonl": _json, ".parquet": _parquet, ".tsv": lambda path: _csv(path, "\t"),
+}  # fmt: skip
 """The reader of a table, by suffix."""
 
 

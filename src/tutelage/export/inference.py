@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tutelage.data.image_sources import open_image
 from tutelage.data.images import to_pixels
-from tutelage.errors import CheckpointError, DataError, require, shorten
+from tutelage.errors import CheckpointError, DataError, shorten
 from tutelage.export.bundle import IMAGE, Inputs
 from tutelage.export.runtimes import Export, open_export
 
@@ -112,17 +113,9 @@ def read_image(path: Path, preprocessing: dict[str, Any]) -> Tensor:
     Raises:
         DataError: the file is no image, or is damaged.
     """
-    require("PIL", "vision", "reading an image")
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            pixels = to_pixels(
-                image, preprocessing["channels"], preprocessing["size"], preprocessing.get("crop", 1.0)
-            )
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be decoded: {error}"
-        raise DataError(reason, where=str(path), remedy="give a PNG, JPEG, WebP, BMP, GIF or TIFF file") from None
+    pixels = to_pixels(
+        open_image(path), preprocessing["channels"], preprocessing["size"], preprocessing.get("crop", 1.0)
+    )
     mean, std = (torch.tensor(preprocessing[k]).view(-1, 1, 1) for k in ("mean", "std"))
     return pixels.float().mul_(1 / 255).sub_(mean).div_(std)
 
