@@ -32,17 +32,7 @@ Selection = list[SelectedAnswer] | FailedRequest
 
 @dataclass
 class GenerationContext:
-    """What all strategies use.
-
-    Args:
-        settings: the recipe's section.
-        templates: all templates of the recipe.
-        parameters: model and sampling parameters of the teacher.
-        judge: the same of the judge, where one scores samples.
-        judge_template: the judge's prompt.
-        system: template of the system message, if any.
-        user: template of the user's message.
-    """
+    """What all strategies use: the recipe's section, its templates, and the parameters of teacher and judge."""
 
     settings: Generations
     templates: PromptTemplates
@@ -61,13 +51,7 @@ class GenerationContext:
 def request_answers(
     context: GenerationContext, threads: Sequence[Sequence[Message]], name: str = "answers"
 ) -> RequestPlan[list[Selection]]:
-    """The answers to each conversation: all samples, or the one that ``best`` selects.
-
-    Args:
-        context: of the generation.
-        threads: conversations whose last message is the user's.
-        name: of the request batch.
-    """
+    """The answers to each conversation, whose last message is the user's: all samples, or the best one."""
     samples, best = context.settings.samples, context.settings.best
     requests = [Request(context.parameters, thread, sample) for thread in threads for sample in range(samples)]
     outcomes = yield RequestBatch(name, requests)

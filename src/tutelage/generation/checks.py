@@ -31,6 +31,9 @@ MIN_WORDS_OF_EVALUATION_TEXT = 4
 Reason = tuple[str, str]
 """A short category, and a detail."""
 
+Check = Callable[[str], str | None]
+"""What is wrong with a text, or ``None``."""
+
 
 class QualityChecks:
     """The checks of a recipe, in order. Duplicates come last, so that only accepted conversations have any.
@@ -46,8 +49,11 @@ class QualityChecks:
         self.prompts: list[str] = []
         self.reasons: dict[str, Reason | None] = {}
         self.answers: set[tuple[str, ...]] = set()
-        self.ngrams = None if settings.decontaminate is None else NgramIndex(settings.decontaminate)
-        self.language = None if settings.language is None else LanguageCheck(settings.language)
+        self.checks: dict[str, Check] = {"banned": self._find_banned}
+        if settings.language is not None:
+            self.checks["language"] = _build_language_check(settings.language)
+        if settings.decontaminate is not None:
+            self.checks["contaminated"] = _build_ngram_check(settings.decontaminate)
 
     def check(self, item: Conversation) -> Reason | None:
         """Why a conversation is rejected; ``None`` if it is accepted, and then it is remembered for duplicates."""
@@ -69,14 +75,8 @@ class QualityChecks:
         return _check_length(text, self.settings.instruction_words, "instruction") or self._check_texts([text])
 
     def _check_texts(self, texts: Sequence[str]) -> Reason | None:
-        checks: tuple[tuple[str, Callable[[str], str | None] | None], ...] = (
-            ("banned", self._find_banned),
-            ("language", None if self.language is None else self.language.other_language),
-            ("contaminated", None if self.ngrams is None else self.ngrams.find_shared),
-        )
-        for reason, check in checks:
-            for text in texts if check else []:
-                assert check is not None
+        for reason, check in self.checks.items():
+            for text in texts:
                 if (detail := check(text)) is not None:
                     return reason, detail
         return None
@@ -126,31 +126,27 @@ def filter_conversations(
     return accepted, rejected
 
 
-class NgramIndex:
-    """The n-grams of words of the texts to evaluate on; a shorter text counts as one n-gram.
+def _build_ngram_check(settings: DecontaminateConfig) -> Check:
+    """Finds the first n-gram of words that a text shares with the texts to evaluate on.
 
-    Args:
-        settings: the file of texts, and n.
+    A text to evaluate on that is shorter than n counts as one n-gram.
     """
+    ngrams: dict[int, set[tuple[str, ...]]] = {settings.words: set()}
+    for row in read_rows(settings.path, "texts"):
+        for reference in _strings(list(row.values())):
+            tokens = words(reference)
+            if len(tokens) >= settings.words:
+                ngrams[settings.words].update(_ngrams(tokens, settings.words))
+            elif len(tokens) >= MIN_WORDS_OF_EVALUATION_TEXT:
+                ngrams.setdefault(len(tokens), set()).add(tuple(tokens))
 
-    def __init__(self, settings: DecontaminateConfig) -> None:
-        self.ngrams: dict[int, set[tuple[str, ...]]] = {settings.words: set()}
-        for row in read_rows(settings.path, "texts"):
-            for text in _strings(list(row.values())):
-                tokens = words(text)
-                if len(tokens) >= settings.words:
-                    self.ngrams[settings.words].update(_ngrams(tokens, settings.words))
-                elif len(tokens) >= MIN_WORDS_OF_EVALUATION_TEXT:
-                    self.ngrams.setdefault(len(tokens), set()).add(tuple(tokens))
-
-    def find_shared(self, text: str) -> str | None:
-        """The first n-gram that a text shares with the texts to evaluate on."""
+    def check(text: str) -> str | None:
         tokens = words(text)
-        for size, ngrams in self.ngrams.items():
-            for ngram in _ngrams(tokens, size):
-                if ngram in ngrams:
-                    return " ".join(ngram)
-        return None
+        shared = (ngram for size, known in ngrams.items() for ngram in _ngrams(tokens, size) if ngram in known)
+        ngram = next(shared, None)
+        return None if ngram is None else " ".join(ngram)
+
+    return check
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -165,23 +161,15 @@ def _ngrams(tokens: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
     return zip(*(tokens[i:] for i in range(size)), strict=False)
 
 
-class LanguageCheck:
-    """Recognises texts of one language.
+def _build_language_check(expected: str) -> Check:
+    """Finds the language of a text that is not the expected one; short texts are not checked."""
+    require("py3langid", "generate", "language identification")
+    import py3langid
 
-    Args:
-        language: its two letters.
-    """
-
-    def __init__(self, language: str) -> None:
-        require("py3langid", "generate", "language identification")
-        import py3langid
-
-        self.language = language
-        self._classify = py3langid.classify
-
-    def other_language(self, text: str) -> str | None:
-        """The language of a text that is in another one; short texts are not checked."""
+    def check(text: str) -> str | None:
         if len(words(text)) < MIN_WORDS_FOR_LANGUAGE:
             return None
-        language = str(self._classify(text)[0])
-        return None if language == self.language else language
+        language = str(py3langid.classify(text)[0])
+        return None if language == expected else language
+
+    return check

@@ -186,16 +186,13 @@ class Journal:
         self, request: Request, tokens: int, cost: int, done: Callable[[], None], *, response: bytes | None = None,
         reason: str = "", detail: str = "", final: bool = True, retry: bool = False,
     ) -> None:  # fmt: skip
-        """Record the outcome of a call.
+        """Record the outcome of a call: a ``response`` with an answer, or a ``reason`` and ``detail``.
 
         Args:
             request: that was sent.
             tokens: that the call took.
             cost: of the call.
             done: called in the event loop once the outcome is on disk.
-            response: the server's reply, where it has an answer.
-            reason: why there is no answer.
-            detail: message of the server.
             final: whether this is the result of the request; else there will be another call.
             retry: whether the next run sends the request again.
         """

@@ -57,15 +57,7 @@ READERS: dict[str, Callable[[Path], Iterator[PromptRow]]] = {
 
 
 def read_rows(file: str, what: str) -> list[PromptRow]:
-    """The rows of a file.
-
-    Args:
-        file: its path.
-        what: it holds, for messages: ``prompts``.
-
-    Raises:
-        DataError: it cannot be read, or is empty.
-    """
+    """The rows of a file; raises :class:`DataError` if it is empty or unreadable. Messages name ``what`` it holds."""
     path = Path(file)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -85,11 +77,7 @@ def read_rows(file: str, what: str) -> list[PromptRow]:
 
 
 def row_names(rows: list[PromptRow], file: str) -> list[str]:
-    """The name of each row: its column ``id``, or its number.
-
-    Raises:
-        DataError: two rows have the same name.
-    """
+    """The name of each row: its column ``id``, or its number. Two equal names are a :class:`DataError`."""
     names = [str(row["id"]) if row.get("id") is not None else str(i) for i, row in enumerate(rows)]
     if len(set(names)) != len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
@@ -100,11 +88,7 @@ def row_names(rows: list[PromptRow], file: str) -> list[str]:
 
 
 def read_tasks(file: str | None) -> list[str]:
-    """Seed tasks from a file; without one, those of this package.
-
-    Raises:
-        DataError: the file cannot be read, is empty, or a row has no ``instruction``.
-    """
+    """Seed tasks from a file, whose rows need an ``instruction``; without a file, those of this package."""
     if file is None:
         text = resources.files(__package__).joinpath("seeds.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines()]

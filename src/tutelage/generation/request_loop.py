@@ -37,12 +37,7 @@ T = TypeVar("T")
 
 
 def open_journal(folder: Path, made_of: Mapping[str, Any]) -> Journal:
-    """The journal of a folder; both are created if absent.
-
-    Raises:
-        RunDirectoryError: the folder is a file, or cannot be written.
-        JournalError: it holds other files, another journal, or one that another process writes to.
-    """
+    """The journal of a folder; both are created if absent. A folder of other files is a :class:`JournalError`."""
     with wrap_write_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise RunDirectoryError("is a file", where=str(folder), remedy="choose another --out")
@@ -58,22 +53,12 @@ def run_plan(
     plan: RequestPlan[T], first: RequestBatch | None, journal: Journal, endpoints: Mapping[str, EndpointConfig],
     limits: BudgetConfig, terminal: Terminal,
 ) -> tuple[T, Scheduler]:  # fmt: skip
-    """Send batch after batch of a plan until it returns its result.
+    """Send batch after batch of a plan, after the ``first`` that it yielded already, until it returns its result.
 
-    Args:
-        plan: yields request batches, and receives their outcomes.
-        first: the batch that it yielded already.
-        journal: open.
-        endpoints: by the roles of requests.
-        limits: what may be spent.
-        terminal: shows the progress.
+    ``endpoints`` are by the roles of requests. Raises as :meth:`Scheduler.outcomes`.
 
     Returns:
         The result, and the scheduler, whose ``exceeded`` tells whether the budget ended the run.
-
-    Raises:
-        Interrupted: the user asked to stop.
-        TutelageError: as :meth:`Scheduler.outcomes`.
     """
     scheduler = Scheduler(journal, Budget(limits, journal.usage), lambda: False)
     with catch_stop_signals(terminal.say, "sending no more requests, and waiting for those in flight") as should_stop:

@@ -42,14 +42,7 @@ class ProgressCounts:
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """A request that has no outcome yet.
-
-    Args:
-        request: what is sent.
-        tokens: the most that it can take.
-        cost: the most that it can cost.
-        attempts: calls so far.
-    """
+    """A request that has no outcome yet, the most that it can take and cost, and its calls so far."""
 
     request: Request
     tokens: int

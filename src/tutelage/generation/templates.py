@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tutelage.errors import ConfigError, DataError, suggest
 from tutelage.generation.requests import canonical_json
 
 Key = tuple[str | int, ...]
+
+PromptTemplate = Callable[[Mapping[str, Any], str], str]
+"""Fills in values, which the second argument names in messages; raises :class:`DataError` if they do not fit."""
 
 
 class PromptTemplates:
@@ -28,12 +31,7 @@ class PromptTemplates:
         self._environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
     def add(self, key: Key, text: str, names: Collection[str]) -> PromptTemplate:
-        """Compile a template.
-
-        Args:
-            key: of the recipe, such as ``("generate", "user")``.
-            text: the template.
-            names: that it can use.
+        """Compile the template of a key such as ``("generate", "user")``, which can use ``names``.
 
         Raises:
             ConfigError: it is no template, or uses another name; with its line.
@@ -54,7 +52,19 @@ class PromptTemplates:
                 f"unknown placeholder {unknown[0]!r}" + suggest(unknown[0], list(names)),
                 where=self._line(key, text, line), remedy=f"it can use: {', '.join(names)}",
             )  # fmt: skip
-        return PromptTemplate(template, self.where(key))
+        place = self.where(key)
+
+        def fill(values: Mapping[str, Any], what: str) -> str:
+            remedy = "correct the template or the value"
+            try:
+                return template.render(values).strip()
+            except UndefinedError as error:
+                problem, remedy = error.message, "give it a value, or write {{ name|default('') }}"
+            except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, OverflowError) as error:
+                problem = f"the template fails: {error}"
+            raise DataError(f"{what}: {problem}", where=place, remedy=remedy)
+
+        return fill
 
     def _line(self, key: Key, text: str, number: int) -> str:
         """Place of a line of a template; a text of several lines begins below its key."""
@@ -69,25 +79,3 @@ class PromptTemplates:
     def version(self) -> str:
         """A hash of all templates: data from other templates has another version."""
         return hashlib.sha256(canonical_json(self.texts)).hexdigest()[:12]
-
-
-class PromptTemplate:
-    """A compiled template, and its place for messages."""
-
-    def __init__(self, template: Template, where: str) -> None:
-        self._template, self._where = template, where
-
-    def __call__(self, values: Mapping[str, Any], what: str) -> str:
-        """The text with ``values``; ``what`` names them in messages.
-
-        Raises:
-            DataError: a value is missing, or the template fails with it.
-        """
-        try:
-            return self._template.render(values).strip()
-        except UndefinedError as error:
-            raise DataError(f"{what}: {error.message}", where=self._where,
-                            remedy="give it a value, or write {{ name|default('') }}") from None  # fmt: skip
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, OverflowError) as error:
-            raise DataError(f"{what}: the template fails: {error}", where=self._where,
-                            remedy="correct the template or the value") from None  # fmt: skip

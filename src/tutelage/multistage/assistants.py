@@ -142,11 +142,9 @@ def choose_assistants(
 
 
 def count_assistants(ratio: float, minimum: float) -> int:
-    """How many assistants make each step at least ``minimum``: the smallest k with ratio ** (1 / (k + 1)) >= minimum.
+    """The smallest k with ``ratio ** (1 / (k + 1)) >= minimum``: so many assistants make each step at least that.
 
-    Args:
-        ratio: the student's parameters over the teacher's.
-        minimum: the same of any student and its own teacher, in (0, 1).
+    ``ratio`` is the student's parameters over the teacher's; ``minimum`` is in (0, 1).
     """
     if ratio >= minimum:
         return 0

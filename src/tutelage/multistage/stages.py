@@ -142,13 +142,9 @@ class ResultRow:
 
 
 def write_summary(
-    stages: StageRunner,
-    kind: str,
-    rows: Sequence[ResultRow],
-    verdict: Callable[[Mapping[str, Any]], str],
-    exported: tuple[Path, str],
-    **more: Any,
-) -> dict[str, Any]:
+    stages: StageRunner, kind: str, rows: Sequence[ResultRow], verdict: Callable[[Mapping[str, Any]], str],
+    exported: tuple[Path, str], **more: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Write the workflow's summary, and export its student.
 
     Args:

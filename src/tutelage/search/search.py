@@ -8,12 +8,12 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -22,7 +22,7 @@ from tutelage.engine import RunDirectory
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, RunDirectoryError, TutelageError, require
 from tutelage.evaluation.statistics import paired_difference
 from tutelage.experiment.open_run import choose_run_directory, open_run_directory
-from tutelage.experiment.run import run_recipe
+from tutelage.experiment.run import read_summary, run_recipe
 from tutelage.files import write_text
 from tutelage.progress import Terminal
 from tutelage.search.search_space import (
@@ -35,6 +35,9 @@ from tutelage.search.search_space import (
 )
 from tutelage.signals import catch_stop_signals
 
+if TYPE_CHECKING:
+    from tutelage.search.study import TrialRequest, TrialResult
+
 SUMMARY = "search.json"
 """The results of a search."""
 
@@ -44,6 +47,7 @@ BEST = "best.yaml"
 JOURNAL = "search.journal"
 """Optuna's study."""
 
+Outcome: TypeAlias = "tuple[TrialRequest, TrialResult | TutelageError]"
 ShowTrials = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any] | None], None]
 
 
@@ -90,7 +94,7 @@ def search_recipe(
     terminal = terminal or Terminal()
     with open_run_directory(path, dump_recipe(recipe), resume=resume, main=True) as run:
         file = path / SUMMARY
-        if file.exists() and (before := _read_summary(file))["settings"]["trials"] >= config.trials:
+        if file.exists() and (before := read_summary(file))["settings"]["trials"] >= config.trials:
             terminal.say(f"{path} is finished; showing its results")
             return SearchResult(path, before)
         terminal.say(f"search: {path}, {config.trials} trials of {', '.join(d.key for d in space)}")
@@ -134,16 +138,6 @@ def _without_search(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude_none=True, exclude={"search"})
 
 
-def _read_summary(file: Path) -> dict[str, Any]:
-    try:
-        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunDirectoryError(
-            f"is damaged: {error}", where=str(file), remedy="delete this file; --resume then writes it again"
-        ) from None
-    return summary
-
-
 class _Search:
     """A search in its folder."""
 
@@ -180,70 +174,66 @@ class _Search:
 
     # Trials ----------------------------------------------------------------------------------------
 
-    def folder(self, number: int) -> Path:
-        """A trial's run directory."""
+    def _folder(self, number: int) -> Path:
         return self.run.path / "trials" / f"{number:04d}"
 
     def run_trials(self, workers: int) -> None:
         """Run the remaining trials."""
         for ended in self.study.trials():
             self._delete_checkpoints(ended["number"])
-        with self._show_progress() as show:
-            if workers > 1 and self.study.count() < self.config.trials:
-                self._run_in_workers(min(workers, self.config.trials - self.study.count()), show)
-            while self.study.count() < self.config.trials:
-                trial = self.study.next()
-                report = partial(self.study.report, trial.number)
-                recipe = with_values(self.base, trial.values)
-                try:
-                    result = self.runner.run(recipe, self.folder(trial.number), report)
-                except TutelageError as error:
-                    result = self._failed(trial.values, error)
-                self._finish(trial.number, trial.values, result, show)
+        with closing(self._outcomes(workers)) as outcomes, self._show_progress() as show:
+            for trial, outcome in outcomes:
+                self._finish(trial, outcome, show)
 
-    def _run_in_workers(self, workers: int, show: ShowTrials) -> None:
+    def _outcomes(self, workers: int) -> Generator[Outcome, None, None]:
+        """Run trials, in worker processes or in this one; each with its result, or with the error that ended it."""
+        missing = self.config.trials - self.study.count()
+        if workers > 1 and missing > 0:
+            yield from self._worker_outcomes(min(workers, missing))
+        while self.study.count() < self.config.trials:
+            trial = self.study.next()
+            report = partial(self.study.report, trial.number)
+            try:
+                yield trial, self.runner.run(with_values(self.base, trial.values), self._folder(trial.number), report)
+            except TutelageError as error:
+                yield trial, error
+
+    def _worker_outcomes(self, workers: int) -> Generator[Outcome, None, None]:
         from tutelage.search.workers import WorkerPool
 
-        pool = WorkerPool(workers, self.config.warmup)
-        try:
+        with closing(WorkerPool(workers, self.config.warmup)) as pool:
             while True:
                 while pool.idle() and self.study.count() < self.config.trials and not self.should_stop():
                     trial = self.study.next()
-                    pool.start(trial, with_values(self.base, trial.values), self.folder(trial.number))
+                    pool.start(trial, with_values(self.base, trial.values), self._folder(trial.number))
                 if not pool.running:
                     return
-                for trial, outcome in pool.results(self.study.report, self.should_stop):
-                    if isinstance(outcome, TutelageError):
-                        outcome = self._failed(trial.values, outcome)
-                    self._finish(trial.number, trial.values, outcome, show)
-        finally:
-            pool.close()
+                yield from pool.results(self.study.report, self.should_stop)
 
-    def _failed(self, values: Mapping[str, Any], error: TutelageError) -> Any:
-        """The result of a failed trial; raises an error that these values did not cause."""
+    def _finish(self, request: TrialRequest, outcome: TrialResult | TutelageError, show: ShowTrials) -> None:
         from tutelage.search.study import TrialResult
 
-        if isinstance(error, Interrupted | RunDirectoryError) or values == self.default_values:
-            raise error
-        return TrialResult("failed", why=str(error))
-
-    def _finish(self, number: int, values: Mapping[str, Any], result: Any, show: ShowTrials) -> None:
-        self.study.finish(number, result)
+        number, values = request.number, request.values
+        if isinstance(outcome, TutelageError):
+            if isinstance(outcome, Interrupted | RunDirectoryError) or values == self.default_values:
+                raise outcome  # the values did not cause it
+            outcome = TrialResult("failed", why=str(outcome))
+        self.study.finish(number, outcome)
         self._delete_checkpoints(number)
         trials = self.study.trials()
         best = best_trial(trials)
         trial = next(t for t in trials if t["number"] == number)
         settings = ", ".join(f"{key}={_format(value)}" for key, value in values.items())
-        if trial["validation"] is None or result.state != "finished":
+        if trial["validation"] is None or outcome.state != "finished":
             place = f" at evaluation {len(trial['evaluations'])}" if trial["evaluations"] else ""
-            outcome = f"{result.state}{place}" + (f": {result.why}" if result.why else "")
+            text = f"{outcome.state}{place}" + (f": {outcome.why}" if outcome.why else "")
         else:
-            outcome = f"validation {trial['validation']:.2%}" + (", the best so far" if best is trial else "")
-        self.terminal.say(f"trial {number}: {settings}: {outcome}, {result.seconds:.0f} s")
+            text = f"validation {trial['validation']:.2%}" + (", the best so far" if best is trial else "")
+        self.terminal.say(f"trial {number}: {settings}: {text}, {outcome.seconds:.0f} s")
         show(trials, best)
 
     def _delete_checkpoints(self, number: int) -> None:
-        shutil.rmtree(self.folder(number) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self._folder(number) / "checkpoints", ignore_errors=True)
 
     @contextmanager
     def _show_progress(self) -> Iterator[ShowTrials]:
@@ -251,10 +241,9 @@ class _Search:
         if not self.terminal.live:
             yield lambda trials, best: None
             return
-        columns = (TextColumn("trials"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
         line = Progress(
-            *columns, TimeElapsedColumn(), TextColumn("{task.fields[best]}"), console=self.terminal.console,
-            transient=True,
+            TextColumn("trials"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(), TextColumn("{task.fields[best]}"), console=self.terminal.console, transient=True,
         )  # fmt: skip
         task = line.add_task("", total=self.config.trials, completed=self.study.count(), best="")
 
@@ -269,6 +258,8 @@ class _Search:
 
     def summarise(self, workers: int, start: float) -> dict[str, Any]:
         """Run the chosen recipe and the search's own once in full; the content of ``search.json``."""
+        from tutelage.search.trials import validations
+
         elapsed, trials = time.monotonic() - start, self.study.trials()
         best = best_trial(trials)
         if best is None:
@@ -281,7 +272,10 @@ class _Search:
         test = {"default": self._run_in_full("default", {})}
         test["chosen"] = test["default"] if is_default else self._run_in_full("chosen", best["values"])
         own = next((t for t in trials if t["values"] == self.default_values and t["state"] == "finished"), None)
-        own_seeds = own["seeds"] if own is not None else self._last_validations("default")
+        full = RunDirectory(self.run.path / "default")
+        own_seeds = own["seeds"] if own is not None else [
+            validations(full, f"distilled-seed{seed}")[-1]["validation"]["accuracy"] for seed in self.recipe.seeds
+        ]  # fmt: skip
         gains = {
             w: paired_difference(test["chosen"][w]["values"], test["default"][w]["values"]) for w in ("best", "last")
         }
@@ -295,7 +289,7 @@ class _Search:
             "importance": self.study.importance(),
             "best": best["number"],
             "default": {
-                "trial": None if own is None else own["number"],
+                "trial": own and own["number"],
                 "validation": statistics.fmean(own_seeds),
                 "seeds": own_seeds,
             },
@@ -314,12 +308,6 @@ class _Search:
         done = run_recipe(recipe, out=path, resume=(path / "config.yaml").exists(), terminal=self.terminal)
         arm = done.summary["students"]["distilled"]
         return {which: arm[which]["accuracy"] for which in ("best", "last")}
-
-    def _last_validations(self, name: str) -> list[float]:
-        from tutelage.search.trials import validations
-
-        run = RunDirectory(self.run.path / name)
-        return [validations(run, f"distilled-seed{seed}")[-1]["validation"]["accuracy"] for seed in self.recipe.seeds]
 
     def best_recipe(self, summary: Mapping[str, Any]) -> str:
         """The best recipe as YAML, with the results as comments."""

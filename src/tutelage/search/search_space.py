@@ -84,10 +84,8 @@ class SearchDimension:
         own = None if self.own is ABSENT else self.own
         if self.values is not None:
             return {"key": self.key, "values": list(self.values), "own": own}
-        return {
-            "key": self.key, "low": self.low, "high": self.high, "log": self.log, "step": self.step,
-            "whole": self.whole, "own": own,
-        }  # fmt: skip
+        names = ("key", "low", "high", "log", "step", "whole")
+        return {**{name: getattr(self, name) for name in names}, "own": own}
 
 
 def resolve_search(recipe: Recipe, keys: Iterable[str] = (), trials: int | None = None) -> SearchConfig:
@@ -251,7 +249,11 @@ def with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
 def check_values(base: Mapping[str, Any], space: Sequence[SearchDimension]) -> None:
     """Build the recipe with every end and value of the space, each alone and in combinations."""
     single = [{d.key: value} for d in space for value in d.ends()]
-    combined = [{d.key: value for d, value in zip(space, row, strict=True)} for row in _combinations(space)]
+    ends, generator = {d.key: d.ends() for d in space}, random.Random(0)
+    if math.prod(map(len, ends.values())) <= MAX_CHECKED:
+        combined = [dict(zip(ends, row, strict=True)) for row in itertools.product(*ends.values())]
+    else:
+        combined = [{key: generator.choice(each) for key, each in ends.items()} for _ in range(MAX_CHECKED)]
     for values in [*single, *combined]:
         try:
             with_values(base, values)
@@ -260,14 +262,6 @@ def check_values(base: Mapping[str, Any], space: Sequence[SearchDimension]) -> N
             raise ConfigError(
                 f"the recipe refuses {text}\n{error}", where="search.space", remedy="make the space smaller"
             ) from None
-
-
-def _combinations(space: Sequence[SearchDimension]) -> list[tuple[Any, ...]]:
-    ends = [d.ends() for d in space]
-    if math.prod(len(each) for each in ends) <= MAX_CHECKED:
-        return list(itertools.product(*ends))
-    generator = random.Random(0)
-    return [tuple(generator.choice(each) for each in ends) for _ in range(MAX_CHECKED)]
 
 
 def recipe_values(space: Sequence[SearchDimension]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ class SearchStudy:
         self.space, self.journal = list(space), journal
         pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup)
         with self._optuna():
-            _drop_partial_line(journal)
+            if journal.exists():
+                os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
             try:
                 storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_NoLock()))
                 self.study = optuna.create_study(
@@ -113,7 +115,9 @@ class SearchStudy:
                 ) from None
             own = recipe_values(space)
             if own is not None and not self._all():
-                self.study.enqueue_trial({d.key: _to_optuna(d, own[d.key]) for d in space})
+                self.study.enqueue_trial(
+                    {d.key: own[d.key] if d.values is None else json.dumps(own[d.key]) for d in space}
+                )
         self.running: dict[int, optuna.Trial] = {}
 
     @contextmanager
@@ -171,19 +175,20 @@ class SearchStudy:
 
     def trials(self) -> list[dict[str, Any]]:
         """Every trial that has ended, by number, for ``search.json``."""
-        return [self._to_dict(t) for t in self._all() if t.state.is_finished()]
-
-    def _to_dict(self, t: FrozenTrial) -> dict[str, Any]:
-        return {
-            "number": t.number,
-            "state": t.user_attrs["state"],
-            "values": {d.key: _from_optuna(d, t.params[d.key]) for d in self.space},
-            "validation": t.value if t.value is not None and math.isfinite(t.value) else None,
-            "seeds": t.user_attrs.get("seeds", []),
-            "evaluations": [v for step, v in sorted(t.intermediate_values.items()) if step < SEED_STEP],
-            "seconds": t.user_attrs.get("seconds", 0.0),
-            "why": t.user_attrs.get("why"),
-        }
+        return [
+            {
+                "number": t.number,
+                "state": t.user_attrs["state"],
+                "values": {d.key: _from_optuna(d, t.params[d.key]) for d in self.space},
+                "validation": t.value if t.value is not None and math.isfinite(t.value) else None,
+                "seeds": t.user_attrs.get("seeds", []),
+                "evaluations": [v for step, v in sorted(t.intermediate_values.items()) if step < SEED_STEP],
+                "seconds": t.user_attrs.get("seconds", 0.0),
+                "why": t.user_attrs.get("why"),
+            }
+            for t in self._all()
+            if t.state.is_finished()
+        ]
 
     def importance(self) -> dict[str, float]:
         """Importance of each key by PED-ANOVA; empty with fewer than two keys or eight finished trials."""
@@ -207,19 +212,5 @@ def _suggest(trial: optuna.Trial, d: SearchDimension) -> Any:
     return trial.suggest_float(d.key, float(d.low), float(high), log=d.log, step=d.step)
 
 
-def _to_optuna(d: SearchDimension, value: Any) -> Any:
-    return value if d.values is None else json.dumps(value)
-
-
 def _from_optuna(d: SearchDimension, value: Any) -> Any:
     return d.round(value if d.values is None else json.loads(value))
-
-
-def _drop_partial_line(journal: Path) -> None:
-    """Drop a last line that a killed process cut short."""
-    if journal.exists():
-        content = journal.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            with open(journal, "r+b") as file:
-                file.truncate(end)
