@@ -1,4 +1,4 @@
-"""What mkdocs is told beside mkdocs.yml: results are pages too, and links to code are its names."""
+"""Hooks of mkdocs: results are pages of the site too, and links to code become file names."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Formulas as MathML, which browsers show themselves: a page asks nothing of the network."""
+    """Formulas as MathML, which browsers render themselves: pages need no network."""
     return FORMULA.sub(
-        lambda found: convert(html.unescape(found[2]).strip(), display="inline" if found[1] == "span" else "block"),
+        lambda match: convert(html.unescape(match[2]).strip(), display="inline" if match[1] == "span" else "block"),
         content,
     )

@@ -51,9 +51,9 @@ def check_terms(method: Method, terms: Mapping[str, Term], scale: Mapping[str, T
     """Raise :class:`CapabilityError` when the method's terms, counts and weights have different names."""
     names = {"terms": set(terms), "counts": set(scale), "weights": set(method.weights)}
     if len({frozenset(n) for n in names.values()}) != 1:
-        shown = "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in names.items())
+        places = "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in names.items())
         raise CapabilityError(
-            f"the terms of {type(method).__name__} have different names in different places: {shown}",
+            f"the terms of {type(method).__name__} have different names in different places: {places}",
             remedy="forward(), counts() and weights must name the same terms",
         )
 
