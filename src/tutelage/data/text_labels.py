@@ -30,7 +30,11 @@ def resolve_class_names(
     else:
         values = [v for rows in raw.splits.values() for v in rows.columns[label[0]]]
         flat = values if task == "classes" else [x for v in values for x in (v or [])]
-        names = _sorted({_name(v) for v in flat if v is not None})
+        labels = {_name(v) for v in flat if v is not None}
+        try:
+            names = sorted(labels, key=int)  # integers in numeric order
+        except ValueError:
+            names = sorted(labels)
     if classes is None:
         return names
     missing, unknown = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
@@ -43,14 +47,6 @@ def resolve_class_names(
             remedy=f"classes are matched by name; given: {', '.join(list(classes)[:20])}",
         )
     return list(classes)
-
-
-def _sorted(names: set[str]) -> list[str]:
-    """Integers in numeric order, other names in alphabetical order."""
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return sorted(names)
 
 
 def _name(value: Any) -> str:

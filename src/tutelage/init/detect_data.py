@@ -100,7 +100,9 @@ def describe_data(
     if data in NAMED or (colon and name and kind in ("hf", "torchvision")):
         description = _named(data, task, text, label)
     elif not (path := Path(data)).exists():
-        raise _missing(path)
+        otherwise = f"give a folder of images by class, a table, a folder of .txt files, or {', '.join(NAMED)}, hf:ID"
+        remedy = did_you_mean(path, otherwise, NAMED)
+        raise DataError("no such file or folder", where=str(path), remedy=remedy)
     elif path.is_file():
         description = _table({"train": path}, data, task, text, label)
     else:
@@ -120,11 +122,6 @@ def describe_data(
             f"has one class, {next(iter(description.classes))!r}", where=data, remedy="give two classes or more"
         )
     return description
-
-
-def _missing(path: Path) -> DataError:
-    otherwise = f"give a folder of images by class, a table, a folder of .txt files, or {', '.join(NAMED)}, hf:ID"
-    return DataError("no such file or folder", where=str(path), remedy=did_you_mean(path, otherwise, NAMED))
 
 
 def _named(data: str, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:

@@ -60,8 +60,10 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
     try:
         if spec.model in ZOO:
             return ZOO[spec.model](classes=spec.classes, channels=spec.channels, size=spec.size, **spec.options)
-        if colon and kind in _LIBRARIES:
-            return _LIBRARIES[kind](name, spec, classes)
+        if colon and kind in ("hf", "package"):
+            return load_pretrained(spec.model, spec.task, classes, spec.options)
+        if colon and kind in ("timm", "torchvision"):
+            return _timm(name, spec) if kind == "timm" else _torchvision(name, spec)
         if (colon and "." in kind) or (colon and importlib.util.find_spec(kind) is not None):
             return _callable(kind, name, spec)
     except (ModelError, MissingDependencyError) as error:
@@ -95,7 +97,7 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"nearest: {', '.join(nearest(name, known)) or 'none'}"
 
 
-def _timm(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Module:
+def _timm(name: str, spec: ModelSpec) -> nn.Module:
     require("timm", "vision", f"the model timm:{name}")
     import timm
 
@@ -105,7 +107,7 @@ def _timm(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Module:
     return model
 
 
-def _torchvision(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Module:
+def _torchvision(name: str, spec: ModelSpec) -> nn.Module:
     require("torchvision", "vision", f"the model torchvision:{name}")
     from torchvision import models
 
@@ -118,18 +120,6 @@ def _torchvision(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Mo
         )
     model: nn.Module = models.get_model(name, num_classes=spec.classes, **spec.options)
     return model
-
-
-def _huggingface(name: str, spec: ModelSpec, classes: list[str] | None) -> nn.Module:
-    return load_pretrained(spec.model, spec.task, classes, spec.options)
-
-
-_LIBRARIES: dict[str, Callable[[str, ModelSpec, list[str] | None], nn.Module]] = {
-    "hf": _huggingface,
-    "package": _huggingface,
-    "timm": _timm,
-    "torchvision": _torchvision,
-}
 
 
 def _callable(module: str, name: str, spec: ModelSpec) -> nn.Module:

@@ -118,8 +118,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             where=str(file),
             remedy="give the checkpoint of this model, built with the same options",
         )
-    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    if shapes:
+    if shapes := [k for k in own if k in tensors and own[k].shape != tensors[k].shape]:
         k = shapes[0]
         raise CheckpointError(
             f"{k} is {tuple(tensors[k].shape)} in the file and {tuple(own[k].shape)} in {type(model).__name__}"

@@ -19,16 +19,13 @@ from tutelage.files import silence_transformers
 # transformers imports torchao where it is installed, and torch then warns about how torchao registers its types
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
 
-AUTO_CLASSES: dict[str, str] = {
+AUTO_CLASSES = {
     "images": "AutoModelForImageClassification",
-    "classes": "AutoModelForSequenceClassification",
-    "multi-label": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
+    **dict.fromkeys(("classes", "multi-label", "regression"), "AutoModelForSequenceClassification"),
     "tokens": "AutoModelForTokenClassification",
     "mlm": "AutoModelForMaskedLM",
     "causal": "AutoModelForCausalLM",
-    "embedding": "AutoModel",
-    "ranking": "AutoModel",
+    **dict.fromkeys(("embedding", "ranking"), "AutoModel"),
 }
 """The auto class of transformers for each task."""
 
@@ -183,7 +180,7 @@ def load_tokenizer(model: str) -> Any:
         raise ConfigError(
             f"{model} has a slow tokenizer",
             where="data.tokenizer",
-            remedy="save a fast one: tokenizer.json beside it",
+            remedy="save a fast tokenizer (tokenizer.json) in the folder of the model",
         )
     return tokenizer
 
