@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.data import Data, SequentialBatches
 from tutelage.engine import RunDirectory
+from tutelage.errors import Interrupted
 from tutelage.evaluation import evaluate
 from tutelage.experiment.recipe_source import build_model, load_data
 from tutelage.experiment.run import read_summary
@@ -27,40 +29,6 @@ from tutelage.progress import Terminal
 from tutelage.reports.class_similarity import pairs_of, shares, square
 
 SILENT = Terminal(speaks=False)
-
-SMALLEST = [2, 2, 2, 3]
-SIZES: dict[str, dict[str, Any]] = {
-    "size-2": {"widths": SMALLEST},
-    "size-4": {"widths": [4, 4, 5, 6]},
-    "size-16": {"widths": [16, 24, 32, 40]},
-    "size-32": {"widths": [32, 48, 64, 80]},
-}
-"""Further students, over nearly three decades of the teacher's size."""
-
-HINTS = {"hint": "hint", "attention": "attention_transfer"}
-
-TRIPLE: dict[str, dict[str, Any]] = {
-    "no-mlm": {"method": {"mlm": 0}},
-    "no-kd": {"method": {"kd": 0}},
-    "no-cosine": {"method": {"cosine": 0}},
-    "first-layers": {"student": {"map": "first"}},
-    "random-weights": {"student": {"initial": "random"}},
-}
-"""DistilBERT's loss without each of its terms, and other initial weights."""
-
-SMALL: dict[str, Any] = {
-    "data": {"source": "digits", "labels": 300}, "train": {"epochs": 15}, "seeds": [0, 1],
-    "teacher": {"augment": [], "train": {"epochs": 8, "batch_size": 64}},
-}  # fmt: skip
-"""Changes of the small budget: data that needs no file, fewer steps, and two seeds, which are no evidence."""
-
-SMALL_TEXTS: dict[str, Any] = {
-    "data": {"limit": 400}, "train": {"epochs": 1}, "teacher": {"train": {"epochs": 1}}, "seeds": [0, 1],
-}  # fmt: skip
-"""The same for texts."""
-
-SMALL_LLM: dict[str, Any] = {"train": {"steps": 20}, "seeds": [0, 1]}
-"""The same for a closed teacher's answers."""
 
 VIEWS = 30
 
@@ -89,32 +57,12 @@ class Arm:
     answers: str | None = None
 
 
-def _student(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"student": {"options": {"depth": 1, "stem_stride": 2, **options}}}
+_FILE = yaml.safe_load((files(__package__) / "arms.yaml").read_text(encoding="utf-8"))
 
+SMALL: dict[str, dict[str, Any]] = _FILE["small"]
+"""Changes of the small budget to the base recipes."""
 
-ARMS: dict[str, Arm] = {
-    arm.name: arm
-    for arm in [
-        Arm("kd"),
-        *[Arm(f"T{t}", {"method": {"temperature": t}, "baseline": False}) for t in (1, 2, 8, 20)],
-        *[
-            Arm(f"{name}{'-kd' if both else ''}",
-                {"method": {"kind": "feature", "loss": loss, "soft": "kd", "temperature": 4,
-                            "alpha": 0.9 if both else 0.0}, "baseline": False}, cache=name)
-            for name, loss in HINTS.items()
-            for both in (False, True)
-        ],
-        Arm("born-again", {"teacher": None, "workflow": {"kind": "born-again", "generations": 3}}, cache=None),
-        *[Arm(name, _student(options)) for name, options in SIZES.items()],
-        Arm("assistant", {**_student({"widths": SMALLEST}), "workflow": {"kind": "assistant-chain"}}, cache=None),
-        Arm("augmented", cache="views", augmented=True),
-        Arm("triple", base="texts", cache=None),
-        *[Arm(name, {**changes, "baseline": False}, "texts", None) for name, changes in TRIPLE.items()],
-        Arm("closed", base="llm", cache=None, answers="own"),
-        Arm("closed-shuffled", base="llm", cache=None, answers="other"),
-    ]
-}  # fmt: skip
+ARMS = {name: Arm(name, **fields) for name, fields in _FILE["arms"].items()}
 """Every arm of an experiment, by its name."""
 
 FIRST = {"images": "kd", "texts": "triple"}
@@ -156,7 +104,10 @@ def run_arm(bases: Bases, name: str, out: Path, terminal: Terminal) -> dict[str,
         return read_summary(folder / "summary.json")
     recipe = recipe_of(bases, ARMS[name], out)
     resume = (folder / "config.yaml").exists()
-    return run_recipe_or_workflow(recipe, out=folder, resume=resume, terminal=terminal).summary
+    try:
+        return run_recipe_or_workflow(recipe, out=folder, resume=resume, terminal=terminal).summary
+    except Interrupted as stop:
+        raise Interrupted(f"arm {name}: {stop.what}", remedy=f"go on with --resume --out {out}") from None
 
 
 class Results:

@@ -20,7 +20,7 @@ from tutelage.errors import ConfigError, Interrupted, RunDirectoryError, suggest
 from tutelage.experiment.open_run import open_run_directory
 from tutelage.files import write_text
 from tutelage.lab import llm
-from tutelage.lab.arms import ARMS, FIRST, SMALL, SMALL_LLM, SMALL_TEXTS, Bases, Results, merged, run_arm
+from tutelage.lab.arms import ARMS, FIRST, SMALL, Bases, Results, merged, run_arm
 from tutelage.lab.claims import CLAIMS
 from tutelage.lab.page import lab_page, markdown
 from tutelage.progress import Terminal
@@ -28,10 +28,8 @@ from tutelage.signals import catch_stop_signals
 
 Budget = Literal["small", "full"]
 
-FILES: dict[str, tuple[str, dict[str, Any]]] = {
-    "images": ("lab.yaml", SMALL), "texts": ("texts.yaml", SMALL_TEXTS), "llm": ("llm.yaml", SMALL_LLM),
-}  # fmt: skip
-"""By the kind of data: the base recipe, and the changes of the small budget."""
+FILES = {"images": "lab.yaml", "texts": "texts.yaml", "llm": "llm.yaml"}
+"""The base recipe of each kind of data."""
 
 SOURCES = {
     "texts": "python examples/debian_sections.py makes it",
@@ -52,9 +50,9 @@ def base_recipes(budget: Budget, seeds: int | None, overrides: Iterable[str]) ->
         kind = next((kind for kind in ("texts", "llm") if override.startswith(f"{kind}.")), "images")
         by_kind[kind].append(override.removeprefix(f"{kind}."))
     recipes = {}
-    for kind, (file, small) in FILES.items():
+    for kind, file in FILES.items():
         raw: dict[str, Any] = yaml.safe_load(files("tutelage.lab").joinpath(file).read_text(encoding="utf-8"))
-        raw = merged(raw, small) if budget == "small" else raw
+        raw = merged(raw, SMALL[kind]) if budget == "small" else raw
         raw |= {} if seeds is None else {"seeds": list(range(seeds))}
         recipe = build_recipe(raw, name="lab", overrides=by_kind[kind])
         if kind == "llm" and recipe.teacher is not None:
@@ -191,7 +189,7 @@ def _run_arms(bases: Bases, arms: Sequence[str], out: Path, jobs: int, terminal:
     finished = [arm for arm in arms if arm not in first and (out / "arms" / arm / "summary.json").exists()]
     rest = [arm for arm in arms if arm not in first and arm not in finished]
     for arm in first + finished + (rest if jobs == 1 else []):
-        _run_arm(bases, arm, out, terminal)
+        run_arm(bases, arm, out, terminal)
         yield arm
     if jobs > 1:
         yield from _run_in_processes(bases, rest, out, jobs, terminal)
@@ -215,7 +213,12 @@ def _run_in_processes(bases: Bases, arms: Sequence[str], out: Path, jobs: int, t
                 for connection in wait(list(running), timeout=0.5):
                     assert isinstance(connection, Connection)
                     arm, process = running.pop(connection)
-                    error = _error_of(connection, arm, out)
+                    try:
+                        error: Exception | None = connection.recv()
+                    except EOFError:
+                        remedy = "go on with --resume; fewer --jobs need less memory"
+                        what = f"the process of arm {arm} was killed"
+                        error = RunDirectoryError(what, where=str(out), remedy=remedy)
                     process.join()
                     if error is not None:
                         raise error
@@ -227,31 +230,14 @@ def _run_in_processes(bases: Bases, arms: Sequence[str], out: Path, jobs: int, t
                 process.join()
 
 
-def _error_of(connection: Connection, arm: str, out: Path) -> Exception | None:
-    """The error that ended a process, if any."""
-    try:
-        error: Exception | None = connection.recv()
-    except EOFError:
-        remedy = "go on with --resume; fewer --jobs need less memory"
-        return RunDirectoryError(f"the process of arm {arm} was killed", where=str(out), remedy=remedy)
-    return error
-
-
 def _work(connection: Connection, bases: Bases, arm: str, out: Path) -> None:
     """Trains an arm in its own process, and sends its error or ``None``."""
     import torch
 
     torch.set_num_threads(1)
     try:
-        _run_arm(bases, arm, out, Terminal(speaks=False))
+        run_arm(bases, arm, out, Terminal(speaks=False))
     except Exception as error:  # noqa: BLE001  # the parent process raises it
         connection.send(error)
     else:
         connection.send(None)
-
-
-def _run_arm(bases: Bases, arm: str, out: Path, terminal: Terminal) -> None:
-    try:
-        run_arm(bases, arm, out, terminal)
-    except Interrupted as stop:
-        raise Interrupted(f"arm {arm}: {stop.what}", remedy=f"go on with --resume --out {out}") from None
