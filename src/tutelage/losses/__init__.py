@@ -16,6 +16,8 @@ on features element by element also take more leading dimensions, such as ``[B, 
 Relations (``dist``, ``mlkd``, ``similarity``, ``correlation``, ``pkt``, ``rkd_distance``,
 ``rkd_angle``, ``cosine_matrix``) compare the examples of a batch with each other: ``mask`` deletes rows, ``mean``
 is the formula of the loss, ``sum`` is the mean times the number of rows, and ``none`` is an error.
+
+All raise ``ValueError`` for shapes that do not fit, an unknown choice, and an option outside of its range.
 """
 
 from tutelage.losses.attention import attention_kl, attention_mse, value_relation

@@ -49,9 +49,6 @@ def attention_mse(
     Returns:
         Mean square over heads and keys; zero, with zero gradient, when student equals teacher.
 
-    Raises:
-        ValueError: shapes differ, or head counts under ``heads="each"``.
-
     Reference: Jiao et al., TinyBERT (EMNLP Findings 2020), equation 7: unnormalised scores.
     """
     student, teacher = _scores(student, teacher, heads)
@@ -87,10 +84,6 @@ def attention_kl(
 
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
-
-    Raises:
-        ValueError: shapes differ, head counts differ under ``heads="each"``, unknown ``inputs``, temperature not
-            above 0.
 
     Reference: Wang et al., MiniLM (NeurIPS 2020), self-attention distribution transfer, with T = 1.
     """
@@ -131,9 +124,6 @@ def value_relation(
 
     Returns:
         Nats times T^2, averaged over relation heads; zero, with zero gradient, when student equals teacher.
-
-    Raises:
-        ValueError: shapes differ other than in width, ``heads`` does not divide a width, temperature not above 0.
 
     Reference: Wang et al., MiniLM (NeurIPS 2020), value-relation transfer; MiniLMv2 (ACL Findings 2021).
     """

@@ -178,7 +178,10 @@ def _run(
             targets = {k: readers[k](rows) for k in parts}
             for start in range(0, len(raw), slab):
                 here = slice(start, min(start + slab, len(raw)))
-                at, logits = _subset(rows, here), problem.head.finish(raw[here])
+                at = (
+                    rows[here] if isinstance(rows, Tensor) else slice(rows.start + here.start, rows.start + here.stop)
+                )
+                logits = problem.head.finish(raw[here])
                 total: Tensor | None = None
                 own = {k: tuple(x[here] for x in of_part) for k, of_part in targets.items()}
                 shared = [k for k in targets if problem.parts[k].sparse is not None]
@@ -220,11 +223,6 @@ def _share_softmax(
 
 def _column(weight: Weight, at: Rows) -> Weight:
     return weight[at].unsqueeze(-1) if isinstance(weight, Tensor) and weight.ndim else weight
-
-
-def _subset(rows: Rows, part: slice) -> Rows:
-    """The tokens at the places ``part`` of ``rows``."""
-    return rows[part] if isinstance(rows, Tensor) else slice(rows.start + part.start, rows.start + part.stop)
 
 
 def _chunks(problem: ChunkedProblem, count: int, device: torch.device) -> Iterator[tuple[Rows, Sequence[int]]]:

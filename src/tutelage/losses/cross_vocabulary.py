@@ -50,9 +50,6 @@ def uld(
     Returns:
         At most 2 T^2; zero if one list is a permutation of the other.
 
-    Raises:
-        ValueError: the numbers of rows differ, or the temperature is not above 0.
-
     Reference: Boizard et al., Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs
     (TMLR 2025), equation 5.
     """

@@ -30,9 +30,6 @@ def reverse_kl(
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
 
-    Raises:
-        ValueError: shapes differ, or the temperature is not above 0.
-
     Reference: Gu et al., MiniLLM (ICLR 2024), equation 1, per token.
     """
     student, teacher = float_rows(student, teacher, mask)
@@ -67,9 +64,6 @@ def js(
 
     Returns:
         Nats times T^2, at most ln 2 times T^2 for beta 0.5; zero, with zero gradient, when student equals teacher.
-
-    Raises:
-        ValueError: shapes differ, beta outside [0, 1], temperature not above 0.
 
     Reference: Agarwal et al., On-Policy Distillation of Language Models (GKD, ICLR 2024), equation 1.
     """
@@ -123,9 +117,6 @@ def skew_kl(
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
 
-    Raises:
-        ValueError: shapes differ, temperature not above 0, or alpha outside [0, 1).
-
     Reference: Ko et al., DistiLLM (ICML 2024), section 3.1: SKL, and SRKL with ``reverse``.
     """
     check_alpha(alpha)
@@ -157,9 +148,6 @@ def tvd(
 
     Returns:
         A probability times T^2; zero, with zero gradient, when student equals teacher.
-
-    Raises:
-        ValueError: shapes differ, or the temperature is not above 0.
 
     Reference: Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation (ACL 2023), the TVD
     loss, per token.

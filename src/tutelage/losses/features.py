@@ -47,9 +47,6 @@ def hint(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Redu
             ``[B, L, D]``, which are then the examples.
         reduction: ``mean`` over examples that count, ``sum``, or ``none``.
 
-    Raises:
-        ValueError: shapes differ.
-
     Reference: Romero et al., FitNets (ICLR 2015), equation 3, which has half the sum over elements: this times half
     their number. The published CIFAR-100 numbers (weight 100) use the mean, as here.
     """
@@ -70,9 +67,6 @@ def simkd(
         teacher: the same shape; receives no gradient.
         variant: ``paper`` sums over elements; ``authors``, the code of the published numbers, averages over them and
             is then the same as :func:`hint`.
-
-    Raises:
-        ValueError: shapes differ, unknown variant.
 
     Reference: Chen et al., Knowledge Distillation with the Reused Teacher Classifier (CVPR 2022).
     """
@@ -95,9 +89,6 @@ def factor_transfer(
 
     Returns:
         Zero, with zero gradient, when student equals teacher.
-
-    Raises:
-        ValueError: shapes differ, unknown variant.
 
     Reference: Kim, Park, Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer (NeurIPS 2018),
     the factor transfer loss with p = 1.
@@ -125,9 +116,6 @@ def overhaul(
     Returns:
         Sum over elements; zero, with zero gradient, when student equals teacher.
 
-    Raises:
-        ValueError: shapes differ, or the margin is not one for each channel.
-
     Reference: Heo et al., A Comprehensive Overhaul of Feature Distillation (ICCV 2019), margin ReLU and partial L2
     distance. The published numbers use the weights of their code: 1/1000, halved at every earlier stage.
     """
@@ -149,9 +137,6 @@ def overhaul_margin(weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         weight: ``[C]``, the batch norm's scale.
         bias: ``[C]``, its shift.
-
-    Raises:
-        ValueError: shapes differ.
 
     Reference: Heo et al. (2019), the teacher's transform.
     """
@@ -199,9 +184,6 @@ def vid(
         epsilon: least variance.
         variant: ``paper`` sums over elements; ``authors``, the code of the published numbers (weight 1), averages
             over them.
-
-    Raises:
-        ValueError: shapes differ, spread is not one for each channel, unknown variant.
 
     Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer (CVPR 2019), the Gaussian with
     a variance for each channel.

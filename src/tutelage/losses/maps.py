@@ -46,9 +46,6 @@ def attention_transfer(
         In [0, 2], over H W for ``authors``; zero, with zero gradient, when student equals teacher.
         A zero map has zero attention, and gets no gradient.
 
-    Raises:
-        ValueError: not feature maps, other batch size, unknown variant.
-
     Reference: Zagoruyko and Komodakis, Paying More Attention to Attention (ICLR 2017), equation 2, squared.
     """
     check_choice("variant", variant, "normalised", "authors")
@@ -84,9 +81,6 @@ def nst(
 
     Returns:
         Zero, with zero gradient, when student equals teacher, in any order of channels.
-
-    Raises:
-        ValueError: not feature maps, other batch size, unknown kernel.
 
     Reference: Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (2017), the
     squared MMD with d = 2, c = 0.
@@ -127,9 +121,6 @@ def review(
 
     Returns:
         Zero, with zero gradient, when student equals teacher.
-
-    Raises:
-        ValueError: shapes differ, or they are not feature maps.
 
     Reference: Chen et al., Distilling Knowledge via Knowledge Review (CVPR 2021), the HCL; the weights are those of
     the authors' code.

@@ -43,9 +43,6 @@ def similarity(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction
     Returns:
         Zero, with zero gradient, when student equals teacher. A batch repeated k times is 1/k of it.
 
-    Raises:
-        ValueError: other batch size, ``reduction="none"``.
-
     Reference: Tung and Mori, Similarity-Preserving Knowledge Distillation (ICCV 2019), section 3.
     """
     student, teacher = batch_rows(student, teacher, mask, reduction)
@@ -77,9 +74,6 @@ def correlation(
 
     Returns:
         Zero, with zero gradient, when student equals teacher. The same for a batch repeated k times.
-
-    Raises:
-        ValueError: other batch size, order below 1, ``reduction="none"``.
 
     Reference: Peng et al., Correlation Congruence for Knowledge Distillation (ICCV 2019), the generalised kernel with
     the series to P = 2 and gamma = 0.4. "CC" in the CRD benchmark is another loss, on differences of neighbours in
@@ -122,9 +116,6 @@ def pkt(
     Returns:
         Nats; zero, with zero gradient (``authors``: up to 1e-7), when student equals teacher, and always zero for
         fewer than 3 rows, which have at most one neighbour each.
-
-    Raises:
-        ValueError: other batch size, unknown variant, ``reduction="none"``.
 
     Reference: Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer (ECCV 2018),
     the cosine kernel.
@@ -173,9 +164,6 @@ def rkd_distance(student: Tensor, teacher: Tensor, *, mask: Mask = None, reducti
         Zero, with zero gradient, when student equals teacher, also if scaled or shifted. The same for a batch
         repeated k times.
 
-    Raises:
-        ValueError: other batch size, ``reduction="none"``.
-
     Reference: Park et al., Relational Knowledge Distillation (CVPR 2019), section 3.2.1, which has the sum. The
     published weights (25, with 50 for angles) are for the authors' mean over all B^2 pairs, including a row with
     itself, as here.
@@ -216,9 +204,6 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction:
     Returns:
         Zero, with zero gradient, when student equals teacher, also if scaled or shifted. The same for a batch
         repeated k times.
-
-    Raises:
-        ValueError: other batch size, ``reduction="none"``.
 
     Reference: Park et al. (2019), section 3.2.2, which has the sum. The published weight, 50, is for the authors'
     mean over all B^3 triples, including degenerate ones, as here.

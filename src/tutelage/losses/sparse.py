@@ -38,9 +38,6 @@ def topk_kd(
     Returns:
         Nats times T^2; zero if the student gives the k classes the teacher's probabilities.
 
-    Raises:
-        ValueError: shapes do not fit, or the temperature is not above 0.
-
     Reference: Hinton et al. (2015), section 2, on the partition into k classes and the rest.
     """
     student, index, log_p, mask = _prepared(student, index, log_probs, mask)
@@ -85,9 +82,6 @@ def sampled_kd(
 
     Returns:
         Nats times T^2. Not zero at equality: its expectation there is T^2 times the teacher's entropy.
-
-    Raises:
-        ValueError: shapes do not fit, or the temperature is not above 0.
 
     Reference: Anshumann et al., Sparse Logit Sampling (ACL 2025), random sampling KD.
     """

@@ -59,9 +59,6 @@ def dkd(
     Returns:
         Nats times T^2; zero, with zero gradient, when student equals teacher.
 
-    Raises:
-        ValueError: shapes differ, fewer than 2 classes, or the temperature is not above 0.
-
     Reference: Zhao et al., Decoupled Knowledge Distillation (CVPR 2022), equations 6 and 7. The published CIFAR
     numbers use T = 4 with T^2 on both parts, as here.
     """
@@ -118,9 +115,6 @@ def dist(
     Returns:
         In [0, 2 (beta + gamma) T^2]; zero, with zero gradient, when student equals teacher.
 
-    Raises:
-        ValueError: shapes differ, temperature not above 0, ``reduction="none"``.
-
     Reference: Huang et al., Knowledge Distillation from A Stronger Teacher (NeurIPS 2022), the inter-class and
     intra-class relations of section 4. Their ImageNet numbers use beta = gamma = T = 1; T^2 is as in their code.
     """
@@ -175,16 +169,13 @@ def mlkd(
     Args:
         student: logits ``[..., C]``.
         teacher: logits of the same shape; receives no gradient.
-        temperatures: the values of T, each above 0.
+        temperatures: the values of T, at least one, each above 0.
         instance: weight of the instance part.
         batch: weight of the batch part.
         classes: weight of the class part.
 
     Returns:
         Zero, with zero gradient, when student equals teacher.
-
-    Raises:
-        ValueError: shapes differ, no temperature or one not above 0, ``reduction="none"``.
 
     Reference: Jin, Wang, Lin, Multi-Level Logit Distillation (CVPR 2023), instance-, batch- and class-level alignment
     with prediction augmentation. The published numbers are of the authors' code, with these five temperatures, which

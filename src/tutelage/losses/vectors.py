@@ -36,9 +36,6 @@ def cosine(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction: Re
     Returns:
         Between 0 and 2; zero, with zero gradient, when student equals teacher, in any positive scale.
 
-    Raises:
-        ValueError: shapes differ.
-
     Reference: Sanh et al., DistilBERT (2019), section 2, the cosine embedding loss of the last hidden states.
     """
     student, teacher = float_rows(student, teacher, mask)
@@ -59,9 +56,6 @@ def patient(
 
     Returns:
         ``paper``: between 0 and 4, twice :func:`cosine`. Zero, with zero gradient, when student equals teacher.
-
-    Raises:
-        ValueError: shapes differ, unknown variant.
 
     Reference: Sun et al., Patient Knowledge Distillation for BERT Model Compression (EMNLP 2019), the loss of the
     patient teacher.
@@ -85,9 +79,6 @@ def cosine_matrix(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduct
     Returns:
         Zero, with zero gradient, when student equals teacher, in any rotation. 0 for fewer than two texts.
 
-    Raises:
-        ValueError: other batch size, ``reduction="none"``.
-
     Reference: the pairwise similarities of Tung and Mori (ICCV 2019), of unit vectors and without their row norms, as
     sentence embeddings are compared (Reimers and Gurevych, Sentence-BERT, EMNLP 2019).
     """
@@ -107,14 +98,11 @@ def margin_mse(student: Tensor, teacher: Tensor, *, mask: Mask = None, reduction
     to the relevant passage are compared.
 
     Args:
-        student: scores ``[..., P]`` of a query's passages; the first is the relevant one.
+        student: scores ``[..., P]`` of a query's passages, P at least 2; the first is the relevant one.
         teacher: the same shape; receives no gradient.
 
     Returns:
         Zero, with zero gradient, when student equals teacher, up to a constant for each query.
-
-    Raises:
-        ValueError: shapes differ, fewer than two passages.
 
     Reference: Hofstaetter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
     Distillation (2020), section 3, which has one irrelevant passage.

@@ -126,7 +126,9 @@ class CrossTokenizerMethod(TokenMethod):
         assert student.head is not None
         theirs = signal.head
         if spans is None:
-            spans, labels = _identical_spans(masks["soft"]), batch.labels.flatten()
+            at = masks["soft"].flatten().nonzero().squeeze(1)  # every token is a span
+            number = torch.arange(len(at), device=at.device)
+            spans, labels = _Spans(at, number, at, number, len(at)), batch.labels.flatten()
         else:
             assert batch.teacher_labels is not None
             labels = batch.teacher_labels.flatten()
@@ -199,28 +201,13 @@ DIVERGENCES: dict[str, Any] = {
 
 
 class _Spans(NamedTuple):
-    """Spans of a batch.
-
-    Attributes:
-        mine: flat positions of the student at which it predicts a token of a span.
-        of: the number of the span, for each.
-        theirs: flat positions of the teacher.
-        of_theirs: the number of the span, for each.
-        count: the number of spans.
-    """
+    """Spans of a batch: flat positions at which a model predicts a token of a span, and the number of its span."""
 
     mine: Tensor
     of: Tensor
     theirs: Tensor
     of_theirs: Tensor
     count: int  # type: ignore[assignment]
-
-
-def _identical_spans(counted: Tensor) -> _Spans:
-    """Every token is a span: both read the same tokens."""
-    at = counted.flatten().nonzero().squeeze(1)
-    of = torch.arange(len(at), device=at.device)
-    return _Spans(at, of, at, of, len(at))
 
 
 def _first(at: Tensor, of: Tensor, count: int) -> Tensor:

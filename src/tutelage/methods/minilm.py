@@ -19,7 +19,7 @@ from tutelage.methods.text_terms import (
     nonzero_weights,
     taps_only,
 )
-from tutelage.methods.transformer_layers import Attention, Channels, check_plain_attention, find_both_layers
+from tutelage.methods.transformer_layers import Attention, check_plain_attention, find_both_layers
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
 
@@ -86,11 +86,9 @@ class MinilmMethod(Method):
                 )  # fmt: skip
         self.attentions = s, t
         self.relation_heads = self._relation_heads(s, t)
-        taps = [[c.tap for name in self.weights for c in self._channels(name, one)] for one in (s, t)]
+        parts = [p for n in self.weights for p in (("queries", "keys") if n == "attention" else (n,))]
+        taps = [[getattr(one, part).tap for part in parts] for one in (s, t)]
         self.student_needs, self.needs = taps_only(student, taps[0]), taps_only(teacher, taps[1])
-
-    def _channels(self, name: str, attention: Attention) -> tuple[Channels, ...]:
-        return (attention.queries, attention.keys) if name == "attention" else (getattr(attention, name),)
 
     def _relation_heads(self, s: Attention, t: Attention) -> int | None:
         """The option, if it divides all widths; without it the published number, or the largest divisor."""

@@ -176,20 +176,16 @@ class OnPolicyMethod(TokenMethod):
         else:
             rows = self.rollouts.sample_completions(student, prompts, **options)
         for row, counts in zip(rows, counted, strict=True):
-            if counts and len(self.replay_tokens):
-                self._store(*row)
+            if counts and len(self.replay_tokens):  # in place of the oldest
+                place = int(self.replay_count) % len(self.replay_tokens)
+                self.replay_tokens[place, : len(row.ids)] = row.ids.to(self.replay_tokens)
+                self.replay_lengths[place] = torch.tensor([row.begin, len(row.ids)])
+                self.replay_count += 1
         # a placeholder row, on a process without data left, stays one: no token of it counts
         rows = [
             row if counts else row._replace(begin=len(row.ids)) for row, counts in zip(rows, counted, strict=True)
         ]
         return _answer_batch(rows, device)
-
-    def _store(self, ids: Tensor, begin: int) -> None:
-        """Put an answer into the replay buffer, in place of the oldest."""
-        place = int(self.replay_count) % len(self.replay_tokens)
-        self.replay_tokens[place, : len(ids)] = ids.to(self.replay_tokens)
-        self.replay_lengths[place] = torch.tensor([begin, len(ids)])
-        self.replay_count += 1
 
     # The loss ----------------------------------------------------------------------------------------------------
 

@@ -100,21 +100,15 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers of a model, in order.
-
-    Attributes:
-        who: ``student`` or ``teacher``, for messages.
-        model: the model.
-        example: a few texts.
-        layers: all layers.
-        last: the tap of the last hidden state, after a final norm if the model has one.
-    """
+    """The layers of a model, in order."""
 
     who: str
+    """``student`` or ``teacher``, for messages."""
     model: nn.Module
     example: Batch
     layers: tuple[Layer, ...]
     last: str
+    """The tap of the last hidden state, after a final norm if the model has one."""
 
     @property
     def width(self) -> int:
@@ -235,13 +229,9 @@ def _last_state(calls: Sequence[Call], path: str, layers: Sequence[Layer], width
 
 
 def check_plain_attention(stack: LayerStack, number: int, attention: Attention, setting: str) -> None:
-    """Raise :class:`ModelError` unless a layer's attention is exactly softmax(QK/sqrt(d)).
+    """Raise :class:`ModelError` unless the attention of layer ``number`` is exactly softmax(QK/sqrt(d)).
 
-    Args:
-        stack: the model's layers.
-        number: of the layer, from 1.
-        attention: of the layer.
-        setting: the option that avoids the comparison, for the message.
+    ``setting`` is the option that avoids the comparison, for the message.
     """
     if not attention.plain:
         raise ModelError(
@@ -308,7 +298,10 @@ def _find_values(calls: Sequence[Call]) -> Iterator[tuple[Channels, Call]]:
                 continue
             width, total = consumer.input.shape[-1], producer.output.shape[-1]
             for start in range(0, total - width + 1, width) if total in (width, 3 * width) else ():
-                if _is_close(producer.output[..., start : start + width], consumer.input):
+                x = consumer.input.float()
+                error = (producer.output[..., start : start + width].float() - x).abs().max()
+                tolerance = TOLERANCE.get(consumer.input.dtype, TOLERANCE_HALF)
+                if error <= tolerance * x.abs().max().clamp(min=1e-12):
                     yield Channels(f"{producer.path}@{producer.number}", start, start + width), consumer
 
 
@@ -375,11 +368,6 @@ def attention_scores(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
             for x in (queries, keys)
         )
         return q @ k.mT / q.shape[-1] ** 0.5
-
-
-def _is_close(x: Tensor, y: Tensor) -> bool:
-    error = (x.float() - y.float()).abs().max()
-    return bool(error <= TOLERANCE.get(y.dtype, TOLERANCE_HALF) * y.float().abs().max().clamp(min=1e-12))
 
 
 def _first_tokens(batch: Batch) -> Batch:

@@ -22,7 +22,7 @@ from tutelage.methods.text_terms import (
 )
 from tutelage.methods.transformer_layers import find_both_layers
 from tutelage.students import Projector, build_projector
-from tutelage.taps import Head, Needs, Observation, vocabulary_head
+from tutelage.taps import Needs, Observation, vocabulary_head
 from tutelage.teachers.signal import Signal
 
 
@@ -113,9 +113,21 @@ class TripleMethod(Method):
             CapabilityError: teacher and student read different tokens, or have different vocabularies.
         """
         masks, terms = self._masks(batch), dict[str, Term]()
-        if {"mlm", "kd"} & set(masks):
+        targets: dict[str, losses.HardTargets | losses.SoftTargets] = {}
+        if "mlm" in masks:
+            targets["mlm"] = losses.HardTargets(batch.labels, masks["mlm"])
+        if "kd" in masks:
             assert student.head is not None
-            terms = self._head_terms(student.head, None if signal is None else signal.head, batch.labels, masks)
+            assert signal is not None
+            assert signal.head is not None
+            theirs = signal.head
+            check_same_tokens(student.head.inputs, theirs.inputs)
+            _check_vocabularies(student.head.weight.shape[0], theirs.weight.shape[0])
+            teacher = (theirs.inputs, linear_head(theirs))
+            targets["kd"] = losses.SoftTargets(teacher, temperature=self.options.temperature, mask=masks["kd"])
+        if targets:
+            assert student.head is not None
+            terms = head_terms(self, student.head, targets, {name: masks[name].sum() for name in targets})
         if self.taps is not None:
             assert signal is not None
             s, t = student.hidden[self.taps[0]], signal.hidden[self.taps[1]]
@@ -124,21 +136,6 @@ class TripleMethod(Method):
             s = s if self.projector is None else self.projector(s, t)
             terms["cosine"] = Term(losses.cosine(s, t, reduction="sum"), masks["cosine"].sum())
         return terms
-
-    def _head_terms(
-        self, mine: Head, theirs: Head | None, labels: Tensor, masks: dict[str, Tensor]
-    ) -> dict[str, Term]:
-        """``mlm`` and ``kd``, if they have a weight."""
-        targets: dict[str, losses.HardTargets | losses.SoftTargets] = {}
-        if "mlm" in masks:
-            targets["mlm"] = losses.HardTargets(labels, masks["mlm"])
-        if "kd" in masks:
-            assert theirs is not None
-            check_same_tokens(mine.inputs, theirs.inputs)
-            _check_vocabularies(mine.weight.shape[0], theirs.weight.shape[0])
-            teacher = (theirs.inputs, linear_head(theirs))
-            targets["kd"] = losses.SoftTargets(teacher, temperature=self.options.temperature, mask=masks["kd"])
-        return head_terms(self, mine, targets, {name: masks[name].sum() for name in targets})
 
     def formula(self) -> str:
         """The loss in one line."""
