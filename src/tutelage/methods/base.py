@@ -118,6 +118,10 @@ class Method(nn.Module):
             teacher: it may not be trained yet; ``None`` where there is none.
             example: a few samples.
             ids: ``[M]``, the sample ids of the training data, where they are known.
+
+        Raises:
+            ModelError: a model lacks what the method needs, such as layers.
+            CapabilityError: the models or the data do not fit the method or each other.
         """
 
     def phases(self) -> Sequence[Phase]:
@@ -162,7 +166,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms of one batch; their counts are those of :meth:`counts`."""
+        """The terms of one batch; their counts are those of :meth:`counts`.
+
+        Raises:
+            CapabilityError: the teacher's signal does not fit the student's outputs, or the batch the method.
+        """
         raise NotImplementedError
 
     def formula(self) -> str:

@@ -59,11 +59,7 @@ class CrossTokenizerMethod(TokenMethod):
         self.shared: tuple[Tensor, Tensor] | None = None
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """As :class:`TokenMethod`, and find the shared entries of the vocabularies.
-
-        Raises:
-            CapabilityError: there are fewer than two, or the tokenizers are unknown.
-        """
+        """As :class:`TokenMethod`, and find the shared entries of the vocabularies."""
         super().build(student, teacher, example, ids)
         self.shared = None
         if self.options.compare == "uld" or example.spans is None:
@@ -109,11 +105,7 @@ class CrossTokenizerMethod(TokenMethod):
         return counts if spans is None else counts | {"soft": counts["soft"].new_tensor(spans.count)}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms ``soft`` and ``ce``.
-
-        Raises:
-            CapabilityError: the teacher gives no output head.
-        """
+        """The terms ``soft`` and ``ce``."""
         masks = self._masks(batch)
         spans = self._spans(batch, masks["soft"])
         if spans is None and self.options.compare == "spans":

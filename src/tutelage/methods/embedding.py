@@ -41,11 +41,7 @@ class EmbeddingMethod(Method):
         self.projector: Projector | None = None
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Build the projector if the widths differ.
-
-        Raises:
-            ModelError: a model that returns no embeddings.
-        """
+        """Build the projector if the widths differ."""
         assert teacher is not None
         s, t = _shape("student", student, example), _shape("teacher", teacher, example.for_teacher())
         projects = "mse" in self.weights and s[-1] != t[-1]

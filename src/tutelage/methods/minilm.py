@@ -61,11 +61,7 @@ class MinilmMethod(Method):
         return freeze_unused(student, example, self.student_needs)
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find queries, keys and values in both models.
-
-        Raises:
-            ModelError: they are not found, heads do not divide the widths, or attention cannot be compared.
-        """
+        """Find queries, keys and values in both models."""
         assert teacher is not None
         mine, theirs = find_both_layers(student, teacher, example)
         last, layer = len(mine.layers), self.options.layer or len(theirs.layers)
@@ -116,11 +112,7 @@ class MinilmMethod(Method):
         return dict.fromkeys(self.weights, counted_tokens(batch).sum())
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """A term for each distribution.
-
-        Raises:
-            CapabilityError: teacher and student read different tokens.
-        """
+        """A term for each distribution."""
         assert signal is not None
         assert self.attentions is not None
         mine, theirs = self.attentions

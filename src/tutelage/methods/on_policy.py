@@ -76,11 +76,7 @@ class OnPolicyMethod(TokenMethod):
         self.register_buffer("loss_threshold", torch.tensor(torch.inf))
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """As :class:`TokenMethod`, and check that the student can generate text.
-
-        Raises:
-            CapabilityError: it cannot, rows are packed, or the teacher reads other tokens.
-        """
+        """As :class:`TokenMethod`, and check that the student can generate text."""
         super().build(student, teacher, example, ids)
         if not callable(getattr(student, "generate", None)):
             raise CapabilityError(
@@ -115,11 +111,7 @@ class OnPolicyMethod(TokenMethod):
         return self.options.mix
 
     def check_generation(self, student: nn.Module, batch: Batch) -> None:
-        """Check that the server loads the student's weights and generates a token.
-
-        Raises:
-            EndpointError: it does not.
-        """
+        """Check that the server loads the student's weights and generates a token."""
         if self.rollouts is not None:
             o = self.options
             self.rollouts.check(student, next(_prompts(batch, o.max_prompt_tokens)), o.sampling_temperature)

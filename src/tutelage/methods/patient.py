@@ -58,11 +58,7 @@ class PatientMethod(Method):
         return student if self.outputs.weights else freeze_unused(student, example, self.student_needs)
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find the layers of both models.
-
-        Raises:
-            ModelError: no layers are found, or none is left.
-        """
+        """Find the layers of both models."""
         assert teacher is not None
         self.pairs, self.projector = [], None
         if "patient" in self.weights:

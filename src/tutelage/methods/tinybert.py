@@ -61,11 +61,7 @@ class LayersMethod(Method):
         self.layer_map: list[tuple[int, int]] = []
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find the layers of both models, and build the projectors.
-
-        Raises:
-            ModelError: no layers are found, or attention that cannot be compared.
-        """
+        """Find the layers of both models, and build the projectors."""
         assert teacher is not None
         mine, theirs = find_both_layers(student, teacher, example)
         self.layer_map = map_layers(self.options.layers, mine, theirs)
@@ -93,11 +89,7 @@ class LayersMethod(Method):
         return dict.fromkeys(self.weights, counted_tokens(batch).sum())
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms ``embedding``, ``hidden`` and ``attention``, if they have a weight.
-
-        Raises:
-            CapabilityError: teacher and student read different tokens.
-        """
+        """The terms ``embedding``, ``hidden`` and ``attention``, if they have a weight."""
         assert signal is not None
         positions = counted_tokens(batch)
         terms, count = dict[str, Term](), positions.sum()
@@ -176,11 +168,7 @@ class TinybertMethod(Method):
         return student if self.outputs.weights else freeze_unused(student, example, self.student_needs)
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find the layers of both models, and build the projectors.
-
-        Raises:
-            ModelError: no layers are found, or attention that cannot be compared.
-        """
+        """Find the layers of both models, and build the projectors."""
         if self.hidden is None:
             return
         self.hidden.build(student, teacher, example, ids)

@@ -69,13 +69,7 @@ class TokenMethod(Method):
         }  # fmt: skip
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find the heads and the layers, and check that the texts of packed rows are separate.
-
-        Raises:
-            CapabilityError: a model without a vocabulary head, heads over different vocabularies, or a model in which
-                packed texts attend to each other.
-            ModelError: no layers are found.
-        """
+        """Find the heads and the layers, and check that the texts of packed rows are separate."""
         self.pairs, self.projectors = [], nn.ModuleList()
         models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
         for who, model in models.items():
@@ -119,11 +113,7 @@ class TokenMethod(Method):
         return {name: mask.sum() for name, mask in self._masks(batch).items()}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms ``soft``, ``ce`` and ``hidden``, if they have a weight.
-
-        Raises:
-            CapabilityError: teacher and student read different tokens, or have different vocabularies.
-        """
+        """The terms ``soft``, ``ce`` and ``hidden``, if they have a weight."""
         return self._terms(student, batch, signal, self._masks(batch))
 
     def _terms(

@@ -57,12 +57,7 @@ class TripleMethod(Method):
         return freeze_unused(student, example, self.student_needs, head=bool({"mlm", "kd"} & set(self.weights)))
 
     def build(self, student: nn.Module, teacher: nn.Module | None, example: Batch, ids: Tensor | None = None) -> None:
-        """Find the heads and the last hidden states.
-
-        Raises:
-            CapabilityError: a model without a vocabulary head, or heads over different vocabularies.
-            ModelError: no hidden states are found.
-        """
+        """Find the heads and the last hidden states."""
         assert teacher is not None
         models = {"student": (student, {"mlm", "kd"}), "teacher": (teacher, {"kd"})}
         heads = {who: vocabulary_head(model) for who, (model, _) in models.items()}
@@ -107,11 +102,7 @@ class TripleMethod(Method):
         return {name: mask.sum() for name, mask in self._masks(batch).items()}
 
     def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms ``mlm``, ``kd`` and ``cosine``, if they have a weight.
-
-        Raises:
-            CapabilityError: teacher and student read different tokens, or have different vocabularies.
-        """
+        """The terms ``mlm``, ``kd`` and ``cosine``, if they have a weight."""
         masks, terms = self._masks(batch), dict[str, Term]()
         targets: dict[str, losses.HardTargets | losses.SoftTargets] = {}
         if "mlm" in masks:
