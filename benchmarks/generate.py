@@ -343,6 +343,7 @@ def faults() -> dict[str, Any]:
 
 def kills() -> dict[str, Any]:
     """2,000 requests, and 50 processes that ask them, each killed."""
+    from support import python
     from support.closed_teacher import Closed
     from support.generations import command, killed, made, prompts, recipe
 
@@ -353,7 +354,7 @@ def kills() -> dict[str, Any]:
             path = recipe(folder, server, prompts=given, endpoint={"concurrency": 8, "timeout": 5})
             lost, done = killed(path, folder / "out", server, 50)
             before = len(server.calls)
-            subprocess.run(command(path, folder / "out"), check=True, capture_output=True)
+            assert python.run(command(path, folder / "out")).returncode == 0
             times = Counter(call.prompt for call in server.calls)
         with Closed() as other:
             made(recipe(folder, other, prompts=given), folder / "whole")
