@@ -28,12 +28,7 @@ RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
 
 
 class BatchClient:
-    """Sends chat completions to one server through its batch API.
-
-    Args:
-        endpoint: the server.
-        scheduler: receives the outcome of each request.
-    """
+    """Sends chat completions to one server through its batch API."""
 
     def __init__(self, endpoint: EndpointConfig, scheduler: Scheduler) -> None:
         self.endpoint, self.scheduler = endpoint, scheduler

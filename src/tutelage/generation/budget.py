@@ -26,12 +26,7 @@ class Price(NamedTuple):
 
 
 class Budget:
-    """The limits of a recipe, and what requests in flight may still take of them.
-
-    Args:
-        limits: of the recipe.
-        usage: so far, over all runs; the journal updates it.
-    """
+    """The limits of a recipe, the usage so far, and what requests in flight may still take."""
 
     def __init__(self, limits: BudgetConfig, usage: Usage) -> None:
         self.limits, self.usage = limits, usage

@@ -20,14 +20,7 @@ BATCH_SIZE = 16
 
 
 class ChatModel:
-    """A language model with its tokenizer.
-
-    Args:
-        name: ``hf:FOLDER``.
-
-    Raises:
-        ModelError: the tokenizer has no chat template, or there is no such model.
-    """
+    """A language model with its tokenizer, which needs a chat template."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -42,13 +35,7 @@ class ChatModel:
 
     @torch.no_grad()
     def generate(self, threads: Sequence[Sequence[Message]], max_tokens: int, terminal: Terminal) -> list[str]:
-        """Its answers, by greedy decoding.
-
-        Args:
-            threads: conversations whose last message is the user's.
-            max_tokens: of an answer.
-            terminal: shows the progress.
-        """
+        """Its answers to conversations, whose last message is the user's, by greedy decoding."""
         answers: list[str] = []
         for start in range(0, len(threads), BATCH_SIZE):
             batch = [list(thread) for thread in threads[start : start + BATCH_SIZE]]

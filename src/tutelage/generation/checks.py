@@ -36,11 +36,7 @@ Check = Callable[[str], str | None]
 
 
 class QualityChecks:
-    """The checks of a recipe, in order. Duplicates come last, so that only accepted conversations have any.
-
-    Args:
-        settings: the recipe's ``quality``.
-    """
+    """The checks of a recipe, in order. Duplicates come last, so that only accepted conversations have any."""
 
     def __init__(self, settings: QualityConfig) -> None:
         self.settings = settings

@@ -31,10 +31,6 @@ class ChatClient:
 
     Each retry passes the budget, the journal and the limits of the endpoint like a first attempt, so retries are
     queued here and not left to a library.
-
-    Args:
-        endpoint: the server and its limits.
-        scheduler: receives the outcome of each call.
     """
 
     def __init__(self, endpoint: EndpointConfig, scheduler: Scheduler) -> None:

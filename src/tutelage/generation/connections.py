@@ -26,14 +26,7 @@ if TYPE_CHECKING:
 
 
 class ApiKey:
-    """The key or login of an endpoint. It is in no representation of this object.
-
-    Args:
-        endpoint: has the name of the environment variable, or the login.
-
-    Raises:
-        ConfigError: the variable is not set, or holds no key.
-    """
+    """The key or login of an endpoint. It is in no representation of this object."""
 
     def __init__(self, endpoint: EndpointConfig) -> None:
         self._secrets: list[str] = []
@@ -65,11 +58,7 @@ class ApiKey:
 
 
 class ConnectionPool:
-    """Connections to a server, each for one request at a time.
-
-    Args:
-        endpoint: the server.
-    """
+    """Connections to a server, each for one request at a time."""
 
     def __init__(self, endpoint: EndpointConfig) -> None:
         import httpx2

@@ -13,15 +13,11 @@ from tutelage.generation.requests import NOT_SENT, FailedRequest, Message
 class Conversation:
     """A conversation that may go into the data.
 
-    Args:
-        name: unique.
+    Attributes:
         prompt: name of the prompt that it answers; several answers share one.
         instruction: the request without the template around it.
-        messages: all messages.
         keys: of its answers in the journal.
         finishes: the ``finish_reason`` of each of the assistant's messages.
-        source: what it was made from.
-        score: of the answer, where one was selected.
     """
 
     name: str
@@ -51,13 +47,7 @@ class RejectedConversation(NamedTuple):
 
 @dataclass
 class GenerationOutput:
-    """The result of a strategy.
-
-    Args:
-        conversations: in order.
-        rejected: without an answer, or not worth one.
-        not_sent: requests that were not sent, because the run ended first.
-    """
+    """The result of a strategy; ``not_sent`` counts requests that the end of the run prevented."""
 
     conversations: list[Conversation] = field(default_factory=list)
     rejected: list[RejectedConversation] = field(default_factory=list)

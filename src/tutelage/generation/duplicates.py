@@ -29,10 +29,9 @@ def words(text: str) -> list[str]:
 
 
 class NearDuplicateIndex:
-    """Texts, with search for the first one that is near to another text.
+    """Texts, with search for the first one whose ROUGE-L with another text reaches the threshold.
 
-    Args:
-        threshold: ROUGE-L from which two texts are near; 1 means the same words in the same order.
+    A threshold of 1 means the same words in the same order.
     """
 
     def __init__(self, threshold: float) -> None:

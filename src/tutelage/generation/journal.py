@@ -75,19 +75,13 @@ class Usage:
 class Journal:
     """A journal, open for one process.
 
-    Args:
-        path: the file; created if absent.
-        made_of: describes the generation. A journal of another generation is an error.
-
     Attributes:
-        usage: what all runs used together.
         unsettled: for the key of each call without outcome its row, and its tokens and cost.
         lost: how many calls were in flight when processes died.
-        batches: the state of each batch by name.
         failure: the error that stopped the journal.
 
     Raises:
-        JournalError: another process writes to it, it belongs to another generation, or it is damaged.
+        JournalError: another process writes to it, ``made_of`` describes another generation, or it is damaged.
         RunDirectoryError: it cannot be written.
     """
 
@@ -189,9 +183,6 @@ class Journal:
         """Record the outcome of a call: a ``response`` with an answer, or a ``reason`` and ``detail``.
 
         Args:
-            request: that was sent.
-            tokens: that the call took.
-            cost: of the call.
             done: called in the event loop once the outcome is on disk.
             final: whether this is the result of the request; else there will be another call.
             retry: whether the next run sends the request again.

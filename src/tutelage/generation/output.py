@@ -58,12 +58,9 @@ def write_output(
     path: Path, name: str, settings: Generations, version: str, accepted: Sequence[Conversation],
     rejected: Sequence[RejectedConversation],
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the data, the rejected conversations and the card of a recipe ``name`` into the folder ``path``.
+    """Write the data, the rejected conversations and the card; returns their figures for ``summary.json``.
 
     ``version`` is the hash of the recipe's templates.
-
-    Returns:
-        ``kept``, ``splits``, ``rejected`` and ``diversity``, for ``summary.json``.
     """
     splits = split_conversations(accepted, settings.held_out)
     with atomic_folder(path / "data") as folder:

@@ -20,9 +20,7 @@ LONGEST_PAUSE = 60.0
 class ConcurrencyLimit:
     """The number of requests in flight: fewer when the server is overloaded, more while it answers (AIMD).
 
-    Args:
-        maximum: requests in flight.
-        max_retry_time: seconds without an answer after which a server that fails is given up.
+    After ``max_retry_time`` seconds without an answer a server that fails is given up.
     """
 
     def __init__(self, maximum: int, max_retry_time: float) -> None:
@@ -78,11 +76,7 @@ class ConcurrencyLimit:
 
 
 class RateLimit:
-    """The provider's limits on requests and tokens per minute.
-
-    Args:
-        endpoint: has the limits.
-    """
+    """The provider's limits on requests and tokens per minute."""
 
     def __init__(self, endpoint: EndpointConfig) -> None:
         self.requests = _limiter(endpoint.requests_per_minute, 1.0)

@@ -55,10 +55,7 @@ def run_plan(
 ) -> tuple[T, Scheduler]:  # fmt: skip
     """Send batch after batch of a plan, after the ``first`` that it yielded already, until it returns its result.
 
-    ``endpoints`` are by the roles of requests. Raises as :meth:`Scheduler.outcomes`.
-
-    Returns:
-        The result, and the scheduler, whose ``exceeded`` tells whether the budget ended the run.
+    ``endpoints`` are by role. The scheduler's ``exceeded`` tells whether the budget ended the run.
     """
     scheduler = Scheduler(journal, Budget(limits, journal.usage), lambda: False)
     with catch_stop_signals(terminal.say, "sending no more requests, and waiting for those in flight") as should_stop:

@@ -20,13 +20,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 class RequestParameters:
-    """The model and the sampling parameters that requests of one kind share.
-
-    Args:
-        endpoint: the server and its model.
-        sampling: temperature, top-p, max_tokens and so on.
-        role: name of the endpoint in this generation, ``teacher`` or ``judge``.
-    """
+    """The model and sampling parameters that requests to the endpoint of a role (``teacher``, ``judge``) share."""
 
     def __init__(self, endpoint: EndpointConfig, sampling: SamplingConfig, role: str = "teacher") -> None:
         options = {
@@ -44,8 +38,6 @@ class Request:
     """A request for one answer.
 
     Args:
-        parameters: model and sampling parameters.
-        messages: the conversation so far.
         sample: index of the answer, where several are requested for the same messages.
         slot: a second name of the answer in the journal. An answer with this slot is used whatever its messages were.
             Needed where the messages depend on earlier filtering and another filter must read the same answers.
@@ -80,13 +72,7 @@ class Request:
 
 
 class ChatAnswer(NamedTuple):
-    """An answer of a model.
-
-    Args:
-        key: name in the journal.
-        text: of the answer.
-        finish: the server's ``finish_reason``: ``stop``, ``length`` ...
-    """
+    """An answer: its key in the journal, its text, and the server's ``finish_reason``."""
 
     key: str
     text: str
@@ -94,13 +80,7 @@ class ChatAnswer(NamedTuple):
 
 
 class FailedRequest(NamedTuple):
-    """A request without an answer.
-
-    Args:
-        key: of the request.
-        reason: a short category, such as ``content filter``.
-        detail: message of the server.
-    """
+    """A request without an answer: its key, a short category, and the message of the server."""
 
     key: str
     reason: str

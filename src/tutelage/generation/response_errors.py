@@ -13,12 +13,7 @@ TokenUsage = tuple[int, int]
 
 
 class ValidResponse(NamedTuple):
-    """An answer.
-
-    Args:
-        raw: the JSON reply.
-        usage: where the server counts tokens.
-    """
+    """A JSON reply with an answer, and its token usage where the server counts tokens."""
 
     raw: bytes
     usage: TokenUsage | None
@@ -27,14 +22,11 @@ class ValidResponse(NamedTuple):
 class CallError(NamedTuple):
     """A call without an answer.
 
-    Args:
+    Attributes:
         reason: a short category.
-        detail: message of the server.
         billed: the server may have generated, and charged for, an answer that was lost.
-        usage: where the server counts tokens all the same.
         refused: the server will not answer this request; other errors may pass.
         server_works: only this answer is invalid.
-        overloaded: the server has too much to do.
         after: seconds that the server asks to wait.
     """
 
@@ -49,13 +41,7 @@ class CallError(NamedTuple):
 
 
 class FatalResponse(NamedTuple):
-    """An error that every request would get.
-
-    Args:
-        what: is wrong.
-        remedy: what to do.
-        list_models: whether a list of the server's models would help.
-    """
+    """An error that every request would get; ``list_models``: whether a list of the server's models would help."""
 
     what: str
     remedy: str
@@ -80,13 +66,7 @@ FATAL = {
 
 
 def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> ParsedResponse:
-    """What a reply means.
-
-    Args:
-        status: of HTTP.
-        headers: names in lower case.
-        body: of the reply.
-    """
+    """What a reply with an HTTP status, headers (names in lower case) and body means."""
     if 200 <= status < 300:
         return _answer(body)
     code, message = error_message(body)

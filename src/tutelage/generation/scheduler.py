@@ -15,12 +15,7 @@ from tutelage.generation.response_errors import CallError, ValidResponse
 
 
 class RequestBatch(NamedTuple):
-    """Requests that do not depend on each other.
-
-    Args:
-        name: shown to the user while they are sent.
-        requests: in the order in which their outcomes are returned.
-    """
+    """Requests that do not depend on each other, and a name that the user sees."""
 
     name: str
     requests: Sequence[Request]
@@ -63,15 +58,9 @@ class RequestClient(Protocol):
 class Scheduler:
     """Hands requests to clients, unless the journal has their outcomes or the budget forbids them.
 
-    Args:
-        journal: open.
-        budget: what may be spent.
-        should_stop: whether the user asked to stop.
-
     Attributes:
         clients: by the role of their endpoint.
         batch_roles: roles whose endpoint is used through its batch API.
-        counts: shown to the user.
         exceeded: the limit of the budget that ended the run.
         fatal: the error that ended the run.
         calls: made by this process.
@@ -92,13 +81,7 @@ class Scheduler:
         return bool(self.should_stop() or self.exceeded or self.fatal or self.journal.failure)
 
     async def outcomes(self, batch: RequestBatch) -> list[Outcome]:
-        """The outcomes of a batch's requests, in order.
-
-        Raises:
-            Interrupted: the user asked to stop; answers to requests in flight are in the journal.
-            EndpointError: the server refuses, or does not answer.
-            RunDirectoryError: the journal cannot be written.
-        """
+        """The outcomes of a batch's requests, in order; raises the error or interruption that ended the run."""
         known: dict[str, Outcome] = {}
         pending: dict[str, dict[str, PendingRequest]] = {}
         for request in batch.requests:

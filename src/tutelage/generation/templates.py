@@ -19,11 +19,7 @@ PromptTemplate = Callable[[Mapping[str, Any], str], str]
 
 
 class PromptTemplates:
-    """The templates of a recipe.
-
-    Args:
-        where: gives file and line of a key of the recipe.
-    """
+    """The templates of a recipe; ``where`` gives file and line of a key."""
 
     def __init__(self, where: Callable[[Key], str]) -> None:
         self.where = where
@@ -31,11 +27,7 @@ class PromptTemplates:
         self._environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
     def add(self, key: Key, text: str, names: Collection[str]) -> PromptTemplate:
-        """Compile the template of a key such as ``("generate", "user")``, which can use ``names``.
-
-        Raises:
-            ConfigError: it is no template, or uses another name; with its line.
-        """
+        """Compile the template of a key such as ``("generate", "user")``, which can use ``names``."""
         self.texts[".".join(str(part) for part in key)] = text
         try:
             tree = self._environment.parse(text)

@@ -98,9 +98,7 @@ class ResultRow:
     """A row of a workflow's table: one kind of model over the seeds.
 
     Attributes:
-        role: ``teacher``, ``baseline``, ``distilled``, ``direct``, ``assistant``, ``ensemble`` or ``control``.
         results: for each seed ``best`` and ``last`` figures of the test split, and ``validation``.
-        taught_by: the name of its teacher's row, if any.
         against: names of rows that it is compared with, seed by seed.
         step: its place in the order of training, if any.
     """

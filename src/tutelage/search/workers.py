@@ -52,13 +52,8 @@ class WorkerPool:
     ) -> Iterator[tuple[TrialRequest, TrialResult | TutelageError]]:
         """Wait until trials end; meanwhile answer the evaluations that processes send.
 
-        Args:
-            report: takes number, evaluation and accuracy; true prunes the trial.
-            should_stop: true makes every process save and stop.
-
-        Raises:
-            Interrupted: all processes have stopped, because ``should_stop`` was true.
-            CapabilityError: a process died.
+        ``report`` takes number, evaluation and accuracy; true prunes the trial. Raises :class:`Interrupted` once
+        ``should_stop`` was true and all processes have stopped.
         """
         ended: list[tuple[TrialRequest, TrialResult | TutelageError]] = []
         while self.running and not ended:
