@@ -241,20 +241,17 @@ def check_method(
 def check_capacity(findings: Findings, student: int, teacher: int) -> None:
     """Report the ratio of the parameter counts."""
     r = student / teacher
-    text = f"r = student / teacher parameters = {student:,} / {teacher:,} = {r:.4f}"
+    text = f"r = student / teacher parameters = {student:,} / {teacher:,} = {r:.4f}: "
     if r >= 1:
-        findings.add(
-            "note", "capacity", f"{text}: the student is not smaller", "the student will cost as much as its teacher"
-        )
-    elif r > 0.1:
-        findings.add("ok", "capacity", f"{text}: above 0.1, where distillation usually works well")
+        remedy = "the student will cost as much as its teacher"
+        findings.add("note", "capacity", text + "the student is not smaller", remedy)
     elif r >= 0.01:
-        findings.add("ok", "capacity", f"{text}: between 0.01 and 0.1, where it depends on the task")
+        advice = "above 0.1, where distillation usually works well"
+        advice = advice if r > 0.1 else "between 0.01 and 0.1, where it depends on the task"
+        findings.add("ok", "capacity", text + advice)
     else:
-        findings.add(
-            "note", "capacity", f"{text}: below 0.01, where a capacity gap is common",
-            "try a larger student, or an assistant of a size in between as its teacher",
-        )  # fmt: skip
+        remedy = "try a larger student, or an assistant of a size in between as its teacher"
+        findings.add("note", "capacity", text + "below 0.01, where a capacity gap is common", remedy)
 
 
 def check_teacher_quality(

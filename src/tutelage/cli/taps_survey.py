@@ -55,14 +55,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Survey:
-    """The modules of one model.
-
-    Attributes:
-        title: name of the model.
-        inputs: names and shapes of its inputs.
-        nodes: all its modules, outermost first.
-        stages: (height, width) of a feature map -> the path that ``pairs: auto`` takes for it.
-    """
+    """The modules of one model."""
 
     title: str
     inputs: str

@@ -277,7 +277,8 @@ def load_images(
     _try_augments(train)
     _try_augments(for_teacher)
     if labels is not None:
-        train = hide_labels(train, labels, split_seed, drop=unlabeled == "drop")
+        chosen = stratified_split(train.labels, labels, split_seed, "data.labels")
+        train = hide_labels(train, chosen, drop=unlabeled == "drop")
     validation_set, test_set = build(splits["validation"]), build(splits["test"])
     return ImageData(source, train, validation_set, test_set, list(raw.classes), for_teacher, raw.route_names)
 
@@ -357,14 +358,13 @@ def _try_augments(images: ImageSet) -> None:
         ) from error
 
 
-def hide_labels(images: ImageSet, count: int, seed: int, *, drop: bool) -> ImageSet:
-    """Keep the labels of ``count`` images, stratified; remove the labels of the others, or drop these images."""
-    chosen, rest = stratified_split(images.labels, count, seed, "data.labels")
+def hide_labels(data: Any, rows: tuple[Tensor, Tensor], *, drop: bool) -> Any:
+    """Keep the labels of the first rows of a split; remove the labels of the second rows, or drop these rows."""
     if drop:
-        return images.select(chosen)
-    hidden = images.labels.clone()
-    hidden[rest] = IGNORE
-    return replace(images, labels=hidden)
+        return data.select(rows[0])
+    hidden = data.labels.clone()
+    hidden[rows[1]] = IGNORE
+    return replace(data, labels=hidden)
 
 
 def _resize(split: RawSplit, size: int) -> RawSplit:

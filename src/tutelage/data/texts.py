@@ -13,7 +13,7 @@ from torch import Tensor
 from tutelage.data.alignment import NOWHERE, align_predicted
 from tutelage.data.batch import IGNORE, LABELS, Batch, TextTask
 from tutelage.data.chat import Learn
-from tutelage.data.images import stratified_split
+from tutelage.data.images import hide_labels, stratified_split
 from tutelage.data.masking import Masking, build_masking
 from tutelage.data.text_labels import encode_labels, resolve_class_names
 from tutelage.data.text_sources import Paths, RawTextData, RawTextSplit, open_texts
@@ -252,10 +252,7 @@ def load_texts(
         _check_aligned(train)
     teacher = replace(train, tokens=train.teacher_tokens, teacher_tokens=()) if train.teacher_tokens else train
     if labels is not None:
-        chosen, rest = _choose(train, labels, split_seed, "data.labels")
-        hidden = train.labels.clone()
-        hidden[rest] = IGNORE
-        train = train.select(chosen) if unlabeled == "drop" else replace(train, labels=hidden)
+        train = hide_labels(train, _choose(train, labels, split_seed, "data.labels"), drop=unlabeled == "drop")
     settings = {
         "columns": [columns, teacher_columns], "max_length": max_length, "pack": pack,
         "mask": mask if task == "mlm" else None, "tokenizers": fingerprints, "content": raw.digest,
@@ -282,17 +279,8 @@ def _tokenize_splits(
 ) -> dict[str, TextSet]:
     """The splits of a source, tokenised for student and teacher.
 
-    Args:
-        raw: the source.
-        task: the text task.
-        columns: the student's columns.
-        teacher: the teacher's columns, and whether its tokens differ.
-        labels: label columns, and class names.
-        route: route column, and its values.
-        tokenizers: of student and teacher.
-        masking: for ``mlm``.
-        pack: see :func:`tokenize`.
-        options: arguments of :func:`tokenize`.
+    ``teacher`` is its columns and whether its tokens differ; ``labels`` columns and class names; ``route`` a column
+    and its values; ``options`` are for :func:`tokenize`.
     """
     teacher_columns, differs = teacher
     key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"

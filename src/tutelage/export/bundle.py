@@ -148,12 +148,7 @@ def named_inputs(inputs: Tensor | Mapping[str, Tensor]) -> Inputs:
 
 
 class TraceModule(nn.Module):
-    """A module for tracing: positional inputs, and logits or embeddings as the only output.
-
-    Args:
-        model: a model that a run can train.
-        names: names of its inputs, in order; ``image`` for a single tensor.
-    """
+    """A module for tracing: positional inputs, and logits or embeddings as the only output."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()

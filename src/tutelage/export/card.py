@@ -46,9 +46,7 @@ PERCENTAGES = ("accuracy", "f1", "recall", "agreement")
 def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """A model card in Markdown, with metadata for the Hugging Face hub.
 
-    Args:
-        manifest: the manifest of the export.
-        facts: ``summary`` and ``recipe`` of the run, if there is one; ``auto``: the auto class of transformers.
+    ``facts`` are ``summary`` and ``recipe`` of the run, if there is one, and ``auto``, transformers' auto class.
     """
     from jinja2 import Environment
 

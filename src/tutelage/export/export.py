@@ -74,16 +74,8 @@ def write_export(
 ) -> ExportResult:
     """Write a model, load the export in its runtime, and compare its outputs with those of the model.
 
-    Args:
-        bundle: the model.
-        to: the format.
-        out: the folder; an existing export is replaced when the new one is complete.
-        batches: inputs for the comparison.
-        read_from: description of these inputs, for the manifest.
-        calibration: inputs that calibrate the ranges of activations for int8.
-        facts: ``summary`` and ``recipe`` of the run, for the card.
-        measure: computes test metrics of a module; called if the format changes the outputs.
-        pairs: a row is a pair of texts.
+    ``read_from`` describes ``batches`` in the manifest; ``calibration`` inputs calibrate int8; ``measure`` computes
+    test metrics of a module, if the format changes the outputs; with ``pairs`` a row is a pair of texts.
 
     Raises:
         ConfigError: the format is unknown.

@@ -69,10 +69,6 @@ class RuntimeModule(nn.Module):
 def open_export(folder: str | Path, *, tokenizer: bool = True) -> Export:
     """Open an export, the folder of a model, or the student of a run.
 
-    Args:
-        folder: folder of an export or a model, or a run directory.
-        tokenizer: also load the tokenizer of a text model.
-
     Raises:
         CheckpointError: the folder has no export, or an incomplete one.
         MissingDependencyError: the runtime is not installed.

@@ -80,15 +80,9 @@ class DataDescription:
 def describe_data(
     data: str, *, task: str | None = None, text: Sequence[str] | None = None, label: str | None = None
 ) -> DataDescription:
-    """Detect the kind of ``data``.
+    """Detect the kind of ``data``: a path, or a ``data.source`` such as ``digits`` or ``hf:ID``.
 
-    Args:
-        data: a folder of images with one sub-folder per class (optionally inside train/ and test/); a CSV, TSV,
-            JSON-lines or Parquet file, or a folder with one per split; a folder of .txt files; or a ``data.source``
-            such as ``digits`` or ``hf:ID``.
-        task: one of :data:`TASKS`. Default: detected.
-        text: columns of the texts. Default: by name, else the longest.
-        label: column of the labels. Default: by name, else the one with few different values.
+    The task and the columns are detected unless they are given.
 
     Raises:
         DataError: there is no data, or no task for it.

@@ -42,12 +42,6 @@ def draft_recipe(
 ) -> str:
     """A commented recipe in YAML, ready for ``tutelage run``.
 
-    Args:
-        data: the data.
-        teacher: ``teacher.model`` of a recipe, or the folder of a model. Default: a model that fits the data.
-        student: ``student.model`` of a recipe, or the folder of a model. Default: a model that fits the teacher.
-        checkpoint: weights of the teacher.
-
     Raises:
         TutelageError: one of its subclasses: a model cannot be built, or an argument does not fit the data.
     """

@@ -17,9 +17,6 @@ def list_recipes() -> dict[str, str]:
 def read_recipe(name: str) -> str:
     """Read a recipe of the package as YAML.
 
-    Args:
-        name: a name from :func:`list_recipes`, or ``recipes/NAME.yaml``.
-
     Raises:
         ConfigError: there is no such recipe.
     """
