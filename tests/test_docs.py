@@ -125,7 +125,7 @@ def test_every_public_name_says_what_it_takes_and_returns(room: str) -> None:
             # One argument, or a pair that the first sentence is about, needs no list.
             if len(parameters) > 3:
                 unsaid = [p for p in parameters if not re.search(rf"\b{p}\b", text)]
-                assert not unsaid or "those of a recipe's ``data``" in text, f"{room}.{name}: {unsaid}"
+                assert not unsaid or "keys of a recipe's ``data``" in text, f"{room}.{name}: {unsaid}"
 
 
 def test_every_objective_has_shapes_and_a_source() -> None:

@@ -82,7 +82,7 @@ def describe_data(
 ) -> DataDescription:
     """Detect the kind of ``data``: a path, or a ``data.source`` such as ``digits`` or ``hf:ID``.
 
-    The task and the columns are detected unless they are given.
+    Without ``task``, ``text`` and ``label`` the task and the columns of texts and labels are detected.
 
     Raises:
         DataError: there is no data, or no task for it.

@@ -42,6 +42,8 @@ def draft_recipe(
 ) -> str:
     """A commented recipe in YAML, ready for ``tutelage run``.
 
+    Default for ``teacher`` and ``student``: models that fit the data; ``checkpoint`` has weights of the teacher.
+
     Raises:
         TutelageError: one of its subclasses: a model cannot be built, or an argument does not fit the data.
     """
