@@ -46,11 +46,11 @@ class Tokens:
 
     ids: npt.NDArray[np.int32]
     special: npt.NDArray[np.bool_]
-    types: npt.NDArray[np.int8] | None
-    words: npt.NDArray[np.int32] | None
     offsets: npt.NDArray[np.int64]
     pad: int
     side: str = "right"
+    types: npt.NDArray[np.int8] | None = None
+    words: npt.NDArray[np.int32] | None = None
     segments: npt.NDArray[np.int32] | None = None
     ends: npt.NDArray[np.int64] | None = None
 
@@ -321,10 +321,7 @@ def _special_ends(tokenizer: Any) -> tuple[Any, Any]:
 
 def _tokens(flat: dict[str, Any], lengths: Any, pad: int, side: str) -> Tokens:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Tokens(
-        flat["ids"], flat["special"], flat.get("types"), flat.get("words"), offsets, pad, side, flat.get("segments"),
-        flat.get("ends"),
-    )  # fmt: skip
+    return Tokens(offsets=offsets, pad=pad, side=side, **flat)
 
 
 def _write(path: Path, flat: dict[str, Any], lengths: Any) -> None:
