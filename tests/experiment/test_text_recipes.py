@@ -207,7 +207,7 @@ def test_keys_that_would_do_nothing_are_refused(data: dict[str, Any], more: dict
 
 
 def test_what_goes_by_accuracy_refuses_another_metric() -> None:
-    with pytest.raises(ConfigError, match="a search goes by accuracy, and the recipe by f1"):
+    with pytest.raises(ConfigError, match="a search maximises accuracy, and the recipe's metric is f1"):
         search_recipe(recipe({"label": "label", "metric": "f1"}), trials=2, out="s")
     chain = {"teacher": None, "workflow": {"kind": "born-again"}, "student": {"model": "hf:encoder"}}
     with pytest.raises(ConfigError, match="workflows compare accuracy, and the metric is 'f1'"):

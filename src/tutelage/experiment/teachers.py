@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -146,3 +147,23 @@ def resolve_routes(route: Mapping[str, int | list[int]], values: Sequence[str]) 
         )
     members = [route[value] for value in values]
     return [[those] if isinstance(those, int) else list(those) for those in members]
+
+
+def checkpoint_path(stage: Path, training: str) -> str:
+    """The folder of a finished training's model, for a recipe's ``checkpoint``."""
+    return str(stage / "models" / training)
+
+
+def with_trained_weights(teacher: Mapping[str, Any], stage: Path) -> dict[str, Any]:
+    """The section ``teacher`` with checkpoints in place of the training that ``stage`` has done."""
+
+    def trained(one: Mapping[str, Any], name: str) -> dict[str, Any]:
+        if one.get("train") is None:
+            return dict(one)
+        rest = {k: v for k, v in one.items() if k not in ("train", "trained", "trainable")}
+        return {**rest, "checkpoint": checkpoint_path(stage, name)}
+
+    if teacher.get("members") is None:
+        return trained(teacher, "teacher")
+    members = [trained(member, f"teacher-{i}") for i, member in enumerate(teacher["members"])]
+    return {**teacher, "members": members}

@@ -15,17 +15,9 @@ from tutelage.data import Data
 from tutelage.errors import ConfigError
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.recipe_source import model_spec
+from tutelage.experiment.teachers import checkpoint_path, with_trained_weights
 from tutelage.models import build
-from tutelage.multistage.stages import (
-    ResultRow,
-    StageRunner,
-    best_of,
-    checkpoint_path,
-    format_gain,
-    load_result,
-    with_trained_weights,
-    write_summary,
-)
+from tutelage.multistage.stages import ResultRow, StageRunner, best_of, format_gain, load_result, write_summary
 
 DIRECT, THROUGH_ASSISTANTS, BASELINE = "distilled directly", "distilled through assistants", "baseline student"
 """Names of rows."""

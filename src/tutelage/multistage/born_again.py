@@ -12,16 +12,9 @@ from tutelage.config import BornAgainConfig, Recipe
 from tutelage.data import SequentialBatches
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.recipe_source import build_model, evaluation_workers
+from tutelage.experiment.teachers import checkpoint_path
 from tutelage.models import load_weights
-from tutelage.multistage.stages import (
-    ResultRow,
-    StageRunner,
-    best_of,
-    checkpoint_path,
-    format_gain,
-    load_result,
-    write_summary,
-)
+from tutelage.multistage.stages import ResultRow, StageRunner, best_of, format_gain, load_result, write_summary
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
 
 SEED_STEP = 100_003

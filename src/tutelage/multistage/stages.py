@@ -73,26 +73,6 @@ def stage_recipe(recipe: Recipe, name: str, **changes: Any) -> Recipe:
     return build_recipe({**raw, **changes}, name=f"stage {name}")
 
 
-def checkpoint_path(stage: Path, training: str) -> str:
-    """The folder of a finished training's model, for a recipe's ``checkpoint``."""
-    return str(stage / "models" / training)
-
-
-def with_trained_weights(teacher: Mapping[str, Any], stage: Path) -> dict[str, Any]:
-    """The section ``teacher`` with checkpoints in place of the training that ``stage`` has done."""
-
-    def trained(one: Mapping[str, Any], name: str) -> dict[str, Any]:
-        if one.get("train") is None:
-            return dict(one)
-        rest = {k: v for k, v in one.items() if k not in ("train", "trained", "trainable")}
-        return {**rest, "checkpoint": checkpoint_path(stage, name)}
-
-    if teacher.get("members") is None:
-        return trained(teacher, "teacher")
-    members = [trained(member, f"teacher-{i}") for i, member in enumerate(teacher["members"])]
-    return {**teacher, "members": members}
-
-
 @dataclass
 class ResultRow:
     """A row of a workflow's table: one kind of model over the seeds.

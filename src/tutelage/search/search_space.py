@@ -34,7 +34,7 @@ FIXED = {
 """Keys that decide what is measured: trials that differ in them cannot be compared."""
 
 FIXED_OF_TEACHER = {
-    "augment", "cache", "checkpoint", "members", "model", "options", "train", "trained",
+    "augment", "cache", "checkpoint", "members", "model", "options", "train", "trainable", "trained",
 }  # fmt: skip
 """Keys of the teacher that make another one: all trials have the same teacher."""
 

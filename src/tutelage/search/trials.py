@@ -35,7 +35,7 @@ from tutelage.experiment.prepare import all_needs, build_teacher, prepare_studen
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher, RunContext
 from tutelage.experiment.teacher_setup import fits_memory, open_training_teacher, store_in_memory
-from tutelage.experiment.teachers import build_live_teacher
+from tutelage.experiment.teachers import build_live_teacher, with_trained_weights
 from tutelage.experiment.trainer import TrainingTeacher, student_training
 from tutelage.files import atomic_folder
 from tutelage.methods import Method, SupervisedMethod, check_capabilities
@@ -94,17 +94,12 @@ class TrialRunner:
         assert untrained is not None
         assert spec.teacher is not None
         check_teachers(spec, ctx.device, untrained)
-        raw = recipe.model_dump(mode="json", exclude_none=True)
-        many = spec.teacher.ensemble is not None
-        models = list(untrained.children()) if many else [untrained]
-        sections = raw["teacher"]["members"] if many else [raw["teacher"]]
-        for number, (member, model, section) in enumerate(zip(spec.teacher.members, models, sections, strict=True)):
+        models = list(untrained.children()) if spec.teacher.ensemble is not None else [untrained]
+        for number, (member, model) in enumerate(zip(spec.teacher.members, models, strict=True)):
             if member.training is not None:
                 _train_member(spec, ctx, number, model)
-                section.pop("train")
-                section.pop("trained", None)
-                section["checkpoint"] = str(run.model(member.name))
-        return Recipe.model_validate(raw)
+        raw = recipe.model_dump(mode="json", exclude_none=True)
+        return Recipe.model_validate({**raw, "teacher": with_trained_weights(raw["teacher"], run.path)})
 
     def check(self, recipe: Recipe) -> None:
         """Do everything but training."""
