@@ -334,7 +334,7 @@ def test_a_cache_of_another_server_or_another_k_is_refused(
     with pytest.raises(CacheError, match="served"):
         fill_cache(build_recipe(cached))
     cached["teacher"]["cache"] = {"keep": "sampled"}
-    with pytest.raises(ConfigError, match="keeps what it says"):
+    with pytest.raises(ConfigError, match="most probable tokens"):
         build_recipe(cached)
 
 
@@ -344,11 +344,11 @@ URL = "http://127.0.0.1:8000/v1"
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": {"kind": "token", "temperature": 2.0}}, "temperature: 2.0 asks for"),
-        ({"method": {"kind": "token", "divergence": "js"}}, "divergence: js asks for"),
-        ({"method": {"kind": "token", "hidden": 0.1}}, "hidden: 0.1 asks for"),
+        ({"method": {"kind": "token", "temperature": 2.0}}, "temperature: 2.0 needs more"),
+        ({"method": {"kind": "token", "divergence": "js"}}, "divergence: js needs more"),
+        ({"method": {"kind": "token", "hidden": 0.1}}, "hidden: 0.1 needs more"),
         ({"method": {"kind": "cross-tokenizer"}}, r"(?s)cross-tokenizer needs more.*allowed: token"),
-        ({"student": {"model": "teacher", "layers": 2}}, "none here"),
+        ({"student": {"model": "teacher", "layers": 2}}, "there is a remote one"),
         ({"teacher": {"endpoint": {"url": "127.0.0.1:8000"}}}, "url"),
         (
             {"teacher": {"endpoint": {"url": "http://127.0.0.1:8000/v1"}, "model": "mlp"}},

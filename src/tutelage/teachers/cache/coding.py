@@ -9,6 +9,7 @@ and have one width, so that the position of every field follows without reading 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,20 +20,15 @@ EXPONENT_BITS = 4
 
 
 class Counts(NamedTuple):
-    """How often each class occurs in each row; rows differ in length.
-
-    Attributes:
-        classes: classes of all rows, concatenated; ascending within a row.
-        counts: occurrences of each of these classes, at least 1.
-        sizes: number of classes in each row.
-    """
+    """Classes of all rows, ascending within a row; occurrences of each, at least 1; number of classes in each row."""
 
     classes: Array
     counts: Array
     sizes: Array
 
 
-class Coder(NamedTuple):
+@dataclass
+class Coder:
     """Encodes :class:`Counts` as bytes and decodes them.
 
     Attributes:
@@ -48,16 +44,20 @@ class Coder(NamedTuple):
     size: int | None = None
     largest: int = 255
 
-    def encode(self, rows: Counts, lengths: Array) -> Ragged:
-        """The bytes of each sample; samples have ``lengths`` rows.
+    def __post_init__(self) -> None:
+        self.largest = self.largest if self.size is None else self.size
+        self._gap_bits = int(self.classes).bit_length()
+        self._top = min((1 << EXPONENT_BITS) - 1, self._gap_bits)  # the exponent from which a gap is stored in full
+        self._head_bits = self._top.bit_length() + (self.most > 1)
+        self._count_bits = max(self.most - 2, 1).bit_length()
+        self._size_bits = 0 if self.size is not None else self.largest.bit_length()
 
-        Raises:
-            ValueError: a row has more classes, or a class a higher count, than the format holds.
-        """
-        if len(rows.counts) and (rows.counts.max() > self.most or rows.sizes.max() > self._largest):
+    def encode(self, rows: Counts, lengths: Array) -> Ragged:
+        """The bytes of each sample of ``lengths`` rows; raises ``ValueError`` for more than the format holds."""
+        if len(rows.counts) and (rows.counts.max() > self.most or rows.sizes.max() > self.largest):
             raise ValueError(
                 f"a row has {rows.sizes.max()} classes, one of them with count {rows.counts.max()}; "
-                f"the format holds at most {self._largest} and {self.most}"
+                f"the format holds at most {self.largest} and {self.most}"
             )
         is_first = _positions(rows.sizes) == 0
         gap = rows.classes.astype(np.int64) - np.where(is_first, -1, np.roll(rows.classes, 1))
@@ -79,21 +79,18 @@ class Coder(NamedTuple):
         _write_bits(out, np.repeat(rests + start, entries) + _sum_before(widths, entries), rest, widths)
         return Ragged(out[: len(out) - 8], size)
 
-    def decode(self, coded: Ragged, lengths: Array) -> Counts:
+    def decode(self, coded: Array | Ragged, lengths: Array) -> Counts:
         """The inverse of :meth:`encode`."""
+        assert isinstance(coded, Ragged)
         raw = np.concatenate([coded.values, np.zeros(8, np.uint8)])
         start = 8 * (np.cumsum(coded.lengths.astype(np.int64)) - coded.lengths)
+        sizes = np.full(int(lengths.sum()), self.largest, np.int64)
         if self.size is None:
-            sizes = _read_bits(
-                raw, np.repeat(start, lengths) + self._size_bits * _positions(lengths), self._size_bits
-            )
-        else:
-            sizes = np.full(int(lengths.sum()), self.size, np.int64)
+            place = np.repeat(start, lengths) + self._size_bits * _positions(lengths)
+            sizes = _read_bits(raw, place, self._size_bits)
         entries, heads, rests = self._places(sizes, lengths)
         head = _read_bits(raw, heads + np.repeat(start, entries), self._head_bits)
-        exponent, is_repeated = head, np.zeros(len(head), bool)
-        if self.most > 1:
-            exponent, is_repeated = head >> 1, (head & 1).astype(bool)
+        exponent, is_repeated = (head >> 1, head & 1 == 1) if self.most > 1 else (head, np.zeros(len(head), bool))
         widths = self._widths(exponent, is_repeated)
         rest = _read_bits(raw, np.repeat(rests + start, entries) + _sum_before(widths, entries), widths)
         counts = np.where(is_repeated, (rest & ((1 << self._count_bits) - 1)) + 2, 1)
@@ -101,33 +98,6 @@ class Coder(NamedTuple):
         gap = np.where(exponent < self._top, (1 << exponent) + rest, rest)
         before_row = np.repeat(prefix_sums(gap)[np.cumsum(sizes) - sizes], sizes)
         return Counts(np.cumsum(gap) - before_row - 1, counts, sizes)
-
-    # Widths and places, in bits ----------------------------------------------------------------------------
-
-    @property
-    def _gap_bits(self) -> int:
-        return int(self.classes).bit_length()
-
-    @property
-    def _top(self) -> int:
-        """The exponent from which a gap is stored in full."""
-        return min((1 << EXPONENT_BITS) - 1, self._gap_bits)
-
-    @property
-    def _head_bits(self) -> int:
-        return self._top.bit_length() + (self.most > 1)
-
-    @property
-    def _count_bits(self) -> int:
-        return max(self.most - 2, 1).bit_length()
-
-    @property
-    def _largest(self) -> int:
-        return self.largest if self.size is None else self.size
-
-    @property
-    def _size_bits(self) -> int:
-        return 0 if self.size is not None else self.largest.bit_length()
 
     def _widths(self, exponent: Array, is_repeated: Array) -> Array:
         widths: Array = np.where(exponent < self._top, exponent, self._gap_bits) + self._count_bits * is_repeated
@@ -156,8 +126,8 @@ def _sum_before(widths: Array, lengths: Array) -> Array:
 
 def _write_bits(out: Array, place: Array, values: Array, widths: Array | int) -> None:
     """Write ``values`` of ``widths`` bits, at most 49, from the bit ``place`` on."""
-    byte = place >> 3
-    shifted = values.astype(np.uint64) << (np.uint64(56) - (place & 7).astype(np.uint64) - _u64(widths))
+    byte, bit = place >> 3, (place & 7).astype(np.uint64)
+    shifted = values.astype(np.uint64) << (np.uint64(56) - bit - np.asarray(widths, np.uint64))
     for i in range(7):
         np.bitwise_or.at(out, byte + i, ((shifted >> np.uint64(48 - 8 * i)) & np.uint64(255)).astype(np.uint8))
 
@@ -166,8 +136,4 @@ def _read_bits(raw: Array, place: Array, widths: Array | int) -> Array:
     """Read numbers of ``widths`` bits, at most 57, from the bit ``place`` on."""
     windows: Array = np.ndarray((len(raw) - 7,), ">u8", buffer=raw, strides=(1,))
     values = windows[place >> 3].astype(np.uint64) << (place & 7).astype(np.uint64)
-    return ((values >> np.uint64(1)) >> (np.uint64(63) - _u64(widths))).astype(np.int64)
-
-
-def _u64(widths: Array | int) -> Array:
-    return np.asarray(widths).astype(np.uint64)
+    return ((values >> np.uint64(1)) >> (np.uint64(63) - np.asarray(widths, np.uint64))).astype(np.int64)

@@ -30,14 +30,11 @@ def concat_columns(parts: Sequence[Columns]) -> Columns:
     """The rows of several parts, concatenated."""
     result: Columns = {}
     for name in parts[0]:
-        columns = [part[name] for part in parts]
+        columns: list[Any] = [part[name] for part in parts]
         if isinstance(columns[0], Ragged):
-            result[name] = Ragged(
-                np.concatenate([c.values for c in columns]),  # type: ignore[union-attr]
-                np.concatenate([c.lengths for c in columns]),  # type: ignore[union-attr]
-            )
+            result[name] = Ragged(*(np.concatenate([getattr(c, n) for c in columns]) for n in ("values", "lengths")))
         else:
-            result[name] = np.concatenate(columns)  # type: ignore[arg-type]
+            result[name] = np.concatenate(columns)
     return result
 
 
@@ -78,7 +75,6 @@ def prefix_sums(values: Array) -> Array:
 
 def sum_groups(values: Array, lengths: Array) -> Array:
     """The sum of each group, where consecutive groups have ``lengths`` values."""
-    ends = np.cumsum(lengths)
-    total = prefix_sums(values)
+    ends, total = np.cumsum(lengths), prefix_sums(values)
     out: Array = total[ends] - total[ends - lengths]
     return out

@@ -26,14 +26,10 @@ CHUNK_NUMBERS = 2**23
 
 
 class TeacherRows(NamedTuple):
-    """Rows of a batch: one for each sample, or one for each counted token.
+    """Rows of a batch: one for each sample, or (``tokens``) one for each counted token, with seeds of their own.
 
-    Attributes:
-        scores: ``[N, C]`` logits or inputs of the output head, float32 on the CPU.
-        lengths: number of rows of each sample.
-        seeds: a seed for each sample.
-        tokens: whether rows are tokens; then each row gets a seed of its own.
-        largest: ``[N, k]`` classes and log-probabilities from a top-k teacher; ``scores`` are empty then.
+    ``scores`` are ``[N, C]`` logits or inputs of the output head, float32 on the CPU; ``largest`` are ``[N, k]``
+    classes and log-probabilities from a top-k teacher, and ``scores`` are empty then.
     """
 
     scores: Tensor
@@ -47,9 +43,7 @@ class TeacherRows(NamedTuple):
         seeds = self.seeds
         if self.tokens:
             each = zip(seeds.tolist(), self.lengths.tolist(), strict=True)
-            seeds = torch.cat(
-                [torch.empty(0, dtype=torch.int64), *(view_seeds(s, 1, torch.arange(n)) for s, n in each)]
-            )
+            seeds = torch.cat([seeds.new_empty(0), *(view_seeds(s, 1, torch.arange(n)) for s, n in each)])
         for start in range(0, len(self.scores), self._chunk_size):
             yield self.scores[start : start + self._chunk_size], seeds[start : start + self._chunk_size]
 
@@ -71,9 +65,7 @@ class Encoding:
 
     dtype: str
     classes: int
-
     provides: ClassVar[frozenset[str]]
-    """What a teacher that reads these columns provides."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if an option is out of range."""
@@ -93,8 +85,6 @@ class Encoding:
 
 @dataclass(frozen=True)
 class _DenseEncoding(Encoding):
-    """All logits."""
-
     provides = frozenset({"logits"})
 
     def columns(self) -> ColumnTypes:
@@ -112,7 +102,6 @@ class _HeadInputEncoding(_DenseEncoding):
     """The inputs of the output head. The head's weights are stored once, and logits are computed from both."""
 
     width: int
-
     provides = frozenset({"logits", "head"})
 
     def check(self) -> None:
@@ -131,7 +120,6 @@ class _TopKEncoding(Encoding):
 
     k: int
     temperatures: tuple[float, ...]
-
     provides = frozenset({"topk"})
 
     def check(self) -> None:
@@ -147,17 +135,16 @@ class _TopKEncoding(Encoding):
         return {"log_probs": (self.k * len(self.temperatures), STORED[self.dtype]), "index": (None, np.uint8)}
 
     def encode(self, rows: TeacherRows) -> Columns:
-        indices, values = [], []
+        indices = [torch.empty(0, self.k, dtype=torch.int64)]
+        values = [torch.empty(0, self.k * len(self.temperatures))]
         if rows.largest is not None:
             index, order = rows.largest[0].sort(-1)
             indices, values = [index], [rows.largest[1].gather(-1, order)]
         for scores, _ in rows.chunks():
-            index = scores.topk(self.k, dim=-1).indices.sort(-1).values
-            indices.append(index)
-            logs = [(scores.double() / t).log_softmax(-1).gather(-1, index) for t in self.temperatures]
+            indices.append(scores.topk(self.k, dim=-1).indices.sort(-1).values)
+            logs = [(scores.double() / t).log_softmax(-1).gather(-1, indices[-1]) for t in self.temperatures]
             values.append(torch.cat(logs, -1).float())
-        index = torch.cat(indices) if indices else torch.empty(0, self.k, dtype=torch.int64)
-        value = torch.cat(values) if values else torch.empty(0, self.k * len(self.temperatures))
+        index, value = torch.cat(indices), torch.cat(values)
         flat = index.flatten().numpy()
         counts = Counts(flat, np.ones_like(flat), np.full(len(index), self.k))
         return {
@@ -167,7 +154,7 @@ class _TopKEncoding(Encoding):
 
     def decode(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Tensor, Tensor]:
         at = self.temperatures.index(temperature)
-        index = Coder(self.classes, size=self.k).decode(_ragged(columns["index"]), lengths).classes
+        index = Coder(self.classes, size=self.k).decode(columns["index"], lengths).classes
         values = from_stored(columns["log_probs"], self.dtype)[:, at * self.k : (at + 1) * self.k]
         return torch.from_numpy(index).view(-1, self.k), values
 
@@ -178,7 +165,6 @@ class _StochasticRounding(Encoding):
 
     draws: int
     temperatures: tuple[float, ...]
-
     provides = frozenset({"sampled"})
 
     def check(self) -> None:
@@ -206,7 +192,7 @@ class _StochasticRounding(Encoding):
 
     def _decode_counts(self, columns: Columns, lengths: Array, temperature: float) -> tuple[Array, Tensor, Tensor]:
         """Number of classes of each row, and padded classes and weights."""
-        rows = self._coder.decode(_ragged(columns[f"drawn@{temperature:g}"]), lengths)
+        rows = self._coder.decode(columns[f"drawn@{temperature:g}"], lengths)
         index, count = (torch.from_numpy(pad_rows(x, rows.sizes)) for x in (rows.classes, rows.counts))
         return rows.sizes, index, count.float() / self.draws
 
@@ -272,7 +258,9 @@ class _SampledEncoding(_StochasticRounding):
         sizes, index, values = self._decode_counts(columns, lengths, temperature)
         exact = self._exact.decode(columns, lengths, temperature) if self.head else None
         if self.power != 1:
-            log = from_stored(_ragged(columns[f"weight@{temperature:g}"]).values, self.dtype)
+            weights = columns[f"weight@{temperature:g}"]
+            assert isinstance(weights, Ragged)
+            log = from_stored(weights.values, self.dtype)
             values = values * torch.from_numpy(pad_rows(log.exp().numpy(), sizes))
         elif exact is not None:
             values = values * (1.0 - exact[1].exp().sum(-1, keepdim=True)).clamp(min=0.0)
@@ -320,8 +308,3 @@ def pad_rows(values: Array, lengths: Array) -> Array:
     out: Array = np.zeros((len(lengths), width), dtype=values.dtype)
     out[np.arange(width) < lengths[:, None]] = values
     return out
-
-
-def _ragged(column: Array | Ragged) -> Ragged:
-    assert isinstance(column, Ragged)
-    return column

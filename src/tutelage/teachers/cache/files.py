@@ -46,19 +46,21 @@ class Shard(NamedTuple):
 
 
 class ShardData(NamedTuple):
-    """Keys and columns of a memory-mapped shard."""
+    """Keys and columns of a memory-mapped shard, and where each row of columns of variable width begins."""
 
     keys: dict[str, Array]
     columns: Columns
     starts: dict[str, Array]
-    """Of columns of variable width, where each row begins."""
     mapped: mmap.mmap
     address: int
 
 
+def _damaged(what: str, path: Path, files: str, rows: str = "these rows") -> CacheError:
+    return CacheError(what, where=str(path), remedy=f"delete {files}; the next run writes {rows} again")
+
+
 @contextmanager
-def wrap_os_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system into a :class:`CacheError`."""
+def _wrap_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except CacheError:
@@ -74,7 +76,7 @@ def wrap_os_errors(path: Path) -> Iterator[None]:
 def _atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears at ``path`` only when it is complete: a synced draft, then a rename."""
     draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name}")
-    with wrap_os_errors(path.parent):
+    with _wrap_os_errors(path.parent):
         try:
             with draft.open("wb") as file:
                 yield file
@@ -112,16 +114,16 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CacheError("no such file", where=str(path), remedy="give the folder of a cache") from None
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise CacheError(
-            f"the file is damaged: {error}", where=str(path), remedy="delete the file and its shard; the next run "
-            "writes these rows again" if path.name != MANIFEST else "delete this cache and write another",
-        ) from None  # fmt: skip
+        what, another = f"the file is damaged: {error}", "delete this cache and write another"
+        if path.name == MANIFEST:
+            raise CacheError(what, where=str(path), remedy=another) from None
+        raise _damaged(what, path, "the file and its shard") from None
     return dict(content)
 
 
 def write_manifest(folder: Path, layout: Layout, made_from: Mapping[str, Any]) -> None:
     """Write the manifest of a new cache."""
-    with wrap_os_errors(folder):
+    with _wrap_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_sealed(folder / MANIFEST, {"format": FORMAT, "layout": layout.to_dict(), "made_from": dict(made_from)})
 
@@ -148,12 +150,8 @@ def has_output(folder: Path) -> bool:
 def write_output(folder: Path, output: Head) -> None:
     """Write the output head, in its own dtype."""
     numbers = {"scale": output.scale, "softcap": output.softcap}
-    tensors = {
-        name: x.detach().cpu().contiguous()
-        for name, x in (("weight", output.weight), ("bias", output.bias))
-        if x is not None
-    }
-    raw = save(tensors)
+    tensors = {"weight": output.weight} | ({} if output.bias is None else {"bias": output.bias})
+    raw = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
     with _atomic_file(folder / f"{HEAD}.safetensors") as file:
         file.write(raw)
     write_sealed(folder / f"{HEAD}.json", {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} | numbers)
@@ -164,10 +162,7 @@ def read_output(folder: Path) -> Head:
     side, path = read_sealed(folder / f"{HEAD}.json"), folder / f"{HEAD}.safetensors"
     raw = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(raw).hexdigest() != side["sha256"]:
-        raise CacheError(
-            "the output head is missing, or its SHA-256 differs", where=str(path),
-            remedy=f"delete it and {HEAD}.json; the next run writes both again",
-        )  # fmt: skip
+        raise _damaged("the output head is missing, or its SHA-256 differs", path, f"it and {HEAD}.json", "both")
     tensors = load(raw)
     weight = tensors["weight"]
     return Head(weight.new_empty(0), weight, tensors.get("bias"), side["scale"], side["softcap"])
@@ -184,7 +179,7 @@ def schema(layout: Layout) -> pa.Schema:
     return pa.schema(fields)
 
 
-def write_shard(folder: Path, stem: str, layout: Layout, keys: Mapping[str, Array], columns: Columns) -> Shard:
+def write_shard(folder: Path, stem: str, layout: Layout, keys: Mapping[str, Array], columns: Columns) -> None:
     """Write a shard, then its side file."""
     arrays = [pa.array(keys[key]) for key in ("id", "view", "digest")]
     for name, (width, _) in layout.columns().items():
@@ -196,18 +191,14 @@ def write_shard(folder: Path, stem: str, layout: Layout, keys: Mapping[str, Arra
             flat = pa.array(np.ascontiguousarray(column).reshape(-1))
             arrays.append(pa.FixedSizeListArray.from_arrays(flat, width))
     batch = pa.record_batch(arrays, schema=schema(layout))
-    path = folder / f"{stem}.arrow"
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     raw = sink.getvalue()
-    with _atomic_file(path) as file:
+    with _atomic_file(folder / f"{stem}.arrow") as file:
         file.write(raw)
-    shard = Shard(path, batch.num_rows, raw.size, hashlib.sha256(raw).hexdigest())
-    write_sealed(
-        folder / f"{stem}.json", {"rows": shard.rows, "bytes": shard.size, "sha256": shard.sha256, "shard": path.name}
-    )
-    return shard
+    content = {"rows": batch.num_rows, "bytes": raw.size, "sha256": hashlib.sha256(raw).hexdigest()}
+    write_sealed(folder / f"{stem}.json", content | {"shard": f"{stem}.arrow"})
 
 
 def complete_shards(folder: Path) -> list[Shard]:
@@ -228,10 +219,8 @@ def read_side_file(side: Path) -> Shard:
         raise CacheError(f"the side file names another shard, {shard.path.name}", where=str(side), remedy="delete it")
     size = shard.path.stat().st_size if shard.path.is_file() else None
     if size != shard.size:
-        raise CacheError(
-            "the shard is missing" if size is None else f"has {size:,} bytes where {shard.size:,} were written",
-            where=str(shard.path), remedy=f"delete it and {side.name}; the next run writes these rows again",
-        )  # fmt: skip
+        what = "the shard is missing" if size is None else f"has {size:,} bytes where {shard.size:,} were written"
+        raise _damaged(what, shard.path, f"it and {side.name}")
     return shard
 
 
@@ -240,10 +229,7 @@ def check_shard(shard: Shard) -> None:
     with shard.path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != shard.sha256:
-        raise CacheError(
-            "the shard is damaged: its SHA-256 differs", where=str(shard.path),
-            remedy=f"delete it and {shard.path.with_suffix('.json').name}; the next run writes these rows again",
-        )  # fmt: skip
+        raise _damaged("the shard is damaged: its SHA-256 differs", shard.path, f"it and {shard.path.stem}.json")
 
 
 def open_shard(shard: Shard, layout: Layout) -> ShardData:

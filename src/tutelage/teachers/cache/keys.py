@@ -49,18 +49,18 @@ def input_digest(batch: Batch, row: int) -> int:
     inputs = given if isinstance(given, dict) else {"": given}
     attended = inputs.get("attention_mask")
     digest = hashlib.blake2b(digest_size=8)
+
+    def update(x: Tensor) -> None:
+        values: Any = x[row]
+        if attended is not None and attended.ndim == 2 and x.shape[:2] == attended.shape:
+            values = values[attended[row].bool()]
+        digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
     for name, x in inputs.items():
         digest.update(name.encode())
-        is_padded = attended is not None and attended.ndim == 2 and x.shape[:2] == attended.shape
-        digest.update(_bytes(x[row][attended[row].bool()] if is_padded and attended is not None else x[row]))
+        update(x)
     if batch.labels.ndim == 2:
-        counted = batch.counted()[row]
-        is_padded = attended is not None and attended.shape == batch.labels.shape
-        digest.update(_bytes(counted[attended[row].bool()] if is_padded and attended is not None else counted))
+        update(batch.counted())
     if batch.route is not None:
-        digest.update(_bytes(batch.route[row]))
+        update(batch.route)
     return int.from_bytes(digest.digest(), "little")
-
-
-def _bytes(x: Tensor) -> Any:
-    return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

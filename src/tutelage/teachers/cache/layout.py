@@ -50,9 +50,7 @@ class Layout:
             are stored once. ``None``: no logits.
         classes: number of classes of the teacher.
         dtype: of stored numbers.
-        k: see ``keep``.
-        draws: see ``keep``.
-        head: see ``keep``.
+        k, draws, head: see ``keep``.
         temperatures: of sparse distributions.
         hidden: the shape of one row at each tap; with ``tokens`` of one token.
         power: ``sampled`` draws from p^power, with importance weights. 1 has the least variance.
@@ -101,19 +99,16 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         """The layout as JSON, without the options that its encoding does not use."""
         used = {"keep", "dtype", "hidden", *(() if self.encoding is None else vars(self.encoding))}
-        raw = {k: v for k, v in asdict(self).items() if k in used}
-        raw["hidden"] = {tap: list(shape) for tap, shape in self.hidden.items()}
-        if "temperatures" in raw:
-            raw["temperatures"] = list(self.temperatures)
+        hidden = {tap: list(shape) for tap, shape in self.hidden.items()}
+        lists = asdict(self) | {"hidden": hidden, "temperatures": list(self.temperatures)}
+        raw = {k: v for k, v in lists.items() if k in used}
         return raw | ({"tokens": True} if self.tokens else {})
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Layout:
         """The inverse of :meth:`to_dict`."""
-        options = dict(raw)
-        options["hidden"] = {tap: tuple(shape) for tap, shape in raw["hidden"].items()}
-        options["temperatures"] = tuple(raw.get("temperatures", ()))
-        return Layout(**options)
+        hidden = {tap: tuple(shape) for tap, shape in raw["hidden"].items()}
+        return Layout(**{**raw, "hidden": hidden, "temperatures": tuple(raw.get("temperatures", ()))})
 
     @property
     def provides(self) -> frozenset[str]:
@@ -149,15 +144,10 @@ class Layout:
     # To columns ------------------------------------------------------------------------------------------
 
     def encode(self, signal: Signal, seeds: Tensor, counted: Tensor | None = None) -> Columns:
-        """The columns of a signal's samples.
+        """The columns of a signal's samples; raises :class:`CapabilityError` if it does not fit the layout.
 
-        Args:
-            signal: of a batch.
-            seeds: ``[B]``, which determine the random draws of each sample.
-            counted: ``[B, L]``, true at the tokens that are stored; used by a layout of tokens.
-
-        Raises:
-            CapabilityError: the signal does not fit the layout.
+        ``seeds`` ``[B]`` determine the random draws of each sample. ``counted`` ``[B, L]``, used by a layout of
+        tokens, is true at the tokens that are stored.
         """
         if self.tokens and counted is None:
             raise CapabilityError("a token cache does not know which tokens count", remedy="pass counted=")
@@ -168,7 +158,8 @@ class Layout:
             largest = self._largest(signal, counted)
             scores = torch.empty(0, 1)
             if largest is None:
-                scores = self._rows("the logits", self._scores(signal), counted)
+                head = signal.head if "head" in self.provides else None
+                scores = self._rows("the logits", signal.dense() if head is None else head.inputs, counted)
             columns.update(self.encoding.encode(TeacherRows(scores, lengths, seeds, self.tokens, largest)))
         for tap, shape in self.hidden.items():
             rows = self._rows(tap, signal.hidden[tap], counted)
@@ -203,12 +194,6 @@ class Layout:
         index = self._rows("top-k classes", sparse.index, counted).long()
         return index, self._rows("top-k values", sparse.values, counted)
 
-    def _scores(self, signal: Signal) -> Tensor:
-        if "head" not in self.provides:
-            return signal.dense()
-        assert signal.head is not None
-        return signal.head.inputs
-
     def _rows(self, what: str, x: Tensor, counted: Tensor | None) -> Tensor:
         """One row for each sample, or for each counted token."""
         if counted is None:
@@ -231,17 +216,10 @@ class Layout:
         counted: Tensor | None = None,
         output: Head | None = None,
     ) -> Signal:
-        """The signal of samples, as far as needed; zeros at tokens that do not count.
+        """The signal of samples with counted tokens, as far as needed; zeros at tokens that do not count.
 
-        Args:
-            columns: of the samples that have counted tokens.
-            needs: what to decode, and at which temperature.
-            device: of the signal.
-            counted: ``[B, L]``, used by a layout of tokens.
-            output: the output head without inputs, for a cache of head inputs.
-
-        Raises:
-            CapabilityError: the cache does not store that temperature, or ``output`` is missing.
+        ``counted`` is ``[B, L]``, for a layout of tokens; ``output`` the head without inputs, for a cache of head
+        inputs. Raises :class:`CapabilityError` if the temperature is not stored, or ``output`` is missing.
         """
         first = next(iter(columns.values()), np.empty(0))
         lengths = np.ones(len(first.lengths if isinstance(first, Ragged) else first), np.int64)
@@ -252,19 +230,21 @@ class Layout:
                        for n, c in columns.items()}  # fmt: skip
 
         def place(x: Tensor) -> Tensor:
-            return _scatter_rows(x.to(device), counted) if self.tokens and counted is not None else x.to(device)
+            rows = x.to(device)
+            if not self.tokens or counted is None:
+                return rows
+            out = rows.new_zeros(*counted.shape, *rows.shape[1:])
+            out[counted.to(device)] = rows
+            return out
 
-        rows: Tensor | tuple[Tensor, Tensor] | None = None
-        temperature = 0.0
-        if self.encoding is not None and (needs.logits or needs.head):
-            temperature = self.check_temperature(needs.temperature)
-            rows = self.encoding.decode(columns, lengths, temperature)
         hidden = {
             tap: place(from_stored(columns[f"hidden:{tap}"], self.dtype).view(-1, *self.hidden[tap]))
             for tap in needs.hidden
         }
-        if rows is None:
+        if self.encoding is None or not (needs.logits or needs.head):
             return Signal(None, hidden)
+        temperature = self.check_temperature(needs.temperature)
+        rows = self.encoding.decode(columns, lengths, temperature)
         if isinstance(rows, tuple):
             kind: Literal["topk", "sampled"] = "topk" if "topk" in self.provides else "sampled"
             sparse = Sparse(kind, place(rows[0]), place(rows[1]), self.classes, temperature)
@@ -304,11 +284,4 @@ class Layout:
 def tokens_per_sample(columns: Columns) -> Array:
     """Number of rows of each sample, in a layout of tokens."""
     out: Array = np.asarray(columns[TOKENS]).reshape(-1).astype(np.int64)
-    return out
-
-
-def _scatter_rows(rows: Tensor, counted: Tensor) -> Tensor:
-    """``[B, L, ...]`` with ``rows`` where the mask is true and zeros elsewhere."""
-    out = rows.new_zeros(*counted.shape, *rows.shape[1:])
-    out[counted.to(rows.device)] = rows
     return out

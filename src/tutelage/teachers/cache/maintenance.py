@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,13 @@ from tutelage.teachers.cache.reader import CacheReader
 from tutelage.teachers.cache.writer import CacheWriter
 
 COMPACT_BYTES = 2**28
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def inspect_cache(folder: Path) -> dict[str, Any]:
-    """Layout, provenance, and the number of rows, samples, views and bytes of a cache.
-
-    Raises:
-        CacheError: there is no cache, or it is damaged.
-    """
-    layout, made_from = read_manifest(folder)
-    shards = complete_shards(folder)
+    """Layout, provenance, and the number of rows, samples, views and bytes; raises as :class:`CacheReader`."""
     reader = CacheReader(folder, verify=False)
+    shards, layout, made_from = complete_shards(folder), reader.layout, reader.made_from
     ids = np.concatenate([s.keys["id"] for s in reader.shards]) if reader.shards else np.empty(0, np.int64)
     rows, samples = len(reader), len(np.unique(ids))
     size = sum(shard.size for shard in shards)
@@ -71,9 +68,7 @@ def _leftovers(folder: Path, shards: Iterable[Shard]) -> list[Path]:
     ]
 
 
-def verify_cache(
-    folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
-) -> list[str]:
+def verify_cache(folder: Path, progress: Progress = lambda items, _: items) -> list[str]:
     """Every defect of a cache, as messages; empty for an intact cache.
 
     Checks the manifest, every side file and every byte of every shard, and that keys and lengths fit.
@@ -83,40 +78,37 @@ def verify_cache(
     except TutelageError as error:
         return [str(error)]
     faults: list[str] = []
+
+    @contextmanager
+    def collect() -> Iterator[None]:
+        try:
+            yield
+        except (TutelageError, OSError, ValueError, KeyError) as error:
+            faults.append(str(error))
+
     sides = side_files(folder)
     if "head" in layout.provides and (sides or has_output(folder)):
-        try:
+        with collect():
             read_output(folder)
-        except TutelageError as error:
-            faults.append(str(error))
     for side in progress(sides, "checking shards"):
-        try:
+        with collect():
             shard = read_side_file(side)
             check_shard(shard)
             data = open_shard(shard, layout)
             if any(len(k) != shard.rows for k in data.keys.values()) or nbytes(data.columns) == 0:
                 raise CacheError("the shard does not have the rows that its side file states", where=str(shard.path))
-        except (TutelageError, OSError, ValueError, KeyError) as error:
-            faults.append(str(error))
     if not faults:
-        try:
-            duplicates = CacheReader(folder, verify=False).duplicates
-            if duplicates:
+        with collect():
+            if duplicates := CacheReader(folder, verify=False).duplicates:
                 faults.append(f"{folder}: {duplicates} rows are stored twice\n  -> tutelage cache compact {folder}")
-        except TutelageError as error:
-            faults.append(str(error))
     return faults
 
 
-def compact_cache(
-    folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items
-) -> dict[str, int]:
+def compact_cache(folder: Path, progress: Progress = lambda items, _: items) -> dict[str, int]:
     """Merge the shards of a cache into few, each row once, and delete files that are not needed any more.
 
-    New shards are complete before an old one is deleted, so an interruption loses no row.
-
-    Raises:
-        CacheError: the cache is damaged, or cannot be written.
+    New shards are complete before an old one is deleted, so an interruption loses no row. Raises :class:`CacheError`
+    if the cache is damaged, or cannot be written.
     """
     reader = CacheReader(folder)
     old, rows = complete_shards(folder), len(reader)

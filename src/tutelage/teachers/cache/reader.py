@@ -11,7 +11,7 @@ import psutil
 
 from tutelage.errors import CacheError
 from tutelage.teachers.cache.columns import Array, Columns, Ragged, concat_columns, take_ragged, take_rows
-from tutelage.teachers.cache.files import Shard, ShardData, check_shard, complete_shards, open_shard, read_manifest
+from tutelage.teachers.cache.files import ShardData, check_shard, complete_shards, open_shard, read_manifest
 from tutelage.teachers.cache.keys import hash_keys
 
 
@@ -19,14 +19,8 @@ class CacheReader:
     """The complete shards of a cache.
 
     A cache that fits into memory stays in the page cache after it is verified. From a larger one only the rows that
-    are needed are read, and :meth:`prefetch` starts to read rows early.
-
-    Args:
-        folder: of the cache.
-        verify: compare every shard with its SHA-256 first, which reads it once.
-
-    Raises:
-        CacheError: there is no cache, or it is damaged.
+    are needed are read, and :meth:`prefetch` starts to read rows early. ``verify`` compares every shard with its
+    SHA-256 first, which reads it once. Raises :class:`CacheError` if there is no cache, or it is damaged.
     """
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
@@ -36,13 +30,11 @@ class CacheReader:
         self.shards: list[ShardData] = []
         self.duplicates = 0
         self.scattered = False
-        self._index: tuple[Array, Array, Array] = (
-            np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int64),
-        )  # fmt: skip
+        self._hashes, self._which, self._rows = (np.empty(0, kind) for kind in (np.uint64, np.int32, np.int64))
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._index[0])
+        return len(self._hashes)
 
     def refresh(self) -> bool:
         """Open shards that were completed since the last call; returns whether there are any."""
@@ -52,27 +44,21 @@ class CacheReader:
         for shard in new:
             if self.verify:
                 check_shard(shard)
-            self._open(shard)
+            data = self.by_path[shard.path] = open_shard(shard, self.layout)
+            if self.scattered:
+                data.mapped.madvise(mmap.MADV_RANDOM)  # otherwise the system reads 128 KiB around every row
+            elif not self.verify:
+                data.mapped.madvise(mmap.MADV_WILLNEED)
         if new:
             self._build()
         return bool(new)
-
-    def _open(self, shard: Shard) -> None:
-        data = self.by_path[shard.path] = open_shard(shard, self.layout)
-        if self.scattered:
-            data.mapped.madvise(mmap.MADV_RANDOM)  # otherwise the system reads 128 KiB around every row
-        elif not self.verify:
-            data.mapped.madvise(mmap.MADV_WILLNEED)
 
     def _build(self) -> None:
         self.shards = list(self.by_path.values())
         ids, views = (np.concatenate([s.keys[key] for s in self.shards]) for key in ("id", "view"))
         sizes = [len(s.keys["id"]) for s in self.shards]
-        which, rows = (
-            np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
-            np.concatenate(list(map(np.arange, sizes))),
-        )
-        hashes = hash_keys(ids, views)
+        which = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        rows, hashes = np.concatenate(list(map(np.arange, sizes))), hash_keys(ids, views)
         order = np.argsort(hashes, kind="stable")
         ids, views, hashes, which, rows = (x[order] for x in (ids, views, hashes, which, rows))
         again = hashes[1:] == hashes[:-1]
@@ -86,16 +72,14 @@ class CacheReader:
                 remedy="give one of the samples another id",
             )
         self.duplicates = int(again.sum())
-        first = np.ones(len(hashes), dtype=bool)
-        first[1:] = ~again
-        self._index = hashes[first], which[first], rows[first]
+        first = np.append(True, ~again)
+        self._hashes, self._which, self._rows = hashes[first], which[first], rows[first]
 
     def find(self, ids: Array, views: Array) -> Array:
         """Positions ``[B]`` for :meth:`rows`; -1 for rows that the cache does not have."""
-        hashes = self._index[0]
+        hashes, keys = self._hashes, hash_keys(ids, views)
         if not len(hashes):
             return np.full(len(ids), -1)
-        keys = hash_keys(ids, views)
         at = np.minimum(np.searchsorted(hashes, keys), len(hashes) - 1)
         out: Array = np.where(hashes[at] == keys, at, -1)
         return out
@@ -104,7 +88,7 @@ class CacheReader:
         """Let the system start to read rows that are needed next; returns at once."""
         if not self.scattered:
             return
-        which, rows = self._index[1][positions], self._index[2][positions]
+        which, rows = self._which[positions], self._rows[positions]
         for number in np.unique(which).tolist():
             shard = self.shards[number]
             for start, length in _spans(shard, np.sort(rows[which == number])):
@@ -112,12 +96,10 @@ class CacheReader:
 
     def rows(self, positions: Array) -> tuple[dict[str, Array], Columns]:
         """Keys and columns of rows, in the order of ``positions``."""
-        which, rows = self._index[1][positions], self._index[2][positions]
+        which, rows = self._which[positions], self._rows[positions]
         order = np.argsort(which, kind="stable")
-        sorted_which = which[order]
-        edges = np.flatnonzero(np.diff(sorted_which)) + 1
         parts, keys = [], []
-        for group in np.split(order, edges):
+        for group in np.split(order, np.flatnonzero(np.diff(which[order])) + 1):
             shard, some = self.shards[which[group[0]]], rows[group]
             keys.append({key: values[some] for key, values in shard.keys.items()})
             parts.append({
@@ -126,14 +108,13 @@ class CacheReader:
             })  # fmt: skip
         if len(parts) == 1:
             return keys[0], parts[0]
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
+        back = np.argsort(order)
         joined = {key: np.concatenate([k[key] for k in keys])[back] for key in keys[0]}
         return joined, take_rows(concat_columns(parts), back)
 
     def all_rows(self, batch: int = 4096) -> Iterator[tuple[dict[str, Array], Columns]]:
         """Every row once, in the order of shards."""
-        order = np.lexsort((self._index[2], self._index[1]))
+        order = np.lexsort((self._rows, self._which))
         for start in range(0, len(order), batch):
             yield self.rows(order[start : start + batch])
 

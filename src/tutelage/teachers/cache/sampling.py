@@ -13,20 +13,15 @@ from tutelage.teachers.cache.coding import Counts
 
 
 def draw_samples(p: Tensor, draws: int, seeds: Tensor, stream: int) -> Counts:
-    """Independent draws from each row of unnormalised ``p`` ``[N, C]``, by the inverse of its cumulative sum.
+    """``draws`` independent draws from each row of unnormalised ``p``, by the inverse of its cumulative sum.
 
-    Args:
-        p: float64, with a positive sum.
-        draws: number of draws for each row.
-        seeds: ``[N]``.
-        stream: different streams give independent draws.
+    ``p`` ``[N, C]`` is float64 with positive sums; ``seeds`` are ``[N]``; different streams give independent draws.
     """
     u = np.stack([uniform(seeds, 1_000_003 * stream + d) for d in range(draws)], 1)
     total = p.cumsum(-1)
     thresholds = torch.from_numpy(u) * total[:, -1:]
     classes = torch.searchsorted(total, thresholds, right=True).clamp(max=p.shape[-1] - 1).sort(-1).values.numpy()
-    first = np.ones_like(classes, dtype=bool)
-    first[:, 1:] = classes[:, 1:] != classes[:, :-1]
+    first = np.diff(classes, axis=1, prepend=-1) != 0
     starts = np.flatnonzero(first)
     return Counts(classes.ravel()[starts], np.diff(np.append(starts, classes.size)), first.sum(1))
 
@@ -37,13 +32,8 @@ def round_stochastically(pieces: Iterator[Tensor], draws: int, seed: int, stream
     The rounding error of each class is carried to the next token. With :math:`C_t = n (p_1 + ... + p_t)` and one
     uniform u of [0, 1) for each class, the count at t is :math:`\lfloor C_t + u \rfloor - \lfloor C_{t-1} + u
     \rfloor`. Its expectation is :math:`n p_t` at every token. Over any stretch of tokens the total count of a class
-    is wrong by less than one, where independent draws are wrong by the square root of their number.
-
-    Args:
-        pieces: ``[L, C]`` float64 distributions of consecutive tokens.
-        draws: n.
-        seed: the seed of the sample.
-        stream: different streams round independently.
+    is wrong by less than one, where independent draws are wrong by the square root of their number. ``pieces`` are
+    ``[L, C]`` float64 distributions of consecutive tokens; different streams round independently.
     """
     carry: Tensor | None = None
     for p in pieces:
@@ -59,15 +49,11 @@ def round_stochastically(pieces: Iterator[Tensor], draws: int, seed: int, stream
             carry[place] = values - count
             places.append(place)
             counts.append(count)
-        yield Counts(
-            torch.cat(places).numpy(),
-            torch.cat(counts).long().numpy(),
-            np.array([len(place) for place in places], np.int64),
-        )
+        sizes = np.array([len(place) for place in places], np.int64)
+        yield Counts(torch.cat(places).numpy(), torch.cat(counts).long().numpy(), sizes)
 
 
 def concat_counts(parts: list[Counts]) -> Counts:
     """The rows of several parts, concatenated."""
-    if not parts:
-        return Counts(*(np.empty(0, np.int64) for _ in range(3)))
-    return Counts(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    none = Counts(*(np.empty(0, np.int64) for _ in range(3)))
+    return Counts(*(np.concatenate(column) for column in zip(none, *parts, strict=True)))

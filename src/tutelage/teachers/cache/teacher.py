@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ REFRESH_SECONDS = 2.0
 """Shortest time between two searches for new shards of other processes."""
 
 
-class CachedTeacher:
+class CachedTeacher(AbstractContextManager["CachedTeacher"]):
     """Reads stored teacher outputs, and computes and stores those that are missing.
 
     A signal always has the stored numbers, also for a row that was computed in this call, so an interrupted run
@@ -78,9 +79,6 @@ class CachedTeacher:
         self._refresh_time = time.monotonic()
         self._output: Head | None = None
         self._compared_batches = 0
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -135,9 +133,8 @@ class CachedTeacher:
             keys, columns = self.reader.rows(position)
             self._compare(batch, keys, real, columns)
             return columns
-        missing = np.zeros(len(ids), dtype=bool)
-        missing[real] = position < 0
-        return take_rows(self._compute(batch, ids, views, missing), np.flatnonzero(real))
+        rows = np.flatnonzero(real)
+        return take_rows(self._compute(batch, ids, views, rows[position < 0]), rows)
 
     def _keys(self, batch: Batch) -> tuple[Array, Array, Array]:
         """Sample ids, view seeds, and which samples have rows: in a token cache those with counted tokens."""
@@ -162,9 +159,7 @@ class CachedTeacher:
             if not has_output(self.folder) and self.live is not None:
                 self._store_head(batch.to(self.device))
             self._output = read_output(self.folder)
-        device = batch.labels.device
-        if self._output.weight.device != device:
-            self._output = self._output.map(lambda x: x.to(device))
+        self._output = self._output.map(lambda x: x.to(batch.labels.device))
         return self._output
 
     def _store_head(self, batch: Batch) -> None:
@@ -198,10 +193,10 @@ class CachedTeacher:
         return self.reader.find(ids, views) if self.reader.refresh() else position
 
     def _compute(self, batch: Batch, ids: Array, views: Array, missing: Array) -> Columns:
-        """The columns of all samples from the live teacher; missing rows are stored."""
+        """The columns of all samples from the live teacher; the ``missing`` rows are stored, each once."""
         if self.live is None:
             raise CacheError(
-                f"the cache has no row for sample ids {ids[missing][:5].tolist()}, and {int(missing.sum())} of this "
+                f"the cache has no row for sample ids {ids[missing][:5].tolist()}, and {len(missing)} of this "
                 "batch are missing",
                 where=str(self.folder), remedy="write them with: tutelage cache",
             )  # fmt: skip
@@ -213,9 +208,7 @@ class CachedTeacher:
         self.computed_rows += len(ids)
         real = (counted if counted.ndim == 1 else counted.flatten(1).any(-1)).cpu().numpy()
         _, first = np.unique(np.stack([ids, views], 1), axis=0, return_index=True)
-        once = np.zeros(len(ids), dtype=bool)
-        once[first] = True
-        rows = np.flatnonzero(missing & real & once)
+        rows = np.intersect1d(missing[real[missing]], first)
         if len(rows):
             if self.writer is None:
                 self.writer = CacheWriter(self.folder, self.layout, rank=self.rank)
@@ -254,11 +247,14 @@ def check_same(
     """
     there = _flatten({**stored, "stored": stored_layout.to_dict()})
     here = _flatten({**given, "stored": layout.to_dict()})
-    unequal = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+
+    def text_of(values: dict[str, Any], key: str) -> str:
+        return "nothing" if values.get(key) is None else shorten(values[key])
+
     differences = "; ".join(
-        f"{key} (there {_value(there.get(key))}, here {_value(here.get(key))})"
-        for key in unequal
-        if key in here or not key.startswith("stored.hidden.")
+        f"{key} (there {text_of(there, key)}, here {text_of(here, key)})"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key) and (key in here or not key.startswith("stored.hidden."))
     )
     if differences:
         raise CacheError(
@@ -272,7 +268,3 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def _value(value: Any) -> str:
-    return "nothing" if value is None else shorten(value)

@@ -23,25 +23,14 @@ class CacheWriter:
     """Takes columns batch by batch and writes shards in a background thread.
 
     An error in the thread is raised at every later call, so no row is lost silently. At most two shards are in
-    memory: one is written while the next one is filled.
-
-    Args:
-        folder: of the cache; its manifest exists.
-        layout: of the cache.
-        rank: of this process; it makes shard names of several processes different.
-        shard_bytes: see :data:`SHARD_BYTES`.
-        shard_seconds: see :data:`SHARD_SECONDS`.
+    memory: one is written while the next one is filled. The folder has a manifest. The rank of this process makes
+    shard names of several processes different.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        layout: Layout,
-        *,
-        rank: int = 0,
-        shard_bytes: int = SHARD_BYTES,
+        self, folder: Path, layout: Layout, *, rank: int = 0, shard_bytes: int = SHARD_BYTES,
         shard_seconds: float = SHARD_SECONDS,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder, self.layout, self.rank = folder, layout, rank
         self.shard_bytes, self.shard_seconds = shard_bytes, shard_seconds
         self.parts: list[tuple[dict[str, Array], Columns]] = []
@@ -51,11 +40,7 @@ class CacheWriter:
         self._write: Future[None] | None = None
 
     def put(self, keys: dict[str, Array], columns: Columns) -> None:
-        """Add rows; blocks while a shard is full and the previous one is not written yet.
-
-        Raises:
-            CacheError: the thread could not write, now or earlier.
-        """
+        """Add rows; blocks while the previous shard is not written; raises :class:`CacheError` of the thread."""
         if self._write is not None and self._write.done():
             self._write.result()
         if not self.parts:
