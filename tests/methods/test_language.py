@@ -19,7 +19,7 @@ from tutelage.config import build_recipe, load_recipe
 from tutelage.data import IGNORE, load_texts
 from tutelage.data.chat import encode_learned
 from tutelage.data.tokens import tokenize
-from tutelage.engine.gradient_checkpointing import recompute
+from tutelage.engine.gradient_checkpointing import enable_gradient_checkpointing
 from tutelage.errors import CacheError, CapabilityError, DataError
 from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, prepare_method
@@ -69,7 +69,7 @@ def test_a_template_that_marks_its_answers_itself_is_believed() -> None:
 def test_a_template_that_rewrites_what_was_said_before_is_refused() -> None:
     cutter = worlds.tokenizer(None)
     cutter.chat_template = "{{ messages|length }}: {% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match=r"(?s)renders the beginning of a conversation otherwise.*generation"):
+    with pytest.raises(DataError, match=r"(?s)renders the beginning of a conversation differently.*generation"):
         encode_learned(TURNS, cutter)
     ids, learned = encode_learned(TURNS, cutter, "all")
     assert all(learned)
@@ -112,7 +112,7 @@ def test_two_columns_are_a_prompt_and_its_answer(cutter: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ([{"role": "user", "text": "x"}], "give each a role"),
+        ([{"role": "user", "text": "x"}], "give each message a role"),
         ([{"role": "user", "content": "x"}], "has no answer"),
     ],
 )
@@ -336,13 +336,13 @@ def test_layers_computed_again_give_the_same_gradients(cutter: Any, folder: Path
         calls += 1
 
     student.model.layers[0].input_layernorm.register_forward_hook(counted)
-    recompute(student)
+    enable_gradient_checkpointing(student)
     found = gradients(student, teacher, method, [batch])
     assert calls == 2, "forward, and again backward"
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
     with pytest.raises(CapabilityError, match="gradient_checkpointing"):
-        recompute(torch.nn.Linear(2, 2))
+        enable_gradient_checkpointing(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("keep", ["hidden", "dense", "topk", "sampled", "stochastic_rounding"])

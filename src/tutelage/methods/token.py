@@ -37,6 +37,7 @@ class TokenMethod(Method):
     """
 
     Options: ClassVar[type[MethodOptions]] = TokenOptions
+    options: Any
     takes_sparse = True
     needs: Needs | None = Needs(logits=False, head=True)
     student_needs: Needs | None = Needs(logits=False, head=True)
@@ -52,7 +53,7 @@ class TokenMethod(Method):
 
     def _option_weights(self) -> dict[str, float]:
         """The weight of each term, by the options."""
-        o: Any = self.options
+        o = self.options
         return {
             "soft": o.alpha,
             "ce": 1.0 - o.alpha if o.hard is None else o.hard,
@@ -62,7 +63,7 @@ class TokenMethod(Method):
     @property
     def _divergence(self) -> dict[str, Any]:
         """The arguments of a soft target that the options set."""
-        o: Any = self.options
+        o = self.options
         return {
             "divergence": o.divergence, "temperature": o.temperature, "beta": o.beta, "alpha": o.skew,
             "reverse": o.reverse,
@@ -82,9 +83,8 @@ class TokenMethod(Method):
         for who, model in models.items():
             check_packed_rows_are_separate(who, model, example)
         if "hidden" in self.weights:
-            o: Any = self.options
             mine, theirs = find_both_layers(student, teacher, example)
-            self.layer_map = map_layers(o.layers, mine, theirs)
+            self.layer_map = map_layers(self.options.layers, mine, theirs)
             self.pairs = [(mine.layers[m - 1].output, theirs.layers[n - 1].output) for m, n in self.layer_map]
             if mine.width != theirs.width:
                 self.projectors.extend(
@@ -94,7 +94,7 @@ class TokenMethod(Method):
         self.student_needs = Needs(logits=False, head=True, hidden=taps[0])
         if self.needs is not None:
             soft = "soft" in self.weights
-            temperature = self._divergence["temperature"] if soft else None
+            temperature = self.options.temperature if soft else None
             self.needs = Needs(logits=False, head=soft, hidden=taps[1], temperature=temperature)
 
     def _masks(self, batch: Batch) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ class TokenMethod(Method):
         assert student.head is not None
         targets: dict[str, losses.HardTargets | losses.SoftTargets] = {}
         if "soft" in masks:
-            teacher = teacher_distribution(signal or Signal(), student.head.inputs, self._divergence["temperature"])
+            teacher = teacher_distribution(signal or Signal(), student.head.inputs, self.options.temperature)
             targets["soft"] = losses.SoftTargets(
                 teacher, **self._divergence, mask=masks["soft"], token_weights=token_weights
             )
@@ -162,7 +162,7 @@ class TokenMethod(Method):
         """The loss in one line."""
         names = {name: name for name in self.weights}
         if "soft" in self.weights:
-            o: Any = self.options
+            o = self.options
             options = {"beta": o.beta, "alpha": o.skew, "reverse": o.reverse}
             arguments = [f"T={o.temperature:g}", *(f"{k}={v}" for k, v in options.items() if v is not None)]
             names["soft"] = f"{o.divergence}({', '.join(arguments)})"

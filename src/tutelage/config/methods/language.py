@@ -13,16 +13,12 @@ from tutelage.config.methods.base import Layers, MethodOptions, check_labels_wei
 Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "tvd"]
 
 
-class TokenOptions(MethodOptions):
-    """Language models, token by token: alpha * T^2 * D(teacher, student) + (1 - alpha) * CE with the next tokens.
-    The scores of all tokens never exist at once."""
+class TokenLossOptions(MethodOptions):
+    """The soft labels and the next tokens, which several methods have."""
 
-    accepts_remote_teacher: ClassVar[bool] = True
-    kind: Literal["token"] = "token"
-    """For causal language models of one tokenizer and data of task causal."""
     divergence: Divergence = "kl"
-    """D: ``kl``; ``reverse_kl`` (MiniLLM's); ``js`` with ``beta`` (GKD's); ``skew_kl`` with ``skew`` and ``reverse``
-    (DistiLLM's); ``tvd``."""
+    """D: ``kl``; ``reverse_kl`` (MiniLLM); ``js`` with ``beta`` (GKD); ``skew_kl`` with ``skew`` and ``reverse``
+    (DistiLLM); ``tvd``."""
     temperature: Positive = 1.0
     """T of the soft labels."""
     alpha: NotNegative = 0.9
@@ -35,50 +31,62 @@ class TokenOptions(MethodOptions):
     """Of ``skew_kl``: the other side's share of the mixture. Default: 0.1."""
     reverse: bool | None = None
     """Of ``skew_kl``: from the student to the mixture. Default: from the teacher."""
-    hidden: NotNegative = 0.0
-    """Weight of 1 - cosine of mapped layers' hidden states, through linear layers where widths differ."""
-    layers: Literal["uniform", "last"] | Layers = "uniform"
-    """The teacher's layer for each of the student's, of ``hidden``; or a list, counted from 1, where ``null`` leaves
-    a layer out."""
 
     @model_validator(mode="after")
-    def _weighed(self) -> TokenOptions:
-        check_divergence(self)
+    def _check_divergence(self) -> TokenLossOptions:
+        for name, owner in (("beta", "js"), ("skew", "skew_kl"), ("reverse", "skew_kl")):
+            if getattr(self, name) is not None and self.divergence != owner:
+                raise Misfit(f"{name!r} is for divergence {owner}, this is {self.divergence}; leave it out", name)
+        check_labels_weight(self.alpha, self.hard)
         return self
 
 
+class TokenOptions(TokenLossOptions):
+    """Language models, token by token: alpha * T^2 * D(teacher, student) + (1 - alpha) * CE with the next tokens.
+    The logits of all tokens never exist at once."""
+
+    accepts_remote_teacher: ClassVar[bool] = True
+    kind: Literal["token"] = "token"
+    """For causal language models of one tokenizer and data of task causal."""
+    hidden: NotNegative = 0.0
+    """Weight of 1 - cosine of mapped layers' hidden states, through linear layers if the widths differ."""
+    layers: Literal["uniform", "last"] | Layers = "uniform"
+    """The teacher's layer for each of the student's, for ``hidden``; or a list, counted from 1, where ``null`` leaves
+    a layer out."""
+
+
 class RolloutsOptions(Section):
-    """A server that writes in the student's place. Every few steps it gets the student's weights, as a folder that it
-    must be able to read."""
+    """A server that generates the student's answers. Every few steps it gets the student's weights, in a folder that
+    it must be able to read."""
 
     url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
-    """Where it is, most often with ``/v1`` at its end."""
+    """Its address, usually with ``/v1`` at the end."""
     kind: Literal["vllm", "openai"] = "vllm"
-    """``vllm`` gets and gives token ids and reloads its weights, for which it is started with
-    ``VLLM_SERVER_DEV_MODE=1``. ``openai``: any with ``/v1/completions``, which get and give text, and load a model by
-    the path of its folder, as ``transformers serve`` does."""
+    """``vllm`` takes and returns token ids and reloads its weights; start it with ``VLLM_SERVER_DEV_MODE=1``.
+    ``openai``: any server with ``/v1/completions``, which takes and returns text and loads a model by the path of its
+    folder, as ``transformers serve`` does."""
     model: str | None = None
-    """The name to ask for. Default: of ``vllm`` the first that it serves, of ``openai`` the student's folder."""
+    """The name of the model. Default: for ``vllm`` the first that it serves, for ``openai`` the student's folder."""
     every: Count | None = 10
-    """Steps after which it gets the weights anew; 1: before each. ``null``: never, so that it writes as what it
-    serves; of ``openai`` with ``model``."""
+    """Steps between updates of its weights; 1: before each step. ``null``: never, so its own model generates; for
+    ``openai`` with ``model``."""
     folder: str | None = None
-    """Where weights are written for it. Default: a temporary folder of this machine."""
+    """The folder for the weights. Default: a temporary folder of this machine."""
     key_env: str | None = None
     """Name of the environment variable with the API key. Default: no key is sent."""
     concurrency: Count = 16
     """Most requests in flight."""
     timeout: Positive = 300.0
-    """Seconds that an answer may take, or loading weights, while other processes wait."""
+    """Seconds for an answer, or for loading weights, while other processes wait."""
     max_retry_time: Positive = 200.0
-    """Seconds after which a server that does not answer is given up."""
+    """Seconds without an answer after which the run stops."""
 
     @model_validator(mode="after")
     def _named(self) -> RolloutsOptions:
         if self.kind == "openai" and (self.every is None) != (self.model is not None):
             raise Misfit(
-                "kind: openai has new weights under the name of their folder: leave 'model' out, or set every: null "
-                "and name the model that is to write",
+                "kind: openai names new weights by their folder: leave 'model' out, or set every: null and name the "
+                "model",
                 "model",
             )
         return self
@@ -109,19 +117,19 @@ class OnPolicyOptions(TokenOptions):
     """Share of the student's batches that come from the replay buffer, once it holds enough; ``rising``: from 0 at
     the first step to 1 at the last (DistiLLM)."""
     long: NotNegative = 0.0
-    """Weight of MiniLLM's long part, what a token leads to. Needs ``divergence: reverse_kl``, ``temperature: 1``,
-    ``sampling_temperature: 1`` and ``replay_buffer: 0``."""
+    """Weight of MiniLLM's long part, the consequences of a token. Needs ``divergence: reverse_kl``,
+    ``temperature: 1``, ``sampling_temperature: 1`` and ``replay_buffer: 0``."""
     mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The teacher's share of the distribution that answers are drawn from (MiniLLM: 0.2); each token's loss is
+    """The teacher's share of the sampling distribution (MiniLLM: 0.2); each token's loss is
     weighted by the student's probability over the mixture's. Needs ``sampling_temperature: 1`` and
     ``replay_buffer: 0``."""
     adaptive: Fraction = 0.0
-    """By how much lambda grows at an evaluation whose loss is ``slack`` above that at which it grew last (DistiLLM:
-    0.1, with ``lmbda: 0``). Needs validation data."""
+    """Increase of lambda at an evaluation whose loss is ``slack`` above that of the last increase (DistiLLM: 0.1,
+    with ``lmbda: 0``). Needs validation data."""
     slack: NotNegative = 0.1
     """Of ``adaptive``, in nats."""
     rollouts: RolloutsOptions | None = None
-    """A server that writes in the student's place. Default: the student writes in this process. See below."""
+    """A server that generates the answers. Default: the student does, in this process. See below."""
 
     @model_validator(mode="after")
     def _long(self) -> OnPolicyOptions:
@@ -135,54 +143,31 @@ class OnPolicyOptions(TokenOptions):
             raise Misfit("'mix' needs sampling_temperature: 1 and replay_buffer: 0", "mix")
         for key in ("long", "mix"):
             if getattr(self, key) and self.rollouts is not None:
-                raise Misfit(f"{key!r} is of what the student itself has just written; remove 'rollouts'", "rollouts")
+                raise Misfit(f"{key!r} needs answers of the student itself; remove 'rollouts'", "rollouts")
         return self
 
 
-class CrossTokenizerOptions(MethodOptions):
+class CrossTokenizerOptions(TokenLossOptions):
     """A language model whose teacher has another tokenizer: alpha * soft + (1 - alpha) * CE with the next tokens.
-    Tokens of both are aligned by the bytes that they stand for; what chat templates and tokenizers put around a text
-    may differ."""
+    Tokens of both are aligned by their bytes; chat templates and special tokens may differ."""
 
     cross_tokenizer: ClassVar[bool] = True
     kind: Literal["cross-tokenizer"] = "cross-tokenizer"
     """For causal language models and data of task causal, whose rows are not packed."""
     compare: Literal["spans", "uld"] = "spans"
-    """``spans``: T^2 * D over the entries that both vocabularies have, where both go on with the same one; where not,
-    D of the probabilities of the stretch of text, products over its tokens. ``uld``: sorted probabilities (Boizard et
-    al.), whatever tokens they are of."""
-    divergence: Divergence = "kl"
-    """D, of ``spans``; as for ``token``."""
-    temperature: Positive = 1.0
-    """T of the soft labels."""
+    """``spans``: T^2 * D over the entries that both vocabularies have, where both predict the same one; elsewhere D
+    of the span's probabilities, products over its tokens. ``uld``: sorted probabilities (Boizard et al.)."""
     alpha: Positive = 0.9
     """Weight of the soft labels; at most 1 unless ``hard`` is given."""
-    hard: NotNegative | None = None
-    """Weight of the next tokens. Default: 1 - alpha."""
     rest: Literal["bucket", "uld"] = "bucket"
-    """Of ``spans``: what the entries are that only one vocabulary has: ``bucket``, one outcome; ``uld``: in
+    """Of ``spans``: how to treat the entries that only one vocabulary has: ``bucket``, as one outcome; ``uld``: in
     addition, their sorted probabilities are compared."""
-    beta: Fraction | None = None
-    """Of ``js``. Default: 0.5."""
-    skew: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Of ``skew_kl``. Default: 0.1."""
-    reverse: bool | None = None
-    """Of ``skew_kl``: from the student to the mixture."""
 
     @model_validator(mode="after")
-    def _weighed(self) -> CrossTokenizerOptions:
-        check_divergence(self)
+    def _check_compare(self) -> CrossTokenizerOptions:
         if self.compare == "uld" and (self.divergence, self.rest) != ("kl", "bucket"):
             raise Misfit("'divergence' and 'rest' are for compare: spans, this is uld; leave them out", "compare")
         return self
-
-
-def check_divergence(config: TokenOptions | CrossTokenizerOptions) -> None:
-    """Raise where an option is of another divergence, or the weights leave nothing for the labels."""
-    for name, owner in (("beta", "js"), ("skew", "skew_kl"), ("reverse", "skew_kl")):
-        if getattr(config, name) is not None and config.divergence != owner:
-            raise Misfit(f"{name!r} is for divergence {owner}, this is {config.divergence}; leave it out", name)
-    check_labels_weight(config.alpha, config.hard)
 
 
 class SequenceOptions(MethodOptions):
