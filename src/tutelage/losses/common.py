@@ -137,6 +137,11 @@ def per_example(x: Tensor, leading: int = 1) -> Tensor:
     return x.unsqueeze(-1).flatten(leading)
 
 
+def over_elements(x: Tensor, variant: Variant) -> Tensor:
+    """One value per example from its elements ``[..., D]``: their sum for ``paper``, their mean for ``authors``."""
+    return x.sum(-1) if check_choice("variant", variant, "paper", "authors") == "paper" else x.mean(-1)
+
+
 def reduce(value: Tensor, mask: Mask, reduction: Reduction) -> Tensor:
     """Reduce one value per example, ``[...]``, over the examples that count.
 

@@ -17,9 +17,9 @@ from tutelage.losses.common import (
     Reduction,
     Variant,
     as_float,
-    check_choice,
     check_same_shape,
     float_rows,
+    over_elements,
     per_example,
     reduce,
     unit,
@@ -70,10 +70,8 @@ def simkd(
 
     Reference: Chen et al., Knowledge Distillation with the Reused Teacher Classifier (CVPR 2022).
     """
-    check_choice("variant", variant, "paper", "authors")
     student, teacher = _pair(student, teacher, mask)
-    squares = (student - teacher).square()
-    return reduce(squares.sum(-1) if variant == "paper" else squares.mean(-1), mask, reduction)
+    return reduce(over_elements((student - teacher).square(), variant), mask, reduction)
 
 
 @without_autocast
@@ -93,10 +91,8 @@ def factor_transfer(
     Reference: Kim, Park, Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer (NeurIPS 2018),
     the factor transfer loss with p = 1.
     """
-    check_choice("variant", variant, "paper", "authors")
     student, teacher = _pair(student, teacher, mask)
-    gaps = (unit(student) - unit(teacher)).abs()
-    return reduce(gaps.sum(-1) if variant == "paper" else gaps.mean(-1), mask, reduction)
+    return reduce(over_elements((unit(student) - unit(teacher)).abs(), variant), mask, reduction)
 
 
 @without_autocast
@@ -188,8 +184,7 @@ def vid(
     Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer (CVPR 2019), the Gaussian with
     a variance for each channel.
     """
-    check_choice("variant", variant, "paper", "authors")
     variance = F.softplus(as_float(_per_channel("spread", spread, student))) + epsilon
     student, teacher = float_rows(student, teacher, mask, 1)
     nll = per_example(0.5 * variance.log() + (teacher - student).square() / (2 * variance))
-    return reduce(nll.sum(-1) if variant == "paper" else nll.mean(-1), mask, reduction)
+    return reduce(over_elements(nll, variant), mask, reduction)

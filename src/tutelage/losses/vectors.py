@@ -13,8 +13,8 @@ from tutelage.losses.common import (
     Reduction,
     Variant,
     batch_rows,
-    check_choice,
     float_rows,
+    over_elements,
     reduce,
     reduce_batch,
     unit,
@@ -60,10 +60,8 @@ def patient(
     Reference: Sun et al., Patient Knowledge Distillation for BERT Model Compression (EMNLP 2019), the loss of the
     patient teacher.
     """
-    check_choice("variant", variant, "paper", "authors")
     student, teacher = float_rows(student, teacher, mask)
-    gap = (unit(student) - unit(teacher)).square()
-    return reduce(gap.sum(-1) if variant == "paper" else gap.mean(-1), mask, reduction)
+    return reduce(over_elements((unit(student) - unit(teacher)).square(), variant), mask, reduction)
 
 
 @without_autocast

@@ -22,16 +22,16 @@ class TripleOptions(MethodOptions):
     kd: NotNegative = 5.0
     """Weight of the soft labels."""
     cosine: NotNegative = 1.0
-    """Weight of the last hidden states. Where widths differ the student's go through a linear layer first."""
+    """Weight of the last hidden states. If the widths differ, the student's go through a linear layer first."""
     temperature: Positive = 2.0
     """T of the soft labels."""
     positions: Literal["counted", "masked"] = "counted"
-    """Where soft labels are learned: ``counted``, at all tokens, as in the authors' code; ``masked``, where the
-    labels are, which costs about a seventh."""
+    """Positions of the soft labels: ``counted``, all tokens, as in the authors' code; ``masked``, those with a label,
+    which cost about a seventh."""
 
 
 class TinybertOptions(MethodOptions):
-    """TinyBERT: embeddings, hidden states and attention of mapped layers first, and then the predictions."""
+    """TinyBERT: embeddings, hidden states and attention of mapped layers first, then the predictions."""
 
     kind: Literal["tinybert"] = "tinybert"
     """For text encoders of one tokenizer, of any depths and widths."""
@@ -39,9 +39,9 @@ class TinybertOptions(MethodOptions):
     """The teacher's layer for each of the student's: ``uniform``, m * N / M, rounded; ``last``, the last M; or a
     list, counted from 1, where ``null`` leaves a layer out."""
     embedding: NotNegative = 1.0
-    """Weight of the mean square between what goes into the first layers."""
+    """Weight of the mean square between the inputs of the first layers."""
     hidden: NotNegative = 1.0
-    """Weight of the mean square between what layers give, summed over them; through linear layers where widths
+    """Weight of the mean square between the outputs of layers, summed over them; through linear layers if the widths
     differ."""
     attention: NotNegative = 1.0
     """Weight of the attention, summed over layers."""
@@ -50,7 +50,7 @@ class TinybertOptions(MethodOptions):
     temperature: Positive = 1.0
     """T of the soft labels."""
     stage1_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share of all steps in which the layers alone are learned; the rest then goes without them. Default: 0.87, the
+    """Share of all steps that train the layers only; the other steps train the predictions only. Default: 0.87, the
     paper's 20 epochs of 23; 0: both together."""
     scores: Literal["scores", "probabilities"] = "scores"
     """``scores``: attention before the softmax and before any mask, by squares, as in the paper; ``probabilities``:
@@ -62,26 +62,26 @@ class TinybertOptions(MethodOptions):
     def _staged(self) -> TinybertOptions:
         if self.stage1_fraction and not (self.prediction and (self.embedding or self.hidden or self.attention)):
             raise Misfit(
-                f"stage1_fraction: {self.stage1_fraction:g}, and one of its two stages weighs nothing; leave it out",
+                f"stage1_fraction: {self.stage1_fraction:g}, and one of its two stages has no weight; leave it out",
                 "stage1_fraction",
             )
         return self
 
 
 class MinilmOptions(MethodOptions):
-    """MiniLM: the distributions of one layer's attention, or relations between its queries, keys and values. Learns
-    from texts without labels; depths and widths are free."""
+    """MiniLM: the distributions of one layer's attention, or relations between its queries, keys and values. Needs no
+    labels; depths and widths are free."""
 
     kind: Literal["minilm"] = "minilm"
     """For text encoders of one tokenizer."""
     version: Literal[1, 2] = 2
     """1: attention and relations of values; 2: relations of queries, of keys and of values."""
     layer: Count | None = None
-    """The teacher's, counted from 1; the student's is its last. Default: the last. The paper has 21 of 24 for
+    """The teacher's, counted from 1; the student's is its last. Default: the last. The paper uses 21 of 24 for
     BERT-large."""
     relation_heads: Count | None = None
-    """Heads into which vectors are split. Default: in version 1 the teacher's heads of attention, in version 2 the
-    published 48; where that does not divide both widths, the most up to it (64) that does."""
+    """Heads into which vectors are split. Default: in version 1 the teacher's attention heads, in version 2 the
+    published 48; if that does not divide both widths, the largest divisor up to it (version 2: up to 64)."""
     attention: NotNegative | None = None
     """Weight of the attention, in version 1. Default: 1."""
     queries: NotNegative | None = None
@@ -93,7 +93,7 @@ class MinilmOptions(MethodOptions):
     heads: Literal["each", "mean"] = "each"
     """Attention head by head, or the mean over heads, whose numbers may then differ."""
     temperature: Positive = 1.0
-    """T of all these distributions."""
+    """T of all distributions."""
 
     @model_validator(mode="after")
     def _versioned(self) -> MinilmOptions:
@@ -108,7 +108,7 @@ class PatientOptions(MethodOptions):
     states, each divided by its norm."""
 
     kind: Literal["patient"] = "patient"
-    """For text encoders that read the same first token."""
+    """For text encoders with the same first token."""
     layers: Literal["skip", "last"] | Layers = "skip"
     """The teacher's layer for each of the student's but its last: ``skip``, m * N / M; ``last``, those before the
     teacher's last; or a list, counted from 1, where ``null`` leaves a layer out."""
@@ -121,7 +121,7 @@ class PatientOptions(MethodOptions):
     beta: NotNegative = 100.0
     """Weight of the states. The paper searched 10, 100, 500 and 1000."""
     variant: Literal["authors", "paper"] = "authors"
-    """``authors``: mean over elements and layers, to which these weights belong; ``paper``: their sums."""
+    """``authors``: mean over elements and layers, for which these weights are; ``paper``: their sums."""
 
     @model_validator(mode="after")
     def _weighed(self) -> PatientOptions:
@@ -130,14 +130,14 @@ class PatientOptions(MethodOptions):
 
 
 class EmbeddingOptions(MethodOptions):
-    """Sentence embeddings: the teacher's vector of a text, or of its source where the student reads a translation,
-    and the similarities within a batch. Learns from texts without labels."""
+    """Sentence embeddings: the teacher's vector of a text, or of its source if the student reads a translation, and
+    the similarities within a batch. Needs no labels."""
 
     kind: Literal["embedding"] = "embedding"
-    """For models that give one vector for each text."""
+    """For models that return one vector for each text."""
     mse: NotNegative = 1.0
-    """Weight of the mean square to the teacher's vector. Where widths differ the student's go through a linear layer
-    first."""
+    """Weight of the mean square to the teacher's vector. If the widths differ, the student's go through a linear
+    layer first."""
     similarity: NotNegative = 1.0
-    """Weight of the squared gaps between the cosines of all pairs of a micro-batch, of any widths. The paper has
+    """Weight of the squared gaps between the cosines of all pairs of a micro-batch, of any widths. The paper uses
     0."""
