@@ -74,17 +74,11 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 UNDOCUMENTED = {
-    "OptimizerConfig.kind": "Name of the optimizer; see the table below.",
-    "OptimizerConfig.lr": "Learning rate; the highest of the schedule.",
-    "OptimizerConfig.weight_decay": "Applied to weights, not to biases and norms.",
     "Recipe.data": "See below.",
     "Recipe.method": "See below.",
     "Recipe.name": "Names the run directory. Default: the file's name.",
     "Recipe.student": "See below.",
     "Recipe.train": "Training of the students, and what the teacher's starts from. See below.",
-    "ScheduleConfig.kind": "Name of the schedule; see the table below.",
-    "TrainConfig.optimizer": "See below.",
-    "TrainConfig.schedule": "See below.",
 }
 """Meaning of fields that have no docstring of their own in config/."""
 

@@ -280,7 +280,7 @@ def test_a_recipe_that_no_cache_can_serve_is_refused() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"set data\.views, such as 10"):
         build_recipe(json.loads(json.dumps(base)))
-    with pytest.raises(ConfigError, match="nothing augments"):
+    with pytest.raises(ConfigError, match="needs an augmentation"):
         build_recipe(json.loads(json.dumps({**base, "data": {"source": "digits", "views": 3}})))
     with pytest.raises(ConfigError, match="use mode: eval"):
         build_recipe(json.loads(json.dumps(

@@ -1,24 +1,20 @@
 """Recipes: YAML in, typed and resolved settings out.
 
-Nothing here imports torch, so that a mistake in a recipe is answered at once. The
-keys of each section are the fields of its class; anything else is an error that names
-the line, what was given, what is allowed and the nearest spelling.
+Nothing here imports torch, so that a mistake in a recipe is reported at once. The keys of a section are the fields
+of its class; any other key is an error with the line, the given value, what is allowed and the nearest spelling.
 """
 
 from tutelage.config.data import (
     AUGMENTS,
-    DATA_KINDS,
     METRICS,
     SOURCES,
     TEACHER_ONLY_TASKS,
-    TEXT_SOURCES,
     UNLABELLED,
     DataConfig,
     TextDataConfig,
 )
-from tutelage.config.evaluate import EvaluateConfig
+from tutelage.config.evaluate import EvaluateConfig, SamplesConfig
 from tutelage.config.generate import (
-    GENERATE_KINDS,
     AnswerConfig,
     BestConfig,
     BudgetConfig,
@@ -44,41 +40,29 @@ from tutelage.config.load import (
     load_judgement,
     load_recipe,
 )
-from tutelage.config.methods import (
-    FEATURE_LOSSES,
-    LOGIT_LOSSES,
-    METHOD_KINDS,
-    PROJECTORS,
-    SOFT_OF_TASK,
-    ByotOptions,
-    CrossTokenizerOptions,
+from tutelage.config.methods import METHOD_KINDS
+from tutelage.config.methods.base import MethodOptions
+from tutelage.config.methods.encoders import (
     EmbeddingOptions,
-    FeatureLossSpec,
-    FeatureOptions,
-    LogitLossSpec,
-    LogitOptions,
-    LossOptions,
-    MethodOptions,
     MinilmOptions,
-    MutualOptions,
-    OnPolicyOptions,
-    PairOptions,
     PatientOptions,
-    ResolvedPair,
-    RolloutsOptions,
-    SequenceOptions,
-    SimkdOptions,
-    SoftLabelOptions,
-    SupervisedOptions,
-    TeacherFreeOptions,
     TinybertOptions,
-    TokenOptions,
     TripleOptions,
 )
+from tutelage.config.methods.feature import FeatureOptions, PairOptions, ResolvedPair, SimkdOptions
+from tutelage.config.methods.language import (
+    CrossTokenizerOptions,
+    OnPolicyOptions,
+    RolloutsOptions,
+    SequenceOptions,
+    TokenOptions,
+)
+from tutelage.config.methods.logit import LogitOptions, SoftLabelOptions
+from tutelage.config.methods.losses import FEATURE_LOSSES, LOGIT_LOSSES, PROJECTORS, SOFT_OF_TASK, LossOptions
+from tutelage.config.methods.teacherless import ByotOptions, MutualOptions, SupervisedOptions, TeacherFreeOptions
 from tutelage.config.models import MODELS, LoraConfig, ModelConfig, StudentConfig
-from tutelage.config.multistage import WORKFLOW_KINDS, AssistantChainConfig, BornAgainConfig
+from tutelage.config.multistage import AssistantChainConfig, BornAgainConfig
 from tutelage.config.recipe import Recipe
-from tutelage.config.sample_outputs import SamplesConfig
 from tutelage.config.search import KeySpace, SearchConfig
 from tutelage.config.teachers import (
     CacheConfig,
@@ -89,23 +73,16 @@ from tutelage.config.teachers import (
     TeacherConfig,
     TeacherInferenceConfig,
 )
-from tutelage.config.train import (
-    OPTIMIZERS,
-    SCHEDULES,
-    TRACKERS,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from tutelage.config.train import OPTIMIZERS, SCHEDULES, OptimizerConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
-    "AUGMENTS", "DATA_KINDS", "FEATURE_LOSSES", "GENERATE_KINDS", "GIVEN", "LOGIT_LOSSES", "METHOD_KINDS", "METRICS",
+    "AUGMENTS", "FEATURE_LOSSES", "GIVEN", "LOGIT_LOSSES", "METHOD_KINDS", "METRICS",
     "MODELS", "OPTIMIZERS", "PROJECTORS", "SCHEDULES", "SOFT_OF_TASK", "SOURCES", "TEACHER_ONLY_TASKS",
-    "TEXT_SOURCES", "TRACKERS", "UNLABELLED", "WORKFLOW_KINDS", "AnswerConfig", "AssistantChainConfig", "BestConfig",
+    "UNLABELLED", "AnswerConfig", "AssistantChainConfig", "BestConfig",
     "BornAgainConfig", "BudgetConfig", "ByotOptions", "CacheConfig", "ConversationConfig", "CrossTokenizerOptions",
     "DataConfig", "DecontaminateConfig", "EmbeddingOptions", "EndpointConfig", "EndpointRecipe", "EnsembleConfig",
-    "EvaluateConfig", "EvolveConfig", "FeatureLossSpec", "FeatureOptions", "GenerateConfig", "Generation",
-    "Generations", "InferenceConfig", "JudgeConfig", "Judgement", "KeySpace", "LogitLossSpec", "LogitOptions",
+    "EvaluateConfig", "EvolveConfig", "FeatureOptions", "GenerateConfig", "Generation",
+    "Generations", "InferenceConfig", "JudgeConfig", "Judgement", "KeySpace", "LogitOptions",
     "LoraConfig", "LossOptions", "MemberConfig", "MethodOptions", "MinilmOptions", "ModelConfig", "MutualOptions",
     "OnPolicyOptions", "OptimizerConfig", "PairOptions", "PatientOptions", "PriceConfig", "QualityConfig", "Recipe",
     "RemoteTeacherConfig", "ResolvedPair", "RolloutsOptions", "SamplesConfig", "SamplingConfig", "ScheduleConfig",

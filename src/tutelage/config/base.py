@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tutelage.config.messages import explain
-from tutelage.errors import ConfigError
+from tutelage.config.messages import Misfit, explain
+from tutelage.errors import ConfigError, shorten, suggest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
+RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 if TYPE_CHECKING:
@@ -39,3 +45,42 @@ class Section(BaseModel, metaclass=_SectionType):
     """Base of every section: unknown keys are errors, and 'yes' is not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """The keys whose values do not fit the other keys, each with "what is wrong; what to do"."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_misfits(self) -> Self:
+        for key, what in self.misfits():
+            raise Misfit(what, key)
+        return self
+
+
+def by_kind(union: Any) -> dict[str, Any]:
+    """The classes of a union of sections, by their ``kind``, in alphabetical order."""
+    return dict(sorted((section.model_fields["kind"].default, section) for section in get_args(union)))
+
+
+def known(what: str, table: Mapping[str, Any]) -> AfterValidator:
+    """A name must be one of ``table``."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"unknown {what} {shorten(name)}{suggest(name, table)}; allowed: {', '.join(table)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def known_source(what: str, names: Sequence[str], prefixes: Sequence[str] | None = None) -> Callable[[str], str]:
+    """A check that a string is one of ``names`` without a colon, or PREFIX:NAME; with ``None`` any prefix."""
+
+    def check(name: str) -> str:
+        prefix, colon, rest = name.partition(":")
+        fits = prefix and rest and (prefixes is None or prefix in prefixes) if colon else name in names
+        if not fits:
+            raise ValueError(f"unknown {what} {shorten(name)}{suggest(name, names)}; allowed: {', '.join(names)}")
+        return name
+
+    return check

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tutelage.config.base import Count, Fraction, Section, Seed
-from tutelage.config.messages import Misfit
+from tutelage.config.base import Count, CountOrZero, Fraction, Section, Seed, Share, known_source
 from tutelage.errors import shorten, suggest
 
 SOURCES = ("digits", "fashion-mnist", "imagefolder", "torchvision:NAME", "hf:DATASET_ID")
@@ -32,7 +32,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "embedding": ("spearman",),
     "ranking": ("accuracy",),
 }
-"""Metrics that choose the best model, by task; the default first."""
+"""Metrics that can select the best model, by task; the first is the default."""
 
 TEACHER_ONLY_TASKS = ("embedding", "ranking")
 """Tasks without labels, whose only target is the teacher."""
@@ -42,26 +42,11 @@ UNLABELLED = ("mlm", "causal", "tokens", *TEACHER_ONLY_TASKS)
 
 
 TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding", "ranking"]
-
-
-def _text_source(name: str) -> str:
-    if name not in TEXT_SOURCES[:2] and not (name.startswith("hf:") and name[3:]):
-        raise ValueError(
-            f"unknown source of texts {shorten(name)}{suggest(name, TEXT_SOURCES)}; "
-            f"allowed: {', '.join(TEXT_SOURCES)}"
-        )
-    return name
-
-
-def _source(name: str) -> str:
-    kind, _, rest = name.partition(":")
-    if name not in SOURCES[:3] and not (rest and kind in ("torchvision", "hf")):
-        raise ValueError(f"unknown source {shorten(name)}{suggest(name, SOURCES)}; allowed: {', '.join(SOURCES)}")
-    return name
+TextColumns = str | Annotated[list[str], Field(min_length=1, max_length=3)]
 
 
 def _augment(entry: Any) -> Any:
-    """An entry of ``augment``, once its form and its name are known to be right."""
+    """``entry`` of ``augment``; raises ``ValueError`` for a wrong form or an unknown name."""
     form = "an augmentation is a name, or one name with its options, as in {shift: 2}"
     names = [entry] if isinstance(entry, str) else list(entry) if isinstance(entry, dict) else []
     if len(names) != 1 or not isinstance(names[0], str):
@@ -85,12 +70,22 @@ class SplitsConfig(Section):
     """Samples without a label: ``keep``, the student learns them from the teacher; ``drop``, they are left out."""
     limit: Count | None = None
     """Use only this many training samples, stratified by class. Default: all."""
-    validation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    validation: Share = 0.1
     """Share of the training samples used for validation, if the source has no validation split."""
-    test: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    test: Share = 0.2
     """Share of the samples used as test split, if the source has none."""
     split_seed: Seed = 0
     """Seed of these splits and of ``labels`` and ``limit``. All ``seeds`` of a run share the splits."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of ``load_dataset`` (hf) or of the data set's constructor (torchvision)."""
+    classes: list[str] | None = None
+    """Class names in the order of the teacher's logits. Default: the order of the source (sorted folder names); for
+    texts the order of the teacher, if its model names the classes."""
+    views: Count | None = None
+    """Number of different views (augmentations, or maskings of ``mlm``) of a sample, which all seeds share; epochs
+    cycle through them. Default: new views in every epoch, which no cache can store."""
+    workers: CountOrZero = 0
+    """Number of processes that load batches. 0: the main process."""
 
 
 class DataConfig(SplitsConfig):
@@ -98,78 +93,60 @@ class DataConfig(SplitsConfig):
 
     kind: Literal["images"] = "images"
     """Images, the default."""
-    source: Annotated[str, AfterValidator(_source)]
+    source: Annotated[str, AfterValidator(known_source("source", SOURCES, ("torchvision", "hf")))]
     """``digits``, ``fashion-mnist``, ``imagefolder``, ``torchvision:NAME`` or ``hf:DATASET_ID``."""
     path: str | None = None
-    """Folder of an ``imagefolder``, or where downloads go."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the data set's own constructor (torchvision) or ``load_dataset`` (hf)."""
+    """Folder of an ``imagefolder``, or the folder for downloads."""
     image_column: str | None = None
     """Column of the images, of an hf data set. Default: the one of type Image."""
     label_column: str | None = None
     """Column of the labels, of an hf data set. Default: the one of type ClassLabel."""
     route: str | None = None
-    """Decides which member of an ensemble teaches an image: a column of an hf data set, or ``folder`` for an
-    ``imagefolder``: the sub-folder between class and file, as in ``train/CLASS/night/1.png``."""
+    """Which member of an ensemble teaches an image: a column of an hf data set, or ``folder`` for an ``imagefolder``:
+    the sub-folder between class and file, as in ``train/CLASS/night/1.png``."""
     size: Annotated[int, Field(ge=4, le=2048)] | None = None
-    """Height and width in pixels that images are resized to. Default: no resizing, or 224 for files."""
+    """Height and width in pixels to which images are resized. Default: no resizing; 224 for image files."""
     crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the shorter side that the centre crop of an image file keeps; 0.875 for ImageNet models."""
-    classes: list[str] | None = None
-    """Class names in the order that the teacher scores them. Default: the source's order; sorted folder names."""
     augment: Augments = Field(default_factory=list)
     """Augmentations of the training images, in order: ``flip``, ``{shift: 2}``, ``resized-crop`` ..."""
     mean: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    """Per channel, in [0, 1], subtracted from pixels. Default: of the source, else of the training
-    images where these are in memory, else ImageNet's."""
+    """Mean of the pixels for each channel, in [0, 1], with ``std``. Default: the source's, else that of the training
+    images if these are in memory, else ImageNet's."""
     std: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    """Per channel, in [0, 1]. Default: of the source, else of the training
-    images where these are in memory, else ImageNet's."""
-    views: Count | None = None
-    """Number of different views of a sample, the same for all seeds; epochs cycle through them. Default: new views in
-    every epoch, which no cache can store."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode image files. 0: the main process."""
+    """Standard deviation of the pixels for each channel, in [0, 1]. Default: as for ``mean``."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        kind = self.source.partition(":")[0]
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys that do not fit the source."""
+        source, kind = f"source {shorten(self.source)}", self.source.partition(":")[0]
         if self.options and kind not in ("torchvision", "hf"):
-            raise Misfit(
-                f"source {shorten(self.source)} takes no options, given {shorten(self.options)}; remove them",
-                "options",
-            )
+            yield "options", f"{source} takes no options, given {shorten(self.options)}; remove them"
         for key in ("image_column", "label_column"):
             if getattr(self, key) is not None and kind != "hf":
-                raise Misfit(f"source {shorten(self.source)} has no columns; remove {key!r}", key)
+                yield key, f"{source} has no columns; remove {key!r}"
         if self.route is not None and kind != "hf" and (self.source, self.route) != ("imagefolder", "folder"):
-            raise Misfit(
-                f"source {shorten(self.source)} has no column {shorten(self.route)} to choose teachers by; "
-                "allowed: a column of an hf data set, or folder with imagefolder",
-                "route",
+            what = (
+                f"{source} has no column {shorten(self.route)} to choose teachers by; allowed: a column of an hf "
+                "data set, or folder with imagefolder"
             )
+            yield "route", what
         if self.source == "imagefolder" and self.path is None:
-            raise ValueError(
-                "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
-            )
+            yield "", "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
         if (self.mean is None) != (self.std is None):
-            raise ValueError("'mean' and 'std' go together; give both or neither")
+            yield "", "'mean' and 'std' go together; give both or neither"
         if self.views is not None and not self.augment:
-            raise Misfit(
-                f"views: {self.views}, and nothing augments the images; remove it, or set 'augment'", "views"
-            )
+            yield "views", f"views: {self.views} needs an augmentation; remove 'views', or set 'augment'"
         if self.std is not None and min(self.std, default=1.0) <= 0:
-            raise Misfit(f"std {shorten(self.std)} has a value of 0; every one must be above 0", "std")
-        return self
+            yield "std", f"std {shorten(self.std)} has a value of 0; every one must be above 0"
 
     @property
     def task(self) -> Literal["classes"]:
-        """One label an image."""
+        """One label for each image."""
         return "classes"
 
     @property
     def metric(self) -> Literal["accuracy"]:
-        """What models are chosen by."""
+        """The metric that selects the best model."""
         return "accuracy"
 
 
@@ -178,99 +155,94 @@ class TextDataConfig(SplitsConfig):
 
     kind: Literal["texts"]
     """Texts, as token ids. The default if there is ``source: table`` or ``plain``, ``text`` or ``task``."""
-    source: Annotated[str, AfterValidator(_text_source)]
-    """``table`` (CSV, TSV, JSON lines or Parquet), ``plain`` (files that end in .txt, whose paragraphs are texts) or
+    source: Annotated[str, AfterValidator(known_source("source of texts", TEXT_SOURCES, ("hf",)))]
+    """``table`` (CSV, TSV, JSON lines or Parquet), ``plain`` (.txt files; each paragraph is a text) or
     ``hf:DATASET_ID``."""
     path: str | dict[Literal["train", "validation", "test"], str] | None = None
     """A file or a folder, or one for each split: ``{train: a.parquet, test: b.parquet}``."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to ``load_dataset`` (hf)."""
     task: TextTask = "classes"
-    """``classes``: one label a text; ``multi-label``: any number; ``regression``: numbers; ``tokens``: a label
-    for each word; ``mlm``: masked words; ``causal``: the next token, for language models; ``embedding``: none, for
-    sentence encoders; ``ranking``: query, answer and other answer."""
-    text: str | Annotated[list[str], Field(min_length=1, max_length=3)] = "text"
-    """Column of the texts; two of pairs, three of a ranking; of ``tokens``, of lists of words; of ``causal``, of
-    texts or conversations (lists of messages with role and content), or two columns, a prompt and its answer."""
-    teacher_text: str | Annotated[list[str], Field(min_length=1, max_length=3)] | None = None
+    """``classes``: one label for each text; ``multi-label``: any number; ``regression``: numbers; ``tokens``: a label
+    for each word; ``mlm``: masked language modelling; ``causal``: the next token; ``embedding``: no labels, for
+    sentence encoders; ``ranking``: a query, a relevant and another passage."""
+    text: TextColumns = "text"
+    """Column of the texts; a list of two for pairs, of three for ``ranking``. For ``tokens``: a column of lists of
+    words. For ``causal``: texts, conversations (lists of messages with role and content), or a prompt and its
+    answer."""
+    teacher_text: TextColumns | None = None
     """Column of the teacher's input, if it differs from the student's, such as the text in another language."""
     label: str | list[str] | None = None
-    """Column of the labels: names, numbers, or lists of either; a list of columns that are each yes or no, or
-    numbers. Default: ``label``, where the task has one."""
+    """Column of the labels: names, numbers, or lists of either; or a list of columns (yes or no, or numbers).
+    Default: ``label``, if the task has labels."""
     metric: Literal["accuracy", "f1", "matthews", "spearman", "pearson"] | None = None
-    """What models are chosen by. Default: ``accuracy``; of several labels ``f1``, of numbers ``spearman``."""
+    """Metric that selects the best model. Default: ``f1`` for ``multi-label``, ``spearman`` for ``regression`` and
+    ``embedding``, else ``accuracy``."""
     tokenizer: str | None = None
     """The student's tokenizer: a hub id or a folder. Default: the student's own, else the teacher's."""
     max_length: Annotated[int, Field(ge=4, le=65_536)] = 128
-    """Tokens of a text, special tokens included; longer texts are truncated at the end."""
+    """Most tokens of a text, special tokens included; longer texts are truncated at the end."""
     pack: bool = False
-    """Several texts to a row of ``max_length``. Of ``mlm``: joined, separated and cut; of ``causal``: whole, side by
-    side, and none sees another."""
+    """Pack several texts into a row of ``max_length`` tokens. For ``mlm`` texts are joined and cut; for ``causal``
+    they stay complete, and attention does not cross from one to another."""
     learn: Literal["answers", "all"] = "answers"
     """For ``causal``: the loss is on the tokens of the assistant's answers, or on all tokens of a conversation."""
-    mask: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    mask: Share = 0.15
     """For ``mlm``: share of the tokens that are masked."""
     empty: Literal["error", "drop"] = "error"
     """Empty texts: an error, or left out."""
-    classes: list[str] | None = None
-    """Class names in the order of the logits. Default: those of a teacher that knows them, else of the data."""
     route: str | None = None
-    """Column that decides which member of an ensemble teaches a text."""
-    views: Count | None = None
-    """For ``mlm``: number of different maskings of a text; epochs cycle through them. Default: new ones in every
-    epoch."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that collate batches. 0: the main process."""
+    """Column whose value decides which member of an ensemble teaches a text."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> TextDataConfig:
-        hub = self.source.startswith("hf:")
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys that do not fit the source or the task."""
+        source, task, hub = f"source {shorten(self.source)}", f"task {self.task!r}", self.source.startswith("hf:")
         if hub == (self.path is not None):
             what = "is a data set of the hub; remove" if hub else "needs"
-            raise Misfit(f"source {shorten(self.source)} {what} 'path'; files are for table and plain", "path")
+            yield "path", f"{source} {what} 'path'; files are for table and plain"
         if self.options and not hub:
-            raise Misfit(f"source {shorten(self.source)} takes no options; remove them", "options")
+            yield "options", f"{source} takes no options; remove them"
         if isinstance(self.path, dict) and "train" not in self.path:
-            raise Misfit(f"path has {', '.join(self.path)} and no 'train'; add it", "path")
+            yield "path", f"path has {', '.join(self.path)} and no 'train'; add it"
         texts = 1 if isinstance(self.text, str) else len(self.text)
         if (self.task == "ranking") != (texts == 3):
-            raise Misfit(
-                f"task {self.task!r} and {texts} columns of text; a ranking has three, others 1 or 2", "text"
-            )
+            yield "text", f"{task} and {texts} columns of text; a ranking has three, others 1 or 2"
         if self.task in ("tokens", "mlm") and texts > 1:
-            raise Misfit(f"task {self.task!r} takes one column of text, given {texts}; name one", "text")
-        unlabelled = self.task in ("mlm", "causal", *TEACHER_ONLY_TASKS)
-        if unlabelled and self.label is not None:
-            raise Misfit(f"task {self.task!r} has no labels; remove 'label'", "label")
-        if self.source == "plain" and not unlabelled:
-            raise Misfit(
-                f"plain text has no labels, and task {self.task!r} needs them; use a table, or mlm or causal", "task"
-            )
-        if not unlabelled and self.label is None:
-            self.label = "label"
+            yield "text", f"{task} takes one column of text, given {texts}; name one"
+        if not self._has_labels and self.label is not None:
+            yield "label", f"{task} has no labels; remove 'label'"
+        if self.source == "plain" and self._has_labels:
+            yield "task", f"plain text has no labels, and {task} needs them; use a table, or mlm or causal"
         if isinstance(self.label, list) and self.task not in ("multi-label", "regression"):
-            raise Misfit(f"task {self.task!r} has one column of labels, given a list; name it", "label")
+            yield "label", f"{task} has one column of labels, given a list; name it"
         if self.labels is not None and self.task in UNLABELLED:
-            raise Misfit(f"task {self.task!r} has no label for each text to leave out; use 'limit'", "labels")
+            yield "labels", f"{task} has no label for each text to leave out; use 'limit'"
         if self.pack and self.route is not None:
-            raise Misfit("packed rows hold several texts, of several routes; remove 'pack' or 'route'", "route")
+            yield "route", "packed rows hold several texts, of several routes; remove 'pack' or 'route'"
         for key, default, tasks in (
             ("pack", False, ("mlm", "causal")), ("mask", 0.15, ("mlm",)), ("views", None, ("mlm",)),
             ("learn", "answers", ("causal",)),
         ):  # fmt: skip
             if self.task not in tasks and getattr(self, key) != default:
-                raise Misfit(f"{key!r} is for task {' and '.join(tasks)}, this is {self.task!r}; remove it", key)
-        fitting = METRICS[self.task]
-        if self.metric is not None and self.metric not in fitting:
-            raise Misfit(f"task {self.task!r} has no {self.metric}; allowed: {', '.join(fitting)}", "metric")
-        self.metric = self.metric or fitting[0]  # type: ignore[assignment]
+                yield key, f"{key!r} is for task {' and '.join(tasks)}, this is {self.task!r}; remove it"
+        metrics = METRICS[self.task]
+        if self.metric is not None and self.metric not in metrics:
+            yield "metric", f"{task} has no {self.metric}; allowed: {', '.join(metrics)}"
         if self.classes is not None and self.task not in ("classes", "multi-label", "tokens"):
-            raise Misfit(f"task {self.task!r} has no classes; remove them", "classes")
+            yield "classes", f"{task} has no classes; remove them"
+
+    @property
+    def _has_labels(self) -> bool:
+        return self.task not in ("mlm", "causal", *TEACHER_ONLY_TASKS)
+
+    @model_validator(mode="after")
+    def _set_defaults(self) -> TextDataConfig:
+        if self._has_labels and self.label is None:
+            self.label = "label"
+        self.metric = self.metric or METRICS[self.task][0]  # type: ignore[assignment]
         return self
 
     @property
     def augment(self) -> Augments:
-        """Texts are not augmented, but for the masks of ``mlm``."""
+        """Texts are not augmented, except by the masks of ``mlm``."""
         return []
 
 

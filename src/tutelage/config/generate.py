@@ -1,14 +1,15 @@
-"""The section of a recipe that says what `tutelage generate` asks for, of whom, and for how much at most."""
+"""The section of a recipe for `tutelage generate`: the data, the endpoint and the budget."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from tutelage.config.base import Count, Fraction, NotNegative, Positive, Section, Seed
+from tutelage.config.base import Count, CountOrZero, Fraction, NotNegative, Positive, Section, Seed, by_kind
 from tutelage.config.messages import Misfit
 from tutelage.errors import shorten
 
@@ -52,13 +53,14 @@ class EndpointConfig(Section):
 
     @model_validator(mode="after")
     def _without_secrets(self) -> EndpointConfig:
+        example = "give one such as http://127.0.0.1:8000/v1"
         try:
             parts = urlsplit(self.url)
             port = parts.port
         except ValueError:
-            raise Misfit("url is no address; give one such as http://127.0.0.1:8000/v1", "url") from None
+            raise Misfit(f"url is no address; {example}", "url") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Misfit("url is no http address; give one such as http://127.0.0.1:8000/v1", "url")
+            raise Misfit(f"url is no http address; {example}", "url")
         if parts.query or parts.fragment:
             raise Misfit("url has a query; give the address without it, and the key by key_env", "url")
         if parts.username is not None:
@@ -68,10 +70,8 @@ class EndpointConfig(Section):
         self.url = urlunsplit((parts.scheme, place, parts.path.rstrip("/"), "", ""))
         if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
             self.key_env = None
-            raise Misfit(
-                "key_env is no name of an environment variable; put the key into one and give the variable's name",
-                "key_env",
-            )
+            what = "key_env is no name of an environment variable; put the key into one and give the variable's name"
+            raise Misfit(what, "key_env")
         return self
 
     @property
@@ -94,12 +94,10 @@ class SamplingConfig(Section):
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request, such as ``{top_k: 40}``."""
 
-    @model_validator(mode="after")
-    def _only_extra(self) -> SamplingConfig:
-        for key in self.extra:
-            if key in RESERVED:
-                raise Misfit(f"extra.{key} is set by the recipe's own keys; remove it", "extra")
-        return self
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Extra fields that have a key of their own."""
+        for key in [key for key in self.extra if key in RESERVED]:
+            yield "extra", f"extra.{key} is set by the recipe's own keys; remove it"
 
 
 class PriceConfig(Section):
@@ -153,41 +151,39 @@ class QualityConfig(Section):
     decontaminate: DecontaminateConfig | None = None
     """What must not get into the data."""
 
-    @model_validator(mode="after")
-    def _sound(self) -> QualityConfig:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Wrong ranges and patterns."""
         for key in ("instruction_words", "answer_words"):
             least, most = getattr(self, key)
             if not 0 <= least <= most:
-                raise Misfit(f"{key} is [{least}, {most}]; give the fewest, then the most", key)
+                yield key, f"{key} is [{least}, {most}]; give the fewest, then the most"
         for pattern in self.banned:
-            check_pattern(pattern, "banned")
-        if self.dedup_threshold is not None and self.dedup_threshold <= 0:
-            raise Misfit(
-                "dedup_threshold is 0, so that all texts are duplicates; give a number above 0, or null",
-                "dedup_threshold",
-            )
-        return self
+            yield from pattern_misfit(pattern, "banned")
+        if self.dedup_threshold == 0:
+            what = "dedup_threshold is 0, so that all texts are duplicates; give a number above 0, or null"
+            yield "dedup_threshold", what
 
 
-def check_pattern(pattern: str, key: str, *, groups: bool = False) -> None:
-    """Raise :class:`Misfit` unless ``pattern`` is a regular expression, with ``groups`` one that has some."""
+def pattern_misfit(pattern: str, key: str, *, groups: bool = False) -> Iterator[tuple[str, str]]:
+    """The misfit of a ``pattern`` that is no regular expression or, with ``groups``, has no group."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise Misfit(f"{key} {shorten(pattern)} is no regular expression: {error}; correct it", key) from None
+        yield key, f"{key} {shorten(pattern)} is no regular expression: {error}; correct it"
+        return
     if groups and not compiled.groups:
-        raise Misfit(f"{key} {shorten(pattern)} has no group; put brackets around the result", key)
+        yield key, f"{key} {shorten(pattern)} has no group; put brackets around the result"
 
 
-def check_priced(budget: BudgetConfig, endpoints: list[EndpointConfig]) -> None:
-    """Raise :class:`Misfit` where money is limited and a model has no price."""
+def price_misfit(budget: BudgetConfig, endpoints: list[EndpointConfig]) -> Iterator[tuple[str, str]]:
+    """The misfit of a limit on money without the price of a model."""
     for endpoint in endpoints if budget.max_cost is not None else []:
         if endpoint.model not in budget.prices:
-            raise Misfit(
+            what = (
                 f"budget.max_cost is set, and budget.prices has no {shorten(endpoint.model)}; "
-                f"add {endpoint.model}: {{input: ..., output: ...}}",
-                "budget",
+                f"add {endpoint.model}: {{input: ..., output: ...}}"
             )
+            yield "budget", what
 
 
 JUDGE = """\
@@ -219,13 +215,11 @@ class BestConfig(Section):
     """``consistency``: a regular expression whose first group, where it last matches, is an answer's result. Default:
     there is none, and the answer that is most like all others by ROUGE-L is kept."""
 
-    @model_validator(mode="after")
-    def _patterns(self) -> BestConfig:
-        for key in ("score", "extract"):
-            pattern = getattr(self, key)
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Wrong patterns."""
+        for key, pattern in (("score", self.score), ("extract", self.extract)):
             if pattern is not None:
-                check_pattern(pattern, key, groups=True)
-        return self
+                yield from pattern_misfit(pattern, key, groups=True)
 
 
 class GenerateConfig(Section):
@@ -247,20 +241,19 @@ class GenerateConfig(Section):
     """What may be spent. See below."""
     quality: QualityConfig = Field(default_factory=QualityConfig)
     """What is kept. See below."""
-    held_out: Annotated[int, Field(ge=0)] = 0
+    held_out: CountOrZero = 0
     """Prompts whose conversations go to ``data/test``, away from those to learn from; drawn by what they say."""
     format: Literal["parquet", "jsonl"] = "parquet"
     """Of the files of kept conversations."""
     seed: Seed = 0
     """Of which examples and operations are drawn."""
 
-    @model_validator(mode="after")
-    def _affordable(self) -> GenerateConfig:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """A choice among one sample, or models without a price."""
         if self.best is not None and self.samples < 2:
-            raise Misfit("best chooses among samples, and there is one; set 'samples' to 2 or more", "best")
+            yield "best", "best chooses among samples, and there is one; set 'samples' to 2 or more"
         judges = [self.best.judge] if self.best is not None and self.best.judge else []
-        check_priced(self.budget, [self.endpoint, *judges])
-        return self
+        yield from price_misfit(self.budget, [self.endpoint, *judges])
 
 
 class AnswerConfig(GenerateConfig):
@@ -375,19 +368,14 @@ class ConversationConfig(GenerateConfig):
     )
     """How the user's messages are drawn."""
 
-    @model_validator(mode="after")
-    def _one_thread(self) -> ConversationConfig:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Several answers to go on from."""
+        yield from super().misfits()
         if self.samples > 1 and self.best is None:
-            raise Misfit("a conversation goes on from one answer, and there are several; add 'best'", "samples")
-        return self
+            yield "samples", "a conversation continues from one answer, and there are several; add 'best'"
 
-
-GENERATE_KINDS: dict[str, type[GenerateConfig]] = {
-    "answer": AnswerConfig,
-    "conversation": ConversationConfig,
-    "evolve": EvolveConfig,
-    "self-instruct": SelfInstructConfig,
-}
-"""Every kind of generation that a recipe can name, with its options."""
 
 Generations = AnswerConfig | ConversationConfig | EvolveConfig | SelfInstructConfig
+
+GENERATE_KINDS: dict[str, type[GenerateConfig]] = by_kind(Generations)
+"""Every kind of generation that a recipe can name, with its options."""

@@ -1,21 +1,21 @@
-"""The section of a recipe that says who is compared with whom, before which judge."""
+"""The section of a recipe for `tutelage judge`: the models whose answers are compared, and the judge."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from tutelage.config.base import Count, Section
+from tutelage.config.base import Count, RecipeName, Section
 from tutelage.config.generate import (
     BudgetConfig,
     EndpointConfig,
     Generations,
     SamplingConfig,
-    check_pattern,
-    check_priced,
+    pattern_misfit,
+    price_misfit,
 )
-from tutelage.config.messages import Misfit
 from tutelage.errors import shorten
 
 VERDICT = """\
@@ -61,21 +61,20 @@ class JudgeConfig(Section):
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
     """What may be spent. Keys as in ``generate.budget``."""
 
-    @model_validator(mode="after")
-    def _sound(self) -> JudgeConfig:
-        check_pattern(self.choice, "choice", groups=True)
-        check_priced(self.budget, [self.endpoint])
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """A wrong pattern, a model without a price, or answers that cannot be compared."""
+        yield from pattern_misfit(self.choice, "choice", groups=True)
+        yield from price_misfit(self.budget, [self.endpoint])
         for name, model in self.answers.items():
             if model != GIVEN and model.partition(":")[0] not in ("hf", "package"):
-                raise Misfit(f"answers.{name} is {shorten(model)}; name a model as hf:FOLDER, or 'given'", "answers")
+                yield "answers", f"answers.{name} is {shorten(model)}; name a model as hf:FOLDER, or 'given'"
         if len(set(self.answers.values())) < len(self.answers):
-            raise Misfit("two of 'answers' are the same, and would tie; remove one", "answers")
-        return self
+            yield "answers", "two of 'answers' are the same, and would tie; remove one"
 
 
 class EndpointRecipe(Section):
-    """A recipe that trains nothing: it makes data, or compares answers."""
+    """A recipe without a training: it generates data, or compares answers."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: RecipeName
     generate: Annotated[Generations, Field(discriminator="kind")] | None = None
     judge: JudgeConfig | None = None

@@ -16,7 +16,8 @@ from tutelage.config.generate import GENERATE_KINDS, Generations
 from tutelage.config.judge import EndpointRecipe, JudgeConfig
 from tutelage.config.lines import Key, Place, load_yaml, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
-from tutelage.config.methods import METHOD_KINDS, SOFT_OF_TASK
+from tutelage.config.methods import METHOD_KINDS
+from tutelage.config.methods.losses import SOFT_OF_TASK
 from tutelage.config.multistage import WORKFLOW_KINDS
 from tutelage.config.recipe import Recipe
 from tutelage.errors import ConfigError, nearest, shorten, suggest

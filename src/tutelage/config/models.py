@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from tutelage.config.base import Count, Positive, Section
-from tutelage.config.messages import Misfit
+from tutelage.config.base import BelowOne, Count, CountOrZero, Positive, Section, known_source
 from tutelage.errors import shorten, suggest
 
 MODELS = (
@@ -19,26 +19,8 @@ MODELS = (
 LAYER_MAPS = ("every-other", "first", "influence", "last", "linspace")
 """Which layers of its teacher a student keeps, by name."""
 
-
-def known_model(name: str) -> str:
-    """``name``; raises ``ValueError`` where no model can be called so."""
-    kind, _, rest = name.partition(":")
-    if name not in MODELS[:3] and not (kind and rest):
-        raise ValueError(f"unknown model {shorten(name)}{suggest(name, MODELS)}; allowed: {', '.join(MODELS)}")
-    return name
-
-
-def known_student(name: str) -> str:
-    """The same of a student, which can be a part of its teacher too."""
-    if name == "teacher":
-        return name
-    kind, _, rest = name.partition(":")
-    if name not in MODELS[:3] and not (kind and rest):
-        names = ("teacher", *MODELS)
-        raise ValueError(f"unknown model {shorten(name)}{suggest(name, names)}; allowed: {', '.join(names)}")
-    return name
-
-
+known_model = known_source("model", MODELS)
+known_student = known_source("model", ("teacher", *MODELS))
 ModelName = Annotated[str, AfterValidator(known_model)]
 """The name of a model."""
 
@@ -50,7 +32,7 @@ class ModelConfig(Section):
     """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` (or a folder),
     ``package:NAME/FOLDER`` (a folder inside an installed Python package) or ``pkg.module:callable``."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the model's constructor."""
+    """Keyword arguments of the model's constructor."""
     checkpoint: str | None = None
     """Weights: a safetensors file, a torch file readable with ``weights_only``, or a folder that a run exported."""
 
@@ -64,19 +46,20 @@ def _map(given: Any) -> Any:
 
 
 class LoraConfig(Section):
-    """LoRA: low-rank matrices beside linear layers learn, all else stays. What is exported has them added in."""
+    """LoRA: train low-rank matrices beside linear layers; the other weights are frozen. The exported model has the
+    matrices merged into its weights."""
 
     rank: Count = 16
-    """r."""
+    """Rank r of the matrices."""
     alpha: Positive | None = None
-    """Scale, over r. Default: 2 r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Before the first matrix."""
+    """Scale of the matrices' product, before the division by r. Default: 2 r."""
+    dropout: BelowOne = 0.0
+    """Dropout rate in front of the first matrix."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of linear layers (``[q_proj, v_proj]``); ``all-linear``: all but the output head. With the head
-    (``lm_head``) and tied embeddings, what is exported is no longer tied."""
+    """Names of linear layers (``[q_proj, v_proj]``); ``all-linear``: all except the output head. With the head
+    (``lm_head``) as a target, the exported model's embeddings are no longer tied."""
     bits: Literal[4] | None = None
-    """``4``: the weights that stay are kept in NF4 (QLoRA); needs bitsandbytes."""
+    """``4``: the frozen weights are stored in NF4 (QLoRA); needs bitsandbytes."""
 
 
 def _lora(given: Any) -> Any:
@@ -84,47 +67,43 @@ def _lora(given: Any) -> Any:
 
 
 class StudentConfig(ModelConfig):
-    """A model by name, or a part of its teacher."""
+    """A model by name, or a model cut out of its teacher."""
 
     model: Annotated[str, AfterValidator(known_student)]
-    """As ``teacher.model``; or ``teacher``: cut from a transformers model by the keys below, which goes on as one."""
+    """As ``teacher.model``; or ``teacher``: a smaller transformers model, cut out of the teacher by the keys
+    below."""
     layers: Count | None = None
-    """How many of the teacher's layers are kept. Default: as ``map`` says, else all."""
-    map: Annotated[str | list[Annotated[int, Field(ge=0)]] | None, BeforeValidator(_map)] = None
-    """Which: ``every-other`` (DistilBERT: layer l is the teacher's layer 2l), ``first``, ``last``, ``linspace``,
-    ``influence`` (those that change their input most on 256 training texts), or a list, from 0. Default:
-    ``every-other``."""
+    """Number of the teacher's layers to keep. Default: as many as ``map`` selects, else all."""
+    map: Annotated[str | list[CountOrZero] | None, BeforeValidator(_map)] = None
+    """Which layers to keep: ``every-other`` (DistilBERT: layer l is the teacher's layer 2l), the default; ``first``,
+    ``last``, ``linspace``, ``influence`` (those that change their input most on 256 training texts), or a list,
+    counted from 0."""
     width: Count | None = None
-    """Hidden size, of the teacher's heads that weigh most. Default: the teacher's."""
+    """Hidden size; the teacher's most important heads are kept. Default: the teacher's."""
     heads: Count | None = None
-    """Attention heads, in families whose heads have a size of their own; in others ``width`` decides."""
+    """Number of attention heads, for families with a head size of its own; for others ``width`` sets it."""
     intermediate: Count | None = None
-    """Units of the feed-forward layers. Default: the teacher's."""
+    """Number of units of the feed-forward layers. Default: the teacher's."""
     embedding: Count | None = None
-    """Rank of the token embeddings, in families that can have one of its own (ELECTRA, DeBERTa)."""
+    """Rank of the token embeddings, for families with an embedding size of its own (ELECTRA, DeBERTa)."""
     vocabulary: Literal["corpus"] | None = None
     """``corpus``: only the tokens of the training texts are kept, and the tokenizer is rebuilt. Default: all."""
     initial: Literal["teacher", "random"] = "teacher"
-    """Whether it starts from the teacher's weights."""
+    """Whether the student starts from the teacher's weights."""
     lora: Annotated[LoraConfig | None, BeforeValidator(_lora)] = None
-    """``lora: 16`` is short for ``lora: {rank: 16}``. Default: all weights learn."""
+    """Train with LoRA; ``lora: 16`` is short for ``lora: {rank: 16}``. Default: all weights are trained."""
     qat: Literal["int8"] | None = None
-    """``int8``: weights and inputs of its linear layers and convolutions are rounded to eight bits in every forward
-    pass, in training and where its figures are measured, so that ``tutelage export --to int8`` costs little
-    (quantisation-aware distillation; needs torchao). What is saved is an ordinary model. Default: none
-    is."""
+    """``int8``: quantisation-aware training (needs torchao). Inputs and weights of linear layers and convolutions are
+    rounded to int8 in every forward pass, also when metrics are measured; float weights are saved."""
 
-    @model_validator(mode="after")
-    def _cut(self) -> StudentConfig:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys of a part of the teacher for another model, or the other way round."""
         if self.qat is not None and self.lora is not None:
-            raise Misfit("'qat' rounds weights that learn, and beside adapters these stay; remove one", "qat")
+            yield "qat", "'qat' rounds trained weights, and with 'lora' these are frozen; remove one"
         if self.model != "teacher":
-            for key in ("layers", "map", "width", "heads", "intermediate", "embedding", "vocabulary"):
-                if getattr(self, key) is not None:
-                    raise Misfit(f"{key!r} is for a part of the teacher, model: teacher; remove it", key)
-            if self.initial != "teacher":
-                raise Misfit("'initial' is for a part of the teacher, model: teacher; remove it", "initial")
+            for key in ("layers", "map", "width", "heads", "intermediate", "embedding", "vocabulary", "initial"):
+                if getattr(self, key) not in (None, "teacher"):
+                    yield key, f"{key!r} is for a part of the teacher, model: teacher; remove it"
         elif self.options or self.checkpoint is not None:
             key = "options" if self.options else "checkpoint"
-            raise Misfit(f"{key!r} is for a model of its own, and this one is cut from its teacher; remove it", key)
-        return self
+            yield key, f"{key!r} is for a model of its own, and this one is cut out of its teacher; remove it"

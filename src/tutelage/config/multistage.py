@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tutelage.config.base import Count, Section
+from tutelage.config.base import Count, Section, Share, by_kind
 from tutelage.config.models import ModelConfig
 
 
@@ -20,12 +20,8 @@ class BornAgainConfig(Section):
     ensemble: bool = True
     """Also score the mean of the probabilities of generations 0 to n, for every n."""
     controls: list[Literal["label-smoothing", "teacher-free"]] = Field(default_factory=list)
-    """Students with the first generation's initial weights and steps and without a teacher: the gain that needs no
-    teacher."""
-
-
-def _auto(given: Any) -> Any:
-    return None if given == "auto" else given
+    """Control students without a teacher, with the first generation's initial weights and steps: they show how much
+    of the gain needs no teacher."""
 
 
 class AssistantChainConfig(Section):
@@ -33,16 +29,19 @@ class AssistantChainConfig(Section):
 
     kind: Literal["assistant-chain"] = "assistant-chain"
     """The workflow."""
-    assistants: Annotated[Annotated[list[ModelConfig], Field(min_length=1)] | None, BeforeValidator(_auto)] = None
-    """Models from the largest to the smallest; or ``auto``: the fewest with which no student has less than ``ratio``
-    of its teacher's parameters, in equal steps, each the recipe's student made larger."""
+    assistants: Annotated[
+        Annotated[list[ModelConfig], Field(min_length=1)] | None,
+        BeforeValidator(lambda g: None if g == "auto" else g),
+    ] = None
+    """Models from the largest to the smallest. ``auto``, the default: the fewest copies of the recipe's student, made
+    larger in equal steps, with which no student has less than ``ratio`` of its teacher's parameters."""
     family: Literal["width", "depth"] = "width"
-    """What ``auto`` makes larger: the student's width or its depth."""
-    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """The least share of its teacher's parameters that ``auto`` gives a student."""
+    """Which size of the student ``auto`` increases."""
+    ratio: Share = 0.1
+    """Smallest share of its teacher's parameters that ``auto`` gives a student."""
     direct: bool = True
     """Also distil the student from the teacher directly, for comparison."""
 
 
-WORKFLOW_KINDS: dict[str, type[Section]] = {"assistant-chain": AssistantChainConfig, "born-again": BornAgainConfig}
+WORKFLOW_KINDS: dict[str, type[Section]] = by_kind(BornAgainConfig | AssistantChainConfig)
 """Every workflow that a recipe can name, with its options."""

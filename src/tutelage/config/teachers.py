@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from tutelage.config.base import Count, NotNegative, Positive, Section, Seed
+from tutelage.config.base import Count, CountOrZero, HttpUrl, NotNegative, Positive, Section, Seed
 from tutelage.config.data import Augments
-from tutelage.config.messages import Misfit
 from tutelage.config.models import ModelConfig, ModelName
 from tutelage.config.train import TrainConfig
 from tutelage.errors import shorten
@@ -19,26 +19,25 @@ class CacheConfig(Section):
 
     path: str | None = None
     """The folder. Default: a folder in ``runs/cache/`` whose name is a hash of teacher, data and views, so that runs
-    with the same ones share a cache."""
+    that share these share the cache."""
     keep: Literal["dense", "topk", "sampled", "stochastic_rounding", "hidden"] = "dense"
-    """How the teacher's logits are stored: ``dense``, all of them; ``topk``, the ``k`` largest and the probability
-    mass of the others; ``sampled``, an unbiased sample of ``draws`` draws; ``stochastic_rounding``, ``draws`` times
-    the probabilities, rounded at random, the most accurate for its size; ``hidden``, the input of the output
-    head, whose weights are stored once: smaller than logits where there are more classes than hidden units, as in
-    language models. ``topk``, ``sampled`` and ``stochastic_rounding`` are for the method's temperature only."""
+    """How logits are stored: ``dense``: all; ``topk``: the ``k`` largest and the probability mass of the rest;
+    ``sampled``: an unbiased sample of ``draws`` draws; ``stochastic_rounding``: ``draws`` times the probabilities,
+    rounded at random, the most accurate for its size; ``hidden``: the input of the output head, smaller than logits
+    if there are more classes than hidden units. The three sparse forms hold one temperature each."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp16"
     """Type of the stored numbers."""
     k: Count = 8
-    """For ``topk``: stored classes for each row."""
+    """For ``topk``: number of classes stored for each row."""
     draws: Annotated[int, Field(ge=1, le=65_535)] = 64
-    """For ``sampled`` and ``stochastic_rounding``: draws for each row."""
-    head: Annotated[int, Field(ge=0)] = 0
-    """For ``sampled``: this many of the largest classes are stored exactly; the draws are from the others."""
+    """For ``sampled`` and ``stochastic_rounding``: number of draws for each row."""
+    head: CountOrZero = 0
+    """For ``sampled``: number of the largest classes that are stored exactly; draws are from the others."""
     power: Positive = 1.0
     """For ``sampled``: draws are from p^power, with importance weights. Values other than 1 have more variance."""
     temperatures: list[Positive] = Field(default_factory=list)
-    """Temperatures at which ``topk``, ``sampled`` and ``stochastic_rounding`` store distributions. Default: that of
-    the method."""
+    """Temperatures at which ``topk``, ``sampled`` and ``stochastic_rounding`` store distributions. Default: the
+    method's temperature."""
 
 
 def cache_section(given: Any) -> Any:
@@ -52,10 +51,10 @@ class InferenceConfig(Section):
     """How a teacher runs. Its outputs change by rounding only, and its metrics are measured in this form."""
 
     dtype: Literal["bf16", "fp16", "int8"] | None = None
-    """Type that a copy of the teacher computes in, independent of ``train.precision``. ``int8`` quantises linear
-    layers, on CPUs; ``fp16`` is slow on most CPUs. Default: the type of its weights."""
+    """Compute type of the teacher's copy, independent of ``train.precision``. ``int8`` quantises linear layers, on
+    CPUs; ``fp16`` is slow on most CPUs. Default: the type of its weights."""
     compile: bool | None = None
-    """Whether to use ``torch.compile``. Default: no."""
+    """Use ``torch.compile``. Default: no."""
     batch_size: Count | None = None
     """Largest batch of the teacher; larger batches are split. Default: the student's batch."""
     device: str | None = None
@@ -67,51 +66,50 @@ class TeacherInferenceConfig(InferenceConfig):
 
     overlap: bool = False
     """Compute the teacher outputs of the next batch while the student trains: on a CUDA stream of its own, else in a
-    thread, which needs a free core. Without effect if the teacher outputs are in memory."""
+    thread, which needs a free core. No effect if the teacher outputs are in memory."""
     process: bool = False
-    """The same in a separate process, if the teacher's Python code slows the student down. Batches are copied."""
+    """Like ``overlap``, in a separate process, if the teacher's Python code slows the student down. Batches are
+    copied."""
     sharded: bool = False
-    """Shard the teacher over the training processes, which gather one block at a time (FSDP2), for a teacher that
-    does not fit on one GPU. Main memory holds all of it. Not with a cache."""
+    """Shard a teacher that does not fit on one GPU over the training processes, which gather one block at a time
+    (FSDP2). Main memory must hold all of it. Not with a cache."""
 
-    @model_validator(mode="after")
-    def _check_modes(self) -> TeacherInferenceConfig:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys that exclude each other."""
         if self.overlap and self.process:
-            raise Misfit("'process' includes 'overlap'; remove 'overlap'", "overlap")
+            yield "overlap", "'process' includes 'overlap'; remove 'overlap'"
         if self.sharded:
             given = {**self.model_dump(exclude_none=True), "dtype": self.dtype == "int8"}
             for key in ("overlap", "process", "compile", "batch_size", "device", "dtype"):
                 if given.get(key):
-                    raise Misfit(f"a sharded teacher runs on all processes and takes no {key!r}; remove it", key)
-        return self
+                    yield key, f"a sharded teacher runs on all processes and takes no {key!r}; remove it"
 
 
 class MemberConfig(ModelConfig):
     """A member of an ensemble: a teacher, which is trained first if it has no weights."""
 
     trained: bool | None = None
-    """Whether the model comes with its weights. Default: with a ``checkpoint``, an ``hf:`` id, timm's
-    ``pretrained`` or torchvision's ``weights`` it does."""
+    """Whether the model comes with weights. Default: yes with a ``checkpoint``, an ``hf:`` id, timm's ``pretrained``
+    or torchvision's ``weights``."""
     seed: Seed | None = None
     """Seed of its initialisation and order of samples, if it is trained. Default: the first of ``seeds``, plus the
     number of the member."""
     trainable: Literal["all", "head"] | None = None
-    """Which weights are trained: ``head``: those that were not loaded, such as a new output layer. Default: all; for
-    task ``mlm`` the head, which is tied to frozen embeddings."""
+    """Which weights are trained: ``all``, or ``head``: those that were not loaded, such as a new output layer.
+    Default: all; for task ``mlm`` the head, which is tied to frozen embeddings."""
     train: TrainConfig | None = None
-    """Its own training, or fine-tuning where it has weights. What it leaves out is taken from the recipe's ``train``.
-    Default: none with weights, the recipe's ``train`` without."""
+    """Training, or fine-tuning of a model with weights; missing keys are taken from the recipe's ``train``. Default:
+    no training with weights, the recipe's ``train`` without."""
     inference: InferenceConfig | None = None
     """How it runs. See below."""
 
-    @model_validator(mode="after")
-    def _check_training(self) -> MemberConfig:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Both a checkpoint and a training."""
         if self.train is not None and self.checkpoint is not None:
-            raise Misfit(
-                "teacher has both 'checkpoint' and 'train', and a checkpoint is not trained again; remove one",
+            yield (
                 "checkpoint",
+                ("teacher has both 'checkpoint' and 'train', and a checkpoint is not trained again; remove one"),
             )
-        return self
 
 
 Weights = list[NotNegative] | Literal["learned"]
@@ -123,10 +121,10 @@ class EnsembleConfig(Section):
     combine: Literal["probabilities", "logits"] | None = None
     """Average the members' probabilities or logits. Default: ``probabilities``."""
     weights: Weights | None = None
-    """One for each member, or ``learned``: fitted on the validation split by the cross-entropy of the ensemble.
-    Default: equal weights."""
+    """One weight for each member, or ``learned``: fitted on the validation split by the cross-entropy of the
+    ensemble. Default: equal weights."""
     average_temperature: Positive | None = None
-    """T at which probabilities are averaged. With the T of the method, the student gets the mean of the members'
+    """T at which probabilities are averaged. With the method's T, the student gets the mean of the members'
     distributions at T. Default: 1."""
 
 
@@ -134,15 +132,15 @@ class RemoteTeacherConfig(Section):
     """A teacher behind a server, which returns the most probable next tokens as token ids. Student and teacher share
     a tokenizer: ``data.tokenizer``, or the student's. Needs T = 1 and divergence kl."""
 
-    url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
-    """The URL; of vLLM with ``/v1`` at the end, as ``http://127.0.0.1:8000/v1``."""
+    url: HttpUrl
+    """Address of the server; for vLLM it ends in ``/v1``, as in ``http://127.0.0.1:8000/v1``."""
     kind: Literal["vllm", "llama.cpp"] = "vllm"
     """``vllm``: one request for each text. ``llama.cpp``: its server does not score prompts, so there is one request
-    for each token of a text; for small data sets, or to fill a cache once."""
+    for each token; use it for small data sets, or to fill a cache once."""
     model: str | None = None
-    """The model's name on the server. Default: the first that it lists."""
+    """Name of the model on the server. Default: the first model that the server lists."""
     k: Count = 20
-    """Number of most probable tokens; all others are one outcome. vLLM returns 20 at most unless it is started with
+    """Number of most probable tokens; all others are one outcome. vLLM returns at most 20 unless it is started with
     ``--max-logprobs``."""
     key_env: str | None = None
     """Name of the environment variable with the API key; a recipe never holds a key. Default: no key is sent."""
@@ -151,23 +149,23 @@ class RemoteTeacherConfig(Section):
     timeout: Positive = 120.0
     """Timeout of a request, in seconds."""
     max_retry_time: Positive = 300.0
-    """Seconds of retries after which the run fails if the server does not answer; a cache keeps the rows so far."""
+    """Seconds of retries after which the run fails if the server does not answer. A cache keeps the rows so far."""
 
 
 class TeacherConfig(MemberConfig, EnsembleConfig):
     """The teacher, or the members of an ensemble. Models without weights are trained first."""
 
     model: ModelName | None = None  # type: ignore[assignment]
-    """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``; or
-    none, and ``members``."""
+    """``mlp``, ``convnet``, ``resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:ID`` or ``pkg.module:callable``.
+    Left out with ``members`` or ``endpoint``."""
     endpoint: RemoteTeacherConfig | None = None
     """A teacher behind a server, in place of ``model``. See below."""
     members: Annotated[list[MemberConfig], Field(min_length=2)] | None = None
-    """The members of an ensemble. Those without weights are trained first, each with its own seed; keys that their
-    ``train`` leaves out are taken from ``teacher.train``, then from ``train``."""
+    """Members of an ensemble. Those without weights are trained first, each with its own seed; keys missing in their
+    ``train`` come from ``teacher.train``, then from ``train``."""
     route: dict[str, int | list[int]] | None = None
-    """For each value of the column ``data.route`` the number, from 0, of the member that teaches these samples, or a
-    list of numbers. Default: all members teach all samples."""
+    """For each value of the column ``data.route`` the index, from 0, of the member that teaches these samples, or a
+    list of indices. Default: all members teach all samples."""
     inference: TeacherInferenceConfig | None = None
     """How it runs. See below."""
     augment: Augments | None = None
@@ -175,82 +173,61 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
     cache: Annotated[CacheConfig | None, BeforeValidator(cache_section)] = None
     """Store the teacher outputs on disk: ``true``, a folder, or a section. See below."""
     mode: Literal["eval", "train_bn"] = "eval"
-    """``train_bn``: normalise by the statistics of the batch, without moving the running ones."""
+    """``train_bn``: batch norm uses the statistics of the batch; the running ones do not change."""
 
-    @model_validator(mode="after")
-    def _check_teacher(self) -> TeacherConfig:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys of another kind of teacher, and keys that exclude each other."""
+        yield from super().misfits()
         given = [key for key in ("model", "members", "endpoint") if getattr(self, key) is not None]
         if len(given) != 1:
             what = f"both {given[0]!r} and {given[1]!r}" if given else "neither 'model' nor 'members' nor 'endpoint'"
-            raise Misfit(f"the teacher has {what}; give one", given[1] if given else "model")
-        if self.endpoint is not None:
-            for key in ("options", "checkpoint", "trained", "train", "seed", "trainable", "inference", "augment"):
-                if getattr(self, key) not in (None, {}):
-                    raise Misfit(f"{key!r} is for a local model, and this teacher is behind a server; remove it", key)
-            if self.mode != "eval":
-                raise Misfit("'mode' is for a local model, and this teacher is behind a server; remove it", "mode")
-        if (
-            self.cache is not None
-            and self.inference is not None
-            and (self.inference.overlap or self.inference.process)
-        ):
-            key = "process" if self.inference.process else "overlap"
-            raise Misfit(
-                f"with a cache the teacher outputs are read from disk, without prefetching; remove {key!r}",
-                "inference",
-            )
-        if self.inference is not None and self.inference.sharded:
-            conflicts = {
-                "cache": self.cache is not None,
-                "members": self.members is not None,
-                "mode": self.mode != "eval",
-            }
-            for key, there in conflicts.items():
-                if there:
-                    raise Misfit(f"a sharded teacher runs on all processes and takes no {key!r}; remove it", key)
+            yield given[1] if given else "model", f"the teacher has {what}; give one"
+        local = ("options", "checkpoint", "trained", "train", "seed", "trainable", "inference", "augment", "mode")
+        for key in local if self.endpoint is not None else ():
+            if getattr(self, key) not in (None, {}, "eval"):
+                yield key, f"{key!r} is for a local model, and this teacher is behind a server; remove it"
+        inference = self.inference or TeacherInferenceConfig()
+        if self.cache is not None and (inference.overlap or inference.process):
+            key = "process" if inference.process else "overlap"
+            what = f"with a cache the teacher outputs are read from disk, without prefetching; remove {key!r}"
+            yield "inference", what
+        for key in ("cache", "members", "mode") if inference.sharded else ():
+            if getattr(self, key) not in (None, "eval"):
+                yield key, f"a sharded teacher runs on all processes and takes no {key!r}; remove it"
         if self.members is None:
             for key in ("combine", "weights", "average_temperature", "route"):
                 if getattr(self, key) is not None:
-                    raise Misfit(f"{key!r} is for an ensemble, and there are no 'members'; remove it", key)
-            return self
+                    yield key, f"{key!r} is for an ensemble, and there are no 'members'; remove it"
+            return
         for key in ("options", "checkpoint", "trained", "train", "seed"):
             if getattr(self, key) not in (None, {}):
-                raise Misfit(f"{key!r} is for a single teacher; give it to each of 'members'", key)
+                yield key, f"{key!r} is for a single teacher; give it to each of 'members'"
         many = len(self.members)
         if isinstance(self.weights, list):
             if len(self.weights) != many:
-                raise Misfit(f"{len(self.weights)} weights for {many} members; give one for each", "weights")
+                yield "weights", f"{len(self.weights)} weights for {many} members; give one for each"
             if not sum(self.weights):
-                raise Misfit("all weights are 0; at least one must be above", "weights")
+                yield "weights", "all weights are 0; at least one must be above"
         if self.average_temperature is not None and self.combine == "logits":
-            raise Misfit(
-                "logits are averaged without a temperature; remove 'average_temperature'", "average_temperature"
-            )
+            what = "logits are averaged without a temperature; remove 'average_temperature'"
+            yield "average_temperature", what
         if self.route is not None:
-            self._check_route(self.route, many)
-        return self
+            yield from self._misfits_of_route(self.route, many)
 
-    def _check_route(self, route: dict[str, int | list[int]], many: int) -> None:
+    def _misfits_of_route(self, route: dict[str, int | list[int]], many: int) -> Iterator[tuple[str, str]]:
         if self.weights == "learned":
-            raise Misfit(
-                "learned weights need members that teach all samples; remove 'route' or 'weights'", "weights"
-            )
+            yield "weights", "learned weights need members that teach all samples; remove 'route' or 'weights'"
         if self.mode == "train_bn":
-            raise Misfit(
-                "a routed member gets a part of each batch, and train_bn needs all of it; use mode: eval", "mode"
-            )
+            yield "mode", "a routed member gets a part of each batch, and train_bn needs all of it; use mode: eval"
         members = {value: [those] if isinstance(those, int) else those for value, those in route.items()}
         for value, those in members.items():
             if not those or not all(0 <= m < many for m in those):
-                raise Misfit(
-                    f"route {shorten(value)} names {shorten(those)}; allowed: 0 to {many - 1}",
-                    "route",
-                )
+                yield "route", f"route {shorten(value)} names {shorten(those)}; allowed: 0 to {many - 1}"
             if isinstance(self.weights, list) and not any(self.weights[m] for m in those):
-                raise Misfit(f"no member with a weight above 0 teaches route {shorten(value)}; give one", "route")
+                yield "route", f"no member with a weight above 0 teaches route {shorten(value)}; give one"
         idle = sorted(set(range(many)) - {m for those in members.values() for m in those})
         if idle:
-            raise Misfit(f"member {idle[0]} has no route; add one, or remove the member", "route")
+            yield "route", f"member {idle[0]} has no route; add one, or remove the member"
 
     @property
     def each(self) -> list[MemberConfig]:

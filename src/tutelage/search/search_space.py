@@ -13,9 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tutelage.config import LOGIT_LOSSES, KeySpace, Recipe, SearchConfig, build_recipe
+from tutelage.config import LOGIT_LOSSES, KeySpace, Recipe, SearchConfig, SoftLabelOptions, build_recipe
 from tutelage.config.lines import parse_yaml
-from tutelage.config.methods import SoftLabelOptions
 from tutelage.errors import ConfigError, nearest
 
 ABSENT = object()

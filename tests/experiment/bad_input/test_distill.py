@@ -79,7 +79,7 @@ def shuffled() -> Any:
         pytest.param({"eval_data": poisoned(0)}, DataError, ValueError, ["NaN", "[0]", "remove"],
                      id="nan-in-evaluation"),
         pytest.param({"train_loader": [(torch.ones(4, 64),)]}, DataError, ValueError,
-                     ["tuple of 1", "pair of tensors", "to_batch="], id="batch-of-one"),
+                     ["tuple of 1", "neither tensors", "to_batch="], id="batch-of-one"),
         pytest.param({"train_loader": [{"pixels": torch.ones(4, 64)}]}, DataError, ValueError,
                      ["no key 'labels', only pixels", "to_batch="], id="mapping-without-labels"),
         pytest.param({"train_loader": [{"x": torch.ones(2, 64), "labels": [0, 1]}]}, DataError, ValueError,

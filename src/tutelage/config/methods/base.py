@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 
 from tutelage.config.base import Count, Section
-from tutelage.config.messages import Misfit
-from tutelage.errors import shorten, suggest
+from tutelage.errors import shorten
 
 
 class MethodOptions(Section):
@@ -20,31 +19,17 @@ class MethodOptions(Section):
     cross_tokenizer: ClassVar[bool] = False
     """Whether teacher and student may have different tokenizers."""
     accepts_remote_teacher: ClassVar[bool] = False
-    """Whether the most probable next tokens, which a server gives, are enough."""
+    """Whether the most probable next tokens, which a server returns, are enough."""
 
 
-def known(what: str, table: Mapping[str, Any]) -> AfterValidator:
-    """A name must be one of ``table``."""
-
-    def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(f"unknown {what} {shorten(name)}{suggest(name, table)}; allowed: {', '.join(table)}")
-        return name
-
-    return AfterValidator(check)
-
-
-def check_labels_weight(alpha: float, hard: float | None) -> None:
-    """Raise :class:`Misfit` where the labels are to weigh what ``alpha`` leaves of 1, and that is below 0."""
+def labels_weight_misfit(alpha: float, hard: float | None) -> Iterator[tuple[str, str]]:
+    """The misfit of an ``alpha`` above 1 without ``hard``: the labels would get a negative weight."""
     if hard is None and alpha > 1:
-        raise Misfit(
-            f"alpha: {alpha:g} leaves {1 - alpha:g} for the labels; give at most 1, or 'hard' too",
-            "alpha",
-        )
+        yield "alpha", f"alpha: {alpha:g} leaves {1 - alpha:g} for the labels; give at most 1, or 'hard' too"
 
 
 def auto_or_list(of: str, example: str) -> BeforeValidator:
-    """``auto`` is ``None``; all else must be a list of what ``of`` says."""
+    """``auto`` is ``None``; any other value must be a list of ``of``."""
 
     def check(given: Any) -> Any:
         if given is None or given == "auto":

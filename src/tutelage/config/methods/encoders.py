@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
-
-from tutelage.config.base import Count, NotNegative, Positive
-from tutelage.config.messages import Misfit
-from tutelage.config.methods.base import Layers, MethodOptions, check_labels_weight
+from tutelage.config.base import BelowOne, Count, NotNegative, Positive
+from tutelage.config.methods.base import Layers, MethodOptions, labels_weight_misfit
 
 
 class TripleOptions(MethodOptions):
@@ -49,7 +47,7 @@ class TinybertOptions(MethodOptions):
     """Weight of the soft labels. 0 for TinyBERT's general distillation, of texts without labels."""
     temperature: Positive = 1.0
     """T of the soft labels."""
-    stage1_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    stage1_fraction: BelowOne | None = None
     """Share of all steps that train the layers only; the other steps train the predictions only. Default: 0.87, the
     paper's 20 epochs of 23; 0: both together."""
     scores: Literal["scores", "probabilities"] = "scores"
@@ -58,14 +56,11 @@ class TinybertOptions(MethodOptions):
     heads: Literal["each", "mean"] = "each"
     """Attention head by head, or the mean over heads, whose numbers may then differ."""
 
-    @model_validator(mode="after")
-    def _staged(self) -> TinybertOptions:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Two stages without a loss for one of them."""
         if self.stage1_fraction and not (self.prediction and (self.embedding or self.hidden or self.attention)):
-            raise Misfit(
-                f"stage1_fraction: {self.stage1_fraction:g}, and one of its two stages has no weight; leave it out",
-                "stage1_fraction",
-            )
-        return self
+            what = f"stage1_fraction: {self.stage1_fraction:g}, and one of its two stages has no weight"
+            yield "stage1_fraction", f"{what}; leave it out"
 
 
 class MinilmOptions(MethodOptions):
@@ -95,12 +90,11 @@ class MinilmOptions(MethodOptions):
     temperature: Positive = 1.0
     """T of all distributions."""
 
-    @model_validator(mode="after")
-    def _versioned(self) -> MinilmOptions:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Weights of terms that the other version has."""
         for name in ("queries", "keys") if self.version == 1 else ("attention",):
             if getattr(self, name) is not None:
-                raise Misfit(f"version {self.version} has no term {name!r}; leave it out", name)
-        return self
+                yield name, f"version {self.version} has no term {name!r}; leave it out"
 
 
 class PatientOptions(MethodOptions):
@@ -123,10 +117,9 @@ class PatientOptions(MethodOptions):
     variant: Literal["authors", "paper"] = "authors"
     """``authors``: mean over elements and layers, for which these weights are; ``paper``: their sums."""
 
-    @model_validator(mode="after")
-    def _weighed(self) -> PatientOptions:
-        check_labels_weight(self.alpha, self.hard)
-        return self
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """A negative weight of the labels."""
+        yield from labels_weight_misfit(self.alpha, self.hard)
 
 
 class EmbeddingOptions(MethodOptions):

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tutelage.config.base import Count, NotNegative, Section
+from tutelage.config.base import BelowOne, Count, NotNegative, Section, known
 from tutelage.config.messages import Misfit
-from tutelage.config.methods.base import auto_or_list, known
+from tutelage.config.methods.base import auto_or_list
 from tutelage.config.methods.logit import SoftLabelOptions
-from tutelage.config.methods.losses import FEATURE_LOSSES, PROJECTORS, BelowOne, LossOptions, loss_options
+from tutelage.config.methods.losses import FEATURE_LOSSES, PROJECTORS, LossOptions, loss_options
 
 FeatureLossName = Annotated[str, known("loss", FEATURE_LOSSES)]
 

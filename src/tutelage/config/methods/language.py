@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
-
-from tutelage.config.base import Count, Fraction, NotNegative, Positive, Section
-from tutelage.config.messages import Misfit
-from tutelage.config.methods.base import Layers, MethodOptions, check_labels_weight
+from tutelage.config.base import BelowOne, Count, CountOrZero, Fraction, HttpUrl, NotNegative, Positive, Section
+from tutelage.config.methods.base import Layers, MethodOptions, labels_weight_misfit
 
 Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "tvd"]
 
@@ -27,18 +25,17 @@ class TokenLossOptions(MethodOptions):
     """Weight of the next tokens. Default: 1 - alpha."""
     beta: Fraction | None = None
     """Of ``js``: 0 is like ``kl``, 1 like ``reverse_kl``. Default: 0.5."""
-    skew: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    skew: BelowOne | None = None
     """Of ``skew_kl``: the other side's share of the mixture. Default: 0.1."""
     reverse: bool | None = None
     """Of ``skew_kl``: from the student to the mixture. Default: from the teacher."""
 
-    @model_validator(mode="after")
-    def _check_divergence(self) -> TokenLossOptions:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Options of another divergence, or a negative weight of the labels."""
         for name, owner in (("beta", "js"), ("skew", "skew_kl"), ("reverse", "skew_kl")):
             if getattr(self, name) is not None and self.divergence != owner:
-                raise Misfit(f"{name!r} is for divergence {owner}, this is {self.divergence}; leave it out", name)
-        check_labels_weight(self.alpha, self.hard)
-        return self
+                yield name, f"{name!r} is for divergence {owner}, this is {self.divergence}; leave it out"
+        yield from labels_weight_misfit(self.alpha, self.hard)
 
 
 class TokenOptions(TokenLossOptions):
@@ -59,7 +56,7 @@ class RolloutsOptions(Section):
     """A server that generates the student's answers. Every few steps it gets the student's weights, in a folder that
     it must be able to read."""
 
-    url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
+    url: HttpUrl
     """Its address, usually with ``/v1`` at the end."""
     kind: Literal["vllm", "openai"] = "vllm"
     """``vllm`` takes and returns token ids and reloads its weights; start it with ``VLLM_SERVER_DEV_MODE=1``.
@@ -81,15 +78,11 @@ class RolloutsOptions(Section):
     max_retry_time: Positive = 200.0
     """Seconds without an answer after which the run stops."""
 
-    @model_validator(mode="after")
-    def _named(self) -> RolloutsOptions:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """A fixed model name and weights that change."""
         if self.kind == "openai" and (self.every is None) != (self.model is not None):
-            raise Misfit(
-                "kind: openai names new weights by their folder: leave 'model' out, or set every: null and name the "
-                "model",
-                "model",
-            )
-        return self
+            what = "leave 'model' out, or set every: null and name the model"
+            yield "model", f"kind: openai names new weights by their folder: {what}"
 
 
 class OnPolicyOptions(TokenOptions):
@@ -111,7 +104,7 @@ class OnPolicyOptions(TokenOptions):
     """Most tokens of a prompt; longer prompts are truncated at the start."""
     sampling_temperature: NotNegative = 1.0
     """Temperature of the student's sampling; 0 takes the most probable token."""
-    replay_buffer: Annotated[int, Field(ge=0)] = 0
+    replay_buffer: CountOrZero = 0
     """Size of the replay buffer, in answers (DistiLLM); 0: none."""
     replay_share: Fraction | Literal["rising"] = 0.5
     """Share of the student's batches that come from the replay buffer, once it holds enough; ``rising``: from 0 at
@@ -119,7 +112,7 @@ class OnPolicyOptions(TokenOptions):
     long: NotNegative = 0.0
     """Weight of MiniLLM's long part, the consequences of a token. Needs ``divergence: reverse_kl``,
     ``temperature: 1``, ``sampling_temperature: 1`` and ``replay_buffer: 0``."""
-    mix: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mix: BelowOne = 0.0
     """The teacher's share of the sampling distribution (MiniLLM: 0.2); each token's loss is
     weighted by the student's probability over the mixture's. Needs ``sampling_temperature: 1`` and
     ``replay_buffer: 0``."""
@@ -131,20 +124,18 @@ class OnPolicyOptions(TokenOptions):
     rollouts: RolloutsOptions | None = None
     """A server that generates the answers. Default: the student does, in this process. See below."""
 
-    @model_validator(mode="after")
-    def _long(self) -> OnPolicyOptions:
-        alone = (self.divergence, self.temperature, self.sampling_temperature, self.replay_buffer)
-        if self.long and alone != ("reverse_kl", 1.0, 1.0, 0):
-            raise Misfit(
-                "'long' needs divergence: reverse_kl, temperature: 1, sampling_temperature: 1 and replay_buffer: 0",
-                "long",
-            )
-        if self.mix and (self.sampling_temperature, self.replay_buffer) != (1.0, 0):
-            raise Misfit("'mix' needs sampling_temperature: 1 and replay_buffer: 0", "mix")
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys that ``long`` and ``mix`` exclude."""
+        yield from super().misfits()
+        required = (self.divergence, self.temperature, self.sampling_temperature, self.replay_buffer)
+        if self.long and required != ("reverse_kl", 1.0, 1.0, 0):
+            what = "divergence: reverse_kl, temperature: 1, sampling_temperature: 1 and replay_buffer: 0"
+            yield "long", f"'long' needs {what}"
+        if self.mix and required[2:] != (1.0, 0):
+            yield "mix", "'mix' needs sampling_temperature: 1 and replay_buffer: 0"
         for key in ("long", "mix"):
             if getattr(self, key) and self.rollouts is not None:
-                raise Misfit(f"{key!r} needs answers of the student itself; remove 'rollouts'", "rollouts")
-        return self
+                yield "rollouts", f"{key!r} needs answers of the student itself; remove 'rollouts'"
 
 
 class CrossTokenizerOptions(TokenLossOptions):
@@ -163,11 +154,11 @@ class CrossTokenizerOptions(TokenLossOptions):
     """Of ``spans``: how to treat the entries that only one vocabulary has: ``bucket``, as one outcome; ``uld``: in
     addition, their sorted probabilities are compared."""
 
-    @model_validator(mode="after")
-    def _check_compare(self) -> CrossTokenizerOptions:
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Keys of ``compare: spans`` for ``uld``."""
+        yield from super().misfits()
         if self.compare == "uld" and (self.divergence, self.rest) != ("kl", "bucket"):
-            raise Misfit("'divergence' and 'rest' are for compare: spans, this is uld; leave them out", "compare")
-        return self
+            yield "compare", "'divergence' and 'rest' are for compare: spans, this is uld; leave them out"
 
 
 class SequenceOptions(MethodOptions):

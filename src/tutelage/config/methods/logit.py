@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from tutelage.config.base import NotNegative, Positive
-from tutelage.config.messages import Misfit
-from tutelage.config.methods.base import MethodOptions, check_labels_weight, known
+from tutelage.config.base import NotNegative, Positive, known
+from tutelage.config.methods.base import MethodOptions, labels_weight_misfit
 from tutelage.config.methods.losses import LOGIT_LOSSES, LossOptions, loss_options
+
+
+def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if value is not None}
 
 
 class SoftLabelOptions(MethodOptions):
@@ -26,18 +30,19 @@ class SoftLabelOptions(MethodOptions):
     """The loss on logits: ``dist``, ``dkd``, ``js``, ``kd``, ``mlkd``, ``mse``, ``reverse_kl``, ``skew_kl``,
     ``soft_cross_entropy`` or ``tvd``. For several labels ``binary_kd`` or ``mse``, for numbers ``mse``, and
     ``margin_mse`` for a query's scores of passages, the relevant one first."""
-    soft_options: dict[str, Any] = Field(default_factory=dict)
+    soft_options: Annotated[dict[str, Any], AfterValidator(_without_nulls)] = Field(default_factory=dict)
     """Options of that loss: ``alpha`` and ``beta`` of dkd, ``standardize`` of kd, ``beta`` and ``gamma`` of dist."""
 
-    @model_validator(mode="after")
-    def _check_soft_labels(self) -> SoftLabelOptions:
-        check_labels_weight(self.alpha, self.hard)
-        self.soft_options = {k: v for k, v in self.soft_options.items() if v is not None}
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Weights, options and a temperature that do not fit the loss."""
+        yield from labels_weight_misfit(self.alpha, self.hard)
         _ = self.loss_options
-        default = LOGIT_LOSSES[self.soft].temperature
-        if self.temperature is not None and default is None:
-            raise Misfit(f"{self.soft} has no temperature, given {self.temperature:g}; leave it out", "temperature")
-        self.temperature = self.temperature or default
+        if self.temperature is not None and LOGIT_LOSSES[self.soft].temperature is None:
+            yield "temperature", f"{self.soft} has no temperature, given {self.temperature:g}; leave it out"
+
+    @model_validator(mode="after")
+    def _set_temperature(self) -> SoftLabelOptions:
+        self.temperature = self.temperature or LOGIT_LOSSES[self.soft].temperature
         return self
 
     @property

@@ -13,14 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
-from tutelage.config.base import Count, Fraction, NotNegative, Positive, Section
+from tutelage.config.base import BelowOne, Count, Fraction, NotNegative, Positive, Section, Share
 from tutelage.config.messages import Misfit
 from tutelage.errors import shorten, suggest
 
 Shape = tuple[int, ...]
 Heads = Literal["each", "mean"]
 Variant = Literal["paper", "authors"]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class LossOptions(Section):
@@ -185,7 +184,7 @@ class FactorTransferOptions(LossOptions):
     method_only: ClassVar[frozenset[str]] = frozenset({"rate", "share"})
     rate: Positive = 0.5
     """Channels of the factor, as a share of the teacher's."""
-    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    share: Share = 0.1
     """Share of the steps that train the paraphraser."""
     variant: Variant | None = None
     """``authors``: a mean over elements; ``paper``: their sum."""

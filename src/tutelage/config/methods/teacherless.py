@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import BeforeValidator, ValidatorFunctionWrapHandler, WrapValidator
 
-from tutelage.config.base import Count, Fraction, NotNegative, Positive
+from tutelage.config.base import BelowOne, Count, Fraction, NotNegative, Positive, Share
 from tutelage.config.methods.base import MethodOptions, auto_or_list
 from tutelage.config.models import ModelConfig
 from tutelage.errors import shorten
@@ -29,7 +29,7 @@ def _model_or_function(given: Any, handler: ValidatorFunctionWrapHandler) -> Any
 
 
 Peer = Annotated[ModelConfig | None, WrapValidator(_model_or_function)]
-"""A model, ``None`` for a copy of the student, or (in Python) a function that makes a module."""
+"""A model, ``None`` for a copy of the student, or (in Python) a function that returns a module."""
 
 
 class MutualOptions(MethodOptions):
@@ -52,7 +52,7 @@ class MutualOptions(MethodOptions):
     """``each``: the mean of the losses to each peer; ``mean``: the loss to the mean of their probabilities."""
     refresh: Count | None = None
     """Learn from copies of the peers that are updated every so many steps. Default: from the peers themselves."""
-    burn_in: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    burn_in: BelowOne = 0.0
     """Share of the steps with the labels alone."""
 
 
@@ -82,7 +82,7 @@ class SupervisedOptions(MethodOptions):
     needs_teacher: ClassVar[bool] = False
     kind: Literal["supervised"] = "supervised"
     """Cross-entropy; a teacher, if there is one, is only compared with."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    label_smoothing: BelowOne = 0.0
     """Share of the target that is spread evenly over all classes; 0.1 is usual."""
 
 
@@ -97,7 +97,7 @@ class TeacherFreeOptions(MethodOptions):
     """Weight of those soft labels."""
     temperature: Positive = 20.0
     """T at which they are softened; the paper has 20 or more."""
-    correct: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    correct: Share = 0.99
     """Probability of the label before that; the others share the rest. Above one over the number of classes."""
     variant: Literal["authors", "paper"] = "authors"
     """``authors``: KL(softmax(p / T) || student), the code to which the published numbers and alpha belong, close to
