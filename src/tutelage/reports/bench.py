@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +144,7 @@ def write_bench(bench: Mapping[str, Any], out: Path) -> Path:
 
     head, rows = table(bench)
     marks = points(bench)
-    plots = {screen: Plot.of(bench, marks, width) for screen, width in WIDTHS.items()} if marks else {}
+    plots = {screen: plot(bench, marks, width) for screen, width in WIDTHS.items()} if marks else {}
     html = render(
         "bench.html.jinja", title=f"Bench of {bench['base']}", verdict=verdict(bench), head=head, rows=rows,
         notes=notes(bench), plots=plots, runtimes=RUNTIMES, batch=min(bench["batch_sizes"]), metric=bench["metric"],
@@ -162,57 +161,36 @@ WIDTHS = {"large-screen": 760, "small-screen": 380}
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 58, 20, 28, 52
 
 
-@dataclass(frozen=True)
-class Plot:
-    """Quality against latency (logarithmic), in SVG coordinates: ticks (place, text), marks (x, y, text, point).
+def plot(bench: Mapping[str, Any], points: Sequence[BenchPoint], width: int) -> dict[str, Any]:
+    """Quality against latency (logarithmic), in SVG coordinates: ticks (place, text), marks (x, y, text, point)."""
+    metric = str(bench["metric"])
+    left = math.log10(min(p.latency for p in points)) - 0.06
+    right = math.log10(max(p.latency for p in points)) + 0.06
+    worst, best = min(p.quality for p in points), max(p.quality for p in points)
+    pad = max(0.08 * (best - worst), 0.002 * max(abs(best), 1e-9))
+    bottom, top = worst - pad, best + pad
 
-    Attributes:
-        width: of the plot.
-        x_ticks: of latency.
-        y_ticks: of quality.
-        marks: of the points.
-        frontier: coordinates of its line.
-        description: the plot in text.
-    """
+    def x(latency: float) -> float:
+        return LEFT + (math.log10(latency) - left) / (right - left) * (width - LEFT - RIGHT)
 
-    width: int
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    marks: list[tuple[float, float, str, BenchPoint]]
-    frontier: list[tuple[float, float]]
-    description: str
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
 
-    @classmethod
-    def of(cls, bench: Mapping[str, Any], points: Sequence[BenchPoint], width: int) -> Plot:
-        """The plot of these points."""
-        metric = str(bench["metric"])
-        left = math.log10(min(p.latency for p in points)) - 0.06
-        right = math.log10(max(p.latency for p in points)) + 0.06
-        worst, best = min(p.quality for p in points), max(p.quality for p in points)
-        pad = max(0.08 * (best - worst), 0.002 * max(abs(best), 1e-9))
-        bottom, top = worst - pad, best + pad
-
-        def x(latency: float) -> float:
-            return LEFT + (math.log10(latency) - left) / (right - left) * (width - LEFT - RIGHT)
-
-        def y(value: float) -> float:
-            return HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
-
-        scale, unit = (100, "%") if metric in FRACTIONS else (1, "")
-        edge = frontier(points, metric in HIGHER_IS_BETTER)
-        texts = [f"{p.model} {RUNTIMES[p.runtime]} {quality(p.quality, metric)} {p.latency:.2f} ms" for p in edge]
-        return cls(
-            width,
-            [(x(t), f"{t:g}") for t in _on_log(10**left, 10**right, (width - LEFT - RIGHT) // 36)],
-            [(y(v / scale), f"{v:.{decimals}f}{unit}") for v, decimals in _even(scale * bottom, scale * top, 6)],
-            [
-                (x(p.latency), y(p.quality),
-                 f"{p.model}, {RUNTIMES[p.runtime]}: {quality(p.quality, metric)}, {p.latency:.2f} ms", p)
-                for p in points
-            ],
-            [(x(p.latency), y(p.quality)) for p in edge],
-            f"{metric} against latency. On the frontier: {'; '.join(texts)}.",
-        )  # fmt: skip
+    scale, unit = (100, "%") if metric in FRACTIONS else (1, "")
+    edge = frontier(points, metric in HIGHER_IS_BETTER)
+    texts = [f"{p.model} {RUNTIMES[p.runtime]} {quality(p.quality, metric)} {p.latency:.2f} ms" for p in edge]
+    return {
+        "width": width,
+        "x_ticks": [(x(t), f"{t:g}") for t in _on_log(10**left, 10**right, (width - LEFT - RIGHT) // 36)],
+        "y_ticks": [(y(v / scale), f"{v:.{digits}f}{unit}") for v, digits in _even(scale * bottom, scale * top, 6)],
+        "marks": [
+            (x(p.latency), y(p.quality),
+             f"{p.model}, {RUNTIMES[p.runtime]}: {quality(p.quality, metric)}, {p.latency:.2f} ms", p)
+            for p in points
+        ],
+        "frontier": [(x(p.latency), y(p.quality)) for p in edge],
+        "description": f"{metric} against latency. On the frontier: {'; '.join(texts)}.",
+    }  # fmt: skip
 
 
 def _on_log(low: float, high: float, most: int) -> list[float]:

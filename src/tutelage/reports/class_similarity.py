@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -130,37 +129,19 @@ def similarities_of(run: RunRecord) -> dict[str, ClassSimilarity]:
 # The panel of a run -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TemperatureView:
-    """Text and table of a temperature: for each pair of classes, share and rank by model."""
+def similarity_panel(run: RunRecord) -> dict[str, Any] | None:
+    """The variables of a run's panel; ``None`` where it has no similarities, or one class.
 
-    temperature: str
-    is_preset: bool
-    text: str
-    columns: list[str]
-    pairs: list[tuple[str, list[tuple[str, int | None]]]]
-
-
-@dataclass(frozen=True)
-class SimilarityPanel:
-    """The class similarities of a run; ``heatmaps`` is empty where there are too many classes to store them."""
-
-    label: str
-    note: str
-    controls: Sequence[Control] = ()
-    heatmaps: Sequence[Figure] = ()
-    views: Sequence[TemperatureView] = ()
-
-
-def similarity_panel(run: RunRecord) -> SimilarityPanel | None:
-    """The panel of a run; ``None`` where it has no similarities, or one class."""
+    Its ``heatmaps`` are missing where there are too many classes to store them. Its ``views`` have text and table of
+    each temperature: for each pair of classes, share and rank by model.
+    """
     teacher = run.similarity.get("teacher")
     if teacher is None or teacher["classes"] < 2:
         return None
     similarities = similarities_of(run)
     if not similarities:
         note = f"This run has {count(teacher['classes'])} classes, too many to store their similarities."
-        return SimilarityPanel(run.label, note)
+        return {"label": run.label, "note": note, "heatmaps": []}
     classes, names = class_names(run, teacher["classes"]), model_names(run.summary)
     temperature = recipe_temperature(run)
     preset = min(similarities, key=lambda t: abs(math.log(float(t) / temperature)))
@@ -168,13 +149,22 @@ def similarity_panel(run: RunRecord) -> SimilarityPanel | None:
     seeds = max(len(values) for at in similarities.values() for values in [*at.correlations.values(), {}])
     note = f"1/C is {percent(1 / len(classes), 2)} here."
     note += f" Students: mean over {seeds} seeds." if seeds > 1 else ""
-    return SimilarityPanel(
-        run.label, note,
-        [Control("T", choices, preset, radios=True),
-         Control("colours", {"one colour scale for all": "one", "one for each": "own"})],
-        [_heatmap(role, names[role], similarities, classes, preset) for role in similarities[preset].mean],
-        [_temperature_view(t, t == preset, at, classes, names) for t, at in similarities.items()],
-    )  # fmt: skip
+    return {
+        "label": run.label,
+        "note": note,
+        "controls": [
+            Control("T", choices, preset, radios=True),
+            Control("colours", {"one colour scale for all": "one", "one for each": "own"}),
+        ],
+        "heatmaps": [
+            _heatmap(role, names[role], similarities, classes, preset) for role in similarities[preset].mean
+        ],
+        "views": [
+            {"temperature": t, "is_preset": t == preset, "text": similarity_text(at, t, classes, names)}
+            | _pair_table(at, classes)
+            for t, at in similarities.items()
+        ],
+    }
 
 
 def _heatmap(
@@ -244,9 +234,7 @@ def _distinct(texts: Sequence[str]) -> list[str]:
     return list(distinct)
 
 
-def _temperature_view(
-    t: str, is_preset: bool, at: ClassSimilarity, classes: Sequence[str], names: Mapping[str, str]
-) -> TemperatureView:
+def _pair_table(at: ClassSimilarity, classes: Sequence[str]) -> dict[str, Any]:
     ranks = {
         role: {pair: rank for rank, pair in enumerate(_pairs_by_value(matrix), 1)} for role, matrix in at.mean.items()
     }
@@ -260,7 +248,7 @@ def _temperature_view(
         for pair in at.closest(PAIRS)
     ]
     columns = ["Pair", *(role.capitalize() + ("" if role == "teacher" else ", rank") for role in at.mean)]
-    return TemperatureView(t, is_preset, similarity_text(at, t, classes, names), columns, pairs)
+    return {"columns": columns, "pairs": pairs}
 
 
 def similarity_text(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tutelage.reports.results import model_names
@@ -18,54 +17,41 @@ VERDICTS = {
 """By the verdicts on the first of a pair in the two orders, sorted."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A text of a model."""
-
-    role: str
-    name: str
-    text: str
-    is_preferred: bool = False
+Prompts = list[dict[str, Any]]
+"""For the template: ``text``, ``answers`` (role, name, text, is_preferred) and ``verdicts`` as sentences."""
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, its answers, and verdicts as sentences."""
-
-    text: str
-    answers: list[Answer]
-    verdicts: list[str] = field(default_factory=list)
-
-
-def generated_prompts(run: RunRecord) -> list[Prompt]:
+def generated_prompts(run: RunRecord) -> Prompts:
     """Test texts with the continuation of each model and that in the data."""
     generations = run.generations
     assert generations is not None
-    names = model_names(run.summary)
+    names = {model: model_names(run.summary).get(model, model) for model in generations["models"]}
     return [
-        Prompt(
-            text["prompt"],
-            [
-                *(Answer(model, names.get(model, model), text[model]) for model in generations["models"]),
-                Answer("other", "in the data", text["data"]),
+        {
+            "text": text["prompt"], "verdicts": [],
+            "answers": [
+                *({"role": model, "name": name, "text": text[model], "is_preferred": False}
+                  for model, name in names.items()),
+                {"role": "other", "name": "in the data", "text": text["data"], "is_preferred": False},
             ],
-        )
+        }
         for text in generations["texts"]
-    ]
+    ]  # fmt: skip
 
 
-def judged_prompts(judgement: Mapping[str, Any]) -> list[Prompt]:
+def judged_prompts(judgement: Mapping[str, Any]) -> Prompts:
     """Prompts with their answers and the verdicts on each pair."""
     pairs = {" / ".join(pair["pair"]): pair["pair"] for pair in judgement["pairs"]}
     prompts = []
     for sample in judgement["samples"]:
         verdicts = [(pairs[name], orders) for name, orders in sample["verdicts"].items() if name in pairs]
         answers = [
-            Answer(judgement["roles"].get(name, "baseline"), name, text, _is_preferred(name, verdicts))
+            {"role": judgement["roles"].get(name, "baseline"), "name": name, "text": text,
+             "is_preferred": _is_preferred(name, verdicts)}
             for name, text in sample["answers"].items()
-        ]
+        ]  # fmt: skip
         texts = [verdict_text(pair, orders) for pair, orders in verdicts]
-        prompts.append(Prompt(_conversation(sample["messages"]), answers, texts))
+        prompts.append({"text": _conversation(sample["messages"]), "answers": answers, "verdicts": texts})
     return prompts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -13,37 +12,6 @@ from tutelage.reports.formatting import count, percent
 from tutelage.reports.plotting import ROLES
 from tutelage.reports.results import model_names
 from tutelage.reports.run_files import RunRecord
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The top class of a model; ``is_right`` is ``None`` for a sample without a label."""
-
-    role: str
-    label: str
-    probability: str
-    is_right: bool | None
-
-
-@dataclass(frozen=True)
-class SampleCard:
-    """A sample to choose."""
-
-    row: int
-    label: str
-    predictions: list[Prediction]
-    do_agree: bool
-    image: str | None
-    text: str
-
-
-@dataclass(frozen=True)
-class Explorer:
-    """The form of a run: samples to choose, the temperature of the recipe, and the data for ``explorer.js``."""
-
-    cards: list[SampleCard]
-    temperature: float
-    data: dict[str, Any]
 
 
 def recipe_temperature(run: RunRecord) -> float:
@@ -61,8 +29,8 @@ def class_names(run: RunRecord, classes: int) -> list[str]:
     return [known[i] if i < len(known) else f"class {i}" for i in range(classes)]
 
 
-def explorer_of(run: RunRecord) -> Explorer:
-    """The explorer of a run that stored samples."""
+def explorer_of(run: RunRecord) -> dict[str, Any]:
+    """The form of a run that stored samples: samples to choose, the recipe's T, and the data for ``explorer.js``."""
     stored = run.samples
     assert stored is not None
     names, labels = class_names(run, len(stored["by_class"]["n"])), model_names(run.summary)
@@ -76,18 +44,23 @@ def explorer_of(run: RunRecord) -> Explorer:
         ],
     }  # fmt: skip
     cards = [_card(sample, (stored["reference"], stored["student"]), names) for sample in stored["samples"]]
-    return Explorer(cards, recipe_temperature(run), data)
+    return {"cards": cards, "temperature": recipe_temperature(run), "data": data}
 
 
-def _card(sample: Mapping[str, Any], models: Sequence[str], names: Sequence[str]) -> SampleCard:
+def _card(sample: Mapping[str, Any], models: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """A sample to choose, with the top class of each model; ``is_right`` is ``None`` without a label."""
     tops = {role: _top_class(sample["logits"][role]) for role in models}
     label = sample["label"]
-    predictions = [
-        Prediction(role, names[k], percent(p), None if label is None else k == label) for role, (k, p) in tops.items()
-    ]
-    name = "no label" if label is None else names[label]
-    do_agree = len({k for k, _ in tops.values()}) == 1
-    return SampleCard(sample["row"], name, predictions, do_agree, sample["image"], sample["text"] or "")
+    return {
+        "row": sample["row"], "image": sample["image"], "text": sample["text"] or "",
+        "label": "no label" if label is None else names[label],
+        "do_agree": len({k for k, _ in tops.values()}) == 1,
+        "predictions": [
+            {"role": role, "label": names[k], "probability": percent(p),
+             "is_right": None if label is None else k == label}
+            for role, (k, p) in tops.items()
+        ],
+    }  # fmt: skip
 
 
 def _top_class(logits: Sequence[float]) -> tuple[int, float]:
