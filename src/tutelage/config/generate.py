@@ -21,33 +21,34 @@ Range = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
 class EndpointConfig(Section):
-    """A server that speaks OpenAI's chat completions: hosted, vLLM, llama.cpp, `transformers serve` ..."""
+    """A server with OpenAI's chat completions API: hosted, vLLM, llama.cpp, `transformers serve` ..."""
 
     url: str
-    """Where ``/chat/completions`` is, most often ending in ``/v1``. A login in it is used and never written down."""
+    """Address in front of ``/chat/completions``, usually ending in ``/v1``. A login in it is used and never
+    stored."""
     model: str
-    """The model's name, as the server knows it."""
+    """Name of the model on the server."""
     key_env: str | None = None
-    """Name of the environment variable that holds the key, which never stands in a recipe. Default: none is sent."""
+    """Name of the environment variable with the API key; a recipe never holds a key. Default: no key is sent."""
     api: Literal["live", "batch"] = "live"
-    """``batch``: by files that are sent up, polled for and fetched, at half the price and within a day."""
+    """``batch``: requests are uploaded as files, polled and downloaded, at half the price and within a day."""
     concurrency: Count = 16
-    """The most requests in flight. The first goes alone; fewer where the server is overloaded."""
+    """Most requests in flight. The first request is sent alone; an overloaded server gets fewer."""
     requests_per_minute: Count | None = None
-    """The provider's limit on requests."""
+    """The provider's limit on requests. Default: none."""
     tokens_per_minute: Count | None = None
-    """The provider's limit on tokens; a request counts with a quarter of its bytes and all ``max_tokens``."""
+    """The provider's limit on tokens; a request counts a quarter of its bytes plus all of ``max_tokens``. Default:
+    none."""
     timeout: Positive = 120.0
-    """Seconds that one request may take in all, however slowly it drips."""
+    """Timeout of a request in seconds, all chunks of the answer included."""
     attempts: Count = 6
-    """The most calls for one request, before it is set aside."""
+    """Most calls for one request, after which it is set aside."""
     max_retry_time: Positive = 300.0
-    """Seconds without any answer after which a server that fails call after call is given up; a tenth of it for one
-    that never answered."""
+    """Seconds of failed calls after which the run stops; a tenth of it if the server never answered."""
     poll: Positive = 30.0
-    """Seconds between looks at a batch."""
+    """Seconds between status requests of a batch."""
     limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the server calls ``sampling.max_tokens``."""
+    """The server's name for ``sampling.max_tokens``."""
 
     _login: tuple[str, str] | None = PrivateAttr(default=None)
 
@@ -81,16 +82,16 @@ class EndpointConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How the model draws its answers."""
+    """How the model samples its answers."""
 
     temperature: NotNegative | None = 0.7
-    """Of the model's distribution; ``null`` leaves it to the server."""
+    """Sampling temperature; ``null``: the server's default."""
     top_p: Fraction | None = None
-    """Draw from the smallest set of tokens with this mass. Default: the server's."""
+    """Nucleus sampling: sample from the smallest set of tokens with this probability mass. Default: the server's."""
     max_tokens: Count = 512
-    """The most tokens of an answer. Budgets reckon with all of them before asking."""
+    """Most tokens of an answer. Budgets count all of them before a request is sent."""
     stop: list[str] | None = None
-    """Texts at which an answer ends."""
+    """Strings that end an answer."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request, such as ``{top_k: 40}``."""
 
@@ -101,55 +102,57 @@ class SamplingConfig(Section):
 
 
 class PriceConfig(Section):
-    """What a model's tokens cost, a million, in any currency."""
+    """Price of a model's tokens, per million, in any currency."""
 
     input: NotNegative
-    """A million tokens of prompts."""
+    """Price of a million prompt tokens."""
     output: NotNegative
-    """A million tokens of answers."""
+    """Price of a million answer tokens."""
 
 
 class BudgetConfig(Section):
-    """What may be spent, over all runs with one journal: no request is sent that could exceed it."""
+    """Limits over all runs that share a journal. No request is sent that could exceed one."""
 
     max_requests: Count | None = None
-    """Calls, failed ones included."""
+    """Most calls, failed ones included."""
     max_tokens: Count | None = None
-    """Tokens of prompts and answers."""
+    """Most tokens of prompts and answers together."""
     max_cost: Positive | None = None
-    """Money, by ``prices``."""
+    """Most money, by ``prices``."""
     prices: dict[str, PriceConfig] = Field(default_factory=dict)
-    """By name of the model, such as ``{small: {input: 0.15, output: 0.60}}``."""
+    """Prices by model name, such as ``{small: {input: 0.15, output: 0.60}}``."""
 
 
 class DecontaminateConfig(Section):
-    """A file whose texts must not get into the training data."""
+    """A file of evaluation texts that must not get into the training data."""
 
     path: str
-    """Texts to evaluate on: ``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.txt``. All columns of text count."""
+    """The texts: ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt``. All text columns count."""
     words: Count = 10
-    """Items that share so many words in a row with one of its texts are rejected; shorter texts, if held whole."""
+    """Items that share this many consecutive words with one of the texts are rejected; of a shorter text, all its
+    words."""
 
 
 class QualityConfig(Section):
-    """What is kept. Changing it reads the journal again and pays for nothing."""
+    """Which items are kept. A change re-reads the journal and sends no request."""
 
     instruction_words: Range = Field(default_factory=lambda: [3, 200])
     """Fewest and most words of an instruction."""
     answer_words: Range = Field(default_factory=lambda: [1, 2000])
     """Fewest and most words of an answer."""
     language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None = None
-    """Two letters, as in ``en``: texts in another language are rejected; those below five words are not judged."""
+    """Two-letter language code, such as ``en``. Texts in another language are rejected; texts below five words are
+    not checked. Default: any language."""
     refusals: bool = False
     """Keep answers that refuse."""
     truncated: bool = False
-    """Keep answers that ran into ``max_tokens``."""
+    """Keep answers that were cut off at ``max_tokens``."""
     banned: list[str] = Field(default_factory=list)
-    """Regular expressions, whatever their case, that neither instruction nor answer may hold."""
+    """Regular expressions, case-insensitive, that neither instruction nor answer may contain."""
     dedup_threshold: Fraction | None = 0.7
-    """Instructions with a ROUGE-L of this or more to one kept before are rejected; ``null``: only equal ones."""
+    """Reject an instruction whose ROUGE-L with an earlier kept one is at least this; ``null``: only equal ones."""
     decontaminate: DecontaminateConfig | None = None
-    """What must not get into the data."""
+    """Texts that must not get into the data. See below."""
 
     def misfits(self) -> Iterator[tuple[str, str]]:
         """Wrong ranges and patterns."""
@@ -199,21 +202,21 @@ Reply with a whole number from 1 (useless) to 10 (excellent), and nothing else."
 
 
 class BestConfig(Section):
-    """Which of several samples is kept."""
+    """How one of several samples is selected."""
 
     by: Literal["judge", "consistency"]
-    """``judge``: that with the highest score. ``consistency``: that of the most frequent result."""
+    """``judge``: the sample with the highest score. ``consistency``: a sample with the most frequent result."""
     judge: EndpointConfig | None = None
-    """Who judges. Default: the teacher itself."""
+    """Endpoint of the judge. Default: the teacher."""
     template: str = JUDGE
     """Template of the judge's prompt, with ``prompt`` and ``answer``."""
     score: str = r"\b(10|[1-9])\b"
-    """A regular expression whose first group, where it first matches, is the score."""
+    """Regular expression; the first group of its first match is the score."""
     sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.0, max_tokens=8))
     """Sampling of the judge."""
     extract: str | None = None
-    """``consistency``: a regular expression whose first group, where it last matches, is an answer's result. Default:
-    there is none, and the answer that is most like all others by ROUGE-L is kept."""
+    """For ``consistency``: regular expression; the first group of its last match is the result of an answer. Default:
+    no result, and the answer most similar to all others by ROUGE-L is kept."""
 
     def misfits(self) -> Iterator[tuple[str, str]]:
         """Wrong patterns."""
@@ -223,30 +226,31 @@ class BestConfig(Section):
 
 
 class GenerateConfig(Section):
-    """What `tutelage generate` asks an endpoint for; a run takes no notice of it. Keys of all kinds:"""
+    """Settings of `tutelage generate`; `tutelage run` ignores this section. Keys of all kinds:"""
 
     endpoint: EndpointConfig
     """The teacher. See below."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    """How answers are drawn. See below."""
+    """Sampling of the answers. See below."""
     system: str | None = None
-    """A Jinja template of the system message. Default: none is sent."""
+    """Jinja template of the system message. Default: no system message."""
     user: str = "{{ prompt }}"
-    """A Jinja template of the user's message."""
+    """Jinja template of the user message."""
     samples: Count = 1
-    """Answers to each prompt. All are kept unless ``best`` chooses."""
+    """Number of answers to each prompt. All are kept unless ``best`` selects one."""
     best: BestConfig | None = None
-    """How one of the samples is chosen. See below."""
+    """How one of the samples is selected. See below."""
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
-    """What may be spent. See below."""
+    """Limits on requests, tokens and money. See below."""
     quality: QualityConfig = Field(default_factory=QualityConfig)
-    """What is kept. See below."""
+    """Which items are kept. See below."""
     held_out: CountOrZero = 0
-    """Prompts whose conversations go to ``data/test``, away from those to learn from; drawn by what they say."""
+    """Number of prompts whose conversations go to ``data/test`` and not to the training data; a hash of the prompt's
+    text selects them."""
     format: Literal["parquet", "jsonl"] = "parquet"
-    """Of the files of kept conversations."""
+    """File format of the kept conversations."""
     seed: Seed = 0
-    """Of which examples and operations are drawn."""
+    """Seed that selects examples and operations."""
 
     def misfits(self) -> Iterator[tuple[str, str]]:
         """A choice among one sample, or models without a price."""
@@ -262,8 +266,8 @@ class AnswerConfig(GenerateConfig):
     kind: Literal["answer"] = "answer"
     """What is generated."""
     prompts: str
-    """A file of prompts: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet``, whose columns templates can name, or
-    ``.txt`` with a ``prompt`` a line. A column ``id`` names them."""
+    """A file of prompts: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet``, whose columns templates can use, or
+    ``.txt`` with one ``prompt`` per line. A column ``id`` identifies the prompts."""
 
 
 INSTRUCT = """\
@@ -277,26 +281,26 @@ on, without solutions."""
 
 
 class SelfInstructConfig(GenerateConfig):
-    """New instructions in the manner of a few examples, and answers to them (Wang et al., 2023)."""
+    """New instructions in the style of a few examples, and answers to them (Wang et al., 2023)."""
 
     kind: Literal["self-instruct"] = "self-instruct"
     """What is generated."""
     seeds: str | None = None
-    """A file of tasks with a column ``instruction``. Default: the 72 that come with tutelage."""
+    """A file of tasks with a column ``instruction``. Default: the 72 tasks of the package."""
     count: Count = 1000
-    """New instructions to keep, before they are answered."""
+    """Number of new instructions to keep, before they are answered."""
     instruct: str = INSTRUCT
     """Template of the prompt for new tasks, with ``examples``, a list of tasks, and ``number``."""
     instruct_sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=1.0))
-    """How instructions are drawn."""
+    """Sampling of the instructions."""
     examples: Count = 8
-    """Tasks that each request shows: three of four from the seeds, the others from those that were kept."""
+    """Number of example tasks in each request: three of four are seeds, the others are kept new tasks."""
     number: Count = 8
-    """Tasks that each request asks for."""
+    """Number of new tasks that each request asks for."""
     each_round: Count = 32
-    """Requests that are sent at a time, all with examples from what was kept before."""
+    """Number of requests of a round; all take their examples from the tasks kept before the round."""
     rounds: Count = 1000
-    """The most rounds. Five in a row without a new instruction end it too."""
+    """Most rounds. Five consecutive rounds without a new instruction also end the generation."""
 
 
 DEEPEN = {
@@ -324,22 +328,23 @@ Task:
 
 
 class EvolveConfig(GenerateConfig):
-    """Instructions that get harder or branch off, round by round, and answers to all (Xu et al., 2024)."""
+    """Instructions that get harder or branch off, round by round, and answers to all of them (Xu et al., 2024)."""
 
     kind: Literal["evolve"] = "evolve"
     """What is generated."""
     prompts: str | None = None
-    """A file of tasks with a column ``instruction``. Default: the 72 that come with tutelage."""
+    """A file of tasks with a column ``instruction``. Default: the 72 tasks of the package."""
     rounds: Count = 3
-    """How often each task is evolved. One whose evolution failed is tried again from where it stood."""
+    """Number of evolutions of each task. A task whose evolution failed is tried again from its last version."""
     operations: Annotated[dict[str, str], Field(min_length=1)] = Field(
         default_factory=lambda: {
             **{name: DEEPENED.format(how=how) for name, how in DEEPEN.items()}, "broaden": BROADEN,
         }
     )  # fmt: skip
-    """Templates by name, drawn evenly; each has ``instruction``. Default: five in depth and one in breadth."""
+    """Templates by name, selected with equal probability; each uses ``instruction``. Default: five in-depth
+    operations and one in-breadth operation."""
     evolve_sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=1.0))
-    """How instructions are drawn."""
+    """Sampling of the instructions."""
 
 
 FOLLOW_UP = """\
@@ -353,20 +358,20 @@ sentences. Reply with the user's words alone."""
 
 
 class ConversationConfig(GenerateConfig):
-    """Conversations of several turns, in which the teacher also speaks for the user."""
+    """Conversations of several turns, in which the teacher also writes the user's messages."""
 
     kind: Literal["conversation"] = "conversation"
     """What is generated."""
     prompts: str
     """A file of first messages, as in ``kind: answer``."""
     turns: Annotated[int, Field(ge=2)] = 3
-    """Answers in each conversation."""
+    """Number of answers in each conversation."""
     follow_up: str = FOLLOW_UP
     """Template of the prompt for the user's next message, with ``messages``, each with ``role`` and ``content``."""
     follow_up_sampling: SamplingConfig = Field(
         default_factory=lambda: SamplingConfig(temperature=1.0, max_tokens=128)
     )
-    """How the user's messages are drawn."""
+    """Sampling of the user's messages."""
 
     def misfits(self) -> Iterator[tuple[str, str]]:
         """Several answers to go on from."""

@@ -38,7 +38,8 @@ GIVEN = "given"
 
 
 class JudgeConfig(Section):
-    """What `tutelage judge` compares: answers to held-out prompts, two by two, each pair in both orders."""
+    """Settings of `tutelage judge`, which compares answers to held-out prompts, two by two, each pair in both
+    orders."""
 
     endpoint: EndpointConfig
     """The judge. Keys as in ``generate.endpoint``."""
@@ -46,20 +47,20 @@ class JudgeConfig(Section):
     """A file of conversations, as ``generate`` writes them, or of prompts: ``.jsonl``, ``.json``, ``.csv``,
     ``.parquet``, ``.txt``."""
     answers: Annotated[dict[str, str], Field(min_length=2)]
-    """Who answers, by name: a language model with its tokenizer, as ``{after: hf:runs/mine/student}``, or ``given``:
-    the last answers in the file, which are the teacher's."""
+    """The models to compare, by name: a language model with its tokenizer, as in ``{after: hf:runs/mine/student}``,
+    or ``given``: the last answers in the file, which are the teacher's."""
     count: Count = 100
-    """Prompts, the first of the file."""
+    """Number of prompts, from the start of the file."""
     max_tokens: Count = 192
-    """Of an answer. The most likely token is taken each time."""
+    """Most tokens of an answer. Decoding is greedy."""
     template: str = VERDICT
     """Template of the judge's prompt, with ``prompt``, ``first`` and ``second``."""
     choice: str = r"\b(A|B|[Tt]ie)\b"
-    """A regular expression whose first group, where it first matches, is the verdict: A, B; all else is a tie."""
+    """Regular expression; the first group of its first match is the verdict: A or B; anything else is a tie."""
     sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.0, max_tokens=8))
-    """How the judge answers. Keys as in ``generate.sampling``."""
+    """Sampling of the judge. Keys as in ``generate.sampling``."""
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
-    """What may be spent. Keys as in ``generate.budget``."""
+    """Limits on requests, tokens and money. Keys as in ``generate.budget``."""
 
     def misfits(self) -> Iterator[tuple[str, str]]:
         """A wrong pattern, a model without a price, or answers that cannot be compared."""

@@ -24,32 +24,32 @@ from tutelage.errors import ConfigError, shorten
 
 
 class Recipe(Section):
-    """One comparison: a baseline student, and by a method, most often with a teacher."""
+    """One comparison: a baseline student and a distilled one, usually with a teacher."""
 
     name: RecipeName
     data: Annotated[DataConfig | TextDataConfig, Field(discriminator="kind")]
     workflow: Annotated[BornAgainConfig | AssistantChainConfig, Field(discriminator="kind")] | None = None
-    """What trains more than once. Default: one comparison."""
+    """Several trainings in a row: born-again generations or a chain of assistants. Default: one comparison."""
     teacher: TeacherConfig | None = None
-    """See below. ``null``, or left out, for a method that needs none, where students are compared with a teacher all
-    the same if there is one; and for ``workflow: born-again``."""
+    """See below. Optional for methods that need no teacher (students are compared with it if there is one), and left
+    out for ``workflow: born-again``."""
     student: StudentConfig
     method: Annotated[AnyMethod, Field(discriminator="kind")]
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Seeds of initialisation, order and views; each trains its own students. The teacher is trained once."""
     baseline: bool = True
-    """Train the baseline student too, with the same budget, for the comparison."""
+    """Also train the baseline student, with the same budget, for the comparison."""
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
-    """What is kept of the test split, sample by sample, for the page. See below."""
+    """Outputs on single test samples for the page. See below."""
     evaluate: EvaluateConfig | None = None
-    """By what language models are scored in the end, beside the test split. See below."""
+    """Tasks that score the final language models, in addition to the test split. See below."""
     search: SearchConfig | None = None
-    """What ``tutelage search`` tries. See below."""
+    """Search space and trials of ``tutelage search``. See below."""
     generate: Annotated[Generations, Field(discriminator="kind")] | None = None
-    """What ``tutelage generate`` asks an endpoint for. A recipe for that alone needs no other key. See below."""
+    """Settings of ``tutelage generate``. A recipe with only this section needs no other key. See below."""
     judge: JudgeConfig | None = None
-    """What ``tutelage judge`` compares. A recipe for that alone needs no other key. See below."""
+    """Settings of ``tutelage judge``. A recipe with only this section needs no other key. See below."""
 
     def misfits(self) -> Iterator[tuple[str, str]]:
         """Sections that do not go together."""

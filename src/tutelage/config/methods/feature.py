@@ -16,7 +16,7 @@ FeatureLossName = Annotated[str, known("loss", FEATURE_LOSSES)]
 
 
 class PairOptions(Section):
-    """Two modules whose outputs are compared. Keys that are left out are taken from the method."""
+    """Two modules whose outputs are compared. Missing keys are taken from the method."""
 
     student: str
     """Tap of the student, such as ``stages.1``; ``head:input`` for the input of a module."""
@@ -52,16 +52,16 @@ class FeatureOptions(SoftLabelOptions):
     kind: Literal["feature"] = "feature"
     """The loss compares hidden states of teacher and student, and their logits."""
     pairs: Annotated[list[PairOptions] | None, auto_or_list("pairs", "[{student: PATH, teacher: PATH}, ...]")] = None
-    """``auto``, the default: the pairs of the loss's paper, as in the table of losses below. Or a list of
-    ``{student: TAP, teacher: TAP}``, each of which may have its own ``loss``, ``weight``, ``projector``, ``norm`` and
-    ``options``. ``tutelage taps RECIPE`` lists all taps."""
+    """``auto``, the default: the pairs of the loss's paper, as in the table of losses below. Or a list of ``{student:
+    TAP, teacher: TAP}``, each with its own ``loss``, ``weight``, ``projector``, ``norm`` and ``options`` if needed.
+    ``tutelage taps RECIPE`` lists all taps."""
     loss: FeatureLossName = "hint"
-    """One of the table of losses below."""
+    """A loss of the table below."""
     weight: NotNegative | None = None
-    """Weight of each pair. Default: the published one of the loss, as the run prints it."""
+    """Weight of each pair. Default: the loss's published weight, which the run prints."""
     projector: Literal[PROJECTORS] = "auto"  # type: ignore[valid-type]
-    """For ``hint``: gives the student's feature the teacher's channels. ``auto``: a linear one (``conv1x1`` on maps)
-    if they differ. Sizes are matched by pooling or interpolation."""
+    """For ``hint``: maps the student's feature to the teacher's channels. ``auto``: linear (``conv1x1`` on maps) if
+    the channels differ. Pooling or interpolation matches sizes."""
     norm: bool = False
     """Batch norm after the projector."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -98,7 +98,7 @@ class FeatureOptions(SoftLabelOptions):
 
 
 class SimkdOptions(SoftLabelOptions):
-    """SimKD: the student's features, projected, go through the teacher's own classifier."""
+    """SimKD: the student's projected features go through the teacher's own classifier."""
 
     kind: Literal["simkd"] = "simkd"
     """The student gets a projector and the teacher's classifier in place of its own head, and is exported with
@@ -110,6 +110,6 @@ class SimkdOptions(SoftLabelOptions):
     weight: NotNegative = 1.0
     """Weight of the squared distance to the teacher's features."""
     factor: Count = 2
-    """The middle layer of the projector has the width of the teacher's features divided by this."""
+    """Divisor of the width of the teacher's features, which gives the width of the projector's middle layer."""
     variant: Literal["authors", "paper"] = "authors"
-    """``authors``: mean over elements, to which the published numbers and weight 1 belong; ``paper``: their sum."""
+    """``authors``: mean over elements, for the published numbers and weight 1; ``paper``: sum over elements."""

@@ -17,10 +17,10 @@ def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
 
 
 class SoftLabelOptions(MethodOptions):
-    """The soft labels and the hard labels, which several methods have."""
+    """Soft labels and hard labels: the keys of several methods."""
 
     temperature: Positive | None = None
-    """T, of teacher and student. Default: 4 for ``binary_kd``, ``dkd``, ``kd`` and ``soft_cross_entropy``, else 1;
+    """T of teacher and student. Default: 4 for ``binary_kd``, ``dkd``, ``kd`` and ``soft_cross_entropy``, else 1;
     ``mse``, ``margin_mse`` and ``mlkd`` have none."""
     alpha: NotNegative = 0.9
     """Weight of the soft labels; at most 1 unless ``hard`` is given."""
@@ -28,8 +28,8 @@ class SoftLabelOptions(MethodOptions):
     """Weight of the hard labels. Default: 1 - alpha."""
     soft: Annotated[str, known("soft loss", LOGIT_LOSSES)] = "kd"
     """The loss on logits: ``dist``, ``dkd``, ``js``, ``kd``, ``mlkd``, ``mse``, ``reverse_kl``, ``skew_kl``,
-    ``soft_cross_entropy`` or ``tvd``. For several labels ``binary_kd`` or ``mse``, for numbers ``mse``, and
-    ``margin_mse`` for a query's scores of passages, the relevant one first."""
+    ``soft_cross_entropy`` or ``tvd``; for task ``multi-label`` ``binary_kd`` or ``mse``, for ``regression`` ``mse``,
+    for ``ranking`` ``margin_mse``."""
     soft_options: Annotated[dict[str, Any], AfterValidator(_without_nulls)] = Field(default_factory=dict)
     """Options of that loss: ``alpha`` and ``beta`` of dkd, ``standardize`` of kd, ``beta`` and ``gamma`` of dist."""
 

@@ -39,11 +39,11 @@ class MutualOptions(MethodOptions):
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["mutual"] = "mutual"
-    """The student learns from peers that train with it; a teacher, if there is one, is only compared with."""
+    """The student learns from peers that train with it. A teacher is used for comparison only."""
     peers: Annotated[list[Peer], BeforeValidator(_peers)] = 1  # type: ignore[assignment]
-    """The other students: a number of copies of the student's architecture with other initialisations, or a list of
-    models such as ``[{model: convnet, options: {widths: [8, 16]}}, mlp]``, where ``null`` is a copy. Default: one
-    copy, so two students in all."""
+    """The other students: a number of copies of the student's architecture, each with its own initialisation, or a
+    list of models such as ``[{model: convnet, options: {widths: [8, 16]}}, mlp]``; ``null`` is a copy. Default: one
+    copy."""
     temperature: Positive = 1.0
     """T of all students."""
     weight: NotNegative = 1.0
@@ -51,54 +51,55 @@ class MutualOptions(MethodOptions):
     target: Literal["each", "mean"] = "each"
     """``each``: the mean of the losses to each peer; ``mean``: the loss to the mean of their probabilities."""
     refresh: Count | None = None
-    """Learn from copies of the peers that are updated every so many steps. Default: from the peers themselves."""
+    """Number of steps between updates of the copies of the peers that serve as targets. Default: the peers themselves
+    are the targets."""
     burn_in: BelowOne = 0.0
-    """Share of the steps with the labels alone."""
+    """Share of the steps that train with the labels only, before the loss to the peers starts."""
 
 
 class ByotOptions(MethodOptions):
     """Be your own teacher: exits at the student's stages learn from the labels and from its own deepest classifier.
-    Exits are trained along, measured and not exported."""
+    Exits are trained and measured, but not exported."""
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["byot"] = "byot"
-    """The network is its own teacher; a teacher, if there is one, is only compared with."""
+    """The network is its own teacher. A separate teacher is used for comparison only."""
     exits: Annotated[list[str] | None, auto_or_list("taps", "for example [stages.0, stages.1]")] = None
-    """``auto``, the default: the last feature map of each resolution but the deepest. Or a list of taps, as
-    ``tutelage taps RECIPE`` shows them."""
+    """``auto``, the default: the last feature map of each resolution except the deepest. Or a list of taps, as
+    ``tutelage taps RECIPE`` lists them."""
     alpha: Fraction = 0.3
-    """Of an exit: (1 - alpha) * CE + alpha * KL to the deepest, without T^2."""
+    """Loss of an exit: (1 - alpha) * CE + alpha * KL to the deepest classifier, without T^2."""
     temperature: Positive = 3.0
     """T of that KL."""
     hint: NotNegative = 0.03
     """Weight of the squared distance of an exit's feature to the input of the student's head."""
     factor: Count = 4
-    """The bottleneck of an exit has the width of that input divided by this."""
+    """Divisor of the width of that input, which gives the width of an exit's bottleneck."""
 
 
 class SupervisedOptions(MethodOptions):
-    """The labels alone, with or without smoothing: a control. Learns from labelled images only."""
+    """Labels only, with or without smoothing: a control. Uses labelled samples only."""
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["supervised"] = "supervised"
-    """Cross-entropy; a teacher, if there is one, is only compared with."""
+    """Cross-entropy. A teacher is used for comparison only."""
     label_smoothing: BelowOne = 0.0
     """Share of the target that is spread evenly over all classes; 0.1 is usual."""
 
 
 class TeacherFreeOptions(MethodOptions):
-    """Tf-KD: (1 - alpha) * CE + alpha * hand-made soft labels. Learns from labelled images
-    only."""
+    """Tf-KD: (1 - alpha) * CE + alpha * hand-made soft labels. Uses labelled images only."""
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["teacher-free"] = "teacher-free"
-    """Hand-made soft labels, a control; a teacher, if there is one, is only compared with."""
+    """Hand-made soft labels, a control. A teacher is used for comparison only."""
     alpha: Fraction = 0.1
-    """Weight of those soft labels."""
+    """Weight of the hand-made soft labels."""
     temperature: Positive = 20.0
-    """T at which they are softened; the paper has 20 or more."""
+    """T that softens them; the paper uses 20 or more."""
     correct: Share = 0.99
-    """Probability of the label before that; the others share the rest. Above one over the number of classes."""
+    """Probability of the label before the softening; the other classes share the rest. Must be above one over the
+    number of classes."""
     variant: Literal["authors", "paper"] = "authors"
-    """``authors``: KL(softmax(p / T) || student), the code to which the published numbers and alpha belong, close to
-    label smoothing; ``paper``: T^2 * KL of both at T."""
+    """``authors``: KL(softmax(p / T) || student), the code behind the published numbers and alpha, close to label
+    smoothing; ``paper``: T^2 * KL of both at T."""
