@@ -91,7 +91,10 @@ def recipe_of(bases: Bases, arm: Arm, out: Path) -> Recipe:
     if arm.cache is not None:
         raw["teacher"]["cache"] = {"path": str(out / "cache" / arm.cache), "dtype": "fp32"}
     if arm.answers is not None:
-        raw["data"] |= {"path": llm.arm_paths(out, arm.answers), "tokenizer": f"hf:{llm.tokenizer_folder(out)}"}
+        raw["data"] |= {
+            "path": llm.arm_paths(out, arm.answers),
+            "tokenizer": f"hf:{llm.data_folder(out) / 'tokenizer'}",
+        }
     if raw.get("teacher") is None:
         raw.pop("teacher", None)
     return build_recipe(raw, name=f"arm {arm.name}")

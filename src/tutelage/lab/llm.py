@@ -39,11 +39,6 @@ def arm_paths(out: Path, answers: str) -> dict[str, str]:
     return {"train": str(data_folder(out) / f"{answers}.jsonl"), "test": str(data_folder(out) / "held.jsonl")}
 
 
-def tokenizer_folder(out: Path) -> Path:
-    """The student's tokenizer."""
-    return data_folder(out) / "tokenizer"
-
-
 def prepare_data(recipe: Recipe, out: Path) -> None:
     """Write the data of the arms, unless it is there.
 

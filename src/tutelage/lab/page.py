@@ -123,11 +123,7 @@ def plotted(name: str, plot: Mapping[str, Any]) -> Figure:
 
 
 def markdown(lab: Mapping[str, Any]) -> dict[str, str]:
-    """``lab.md`` and its pictures, by name.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """``lab.md`` and its pictures, by name."""
     pictures = {
         name: {f"lab-{name}{'' if i == 0 else f'-{i + 1}'}.svg": plot for i, plot in enumerate(experiment["plots"])}
         for name, experiment in lab["experiments"].items()

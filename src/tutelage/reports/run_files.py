@@ -1,4 +1,8 @@
-"""Reading run directories. Each file is checked; an error names the file and what to do."""
+"""Reading run directories. Each file is checked; an error names the file and what to do.
+
+:class:`RunDirectoryError`: a run is not finished, or a file is missing or cannot be read.
+:class:`DataError`: a file is not what its command writes.
+"""
 
 from __future__ import annotations
 
@@ -114,24 +118,14 @@ def is_search(path: Path) -> bool:
 
 
 def read_search(path: Path) -> SearchRecord:
-    """The search in ``path``.
-
-    Raises:
-        RunDirectoryError: a file is missing or cannot be read.
-        DataError: a file is not what a search writes.
-    """
+    """The search in ``path``."""
     remedy = "remove it and run again with --resume: finished trials are kept, and the file is written again"
     search = read_json(path / "search.json", SearchFile, remedy)
     return SearchRecord(path.resolve().name, path, search, read_text(path / "best.yaml"))
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """The runs, multi-stage runs and judgements in ``paths``, each once.
-
-    Raises:
-        RunDirectoryError: there is none, it is not finished, or a file of it is missing.
-        DataError: no path is given, or a file is not what a run writes.
-    """
+    """The runs, multi-stage runs and judgements in ``paths``, each once."""
     folders = list({Path(p).resolve(): Path(p) for p in paths}.values())
     if not folders:
         raise DataError("no run directory is given", remedy="name one or several, as in runs/digits")
@@ -191,12 +185,7 @@ def _no_summary(path: Path) -> RunDirectoryError:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file of a run.
-
-    Raises:
-        RunDirectoryError: it is missing, or cannot be read.
-        DataError: it is not UTF-8.
-    """
+    """The text of a file of a run."""
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -209,12 +198,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path, schema: type[BaseModel], remedy: str) -> dict[str, Any]:
-    """The JSON of a file, checked against a schema, with its defaults.
-
-    Raises:
-        RunDirectoryError: the file is missing, or cannot be read.
-        DataError: it is not JSON, or does not fit.
-    """
+    """The JSON of a file, checked against a schema, with its defaults."""
     return _check(_load(file, remedy), schema, file, remedy).model_dump()
 
 
