@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA:
@@ -69,8 +69,6 @@ class EMA:
         for name, average in self.averages.items():
             value = whole[name]
             if isinstance(average, DTensor):
-                from torch.distributed.tensor import distribute_tensor
-
                 value = distribute_tensor(value, average.device_mesh, average.placements)
             average.copy_(value)
 

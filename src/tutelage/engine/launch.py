@@ -71,20 +71,20 @@ def resolve_precision(precision: str | None) -> str:
             launcher, else ``no``.
     """
     if precision == "auto":
-        return "bf16" if _has_bf16() else "no"
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+            has_bf16 = _cpu_has_bf16()
+        else:
+            has_bf16 = device.type != "mps" and (
+                device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+            )
+        return "bf16" if has_bf16 else "no"
     return precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def is_bf16_slow(accelerator: Accelerator) -> bool:
     """Whether this run computes in bf16 on a CPU without bf16 instructions."""
     return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not _cpu_has_bf16()
-
-
-def _has_bf16() -> bool:
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
-        return _cpu_has_bf16()
-    return device.type != "mps" and (device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _cpu_has_bf16() -> bool:

@@ -23,6 +23,7 @@ from tutelage.engine import checkpoint
 from tutelage.engine.callbacks import NullCallback, TrainingCallback
 from tutelage.engine.ema import EMA
 from tutelage.engine.gradient_checkpointing import enable_gradient_checkpointing
+from tutelage.engine.launch import broadcast_from_main
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.run_directory import RunDirectory
 from tutelage.engine.zero import Zero
@@ -285,7 +286,9 @@ class _State:
             self.validate()
             last = last or at.stopped_early
         if t.config.checkpoint_every is None and evaluating:
-            due = self.main_decides(time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS)
+            due = broadcast_from_main(
+                self.accelerator, lambda: time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS
+            )
         if due or last:
             self.save()
         t.callback.on_step(at.step)
@@ -293,13 +296,6 @@ class _State:
             self.log()
             self.save()
             raise Interrupted(f"stopped at step {at.step} of {t.steps} of {t.name}; the state is saved")
-
-    def main_decides(self, value: bool) -> bool:
-        """The main process's ``value``, on every process."""
-        if self.share.world == 1:
-            return value
-        answer = torch.tensor(float(value and self.accelerator.is_main_process), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(answer, "sum").item())
 
     def is_stop_requested(self) -> bool:
         if self.share.world == 1:
@@ -350,7 +346,7 @@ class _State:
                     self.accelerator.device,
                     t.validation_outputs,
                     share=self.share,
-                    reduce=self.sum_over_processes,
+                    reduce=partial(self.accelerator.reduce, reduction="sum"),
                 )
             score = [scores[t.metric], -scores["loss"], float(at.step)]
             if at.best is None or score[:2] > at.best[:2]:
@@ -368,10 +364,6 @@ class _State:
             "validation": {k: scores[k] for k in dict.fromkeys((t.metric, "accuracy", "loss", "ece")) if k in scores},
         }
         self.emit(line, {f"validation/{k}": v for k, v in line["validation"].items()})  # type: ignore[attr-defined]
-
-    def sum_over_processes(self, x: Tensor) -> Tensor:
-        out: Tensor = self.accelerator.reduce(x, "sum")
-        return out
 
     def autocast(self) -> Any:
         return self.accelerator.autocast() if self.zero is None else self.zero.autocast()

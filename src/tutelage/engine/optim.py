@@ -13,18 +13,11 @@ from tutelage.config import OptimizerConfig, ScheduleConfig
 from tutelage.errors import ConfigError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adadelta": torch.optim.Adadelta,
-    "adafactor": torch.optim.Adafactor,
-    "adagrad": torch.optim.Adagrad,
-    "adam": torch.optim.Adam,
-    "adamax": torch.optim.Adamax,
-    "adamw": torch.optim.AdamW,
-    "asgd": torch.optim.ASGD,
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
+    name.lower(): getattr(torch.optim, name)
+    for name in (
+        "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD",
+    )
+}  # fmt: skip
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -37,12 +30,10 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
         raise ConfigError("the student has no parameter that requires a gradient", remedy="unfreeze some of it")
     spared = [] if config.decay_vectors else [p for p in parameters if p.ndim <= 1]
     decayed = parameters if config.decay_vectors else [p for p in parameters if p.ndim > 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
     try:
-        return OPTIMIZERS[config.kind]([g for g in groups if g["params"]], lr=config.lr, **_tuples(config.options))
+        return OPTIMIZERS[config.kind]([g for g in groups if g["params"]], lr=config.lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"train.optimizer: {config.kind} with {config.options}: {error}",
@@ -50,18 +41,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
         ) from None
 
 
-def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-
-
-Factor = Callable[[torch.optim.Optimizer, int, int, dict[str, Any]], Any]
-
-
 def _steps(value: Any, steps_per_epoch: int) -> int:
     return max(1, round(value * steps_per_epoch))
 
 
-SCHEDULES: dict[str, Factor] = {
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, int, int, dict[str, Any]], Any]] = {
     "constant": lambda o, n, e, k: schedulers.ConstantLR(o, factor=1.0),
     "cosine": lambda o, n, e, k: schedulers.CosineAnnealingLR(
         o, T_max=n, eta_min=k.get("final", 0.0) * o.param_groups[0]["lr"]

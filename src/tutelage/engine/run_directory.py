@@ -31,21 +31,9 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
-
-    @property
-    def config(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "config.yaml"
-
-    @property
-    def summary(self) -> Path:
-        """The figures of the run."""
-        return self.path / "summary.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The log of every training."""
-        return self.path / "metrics.jsonl"
+        self.config, self.summary, self.metrics = (
+            self.path / name for name in ("config.yaml", "summary.json", "metrics.jsonl")
+        )
 
     def checkpoints(self, training: str) -> Path:
         """Folder of a training's checkpoints."""
@@ -115,14 +103,8 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove partial files of a killed process."""
-        for folder in (
-            self.path,
-            self.path / "models",
-            self.path / "similarity",
-            self.path / "samples",
-            self.path / "judged",
-            *(self.path / "checkpoints").glob("*"),
-        ):
+        parts = (self.path / name for name in (".", "models", "similarity", "samples", "judged"))
+        for folder in (*parts, *(self.path / "checkpoints").glob("*")):
             if folder.is_dir():
                 for draft in folder.glob(f"{TEMPORARY_PREFIX}*"):
                     shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)

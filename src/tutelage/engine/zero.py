@@ -31,7 +31,7 @@ def wanted() -> bool:
 
 
 def check_installed() -> None:
-    """Raise :class:`MissingDependencyError` if it is not installed."""
+    """Raise :class:`MissingDependencyError` if DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingDependencyError(
             "the launcher's configuration asks for DeepSpeed, which is not installed",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,37 +24,49 @@ MOST = 4_000
 """The maximum number of embeddings that are compared pairwise."""
 
 
-class Metrics(Protocol):
-    """Accumulates the metrics of a model."""
+class Metrics:
+    """Accumulates the metrics of a model, as sums on ``device``."""
+
+    names: tuple[str, ...] = ()
+    """Of the sums."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in self.names}
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows of a batch.
 
         Args:
             logits: ``[B, ..., C]``.
+            batch: those rows.
             teacher: the teacher's logits for them.
             rows: their position in the full batch: start, stop and the full batch's length.
         """
-        ...
+        raise NotImplementedError
 
-    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> Metrics:
+    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> Self:
         """The sums over all processes."""
-        ...
+        self.sums = {k: over_processes(v) for k, v in self.sums.items()}
+        return self
 
     def result(self) -> dict[str, Any]:
         """The metrics by name."""
-        ...
+        raise NotImplementedError
+
+    def numbers(self) -> dict[str, float]:
+        """The sums that are scalars."""
+        return {k: float(self.sums[k]) for k in self.names}
 
 
-class Scores:
+class Scores(Metrics):
     """Running sums of every metric of a classifier."""
 
+    names = ("n", "correct", "nll", "seen", "agree", "kl")
+
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        names = ("n", "correct", "nll", "seen", "agree", "kl")
-        self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in names}
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)
-        self.per_class: Tensor | None = None
-        self.confused: Tensor | None = None
+        super().__init__(device)
+        self.sums["bins"] = torch.zeros(3, BINS, dtype=torch.float64, device=device)
         self.classes = 0
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
@@ -72,17 +85,15 @@ class Scores:
         confidence = confidence.exp().double()
         which = (confidence * BINS).ceil().sub(1).clamp(0, BINS - 1).long()
         ones = torch.stack([torch.ones_like(confidence), confidence, right.double()])
-        self.bins.index_add_(1, which, ones)
-        classes = logits.shape[-1]
-        self.classes = classes
+        self.sums["bins"].index_add_(1, which, ones)
+        self.classes = classes = logits.shape[-1]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=logits.device)
         if classes <= VOCABULARY:
-            if self.per_class is None:
-                self.per_class = torch.zeros(2, classes, dtype=torch.float64, device=logits.device)
-            self.per_class.index_add_(1, targets, torch.stack([torch.ones_like(confidence), right.double()]))
+            per_class = self.sums.setdefault("per_class", zeros(2, classes))
+            per_class.index_add_(1, targets, torch.stack([torch.ones_like(confidence), right.double()]))
         if classes <= CONFUSED:
-            if self.confused is None:
-                self.confused = torch.zeros(classes * classes, dtype=torch.float64, device=logits.device)
-            self.confused.index_add_(0, targets * classes + predicted, torch.ones_like(confidence))
+            confused = self.sums.setdefault("confused", zeros(classes * classes))
+            confused.index_add_(0, targets * classes + predicted, torch.ones_like(confidence))
         if teacher is not None:
             mine, theirs = logits[counted], teacher.flatten(0, -2)[counted]
             log_q, log_t = F.log_softmax(mine, dim=-1), F.log_softmax(theirs, dim=-1)
@@ -90,22 +101,14 @@ class Scores:
             self.sums["agree"] += (mine.argmax(-1) == theirs.argmax(-1)).sum()
             self.sums["kl"] += F.kl_div(log_q, log_t, reduction="sum", log_target=True)
 
-    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> Scores:
-        """The sums over all processes."""
-        self.sums = {k: over_processes(v) for k, v in self.sums.items()}
-        self.bins = over_processes(self.bins)
-        self.per_class = None if self.per_class is None else over_processes(self.per_class)
-        self.confused = None if self.confused is None else over_processes(self.confused)
-        return self
-
     def result(self) -> dict[str, Any]:
         """Accuracy, loss (nats), ECE, reliability bins, F1 and Matthews' coefficient; perplexity for a vocabulary.
 
         F1 is that of class 1 for two classes, else the mean over classes. With a teacher: agreement and KL (nats).
         """
-        s = {k: float(v) for k, v in self.sums.items()}
+        s = self.numbers()
         n = max(s["n"], 1.0)
-        count, confidence, right = self.bins.cpu()
+        count, confidence, right = self.sums["bins"].cpu()
         out: dict[str, Any] = {
             "n": int(s["n"]),
             "accuracy": s["correct"] / n,
@@ -119,11 +122,11 @@ class Scores:
         }
         if self.classes > VOCABULARY:
             out["perplexity"] = math.exp(min(out["loss"], 700.0))
-        if self.per_class is not None and self.per_class.shape[1] <= 100:
-            total, hits = self.per_class.cpu()
+        if "per_class" in self.sums and self.classes <= 100:
+            total, hits = self.sums["per_class"].cpu()
             out["per_class"] = (hits / total.clamp(min=1)).tolist()
-        if self.confused is not None:
-            out |= confusion_metrics(self.confused.cpu())
+        if "confused" in self.sums:
+            out |= confusion_metrics(self.sums["confused"].cpu())
         if s["seen"]:
             out["agreement"] = s["agree"] / s["seen"]
             out["kl"] = s["kl"] / s["seen"]
@@ -146,12 +149,10 @@ def confusion_metrics(counts: Tensor) -> dict[str, float]:
     return {"f1": float(f1), "matthews": float(matthews)}
 
 
-class LabelScores:
+class LabelScores(Metrics):
     """Multi-label metrics: micro F1 over all decisions, the share of right decisions, and the loss."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        names = ("n", "decisions", "right", "true", "predicted", "hit", "nll", "seen", "agree", "kl")
-        self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in names}
+    names = ("n", "decisions", "right", "true", "predicted", "hit", "nll", "seen", "agree", "kl")
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows."""
@@ -174,14 +175,9 @@ class LabelScores:
             yes, no = F.logsigmoid(theirs) - F.logsigmoid(mine), F.logsigmoid(-theirs) - F.logsigmoid(-mine)
             self.sums["kl"] += (p * yes + (1 - p) * no).sum()
 
-    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> LabelScores:
-        """The sums over all processes."""
-        self.sums = {k: over_processes(v) for k, v in self.sums.items()}
-        return self
-
     def result(self) -> dict[str, Any]:
         """``f1``, ``accuracy`` and ``loss`` (nats a row); with a teacher, agreement and KL (nats a label)."""
-        s = {k: float(v) for k, v in self.sums.items()}
+        s = self.numbers()
         out = {
             "n": int(s["n"]), "accuracy": s["right"] / max(s["decisions"], 1),
             "f1": 2 * s["hit"] / max(s["true"] + s["predicted"], 1), "loss": s["nll"] / max(s["n"], 1),
@@ -191,11 +187,11 @@ class LabelScores:
         return out
 
 
-class _AllRows:
+class _AllRows(Metrics):
     """The rows of every process, for metrics that are not sums."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = device
+        super().__init__(device)
         self.parts: dict[str, list[Tensor]] = {}
 
     def store(self, name: str, values: Tensor, rows: tuple[int, int, int]) -> None:
@@ -205,8 +201,10 @@ class _AllRows:
             rows_of_all[start:stop] = values.double()
         self.parts.setdefault(name, []).append(rows_of_all)
 
-    def reduced(self, over_processes: Callable[[Tensor], Tensor]) -> None:
+    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> Self:
+        """The rows of all processes."""
         self.parts = {name: [over_processes(part) for part in parts] for name, parts in self.parts.items()}
+        return self
 
     def all(self, name: str) -> Tensor | None:
         return torch.cat(self.parts[name]).cpu() if name in self.parts else None
@@ -222,11 +220,6 @@ class NumberScores(_AllRows):
             self.store(name, values, rows)
         if teacher is not None:
             self.store("teacher", teacher, rows)
-
-    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> NumberScores:
-        """The rows of all processes."""
-        self.reduced(over_processes)
-        return self
 
     def result(self) -> dict[str, Any]:
         """``spearman``, ``pearson`` and ``loss``, the mean squared error; with a teacher, ``agreement``."""
@@ -255,11 +248,6 @@ class EmbeddingScores(_AllRows):
         if teacher is not None:
             self.store("teacher", teacher, rows)
 
-    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> EmbeddingScores:
-        """The rows of all processes."""
-        self.reduced(over_processes)
-        return self
-
     def result(self) -> dict[str, Any]:
         """Metrics over at most :data:`MOST` texts.
 
@@ -285,11 +273,10 @@ class EmbeddingScores(_AllRows):
         }  # fmt: skip
 
 
-class RankingScores:
+class RankingScores(Metrics):
     """Ranking metrics: how often student and teacher order two answers in the same way."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.sums = {k: torch.zeros((), dtype=torch.float64, device=device) for k in ("n", "right", "square")}
+    names = ("n", "right", "square")
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows; without a teacher the first answer is the correct one."""
@@ -302,18 +289,11 @@ class RankingScores:
         self.sums["right"] += (gaps[0].sign() == gaps[1].sign()).sum()
         self.sums["square"] += (gaps[0] - gaps[1]).square().sum()
 
-    def reduce(self, over_processes: Callable[[Tensor], Tensor]) -> RankingScores:
-        """The sums over all processes."""
-        self.sums = {k: over_processes(v) for k, v in self.sums.items()}
-        return self
-
     def result(self) -> dict[str, Any]:
         """``accuracy``, and ``loss``: the mean squared difference of the margins."""
-        n = max(float(self.sums["n"]), 1.0)
-        return {
-            "n": int(self.sums["n"]), "accuracy": float(self.sums["right"]) / n,
-            "loss": float(self.sums["square"]) / n,
-        }  # fmt: skip
+        s = self.numbers()
+        n = max(s["n"], 1.0)
+        return {"n": int(s["n"]), "accuracy": s["right"] / n, "loss": s["square"] / n}
 
 
 def ranks(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -40,15 +40,6 @@ from tutelage.progress import Terminal
 from tutelage.students import has_adapters, is_quantisation_aware
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The student of the first seed, untrained."""
-
-    initial: nn.Module
-    student: nn.Module
-    method: Method
-
-
 def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     """Run the experiment, or continue it, and write its summary and its student."""
     if spec.teacher is None:
@@ -59,17 +50,17 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     classes = check_output(spec, ctx.device, initial, "student")
     if model is not None:
         check_teachers(spec, ctx.device, model)
-    prepared = _prepare(spec, initial, model)
-    _check_prepared(spec, ctx, prepared, classes)
+    student, method = prepare_student_and_method(spec, initial, model, spec.seeds[0])
+    _check_prepared(spec, ctx, initial, student, method, classes)
     live = None if model is None else train_teacher(spec, ctx, model)
     if spec.teacher is not None and (spec.teacher.is_trained_first or model_of(live) is not model):
         spec = bind_teacher(spec, model_of(live))  # what was prepared has other teacher weights
-        prepared = _prepare(spec, spec.source.build_student(spec.seeds[0]), model_of(live))
-    method = prepared.method
-    check_labels(spec, model_of(live), prepared.initial)
+        initial = spec.source.build_student(spec.seeds[0])
+        student, method = prepare_student_and_method(spec, initial, model_of(live), spec.seeds[0])
+    check_labels(spec, model_of(live), initial)
     teacher, scores = TrainingTeacher(live), None
     if live is not None:
-        check_separate(live.model, prepared.student)
+        check_separate(live.model, student)
         if spec.teacher is not None and spec.teacher.cache is None:
             check_capabilities(method, live)
         outputs, scores = evaluate_reference(spec, ctx, live)
@@ -79,7 +70,7 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     arms: list[Arm] = ["baseline", "distilled"] if spec.baseline else ["distilled"]
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     with open_remote_teacher(spec, ctx.terminal, method, classes) as remote:
-        check_method_runs(spec, ctx, prepared.student, method, live or remote)
+        check_method_runs(spec, ctx, student, method, live or remote)
         with open_training_teacher(spec, ctx, live or remote, method, classes) as signals:
             teacher = replace(teacher, signals=signals)
             for seed in spec.seeds:
@@ -89,30 +80,27 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     if ctx.run.writes:
         write_predictions(spec, ctx, teacher, classes, exported)
         write_generations(spec, ctx, live, exported)
-    remote_facts = None if remote is None else remote.facts
-    return write_summary(spec, ctx, live, prepared.student, method, scores, results, exported, remote_facts)
+    return write_summary(spec, ctx, live or remote, student, method, scores, results, exported)
 
 
-def _prepare(spec: ExperimentSpec, initial: nn.Module, teacher: nn.Module | None) -> Prepared:
-    return Prepared(initial, *prepare_student_and_method(spec, initial, teacher, spec.seeds[0]))
-
-
-def _check_prepared(spec: ExperimentSpec, ctx: RunContext, prepared: Prepared, classes: int) -> None:
+def _check_prepared(
+    spec: ExperimentSpec, ctx: RunContext, initial: nn.Module, student: nn.Module, method: Method, classes: int
+) -> None:
     """Check what needs no trained teacher, and print what is trained."""
-    student, method = prepared.student, prepared.method
     ctx.terminal.say(f"loss = {method.formula()}")
     for name, other in method.auxiliary_models(student).items():
         if check_output(spec, ctx.device, other, name) != classes:
             raise CapabilityError(
                 f"{name} does not score the student's {classes} classes", remedy="set its number of classes"
             )
-    _print_student(spec, ctx.terminal, prepared)
+    _print_student(spec, ctx.terminal, initial, student, method)
     check_optimizer(spec, student, method)
     check_generates(spec, method)
 
 
-def _print_student(spec: ExperimentSpec, terminal: Terminal, prepared: Prepared) -> None:
-    student, method = prepared.student, prepared.method
+def _print_student(
+    spec: ExperimentSpec, terminal: Terminal, initial: nn.Module, student: nn.Module, method: Method
+) -> None:
     if method.peers:
         size = sum(parameters(peer) for peer in method.auxiliary_models(student).values())
         terminal.say(f"peers: {len(method.peers)} with {size:,} parameters, trained along and saved in models/")
@@ -124,7 +112,7 @@ def _print_student(spec: ExperimentSpec, terminal: Terminal, prepared: Prepared)
     projectors = count_projectors(method)
     if projectors:
         terminal.say(f"projectors: {projectors:,} parameters, trained along and not exported")
-    if student is not prepared.initial:
+    if student is not initial:
         before = parameters(spec.source.build_student(spec.seeds[0]))
         terminal.say(
             f"the student is exported as a {type(student).__name__}: {parameters(student):,} parameters; "

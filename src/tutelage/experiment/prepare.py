@@ -62,22 +62,12 @@ def prepare_student_and_method(
     What they initialise depends on ``seed`` only.
     """
     method, example = spec.source.build_method(), example_of(spec)
-    if method.peers:
-        method.add_peers(build_peers(spec, method, seed))
+    if method.peers:  # seeds that no student has, of 32 bits: torch's CPU generator ignores the upper half
+        seeds = ((seed + i * 2_246_822_507) % 2**32 for i in range(1, len(method.peers) + 1))
+        method.add_peers([spec.source.build_peer(*one) for one in zip(method.peers, seeds, strict=True)])
     student = prepare_student(method, student, teacher, example, seed)
     ids = spec.source.training_batches("distilled", seed).ids if method.needs_ids else None
     return student, prepare_method(method, student, teacher, example, seed, ids)
-
-
-def build_peers(spec: ExperimentSpec, method: Method, seed: int) -> list[nn.Module]:
-    """The models that a method trains along with the student.
-
-    Each has its own seed, which no student has. The seed fits 32 bits: torch's CPU generator ignores the upper half.
-    """
-    return [
-        spec.source.build_peer(options, (seed + i * 2_246_822_507) % 2**32)
-        for i, options in enumerate(method.peers, 1)
-    ]
 
 
 def initial_student(spec: ExperimentSpec, arm: Arm, seed: int, live: ModelTeacher | None) -> tuple[nn.Module, Method]:

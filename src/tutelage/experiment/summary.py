@@ -21,20 +21,21 @@ from tutelage.methods import Method
 from tutelage.models import load_weights
 from tutelage.models.files import read_card
 from tutelage.students import ReusedHead, to_float_model
+from tutelage.teachers import RemoteTeacher
 
 
 def write_summary(
     spec: ExperimentSpec,
     ctx: RunContext,
-    teacher: ModelTeacher | None,
+    used_teacher: ModelTeacher | RemoteTeacher | None,
     student: nn.Module,
     method: Method,
     teacher_scores: dict[str, Any] | None,
     results: dict[str, list[dict[str, Any]]],
     exported: str,
-    remote_teacher: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Write ``summary.json`` and the exported student, and return the summary."""
+    teacher = None if isinstance(used_teacher, RemoteTeacher) else used_teacher
     metric = spec.evaluation.metric
     student = to_float_model(student).to(ctx.device)
     models = {"student": student} if teacher is None else {"teacher": teacher.model, "student": student}
@@ -53,8 +54,8 @@ def write_summary(
         "device": str(ctx.device),
         "processes": ctx.accelerator.num_processes,
     }
-    if remote_teacher is not None:
-        summary["remote_teacher"] = dict(remote_teacher)
+    if isinstance(used_teacher, RemoteTeacher):
+        summary["remote_teacher"] = dict(used_teacher.facts)
     if teacher_scores is not None:
         summary["capacity_ratio"] = sizes["student"] / sizes["teacher"]
         validation = teacher_scores["validation"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -25,14 +25,7 @@ from tutelage.models import load_weights
 from tutelage.progress import Terminal
 from tutelage.students import feature_shapes
 from tutelage.taps import Needs
-from tutelage.teachers import (
-    Ensemble,
-    EnsembleTeacher,
-    MemoryTeacher,
-    PrefetchingTeacher,
-    RemoteTeacher,
-    Teacher,
-)
+from tutelage.teachers import Ensemble, EnsembleTeacher, MemoryTeacher, PrefetchingTeacher, RemoteTeacher, Teacher
 
 MEMORY_BYTES = 2**29
 """Teacher outputs on the test split are kept in memory up to this size."""
@@ -122,10 +115,8 @@ def evaluate_reference(
     The outputs are ``None`` if the teacher reads other tokens than the student: each is then measured by itself.
     """
     evaluation = spec.evaluation
-    test, validation = (
-        evaluation.test,
-        evaluation.validation if evaluation.validation is not None else evaluation.test,
-    )
+    test = evaluation.test
+    validation = test if evaluation.validation is None else evaluation.validation
     if example_of(spec).teacher_labels is not None:
         on_validation = evaluate_teacher(teacher, AsTeacher(validation), ctx.device)
         return None, evaluate_teacher(teacher, AsTeacher(test), ctx.device) | {"validation": on_validation}
@@ -141,20 +132,14 @@ def evaluate_reference(
         assert spec.teacher is not None
         splits = {"test": test} | ({} if evaluation.validation is None else {"validation": evaluation.validation})
         scores["ensemble"] = describe_ensemble(spec.teacher, teacher, splits, ctx.device)
-        _print_ensemble(scores, ctx.terminal)
-    return outputs, scores
-
-
-def _print_ensemble(scores: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print each member's accuracy and weight, and the ensemble's accuracy."""
-    ensemble = scores["ensemble"]
-    what = "learned weight" if ensemble["weights"] == "learned" else "weight"
-    for member in ensemble["members"]:
+        ensemble = scores["ensemble"]
+        what = "learned weight" if ensemble["weights"] == "learned" else "weight"
         images = " of its images" if ensemble["routed"] else ""
-        terminal.say(
-            f"{member['name']}: test {member['test']['accuracy']:.2%}{images}, {what} {member['weight']:.3f}"
-        )
-    terminal.say(f"ensemble, mean of {ensemble['combine']}: test {scores['accuracy']:.2%}")
+        for member in ensemble["members"]:
+            accuracy = member["test"]["accuracy"]
+            ctx.terminal.say(f"{member['name']}: test {accuracy:.2%}{images}, {what} {member['weight']:.3f}")
+        ctx.terminal.say(f"ensemble, mean of {ensemble['combine']}: test {scores['accuracy']:.2%}")
+    return outputs, scores
 
 
 @contextmanager
@@ -183,7 +168,14 @@ def open_training_teacher(
         yield teacher
         return
     if cache is None:
-        yield from _without_cache(spec, ctx, teacher, method, classes)
+        assert spec.teacher is not None
+        if not isinstance(teacher, RemoteTeacher) and fits_memory(spec, ctx, teacher, method, classes):
+            yield store_in_memory(spec, ctx, teacher, all_needs(method))
+        elif spec.teacher.prefetch is None:
+            yield teacher
+        else:
+            with closing(PrefetchingTeacher(teacher, process=spec.teacher.prefetch == "process")) as prefetching:
+                yield prefetching
         return
     with spec.source.open_cache(teacher, classes, method, ctx) as cached:
         for each in all_methods(method):
@@ -193,19 +185,6 @@ def open_training_teacher(
                 cached.check(needs)
         ctx.terminal.say(f"cache: {cached.folder}, {len(cached.reader):,} rows known")
         yield cached
-
-
-def _without_cache(
-    spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | RemoteTeacher, method: Method, classes: int
-) -> Iterator[Teacher]:
-    assert spec.teacher is not None
-    if not isinstance(teacher, RemoteTeacher) and fits_memory(spec, ctx, teacher, method, classes):
-        yield store_in_memory(spec, ctx, teacher, all_needs(method))
-    elif spec.teacher.prefetch is None:
-        yield teacher
-    else:
-        with closing(PrefetchingTeacher(teacher, process=spec.teacher.prefetch == "process")) as prefetching:
-            yield prefetching
 
 
 def fits_memory(spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, method: Method, classes: int) -> bool:

@@ -49,8 +49,7 @@ def train_student(
     spec: ExperimentSpec, ctx: RunContext, arm: Arm, seed: int, teacher: TrainingTeacher, classes: int
 ) -> dict[str, Any]:
     """Train one student, or read it back if it is trained, and return its result."""
-    finished = ctx.run.result(f"{arm}-seed{seed}")
-    if finished is not None:
+    if (finished := ctx.run.result(f"{arm}-seed{seed}")) is not None:
         return finished
     training = student_training(spec, ctx, arm, seed, teacher, classes)
     card = {**spec.student_card, "arm": arm}
@@ -155,16 +154,20 @@ def train_and_save(
 ) -> dict[str, Any]:
     """Train, measure the best and the last weights on the test split, and write the model's folder.
 
-    The main process measures and writes; only it has all weights of a sharded model.
-
-    Args:
-        peer_cards: those of the models that are trained along and saved too, by name.
+    The main process measures and writes; only it has all weights of a sharded model. ``peer_cards`` are the entries
+    of ``model.json`` of the models that are trained along and saved too, by name.
     """
     outcome = _fit(training, ctx)
     if ctx.accelerator.is_main_process:
-        result, model = _measure(training, outcome, ctx, rebuild, test, outputs)
+        measure = partial(evaluate, batches=test, device=ctx.device, teacher=outputs)
+        model = rebuild()[0].to(ctx.device)
+        best, last, similarities = _measure(model, outcome, measure)
+        if outputs is not None:  # the teacher's own are written when the teacher is evaluated
+            similarities.write(ctx.run, training.name)
+        result = _result(training, outcome) | {"best": best, "last": last}
         if training.method.auxiliary_models(training.student):
-            result["others"], others = _measure_others(outcome, ctx, rebuild, test, outputs)
+            example = next(iter(test)).rows(0, 2).to(ctx.device)
+            result["others"], others = _measure_others(outcome, *rebuild(), example, measure)
             for name, peer_card in peer_cards.items():  # before the result, which marks the training as finished
                 with atomic_folder(ctx.run.model(f"{training.name}-{name}")) as folder:
                     save_model(others[name], folder, peer_card)
@@ -172,8 +175,8 @@ def train_and_save(
             save_model(to_float_model(model), folder, card)
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         ctx.terminal.say(
-            f"{training.name}: test {result['best'][training.metric]:.2%} "
-            f"(last epoch {result['last'][training.metric]:.2%}), {result['seconds']:.0f} s"
+            f"{training.name}: test {best[training.metric]:.2%} "
+            f"(last epoch {last[training.metric]:.2%}), {result['seconds']:.0f} s"
         )
         for name, scores in result.get("others", {}).items():
             ctx.terminal.say(f"{training.name}-{name}: test {scores['best']['accuracy']:.2%}")
@@ -184,59 +187,40 @@ def train_and_save(
 
 
 def _measure(
-    training: Training,
-    outcome: Outcome,
-    ctx: RunContext,
-    rebuild: Rebuild,
-    test: Iterable[Batch],
-    outputs: Iterable[TeacherOutput] | None,
-) -> tuple[dict[str, Any], nn.Module]:
-    """The result of a training, and the model with the best weights."""
-    model = rebuild()[0].to(ctx.device)
-    model.load_state_dict(outcome.last)
+    model: nn.Module, outcome: Outcome, measure: Callable[..., dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any], Similarities]:
+    """The figures of the best and the last weights, and the similarities of the best; ``model`` holds the best."""
     similarities = Similarities()
-    last = evaluate(model, test, ctx.device, outputs, watch=similarities.add)
-    best = last
+    model.load_state_dict(outcome.last)
+    last = best = measure(model, watch=similarities.add)
     if any(not torch.equal(outcome.best[k], outcome.last[k]) for k in outcome.last):
-        model.load_state_dict(outcome.best)
         similarities = Similarities()
-        best = evaluate(model, test, ctx.device, outputs, watch=similarities.add)
-    if outputs is not None:  # the teacher's own are written when the teacher is evaluated
-        similarities.write(ctx.run, training.name)
-    progress = outcome.progress
-    validation = None
+        model.load_state_dict(outcome.best)
+        best = measure(model, watch=similarities.add)
+    return best, last, similarities
+
+
+def _result(training: Training, outcome: Outcome) -> dict[str, Any]:
+    """The course of a training."""
+    progress, validation = outcome.progress, None
     if progress.best is not None:
         score, negative_loss, step = progress.best
         validation = {training.metric: score, "loss": -negative_loss, "step": int(step)}
-    result = {
-        "training": training.name,
-        "seed": training.seed,
-        "steps": progress.step,
-        "stopped_early": progress.stopped_early,
-        "seconds": round(progress.seconds, 2),
-        "validation": validation,
-        "best": best,
-        "last": last,
-    }
-    return result, model
+    return {
+        "training": training.name, "seed": training.seed, "steps": progress.step,
+        "stopped_early": progress.stopped_early, "seconds": round(progress.seconds, 2), "validation": validation,
+    }  # fmt: skip
 
 
 def _measure_others(
-    outcome: Outcome,
-    ctx: RunContext,
-    rebuild: Rebuild,
-    test: Iterable[Batch],
-    outputs: Iterable[TeacherOutput] | None,
+    outcome: Outcome, student: nn.Module, method: Method, example: Batch, measure: Callable[..., dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, nn.Module]]:
     """The figures of a method's other models (peers, exits) by name, and these models with the best weights.
 
     The best weights are those of the step at which the student was best on validation.
     """
-    student, method = rebuild()
-    student.to(ctx.device)
-    method.to(ctx.device)
-    models = method.auxiliary_models(student)
-    example = next(iter(test)).rows(0, 2).to(ctx.device)
+    device = example.labels.device
+    models = method.to(device).auxiliary_models(student.to(device))
     figures: dict[str, Any] = {
         name: {"parameters": reached_parameters(model, example)} for name, model in models.items()
     }
@@ -246,6 +230,6 @@ def _measure_others(
         student.load_state_dict(weights)
         method.load_state_dict(method_state)
         for name, model in models.items():
-            scores = evaluate(model, test, ctx.device, outputs)
+            scores = measure(model)
             figures[name][which] = {k: scores[k] for k in FIGURES if k in scores}
     return figures, models
