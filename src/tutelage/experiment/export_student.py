@@ -64,7 +64,7 @@ def export_student(
     known = _data(saved, data, terminal)
     if known is None:
         names = input_names(bundle.model, bundle.task, bundle.tokenizer)
-        batches = random_inputs(bundle.task, bundle.preprocessing, names, _vocabulary(bundle), ROWS)
+        batches = random_inputs(bundle.task, bundle.preprocessing, names, len(bundle.tokenizer or ()), ROWS)
         read_from, calibration, measure = "made up, for no run says which data", [], None
         terminal.say(f"note: {bundle.source} is in no run: it is checked on inputs that are made up; --data RECIPE")
     else:
@@ -74,17 +74,16 @@ def export_student(
         measure = None if bundle.task == "embedding" else partial(_measured, known)
     facts = {"summary": saved.summary if saved.is_student else {}, "recipe": saved.config,
              "auto": auto_class(bundle.task)}  # fmt: skip
-    return write_export(
-        bundle,
-        to,
-        place,
-        batches,
-        read_from=read_from,
-        calibration=calibration,
-        facts=facts,
-        measure=measure,
-        pairs=_pairs(saved),
+    config = None if saved.recipe is None else saved.recipe.data
+    reads_pairs = (
+        isinstance(config, TextDataConfig)
+        and config.task not in ("causal", "ranking")
+        and len(as_list(config.text)) == 2
     )
+    return write_export(
+        bundle, to, place, batches, read_from=read_from, calibration=calibration, facts=facts, measure=measure,
+        pairs=reads_pairs,
+    )  # fmt: skip
 
 
 def _data(saved: SavedModel, given: Any, terminal: Terminal) -> Data | None:
@@ -98,24 +97,10 @@ def _data(saved: SavedModel, given: Any, terminal: Terminal) -> Data | None:
     return saved.data()
 
 
-def _pairs(saved: SavedModel) -> bool:
-    """Whether a row of the run's data is two texts that are read together."""
-    config = None if saved.recipe is None else saved.recipe.data
-    return (
-        isinstance(config, TextDataConfig)
-        and config.task not in ("causal", "ranking")
-        and len(as_list(config.text)) == 2
-    )
-
-
 def _measured(data: Data, model: nn.Module) -> dict[str, Any]:
     """Figures of the whole test split, read once."""
     scores = evaluate(model, whole_test(data), torch.device("cpu"))
     return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
-
-
-def _vocabulary(bundle: ModelBundle) -> int:
-    return len(bundle.tokenizer) if bundle.tokenizer is not None else 0
 
 
 def _of_module(
@@ -149,9 +134,10 @@ def _of_module(
     if "image" in batches[0] and first.ndim == 4:
         given = {"size": first.shape[-1], "channels": first.shape[1], "crop": 1.0, "mean": [0.0] * first.shape[1],
                  "std": [1.0] * first.shape[1]} | given  # fmt: skip
+    task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), "classes")
     bundle = ModelBundle(
         model=model.cpu().eval(),
-        task="images" if "image" in batches[0] else _task(model),
+        task="images" if "image" in batches[0] else task,
         classes=list(classes or []),
         preprocessing=given,
         tokenizer=getattr(model, "tokenizer", None),
@@ -161,8 +147,3 @@ def _of_module(
         return write_export(bundle, to, Path(out), batches, read_from="rows of the given loader", facts={})
     finally:
         model.to(place).train(training)
-
-
-def _task(model: nn.Module) -> str:
-    name = type(model).__name__
-    return next((task for end, task in TASKS.items() if name.endswith(end)), "classes")

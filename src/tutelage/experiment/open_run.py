@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change what it computes."""
 
+INITIAL_FILES = {"config.yaml", "run.lock"}
+"""What a run writes before it computes anything."""
+
 
 def choose_run_directory(out: str | Path | None, name: str, resume: bool) -> Path:
     """The run's folder: ``out``, or the newest (to resume) or first free of runs/NAME, runs/NAME-2 ..."""
@@ -38,9 +42,8 @@ def choose_run_directory(out: str | Path | None, name: str, resume: bool) -> Pat
         return Path("runs") / (name if not taken else f"{name}-{taken[-1][0] + 1}")
     path = Path(out)
     with wrap_write_errors(path):
-        is_file = path.exists() and not path.is_dir()
-    if is_file:
-        raise RunDirectoryError("is a file", where=str(path), remedy="choose another --out")
+        if path.exists() and not path.is_dir():
+            raise RunDirectoryError("is a file", where=str(path), remedy="choose another --out")
     if holds_something(path) and not resume:
         if (path / "config.yaml").exists():
             raise RunDirectoryError(
@@ -65,16 +68,7 @@ def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
         if resume:
             raise RunDirectoryError("there is no run to resume", where=str(path), remedy="leave --resume out")
         return
-    try:
-        before = load_yaml(stored.read_text(encoding="utf-8"))[0]
-        if not isinstance(before, dict):
-            raise ValueError("it holds no settings")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunDirectoryError(
-            f"cannot be read: {str(error).splitlines()[0]}",
-            where=str(stored),
-            remedy="the run cannot go on without its settings: choose another --out",
-        ) from None
+    before = read_config(stored, "the run cannot go on without its settings: choose another --out")
     changed = [k for k in differing_keys(before, config) if k not in FREE_TO_CHANGE]
     if changed:
         differences = [f"{k} (then {_value_at(before, k)}, now {_value_at(config, k)})" for k in changed[:5]]
@@ -83,6 +77,18 @@ def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
             where=str(path),
             remedy="resume with the same recipe and overrides, or choose another --out",
         )
+
+
+def read_config(file: Path, remedy: str) -> dict[str, Any]:
+    """The settings in a ``config.yaml``."""
+    try:
+        config = load_yaml(file.read_text(encoding="utf-8"))[0]
+        if not isinstance(config, dict):
+            raise ValueError("it holds no settings")
+        return config
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        what = f"cannot be read: {str(error).splitlines()[0]}"
+        raise RunDirectoryError(what, where=str(file), remedy=remedy) from None
 
 
 def _value_at(config: Mapping[str, Any], key: str) -> str:
@@ -124,17 +130,9 @@ def open_run_directory(
         try:
             yield run
         except TutelageError as error:
-            if fresh and not isinstance(error, Interrupted):  # --resume finds what was stopped, however early
-                forget(path)
+            # A run that failed before it computed anything frees its name; --resume finds what was stopped.
+            if fresh and not isinstance(error, Interrupted) and {p.name for p in path.iterdir()} <= INITIAL_FILES:
+                shutil.rmtree(path)
             raise
     finally:
         os.close(lock)
-
-
-def forget(path: Path) -> None:
-    """Remove the folder of a run that failed before it computed anything, so that its name is free again."""
-    mine = {"config.yaml", "run.lock"}
-    if {p.name for p in path.iterdir()} <= mine:
-        for name in mine:
-            (path / name).unlink(missing_ok=True)
-        path.rmdir()

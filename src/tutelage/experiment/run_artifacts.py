@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from tutelage.config import Recipe, TextDataConfig, build_recipe, load_recipe
-from tutelage.config.lines import load_yaml
 from tutelage.data import Data, SequentialBatches, load_images, load_texts
 from tutelage.data.tokens import tokenizer_fingerprint
 from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, nearest
+from tutelage.experiment.open_run import read_config
 from tutelage.experiment.run import read_summary
 from tutelage.export.bundle import Inputs, ModelBundle, load_bundle, named_inputs
 from tutelage.models import MODEL_CARD
@@ -82,16 +81,7 @@ def find(path: str | Path, terminal: Terminal) -> SavedModel:
 def _load_saved_model(folder: Path, run: Path | None, terminal: Terminal) -> SavedModel:
     if run is None:
         return SavedModel(folder, None, None, {}, {}, terminal)
-    try:
-        config = load_yaml((run / CONFIG).read_text(encoding="utf-8"))[0]
-        if not isinstance(config, dict):
-            raise ValueError("it holds no settings")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunDirectoryError(
-            f"cannot be read: {str(error).splitlines()[0]}",
-            where=str(run / CONFIG),
-            remedy="give the folder of the model itself",
-        ) from None
+    config = read_config(run / CONFIG, "give the folder of the model itself")
     recipe = build_recipe(config, name=str(run / CONFIG)) if "data" in config else None
     summary = read_summary(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     return SavedModel(folder, run, recipe, config, summary, terminal)
@@ -115,24 +105,18 @@ def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal) -> Data:
                 remedy="restore the data of the run",
             )
         return data
-    _check_tokenizer(bundle)
+    if bundle.folder is not None and (bundle.folder / MODEL_CARD).exists():
+        known_tokenizer = (read_card(bundle.folder).get("preprocessing") or {}).get("tokenizer")
+        if known_tokenizer is not None and tokenizer_fingerprint(bundle.tokenizer) != known_tokenizer:
+            raise CheckpointError(
+                "the tokenizer next to the model is not the one that it was trained with",
+                where=str(bundle.folder),
+                remedy="restore the files that the run wrote",
+            )
     unused = {"kind", "metric", "tokenizer", "views", "workers", "classes", "pack", "teacher_text", "labels",
               "unlabeled", "route"}  # fmt: skip
     fields = config.model_dump(exclude=unused)
     return load_texts(**fields, tokenizer=bundle.tokenizer, classes=bundle.classes or None, progress=terminal.iterate)
-
-
-def _check_tokenizer(bundle: ModelBundle) -> None:
-    folder = bundle.folder
-    if folder is None or not (folder / MODEL_CARD).exists():
-        return
-    known = (read_card(folder).get("preprocessing") or {}).get("tokenizer")
-    if known is not None and tokenizer_fingerprint(bundle.tokenizer) != known:
-        raise CheckpointError(
-            "the tokenizer next to the model is not the one that it was trained with",
-            where=str(folder),
-            remedy="restore the files that the run wrote",
-        )
 
 
 def rows_of(split: Any, count: int, task: str) -> list[Inputs]:

@@ -155,42 +155,32 @@ class ExperimentSource(Protocol):
 
     def with_teacher(self, teacher: nn.Module | None) -> ExperimentSource:
         """The same source, whose students are cut from ``teacher`` if they are parts of their teacher."""
-        ...
 
     def build_student(self, seed: int) -> nn.Module:
         """A student's initial weights."""
-        ...
 
     def build_peer(self, options: Any, seed: int) -> nn.Module:
         """A model that a method trains along with the student; ``None``: one of the student's architecture."""
-        ...
 
     def peer_card(self, options: Any) -> dict[str, Any]:
         """The entries of a peer's ``model.json`` that differ from the student's."""
-        ...
 
     def build_teacher(self, number: int) -> nn.Module:
         """The model of a teacher's member; with weights unless it is trained first."""
-        ...
 
     def build_method(self) -> Method:
         """The method, before it knows student and teacher."""
-        ...
 
     def build_baseline_method(self) -> Method:
         """The method of the baseline, which learns from the labels."""
-        ...
 
     def training_batches(self, arm: Arm, seed: int) -> Batches:
         """The training data of an arm."""
-        ...
 
     def connect_teacher(self, classes: int) -> RemoteTeacher:
         """The teacher behind a server; ``classes`` is the student's vocabulary size."""
-        ...
 
     def open_cache(
         self, teacher: ModelTeacher | RemoteTeacher, classes: int, method: Method, ctx: RunContext
     ) -> CachedTeacher:
         """The cache of teacher outputs, new or existing."""
-        ...

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import nn
 
 from tutelage.config import Recipe, StudentConfig, TextDataConfig
 from tutelage.data import PlannedBatches, RankSlice, TextData, load_texts, read_texts
-from tutelage.data.batch import Batch
 from tutelage.data.text_sources import RawTextData
 from tutelage.data.texts import as_list
 from tutelage.errors import ConfigError
@@ -29,23 +29,26 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     """The texts of a recipe, cut by the student's tokenizer, and by the teacher's where that is another."""
     config = recipe.data
     assert isinstance(config, TextDataConfig)
-    theirs = _teacher_tokenizer(recipe)
+    named = [] if recipe.teacher is None else [m.model or "" for m in recipe.teacher.each]
+    own = next((name for name in named if name.partition(":")[0] in ("hf", "package")), None)
+    theirs = None if own is None else load_tokenizer(own)
     mine = _student_tokenizer(recipe, theirs)
     fields = config.model_dump(exclude={"kind", "metric", "tokenizer", "views", "workers", "classes"})
     classes = config.classes or _known(recipe)
-    given: dict[str, Any] = {"classes": classes, "teacher_tokenizer": theirs, "progress": terminal.iterate}
-    given["align"] = recipe.method.cross_tokenizer
+    load = partial(
+        load_texts, **fields, classes=classes, teacher_tokenizer=theirs, progress=terminal.iterate,
+        align=recipe.method.cross_tokenizer,
+    )  # fmt: skip
     if recipe.student.vocabulary is None:
-        return load_texts(**fields, **given, tokenizer=mine)
+        return load(tokenizer=mine)
     source = {k: fields[k] for k in ("source", "path", "options", "text", "teacher_text", "label", "route")}
     raw = read_texts(**source)
-    whole = load_texts(**fields, **given, tokenizer=mine, raw=raw)
+    whole = load(tokenizer=mine, raw=raw)
     texts = training_texts(raw, whole, as_list(config.text))
     terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")
     trimmed, token_ids = trim_tokenizer(mine, texts)
     terminal.say(f"vocabulary: {len(token_ids):,} of {len(mine):,} tokens are kept")
-    data = load_texts(**fields, **given, tokenizer=trimmed, raw=raw)
-    return replace(data, teacher_token_ids=token_ids)
+    return replace(load(tokenizer=trimmed, raw=raw), teacher_token_ids=token_ids)
 
 
 def training_texts(raw: RawTextData, data: TextData, columns: Sequence[str]) -> list[str]:
@@ -54,14 +57,6 @@ def training_texts(raw: RawTextData, data: TextData, columns: Sequence[str]) -> 
     rows_used = [i for i, each in enumerate(rows.ids.tolist()) if each in known]
     texts = [rows.columns[c][i] for c in columns for i in rows_used]
     return [text if isinstance(text, str) else " ".join(text) for text in texts]
-
-
-def _teacher_tokenizer(recipe: Recipe) -> Any:
-    teacher = recipe.teacher
-    if teacher is None:
-        return None
-    own = [m.model for m in teacher.each if m.model is not None and m.model.partition(":")[0] in ("hf", "package")]
-    return load_tokenizer(own[0]) if own else None
 
 
 def _student_tokenizer(recipe: Recipe, theirs: Any) -> Any:
@@ -92,7 +87,9 @@ def _known(recipe: Recipe) -> list[str] | None:
 
 def measure_block_influence(teacher: nn.Module, data: TextData) -> Any:
     """The importance of the teacher's layers on a few training texts."""
-    return block_influence(_bare(teacher), list(_some_batches(data)))
+    rows = data.for_teacher.select(torch.arange(min(RANKED_ON, len(data.for_teacher))))
+    batches = [batch for (batch,) in PlannedBatches(rows, 32, 0).epoch(0, RankSlice())]
+    return block_influence(_bare(teacher), batches)
 
 
 def prune_student(config: StudentConfig, data: TextData, teacher: nn.Module, importance: Any, seed: int) -> nn.Module:
@@ -120,21 +117,10 @@ def with_tokenizer(model: nn.Module, data: TextData) -> nn.Module:
     return model
 
 
-def _some_batches(data: TextData) -> Iterator[Batch]:
-    """A few training texts as the teacher sees them."""
-    rows = data.for_teacher.select(torch.arange(min(RANKED_ON, len(data.for_teacher))))
-    for (batch,) in PlannedBatches(rows, 32, 0).epoch(0, RankSlice()):
-        yield batch
-
-
 def text_card(data: TextData) -> dict[str, Any]:
     """The entries of a text model's ``model.json`` about its data."""
-    return {
-        "classes": data.classes,
-        "preprocessing": data.preprocessing(),
-        "kind": KINDS[data.task],
-        "task": data.task,
-    }
+    kind = {"kind": KINDS[data.task], "task": data.task}
+    return {"classes": data.classes, "preprocessing": data.preprocessing(), **kind}
 
 
 KINDS = {
