@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -94,12 +93,11 @@ def _open(
     teacher: ModelTeacher | RemoteTeacher,
     accelerator: Accelerator,
 ) -> CachedTeacher:
-    if config.path is not None:
-        path = Path(config.path)
-    else:
-        text = json.dumps([made_from, layout.to_dict()], sort_keys=True)
-        path = FOLDER / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    return CachedTeacher(path, layout, made_from, teacher, device=accelerator.device, rank=accelerator.process_index)
+    text = json.dumps([made_from, layout.to_dict()], sort_keys=True)
+    path = config.path or FOLDER / f"{name}-{short_hash(text)[:12]}"
+    return CachedTeacher(
+        Path(path), layout, made_from, teacher, device=accelerator.device, rank=accelerator.process_index
+    )
 
 
 def teacher_provenance(teacher: ModelTeacher, **facts: Any) -> dict[str, Any]:
@@ -110,12 +108,11 @@ def teacher_provenance(teacher: ModelTeacher, **facts: Any) -> dict[str, Any]:
 
 def recipe_provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | RemoteTeacher) -> dict[str, Any]:
     """Everything that a row of the cache depends on, as JSON."""
+    routes = {"routes": [recipe.data.route, data.route_names]} if data.route_names else {}
     if isinstance(teacher, RemoteTeacher):  # its address and its longest input do not matter
         who: dict[str, Any] = {"served": {k: v for k, v in teacher.facts.items() if k != "longest"}}
     else:
-        who = teacher_provenance(
-            teacher, **({"routes": [recipe.data.route, data.route_names]} if data.route_names else {})
-        )
+        who = teacher_provenance(teacher, **routes)
     template = getattr(getattr(data, "tokenizer", None), "chat_template", None)
     return {
         "teacher": who,

@@ -155,10 +155,7 @@ def distill(
         "classes": classes,
         "batches": len(train_loader) if isinstance(train_loader, Sized) else None,
     }
-    return _run(spec, yaml.safe_dump(described, sort_keys=False), out, resume, verbose)
-
-
-def _run(spec: ExperimentSpec, text: str, out: str | Path | None, resume: bool, verbose: bool) -> DistillResult:
+    text = yaml.safe_dump(described, sort_keys=False)
     accelerator = build_accelerator(spec.train.precision, list(spec.train.trackers))
     path = broadcast_from_main(accelerator, lambda: choose_run_directory(out, spec.name, resume))
     terminal = Terminal(speaks=verbose and accelerator.is_main_process)
@@ -267,20 +264,20 @@ def _check_arguments(
 ) -> None:
     """Raise an error that names the first argument of the wrong kind."""
     several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
+    teachers = teacher if several else [] if teacher is None else [teacher]
     if teacher is None and (method is None or (isinstance(method, Method) and method.needs is not None)):
         raise ConfigError(
             f"distill(teacher=None), and {type(method or LogitMethod()).__name__} needs a teacher",
             remedy="give one, or a method that needs none, as in method=tutelage.methods.SupervisedMethod()",
         )
-    are_modules = bool(teacher) and all(isinstance(t, nn.Module) for t in (teacher if several else [teacher]))
-    are_modules = are_modules or teacher is None
-    for name, given, right, wanted in (
+    are_modules = teacher is None or (bool(teachers) and all(isinstance(t, nn.Module) for t in teachers))
+    for name, given, is_valid, wanted in (
         ("teacher", teacher, are_modules, "a torch.nn.Module, or a list of modules"),
         ("student", student, callable(student), "a torch.nn.Module, or a function that makes one"),
     ):
-        if not right:
+        if not is_valid:
             raise ModelError(f"distill({name}=...) is a {type(given).__name__}", remedy=f"give {wanted}")
-    if any(student is t for t in (teacher if several else [teacher])):
+    if any(student is t for t in teachers):
         raise CapabilityError(
             "teacher and student are the same module; the student would start with nothing to learn",
             remedy="give the student its own module, or copy.deepcopy(teacher) to start from the teacher",
@@ -295,9 +292,8 @@ def _check_arguments(
         raise ConfigError(
             f"distill(seeds={shorten(seeds)})", remedy="give different whole numbers from 0 on, as in (0, 1, 2)"
         )
-    for name, loader in (("eval_data", eval_data), ("validation", validation)):
-        if loader is None and name == "validation":
-            continue
+    loaders = {"eval_data": eval_data} | ({} if validation is None else {"validation": validation})
+    for name, loader in loaders.items():
         if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
             raise DataError(
                 f"distill({name}=...), a {type(loader).__name__}, cannot be iterated again and again",

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from tutelage.config import CacheConfig, Recipe
-from tutelage.data import Data, SequentialBatches
-from tutelage.engine import Accelerator, build_accelerator
+from tutelage.data import SequentialBatches
+from tutelage.engine import build_accelerator
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.checks import check_output, check_teachers, warn_of_precision
@@ -20,7 +20,6 @@ from tutelage.experiment.teacher_setup import open_remote_teacher
 from tutelage.experiment.teachers import build_live_teacher
 from tutelage.progress import Terminal
 from tutelage.signals import catch_stop_signals
-from tutelage.teachers import CachedTeacher
 from tutelage.teachers.cache import compact_cache, inspect_cache, verify_cache
 
 
@@ -72,7 +71,12 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
         assert source is not None
         with open_recipe_cache(recipe, data, source, classes, method, accelerator) as cache, accelerator.autocast():
             terminal.say(f"cache: {cache.folder}, {len(cache.reader):,} rows known")
-            for what, batches in _views(recipe, data):
+            views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.is_augmented else [None]
+            for view in views:
+                what = "teacher" if view is None else f"teacher, view {view + 1} of {len(views)}"
+                batches = SequentialBatches(
+                    data.train, recipe.train.batch_size, workers=recipe.data.workers, view=view
+                )
                 for i, batch in enumerate(terminal.iterate(batches, what)):
                     if i % accelerator.num_processes == accelerator.process_index:
                         cache.fill(batch)
@@ -80,25 +84,9 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
                         raise Interrupted(
                             "stopped; the computed rows are kept", remedy="run the same command again to continue"
                         )
-        return _result(cache, accelerator, start)
-
-
-def _views(recipe: Recipe, data: Data) -> list[tuple[str, SequentialBatches]]:
-    """The training data once for each of its augmented views, with a label for the progress bar."""
-    views: list[int | None] = list(range(recipe.data.views or 1)) if data.train.is_augmented else [None]
-    return [
-        (
-            "teacher" if view is None else f"teacher, view {view + 1} of {len(views)}",
-            SequentialBatches(data.train, recipe.train.batch_size, workers=recipe.data.workers, view=view),
-        )
-        for view in views
-    ]
-
-
-def _result(cache: CachedTeacher, accelerator: Accelerator, start: float) -> CacheResult:
-    accelerator.wait_for_everyone()
-    cache.reader.refresh()
-    return CacheResult(cache.folder, len(cache.reader), cache.computed_rows, time.monotonic() - start)
+        accelerator.wait_for_everyone()
+        cache.reader.refresh()
+        return CacheResult(cache.folder, len(cache.reader), cache.computed_rows, time.monotonic() - start)
 
 
 def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:

@@ -16,13 +16,13 @@ from tutelage.engine import resolve_precision
 from tutelage.errors import ConfigError, Interrupted, ModelError
 from tutelage.experiment.caching import open_cache, teacher_provenance
 from tutelage.experiment.dataset_fingerprint import fingerprint_samples, fingerprint_tokenizer
-from tutelage.experiment.spec import Arm, ModelTeacher, RunContext
+from tutelage.experiment.spec import Arm, ExperimentSource, ModelTeacher, RunContext
 from tutelage.methods import Method, SupervisedMethod
 from tutelage.teachers import CachedTeacher, RemoteTeacher
 
 
 @dataclass(frozen=True)
-class ModuleSource:
+class ModuleSource(ExperimentSource):
     """Builds the parts of an experiment from the caller's objects; see :class:`ExperimentSource`."""
 
     teachers: Sequence[nn.Module]
@@ -33,10 +33,6 @@ class ModuleSource:
     to_batch: Callable[[Any], Batch]
     cache: CacheConfig | None = None
     precision: str | None = None
-
-    def with_teacher(self, teacher: nn.Module | None) -> ModuleSource:
-        """See :class:`ExperimentSource`: students are never parts of their teacher here."""
-        return self
 
     def build_student(self, seed: int) -> nn.Module:
         """See :class:`ExperimentSource`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.config import (
-    TEACHER_ONLY_TASKS,
-    UNLABELLED,
-    MemberConfig,
-    ModelConfig,
-    Recipe,
-    TeacherConfig,
-)
+from tutelage.config import TEACHER_ONLY_TASKS, UNLABELLED, MemberConfig, ModelConfig, Recipe, TeacherConfig
 from tutelage.data import Data, ImageData, PlannedBatches, SequentialBatches, TextData, load_images
 from tutelage.data.batch import IGNORE, LABELS
 from tutelage.errors import ConfigError
@@ -127,17 +119,12 @@ def _member_spec(recipe: Recipe, teacher: TeacherConfig, number: int, data: Data
         seed = _member_seed(recipe, config, number)
         batches = PlannedBatches(data.for_teacher, config.train.batch_size, seed, recipe.data.workers)
         training = TeacherTraining(config.train, batches, seed)
+    card = {"spec": model_spec(config, data).to_dict(), "loaded_classes": _checkpoint_classes(config)}
+    trainable = config.trainable or ("head" if data.task == "mlm" else "all")
     return MemberSpec(
-        f"teacher-{number}" if teacher.members is not None else "teacher",
-        training,
-        {
-            "spec": model_spec(config, data).to_dict(),
-            "loaded_classes": _checkpoint_classes(config),
-            **data_card(data),
-        },
-        live_options(teacher.inference, config.inference),
-        (config.trainable or ("head" if data.task == "mlm" else "all")) == "head",
-    )
+        f"teacher-{number}" if teacher.members is not None else "teacher", training, card | data_card(data),
+        live_options(teacher.inference, config.inference), trainable == "head",
+    )  # fmt: skip
 
 
 def _member_seed(recipe: Recipe, config: MemberConfig, number: int) -> int:
@@ -215,9 +202,8 @@ class RecipeSource:
 
     def build_baseline_method(self) -> Method:
         """See :class:`ExperimentSource`."""
-        vocabulary: dict[str, Callable[[], Method]] = {"mlm": MaskedMethod, "causal": SequenceMethod}
-        if self.data.task in vocabulary:
-            return vocabulary[self.data.task]()
+        if self.data.task in ("mlm", "causal"):
+            return MaskedMethod() if self.data.task == "mlm" else SequenceMethod()
         return SupervisedMethod(task=LABELS[self.data.task])
 
     def training_batches(self, arm: Arm, seed: int) -> PlannedBatches:
@@ -283,7 +269,5 @@ def _checkpoint_classes(config: MemberConfig) -> list[str] | None:
         return None
     path = Path(config.checkpoint)
     folder = path if path.is_dir() else path.parent
-    if not (folder / MODEL_CARD).exists():
-        return None
-    names: list[str] | None = read_card(folder).get("classes")
+    names: list[str] | None = read_card(folder).get("classes") if (folder / MODEL_CARD).exists() else None
     return names

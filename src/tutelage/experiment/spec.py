@@ -155,6 +155,7 @@ class ExperimentSource(Protocol):
 
     def with_teacher(self, teacher: nn.Module | None) -> ExperimentSource:
         """The same source, whose students are cut from ``teacher`` if they are parts of their teacher."""
+        return self
 
     def build_student(self, seed: int) -> nn.Module:
         """A student's initial weights."""

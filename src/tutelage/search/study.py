@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -55,8 +55,7 @@ class TrialResult:
     why: str | None = None
 
 
-@dataclass(frozen=True)
-class TrialRequest:
+class TrialRequest(NamedTuple):
     """A trial to run: its number, and values by key."""
 
     number: int
@@ -165,11 +164,9 @@ class SearchStudy:
         """Store how a trial ended."""
         trial = self.running.pop(number)
         with self._optuna():
-            trial.set_user_attr("state", result.state)
-            trial.set_user_attr("seeds", result.seeds)
-            trial.set_user_attr("seconds", round(result.seconds, 2))
-            if result.why is not None:
-                trial.set_user_attr("why", result.why)
+            for name, fact in vars(result).items():
+                if fact is not None:
+                    trial.set_user_attr(name, round(fact, 2) if name == "seconds" else fact)
             value = sum(result.seeds) / len(result.seeds) if result.state == "finished" else None
             self.study.tell(trial, value, state=STATES[result.state])
 
