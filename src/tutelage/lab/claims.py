@@ -255,7 +255,7 @@ def distilbert(claim: Claim, results: Results) -> ExperimentResult:
     result, summary = compare(claim, results), results.summary("triple")
     teacher, sizes = summary["teacher"]["accuracy"], summary["parameters"]
     full = next(iter(result.accuracies.values()))["last"]
-    kept = within(claim.statements[0], [x / teacher for x in full], 0.97, math.inf)
+    accuracy_share = within(claim.statements[0], [x / teacher for x in full], 0.97, math.inf)
     held_out = ", ".join(
         f"{label} {statistics.fmean(results.accuracy(arm, key='loss')):.3f}"
         for label, (arm, which) in claim.labels.items()
@@ -266,7 +266,7 @@ def distilbert(claim: Claim, results: Results) -> ExperimentResult:
         "ratio": sizes["student"] / sizes["teacher"], "held_out": held_out,
     }  # fmt: skip
     notes = [note.format(**figures) for note in claim.notes]
-    return replace(result, statements=[kept, *result.statements], notes=notes)
+    return replace(result, statements=[accuracy_share, *result.statements], notes=notes)
 
 
 def closed_teacher(claim: Claim, results: Results) -> ExperimentResult:
