@@ -103,7 +103,7 @@ class JournalError(TutelageError, OSError):
 
 
 class BudgetSpent(TutelageError):
-    """What may be spent does not reach for the next request; all answers are kept."""
+    """The remaining budget does not cover the next request. All answers are kept."""
 
 
 class MissingDependencyError(TutelageError, ImportError):

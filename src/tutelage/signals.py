@@ -33,7 +33,7 @@ def catch_stop_signals(
         if requested.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         requested.set()
-        announce(f"{signal.Signals(number).name}: {doing}; once more Ctrl-C stops at once")
+        announce(f"{signal.Signals(number).name}: {doing}; press Ctrl-C again to stop immediately")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Break, list[str]]] = {
     ),
     "no such page": (
         lambda path, out: path.write_text(path.read_text().replace("/v1", "/v2") + PLAIN) and None,
-        ["/v2", "there is nothing at that address", "endpoint.url"],
+        ["/v2", "the address does not exist", "endpoint.url"],
     ),
     "a key in the recipe": (
         added(PLAIN + f"  api_key: {CANARY}\n"), ["unknown key", "not shown"],

@@ -174,7 +174,7 @@ def test_exits_resume_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_students_without_exits_are_named() -> None:
-    with pytest.raises(ModelError, match="no two resolutions of feature maps"):
+    with pytest.raises(ModelError, match="feature maps of one resolution only"):
         fit(MLP(classes=4, channels=1, size=16))
     with pytest.raises(ModelError, match=r"stages\.7"):
         fit(network(), exits=["stages.7"])

@@ -226,7 +226,7 @@ def test_doctor_taps_and_cache_without_a_teacher(tmp_path: Path) -> None:
     asked = recipe("supervised", teacher=None)
     found = examine(asked, SILENT)
     assert not [f for f in found if f.level == "bad"]
-    assert "there is none, and none is needed" in [f.text for f in found if f.topic == "teacher"]
+    assert "the recipe has no teacher, and the method needs none" in [f.text for f in found if f.topic == "teacher"]
     assert "teacher" not in " ".join(f.text for f in found if f.topic in ("time", "memory", "capacity"))
     assert [s.title for s in survey_recipe(asked, ("student", "teacher"), SILENT)] == ["student: mlp"]
     with pytest.raises(ConfigError, match="has no teacher"):

@@ -220,7 +220,7 @@ def test_peers_and_their_stale_copies_resume_to_the_same_bits(batches: int, tmp_
 def test_peers_that_start_alike_are_refused(tmp_path: Path) -> None:
     world = images()
     options: dict[str, Any] = {"eval_data": world.held, "epochs": 1, "out": tmp_path / "run", "verbose": False}
-    with pytest.raises(ConfigError, match="peer 1 starts with the very weights of the student"):
+    with pytest.raises(ConfigError, match="peer 1 starts with the same weights as the student"):
         tutelage.distill(None, world.make(4), world.train, method=MutualMethod(), **options)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="no function that makes a module"):

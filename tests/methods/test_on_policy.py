@@ -292,7 +292,7 @@ def test_who_knows_the_data_alone_cannot_judge_what_is_written(cutter: Any, fold
     method = ready(student, teacher, batch)
     check_capabilities(method, LiveTeacher(teacher))
     known = MemoryTeacher(LiveTeacher(teacher), [replace(batch, ids=torch.arange(1))])
-    with pytest.raises(CapabilityError, match="MemoryTeacher knows the data only"):
+    with pytest.raises(CapabilityError, match="MemoryTeacher has outputs for the training data only"):
         check_capabilities(method, known)
 
 

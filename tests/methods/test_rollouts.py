@@ -191,7 +191,7 @@ def test_a_server_that_takes_no_weights_is_an_error(server: servers.Server, cutt
     server.takes = False
     method = ready(student, teacher, batch, rollouts=of(server))
     with pytest.raises(
-        EndpointError, match=r"does not take the student's weights: refuses the request \(404\)"
+        EndpointError, match=r"cannot load the student's weights: refuses the request \(404\)"
     ) as refused:
         method.prepare_batch(student, batch)
     assert "VLLM_SERVER_DEV_MODE=1" in str(refused.value)

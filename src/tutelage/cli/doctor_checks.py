@@ -119,7 +119,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> Findings:
         return findings
     check_method(findings, recipe, teacher, student, method)
     if teacher is None or recipe.teacher is None:
-        findings.add("ok", "teacher", "there is none, and none is needed")
+        findings.add("ok", "teacher", "the recipe has no teacher, and the method needs none")
     else:
         check_capacity(findings, parameters(student), parameters(teacher.model))
         if all(member.train is None for member in recipe.teacher.each):

@@ -35,11 +35,11 @@ def init(
         str | None, option(help="A model as recipes name it (timm:resnet50, hf:ID), or the folder of a model.")
     ] = None,
     checkpoint: Annotated[str | None, option(metavar="PATH", help="Weights of the teacher.")] = None,
-    student: Annotated[str | None, option(help="The student, named like the teacher.")] = None,
+    student: Annotated[str | None, option(help="The student model, in the same form as --teacher.")] = None,
     out: Annotated[Path | None, option(help="The recipe file. Default: my.yaml.")] = None,
     force: Force = False,
 ) -> None:
-    """Write a commented recipe for your data; prompts for missing options when run in a terminal."""
+    """Write a commented recipe for your data; Prompts for missing options when run in a terminal."""
     from tutelage.files import write_text
     from tutelage.init import describe_data, draft_recipe
 

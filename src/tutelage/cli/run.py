@@ -125,7 +125,7 @@ def lab(
     every: Annotated[bool, typer.Option("--all", help="Run all experiments.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="List the experiments and exit.")] = False,
     budget: Annotated[
-        Literal["small", "full"], typer.Option(help="small (takes minutes, proves nothing) or full.")
+        Literal["small", "full"], typer.Option(help="small (takes minutes; its results are not reliable) or full.")
     ] = "full",
     seeds: Annotated[int | None, option(min=1, help="Seeds of each arm. Default: from the budget.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that train arms in parallel.")] = 1,

@@ -44,7 +44,9 @@ def taps(
     if Path(model).is_file() or model.endswith((".yaml", ".yml")):
         for key, given in (("--shape", shape), ("--classes", classes)):
             if given is not None:
-                raise ConfigError(f"{key} is for a model; a recipe takes it from its data", remedy="leave it out")
+                raise ConfigError(
+                    f"{key} applies to a model only; with a recipe the data determine it", remedy="leave it out"
+                )
         if of not in (None, "student", "teacher"):
             raise ConfigError(f"--of {of}: a recipe has no such model", remedy="allowed: student, teacher")
         recipe = load_recipe(model, option_ or [])
@@ -96,7 +98,7 @@ def _print(surveys: list[Survey], depth: int | None) -> None:
         auto = {path: size for size, path in survey.stages.items()}
         console.print(_tree(survey.nodes, auto, depth))
         paths = ", ".join("{} ({}x{})".format(path, *size) for path, size in auto.items())
-        none = "pairs: auto finds no feature maps here: name the taps"
+        none = "pairs: auto finds no feature maps: name taps in method.pairs"
         console.print(Text(f"pairs: auto would take {paths}" if paths else none))
         console.print()
     if len(surveys) == 2:

@@ -50,7 +50,7 @@ class Zero:
         stage = settings.get("zero_optimization", {}).get("stage")
         offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         for given, what, remedy in (
-            (stage not in STAGES, f"ZeRO stage {stage}", "FSDP (version 2) keeps weights in parts too"),
+            (stage not in STAGES, f"ZeRO stage {stage}", "use FSDP (version 2), which also shards weights"),
             (offload != "none", f"an optimizer offloaded to {offload}", "leave offload_optimizer out"),
             (config.ema is not None, "train.ema", "leave it out"),
             (config.optimizer.kind in ODD, config.optimizer.kind, "use adamw"),

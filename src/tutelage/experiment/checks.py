@@ -53,7 +53,7 @@ def check_output(spec: ExperimentSpec, device: torch.device, model: nn.Module, w
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
         raise CapabilityError(
             f"the {who}, a {type(model).__name__}, does not take the data, {shapes}: {error}",
-            remedy="fit the model to the data or the data to the model: size, channels, names of the inputs",
+            remedy="make model and data agree in image size, channels and input names",
         ) from error
     assert logits is not None
     classes = logits.shape[-1]
@@ -171,7 +171,7 @@ def check_better_than_chance(scores: dict[str, Any], classes: int, ctx: RunConte
             "preprocessing (data.mean, data.std, data.size)",
         )
     if accuracy < chance + noise:
-        ctx.terminal.say(f"warning: {text} ({n} samples); it has hardly anything to teach")
+        ctx.terminal.say(f"warning: {text} ({n} samples); the student can learn little from this teacher")
 
 
 def warn_of_precision(accelerator: Accelerator, terminal: Terminal) -> None:

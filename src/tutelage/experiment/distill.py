@@ -296,7 +296,7 @@ def _check_arguments(
     for name, loader in loaders.items():
         if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
             raise DataError(
-                f"distill({name}=...), a {type(loader).__name__}, cannot be iterated again and again",
+                f"distill({name}=...), a {type(loader).__name__}, can be iterated only once",
                 remedy="give a list of batches or a DataLoader: it is read once for each model",
             )
         check_order(name, SequentialBatches(loader, to_batch=to_batch))

@@ -65,8 +65,8 @@ def export_student(
     if known is None:
         names = input_names(bundle.model, bundle.task, bundle.tokenizer)
         batches = random_inputs(bundle.task, bundle.preprocessing, names, len(bundle.tokenizer or ()), ROWS)
-        read_from, calibration, measure = "made up, for no run says which data", [], None
-        terminal.say(f"note: {bundle.source} is in no run: it is checked on inputs that are made up; --data RECIPE")
+        read_from, calibration, measure = "random inputs, because the model belongs to no run", [], None
+        terminal.say(f"note: {bundle.source} belongs to no run, so it is checked on random inputs; use --data RECIPE")
     else:
         batches = rows_of(known.test, ROWS, bundle.task)
         read_from = f"rows of the test split of {known.name}"

@@ -46,7 +46,7 @@ class ModuleSource(ExperimentSource):
             return self.build_student(seed)
         if not callable(options) or isinstance(options, nn.Module):
             raise ConfigError(
-                f"peers: {options!r} is no function that makes a module",
+                f"peers: {options!r} is not a function that returns a module",
                 remedy="give a number, or a list of functions such as lambda: Net(width=8)",
             )
         return _call(options, seed, "a function given as a peer")

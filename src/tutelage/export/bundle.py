@@ -81,7 +81,7 @@ def load_bundle(folder: str | Path) -> ModelBundle:
         )
     if isinstance(model, CrossEncoder):
         raise CapabilityError(
-            "a cross-encoder reads query and answers together, and cannot be exported",
+            "a cross-encoder encodes query and passage together; exporting it is not supported",
             where=str(folder),
             remedy="export its student",
         )

@@ -55,7 +55,7 @@ class QualityChecks:
         """Why a conversation is rejected; ``None`` if it is accepted, and then it is remembered for duplicates."""
         settings = self.settings
         if not settings.truncated and "length" in item.finishes:
-            return "truncated", "the answer ran into max_tokens"
+            return "truncated", "the answer was cut at max_tokens"
         if reason := _check_length(item.instruction, settings.instruction_words, "instruction"):
             return reason
         for text in item.answers:

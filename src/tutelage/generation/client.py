@@ -137,7 +137,7 @@ class ChatClient:
             pending.attempts = min(pending.attempts, self.endpoint.attempts - 1)
         if concurrency.is_given_up:
             scheduler.fatal = scheduler.fatal or EndpointError(
-                f"fails call after call: {error.reason}" + (f" ({error.detail})" if error.detail else ""),
+                f"fails repeatedly: {error.reason}" + (f" ({error.detail})" if error.detail else ""),
                 where=self.endpoint.url, remedy="check whether the server runs, then run the same command again",
             )  # fmt: skip
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (pending.attempts - 1)) * self.jitter.uniform(0.5, 1.5)

@@ -35,7 +35,7 @@ class ApiKey:
             key = os.environ.get(endpoint.key_env, "").strip()
             where = f"environment variable {endpoint.key_env}"
             if not key:
-                raise ConfigError("is not set, and the key is read from it", where=where,
+                raise ConfigError("is not set; it must hold the API key", where=where,
                                   remedy=f"export {endpoint.key_env}=..., or change endpoint.key_env")  # fmt: skip
             if not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("holds no key: keys consist of printable ASCII characters", where=where,

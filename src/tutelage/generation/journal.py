@@ -119,7 +119,7 @@ class Journal:
         different = [f"{k} (then {before.get(k)}, now {header[k]})" for k in header if before.get(k) != header[k]]
         if different:
             raise JournalError(
-                f"belongs to another generation: {', '.join(different)}", where=str(self.path),
+                f"was written with other settings: {', '.join(different)}", where=str(self.path),
                 remedy="choose another --out, or the recipe that the journal belongs to",
             )  # fmt: skip
         db.execute("DELETE FROM results WHERE retry AND slot IS NULL")

@@ -207,7 +207,7 @@ def _parse_prompt(row: PromptRow, where: str) -> JudgePrompt:
     answer = thread.pop()["content"] if thread and thread[-1]["role"] == "assistant" else None
     if not thread or thread[-1]["role"] != "user":
         raise DataError(
-            "has no request to answer", where=where,
+            "does not end with a user message", where=where,
             remedy="the last message, or the last before the assistant's answer, must be the user's",
         )  # fmt: skip
     return JudgePrompt(thread, answer)

@@ -59,8 +59,8 @@ NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_act
 FATAL = {
     401: ("the key is not accepted", "set the variable that endpoint.key_env names to a valid key"),
     402: ("the account is exhausted", "add credit, then run the same command again"),
-    403: ("access is refused", "check what the key may do, and endpoint.model"),
-    404: ("there is nothing at that address", "correct endpoint.url: most end in /v1"),
+    403: ("access is refused", "check the permissions of the key, and endpoint.model"),
+    404: ("the address does not exist", "correct endpoint.url: most end in /v1"),
 }
 """Status codes that end the run, with what is wrong and what to do."""
 

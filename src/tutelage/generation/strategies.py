@@ -238,7 +238,7 @@ def evolve(context: GenerationContext) -> RequestPlan[GenerationOutput]:
 def _check_evolved(task: str, before: str, outcome: ChatAnswer, checks: QualityChecks) -> tuple[str, str] | None:
     """Why an evolved task is rejected."""
     if outcome.finish == "length":
-        return "truncated", "the task ran into max_tokens"
+        return "truncated", "the task was cut at max_tokens"
     if echo := ECHO.search(task):
         return "failed evolution", f"it mentions the {echo.group().lower()}"
     index = NearDuplicateIndex(0.95)

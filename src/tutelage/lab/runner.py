@@ -56,11 +56,17 @@ def base_recipes(budget: Budget, seeds: int | None, overrides: Iterable[str]) ->
         raw |= {} if seeds is None else {"seeds": list(range(seeds))}
         recipe = build_recipe(raw, name="lab", overrides=by_kind[kind])
         if kind == "llm" and recipe.teacher is not None:
-            raise ConfigError("a closed teacher is known by its answers", where="llm.teacher", remedy="leave it out")
+            raise ConfigError(
+                "the experiment on closed teachers uses stored answers and loads no teacher",
+                where="llm.teacher",
+                remedy="leave it out",
+            )
         if kind != "llm" and (recipe.teacher is None or recipe.teacher.model is None):
             raise ConfigError("the lab needs a single teacher", where="teacher", remedy="leave its overrides out")
         if recipe.workflow is not None:
-            raise ConfigError("the lab's experiments choose their workflows", where="workflow", remedy="leave it out")
+            raise ConfigError(
+                "each experiment of the lab sets its own workflow", where="workflow", remedy="leave it out"
+            )
         recipes[kind] = recipe
     return recipes
 

@@ -339,14 +339,15 @@ def check_capabilities(method: Method, teacher: Teacher | None) -> None:
         )
     if method.generates_batches and getattr(teacher, "is_precomputed", False):
         raise CapabilityError(
-            f"{name} asks about what the student has just written, and {type(teacher).__name__} knows the data only",
+            f"{name} needs teacher outputs for texts that the student generates, and {type(teacher).__name__} has "
+            "outputs for the training data only",
             remedy="use a live teacher, or a method that learns from the data, such as kind: token",
         )
     if getattr(teacher, "sharded", False) and getattr(method, "mix", 0):
         raise CapabilityError(
-            "answers are drawn from student and teacher together, and the teacher is in parts",
+            "mix samples answers from student and teacher together, which a sharded teacher does not support",
             where="method.mix",
-            remedy="leave mix out, or teacher.inference.sharded",
+            remedy="remove method.mix or teacher.inference.sharded",
         )
     needs = needs_of(method, teacher)
     assert needs is not None

@@ -71,7 +71,7 @@ class ByotMethod(Method):
             if len(shape) not in (2, 4):
                 raise ModelError(
                     f"{tap!r} gives {shape}: an exit is at a map [B, C, H, W] or a vector [B, D]",
-                    where="method.exits", remedy="`tutelage taps` shows what there is",
+                    where="method.exits", remedy="`tutelage taps` lists the taps and their shapes",
                 )  # fmt: skip
             exits.append(Exit(shape, size, feature.shape[1], classes, factor=self.options.factor, signed=signed))
         self.exits = nn.ModuleList(exits)
@@ -93,8 +93,7 @@ class ByotMethod(Method):
         paths = list(find_stages(student, example).values())[:-1]
         if not paths:
             raise ModelError(
-                f"{type(student).__name__} has no two resolutions of feature maps, at the earlier of which an exit "
-                "could be",
+                f"{type(student).__name__} has feature maps of one resolution only; an exit needs an earlier one",
                 where="method.exits",
                 remedy="use a student with stages, or name the modules: exits: [TAP, ...]",
             )

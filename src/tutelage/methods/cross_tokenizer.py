@@ -85,7 +85,7 @@ class CrossTokenizerMethod(TokenMethod):
         if batch.spans is None:
             if batch.teacher_inputs is not None:
                 raise CapabilityError(
-                    "the teacher reads other tokens than the student, and the batch has no alignment",
+                    "teacher and student have different tokens, and the batch has no alignment between them",
                     remedy="set Batch.spans and teacher_labels, by tutelage.data.alignment; recipes set them",
                 )
             return None

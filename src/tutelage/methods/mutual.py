@@ -80,11 +80,11 @@ class MutualMethod(Method):
             for j, earlier in enumerate(students[:i]):
                 if _same(earlier, later):
                     raise ConfigError(
-                        f"peer {i} starts with the very weights of {f'peer {j}' if j else 'the student'}: they have "
-                        "nothing to teach each other",
+                        f"peer {i} starts with the same weights as {f'peer {j}' if j else 'the student'}, "
+                        "so they cannot learn from each other",
                         where="method.peers",
-                        remedy="start them differently: no checkpoint for one of them in a recipe; in Python, "
-                        "student=FUNCTION that makes a new module, or peers=[FUNCTION, ...]",
+                        remedy="give them different initial weights: in a recipe, remove the checkpoint of one of them; in Python, "
+                        "pass student=FUNCTION that makes a new module, or peers=[FUNCTION, ...]",
                     )
         if self.options.refresh is not None:
             self.stale = nn.ModuleList([copy.deepcopy(model) for model in students]).requires_grad_(False)

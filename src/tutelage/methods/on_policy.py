@@ -80,7 +80,7 @@ class OnPolicyMethod(TokenMethod):
         super().build(student, teacher, example, ids)
         if not callable(getattr(student, "generate", None)):
             raise CapabilityError(
-                f"{type(student).__name__} has no generate(), so it cannot write answers", remedy="use kind: token"
+                f"{type(student).__name__} has no generate(), so it cannot generate answers", remedy="use kind: token"
             )
         inputs = example.inputs if isinstance(example.inputs, dict) else {}
         if "attention_mask" not in inputs:
@@ -91,7 +91,7 @@ class OnPolicyMethod(TokenMethod):
             )
         if example.teacher_inputs is not None:
             raise CapabilityError(
-                "the teacher reads other tokens than the student writes",
+                "teacher and student have different tokenizers",
                 remedy="use one tokenizer, or another method",
             )
         if self.mix:

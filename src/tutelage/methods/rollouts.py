@@ -147,7 +147,7 @@ class RolloutClient:
             client.retry(lambda: client.send("/reset_prefix_cache", {}))
         except EndpointError as error:
             raise EndpointError(
-                f"does not take the student's weights: {error.what}",
+                f"cannot load the student's weights: {error.what}",
                 where=self.options.url,
                 remedy="start vLLM, a version whose reload_weights takes weights_path, with VLLM_SERVER_DEV_MODE=1; "
                 f"it must be able to read {folder}",

@@ -176,7 +176,7 @@ def _why_fixed(key: str) -> str | None:
     if key in FIXED or first in FIXED:
         return "decides what is measured, and trials that differ in it cannot be compared"
     if first == "teacher" and rest.partition(".")[0] in FIXED_OF_TEACHER:
-        return "makes another teacher, and all trials learn from the same"
+        return "changes the teacher, and all trials must share one teacher"
     return None
 
 

@@ -43,7 +43,7 @@ class ContrastiveLoss(FeatureLoss):
         super().__init__(settings, pairs, context)
         if context.ids is None:
             raise CapabilityError(
-                "crd keeps a memory of every training example, and these have no ids",
+                "crd needs sample ids, and the training examples have none",
                 remedy="use a recipe, or a loader whose batches carry ids: distill(to_batch=...)",
             )
         (pair,) = pairs

@@ -47,8 +47,8 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         verify: compare all shards with their checksums first.
 
     Raises:
-        CacheError: the cache was made from something else (the message names the fields), is damaged, or cannot be
-            written.
+        CacheError: the cache was made with different settings (the message names the fields), is damaged,
+            or cannot be written.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
                 continue
             view = f", view seed {int(keys['view'][i])}" if batch.views is not None else ""
             raise CacheError(
-                f"sample {int(keys['id'][i])}{view} does not look as it did when its row was computed",
+                f"sample {int(keys['id'][i])}{view} differs from the input that its cached row was computed from",
                 where=str(self.folder),
                 remedy="write another cache: the order of the data, the preprocessing or the augmentation changed, "
                 "or other tokens count",
@@ -258,7 +258,7 @@ def check_same(
     )
     if differences:
         raise CacheError(
-            f"the cache was made from something else: {differences}",
+            f"the cache was made with different settings: {differences}",
             where=str(folder), remedy="use the settings that the cache was made from, or another folder",
         )  # fmt: skip
 
