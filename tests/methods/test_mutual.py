@@ -223,7 +223,7 @@ def test_peers_that_start_alike_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="peer 1 starts with the same weights as the student"):
         tutelage.distill(None, world.make(4), world.train, method=MutualMethod(), **options)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match="no function that makes a module"):
+    with pytest.raises(ConfigError, match="is not a function that returns a module"):
         tutelage.distill(
             None, world.make(4), world.train, method=MutualMethod(peers=[{"model": "mlp"}]), **options
         )  # fmt: skip

@@ -83,8 +83,7 @@ class MutualMethod(Method):
                         f"peer {i} starts with the same weights as {f'peer {j}' if j else 'the student'}, "
                         "so they cannot learn from each other",
                         where="method.peers",
-                        remedy="give them different initial weights: in a recipe, remove the checkpoint of one of them; in Python, "
-                        "pass student=FUNCTION that makes a new module, or peers=[FUNCTION, ...]",
+                        remedy="use different initial weights: remove one checkpoint, or pass functions in Python",
                     )
         if self.options.refresh is not None:
             self.stale = nn.ModuleList([copy.deepcopy(model) for model in students]).requires_grad_(False)

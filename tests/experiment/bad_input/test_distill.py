@@ -121,7 +121,7 @@ def shuffled() -> Any:
         pytest.param({"classes": ["a", "b"]}, CapabilityError, ValueError,
                      ["scores 10 classes, the data has 2"], id="class-names"),
         pytest.param({"student": nn.Sequential(nn.Linear(7, 10))}, CapabilityError, ValueError,
-                     ["the student, a Sequential, does not take the data, inputs (2, 64)", "fit the model"],
+                     ["the student, a Sequential, does not take the data, inputs (2, 64)", "make model and data"],
                      id="width"),
         pytest.param({"student": lambda: None}, ModelError, ValueError, ["returned a NoneType", "nn.Module"],
                      id="no-student"),
