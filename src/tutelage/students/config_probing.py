@@ -17,7 +17,6 @@ Key = tuple[str, int]
 """A weight's name, with ``*`` for its layer number, and one of its dimensions."""
 
 VOCABULARY_SIZE = 32
-"""Of these models."""
 
 
 def replace_fields(config: Any, **numbers: Any) -> Any:
@@ -44,9 +43,7 @@ def weight_shapes(kind: type[nn.Module], config: Any) -> dict[str, Shape] | None
 
 def shape_changes(before: Mapping[str, Shape], after: Mapping[str, Shape] | None) -> dict[Key, int] | None:
     """The change of each dimension that differs; ``None`` if the names or ranks of weights differ."""
-    if after is None or before.keys() != after.keys():
-        return None
-    if any(len(before[name]) != len(after[name]) for name in before):
+    if after is None or {n: len(s) for n, s in before.items()} != {n: len(s) for n, s in after.items()}:
         return None
     return {
         (name, i): after[name][i] - size

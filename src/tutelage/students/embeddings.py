@@ -123,14 +123,8 @@ def factorise_embeddings(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn
     The new tables are projections of the old ones to the basis with the largest singular values of the token,
     position and type tables together, each table divided by the root of its length. If a layer norm comes before the
     matrix, as in ELECTRA, tables are centred and the basis is orthogonal to the mean, so that the norm divides by the
-    same number as before. Both are exact for tables of that rank.
-
-    Returns:
-        The new model, and the names of its weights that start random (an output head of the embeddings' width).
-
-    Raises:
-        ConfigError: the rank is not below the present width.
-        ModelError: the family has no such matrix.
+    same number as before. Both are exact for tables of that rank. Also returns the names of weights that start random
+    (an output head of the embeddings' width).
 
     Reference: Lan et al., ALBERT (2020), section 3.1.
     """
@@ -147,17 +141,14 @@ def factorise_embeddings(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn
     norm = _norm(new, rank, width, rows)
     computed = {*(f"{p}.weight" for p in narrow), *(f"{projection}.{x}" for x in ("weight", "bias"))}
     computed |= {f"{norm}.weight", f"{norm}.bias"} if norm else set()
-    tied = {
-        name for name, p in new.named_parameters(remove_duplicate=False) if p is new.get_input_embeddings().weight
-    }
-    missing = copy_weights(
-        new, model, lambda name: "" if name in computed | tied or any(key[0] == name for key in rows) else name,
-        lambda name, value: value,
-    )  # fmt: skip
+    word = new.get_input_embeddings().weight
+    computed |= {name for name, p in new.named_parameters(remove_duplicate=False) if p is word}  # tied
+    changed = computed | {name for name, _ in rows}
+    missing = copy_weights(new, model, lambda name: "" if name in changed else name, lambda name, value: value)
     with torch.no_grad():
         tables = {p: source.get_submodule(p).weight.detach().double() for p in narrow}
         _fill(new, source, tables, projection, norm, rank)
-    return new, [name for name in missing if name not in computed | tied]
+    return new, [name for name in missing if name not in computed]
 
 
 def _narrower(model: nn.Module, rank: int, width: int) -> tuple[Any, dict[tuple[str, int], int]]:

@@ -58,7 +58,8 @@ def _feature_maps(
     model: nn.Module, example: Batch, modules: dict[str, nn.Module], *, inputs: bool
 ) -> tuple[list[tuple[str, int, Size]], Counter[str]]:
     """Path, call number and size of the feature maps that modules get or give in a dry run; and the calls of each."""
-    image = _image(example)
+    inputs_of = example.inputs.values() if isinstance(example.inputs, dict) else [example.inputs]
+    image = next(((x.shape[2], x.shape[3]) for x in inputs_of if x.ndim == 4), None)
     calls: Counter[str] = Counter()
     maps: list[tuple[str, int, Size]] = []
 
@@ -86,12 +87,6 @@ def _feature_maps(
     return maps, calls
 
 
-def _image(example: Batch) -> Size | None:
-    """Height and width of the example's images, if it has any."""
-    inputs = example.inputs.values() if isinstance(example.inputs, dict) else [example.inputs]
-    return next(((x.shape[2], x.shape[3]) for x in inputs if x.ndim == 4), None)
-
-
 def _is_map(x: Tensor, image: Size | None) -> bool:
     """Whether height and width are those of the image divided by one stride, within a border of two."""
     if image is None:
@@ -103,11 +98,7 @@ def _is_map(x: Tensor, image: Size | None) -> bool:
 
 
 def find_embedding_tap(model: nn.Module) -> str:
-    """The tap of the output head's input, such as ``head:input``.
-
-    Raises:
-        ModelError: the model has no linear head, or is a linear layer itself.
-    """
+    """The tap of the output head's input, such as ``head:input``; raises :class:`ModelError` if there is none."""
     head = output_head(model)
     path = next(path for path, module in model.named_modules() if module is head)
     if not path:
@@ -120,21 +111,16 @@ def find_embedding_tap(model: nn.Module) -> str:
 def find_last_norm(model: nn.Module, example: Batch, tap: str) -> nn.modules.batchnorm._BatchNorm | None:
     """The batch norm whose output is the feature at ``tap``; else the last one before it with that output shape."""
     outputs: list[tuple[nn.Module, Tensor]] = []
-    parsed = parse_tap(tap)
     reached: list[int] = []  # number of norms that have run, at each call of the tapped module
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         outputs.append((module, output.detach().clone()))
 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    def mark(*_: Any) -> None:
-        reached.append(len(outputs))
-
     handles = [m.register_forward_hook(hook) for m in norms]
-    tapped = find_module(model, tap)
-    on = tapped.register_forward_pre_hook if parsed.side == "input" else tapped.register_forward_hook
-    handles.append(on(mark))
+    parsed, tapped = parse_tap(tap), find_module(model, tap)
+    on: Any = tapped.register_forward_pre_hook if parsed.side == "input" else tapped.register_forward_hook
+    handles.append(on(lambda *_: reached.append(len(outputs))))
     try:
         feature = dry_run(model, example, Needs(hidden=(tap,))).hidden[tap]
     finally:

@@ -42,9 +42,7 @@ def find_layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             remedy="prune its text model, which has a config of its own",
         )
     stacks = {
-        path: m
-        for path, m in lists.items()
-        if len(m) == count and all(next(layer.parameters(), None) is not None for layer in m)
+        path: m for path, m in lists.items() if len(m) == count and all(any(True for _ in x.parameters()) for x in m)
     }
     stacks = {path: m for path, m in stacks.items() if not any(path.startswith(f"{other}.") for other in stacks)}
     if getattr(config, "is_encoder_decoder", False) or len(stacks) > 1:

@@ -88,8 +88,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for path, layer in layers:
         base = layer.get_base_layer()
         linear = base.dequantise() if isinstance(base, NF4Linear) else base
-        getter = getattr(model, "get_input_embeddings", None)
-        embedding = getter() if callable(getter) else None
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if embedding is not None and embedding.weight is linear.weight:  # tied: the head gets a weight of its own
             linear.weight = nn.Parameter(linear.weight.detach().clone())
             cast(Any, model).config.tie_word_embeddings = False
@@ -108,20 +107,16 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 class NF4Linear(nn.Linear):
-    """A linear layer with frozen 4-bit weights (NF4), which are not part of the state dict.
+    """A linear layer with frozen 4-bit weights (NF4), which are not part of the state dict."""
 
-    Args:
-        linear: the layer to quantise.
-    """
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The packed weights, two in a byte; peft reads their device."""
         return self.packed
-
-    packed: Tensor
-    absmax: Tensor
-    code: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which creates float weights
@@ -173,19 +168,19 @@ def _target_paths(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     linear = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path]
     if isinstance(targets, str):
         return [path for path in linear if path != _head_path(model)]
-    for target in targets:
-        if not any(path == target or path.endswith(f".{target}") for path in linear):
+    matches = {target: [path for path in linear if f".{path}".endswith(f".{target}")] for target in targets}
+    for target, paths in matches.items():
+        if not paths:
             ends = sorted({path.rpartition(".")[2] for path in linear})
             raise ConfigError(
                 f"no linear layer of {type(model).__name__} is called {shorten(target)}",
                 where="student.lora.targets",
                 remedy=f"it has: {', '.join(ends[:12])}",
             )
-    return [path for path in linear if any(path == t or path.endswith(f".{t}") for t in targets)]
+    return [path for path in linear if any(path in paths for paths in matches.values())]
 
 
 def _head_path(model: nn.Module) -> str | None:
     """The path of the output head of a language model."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return next((path for path, m in model.named_modules() if m is head), None) if head is not None else None

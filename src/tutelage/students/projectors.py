@@ -43,11 +43,7 @@ def dry_run(model: nn.Module, example: Batch, needs: Needs) -> Observation:
 
 
 def feature_shapes(model: nn.Module, example: Batch, paths: Sequence[str]) -> dict[str, Shape]:
-    """The shape of each tap in ``paths`` for ``example``, from one run in evaluation mode.
-
-    Raises:
-        ModelError: unknown path, or its module does not give a tensor.
-    """
+    """The shape of each tap for ``example``, from one run; raises :class:`ModelError` for an unknown path."""
     observed = dry_run(model, example, Needs(hidden=tuple(dict.fromkeys(paths))))
     return {path: tuple(x.shape) for path, x in observed.hidden.items()}
 
@@ -147,7 +143,8 @@ def build_projector(student: Shape, teacher: Shape, *, kind: str = "auto", norm:
     """
     if kind not in PROJECTORS:
         raise ConfigError(f"unknown projector {shorten(kind)}", remedy=f"allowed: {', '.join(PROJECTORS)}")
-    shapes = f"the student's feature is {_format(student)}, the teacher's {_format(teacher)}"
+    mine, theirs = (f"[B, {', '.join(map(str, shape[1:]))}]" for shape in (student, teacher))
+    shapes = f"the student's feature is {mine}, the teacher's {theirs}"
     names = {2: "a vector", 3: "tokens", 4: "a map"}
     pooled = len(student) == 4 and len(teacher) == 2
     if len(student) not in names or len(teacher) not in names or (len(student) != len(teacher) and not pooled):
@@ -164,7 +161,3 @@ def build_projector(student: Shape, teacher: Shape, *, kind: str = "auto", norm:
     outputs = teacher[1] if maps else teacher[-1]
     after = None if not norm else nn.BatchNorm2d(outputs) if maps else nn.BatchNorm1d(outputs)
     return Projector(PROJECTORS[kind](inputs, outputs, maps), after)
-
-
-def _format(shape: Shape) -> str:
-    return f"[B, {', '.join(map(str, shape[1:]))}]"

@@ -157,11 +157,8 @@ def _set_sizes(
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = heads // layout.group
     setattr(config, layout.field, intermediate or units)
-    return {
-        "hidden": width,
-        "heads": heads if layout.tied else heads // layout.group,
-        "intermediate": intermediate or units,
-    }
+    shared = heads if layout.tied else heads // layout.group
+    return {"hidden": width, "heads": shared, "intermediate": intermediate or units}
 
 
 def _tied_sizes(head: int, hidden: int, heads: int | None, width: int | None, family: str) -> tuple[int, int]:

@@ -47,12 +47,9 @@ def add_fake_quantisers(model: nn.Module, bits: Bits = "int8") -> nn.Module:
             remedy="remove it",
         )
     activation, weight = _settings()
+    config = QATConfig(activation_config=activation, weight_config=weight, step="prepare")
     with torch.random.fork_rng(devices=[]):  # torchao creates new layers with random weights first
-        quantize_(
-            model,
-            QATConfig(activation_config=activation, weight_config=weight, step="prepare"),
-            filter_fn=lambda module, path: isinstance(module, nn.Linear) and path in paths,
-        )
+        quantize_(model, config, filter_fn=lambda m, path: isinstance(m, nn.Linear) and path in paths)
     for path in paths:
         layer = model.get_submodule(path)
         if isinstance(layer, nn.Conv2d):

@@ -107,7 +107,6 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
     )  # fmt: skip
     with torch.no_grad():
         reused.head.weight.copy_(classifier.weight)
-        assert reused.head.bias is not None
         reused.head.bias.copy_(torch.zeros(classifier.out_features) if classifier.bias is None else classifier.bias)
     reused.to(device_of(student))
     _freeze_unreached(reused, example)

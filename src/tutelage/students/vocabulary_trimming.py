@@ -61,8 +61,7 @@ def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] 
     if kind not in CLOSURES:
         raise ConfigError(f"a tokenizer of kind {kind} cannot be trimmed", remedy=f"known: {', '.join(CLOSURES)}")
     ids = old.get_vocab(with_added_tokens=True)
-    unknown_tokens = [token for token in keep if token not in ids]
-    if unknown_tokens:
+    if unknown_tokens := [token for token in keep if token not in ids]:
         raise ConfigError(
             f"keep: the tokenizer has no token {shorten(unknown_tokens[0])}",
             remedy="spell tokens as tokenizer.tokenize gives them",
@@ -73,8 +72,7 @@ def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] 
         used.update(tokens)
         if unk in tokens:
             unknown.append(text)
-    tokens_to_keep = CLOSURES[kind](old, description, used & ids.keys(), unknown)
-    order = sorted(tokens_to_keep, key=lambda token: ids[token])
+    order = sorted(CLOSURES[kind](old, description, used & ids.keys(), unknown), key=ids.__getitem__)
     new_ids = {token: i for i, token in enumerate(order)}
     new = _rebuild(tokenizer, _renumber(json.loads(backend.to_str()), new_ids))
     if new.get_vocab() != new_ids:
@@ -178,8 +176,7 @@ def _bpe(tokenizer: Any, description: Model, used: set[str], unknown: Sequence[s
 
 
 def _merges(model: Model) -> list[tuple[str, str]]:
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return [(left, right) for left, right in pairs]
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
 
 
 def _merge_steps(token: str, ranks: dict[tuple[str, str], int], prefix: str, suffix: str) -> set[str]:
@@ -237,9 +234,7 @@ def _renumber(description: Model, ids: dict[str, int]) -> Model:
     """The tokenizer's JSON with the tokens in ``ids`` and their new ids only."""
     model = description["model"]
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {
-            token: ids[token] for token in sorted(model["vocab"].keys() & ids.keys(), key=ids.__getitem__)
-        }
+        model["vocab"] = {token: i for token, i in sorted(ids.items(), key=lambda x: x[1]) if token in model["vocab"]}
     else:
         if model.get("unk_id") is not None:
             model["unk_id"] = ids[model["vocab"][model["unk_id"]][0]]

@@ -39,11 +39,8 @@ def copy_weights(
 ) -> list[str]:
     """Copy the teacher's weights into the student; returns the student's names that the teacher does not have.
 
-    Args:
-        student: changed in place; shares no memory with the teacher.
-        teacher: not changed.
-        source: maps a name of the student to a name of the teacher.
-        select: maps a name of the teacher and its value to the part to copy.
+    ``source`` maps a name of the student to a name of the teacher; ``select`` maps that name and its value to the
+    part to copy.
     """
     theirs, missing = teacher.state_dict(), []
     with torch.no_grad():

@@ -37,17 +37,11 @@ MAX_CANDIDATES = 64
 
 
 class Axis(NamedTuple):
-    """What a dimension counts.
+    """What a dimension counts."""
 
-    Attributes:
-        role: ``hidden``, ``heads`` or ``intermediate``.
-        size: consecutive numbers of one unit: the size of a head, else 1.
-        stacked: number of consecutive blocks of all units, as in a joint projection to query, key and value.
-    """
-
-    role: str
-    size: int = 1
-    stacked: int = 1
+    role: str  # hidden, heads or intermediate
+    size: int = 1  # consecutive numbers of one unit: the size of a head, else 1
+    stacked: int = 1  # consecutive blocks of all units, as in a joint projection to query, key and value
 
     def positions(self, selected: Tensor, units: int) -> Tensor:
         """The positions along the dimension of the ``selected`` of ``units`` units."""
@@ -56,25 +50,15 @@ class Axis(NamedTuple):
 
 
 class WeightLayout(NamedTuple):
-    """The widths of a model.
-
-    Attributes:
-        axes: what each dimension counts, if it is one of the three roles.
-        units: number of units of each role.
-        head: size of a head.
-        group: number of query heads that share a key head.
-        tied: whether the hidden size is the number of heads times their size.
-        field: the config's name for the number of feed-forward units.
-        companions: fields of the config that must equal the hidden size.
-    """
+    """The widths of a model."""
 
     axes: dict[Key, Axis]
-    units: dict[str, int]
-    head: int
-    group: int
-    tied: bool
-    field: str
-    companions: tuple[str, ...]
+    units: dict[str, int]  # number of units of each role
+    head: int  # size of a head
+    group: int  # number of query heads that share a key head
+    tied: bool  # whether the hidden size is the number of heads times their size
+    field: str  # the config's name for the number of feed-forward units
+    companions: tuple[str, ...]  # fields of the config that must equal the hidden size
 
 
 # Reading a model -------------------------------------------------------------------------------------
@@ -146,23 +130,15 @@ def _companions(probe: Probe, hidden: int, head: int, compare: Any) -> tuple[str
         if value != hidden or name == own:
             continue
         changed = compare(**{name: hidden + head})
-        if changed is None:
-            companions.append(name)
-        elif changed:
-            companions += (
-                [] if _runs(probe._replace(config=replace_fields(probe.config, **{name: hidden + head}))) else [name]
-            )
-        elif name.endswith("hidden_size"):  # of a head that this model does not have
-            companions.append(name)
+        must_equal = changed is None or name.endswith("hidden_size")  # of a head that this model does not have
+        if changed:
+            try:
+                run_model(random_model(probe.kind, replace_fields(probe.config, **{name: hidden + head})))
+                must_equal = False
+            except Exception:  # noqa: BLE001  models raise different errors
+                must_equal = True
+        companions += [name] * must_equal
     return tuple(companions)
-
-
-def _runs(probe: Probe) -> bool:
-    try:
-        run_model(random_model(probe.kind, probe.config))
-    except Exception:  # noqa: BLE001  models raise different errors
-        return False
-    return True
 
 
 def _feed_forward(probe: Probe, apart: set[Key], compare: Any) -> tuple[str, dict[Key, int]]:

@@ -84,11 +84,7 @@ class EnsembleTeacher:
 
     @cached_property
     def model(self) -> Ensemble:
-        """The members' models as one module, whose module paths are the taps of the members.
-
-        Raises:
-            CapabilityError: a member is not live.
-        """
+        """The members' models as one module with the members' taps; raises :class:`CapabilityError` without them."""
         models = [m for member in self.members if isinstance(m := getattr(member, "model", None), nn.Module)]
         if len(models) != len(self.members):
             raise CapabilityError(
@@ -123,13 +119,12 @@ class EnsembleTeacher:
         total: Tensor | None = None
         hidden: dict[str, Tensor] = {}
         for m, member in enumerate(self.members):
-            weight = weights[:, m]
-            rows = None if self.route is None else (weight > 0).nonzero().flatten()
-            unused = float(self.weights[m]) == 0 or (rows is not None and len(rows) == 0)
-            logits = needs.logits and not unused
+            rows = (weights[:, m] > 0).nonzero().flatten()
+            logits = needs.logits and len(rows) > 0
             if not logits and m not in taps:
                 continue
-            part = batch if rows is None or len(rows) == len(batch) else batch.take(rows)
+            is_complete = self.route is None or len(rows) == len(batch)
+            part = batch if is_complete else batch.take(rows)
             signal = member.signal(part, Needs(logits=logits, hidden=tuple(taps.get(m, {}))))
             hidden |= {name: signal.hidden[tap] for tap, name in taps.get(m, {}).items()}
             if not logits:
@@ -144,26 +139,21 @@ class EnsembleTeacher:
                     f"{tuple(total.shape[1:])}",
                     remedy="use members that score the same classes in the same order",
                 )
-            w = (weight if rows is None else weight[rows]).to(scores.device).view(-1, *[1] * (scores.ndim - 1))
-            if part is batch:
-                total = self._add(total, scores, w)
+            w = weights[rows, m].to(scores.device).view(-1, *[1] * (scores.ndim - 1))
+            at = slice(None) if is_complete else rows.to(scores.device)
+            if self.combine == "logits":
+                total[at] += w * scores
             else:
-                assert rows is not None
-                rows = rows.to(scores.device)
-                total[rows] = self._add(total[rows], scores, w)
+                logs = F.log_softmax(scores / self.temperature, dim=-1)
+                total[at] = torch.logaddexp(total[at], logs + w.log())
         if total is not None and self.combine == "probabilities":
             total = self.temperature * total
         return Signal(total, {name: hidden[name] for name in needs.hidden})
 
-    def _add(self, total: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
-        if self.combine == "logits":
-            return total + weight * scores
-        return torch.logaddexp(total, F.log_softmax(scores / self.temperature, dim=-1) + weight.log())
-
     def _weights(self, batch: Batch) -> Tensor:
-        """``[B, M]``, or ``[1, M]`` without routes."""
+        """``[B, M]`` weights of the members for each sample."""
         if self.route is None:
-            return self._table
+            return self._table.expand(len(batch), -1)
         if batch.route is None:
             raise CapabilityError(
                 "the batch has no routes, and the members teach different samples",
@@ -203,8 +193,7 @@ class Ensemble(nn.ModuleList):
     Module ``head`` of the first model is ``0.head`` here.
     """
 
-    many = True
-    """Several models: a method cannot choose taps automatically."""
+    many = True  # a method cannot choose taps automatically
 
     def __init__(
         self,
@@ -226,9 +215,8 @@ class Ensemble(nn.ModuleList):
             own = None if first is None else first.device  # members can have different devices
             moved = {name: x.to(own) for name, x in named.items()}
             logits.append(logits_of(model(**moved) if inputs is None else model(inputs.to(own))).float())
-        device = logits[0].device
-        scores = torch.stack([x.to(device) for x in logits])
-        weights = torch.tensor(self.weights, device=device).view(-1, *[1] * (scores.ndim - 1))
+        scores = torch.stack([x.to(logits[0].device) for x in logits])
+        weights = torch.tensor(self.weights, device=scores.device).view(-1, *[1] * (scores.ndim - 1))
         if self.combine == "logits":
             return (weights * scores).sum(0)
         logs = F.log_softmax(scores / self.temperature, dim=-1) + weights.log()
@@ -268,10 +256,8 @@ def fit_ensemble_weights(
     Deterministic: L-BFGS in float64 on the CPU, from equal weights.
 
     Args:
-        members: of the ensemble.
+        members: of the ensemble; ``combine`` and ``temperature`` are as in :class:`EnsembleTeacher`.
         batches: labelled samples that neither students nor members are trained or tested on.
-        combine: as in :class:`EnsembleTeacher`.
-        temperature: as in :class:`EnsembleTeacher`.
         device: where members run.
 
     Raises:

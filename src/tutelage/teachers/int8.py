@@ -53,12 +53,9 @@ def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_linear_layers(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with its linear layers as :class:`Int8Linear`; ``model`` does not change.
+    """A copy of ``model`` with linear layers as :class:`Int8Linear`; raises :class:`CapabilityError` without any.
 
     The output projection of ``nn.MultiheadAttention`` stays, since that module uses its weights directly.
-
-    Raises:
-        CapabilityError: there is no linear layer.
     """
     result = copy.deepcopy(model)
     if isinstance(result, nn.Linear):

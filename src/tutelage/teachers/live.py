@@ -83,12 +83,11 @@ class LiveTeacher:
                 raise CapabilityError(what, remedy=remedy)
         others = {"mode": mode == "train_bn", "dtype": dtype == "int8", "compile": compile, "batch_size": batch_size,
                   "device": device}  # fmt: skip
-        if sharded and any(others.values()):
-            key = next(k for k, value in others.items() if value)
-            raise CapabilityError(
-                f"a sharded teacher takes no other option, and {key} is set", remedy=f"remove {key}"
-            )
         if sharded:
+            for key in (key for key, value in others.items() if value):
+                raise CapabilityError(
+                    f"a sharded teacher takes no other option, and {key} is set", remedy=f"remove {key}"
+                )
             find_blocks(model)
         self.sharded = sharded
         self.model = model.requires_grad_(False).eval()
@@ -114,11 +113,7 @@ class LiveTeacher:
         return self
 
     def signal(self, batch: Batch, needs: Needs) -> Signal:
-        """The model's output for the batch, without gradient.
-
-        Raises:
-            CapabilityError: the model cannot run in its ``dtype``.
-        """
+        """The model's output, without gradient; raises :class:`CapabilityError` if it cannot run in ``dtype``."""
         needs = replace(needs, temperature=None)  # dense logits serve every temperature
         batch = batch.for_teacher()
         device, size = batch.labels.device, self.batch_size or len(batch)
@@ -145,12 +140,11 @@ class LiveTeacher:
         if any(m.training for m in self._modules):
             for module in (self.model, observer.model):
                 module.eval()
-        cast = FLOATS.get(self.dtype or "")
         inputs = batch.inputs
-        if cast is not None:
-            inputs = (
-                {k: _cast(v, cast) for k, v in inputs.items()} if isinstance(inputs, dict) else _cast(inputs, cast)
-            )
+        if self.dtype in FLOATS:
+            named = inputs if isinstance(inputs, dict) else {"": inputs}
+            named = {k: x.to(FLOATS[self.dtype]) if x.is_floating_point() else x for k, x in named.items()}
+            inputs = named if isinstance(inputs, dict) else named[""]
         # Not inference_mode: it is no faster (docs/log.md), and its outputs cannot be saved for backward.
         device = batch.labels.device.type
         precision = nullcontext() if self.dtype is None else torch.autocast(device, enabled=False)
@@ -215,10 +209,6 @@ def _device(device: torch.device | str) -> torch.device:
             f"there is no device {shorten(str(device))} for the teacher: {str(error).splitlines()[0]}",
             remedy="set a device of this machine, such as cpu, cuda or cuda:1, or remove it",
         ) from None
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _concat(signals: Sequence[Signal]) -> Signal:

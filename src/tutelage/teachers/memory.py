@@ -113,11 +113,9 @@ class MemoryTeacher:
 
 def _dense_layout(signal: Signal, needs: Needs, tokens: bool) -> Layout:
     """A layout of everything that is needed, in float32."""
-    leading = 2 if tokens else 1
-    hidden = {tap: tuple(x.shape[leading:]) for tap, x in signal.hidden.items()}
-    if not needs.logits:
-        return Layout(None, dtype="fp32", hidden=hidden, tokens=tokens)
-    return Layout("dense", signal.dense().shape[-1], "fp32", hidden=hidden, tokens=tokens)
+    hidden = {tap: tuple(x.shape[2 if tokens else 1 :]) for tap, x in signal.hidden.items()}
+    classes = signal.dense().shape[-1] if needs.logits else 0
+    return Layout("dense" if needs.logits else None, classes, "fp32", hidden=hidden, tokens=tokens)
 
 
 def _ids(batch: Batch) -> Array:

@@ -20,8 +20,7 @@ from tutelage.errors import CapabilityError, ModelError, TutelageError
 from tutelage.taps import Needs
 from tutelage.teachers.signal import Signal, Teacher
 
-_teacher: Teacher
-"""The teacher of a process that :class:`_TeacherProcess` started."""
+_teacher: Teacher  # of a process that _TeacherProcess started
 
 
 class PrefetchingTeacher:

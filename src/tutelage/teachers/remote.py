@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ TopTokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """``[n, k]`` ids of the likeliest tokens at n positions, the likeliest first, and their log-probabilities."""
 
 
-class RemoteTeacher:
+class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
     """The k likeliest next tokens from a model behind a server, at T = 1 (``topk``).
 
     The texts of a batch are requested in parallel; each text of a packed row is a request of its own. Requests are
@@ -83,14 +84,8 @@ class RemoteTeacher:
             )
         self.url, self.k, self.classes = url.rstrip("/"), k, classes
         self.kind = SERVERS[server]
-        self._server = JsonClient(
-            url,
-            "teacher.endpoint",
-            key_env=key_env,
-            concurrency=concurrency,
-            timeout=timeout,
-            max_retry_time=max_retry_time,
-        )
+        options: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "max_retry_time": max_retry_time}
+        self._server = JsonClient(url, "teacher.endpoint", key_env=key_env, **options)
         try:
             facts = self._server.retry(lambda: self.kind.facts(self._server.post, model))
             self.facts = {"server": server} | facts
@@ -99,9 +94,6 @@ class RemoteTeacher:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -163,7 +155,7 @@ class RemoteTeacher:
                 f"the server reads {most} tokens, and texts have up to {longest}",
                 where=self.url,
                 remedy=f"set data.max_length to {most - 1} at most, or start the server with a larger context",
-            )  # fmt: skip
+            )
         if vocabulary is not None and vocabulary > self.classes:
             raise self._other_tokenizer(f"the server's model has {vocabulary} tokens, the student {self.classes}")
         ids = [0, 1, 2]

@@ -17,10 +17,7 @@ from tutelage.taps import output_head
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The consecutive layers of a model: modules in lists that ``_no_split_modules`` names, else the longest list.
 
-    The output head and layers that share a weight with another module are left out.
-
-    Raises:
-        CapabilityError: the model has none.
+    The output head and layers that share a weight are left out. Raises :class:`CapabilityError` if none is left.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     lists = [list(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
@@ -52,9 +49,8 @@ def shard_model(model: nn.Module, device: torch.device) -> nn.Module:
     Embeddings, norms and the output head are complete on every process. All processes must run it together. ``model``
     does not change.
     """
-    own = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
-    memo: dict[int, Any] = dict(own)  # share storage until the parameters move
-    runs = copy.deepcopy(model, memo)
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    runs = copy.deepcopy(model, memo)  # shares storage until the parameters move
     blocks = find_blocks(runs)
     inside = {p for block in blocks for p in block.parameters()}
     for block in blocks:

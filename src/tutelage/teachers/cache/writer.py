@@ -28,9 +28,14 @@ class CacheWriter:
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, *, rank: int = 0, shard_bytes: int = SHARD_BYTES,
+        self,
+        folder: Path,
+        layout: Layout,
+        *,
+        rank: int = 0,
+        shard_bytes: int = SHARD_BYTES,
         shard_seconds: float = SHARD_SECONDS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.layout, self.rank = folder, layout, rank
         self.shard_bytes, self.shard_seconds = shard_bytes, shard_seconds
         self.parts: list[tuple[dict[str, Array], Columns]] = []
