@@ -31,7 +31,7 @@ def test_two_processes_give_the_gradient_of_one(alone: dict[str, Tensor], tmp_pa
 
 def test_projectors_of_the_feature_method_agree_too(tmp_path: Path) -> None:
     one = steps(tmp_path / "one", 1, 1, "feature")
-    assert any(".links.1.projector.body" in name for name in one)
+    assert any(".losses.1.projector.body" in name for name in one)
     assert_same(one, steps(tmp_path / "two", 2, 2, "feature"), 1e-5)
     assert not any("links" in name for name in load_file(str(tmp_path / "two" / "student.safetensors")))
 

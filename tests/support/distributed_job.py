@@ -203,7 +203,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
             pairs=[{"student": "2", "teacher": "2"}], loss="crd", options={"negatives": 9, "width": 6}
         )
         method = prepare_method(crd, student, teacher, Rows().fetch(torch.arange(2)), seed=4, ids=Rows().ids)
-        before = method.hidden.links[0].memory.student.clone()  # type: ignore[union-attr, operator]
+        before = method.hidden.losses[0].memory.student.clone()  # type: ignore[union-attr, operator]
     if kind.endswith("mutual"):
         method = MutualMethod(peers=1, refresh=2)
         method.add_peers([network(8, seed=6)])
@@ -253,7 +253,7 @@ def main(out: Path, accumulate: int, kind: str, steps: int = 3) -> None:
 
         assert all(isinstance(p, DTensor) for p in watcher.module.parameters())  # type: ignore[union-attr]
     if kind == "crd":
-        memory = method.hidden.links[0].memory.student  # type: ignore[union-attr]
+        memory = method.hidden.losses[0].memory.student  # type: ignore[union-attr]
         (out / f"moved-{accelerator.process_index}").write_text(str(int((memory.cpu() != before).any(1).sum())))
         everybody = accelerator.gather(memory.unsqueeze(0))
         assert all(torch.equal(rank, everybody[0]) for rank in everybody), "memories differ between processes"
