@@ -31,7 +31,7 @@ class SoftLabelOptions(MethodOptions):
     ``soft_cross_entropy`` or ``tvd``; for task ``multi-label`` ``binary_kd`` or ``mse``, for ``regression`` ``mse``,
     for ``ranking`` ``margin_mse``."""
     soft_options: Annotated[dict[str, Any], AfterValidator(_without_nulls)] = Field(default_factory=dict)
-    """Options of that loss: ``alpha`` and ``beta`` of dkd, ``standardize`` of kd, ``beta`` and ``gamma`` of dist."""
+    """Options of that loss; the table below lists them."""
 
     def misfits(self) -> Iterator[tuple[str, str]]:
         """Weights, options and a temperature that do not fit the loss."""
