@@ -33,7 +33,7 @@ def test_the_command_fills_checks_describes_and_joins(
     assert "200 rows, 0 of them computed now" in out
     folder = out.split(":")[0]
     assert folder.startswith("runs/cache/r-")
-    for action, says in (("verify", "whole; 200 rows"), ("info", "samples: 100"), ("compact", "1 shards")):
+    for action, says in (("verify", "intact; 200 rows"), ("info", "samples: 100"), ("compact", "1 shards")):
         with pytest.raises(SystemExit):
             main(["cache", action, folder])
         assert says in capsys.readouterr().out

@@ -271,6 +271,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "lab").exists()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_mistake_in_a_worker_ends_the_lab_with_its_message(tmp_path: Path) -> None:
     """The base's student is an mlp, which knows no widths: the arms of other sizes cannot be built."""
     with pytest.raises(ModelError, match="widths"):
