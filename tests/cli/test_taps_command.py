@@ -142,7 +142,7 @@ def test_libraries_and_texts_have_shapes_of_their_own(tmp_path: Path) -> None:
         (["timm:resnet18", "--shape", "3x0x8"], ["--shape 3x0x8"]),
         (["resnet", "--of", "student"], ["--of student is for recipes"]),
         (["recipe.yaml", "--of", "pupil"], ["--of pupil", "student, teacher"]),
-        (["recipe.yaml", "--shape", "1x8x8"], ["--shape is for a model"]),
+        (["recipe.yaml", "--shape", "1x8x8"], ["--shape applies to a model"]),
         (["recipe.yaml", "-o", "student.modle=mlp"], ["student.modle", "did you mean 'model'"]),
         (["recipe2.yaml"], ["recipe2.yaml: no such recipe", "recipe.yaml"]),
         (["runs/nowhere/student"], ["runs/nowhere/student: no such folder"]),

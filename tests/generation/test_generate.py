@@ -345,7 +345,7 @@ def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         (404, {"error": {"message": "The model `x` does not exist", "code": "model_not_found"}}, "not served"),
         (400, {"detail": "Server is pinned to 'y'; requested 'x'."}, "not served"),
-        (404, {"detail": "Not Found"}, "nothing at that address"),
+        (404, {"detail": "Not Found"}, "address does not exist"),
         (429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, "exhausted"),
         (301, {}, "redirects"),
     ],

@@ -174,7 +174,7 @@ def test_arms_on_answers_differ_in_the_pairing_alone(tmp_path: Path) -> None:
     lines = set(dump_recipe(own).splitlines()) ^ set(dump_recipe(other).splitlines())
     assert {line.split(":")[0].strip() for line in lines} == {"name", "train"}
     assert own.teacher is None
-    with pytest.raises(ConfigError, match="known by its answers"):
+    with pytest.raises(ConfigError, match="uses stored answers"):
         base_recipes("full", None, ["llm.teacher=hf:x"])
 
 

@@ -134,7 +134,7 @@ def test_the_formula_names_every_term_and_the_seed_every_projector() -> None:
         ({"loss": "nst", "options": {"kernel": "cubic"}}, ConfigError, "linear"),
         ({"loss": "hint", "options": {"kernel": "linear"}}, ConfigError, "no option 'kernel'"),
         ({"loss": "pkt", "projector": "mlp"}, ConfigError, "takes no projector"),
-        ({"loss": "crd"}, CapabilityError, "no ids"),
+        ({"loss": "crd"}, CapabilityError, "needs sample ids"),
         ({"loss": "crd", "options": {"negatives": 0}}, ConfigError, "greater than or equal to 1"),
         ({"loss": "factor_transfer", "options": {"share": 1.5}}, ConfigError, "less than 1"),
         ({"loss": "review", "options": {"levels": [0.5]}}, ConfigError, "valid integer"),

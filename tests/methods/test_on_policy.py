@@ -303,7 +303,7 @@ def test_packed_rows_and_models_that_cannot_write_are_refused(cutter: Any, folde
     _, batch = causal(cutter, [TURNS], max_length=256)
     mute = model(folder, 2)
     mute.generate = None
-    with pytest.raises(CapabilityError, match="cannot write"):
+    with pytest.raises(CapabilityError, match="cannot generate"):
         ready(mute, model(folder), batch)
 
 

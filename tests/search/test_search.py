@@ -321,7 +321,7 @@ def test_what_a_killed_process_reported_is_not_judged_before_its_last(tmp_path: 
         ("method.alpha=0:1:lin", ["'lin' follows the range"]),
         ("seeds=0,1", ["decides what is measured"]),
         ("data.split_seed=0:5", ["decides what is measured"]),
-        ("teacher.options.hidden=[8],[16]", ["makes another teacher"]),
+        ("teacher.options.hidden=[8],[16]", ["changes the teacher"]),
         ("student.options.hiden=[8],[16]", ["hiden"]),
     ],
 )

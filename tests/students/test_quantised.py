@@ -86,7 +86,7 @@ def test_what_cannot_be_rounded_is_said() -> None:
         "data": "digits", "teacher": None, "method": "supervised",
         "student": {"model": "mlp", "qat": "int8", "lora": 4},
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="beside adapters"):
+    with pytest.raises(ConfigError, match="with 'lora' these are frozen"):
         build_recipe(recipe, name="recipe")
 
 

@@ -95,7 +95,7 @@ def test_two_rows_swapped_do_not_pass(tmp_path: Path) -> None:
         try:
             cache.signal(swapped, Needs())
         except CacheError as error:
-            found += "does not look as it did" in str(error)
+            found += "differs from the input" in str(error)
     assert found == 2
 
 

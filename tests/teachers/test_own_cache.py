@@ -266,7 +266,7 @@ def test_another_tokenizer_is_refused_by_name_and_more_padding_is_not(tmp_path: 
     with pytest.raises(CacheError, match=r"data\.inputs.*preprocessing\.tokenizer\.vocabulary"):
         distilled(words(vocabulary[::-1]), 4, "second")
     more = words([*vocabulary, "unheard"])  # the same numbers, from another vocabulary
-    with pytest.raises(CacheError, match=r"something else: preprocessing\.tokenizer\.vocabulary"):
+    with pytest.raises(CacheError, match=r"different settings: preprocessing\.tokenizer\.vocabulary"):
         distilled(more, 4, "third")
 
 

@@ -341,7 +341,7 @@ def test_other_tokens_or_others_that_count_are_refused(name: str, tmp_path: Path
     fewer = batch.mask.clone()
     fewer[0, 0] = False
     other = Batch(batch.inputs, batch.labels, mask=fewer, ids=batch.ids)
-    with pytest.raises(CacheError, match=r"(?s)sample 7 does not look.*other tokens"):
+    with pytest.raises(CacheError, match=r"(?s)sample 7 differs.*other tokens"):
         CachedTeacher(tmp_path, kept, {}).signal(other, needs)
     with pytest.raises(CapabilityError, match="other tokens count"):
         memory.signal(other, needs)
@@ -349,7 +349,7 @@ def test_other_tokens_or_others_that_count_are_refused(name: str, tmp_path: Path
     ids = batch.inputs["input_ids"].clone()
     ids[3, 1] += 1
     rewritten = Batch(batch.inputs | {"input_ids": ids}, batch.labels, mask=batch.mask, ids=batch.ids)
-    with pytest.raises(CacheError, match="sample 5 does not look"):
+    with pytest.raises(CacheError, match="sample 5 differs"):
         CachedTeacher(tmp_path, kept, {}).signal(rewritten, needs)
 
 
