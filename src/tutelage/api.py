@@ -1,4 +1,4 @@
-"""The Python entry points: a workflow, and then its report."""
+"""The Python entry points: each runs a workflow and writes its report."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def run(
     resume: bool = False,
     terminal: Terminal | None = None,
 ) -> RunResult:
-    """Run a recipe and write its report; what ``tutelage run`` does.
+    """Run a recipe and write its report, like ``tutelage run``.
 
     Args:
         recipe: a recipe, or the path of its YAML file.
-        overrides: ``key=value``, for a path.
-        out: the run directory. Default: the first free of ``runs/NAME``, ``runs/NAME-2`` ...
+        overrides: ``key=value``, if ``recipe`` is a path.
+        out: the run directory. Default: the first free one of ``runs/NAME``, ``runs/NAME-2`` ...
         resume: continue the run in that directory.
         terminal: shows progress.
 
@@ -69,15 +69,15 @@ def run_search(
     resume: bool = False,
     terminal: Terminal | None = None,
 ) -> SearchResult:
-    """Search a recipe's hyperparameters and write the page; what ``tutelage search`` does.
+    """Search a recipe's hyperparameters and write the report, like ``tutelage search``.
 
     Args:
         recipe: a recipe, or the path of its YAML file.
-        overrides: ``key=value``, for a path.
+        overrides: ``key=value``, if ``recipe`` is a path.
         trials: the number of trials. Default: the recipe's ``search.trials``, 20.
         keys: the search space, instead of the recipe's: ``KEY=LOW:HIGH``, ``KEY=LOW:HIGH:log``, ``KEY=a,b,c``.
         workers: processes that run trials in parallel; above 1, call it under ``if __name__ == "__main__"``.
-        out: the folder. Default: the first free of ``runs/NAME-search``, ``runs/NAME-search-2`` ...
+        out: the folder. Default: the first free one of ``runs/NAME-search``, ``runs/NAME-search-2`` ...
         resume: continue the search in that folder.
         terminal: shows progress.
 
@@ -101,11 +101,11 @@ def judge(
     out: str | Path | None = None,
     terminal: Terminal | None = None,
 ) -> JudgementResult:
-    """Generate answers, let an endpoint judge them, and write the pages; what ``tutelage judge`` does.
+    """Generate answers, let an endpoint judge them, and write the reports, like ``tutelage judge``.
 
     Args:
-        recipe: the path of a YAML file, or a loaded one.
-        overrides: ``key=value``, for a path.
+        recipe: the path of a YAML file, or its content as a :class:`Judgement`.
+        overrides: ``key=value``, if ``recipe`` is a path.
         out: the folder. Default: ``runs/NAME-judge``.
         terminal: shows progress.
 
@@ -120,7 +120,7 @@ def judge(
 
 
 def is_main() -> bool:
-    """Whether this is the main process, which writes and prints."""
+    """Whether this is the main process, the only one that writes reports and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -1,14 +1,14 @@
-"""Every error that tutelage raises on purpose.
+"""The errors that tutelage raises on purpose.
 
-One root, so that a caller can catch all of them; each subclass is also the
-standard-library error that a caller would expect. A message says what is
-wrong, where, and what to do about it.
+All are subclasses of :class:`TutelageError`, and of the error of the standard library that a caller would expect. A
+message states what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,28 @@ REFUSALS = {
     errno.ENOENT: "a part of the path does not exist",
     errno.ENAMETOOLONG: "the name is too long",
 }
-"""Why an operating system does not write a file, by its error number."""
+"""The reasons for which an operating system does not write a file, by error number."""
 
 
 class TutelageError(Exception):
-    """Root of all errors raised on purpose.
+    """Base class of all errors raised on purpose.
 
     Args:
-        what: what is wrong, with what was given.
-        where: the place: a file and line, a key, a module path. Optional.
-        remedy: what the reader can do about it. Optional only where nothing can be done.
+        what: what is wrong, with the value that the user gave.
+        where: the file and line, the key, or the module path.
+        remedy: what the user can do about it; ``None`` only where nothing can be done.
     """
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(what, where, remedy)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # survives the way from a process that fetches data
-        return _rebuilt, (type(self), self.what, self.where, self.remedy)
+    def __reduce__(self) -> tuple[Any, ...]:  # a process that fetches data sends its error to the main process
+        return partial(type(self), where=self.where, remedy=self.remedy), (self.what,)
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
         return f"{head}\n  -> {self.remedy}" if self.remedy else head
-
-
-def _rebuilt(cls: type[TutelageError], what: str, where: str | None, remedy: str | None) -> TutelageError:
-    return cls(what, where=where, remedy=remedy)
 
 
 class ConfigError(TutelageError, ValueError):
@@ -55,19 +51,19 @@ class ConfigError(TutelageError, ValueError):
 
 
 class DataError(TutelageError, ValueError):
-    """The data cannot be read, or is not what the run needs."""
+    """The data cannot be read, or does not fit the task."""
 
 
 class ModelError(TutelageError, ValueError):
-    """A model cannot be built, or has no such module."""
+    """A model cannot be built, or a module path names none of its modules."""
 
 
 class CheckpointError(TutelageError, ValueError):
-    """A checkpoint or weights file is missing, broken, unsafe or of another model."""
+    """A checkpoint or weights file is missing, damaged, unsafe or of another model."""
 
 
 class CapabilityError(TutelageError, ValueError):
-    """The teacher, student, data and method do not fit each other."""
+    """Teacher, student, data, method or hardware do not fit each other."""
 
 
 class NumericsError(TutelageError, ArithmeticError):
@@ -75,35 +71,23 @@ class NumericsError(TutelageError, ArithmeticError):
 
 
 class RunDirectoryError(TutelageError, OSError):
-    """A run directory cannot be created, written or continued."""
-
-    def __str__(self) -> str:  # OSError has its own idea of three arguments
-        return TutelageError.__str__(self)
+    """A run directory cannot be created, written or resumed."""
 
 
 class CacheError(TutelageError, OSError):
-    """A cache of teacher signals is damaged, was made from something else, or cannot be written."""
-
-    def __str__(self) -> str:
-        return TutelageError.__str__(self)
+    """A cache of teacher outputs is damaged, belongs to another teacher or other data, or cannot be written."""
 
 
 class EndpointError(TutelageError, ConnectionError):
-    """A server that generates or scores text refuses, cannot be reached, or does not answer."""
-
-    def __str__(self) -> str:
-        return TutelageError.__str__(self)
+    """A server that generates or scores text cannot be reached, does not reply, or rejects the request."""
 
 
 class JournalError(TutelageError, OSError):
-    """A journal of answers is damaged, of another recipe, or written by another process."""
-
-    def __str__(self) -> str:
-        return TutelageError.__str__(self)
+    """A journal of answers is damaged, belongs to another recipe, or is open in another process."""
 
 
 class BudgetSpent(TutelageError):
-    """The remaining budget does not cover the next request. All answers are kept."""
+    """The remaining budget does not cover the next request. All answers so far are saved."""
 
 
 class MissingDependencyError(TutelageError, ImportError):
@@ -111,16 +95,16 @@ class MissingDependencyError(TutelageError, ImportError):
 
 
 class Interrupted(TutelageError):
-    """The run was asked to stop (SIGTERM or Ctrl-C), saved itself and can go on."""
+    """The run stopped after SIGTERM or Ctrl-C. Its state is saved, and it can be resumed."""
 
 
 def refusal(error: OSError) -> str:
-    """Why the operating system refused, in words."""
+    """The reason of an error of the operating system."""
     return REFUSALS.get(error.errno or 0, str(error))
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """``repr(value)`` on one line of at most ``limit`` characters, for messages that show a given value."""
+    """``repr(value)`` on one line of at most ``limit`` characters, for messages."""
     text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
     if "\n" in text:
         text = " ".join(text.split())
@@ -135,19 +119,19 @@ def nearest(given: str, allowed: list[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(path: Path, otherwise: str, names: Iterable[str] = ()) -> str:
-    """A remedy for a path that does not exist: its nearest sibling, else ``otherwise``."""
+    """A remedy for a path that does not exist: the sibling with the nearest name, else ``otherwise``."""
     siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
     close = nearest(str(path), [*siblings, *names], 1)
     return f"did you mean {close[0]}?" if close else otherwise
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty; the name of its class where it has none."""
+    """The first line of an error's message that is not empty; the name of its class if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:
-    """`` (did you mean X?)``, or nothing where nothing is near."""
+    """`` (did you mean X?)``, or an empty string if no name is similar."""
     close = nearest(given, list(allowed), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, errors of the operating system as messages, and a silent transformers."""
+"""Atomic writes of files and folders, file locks, and transformers without its log."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import errno
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tutelage.errors import REFUSALS, RunDirectoryError, refusal
+from tutelage.errors import REFUSALS, RunDirectoryError
 
 TEMPORARY_PREFIX = ".tutelage-tmp."
 """Prefix of the names of incomplete files and folders."""
 
-_FREE_SPACE = "free some space, then go on with --resume"
+_FREE_SPACE = "free some space, then continue with --resume"
 _REMEDIES = dict.fromkeys(REFUSALS, "choose another --out") | {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
@@ -32,21 +33,22 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
         yield
     except RunDirectoryError:
         raise
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
-        raise RunDirectoryError(f"cannot be written: {refusal(error)}", where=str(path), remedy=remedy) from error
     except Exception as error:
-        # safetensors has its own class for errors of the operating system
-        if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
-            full = "28" in str(error) or "space" in str(error)
-            reason = REFUSALS[errno.ENOSPC] if full else str(error)
-            remedy = _FREE_SPACE if full else "check the path and the disk"
-            raise RunDirectoryError(f"cannot be written: {reason}", where=str(path), remedy=remedy) from error
-        raise
+        # safetensors has its own class for errors of the operating system, with the number in the message.
+        is_safetensors = type(error).__name__ == "SafetensorError"
+        code = re.search(r"os error (\d+)", str(error)) if is_safetensors else None
+        if code is None and not isinstance(error, OSError):
+            raise
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        raise RunDirectoryError(
+            f"cannot be written: {REFUSALS.get(number or 0, str(error))}",
+            where=str(path),
+            remedy=_REMEDIES.get(number or 0, "check the path and the disk"),
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: to a temporary name, synced, then renamed."""
+    """Write a file atomically: write and sync a temporary file, then rename it."""
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}.")
@@ -99,7 +101,7 @@ def try_lock(handle: int) -> bool:
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Turn off the progress bars and warnings of transformers."""
+    """Turn off the progress bars and warnings of transformers during the block."""
     if importlib.util.find_spec("transformers") is None:
         yield
         return

@@ -1,9 +1,9 @@
-"""Shows the progress of a run: a live line in a terminal, plain lines elsewhere."""
+"""The progress of a run: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Self, TypeVar
 
 from rich.console import Console
@@ -22,12 +22,6 @@ class _Rate(ProgressColumn):
 def show_rate(rate: float) -> str:
     """``12 steps/s``, or ``2.3 s/step`` if a step takes longer than a second."""
     return f"{rate:.0f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
-
-
-def show_terms(line: dict[str, Any]) -> str:
-    """``loss 1.23 = kd 0.9 + ce 0.33``: the weighted terms."""
-    parts = " + ".join(f"{n} {v['weighted']:.3g}" for n, v in line["terms"].items())
-    return f"loss {line['loss']:.3g}" + (f" = {parts}" if len(line["terms"]) > 1 else "")
 
 
 class Terminal:
@@ -86,7 +80,8 @@ class Terminal:
     def on_log(self, line: dict[str, Any]) -> None:
         """A line was written to the metrics."""
         if "terms" in line:
-            self.terms = show_terms(line)
+            parts = " + ".join(f"{name} {term['weighted']:.3g}" for name, term in line["terms"].items())
+            self.terms = f"loss {line['loss']:.3g}" + (f" = {parts}" if len(line["terms"]) > 1 else "")
         else:
             self.validation = f"val {next(iter(line['validation'].values())):.1%}"  # the metric comes first
             now = time.monotonic()
@@ -112,6 +107,3 @@ class Terminal:
             return
         total = len(items) if isinstance(items, Sized) else None
         yield from track(items, what, total=total, console=self.console, transient=True)
-
-
-Say = Callable[[str], None]

@@ -1,4 +1,4 @@
-"""A JSON client that retries errors which may pass, and the parts of error replies that all clients read."""
+"""A JSON client that retries transient errors, and functions to read error replies."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any, Protocol, TypeVar
 from tutelage.errors import EndpointError, require
 
 FIRST_WAIT = 0.5
-"""Mean seconds before the second attempt; doubled for each further one."""
+"""Mean seconds before the second attempt; doubled for each further attempt."""
 LONGEST_WAIT = 30.0
 LONGEST_RETRY_AFTER = 600.0
 MAX_INVALID = 4
-"""Invalid replies of a server that works, after which a request fails."""
+"""A request fails after so many invalid replies of a server that works."""
 
 RETRYABLE = (408, 409, 425, 429)
-"""HTTP status codes, next to those from 500 on, of errors that may pass."""
+"""HTTP status codes of transient errors below 500; all codes from 500 on are transient."""
 
 T = TypeVar("T")
 
 
 class TransientServerError(Exception):
-    """An error that may pass.
+    """An error after which another attempt may succeed.
 
     Args:
-        what: happened.
-        after: seconds that the server asks to wait.
+        what: what is wrong.
+        after: seconds to wait before the next attempt, as the server requires.
         answered: whether the server works and only this reply is invalid.
     """
 
@@ -41,8 +41,10 @@ class TransientServerError(Exception):
 
 
 class JsonRequest(Protocol):
-    """Sends JSON to a path and returns the JSON reply; without a body it is a GET request. A path that begins with
-    ``/`` starts at the server's root, another one at the client's URL."""
+    """Sends JSON to a path and returns the JSON reply; a GET request if there is no body.
+
+    A path that begins with ``/`` is relative to the server's root, any other path to the client's URL.
+    """
 
     def __call__(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The reply."""
@@ -50,15 +52,15 @@ class JsonRequest(Protocol):
 
 
 class JsonClient:
-    """A client of one server, with a few connections.
+    """A client of one server.
 
     Args:
-        url: of the server; for one that speaks OpenAI's protocol it mostly ends with ``/v1``.
+        url: URL of the server; with OpenAI's protocol it usually ends with ``/v1``.
         where: the section of the recipe that has the URL, for messages.
         key_env: name of the environment variable that holds the API key.
-        concurrency: most requests at once.
-        timeout: seconds for a reply.
-        max_retry_time: seconds without a valid reply after which requests fail.
+        concurrency: maximum number of requests in flight.
+        timeout: seconds to wait for a reply.
+        max_retry_time: a request fails after so many seconds without a valid reply.
 
     Raises:
         EndpointError: ``key_env`` is not set.
@@ -91,7 +93,7 @@ class JsonClient:
         return self._threads.submit(self.retry, call)
 
     def retry(self, call: Callable[[], T]) -> T:
-        """The result of ``call``, which is repeated after each :class:`TransientServerError`.
+        """The result of ``call``, which is retried after each :class:`TransientServerError`.
 
         Raises:
             EndpointError: the server still fails after ``max_retry_time``, or its replies are invalid.
@@ -113,11 +115,11 @@ class JsonClient:
             wait = min(2 * wait, LONGEST_WAIT)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request, as :class:`JsonRequest`.
+        """Send one request; see :class:`JsonRequest`.
 
         Raises:
             TransientServerError: another attempt may succeed.
-            EndpointError: the server refuses the request.
+            EndpointError: the server rejects the request.
         """
         reply = self.send(path, body)
         try:
@@ -126,7 +128,7 @@ class JsonClient:
             raise TransientServerError(f"the reply is not JSON: {reply.text[:80]!r}", answered=True) from None
 
     def send(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request whose reply need not be JSON; raises as :meth:`post`."""
+        """Send one request whose reply may be other than JSON; raises the errors of :meth:`post`."""
         import httpx2
 
         root = self.url.removesuffix("/v1") if path.startswith("/") else f"{self.url}/"
@@ -144,14 +146,14 @@ class JsonClient:
             raise TransientServerError(f"answers with status {reply.status_code}: {message}", after=after)
         remedy = f"correct {self.where}, or how the server was started"
         if reply.status_code in (401, 403):
-            remedy = f"give the API key: {self.where}.key_env"
+            remedy = f"set {self.where}.key_env to the environment variable that holds the API key"
         elif "logprobs" in message and self.where == "teacher.endpoint":
             remedy = f"set {self.where}.k to what the server allows, or start it with --max-logprobs"
         raise EndpointError(f"refuses the request ({reply.status_code}): {message}", where=root + path, remedy=remedy)
 
 
 def list_models(post: JsonRequest) -> list[dict[str, Any]]:
-    """The models of a server that speaks OpenAI's protocol.
+    """The models of a server with OpenAI's protocol.
 
     Raises:
         TransientServerError: the reply is no list of models.
@@ -164,7 +166,7 @@ def list_models(post: JsonRequest) -> list[dict[str, Any]]:
 
 
 def error_message(body: bytes) -> tuple[str, str]:
-    """Code and message of an error reply, each ``""`` where there is none."""
+    """Code and message of an error reply; ``""`` for one that is missing."""
     try:
         reply = json.loads(body.decode("utf-8"))
     except ValueError:
@@ -177,7 +179,7 @@ def error_message(body: bytes) -> tuple[str, str]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait, by ``retry-after-ms`` or ``retry-after`` (a number or a date)."""
+    """Seconds to wait, from the header ``retry-after-ms`` or ``retry-after`` (a number or a date)."""
     try:
         if (milliseconds := headers.get("retry-after-ms")) is not None:
             return max(0.0, float(milliseconds) / 1000)

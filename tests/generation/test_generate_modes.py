@@ -339,7 +339,7 @@ def test_a_person_may_leave_a_batch_to_run(tmp_path: Path, monkeypatch: pytest.M
     with Closed() as server:
         path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 10)), endpoint={"api": "batch", "poll": 0.01})
         with monkeypatch.context() as patch:
-            patch.setattr(request_loop, "catch_stop_signals", asked_to_stop)
+            patch.setattr(request_loop, "catch_interrupts", asked_to_stop)
             with pytest.raises(Interrupted):
                 made(path, tmp_path / "out")
         assert made(path, tmp_path / "out").summary["kept"] == 10

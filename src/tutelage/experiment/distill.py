@@ -33,9 +33,9 @@ from tutelage.experiment.open_run import choose_run_directory, open_run_director
 from tutelage.experiment.spec import EnsembleSpec, EvaluationSpec, ExperimentSpec, MemberSpec, RunContext, TeacherSpec
 from tutelage.experiment.summary import load_student
 from tutelage.experiment.teachers import live_options, prefetch_mode
+from tutelage.interrupts import catch_interrupts
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal
-from tutelage.signals import catch_stop_signals
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
 
 
@@ -163,7 +163,7 @@ def distill(
     tracked = open_trackers(accelerator, path / "trackers", {"distill": text})
     with (
         open_run_directory(path, text, resume=resume, main=accelerator.is_main_process) as run,
-        catch_stop_signals(terminal.say) as stop,
+        catch_interrupts(terminal.say) as stop,
         tracked,
     ):
         summary = compare(spec, RunContext(accelerator, run, terminal, stop))

@@ -18,8 +18,8 @@ from tutelage.experiment.prepare import build_teacher, model_of, needs_teacher, 
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.teacher_setup import open_remote_teacher
 from tutelage.experiment.teachers import build_live_teacher
+from tutelage.interrupts import catch_interrupts
 from tutelage.progress import Terminal
-from tutelage.signals import catch_stop_signals
 from tutelage.teachers.cache import compact_cache, inspect_cache, verify_cache
 
 
@@ -64,7 +64,7 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
         )
     start = time.monotonic()
     with (
-        catch_stop_signals(terminal.say) as should_stop,
+        catch_interrupts(terminal.say) as should_stop,
         open_remote_teacher(spec, terminal, method, classes) as remote,
     ):
         source = teacher or remote

@@ -16,8 +16,8 @@ from tutelage.experiment.compare import compare
 from tutelage.experiment.open_run import choose_run_directory, open_run_directory
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.spec import RunContext
+from tutelage.interrupts import catch_interrupts
 from tutelage.progress import Terminal
-from tutelage.signals import catch_stop_signals
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run_on_data(
         terminal.say(f"run directory: {path}{processes}")
         data = data or load_data(recipe, terminal)
         tracked = open_trackers(accelerator, path / "trackers", {"recipe": dump_recipe(recipe)})
-        with catch_stop_signals(terminal.say) as should_stop, tracked:
+        with catch_interrupts(terminal.say) as should_stop, tracked:
             summary = compare(recipe_spec(recipe, data), RunContext(accelerator, run, terminal, should_stop))
     return RunResult(path, summary)
 

@@ -21,8 +21,8 @@ from tutelage.generation.budget import UNIT, Budget
 from tutelage.generation.client import ChatClient
 from tutelage.generation.journal import FILE, Journal
 from tutelage.generation.scheduler import RequestBatch, RequestClient, Scheduler
+from tutelage.interrupts import catch_interrupts
 from tutelage.progress import Terminal
-from tutelage.signals import catch_stop_signals
 
 CLIENTS: dict[str, Callable[..., RequestClient]] = {"batch": BatchClient, "live": ChatClient}
 """Clients by ``endpoint.api``."""
@@ -58,7 +58,7 @@ def run_plan(
     ``endpoints`` are by role. The scheduler's ``exceeded`` tells whether the budget ended the run.
     """
     scheduler = Scheduler(journal, Budget(limits, journal.usage), lambda: False)
-    with catch_stop_signals(terminal.say, "sending no more requests, and waiting for those in flight") as should_stop:
+    with catch_interrupts(terminal.say, "sending no more requests, and waiting for those in flight") as should_stop:
         scheduler.should_stop = should_stop
         try:
             result = asyncio.run(_send_batches(plan, first, scheduler, endpoints, bool(limits.prices), terminal))

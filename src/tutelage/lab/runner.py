@@ -19,12 +19,12 @@ from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.errors import ConfigError, Interrupted, RunDirectoryError, suggest
 from tutelage.experiment.open_run import open_run_directory
 from tutelage.files import write_text
+from tutelage.interrupts import catch_interrupts
 from tutelage.lab import llm
 from tutelage.lab.arms import ARMS, FIRST, SMALL, Bases, Results, merged, run_arm
 from tutelage.lab.claims import CLAIMS
 from tutelage.lab.page import lab_page, markdown
 from tutelage.progress import Terminal
-from tutelage.signals import catch_stop_signals
 
 Budget = Literal["small", "full"]
 
@@ -205,7 +205,7 @@ def _run_in_processes(bases: Bases, arms: Sequence[str], out: Path, jobs: int, t
     context = get_context("spawn")
     running: dict[Connection, tuple[str, SpawnProcess]] = {}
     waiting = list(arms)
-    with catch_stop_signals(terminal.say) as should_stop:
+    with catch_interrupts(terminal.say) as should_stop:
         try:
             while waiting or running:
                 if should_stop():

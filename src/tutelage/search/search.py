@@ -24,6 +24,7 @@ from tutelage.evaluation.statistics import paired_difference
 from tutelage.experiment.open_run import choose_run_directory, open_run_directory
 from tutelage.experiment.run import read_summary, run_recipe
 from tutelage.files import write_text
+from tutelage.interrupts import catch_interrupts
 from tutelage.progress import Terminal
 from tutelage.search.search_space import (
     SearchDimension,
@@ -33,7 +34,6 @@ from tutelage.search.search_space import (
     resolve_search,
     with_values,
 )
-from tutelage.signals import catch_stop_signals
 
 if TYPE_CHECKING:
     from tutelage.search.study import TrialRequest, TrialResult
@@ -99,7 +99,7 @@ def search_recipe(
             return SearchResult(path, before)
         terminal.say(f"search: {path}, {config.trials} trials of {', '.join(d.key for d in space)}")
         start = time.monotonic()
-        with catch_stop_signals(terminal.say) as should_stop:
+        with catch_interrupts(terminal.say) as should_stop:
             search = _Search(run, recipe, config, space, terminal, should_stop)
             search.run_trials(workers)
         summary = search.summarise(workers, start)

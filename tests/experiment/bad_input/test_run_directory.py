@@ -111,7 +111,9 @@ def test_full_disk(
     with monkeypatch.context() as m:
         m.setattr(target, failure)
         assert call(["run", "recipe.yaml", *RESUME]) == 2
-    check_message(capsys.readouterr().err, ["out", "the disk is full", "free some space, then go on with --resume"])
+    check_message(
+        capsys.readouterr().err, ["out", "the disk is full", "free some space, then continue with --resume"]
+    )
     after = broken.snapshot(ran)
     assert not (ran / "out" / "student").exists()
     assert not (ran / "out" / "models" / "distilled-seed0").exists()

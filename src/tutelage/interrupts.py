@@ -1,4 +1,4 @@
-"""Turns Ctrl-C and SIGTERM into a request to stop at the end of a step."""
+"""Convert Ctrl-C and SIGTERM to a request to stop at the end of a step."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from types import FrameType
 
 
 @contextmanager
-def catch_stop_signals(
+def catch_interrupts(
     announce: Callable[[str], None] = lambda text: None, doing: str = "saving after this step"
 ) -> Iterator[Callable[[], bool]]:
-    """A function that returns true once a stop is requested; a second Ctrl-C stops at once.
+    """Yield a function that returns true after Ctrl-C or SIGTERM; a second Ctrl-C stops at once.
 
-    ``doing`` names what happens before the stop, for the message.
-
-    Only the main thread can receive signals; in others the function always returns false.
+    Only the main thread receives them; in other threads the function always returns false. ``doing`` names what
+    happens before the stop, for the message.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested.is_set
         return
 
-    mine = os.getpid()
+    main_process = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != mine:  # a data-loading process, which the main one stops
+        if os.getpid() != main_process:  # a data-loading process, which the main process stops
             return
         if requested.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
