@@ -83,10 +83,10 @@ def test_from_a_real_server_through_faults_to_a_student_before_a_judge(
     }  # fmt: skip
     with (
         served(tmp_path / teacher, tmp_path) as url,
-        Closed(upstream=url, model=teacher, rate=0.3, slow=3.0) as proxy,
+        Closed(upstream=url, model=teacher, rate=0.3, slow=1.5) as proxy,
     ):
         endpoint = {"url": proxy.url, "model": teacher, "concurrency": 4, "timeout": 60}
-        recipe["generate"]["endpoint"] = {**endpoint, "timeout": 2 if teacher == "tiny" else 60}  # type: ignore[index]
+        recipe["generate"]["endpoint"] = {**endpoint, "timeout": 1 if teacher == "tiny" else 60}  # type: ignore[index]
         recipe["judge"]["endpoint"] = endpoint  # type: ignore[index]
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         made = generate("small.yaml", terminal=quiet())

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from unittest.mock import patch
+
 import torch
 from torch import nn
 
 from tutelage.data import Batch
 from tutelage.models.small import ConvNet
+from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
+from tutelage.teachers.cache import CacheWriter, teacher
 
 FROM = {"teacher": {"weights": "abc"}, "preprocessing": {"mean": [0.5]}, "augment": [], "views": None}
 
@@ -22,18 +30,14 @@ def some(n: int = 40, start: int = 0) -> Batch:
     return Batch(x, torch.zeros(n, dtype=torch.long), ids=torch.arange(start, start + n) * 7)
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from support.cache_cases import FROM, network, some
-from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
-import tutelage.teachers.cache.teacher as t
-t.Writer.__init__.__kwdefaults__["shard_bytes"] = 3000
-with CachedTeacher(Path({folder!r}), Layout("dense", 10, "fp32"), FROM, LiveTeacher(network())) as cache:
-    print("ready", flush=True)
-    for start in range(0, 200, 5):
-        cache.fill(some(5, start))
-        time.sleep(0.004)
-print("done", flush=True)
-"""
+def fill_slowly(folder: Path, ready: Event) -> None:
+    """Fill a cache of many small shards, in a process that a test kills."""
+    writer = partial(CacheWriter, shard_bytes=3000)
+    with (
+        patch.object(teacher, "CacheWriter", writer),
+        CachedTeacher(folder, Layout("dense", 10, "fp32"), FROM, LiveTeacher(network())) as cache,
+    ):
+        ready.set()
+        for start in range(0, 200, 5):
+            cache.fill(some(5, start))
+            time.sleep(0.004)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
-import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from support import python
-from support.cache_cases import FROM, KILLED, network, some
+from support.cache_cases import FROM, fill_slowly, network, some
 from tutelage.errors import CacheError, CapabilityError, NumericsError
 from tutelage.taps import Needs
 from tutelage.teachers import CachedTeacher, Layout, LiveTeacher
 from tutelage.teachers.cache import CacheReader, CacheWriter, compact_cache, inspect_cache, verify_cache
+from tutelage.teachers.cache.files import write_manifest
 
 
 @pytest.mark.parametrize(
@@ -162,42 +162,69 @@ def test_several_write_and_read_one_cache(tmp_path: Path) -> None:
     assert inspect_cache(folder)["duplicates"] == 0
 
 
+def wide_rows(i: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys and columns of 64 rows of 1000 logits."""
+    ids = np.arange(i * 64, (i + 1) * 64)
+    keys = {"id": ids, "view": np.zeros_like(ids), "digest": ids.astype(np.uint64)}
+    return keys, {"logits": np.full((64, 1000), i, dtype=np.float32)}
+
+
+def test_an_idle_writer_writes_its_last_rows_and_leaves_no_thread(tmp_path: Path) -> None:
+    layout = Layout("dense", 1000, "fp32")
+    write_manifest(tmp_path, layout, FROM)
+    threads = set(threading.enumerate())
+    writer = CacheWriter(tmp_path, layout, shard_seconds=0.05)
+    for i in range(2):  # also the rows after a pause
+        writer.put(*wide_rows(i))
+        until = time.monotonic() + 30
+        while len(CacheReader(tmp_path)) < 64 * (i + 1) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(CacheReader(tmp_path)) == 64 * (i + 1)
+        assert writer.bytes == 0
+    writer.folder = Path("/dev/full")
+    writer.put(*wide_rows(2))
+    while writer.bytes and time.monotonic() < until:
+        time.sleep(0.01)
+    with pytest.raises(CacheError, match="cannot be written"):
+        writer.close()
+    assert set(threading.enumerate()) <= threads
+    assert verify_cache(tmp_path) == []
+
+
 def test_the_writers_memory_is_bounded(tmp_path: Path) -> None:
     layout = Layout("dense", 1000, "fp32")
-    from tutelage.teachers.cache.files import write_manifest
-
     write_manifest(tmp_path, layout, FROM)
     writer = CacheWriter(tmp_path, layout, shard_bytes=2**20)
     most = 0
     for i in range(60):
-        ids = np.arange(i * 64, (i + 1) * 64)
-        keys = {"id": ids, "view": np.zeros_like(ids), "digest": ids.astype(np.uint64)}
-        writer.put(keys, {"logits": np.full((64, 1000), i, dtype=np.float32)})
+        writer.put(*wide_rows(i))
         most = max(most, writer.bytes)  # and as much again while the thread writes a shard
     writer.close()
     assert most <= 2**20 + 64 * 4024
     assert len(CacheReader(tmp_path)) == 60 * 64
 
 
-@pytest.mark.slow
 def test_killed_at_random_and_started_again_it_is_complete_and_has_no_row_twice(tmp_path: Path) -> None:
     folder = tmp_path / "c"
-    code = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(folder))
+    context = multiprocessing.get_context("forkserver")  # which imports torch once
+    context.set_forkserver_preload(["tutelage.teachers", "tutelage.models.small"])
     chance = random.Random(1)
     kills = 0
     for _ in range(60):
-        with python.Popen(["-c", code], stdout=python.PIPE) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == "ready\n"
-            time.sleep(chance.random() * 0.3)
-            if kills < 20 and child.poll() is None:
-                os.kill(child.pid, signal.SIGKILL)
-                kills += 1
-        if kills < 20 or child.returncode != 0:
+        ready = context.Event()
+        child = context.Process(target=fill_slowly, args=(folder, ready))
+        child.start()
+        assert ready.wait(60)
+        time.sleep(chance.random() * 0.3)
+        if kills < 20 and child.is_alive():
+            child.kill()
+            kills += 1
+        child.join()
+        if kills < 20 or child.exitcode != 0:
             assert verify_cache(folder) == []
-        if child.returncode == 0 and kills == 20:
+        if child.exitcode == 0 and kills == 20:
             break
-        if child.returncode != 0:
+        if child.exitcode != 0:
             continue
         for shard in list(folder.glob("shard-*"))[:6]:  # finished too soon to be killed: some work again
             shard.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import TIMEOUT_MAX
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def compact_cache(folder: Path, progress: Progress = lambda items, _: items) -> 
     """
     reader = CacheReader(folder)
     old, rows = complete_shards(folder), len(reader)
-    writer = CacheWriter(folder, reader.layout, shard_bytes=COMPACT_BYTES, shard_seconds=float("inf"))
+    writer = CacheWriter(folder, reader.layout, shard_bytes=COMPACT_BYTES, shard_seconds=TIMEOUT_MAX)
     try:
         for keys, columns in progress(reader.all_rows(), "joining shards"):
             writer.put(keys, columns)

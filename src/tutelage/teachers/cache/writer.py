@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock, Timer
 
 import numpy as np
 
@@ -39,37 +41,52 @@ class CacheWriter:
         self.folder, self.layout, self.rank = folder, layout, rank
         self.shard_bytes, self.shard_seconds = shard_bytes, shard_seconds
         self.parts: list[tuple[dict[str, Array], Columns]] = []
-        self.bytes, self.first = 0, 0.0
-        self.started, self.count = time.time_ns(), 0
+        self.bytes, self.started, self.count = 0, time.time_ns(), 0
+        self._lock = Lock()  # the timer's thread writes shards too
+        self._timer: Timer | None = None
         self._thread = ThreadPoolExecutor(1, "cache-writer")
         self._write: Future[None] | None = None
 
     def put(self, keys: dict[str, Array], columns: Columns) -> None:
         """Add rows; blocks while the previous shard is not written; raises :class:`CacheError` of the thread."""
-        if self._write is not None and self._write.done():
-            self._write.result()
-        if not self.parts:
-            self.first = time.monotonic()
-        self.parts.append((keys, columns))
-        self.bytes += nbytes(columns) + 24 * len(keys["id"])
-        if self.bytes >= self.shard_bytes or time.monotonic() - self.first > self.shard_seconds:
-            self._start_write()
+        with self._lock:
+            if self._write is not None and self._write.done():
+                self._write.result()
+            if not self.parts:
+                self._timer = Timer(self.shard_seconds, self._write_when_due)
+                self._timer.daemon = True
+                self._timer.start()
+            self.parts.append((keys, columns))
+            self.bytes += nbytes(columns) + 24 * len(keys["id"])
+            if self.bytes >= self.shard_bytes:
+                self._start_write()
 
     def flush(self) -> None:
         """Wait until all rows are on disk, in complete shards."""
-        if self.parts:
-            self._start_write()
-        if self._write is not None:
-            self._write.result()
+        with self._lock:
+            if self.parts:
+                self._start_write()
+            if self._write is not None:
+                self._write.result()
 
     def close(self) -> None:
-        """Flush and end the thread; the thread ends also on errors."""
+        """Flush and end the threads; they end also on errors."""
         try:
             self.flush()
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer.join()
             self._thread.shutdown()
 
+    def _write_when_due(self) -> None:
+        with self._lock, suppress(Exception):  # an error of the previous shard, which the next call raises
+            if self.parts:
+                self._start_write()
+
     def _start_write(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         if self._write is not None:
             self._write.result()
         parts, self.parts, self.bytes = self.parts, [], 0
