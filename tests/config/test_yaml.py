@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tutelage.config import build_recipe, load_recipe
-from tutelage.config.lines import MAX_ALIASED_NODES, parse_yaml
+from tutelage.config.lines import parse_yaml
 from tutelage.errors import ConfigError, shorten
+from tutelage.safe_yaml import MAX_ALIASED_NODES
 
 
 def nested_aliases(levels: int, width: int) -> str:

@@ -134,7 +134,10 @@ def test_bins_of_a_few_samples_are_set_apart(tmp_path):
         assert y + up - down == pytest.approx(x, abs=1e-5)
 
 
-@pytest.mark.parametrize("config", ["&a {b: *a}", "{name}: [unclosed", "a: 2001-99-99"])
+ALIASES = "\n".join(["l0: &l0 x", *(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 20))])
+
+
+@pytest.mark.parametrize("config", ["&a {b: *a}", "{name}: [unclosed", "a: 2001-99-99", ALIASES])
 def test_a_config_that_is_no_plain_yaml_is_still_shown(tmp_path, config):
     runs = [make_run(tmp_path / name, config=config) for name in ("a", "b")]
     page = write_report(runs, tmp_path / "r.html").read_text(encoding="utf-8")

@@ -168,7 +168,7 @@ def report(
 
 def _show(summary: dict[str, Any], path: Path) -> None:
     from tutelage.reports import final_table, multistage_table, verdict
-    from tutelage.reports.selection_metric import metric_of
+    from tutelage.reports.results import metric_of
 
     console = wide_console(120)
     console.print()
@@ -184,8 +184,7 @@ def _show(summary: dict[str, Any], path: Path) -> None:
 def _table(rows: list[dict[str, Any]], width: int, metric: str = "accuracy") -> Table:
     """One row per model; in a narrow terminal one column per model."""
     from tutelage.reports.formatting import ABSENT
-    from tutelage.reports.results import NEEDS_TEACHER
-    from tutelage.reports.selection_metric import METRIC_LABELS
+    from tutelage.reports.results import METRIC_LABELS, NEEDS_TEACHER
 
     titles = {
         "accuracy": METRIC_LABELS.get(metric, metric), "last": "last epoch", "agreement": "agreement",

@@ -14,13 +14,14 @@ from tutelage.config.base import Section
 from tutelage.config.data import DATA_KINDS, TEACHER_ONLY_TASKS, kind_of
 from tutelage.config.generate import GENERATE_KINDS, Generations
 from tutelage.config.judge import EndpointRecipe, JudgeConfig
-from tutelage.config.lines import Key, Place, load_yaml, parse_yaml
+from tutelage.config.lines import Key, Place, parse_yaml
 from tutelage.config.messages import explain, inherited, where_given
 from tutelage.config.methods import METHOD_KINDS
 from tutelage.config.methods.losses import SOFT_OF_TASK
 from tutelage.config.multistage import WORKFLOW_KINDS
 from tutelage.config.recipe import Recipe
 from tutelage.errors import ConfigError, nearest, shorten, suggest
+from tutelage.safe_yaml import load_yaml
 
 Checked = TypeVar("Checked", bound=Section)
 

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from tutelage.config import differing_keys
-from tutelage.config.lines import load_yaml
 from tutelage.engine import RunDirectory
 from tutelage.errors import Interrupted, RunDirectoryError, TutelageError
 from tutelage.files import try_lock, wrap_write_errors, write_text
+from tutelage.safe_yaml import load_yaml
 
 FREE_TO_CHANGE = {
     "train.trackers", "train.log_every", "train.keep_checkpoints", "data.workers", "teacher.train.trackers",

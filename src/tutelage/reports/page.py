@@ -22,9 +22,9 @@ from tutelage.files import write_text
 from tutelage.reports import formatting, results
 from tutelage.reports.class_similarity import similarity_panel
 from tutelage.reports.judgements import generated_prompts, judged_prompts
-from tutelage.reports.multistage import stage_figure, stage_swatch
 from tutelage.reports.plotting import Figure
-from tutelage.reports.result_figures import FIGURES, seed_by_seed
+from tutelage.reports.result_figures import FIGURES, seed_by_seed, stage_figure, stage_swatch
+from tutelage.reports.results import metric_label, metric_labels, metric_of
 from tutelage.reports.run_details import cost_rows, differing_settings, task_rows
 from tutelage.reports.run_files import (
     JudgementRecord,
@@ -38,7 +38,6 @@ from tutelage.reports.run_files import (
 )
 from tutelage.reports.sample_explorer import class_names, disagreement_text, explorer_of
 from tutelage.reports.search import response, search_figures
-from tutelage.reports.selection_metric import metric_label, metric_labels, metric_of
 
 FOLDER = Path(__file__).parent
 

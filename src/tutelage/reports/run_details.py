@@ -38,9 +38,8 @@ class ModelRows(NamedTuple):
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str]] | None:
     """The values of each run by the keys in which runs differ; ``None`` where a config is not valid YAML."""
-    try:
-        settings = [_flatten(yaml.safe_load(run.config)) for run in runs]
-    except (yaml.YAMLError, ValueError, RecursionError):  # the page still shows each config as text
+    settings = [_flatten(run.settings) for run in runs if run.settings is not None]
+    if len(settings) < len(runs):
         return None
     values = {key: [s.get(key, ABSENT) for s in settings] for key in sorted({key for s in settings for key in s})}
     return {key: of_runs for key, of_runs in values.items() if len(set(of_runs)) > 1}

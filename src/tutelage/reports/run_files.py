@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from tutelage.errors import DataError, RunDirectoryError
+from tutelage.reports.results import metric_of, with_accuracy
 from tutelage.reports.schemas import (
     GenerationsFile,
     JudgementFile,
@@ -25,7 +28,7 @@ from tutelage.reports.schemas import (
     SearchFile,
     SimilarityFile,
 )
-from tutelage.reports.selection_metric import metric_of, with_accuracy
+from tutelage.safe_yaml import load_yaml
 
 COPY_ALL = "a report needs the complete run directory: copy all of it"
 
@@ -55,6 +58,15 @@ class RunRecord:
     samples: dict[str, Any] | None = None
     generations: dict[str, Any] | None = None
     judgements: list[dict[str, Any]] = field(default_factory=list)
+
+    @cached_property
+    def settings(self) -> dict[str, Any] | None:
+        """The settings in ``config.yaml``; ``None`` where it is no mapping. Pages show its text anyway."""
+        try:
+            settings = load_yaml(self.config)[0]
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return None
+        return settings if isinstance(settings, dict) else None
 
     @property
     def arms(self) -> list[str]:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from tutelage.reports.formatting import count, percent
 from tutelage.reports.plotting import ROLES
 from tutelage.reports.results import model_names
@@ -17,8 +15,8 @@ from tutelage.reports.run_files import RunRecord
 def recipe_temperature(run: RunRecord) -> float:
     """The temperature of the recipe; 4 where it has none."""
     try:
-        temperature = float(yaml.safe_load(run.config)["method"]["temperature"])
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
+        temperature = float((run.settings or {})["method"]["temperature"])
+    except (LookupError, TypeError, ValueError):
         return 4.0
     return temperature if 0 < temperature < math.inf else 4.0
 

@@ -22,9 +22,8 @@ from tutelage.reports.plotting import (
     short,
     thin,
 )
-from tutelage.reports.results import short_names
+from tutelage.reports.results import metric_label, short_names
 from tutelage.reports.run_files import RunRecord
-from tutelage.reports.selection_metric import metric_label
 
 
 def _by_training(run: RunRecord, key: str) -> dict[str, list[Json]]:
