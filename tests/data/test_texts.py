@@ -57,7 +57,7 @@ def test_tokens_are_those_of_the_tokenizer_and_are_cut_once(monkeypatch: pytest.
     assert [data.classes[i] for i in batch.labels] == [rows[i]["label"] for i in batch.ids.tolist()]
     files = list(Path("runs/tokens").iterdir())
     assert len(files) == 1
-    assert files[0].suffix == ".arrow"
+    assert files[0].suffix == ".safetensors"
     with monkeypatch.context() as broken:
         broken.setattr(tokens_module, "_tokenize_block", None)  # a second tokenisation fails
         again = load(rows).test.fetch(torch.arange(6))

@@ -1,4 +1,4 @@
-"""Tokenised texts: computed once, stored in an Arrow file, read by memory map."""
+"""Tokenised texts: computed once, stored in a safetensors file, read by memory map."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tutelage.data.alignment import TokenEnds
 from tutelage.data.batch import IGNORE
 from tutelage.data.chat import Learn, as_conversation, encode_learned
 from tutelage.errors import DataError
+from tutelage.files import wrap_write_errors
 
 FOLDER = Path("runs") / "tokens"
 BLOCK = 1_000
@@ -30,14 +33,14 @@ Progress = Callable[[Sequence[int], str], Iterable[int]]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of many texts, concatenated; the other arrays have one entry per token.
+    """Token ids of many texts, concatenated. All arrays but ``offsets`` have one entry per token.
 
     Attributes:
         ids: the token ids.
-        special: the tokenizer added the token; for a causal model: the token is not learned.
+        special: whether the tokenizer added the token; for a causal model: whether the token is not learned.
         types: token type ids; ``None`` if the tokenizer has none.
         words: index of the token's word, or -1; ``None`` unless texts are lists of words.
-        offsets: start of each row, and end of the last one.
+        offsets: start of each row, and end of the last row.
         pad: id of the padding token.
         side: side of the padding.
         segments: index of the token's text in a packed row; ``None`` if texts of a row may attend to each other.
@@ -67,7 +70,7 @@ class Tokens:
         return values[self.offsets[row] : self.offsets[row + 1]]
 
     def padded(self, values: npt.NDArray[Any], rows: npt.NDArray[np.int64], fill: Any) -> npt.NDArray[Any]:
-        """``[B, L]``, padded to the longest of ``rows``."""
+        """The values of ``rows`` as ``[B, L]``, padded to the longest row."""
         lengths = self.lengths[rows]
         out = np.full((len(rows), int(lengths.max(initial=1))), fill, dtype=values.dtype)
         for i, row in enumerate(rows):
@@ -78,8 +81,8 @@ class Tokens:
     def inputs(self, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int32] | None = None) -> dict[str, Tensor]:
         """Model inputs ``[B, L]``: ``input_ids`` (or ``ids`` instead), ``attention_mask`` and token types.
 
-        For packed rows: ``input_ids`` and ``position_ids`` that restart with each text and with the padding; from
-        these transformers derives the attention mask.
+        For packed rows: ``input_ids`` and ``position_ids``. Positions restart at each text and at the padding;
+        transformers derives the attention mask from them.
         """
         ids = self.padded(self.ids, rows, self.pad) if ids is None else ids
         if self.segments is not None:
@@ -141,22 +144,22 @@ def tokenize(
         what: description of the texts, for the progress bar.
 
     Raises:
-        DataError: the tokenizer has no padding token, or the disk is full.
+        DataError: the tokenizer has no padding token, or ``max_length`` is too small.
+        RunDirectoryError: the file cannot be written.
     """
     pad, side = tokenizer.pad_token_id, str(tokenizer.padding_side)
-    if learn is not None:  # positions mark the padding, so any token will do
+    if learn is not None:  # labels and positions mark the padding, so any token works
         pad, side = next((i for i in (pad, tokenizer.eos_token_id) if i is not None), 0), "right"
     if pad is None:
         raise DataError(
             f"the tokenizer, a {type(tokenizer).__name__}, has no padding token",
             remedy="set one: tokenizer.pad_token = tokenizer.eos_token, and save it",
         )
-    settings = {"max_length": max_length, "pack": pack, "words": words, "columns": len(columns), "learn": learn}
-    settings |= {"ends": True} if ends else {}
-    text = json.dumps([key, tokenizer_fingerprint(tokenizer), settings], sort_keys=True)
-    path = FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.arrow" if key else None
-    if path is not None and path.exists() and (stored := _read(path, pad, side)) is not None:
-        return stored
+    settings = [max_length, pack, words, len(columns), learn, ends]
+    text = json.dumps([key, tokenizer_fingerprint(tokenizer), settings])
+    path = FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors" if key else None
+    if path is not None and (stored := _read(path)) is not None:
+        return Tokens(pad=pad, side=side, **stored)
 
     measure = TokenEnds(tokenizer) if ends else None
 
@@ -175,31 +178,22 @@ def tokenize(
         flat, lengths = _concatenate_and_split(flat, lengths, tokenizer, max_length)
     elif pack:
         flat, lengths = _pack_best_fit(flat, lengths, max_length)
-    tokens = _tokens(flat, lengths, pad, side)
+    flat["offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     if path is not None:
-        _write(path, flat, lengths)
-        tokens = _read(path, pad, side) or tokens
-    return tokens
+        _write(path, flat)
+        flat = _read(path) or flat
+    return Tokens(pad=pad, side=side, **flat)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A digest of everything that determines the tokens of a tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        content = sorted(tokenizer.get_vocab().items())
+    else:  # earlier calls may have set truncation and padding
+        content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     rest = [tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.chat_template]
-    return hashlib.sha256((_unset(text) + json.dumps(rest)).encode()).hexdigest()[:16]
-
-
-def _unset(text: str) -> str:
-    """The JSON of a tokenizer without truncation and padding, which earlier calls may have set."""
-    try:
-        loaded = json.loads(text)
-    except ValueError:
-        return text
-    if isinstance(loaded, dict):
-        loaded.pop("truncation", None)
-        loaded.pop("padding", None)
-    return json.dumps(loaded, sort_keys=True)
+    return hashlib.sha256((json.dumps(content, sort_keys=True) + json.dumps(rest)).encode()).hexdigest()[:16]
 
 
 def _tokenize_block(
@@ -227,21 +221,25 @@ def _flat(rows: Sequence[Sequence[int]], dtype: Any) -> Any:
 def _concatenate_and_split(
     flat: dict[str, Any], lengths: Any, tokenizer: Any, max_length: int
 ) -> tuple[dict[str, Any], Any]:
-    """Rows of the concatenated texts with separators, each row with the special tokens of the tokenizer."""
-    first, last = _special_ends(tokenizer)
-    stop = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    ends = np.repeat(np.arange(len(lengths)), lengths)
-    plain, of = flat["ids"][~flat["special"]], ends[~flat["special"]]
-    breaks = np.flatnonzero(np.diff(of)) + 1
-    stream = np.insert(plain, breaks, stop) if stop is not None else plain
-    special = (
-        np.insert(np.zeros(len(plain), np.bool_), breaks, True) if stop is not None else np.zeros_like(plain, bool)
-    )
+    """Concatenate the texts with separators, and split them into rows with the tokenizer's special tokens."""
+    example = tokenizer("a", return_special_tokens_mask=True)
+    own = np.flatnonzero(~np.array(example["special_tokens_mask"], bool))
+    example_ids = np.array(example["input_ids"], np.int32)
+    first, last = example_ids[: own[0]], example_ids[own[-1] + 1 :]
     room = max_length - len(first) - len(last)
     if room < 1:
         raise DataError(
-            f"max_length {max_length} leaves no room for text", where="data.max_length", remedy="raise it"
+            f"max_length {max_length} leaves no room for text next to {len(first) + len(last)} special tokens",
+            where="data.max_length",
+            remedy="raise it",
         )
+    text_of = np.repeat(np.arange(len(lengths)), lengths)[~flat["special"]]
+    stream = flat["ids"][~flat["special"]]
+    special = np.zeros(len(stream), bool)
+    separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    if separator is not None:
+        breaks = np.flatnonzero(np.diff(text_of)) + 1
+        stream, special = np.insert(stream, breaks, separator), np.insert(special, breaks, True)
     ids, marks, sizes = [], [], []
     for start in range(0, max(len(stream), 1), room):
         ids += [first, stream[start : start + room], last]
@@ -261,7 +259,7 @@ def _encode_block(
     learn: Learn,
     measure: TokenEnds | None,
 ) -> dict[str, Any]:
-    """Tokens of texts and conversations for a causal model; with ``split`` a long text becomes several rows."""
+    """Tokenise texts and conversations for a causal model; with ``split`` a long text becomes several rows."""
     ids: list[list[int]] = []
     special: list[list[bool]] = []
     ends: list[npt.NDArray[np.int64]] = []
@@ -284,8 +282,8 @@ def _encode_block(
 def _pack_best_fit(flat: dict[str, Any], lengths: Any, room: int) -> tuple[dict[str, Any], Any]:
     """Pack texts into rows of at most ``room`` tokens: longest first, each into the fullest row that fits."""
     rows: list[list[int]] = []
-    left: dict[int, list[int]] = {}  # rows by the room that they have left
-    sizes: list[int] = []  # those rooms, ascending
+    left: dict[int, list[int]] = {}  # rows by the number of tokens that still fit
+    sizes: list[int] = []  # those numbers, ascending
     for text in np.argsort(-lengths, kind="stable"):
         need = int(lengths[text])
         at = bisect_left(sizes, need)
@@ -310,58 +308,20 @@ def _pack_best_fit(flat: dict[str, Any], lengths: Any, room: int) -> tuple[dict[
     return packed, np.array([int(lengths[row].sum()) for row in rows], np.int64)
 
 
-def _special_ends(tokenizer: Any) -> tuple[Any, Any]:
-    """The special tokens before and after a text."""
-    encoding = tokenizer("a", return_special_tokens_mask=True)
-    marks = np.array(encoding["special_tokens_mask"], bool)
-    ids = np.array(encoding["input_ids"], np.int32)
-    inside = np.flatnonzero(~marks)
-    return ids[: inside[0]], ids[inside[-1] + 1 :]
-
-
-def _tokens(flat: dict[str, Any], lengths: Any, pad: int, side: str) -> Tokens:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Tokens(offsets=offsets, pad=pad, side=side, **flat)
-
-
-def _write(path: Path, flat: dict[str, Any], lengths: Any) -> None:
-    import pyarrow as pa
-
-    arrays = {"lengths": pa.array(lengths)} | {
-        name: pa.array(x.astype(np.int8) if x.dtype == np.bool_ else x) for name, x in flat.items()
-    }
+def _write(path: Path, flat: dict[str, Any]) -> None:
     part = path.with_suffix(f".part-{os.getpid()}")
+    with wrap_write_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: torch.from_numpy(values) for name, values in flat.items()}, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The memory-mapped arrays; ``None`` if the file is missing or damaged, so that the texts are tokenised again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(part), "wb") as sink:
-            for name, array in arrays.items():  # columns of unequal length: a stream of one-column tables
-                table = pa.table({name: array})
-                with pa.ipc.new_stream(sink, table.schema) as writer:
-                    writer.write_table(table, max_chunksize=len(table) or 1)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise DataError(
-            f"tokens cannot be written: {error.strerror or error}", where=str(path), remedy="free some disk space"
-        ) from None
-
-
-def _read(path: Path, pad: int, side: str) -> Tokens | None:
-    """The memory-mapped content of the file; ``None`` if it is damaged, so that the texts are tokenised again."""
-    import pyarrow as pa
-
-    flat: dict[str, Any] = {}
-    try:
-        source = pa.memory_map(str(path))
-        while source.tell() < source.size():
-            with pa.ipc.open_stream(source) as reader:
-                table = reader.read_all()
-            column = table.column(0).combine_chunks() if table.column(0).num_chunks != 1 else table.column(0).chunk(0)
-            flat[table.column_names[0]] = column.to_numpy(zero_copy_only=False)
-        lengths = flat.pop("lengths")
-        if int(lengths.sum()) != len(flat["ids"]) or any(len(x) != len(flat["ids"]) for x in flat.values()):
-            return None
-    except (pa.ArrowException, OSError, KeyError):
+        return {name: values.numpy() for name, values in load_file(path).items()}
+    except (SafetensorError, OSError):
         return None
-    flat["special"] = flat["special"].view(np.bool_)
-    return _tokens(flat, lengths, pad, side)
