@@ -1,14 +1,14 @@
 """Align the tokens of two tokenizers, and find the entries that their vocabularies share.
 
-The end of a token is a number of bytes from the start of the text, or of an answer in a conversation. Where tokens of
-both tokenizers end at the same byte, both models have read the same text. Tokens outside of the text (BOS, roles,
-line breaks of a template) have no end, so they may differ.
+The end of a token is the number of bytes from the start of the text or, in a conversation, of the answer. Where
+tokens of both tokenizers end at the same byte, both models have read the same text. Tokens outside of the text (BOS,
+roles, line breaks of a template) have no end, so they may differ.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class TokenEnds:
         self.sizes = np.array([-1 if b is None else len(b) for b in known], np.int64)
 
     def __call__(self, text: str | Conversation, learn: Learn = "answers") -> tuple[list[int], list[bool], Ends]:
-        """Token ids, whether each is learned (:func:`tutelage.data.chat.encode_learned`), and the end of each.
+        """Token ids, whether each token is learned (:func:`tutelage.data.chat.encode_learned`), and its end.
 
         The token that closes a text or an answer ends one byte after it. In a conversation only answers have ends.
 
@@ -57,7 +57,7 @@ class TokenEnds:
             raise DataError(
                 "the tokens of the chat template differ from those of the rendered text, so their ends are unknown",
                 where="tokenizer.chat_template",
-                remedy="use a teacher and a student with one tokenizer, or another template",
+                remedy="use a teacher and a student with the same tokenizer, or another template",
             )
         if isinstance(text, str):
             behind = np.arange(len(offsets)) > np.max(np.flatnonzero(offsets[:, 1] > offsets[:, 0]), initial=-1)
@@ -86,7 +86,7 @@ class TokenEnds:
                 raise DataError(
                     f"the chat template changes an answer: {shorten(words)}",
                     where="tokenizer.chat_template",
-                    remedy="remove from the answers what the template removes, such as thoughts",
+                    remedy="remove the parts that the template removes, such as thoughts, from the answers",
                 )
             yield at, at + len(words), stop
 
@@ -103,7 +103,7 @@ class TokenEnds:
             closing = (starts >= finish) & (starts < closed) & (stops > starts)
             closing |= inside & (stops > finish)  # a token with both the last words and the closing
             ends[closing] = base + bytes_to[finish] + 1
-        # Of several tokens within one character, all but the last end before the character does.
+        # If several tokens share a character, all but the last end before the end of the character.
         same = np.flatnonzero((ends[:-1] == ends[1:]) & (ends[:-1] != NOWHERE) & (stops[:-1] == stops[1:]))
         length = self.sizes[ids]
         for i in same[::-1]:
@@ -139,7 +139,7 @@ def align_spans(mine: Ends, theirs: Ends) -> tuple[Ends, Ends]:
 
 
 def align_predicted(mine: Ends, theirs: Ends, labels: Tensor, their_labels: Tensor) -> dict[str, Tensor]:
-    """The spans of :func:`align_spans` all of whose tokens are predicted, at the positions that predict them.
+    """The spans of :func:`align_spans` in which every token is predicted, at the positions that predict them.
 
     Args:
         mine: ``[B, L]`` ends of the student's tokens.
@@ -181,15 +181,15 @@ def find_shared_tokens(mine: Any, theirs: Any) -> tuple[Tensor, Tensor]:
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
     """The bytes of each token id; ``None`` for special tokens and unused ids."""
-    kind = _kind(tokenizer)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    vocabulary = tokenizer.get_vocab()
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    kind, alphabet = _kind(tokenizer), {character: byte for byte, character in bytes_to_unicode().items()}
+    added, vocabulary = tokenizer.added_tokens_decoder, tokenizer.get_vocab()
+    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     out: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
-    added = tokenizer.added_tokens_decoder
     for token, i in vocabulary.items():
         if i not in special:
-            out[i] = token.encode() if i in added else _TO_BYTES[kind](token)
+            out[i] = token.encode() if i in added else _entry_bytes(token, kind, alphabet)
     return out
 
 
@@ -216,34 +216,13 @@ def _kind(tokenizer: Any) -> str:
 _MARKS = {"bytes": '"ByteLevel"', "words": '"WordPiece"', "pieces": "▁"}
 
 
-def _printable() -> dict[str, int]:
-    """The byte of each character in byte-level vocabularies (``bytes_to_unicode`` of GPT-2, inverted)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-_BYTE = _printable()
-
-
-def _of_bytes(token: str) -> bytes:
-    return bytes(_BYTE[c] for c in token) if all(c in _BYTE for c in token) else token.encode()
-
-
-def _of_piece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
-
-
-def _of_word(token: str) -> bytes:
-    """WordPiece has no spaces: ``##`` marks the continuation of a word, other words follow a space."""
-    if token.startswith("##"):
-        return token[2:].encode()
-    return (f" {token}" if token[:1].isalnum() else token).encode()
-
-
-_TO_BYTES: dict[str, Callable[[str], bytes]] = {
-    "bytes": _of_bytes, "pieces": _of_piece, "words": _of_word, "plain": str.encode,
-}  # fmt: skip
-"""Convert the name of an entry to its bytes, by kind."""
+def _entry_bytes(token: str, kind: str, alphabet: dict[str, int]) -> bytes:
+    """Convert the name of an entry to its bytes; ``alphabet`` has the byte of each character of kind ``bytes``."""
+    if kind == "bytes" and all(c in alphabet for c in token):
+        return bytes(alphabet[c] for c in token)
+    if kind == "pieces":
+        is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        return bytes([int(token[3:5], 16)]) if is_byte else token.replace("▁", " ").encode()
+    if kind == "words":  # WordPiece has no spaces: "##" continues a word, other words follow a space
+        return (token[2:] if token.startswith("##") else f" {token}" if token[:1].isalnum() else token).encode()
+    return token.encode()

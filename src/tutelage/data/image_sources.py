@@ -1,4 +1,4 @@
-"""Sources of labelled images: one function for each kind."""
+"""Sources of labelled images: one function for each kind of source."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import hashlib
 import inspect
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,29 +32,36 @@ FASHION_CLASSES = [
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RawSplit:
-    """A split of a source: labels, and pixels or a function that opens an image."""
+    """A split of a source: labels, and pixels or a function that opens an image.
+
+    Attributes:
+        labels: ``[N]`` class indices.
+        ids: ``[N]`` stable sample ids.
+        pixels: uint8 ``[N, C, H, W]``; ``None`` if there is ``open``.
+        open: row -> PIL image.
+        route: int64 ``[N]``, index of the route of each row.
+    """
 
     labels: Tensor
+    ids: Tensor
     pixels: Tensor | None = None
-    """uint8 ``[N, C, H, W]``; ``None`` if there is ``open``."""
     open: Callable[[int], Any] | None = None
-    """Row -> PIL image."""
-    ids: Tensor | None = None
-    """Stable sample ids. Default: the row's number."""
     route: Tensor | None = None
-    """int64 ``[N]``: index of the route of each row."""
 
-    def take(self, rows: Tensor) -> RawSplit:
-        """The given rows with their ids."""
-        ids = torch.arange(len(self.labels)) if self.ids is None else self.ids
-        return RawSplit(
-            self.labels[rows],
-            None if self.pixels is None else self.pixels[rows],
-            None if self.open is None else partial(_open_row, self.open, rows),
-            ids[rows],
-            None if self.route is None else self.route[rows],
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: Tensor) -> Self:
+        """The split with only the given rows."""
+        return replace(
+            self,
+            labels=self.labels[rows],
+            ids=self.ids[rows],
+            pixels=None if self.pixels is None else self.pixels[rows],
+            open=None if self.open is None else partial(_open_row, self.open, rows),
+            route=None if self.route is None else self.route[rows],
         )
 
 
@@ -64,14 +71,14 @@ def _open_row(opener: Callable[[int], Any], rows: Tensor, row: int) -> Any:
 
 @dataclass
 class RawImages:
-    """A source: its splits, its class names, and its usual normalisation."""
+    """A source: its splits, its class names, and the mean and standard deviation of its pixels, if known."""
 
     classes: list[str]
     splits: dict[str, RawSplit]
     mean: list[float] | None = None
     std: list[float] | None = None
     route_names: list[str] = field(default_factory=list)
-    """Values of the column that selects teachers, if there is one."""
+    """The value of each index in ``route``."""
 
 
 def open_source(
@@ -84,7 +91,7 @@ def open_source(
     classes: list[str] | None,
     route: str | None = None,
 ) -> RawImages:
-    """Open a source with its own splits.
+    """Read a source with the splits that it has.
 
     Raises:
         ConfigError: the source is unknown.
@@ -110,16 +117,17 @@ def open_source(
 
 
 def read_digits() -> RawImages:
-    """1,797 images of handwritten digits, 8x8, from scikit-learn; a single split."""
+    """The 1,797 images of handwritten digits of scikit-learn, 8x8, in a single split."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     pixels = torch.from_numpy(np.rint(images * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-    return RawImages([str(i) for i in range(10)], {"train": RawSplit(torch.from_numpy(labels).long(), pixels)})
+    split = RawSplit(torch.from_numpy(labels).long(), torch.arange(len(labels)), pixels)
+    return RawImages([str(i) for i in range(10)], {"train": split})
 
 
 def read_fashion_mnist(path: str | None) -> RawImages:
-    """60,000 and 10,000 images of clothes, 28x28: from Debian's package if installed, else from torchvision."""
+    """Fashion-MNIST, 28x28: from the files of Debian's package if it is installed, else from torchvision."""
     folders = (Path(path),) if path else FASHION_FOLDERS
     for folder in folders:
         if (folder / "train-images-idx3-ubyte.gz").exists():
@@ -129,7 +137,7 @@ def read_fashion_mnist(path: str | None) -> RawImages:
                 labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz").long()
                 if len(pixels) != len(labels):
                     raise DataError(f"{len(pixels)} images but {len(labels)} labels", where=f"{folder}, {stem}")
-                splits[split] = RawSplit(labels, pixels)
+                splits[split] = RawSplit(labels, torch.arange(len(labels)), pixels)
             return RawImages(FASHION_CLASSES, splits, [0.2860], [0.3530])
     try:
         raw = read_torchvision("FashionMNIST", path, {})
@@ -156,9 +164,13 @@ def read_idx(path: Path) -> Tensor:
             raise ValueError(f"type code {dtype:#x}, expected 0x8 (unsigned bytes)")
         return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
     except FileNotFoundError:
-        raise DataError("no such file", where=str(path), remedy="the data set needs all four of its files") from None
+        raise DataError(
+            "no such file", where=str(path), remedy="put all four files of the data set into this folder"
+        ) from None
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise DataError(f"not a whole gzipped IDX file: {error}", where=str(path), remedy="fetch it again") from None
+        raise DataError(
+            f"is damaged, or is not a gzipped IDX file: {error}", where=str(path), remedy="download it again"
+        ) from None
 
 
 def open_image(path: Path) -> Any:
@@ -191,7 +203,7 @@ def _open_item(items: Any, key: str | int, row: int) -> Any:
 
 
 def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool = False) -> RawImages:
-    """Image files in one sub-folder per class, optionally inside split folders.
+    """Read image files in one sub-folder per class, optionally inside split folders.
 
     A sample id is a hash of the path, so it does not change when files are added. With ``by_folder`` the folder
     between class and file (``night`` in ``train/CLASS/night/1.png``) is the route of the sample.
@@ -226,7 +238,8 @@ def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool 
             remedy="name every folder once, in the order of the class indices",
         )
     names = classes or folders
-    splits, routes = {}, _Routes()
+    splits: dict[str, RawSplit] = {}
+    route_names: list[str] = []
     for split, root in roots.items():
         if unknown := [c for c in _subfolders(root) if c not in names]:
             raise DataError(
@@ -234,7 +247,8 @@ def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool 
                 where=str(root),
                 remedy=f"classes of the training images: {', '.join(names[:20])}",
             )
-        files, labels, route = [], [], []
+        files: list[Path] = []
+        labels: list[int] = []
         for label, name in enumerate(names):
             mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
             if not mine and split == "train":
@@ -245,37 +259,32 @@ def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool 
                 )
             files += mine
             labels += [label] * len(mine)
-            if by_folder:
-                if bare := next((p for p in mine if p.parent == root / name), None):
-                    raise DataError(
-                        "is directly in the folder of its class, so it has no route",
-                        where=str(bare),
-                        remedy="put every image into a sub-folder of its class, or leave data.route out",
-                    )
-                route += [p.relative_to(root / name).parts[0] for p in mine]
-        ids = torch.tensor([path_id(p.relative_to(path).as_posix()) for p in files], dtype=torch.int64)
-        splits[split] = RawSplit(torch.tensor(labels, dtype=torch.int64), open=partial(_open_file, files), ids=ids)
+        route = None
         if by_folder:
-            splits[split].route = routes.indices(route)
-    return RawImages(names, splits, route_names=routes.names)
+            between = [p.relative_to(root).parts[1:-1] for p in files]
+            if () in between:
+                raise DataError(
+                    "is directly in the folder of its class, so it has no route",
+                    where=str(files[between.index(())]),
+                    remedy="put every image into a sub-folder of its class, or remove data.route",
+                )
+            route = _index_values((folders[0] for folders in between), route_names)
+        ids = torch.tensor([path_id(p.relative_to(path).as_posix()) for p in files], dtype=torch.int64)
+        opener = partial(_open_file, files)
+        splits[split] = RawSplit(torch.tensor(labels, dtype=torch.int64), ids, open=opener, route=route)
+    return RawImages(names, splits, route_names=route_names)
 
 
 def _subfolders(path: Path) -> list[str]:
     return sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
-class _Routes:
-    """The values of a column over several splits, and their indices."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def indices(self, values: Iterable[Any]) -> Tensor:
-        """The index of each value; new values are added in alphabetical order."""
-        texts = [str(value) for value in values]
-        self.names += sorted(set(texts) - set(self.names))
-        number = {name: i for i, name in enumerate(self.names)}
-        return torch.tensor([number[text] for text in texts], dtype=torch.int64)
+def _index_values(values: Iterable[Any], names: list[str]) -> Tensor:
+    """The index of each value in ``names``, which gets new values in alphabetical order."""
+    texts = [str(value) for value in values]
+    names += sorted(set(texts) - set(names))
+    number = {name: i for i, name in enumerate(names)}
+    return torch.tensor([number[text] for text in texts], dtype=torch.int64)
 
 
 class _NoSuchSplit(DataError):
@@ -283,7 +292,7 @@ class _NoSuchSplit(DataError):
 
 
 def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> RawImages:
-    """A classification data set of torchvision, by class name; downloaded if possible.
+    """Read a classification data set of torchvision, by the name of its class; download it if possible.
 
     Raises:
         DataError: there is no such data set, or it cannot be loaded.
@@ -332,16 +341,15 @@ def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> Ra
     else:
         parts = {"train": build()}
     splits = {split: _torchvision_split(part) for split, part in parts.items()}
-    highest = max(int(s.labels.max()) for s in splits.values() if len(s.labels))
-    classes = getattr(parts["train"], "classes", None) or range(highest + 1)
-    return RawImages([str(c) for c in classes], splits)
+    return RawImages(_class_names(getattr(parts["train"], "classes", None), splits), splits)
 
 
 def _torchvision_split(part: Any) -> RawSplit:
     labels = next((getattr(part, n) for n in ("targets", "labels", "_labels") if hasattr(part, n)), None)
     if labels is None:
         labels = [int(part[i][1]) for i in range(len(part))]
-    return RawSplit(torch.as_tensor(np.asarray(labels)).long(), open=partial(_open_item, part, 0))
+    indices = torch.as_tensor(np.asarray(labels)).long()
+    return RawSplit(indices, torch.arange(len(indices)), open=partial(_open_item, part, 0))
 
 
 def load_hub_splits(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -377,7 +385,7 @@ def read_huggingface(
     label_column: str | None,
     route: str | None = None,
 ) -> RawImages:
-    """An image classification data set that ``datasets.load_dataset`` loads.
+    """Read an image classification data set with ``datasets.load_dataset``.
 
     Raises:
         DataError: it cannot be loaded, or has no image or label column.
@@ -398,20 +406,26 @@ def read_huggingface(
             )
     assert image is not None
     feature = features[label]
-    splits, routes = {}, _Routes()
+    splits, route_names = {}, list[str]()
     for split, part in parts.items():
-        splits[split] = RawSplit(
-            torch.tensor(part[label][:], dtype=torch.int64), open=partial(_open_item, part, image)
-        )
+        labels = torch.tensor(part[label][:], dtype=torch.int64)
+        indices = None
         if route is not None:
             values = part[route][:]
             if isinstance(features[route], datasets.ClassLabel):
                 names = features[route].names
                 values = [names[value] if value >= 0 else value for value in values]
-            splits[split].route = routes.indices(values)
-    highest = max(int(s.labels.max()) for s in splits.values() if len(s.labels))
-    classes = feature.names if isinstance(feature, datasets.ClassLabel) else range(highest + 1)
-    return RawImages([str(c) for c in classes], splits, route_names=routes.names)
+            indices = _index_values(values, route_names)
+        splits[split] = RawSplit(
+            labels, torch.arange(len(labels)), open=partial(_open_item, part, image), route=indices
+        )
+    return RawImages(_class_names(getattr(feature, "names", None), splits), splits, route_names=route_names)
+
+
+def _class_names(names: Sequence[Any] | None, splits: dict[str, RawSplit]) -> list[str]:
+    """The class names of a source; without names the numbers up to the highest label."""
+    highest = max(int(split.labels.max()) for split in splits.values() if len(split))
+    return [str(name) for name in names or range(highest + 1)]
 
 
 def path_id(path: str) -> int:

@@ -1,8 +1,8 @@
-"""Labelled images: splits whose rows can be fetched in any order and view."""
+"""Data sets of labelled images, and the choice of splits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,32 +24,30 @@ from tutelage.data.views import (
 from tutelage.errors import DataError, TutelageError, require
 
 IN_MEMORY_BYTES = 2**30
-"""Data sets up to this size are decoded into memory; larger ones are decoded on access."""
+"""Data sets up to this size are decoded into memory; images of larger ones are decoded at each access."""
 
 Progress = Callable[[Sequence[int], str], Any]
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """One split. :meth:`fetch` augments rows by view seed and normalises them."""
+@dataclass(frozen=True, kw_only=True)
+class ImageSet(RawSplit):
+    """One split. :meth:`fetch` augments rows by view seed and normalises them.
 
-    labels: Tensor
-    ids: Tensor
+    Attributes:
+        crop: share of the shorter side that the centre crop of an image file keeps.
+        random_crop: a random crop of an image file, instead of the centre crop.
+        mix_augments: augmentations that combine two images, each with its random stream.
+    """
+
     size: int
     channels: int
     mean: Tensor
     std: Tensor
-    pixels: Tensor | None = None
-    open: Callable[[int], Any] | None = None
     crop: float = 1.0
     random_crop: Callable[[Any], Any] | None = None
-    augments: Sequence[Augment] = field(default_factory=list)
+    augments: Sequence[Augment] = ()
     mix_augments: Sequence[tuple[int, Mix]] = ()
-    route: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     @property
     def is_augmented(self) -> bool:
@@ -91,14 +89,6 @@ class ImageSet:
                 image = apply_seeded(self.random_crop, image, int(views[i]))
             out.append(to_pixels(image, self.channels, self.size, self.crop))
         return torch.stack(out)
-
-    def select(self, rows: Tensor) -> ImageSet:
-        """The set with only the given rows."""
-        split = RawSplit(self.labels, self.pixels, self.open, self.ids, self.route).take(rows)
-        assert split.ids is not None
-        return replace(
-            self, labels=split.labels, pixels=split.pixels, open=split.open, ids=split.ids, route=split.route
-        )
 
 
 @dataclass(frozen=True)
@@ -170,13 +160,13 @@ def to_pixels(image: Any, channels: int, size: int, crop: float = 1.0) -> Tensor
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def stratified_split(
-    labels: Tensor, count: int, seed: int, what: str, things: str = "images"
+def choose_rows(
+    labels: Tensor, count: int, seed: int, key: str, *, things: str = "images", stratify: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """``count`` rows, stratified by class, and the other rows; both in ascending order.
+    """Choose ``count`` rows at random, stratified by class; return them and the other rows, in ascending order.
 
     Raises:
-        DataError: there are fewer rows, or a class would be missing in one part.
+        DataError: there are fewer rows, or a class would be missing in one part; the message names ``key``.
     """
     from sklearn.model_selection import train_test_split
 
@@ -185,19 +175,44 @@ def stratified_split(
         return rows, rows[:0]
     if count > len(labels):
         raise DataError(
-            f"{what}: {count} {things} are requested, there are {len(labels)}",
-            remedy=f"set it to at most {len(labels)}, or leave it out for all",
+            f"{key}: {count} {things} are requested, there are {len(labels)}",
+            remedy=f"set it to at most {len(labels)}, or leave it out to use all",
         )
+    if not stratify:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        return order[:count].sort().values, order[count:].sort().values
     try:
         chosen, rest = train_test_split(rows.numpy(), train_size=count, stratify=labels.numpy(), random_state=seed)
     except ValueError:
         per_class = torch.bincount(labels)
         raise DataError(
-            f"{what}: cannot take {count} of {len(labels)} {things} with every class among these and among the rest "
-            f"({len(per_class)} classes, the smallest has {int(per_class.min())})",
-            remedy=f"set {what} so that both parts get {things} of every class, or add some to the smallest class",
+            f"{key}: {count} of {len(labels)} {things} cannot be chosen so that every class is among the chosen and "
+            f"among the others ({len(per_class)} classes, the smallest has {int(per_class.min())})",
+            remedy=f"change {key} so that both parts get {things} of every class, or add some to the smallest class",
         ) from None
     return torch.from_numpy(chosen).sort().values, torch.from_numpy(rest).sort().values
+
+
+def complete_splits(
+    splits: Mapping[str, Any],
+    validation: float,
+    test: float,
+    limit: int | None,
+    choose: Callable[[Any, int, str], tuple[Tensor, Tensor]],
+) -> dict[str, Any]:
+    """The splits of a source; missing ones are taken from the training split, which is then limited.
+
+    ``choose(split, count, key)`` chooses rows as :func:`choose_rows` does.
+    """
+    splits = dict(splits)
+    for name, fraction in (("test", test), ("validation", validation)):
+        if name not in splits:
+            train = splits["train"]
+            chosen, rest = choose(train, max(1, round(len(train) * fraction)), f"data.{name}")
+            splits[name], splits["train"] = train.select(chosen), train.select(rest)
+    if limit is not None:
+        splits["train"] = splits["train"].select(choose(splits["train"], limit, "data.limit")[0])
+    return splits
 
 
 def load_images(
@@ -239,10 +254,12 @@ def load_images(
         source, path=path, options=options or {}, image_column=image_column, label_column=label_column,
         classes=classes, route=route,
     )  # fmt: skip
-    _check_labels(raw, source)
+    _check_labels(raw, path or source)
     if classes is not None and classes != raw.classes:
         raw = _reorder_classes(raw, classes)
-    splits = _split(raw.splits, validation, test, limit, split_seed)
+    splits: dict[str, RawSplit] = complete_splits(
+        raw.splits, validation, test, limit, lambda split, n, key: choose_rows(split.labels, n, split_seed, key)
+    )
     pixels = splits["train"].pixels
     channels, native = (3, 224) if pixels is None else (pixels.shape[1], pixels.shape[-1])
     size = size or native
@@ -250,7 +267,7 @@ def load_images(
     random_crop, teacher_crop = (
         _random_crop(entries, size, pixels is not None) for entries in (augment, teacher_augment)
     )
-    total = sum(len(s.labels) for s in splits.values())
+    total = sum(len(split) for split in splits.values())
     if pixels is not None:
         splits = {name: _resize(split, size) for name, split in splits.items()}
     elif random_crop is None and teacher_crop is None and total * channels * size * size <= IN_MEMORY_BYTES:
@@ -259,16 +276,12 @@ def load_images(
 
     def build(split: RawSplit, **augmentation: Any) -> ImageSet:
         return ImageSet(
-            labels=split.labels,
-            ids=torch.arange(len(split.labels)) if split.ids is None else split.ids,
+            **vars(split),
             size=size,
             channels=channels,
             mean=torch.tensor(mean).view(1, -1, 1, 1),
             std=torch.tensor(std).view(1, -1, 1, 1),
-            pixels=split.pixels,
-            open=split.open,
             crop=crop,
-            route=split.route,
             **augmentation,
         )
 
@@ -277,37 +290,23 @@ def load_images(
     _try_augments(train)
     _try_augments(for_teacher)
     if labels is not None:
-        chosen = stratified_split(train.labels, labels, split_seed, "data.labels")
+        chosen = choose_rows(train.labels, labels, split_seed, "data.labels")
         train = hide_labels(train, chosen, drop=unlabeled == "drop")
     validation_set, test_set = build(splits["validation"]), build(splits["test"])
     return ImageData(source, train, validation_set, test_set, list(raw.classes), for_teacher, raw.route_names)
 
 
-def _check_labels(raw: RawImages, source: str) -> None:
+def _check_labels(raw: RawImages, where: str) -> None:
     for name, split in raw.splits.items():
-        if len(split.labels) == 0:
-            raise DataError(f"the {name} split of {source} has no images", remedy="check its path and its files")
+        if len(split) == 0:
+            raise DataError(f"the {name} split has no images", where=where, remedy="add images, or remove the split")
         low, high = int(split.labels.min()), int(split.labels.max())
         if high >= len(raw.classes) or low < 0:
             raise DataError(
-                f"the {name} split of {source} has labels from {low} to {high}, but {len(raw.classes)} classes",
-                remedy="labels must be 0 .. classes - 1",
+                f"the {name} split has labels from {low} to {high}, but {len(raw.classes)} classes",
+                where=where,
+                remedy=f"labels must be integers from 0 to {len(raw.classes) - 1}",
             )
-
-
-def _split(
-    splits: dict[str, RawSplit], validation: float, test: float, limit: int | None, seed: int
-) -> dict[str, RawSplit]:
-    """The splits; missing ones are taken from the training images."""
-    splits = dict(splits)
-    for name, share in (("test", test), ("validation", validation)):
-        if name not in splits:
-            train = splits["train"]
-            chosen, rest = stratified_split(train.labels, round(len(train.labels) * share), seed, f"data.{name}")
-            splits[name], splits["train"] = train.take(chosen), train.take(rest)
-    if limit is not None:
-        splits["train"] = splits["train"].take(stratified_split(splits["train"].labels, limit, seed, "data.limit")[0])
-    return splits
 
 
 def _normalisation(
@@ -331,7 +330,6 @@ def _normalisation(
 
 
 def _reorder_classes(raw: RawImages, classes: list[str]) -> RawImages:
-    """The source with its classes in another order."""
     if sorted(classes) != sorted(raw.classes):
         known = ", ".join(raw.classes[:20]) + (" ..." if len(raw.classes) > 20 else "")
         raise DataError(
@@ -344,7 +342,7 @@ def _reorder_classes(raw: RawImages, classes: list[str]) -> RawImages:
 
 
 def _try_augments(images: ImageSet) -> None:
-    """Augment one image with a few seeds, so that wrong options fail before the training."""
+    """Augment one image with a few seeds, so that wrong options stop the run before training."""
     if not images.is_augmented:
         return
     try:
@@ -359,7 +357,7 @@ def _try_augments(images: ImageSet) -> None:
 
 
 def hide_labels(data: Any, rows: tuple[Tensor, Tensor], *, drop: bool) -> Any:
-    """Keep the labels of the first rows of a split; remove the labels of the second rows, or drop these rows."""
+    """Keep the labels of ``rows[0]`` in a split; remove the labels of ``rows[1]``, or drop these rows."""
     if drop:
         return data.select(rows[0])
     hidden = data.labels.clone()
@@ -368,7 +366,8 @@ def hide_labels(data: Any, rows: tuple[Tensor, Tensor], *, drop: bool) -> Any:
 
 
 def _resize(split: RawSplit, size: int) -> RawSplit:
-    if split.pixels is None or split.pixels.shape[-1] == size:
+    assert split.pixels is not None
+    if split.pixels.shape[-1] == size:
         return split
     x = torch.nn.functional.interpolate(split.pixels.float(), size=(size, size), mode="bilinear", antialias=True)
     return replace(split, pixels=x.round().clamp(0, 255).to(torch.uint8))
@@ -389,9 +388,9 @@ def _random_crop(augment: Sequence[str | dict[str, Any]], size: int, in_memory: 
             continue
         if position != 0 or in_memory:
             raise DataError(
-                f"data.augment: {name} crops the image file itself"
-                + (", and this source has no files" if in_memory else ", so it cannot come after another"),
-                remedy="use {shift: pixels} here" if in_memory else "put it first",
+                f"data.augment: {name} crops the image file before it is resized, "
+                + ("and this source has no files" if in_memory else "so it cannot follow another augmentation"),
+                remedy="use {shift: PIXELS}" if in_memory else f"put {name} first",
             )
         require("torchvision", "vision", f"the augmentation {name!r}")
         from torchvision.transforms import v2

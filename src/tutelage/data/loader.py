@@ -1,7 +1,7 @@
 """The micro-batches of each optimizer step, from a data set or a user's loader.
 
-The batch of a step is planned as one list of rows, which is then split among processes and micro-batches. Gradients
-and resumed runs therefore do not depend on the number of processes or micro-batches.
+Each step has one list of rows, which is split among processes and micro-batches. Gradients and resumed runs therefore
+do not depend on the number of processes or micro-batches.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
 
 
 WINDOW = 64
-"""Batches whose rows are sorted by length together."""
+"""Number of batches whose rows are sorted by length together."""
 
 SHARED_VIEWS = 0
 """The seed of views that are the same in all runs."""
@@ -184,7 +184,6 @@ def _fetch_all(views: _Views, keys: Sequence[_FetchKey], workers: int) -> Iterab
         batch_size=None,
         sampler=keys,
         num_workers=workers,
-        collate_fn=_identity,
         generator=torch.Generator().manual_seed(0),  # without it each pass would use the global generator
         pin_memory=torch.cuda.is_available(),
     )
@@ -194,18 +193,14 @@ def _fetch_all(views: _Views, keys: Sequence[_FetchKey], workers: int) -> Iterab
         yield item
 
 
-def _identity(x: Any) -> Any:
-    return x
-
-
 _END = object()
 
 
 class _LoaderRandomState:
-    """Random states of torch, Python and numpy for a loader only, seeded by ``seed``.
+    """Random states of torch, Python and numpy that only a loader uses, seeded by ``seed``.
 
-    The loader then yields the same batches again, and the student's random numbers (dropout) do not depend on it.
-    The loader's own generator is seeded too.
+    A second run of the loader then yields the same batches, and the student's random numbers (dropout) do not depend
+    on the loader. A generator that the loader or its sampler owns is seeded too.
     """
 
     def __init__(self, seed: int, loader: Any) -> None:
@@ -215,29 +210,29 @@ class _LoaderRandomState:
                 own.manual_seed(seed)
         self.torch = torch.Generator().manual_seed(seed).get_state()
         self.python = random.Random(seed).getstate()
-        self.numpy = np.random.RandomState(seed % 2**32).get_state()
+        self.numpy: Any = np.random.RandomState(seed % 2**32).get_state()
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        outer = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        self._install(self.torch, self.python, self.numpy)
+        self._swap()
         try:
             yield
         finally:
-            self.torch, self.python, self.numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
-            self._install(*outer)
+            self._swap()
 
-    @staticmethod
-    def _install(of_torch: Tensor, of_python: Any, of_numpy: Any) -> None:
-        torch.set_rng_state(of_torch)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+    def _swap(self) -> None:
+        """Exchange the global states and those of the loader."""
+        outer = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        self.torch, self.python, self.numpy = outer
 
 
 class LoaderBatches:
-    """Batches of a user's loader; each is one optimizer step.
+    """Batches of a user's loader; each batch is one optimizer step.
 
-    The loader has its own random state, seeded by (seed, epoch), so the order of a shuffling loader is the same in a
+    The loader has its own random state, seeded by (seed, epoch), so a loader that shuffles yields the same order in a
     resumed run and in every process. Each process iterates the loader and takes its slice of every batch.
 
     Args:
@@ -262,10 +257,11 @@ class LoaderBatches:
         self.loader, self.seed, self.to_batch = loader, seed, to_batch
 
     def check_no_drop_last(self) -> None:
-        """Raise :class:`DataError` if the loader drops the last rows of an epoch, which differ each time."""
+        """Raise :class:`DataError` if the loader drops the last rows of an epoch."""
         if getattr(self.loader, "drop_last", False) is True:
             raise DataError(
-                "the loader drops the last rows of every epoch, so that its samples cannot be known in advance",
+                "the loader drops the last rows of every epoch, which are different samples each time, so the set of "
+                "training samples is unknown",
                 remedy="use drop_last=False",
             )
 
@@ -296,7 +292,7 @@ class LoaderBatches:
                 more = "more" if raw is not _END else f"only {step}"
                 raise DataError(
                     f"the loader's length is {self.steps_per_epoch}, but it yielded {more} batches in epoch {epoch}",
-                    remedy="its __len__ must be the number of batches of every pass",
+                    remedy="make its __len__ return the number of batches of an epoch",
                 )
             if raw is _END:
                 return
@@ -305,6 +301,7 @@ class LoaderBatches:
                 yield [batch.rows(start, stop) for start, stop in rank_slice.micro_batches(len(batch))]
 
 
+@dataclass(eq=False)
 class SequentialBatches:
     """All rows once, in order, for evaluation.
 
@@ -316,15 +313,11 @@ class SequentialBatches:
         view: index of the shared view; ``None``: no augmentation.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        batch_size: int = 256,
-        to_batch: Callable[[Any], Batch] = as_batch,
-        workers: int = 0,
-        view: int | None = None,
-    ) -> None:
-        self.data, self.batch_size, self.to_batch, self.workers, self.view = data, batch_size, to_batch, workers, view
+    data: Any
+    batch_size: int = 256
+    to_batch: Callable[[Any], Batch] = as_batch
+    workers: int = 0
+    view: int | None = None
 
     def __len__(self) -> int:
         return -(-len(self.data) // self.batch_size) if hasattr(self.data, "fetch") else len(self.data)

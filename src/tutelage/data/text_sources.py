@@ -1,4 +1,4 @@
-"""Sources of texts: table files, folders of plain text, data sets of Hugging Face."""
+"""Sources of texts (table files, folders of plain text, data sets of Hugging Face), and the labels of texts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tutelage.data.batch import IGNORE, TextTask
 from tutelage.data.image_sources import load_hub_splits, path_id
-from tutelage.errors import ConfigError, DataError, did_you_mean, first_line, require, suggest
+from tutelage.errors import ConfigError, DataError, did_you_mean, first_line, nearest, require, suggest
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 """Suffixes of table files."""
@@ -40,9 +41,9 @@ class RawTextData:
     """The splits of a source.
 
     Attributes:
-        name: name of the source, for messages.
+        name: the path or the id, for messages.
         splits: the splits by name.
-        names: class names of the columns that hold class indices.
+        names: class names, by column, of the columns that hold class indices.
         digest: fingerprint of the content.
     """
 
@@ -90,16 +91,12 @@ def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], colu
         digest.update(split.encode())
         for each in _files(Path(file)):
             with open(each, "rb") as opened:
-                while block := opened.read(2**20):
-                    digest.update(block)
+                hashlib.file_digest(opened, lambda: digest)
     return RawTextData(str(path), splits, digest=digest.hexdigest())
 
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.rglob("*.txt") if p.is_file())
-
-
-# Tables ------------------------------------------------------------------------------------------------
 
 
 def read_table(path: Path) -> Any:
@@ -109,25 +106,34 @@ def read_table(path: Path) -> Any:
         DataError: the file is missing, broken, or has another suffix.
     """
     import pyarrow as pa
+    from pyarrow import csv, json, parquet
 
     if not path.is_file():
         raise DataError("no such file", where=str(path), remedy=did_you_mean(path, "check data.path"))
-    if path.suffix not in READERS:
+    if path.suffix not in TABLES:
+        ending = f"the suffix {path.suffix}" if path.suffix else "no suffix"
         raise DataError(
-            f"ends in {path.suffix or 'nothing'}", where=str(path), remedy=f"allowed: {', '.join(TABLES)}"
+            f"has {ending}, so the kind of table is unknown", where=str(path), remedy=f"allowed: {', '.join(TABLES)}"
         )
+    # A block must fit the longest line; the default is 1 MiB, the maximum 2 GiB.
+    block = min(max(path.stat().st_size + 1, 2**20), 2**31 - 1)
     try:
-        return READERS[path.suffix](path)
+        if path.suffix == ".parquet":
+            return parquet.read_table(path)
+        if path.suffix in (".json", ".jsonl"):
+            return json.read_json(path, read_options=json.ReadOptions(block_size=block))
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)  # a quoted text may have line breaks
+        return csv.read_csv(path, read_options=csv.ReadOptions(block_size=block), parse_options=parse)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot be read as {path.suffix[1:]}: {first_line(error)}",
             where=str(path),
-            remedy="repair the file, or fetch it again",
+            remedy="repair the file, or download it again",
         ) from None
 
 
 def _table(path: Path, columns: Sequence[str]) -> RawTextSplit:
-    """Read columns of a table file."""
     table = read_table(path)
     values = {}
     for column in columns:
@@ -139,40 +145,6 @@ def _table(path: Path, columns: Sequence[str]) -> RawTextSplit:
             )
         values[column] = table[column].to_pylist()
     return RawTextSplit(values, table.num_rows, torch.arange(table.num_rows))
-
-
-def _csv(path: Path, delimiter: str = ",") -> Any:
-    from pyarrow import csv
-
-    # A quoted text may hold line breaks, and a line may be longer than pyarrow's usual block of 1 MiB.
-    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    return csv.read_csv(path, read_options=csv.ReadOptions(block_size=_block(path)), parse_options=parse)
-
-
-def _json(path: Path) -> Any:
-    from pyarrow import json
-
-    return json.read_json(path, read_options=json.ReadOptions(block_size=_block(path)))
-
-
-def _block(path: Path) -> int:
-    """A block size that fits any line: the file size, up to the maximum of pyarrow."""
-    return min(max(path.stat().st_size + 1, 2**20), 2**31 - 1)
-
-
-def _parquet(path: Path) -> Any:
-    from pyarrow import parquet
-
-    return parquet.read_table(path)
-
-
-READERS: dict[str, Callable[[Path], Any]] = {
-    ".csv": _csv, ".json": _json, ".jsonl": _json, ".parquet": _parquet, ".tsv": lambda path: _csv(path, "\t"),
-}  # fmt: skip
-"""The reader of a table, by suffix."""
-
-
-# Plain text --------------------------------------------------------------------------------------------
 
 
 def _plain(path: Path, columns: Sequence[str]) -> RawTextSplit:
@@ -196,9 +168,6 @@ def _plain(path: Path, columns: Sequence[str]) -> RawTextSplit:
     if not texts:
         raise DataError("has no text", where=str(path), remedy="give files that end in .txt and contain text")
     return RawTextSplit(dict.fromkeys(columns, texts), len(texts), torch.tensor(ids, dtype=torch.int64))
-
-
-# Hugging Face ------------------------------------------------------------------------------------------
 
 
 def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> RawTextData:
@@ -225,3 +194,89 @@ def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> 
         start += len(part)
     digest = "-".join(str(getattr(part, "_fingerprint", "")) for part in parts.values())
     return RawTextData(f"hf:{name}", splits, names, digest)
+
+
+def resolve_class_names(
+    raw: RawTextData, label: Sequence[str], task: TextTask, classes: Sequence[str] | None
+) -> list[str]:
+    """Class names in the order of the logits: the given ones, those of the source, or the sorted labels.
+
+    Raises:
+        DataError: the data has labels that are not among ``classes``.
+    """
+    if task in ("regression", "mlm", "causal", "embedding", "ranking"):
+        return list(label) if task == "regression" else []
+    if task == "multi-label" and len(label) > 1:
+        names = list(label)
+    elif label and label[0] in raw.names:
+        names = raw.names[label[0]]
+    else:
+        values = [v for rows in raw.splits.values() for v in rows.columns[label[0]]]
+        flat = values if task == "classes" else [x for v in values for x in (v or [])]
+        labels = {_name(v) for v in flat if v is not None}
+        try:
+            names = sorted(labels, key=int)  # integers in numeric order
+        except ValueError:
+            names = sorted(labels)
+    if classes is None:
+        return names
+    missing, unknown = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
+    if missing:
+        close = nearest(missing[0], unknown, 1)
+        raise DataError(
+            f"the data has labels that are not among the given classes: {', '.join(map(repr, missing[:5]))}"
+            + (f" (is {missing[0]!r} the class {close[0]!r}?)" if close else ""),
+            where="label map",
+            remedy=f"classes are matched by name; given: {', '.join(list(classes)[:20])}",
+        )
+    return list(classes)
+
+
+def _name(value: Any) -> str:
+    return str(int(value)) if isinstance(value, (bool, float)) and value == int(value) else str(value)
+
+
+def encode_labels(
+    raw: RawTextData, rows: RawTextSplit, label: Sequence[str], task: TextTask, names: list[str], split: str
+) -> tuple[Tensor, Tensor | None, list[list[int]] | None]:
+    """Class indices, targets, and the class of each word, of a split."""
+    known, values = {name: i for i, name in enumerate(names)}, [rows.columns[c] for c in label]
+    numbered = raw.names.get(label[0]) if label else None
+
+    def index(value: Any) -> int:
+        return known[numbered[value] if numbered is not None else _name(value)]
+
+    def has(value: Any) -> bool:
+        return value is not None and not (numbered is not None and isinstance(value, int) and value < 0)
+
+    if task == "classes":
+        return torch.tensor([index(v) if has(v) else IGNORE for v in values[0]], dtype=torch.int64), None, None
+    none = torch.full((rows.length,), IGNORE)
+    if task == "tokens":
+        tags = [[index(v) if has(v) else IGNORE for v in (row or [])] for row in values[0]]
+        return torch.zeros_like(none), None, tags
+    if task == "regression" or (task == "multi-label" and len(label) > 1):
+        table = [[_number(v, c, raw, split) for v in values[i]] for i, c in enumerate(label)]
+        targets = torch.tensor(table).T.contiguous()
+        if task == "regression":
+            return torch.where(targets.isnan().any(1), none, 0), targets.nan_to_num(0.0), None
+        return torch.zeros_like(none), targets, None
+    if task == "multi-label":
+        targets = torch.zeros(rows.length, len(names))
+        for i, row in enumerate(values[0]):
+            targets[i, [index(v) for v in (row or [])]] = 1.0
+        return torch.zeros_like(none), targets, None
+    return none, None, None
+
+
+def _number(value: Any, column: str, raw: RawTextData, split: str) -> float:
+    if value is None:
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"column {column!r} of the {split} split holds {value!r}, not a number",
+            where=raw.name,
+            remedy="give numbers, or set another data.task",
+        ) from None

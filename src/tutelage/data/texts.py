@@ -13,12 +13,17 @@ from torch import Tensor
 from tutelage.data.alignment import NOWHERE, align_predicted
 from tutelage.data.batch import IGNORE, LABELS, Batch, TextTask
 from tutelage.data.chat import Learn
-from tutelage.data.images import hide_labels, stratified_split
-from tutelage.data.masking import Masking, build_masking
-from tutelage.data.text_labels import encode_labels, resolve_class_names
-from tutelage.data.text_sources import Paths, RawTextData, RawTextSplit, open_texts
+from tutelage.data.images import choose_rows, complete_splits, hide_labels
+from tutelage.data.text_sources import (
+    Paths,
+    RawTextData,
+    RawTextSplit,
+    encode_labels,
+    open_texts,
+    resolve_class_names,
+)
 from tutelage.data.tokens import Progress, Tokens, tokenize, tokenizer_fingerprint
-from tutelage.data.views import view_seeds
+from tutelage.data.views import Masking, build_masking, view_seeds
 from tutelage.errors import DataError
 
 
@@ -246,7 +251,9 @@ def load_texts(
         (tokenizer, teacher_tokenizer), masking,
         max_length=max_length, pack=pack, learn=learn if task == "causal" else None, ends=align, progress=progress,
     )  # fmt: skip
-    data = _split(sets, validation, test, limit, split_seed)
+    data = complete_splits(
+        sets, validation, test, limit, lambda texts, count, key: _choose(texts, count, split_seed, key)
+    )
     train = data["train"]
     if align:
         _check_aligned(train)
@@ -395,28 +402,10 @@ def _blank(text: Any) -> bool:
     return text is None or not (text.strip() if isinstance(text, str) else text)
 
 
-def _split(
-    sets: dict[str, TextSet], validation: float, test: float, limit: int | None, seed: int
-) -> dict[str, TextSet]:
-    """The splits; missing ones are taken from the training texts."""
-    for name, share in (("test", test), ("validation", validation)):
-        if name not in sets:
-            train = sets["train"]
-            held, rest = _choose(train, max(1, round(len(train) * share)), seed, f"data.{name}")
-            sets[name], sets["train"] = train.select(held), train.select(rest)
-    if limit is not None:
-        sets["train"] = sets["train"].select(_choose(sets["train"], limit, seed, "data.limit")[0])
-    return sets
-
-
-def _choose(texts: TextSet, count: int, seed: int, what: str) -> tuple[Tensor, Tensor]:
-    """``count`` rows and the other rows, in ascending order; stratified for classes."""
-    if texts.task == "classes" and bool((texts.labels != IGNORE).all()):
-        return stratified_split(texts.labels, count, seed, what, "texts")
-    if count > len(texts):
-        raise DataError(f"{what}: {count} texts are requested, there are {len(texts)}", remedy=f"lower {what}")
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-    return order[:count].sort().values, order[count:].sort().values
+def _choose(texts: TextSet, count: int, seed: int, key: str) -> tuple[Tensor, Tensor]:
+    """:func:`choose_rows`, stratified if all texts have a class."""
+    stratify = texts.task == "classes" and bool((texts.labels != IGNORE).all())
+    return choose_rows(texts.labels, count, seed, key, things="texts", stratify=stratify)
 
 
 def _check_aligned(texts: TextSet) -> None:

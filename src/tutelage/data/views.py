@@ -1,7 +1,7 @@
-"""Augmentations that are functions of a seed, so that any view can be computed again.
+"""Augmentations of images, and masking of tokens, as functions of a seed, so that any view can be recomputed.
 
-The seed of a view is a function of (run seed, epoch, sample id). Teacher and student get the same tensor; a cache
-can compute the view again from its seed.
+The seed of a view is a function of (run seed, epoch, sample id). Teacher and student get the same tensor, and a cache
+can recompute the view from its seed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tutelage.errors import ConfigError, require, suggest
+from tutelage.data.batch import IGNORE
+from tutelage.errors import ConfigError, DataError, require, suggest
 
 UInts = npt.NDArray[np.uint64]
 Augment = Callable[[Tensor, Tensor], Tensor]
@@ -160,7 +162,7 @@ def _check_alpha(alpha: float) -> None:
 
 TENSOR_AUGMENTS: dict[str, Callable[..., Augment]] = {"flip": flip, "shift": shift}
 MIX_AUGMENTS: dict[str, Callable[..., Mix]] = {"cutmix": cutmix, "mixup": mixup}
-"""Augmentations that combine two images. The result has no single class; only the teacher labels it."""
+"""Augmentations that combine two images. The result has no label, so the student learns only from the teacher."""
 TORCHVISION_AUGMENTS = {
     "auto-augment": "AutoAugment",
     "color-jitter": "ColorJitter",
@@ -174,7 +176,7 @@ MAIN_OPTION = {
     "cutmix": "alpha", "mixup": "alpha", "flip": "p", "shift": "pixels", "rotate": "degrees", "erase": "p",
     "grayscale": "p",
 }  # fmt: skip
-"""The option of an augmentation that is given by one value."""
+"""The option that a single value sets, as in ``{shift: 2}``."""
 CROPS = ("resized-crop",)
 """Augmentations that replace the resizing of an image file; they must come first."""
 
@@ -186,32 +188,29 @@ def parse_augment(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
         ConfigError: the name is unknown, or the entry has another form.
     """
     allowed = [*TENSOR_AUGMENTS, *MIX_AUGMENTS, *TORCHVISION_AUGMENTS, *CROPS]
-    if isinstance(entry, str):
-        name, value = entry, None
-    elif len(entry) == 1:
-        name, value = next(iter(entry.items()))
-    else:
-        raise ConfigError(
-            f"data.augment: {entry!r} names {len(entry)} augmentations", remedy="give one list entry for each"
-        )
+    names = [entry] if isinstance(entry, str) else list(entry)
+    name = names[0] if len(names) == 1 else ""
     if name not in allowed:
         raise ConfigError(
-            f"data.augment: unknown augmentation {name!r}" + suggest(name, allowed),
-            remedy=f"allowed: {', '.join(allowed)}",
+            f"data.augment: {entry!r} is not one augmentation" + suggest(name, allowed),
+            remedy=f"give one name in each entry of the list: {', '.join(allowed)}",
         )
+    value = None if isinstance(entry, str) else entry[name]
     if value is None:
         return name, {}
     if isinstance(value, dict):
         return name, value
     if name not in MAIN_OPTION:
-        raise ConfigError(f"data.augment: {name} takes options by name", remedy=f"{{{name}: {{option: value}}}}")
+        raise ConfigError(
+            f"data.augment: {name}: {value!r} gives no option by name", remedy=f"write {{{name}: {{OPTION: VALUE}}}}"
+        )
     return name, {MAIN_OPTION[name]: value}
 
 
 def build_augments(entries: Sequence[str | dict[str, Any]]) -> tuple[list[Augment], list[tuple[int, Mix]]]:
-    """The augmentations of a recipe without crops: those of one image, and those of two with their random stream.
+    """The augmentations of a recipe except crops: those of one image, and those of two images with their stream.
 
-    Each gets a random stream of its own.
+    Each augmentation has a random stream of its own.
 
     Raises:
         ConfigError: a name or option is unknown, or an augmentation of one image follows one of two.
@@ -224,9 +223,7 @@ def build_augments(entries: Sequence[str | dict[str, Any]]) -> tuple[list[Augmen
         if name in CROPS:
             continue
         if mixes and name not in MIX_AUGMENTS:
-            raise ConfigError(
-                f"data.augment: {name} comes after a mix of two images", remedy="put mixup and cutmix last"
-            )
+            raise ConfigError(f"data.augment: {name} follows mixup or cutmix", remedy="put mixup and cutmix last")
         stream = 16 * position
         try:
             if name in MIX_AUGMENTS:
@@ -236,9 +233,63 @@ def build_augments(entries: Sequence[str | dict[str, Any]]) -> tuple[list[Augmen
             else:
                 augments.append(transform(TORCHVISION_AUGMENTS[name], options))
         except (TypeError, ValueError) as error:
-            remedy = f"see torchvision.transforms.v2.{TORCHVISION_AUGMENTS.get(name)}"
+            remedy = f"its options are those of torchvision.transforms.v2.{TORCHVISION_AUGMENTS.get(name)}"
             if function := TENSOR_AUGMENTS.get(name) or MIX_AUGMENTS.get(name):
                 parameters = inspect.signature(function).parameters
                 remedy = f"its options: {', '.join(p for p in parameters if p != 'stream')}"
             raise ConfigError(f"data.augment: {name} with {options}: {error}", remedy=remedy) from None
     return augments, mixes
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Masks tokens as a function of the view seed.
+
+    Attributes:
+        share: fraction of the tokens to predict.
+        mask: id of the mask token, which replaces 80 % of these.
+        ids: ids of random tokens, which replace 10 %; 10 % stay unchanged.
+
+    Reference: Devlin et al., BERT (2019), section 3.1, task 1, with a share of 0.15.
+    """
+
+    share: float
+    mask: int
+    ids: Tensor
+
+    def __call__(self, ids: Tensor, counted: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Masked token ids, and labels: the original ids at the chosen positions, else -100.
+
+        Args:
+            ids: ``[B, L]``.
+            counted: ``[B, L]``, true for tokens of the text.
+            seeds: ``[B]`` int64 view seeds.
+        """
+        where = torch.arange(ids.shape[1])
+        places = torch.from_numpy(np.stack([view_seeds(int(seed), 0, where).numpy() for seed in seeds]))
+        draw = [torch.from_numpy(uniform(places.flatten(), stream)).view_as(ids) for stream in (101, 102, 103)]
+        chosen = (draw[0] < self.share) & counted
+        # In a text without a chosen token, the one with the lowest draw is chosen.
+        least = torch.where(counted, draw[0], torch.inf).argmin(1)
+        none = ~chosen.any(1) & counted.any(1)
+        chosen[none, least[none]] = True
+        labels = ids.masked_fill(~chosen, IGNORE)
+        other = self.ids[(draw[2] * len(self.ids)).long()]
+        seen = torch.where(chosen & (draw[1] < 0.8), torch.full_like(ids, self.mask), ids)
+        return torch.where(chosen & (draw[1] >= 0.9), other, seen), labels
+
+
+def build_masking(tokenizer: Any, share: float) -> Masking:
+    """The masking for a tokenizer of transformers; special tokens never replace a word.
+
+    Raises:
+        DataError: the tokenizer has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise DataError(
+            f"the tokenizer, a {type(tokenizer).__name__}, has no mask token",
+            remedy="masked language modelling needs an encoder: use another teacher, or another task",
+        )
+    special = set(tokenizer.all_special_ids)
+    ids = torch.tensor([i for i in sorted(tokenizer.get_vocab().values()) if i not in special])
+    return Masking(share, tokenizer.mask_token_id, ids)

@@ -174,7 +174,7 @@ def _split_fractions(data: DataDescription) -> dict[str, float]:
         return {}
     import torch
 
-    from tutelage.data.images import stratified_split
+    from tutelage.data.images import choose_rows
 
     labels = torch.arange(len(data.classes)).repeat_interleave(torch.tensor(list(data.classes.values())))
     fractions = {}
@@ -185,7 +185,7 @@ def _split_fractions(data: DataDescription) -> dict[str, float]:
         if fraction != usual:
             fractions[key] = fraction
         try:
-            _, rest = stratified_split(labels, round(len(labels) * fraction), 0, f"data.{key}")
+            _, rest = choose_rows(labels, round(len(labels) * fraction), 0, f"data.{key}")
         except DataError as error:
             raise DataError(error.what, where=str(data.path), remedy="add some to the smallest class") from None
         labels = labels[rest]
