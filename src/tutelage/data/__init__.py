@@ -3,7 +3,8 @@
 from tutelage.data.batch import IGNORE, Batch, IndexedDataset, as_batch, causal_batch
 from tutelage.data.images import ImageData, ImageSet, load_images
 from tutelage.data.loader import Batches, LoaderBatches, PlannedBatches, RankSlice, Rows, SequentialBatches
-from tutelage.data.texts import TextData, TextSet, load_texts, read_texts
+from tutelage.data.text_sources import read_texts
+from tutelage.data.texts import TextData, TextSet, load_texts
 from tutelage.data.views import view_seeds
 
 Data = ImageData | TextData

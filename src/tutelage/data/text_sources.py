@@ -53,8 +53,10 @@ class RawTextData:
     digest: str = ""
 
 
-def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], columns: Sequence[str]) -> RawTextData:
-    """Read the given columns of a source.
+def read_texts(
+    source: str, *, path: Paths | None, options: dict[str, Any] | None, columns: Sequence[str]
+) -> RawTextData:
+    """Read columns of a source.
 
     Args:
         source: ``table``, ``plain`` or ``hf:DATASET_ID``.
@@ -66,9 +68,10 @@ def open_texts(source: str, *, path: Paths | None, options: dict[str, Any], colu
         ConfigError: the source is unknown.
         DataError: data is missing or broken, or a column does not exist.
     """
+    columns = list(dict.fromkeys(columns))
     kind, _, name = source.partition(":")
     if kind == "hf" and name:
-        return _huggingface(name, options, columns)
+        return _huggingface(name, options or {}, columns)
     readers: dict[str, Callable[[Path, Sequence[str]], RawTextSplit]] = {"plain": _plain, "table": _table}
     if source not in readers:
         names = [*readers, "hf:DATASET_ID"]

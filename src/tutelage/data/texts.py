@@ -19,7 +19,7 @@ from tutelage.data.text_sources import (
     RawTextData,
     RawTextSplit,
     encode_labels,
-    open_texts,
+    read_texts,
     resolve_class_names,
 )
 from tutelage.data.tokens import Progress, Tokens, tokenize, tokenizer_fingerprint
@@ -217,7 +217,7 @@ def load_texts(
         tokenizer: the student's tokenizer, of transformers.
         teacher_tokenizer: the teacher's tokenizer, if it differs.
         align: for ``causal``: align the tokens of a teacher with another tokenizer.
-        raw: the result of :func:`read_texts`, if it was called before.
+        raw: the columns of the source, if :func:`read_texts` has read them before.
         progress: wraps the iteration over blocks of texts.
 
     Raises:
@@ -227,9 +227,8 @@ def load_texts(
     columns, label_columns = as_list(text), as_list(label)
     teacher_columns = columns if teacher_text is None else as_list(teacher_text)
     if raw is None:
-        raw = read_texts(
-            source, path=path, options=options, text=text, teacher_text=teacher_text, label=label, route=route
-        )
+        needed = [*columns, *teacher_columns, *label_columns, *as_list(route)]
+        raw = read_texts(source, path=path, options=options, columns=needed)
     raw = _without_empty(raw, dict.fromkeys([*columns, *teacher_columns]), empty)
     names = resolve_class_names(raw, label_columns, task, classes)
     teacher_tokenizer = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
@@ -338,28 +337,8 @@ def _check_same_tokens(task: TextTask, same_texts: bool) -> None:
 
 
 def as_list(columns: str | Sequence[str] | None) -> list[str]:
-    """One name, several names or none, as a list."""
+    """Columns of a recipe as a list: one name, several names or none."""
     return [columns] if isinstance(columns, str) else list(columns or [])
-
-
-def read_texts(
-    source: str,
-    *,
-    path: Paths | None,
-    options: dict[str, Any] | None,
-    text: str | Sequence[str],
-    teacher_text: str | Sequence[str] | None,
-    label: str | Sequence[str] | None,
-    route: str | None,
-) -> RawTextData:
-    """Read the columns that :func:`load_texts` needs; the arguments are the keys of a recipe's ``data``.
-
-    Raises:
-        DataError: data is missing or broken, or a column does not exist.
-        ConfigError: the source is unknown.
-    """
-    columns = [*as_list(text), *as_list(teacher_text), *as_list(label), *as_list(route)]
-    return open_texts(source, path=path, options=options or {}, columns=list(dict.fromkeys(columns)))
 
 
 def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) -> RawTextData:

@@ -78,28 +78,23 @@ class Tokens:
             out[i, slice(out.shape[1] - len(mine), None) if self.side == "left" else slice(len(mine))] = mine
         return out
 
-    def inputs(self, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int32] | None = None) -> dict[str, Tensor]:
-        """Model inputs ``[B, L]``: ``input_ids`` (or ``ids`` instead), ``attention_mask`` and token types.
+    def inputs(self, rows: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        """Model inputs ``[B, L]``: ``input_ids``, ``attention_mask`` and token types.
 
         For packed rows: ``input_ids`` and ``position_ids``. Positions restart at each text and at the padding;
         transformers derives the attention mask from them.
         """
-        ids = self.padded(self.ids, rows, self.pad) if ids is None else ids
+        inputs = {"input_ids": self.padded(self.ids, rows, self.pad)}
+        length = inputs["input_ids"].shape[1]
+        place = np.arange(length)[None]
         if self.segments is not None:
-            number = self.padded(self.segments, rows, -1)
-            at = np.arange(ids.shape[1])[None]
-            begins = np.ones_like(number, bool)
-            begins[:, 1:] = number[:, 1:] != number[:, :-1]
-            positions = at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
-            return {
-                "input_ids": torch.from_numpy(ids.astype(np.int64)),
-                "position_ids": torch.from_numpy(positions.astype(np.int64)),
-            }
-        place, lengths = np.arange(ids.shape[1])[None], self.lengths[rows][:, None]
-        attention = place >= ids.shape[1] - lengths if self.side == "left" else place < lengths
-        inputs = {"input_ids": ids, "attention_mask": attention}
-        if self.types is not None:
-            inputs["token_type_ids"] = self.padded(self.types, rows, 0)
+            begins = np.diff(self.padded(self.segments, rows, -1), axis=1, prepend=-2) != 0
+            inputs["position_ids"] = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+        else:
+            lengths = self.lengths[rows][:, None]
+            inputs["attention_mask"] = place >= length - lengths if self.side == "left" else place < lengths
+            if self.types is not None:
+                inputs["token_type_ids"] = self.padded(self.types, rows, 0)
         return {name: torch.from_numpy(x.astype(np.int64)) for name, x in inputs.items()}
 
     def next_tokens(self, rows: npt.NDArray[np.int64]) -> Tensor:
@@ -189,7 +184,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A digest of everything that determines the tokens of a tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        content = sorted(tokenizer.get_vocab().items())
+        content: Any = sorted(tokenizer.get_vocab().items())
     else:  # earlier calls may have set truncation and padding
         content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     rest = [tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.chat_template]

@@ -41,8 +41,9 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     )  # fmt: skip
     if recipe.student.vocabulary is None:
         return load(tokenizer=mine)
-    source = {k: fields[k] for k in ("source", "path", "options", "text", "teacher_text", "label", "route")}
-    raw = read_texts(**source)
+    columns = [config.text, config.teacher_text, config.label, config.route]
+    needed = [name for names in columns for name in as_list(names)]
+    raw = read_texts(config.source, path=config.path, options=config.options, columns=needed)
     whole = load(tokenizer=mine, raw=raw)
     texts = training_texts(raw, whole, as_list(config.text))
     terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")

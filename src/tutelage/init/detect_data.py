@@ -194,7 +194,7 @@ def _images(path: Path) -> DataDescription:
 
 
 def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDescription:
-    from tutelage.data.text_sources import open_texts
+    from tutelage.data.text_sources import read_texts
 
     task = task or "causal"
     if task in (*LABELLED, "images"):
@@ -204,7 +204,7 @@ def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDesc
         )
     if text:
         raise ConfigError("--text names a column, and plain text has none", remedy="remove it")
-    rows = open_texts("plain", path=str(path), options={}, columns=["text"]).splits["train"]
+    rows = read_texts("plain", path=str(path), options={}, columns=["text"]).splits["train"]
     return DataDescription(task, "plain", str(path), rows.length, length=_long(rows.columns["text"]))
 
 

@@ -85,10 +85,7 @@ def read_conversations(recipe: Recipe, split: str) -> list[list[dict[str, str]]]
             f"there is no {split} split", where="llm.data.path",
             remedy="give files of `tutelage generate`: {train: FILE, test: FILE}",
         )  # fmt: skip
-    raw = read_texts(
-        data.source, path={"train": path[split]}, options=None, text="messages", teacher_text=None, label=None,
-        route=None,
-    )  # fmt: skip
+    raw = read_texts(data.source, path={"train": path[split]}, options=None, columns=["messages"])
     rows = raw.splits["train"].columns["messages"]
     threads = [[{"role": str(m["role"]), "content": str(m["content"])} for m in row] for row in rows]
     threads = [thread for thread in threads if len(thread) > 1 and thread[-1]["role"] == "assistant"]
