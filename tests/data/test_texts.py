@@ -185,9 +185,10 @@ def test_broken_files_are_named() -> None:
             load_texts("table", tokenizer=tokenizer(), path=path, task="mlm")
 
 
-def test_a_line_of_two_megabytes_is_read_and_loses_its_end() -> None:
+@pytest.mark.parametrize("megabytes", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_line_of_megabytes_is_read_and_loses_its_end(megabytes: int) -> None:
     rows = sentences(40)
-    rows[3]["text"] = "music " * 350_000
+    rows[3]["text"] = "music " * (megabytes * 175_000)
     data = load(rows, max_length=16)
     assert int(max(s.lengths.max() for s in (data.train, data.validation, data.test))) == 16
 
