@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import multiprocessing.context
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,17 +14,33 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 
 from support import python
-from support.language_worlds import cutter, folder
 
-__all__ = ["cutter", "folder"]
+# Nothing here imports torch before a test runs: the process that only hands out tests needs none.
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def cutter() -> Any:
+    """A tokenizer with the template of ChatML."""
+    from support import language_worlds
+
+    return language_worlds.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, cutter: Any) -> Path:
+    """Of a small causal language model and that tokenizer."""
+    from support import language_worlds
+
+    return language_worlds.llama(tmp_path_factory.mktemp("models") / "teacher", cutter=cutter)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from support.generations import (
 )
 from tutelage.config import EndpointConfig
 from tutelage.errors import BudgetSpent, EndpointError
-from tutelage.generation import client
+from tutelage.generation import client, rate_limit
 from tutelage.generation.rate_limit import RateLimit
 from tutelage.generation.response_errors import FatalResponse, parse_response
 
@@ -39,6 +39,7 @@ from tutelage.generation.response_errors import FatalResponse, parse_response
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(rate_limit, "LONGEST_PAUSE", 0.1)
 
 
 def asked_of(out: Path) -> list[str]:

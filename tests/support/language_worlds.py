@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 TEMPLATES = {
@@ -91,15 +90,3 @@ def llama(
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     cutter.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def cutter() -> Any:
-    """A tokenizer with the template of ChatML."""
-    return tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, cutter: Any) -> Path:
-    """Of a small causal language model and that tokenizer."""
-    return llama(tmp_path_factory.mktemp("models") / "teacher", cutter=cutter)
