@@ -31,15 +31,15 @@ from support.generations import (
 )
 from tutelage.config import EndpointConfig
 from tutelage.errors import BudgetSpent, EndpointError
-from tutelage.generation import client, rate_limit
-from tutelage.generation.rate_limit import RateLimit
+from tutelage.generation import client
+from tutelage.generation.client import RateLimit
 from tutelage.generation.response_errors import FatalResponse, parse_response
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr(rate_limit, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.1)
 
 
 def asked_of(out: Path) -> list[str]:
@@ -344,10 +344,14 @@ def test_progress_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("status", "said", "what"),
     [
-        (404, {"error": {"message": "The model `x` does not exist", "code": "model_not_found"}}, "not served"),
-        (400, {"detail": "Server is pinned to 'y'; requested 'x'."}, "not served"),
-        (404, {"detail": "Not Found"}, "address does not exist"),
-        (429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, "exhausted"),
+        (
+            404,
+            {"error": {"message": "The model `x` does not exist", "code": "model_not_found"}},
+            "does not have the model",
+        ),
+        (400, {"detail": "Server is pinned to 'y'; requested 'x'."}, "does not have the model"),
+        (404, {"detail": "Not Found"}, "no such address"),
+        (429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, "no credit"),
         (301, {}, "redirects"),
     ],
 )

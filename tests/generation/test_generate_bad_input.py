@@ -87,17 +87,17 @@ PLAIN = "  prompts: PROMPTS\n"
 CASES: dict[str, tuple[Break, list[str]]] = {
     "unknown placeholder": (
         added(PLAIN + "  user: 'Answer: {{ promt }}'\n"),
-        ["closed.yaml:", "generate.user", "'promt'", "did you mean 'prompt'", "it can use: prompt"],
+        ["closed.yaml:", "generate.user", "'promt'", "did you mean 'prompt'", "the template can use: prompt"],
     ),
     "unknown placeholder in a later line": (
         added(PLAIN + "  user: |\n    Answer this.\n    {{ question }}\n"), ["closed.yaml:13", "'question'"],
     ),
-    "no template": (added(PLAIN + "  user: 'Answer: {{ prompt'\n"), ["is no Jinja template"]),
+    "no template": (added(PLAIN + "  user: 'Answer: {{ prompt'\n"), ["is not a Jinja template"]),
     "a column is missing in one row": (
         file("some.jsonl", '{"prompt": "a b c", "topic": "x"}\n{"prompt": "d e f"}\n'), [],
     ),
     "empty prompts": (file("none.jsonl", "\n"), ["none.jsonl", "holds no prompts"]),
-    "prompts that are no JSON": (file("bad.jsonl", '{"prompt": "a"}\n{oops\n'), ["bad.jsonl:2", "no JSON object"]),
+    "prompts that are no JSON": (file("bad.jsonl", '{"prompt": "a"}\n{oops\n'), ["bad.jsonl:2", "not a JSON object"]),
     "prompts of an unknown kind": (file("p.docx", "x"), ["p.docx", ".parquet"]),
     "no prompts": (added("  prompts: nowhere.jsonl\n"), ["nowhere.jsonl", "cannot be read"]),
     "two of one id": (file("twice.csv", "id,prompt\n1,a b c\n1,d e f\n"), ["twice.csv", "id '1'"]),
@@ -112,11 +112,11 @@ CASES: dict[str, tuple[Break, list[str]]] = {
     "model not served": (
         lambda path, out: path.write_text(path.read_text().replace("model: closed", "model: clothed")
                                           + PLAIN) and None,
-        ["clothed", "is not served", "it serves: closed", "endpoint.model"],
+        ["clothed", "does not have the model", "it serves: closed", "endpoint.model"],
     ),
     "no such page": (
         lambda path, out: path.write_text(path.read_text().replace("/v1", "/v2") + PLAIN) and None,
-        ["/v2", "the address does not exist", "endpoint.url"],
+        ["/v2", "the server has no such address", "endpoint.url"],
     ),
     "a key in the recipe": (
         added(PLAIN + f"  api_key: {CANARY}\n"), ["unknown key", "not shown"],
@@ -143,7 +143,7 @@ CASES: dict[str, tuple[Break, list[str]]] = {
         lambda path, out: (added(PLAIN)(path, out), damaged(path, out))[0], ["is damaged", "restore the file"],
     ),
     "a folder of something else": (
-        lambda path, out: (added(PLAIN)(path, out), no_journal(path, out))[0], ["holds no journal.sqlite"],
+        lambda path, out: (added(PLAIN)(path, out), no_journal(path, out))[0], ["no journal.sqlite"],
     ),
     "a file": (
         lambda path, out: (added(PLAIN)(path, out), out.write_text("x"))[0], ["is a file"],

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from support.closed_teacher import WORDS, Closed
 from support.generations import answered, kept, made, recipe, rejected
 from tutelage.config import QualityConfig
+from tutelage.generation.answers import Conversation
 from tutelage.generation.checks import REFUSAL, filter_conversations
-from tutelage.generation.conversations import Conversation
 from tutelage.generation.diversity import diversity, verb_noun
 from tutelage.generation.duplicates import NearDuplicateIndex, words
 

@@ -124,7 +124,7 @@ def test_rows_without_an_answer_cannot_be_given(tmp_path: Path, model: Path) -> 
     with Closed() as server:
         path = recipe(tmp_path, server, model)
         (tmp_path / "held.jsonl").write_text('{"prompt": "What is one?"}\n')
-        with pytest.raises(DataError, match=r"row 1: has no answer"):
+        with pytest.raises(DataError, match=r"row 1: the row has no answer"):
             judge_answers(path, out=tmp_path / "out", terminal=quiet())
 
 

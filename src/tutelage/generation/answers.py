@@ -1,33 +1,97 @@
-"""Answers to conversations, and the choice among several samples."""
+"""Conversations that a generation makes: the answers to them, and the choice among several samples."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from tutelage.config import BestConfig, Generations
 from tutelage.generation.duplicates import words
-from tutelage.generation.requests import ChatAnswer, FailedRequest, Message, Outcome, Request, RequestParameters
+from tutelage.generation.requests import (
+    NOT_SENT,
+    ChatAnswer,
+    FailedRequest,
+    Message,
+    Outcome,
+    Request,
+    RequestParameters,
+)
 from tutelage.generation.scheduler import RequestBatch
 from tutelage.generation.templates import PromptTemplate, PromptTemplates
 
 T = TypeVar("T")
 RequestPlan = Generator[RequestBatch, list[Outcome], T]
-"""Yields request batches, receives their outcomes, and returns a result; it knows no server and no journal."""
+"""Yields request batches, receives their outcomes, and returns a result. It uses no server and no journal."""
+
+
+@dataclass
+class Conversation:
+    """A conversation that may go into the data.
+
+    Attributes:
+        prompt: name of the prompt that it answers; several answers share one.
+        instruction: the request without the template around it.
+        keys: of its answers in the journal.
+        finishes: the ``finish_reason`` of each of the assistant's messages.
+    """
+
+    name: str
+    prompt: str
+    instruction: str
+    messages: list[Message]
+    keys: list[str]
+    finishes: list[str | None]
+    source: str = ""
+    score: float | None = None
+
+    @property
+    def answers(self) -> list[str]:
+        """The assistant's messages."""
+        return [message["content"] for message in self.messages if message["role"] == "assistant"]
+
+
+class RejectedConversation(NamedTuple):
+    """A conversation or instruction that does not go into the data, and why."""
+
+    name: str
+    reason: str
+    detail: str
+    messages: Sequence[Message]
+    keys: Sequence[str]
+
+
+@dataclass
+class GenerationOutput:
+    """The result of a strategy; ``not_sent`` counts the requests that were not sent before the run ended."""
+
+    conversations: list[Conversation] = field(default_factory=list)
+    rejected: list[RejectedConversation] = field(default_factory=list)
+    not_sent: int = 0
+
+    def add_failure(self, name: str, failure: FailedRequest, messages: Sequence[Message]) -> None:
+        """Add a conversation without an answer."""
+        if failure.reason == NOT_SENT:
+            self.not_sent += 1
+        else:
+            self.reject(name, (failure.reason, failure.detail), messages, failure.key)
+
+    def reject(self, name: str, reason: tuple[str, str], messages: Sequence[Message], key: str) -> None:
+        """Add a conversation that is rejected; the reason is a short category and a detail."""
+        self.rejected.append(RejectedConversation(name, *reason, messages, [key]))
 
 
 class SelectedAnswer(NamedTuple):
-    """An answer that is used, and its score where there is one."""
+    """An answer that is used, and its score if the answers are scored."""
 
     answer: ChatAnswer
     score: float | None = None
 
 
 Selection = list[SelectedAnswer] | FailedRequest
-"""The answers to one conversation, or why there is none."""
+"""The answers to one conversation, or the reason why it has none."""
 
 
 @dataclass
@@ -43,7 +107,7 @@ class GenerationContext:
     user: PromptTemplate
 
     def first_messages(self, values: dict[str, Any], what: str) -> list[Message]:
-        """The system and user message of a conversation; ``what`` names the values in messages."""
+        """The system and user message of a conversation; ``what`` names the values in error messages."""
         system = [] if self.system is None else [{"role": "system", "content": self.system(values, what)}]
         return [*system, {"role": "user", "content": self.user(values, what)}]
 
@@ -51,7 +115,7 @@ class GenerationContext:
 def request_answers(
     context: GenerationContext, threads: Sequence[Sequence[Message]], name: str = "answers"
 ) -> RequestPlan[list[Selection]]:
-    """The answers to each conversation, whose last message is the user's: all samples, or the best one."""
+    """The answers to conversations that end with a user message: for each all samples, or the best one."""
     samples, best = context.settings.samples, context.settings.best
     requests = [Request(context.parameters, thread, sample) for thread in threads for sample in range(samples)]
     outcomes = yield RequestBatch(name, requests)
@@ -70,7 +134,7 @@ def _select_by_judge(
     context: GenerationContext, best: BestConfig, threads: Sequence[Sequence[Message]],
     candidates: Sequence[list[ChatAnswer] | FailedRequest],
 ) -> RequestPlan[list[Selection]]:  # fmt: skip
-    """The answer with the judge's highest score, the first of equals."""
+    """The answer with the judge's highest score; the first one if scores are equal."""
     assert context.judge is not None
     assert context.judge_template is not None
     requests = []
@@ -118,7 +182,7 @@ def _select_by_result(group: Sequence[ChatAnswer], best: BestConfig | None) -> S
     results = [of_one[-1].group(1).strip().lower() if of_one else None for of_one in matches]
     counts = Counter(result for result in results if result is not None)
     if not counts:
-        return FailedRequest(group[0].key, "no result", f"nothing in {len(group)} answers matches best.extract")
+        return FailedRequest(group[0].key, "no result", f"none of the {len(group)} answers matches best.extract")
     result, votes = counts.most_common(1)[0]
     return [SelectedAnswer(group[results.index(result)], votes / len(group))]
 

@@ -1,7 +1,7 @@
 """The provider's batch API: requests are uploaded as a file, and their answers fetched later, at half the price.
 
-The journal records a batch as soon as its file is uploaded. If the process dies before it learns the batch's id, the
-next one finds the batch by that file: no batch is paid for twice.
+The journal records a batch as soon as its file is uploaded. If the process dies before it gets the batch's id, the
+next process finds the batch by the id of this file. So no batch is paid for twice.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutelage.config import EndpointConfig
 from tutelage.errors import EndpointError
 from tutelage.generation.client import FIRST_WAIT, LONGEST_WAIT
-from tutelage.generation.connections import ConnectionPool
 from tutelage.generation.requests import canonical_json
 from tutelage.generation.response_errors import CallError, FatalResponse, ValidResponse, parse_response
-from tutelage.generation.scheduler import PendingRequest, Scheduler
+from tutelage.generation.scheduler import PendingRequest, RequestClient
 
 MAX_REQUESTS = 50_000
 MAX_BYTES = 90_000_000
@@ -27,15 +25,11 @@ MAX_BYTES = 90_000_000
 RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
 
 
-class BatchClient:
+class BatchClient(RequestClient):
     """Sends chat completions to one server through its batch API."""
 
-    def __init__(self, endpoint: EndpointConfig, scheduler: Scheduler) -> None:
-        self.endpoint, self.scheduler = endpoint, scheduler
-        self.connections = ConnectionPool(endpoint)
-
     async def fetch(self, pending: Sequence[PendingRequest]) -> None:
-        """Run batches until each request has an outcome, or the scheduler is over; open batches then go on."""
+        """Run batches until each request has an outcome or the scheduler is over; open batches then continue."""
         waiting = {one.request.key: one for one in pending}
         for name, batch in list(self.scheduler.journal.batches.items()):
             if batch["state"] != "done" and self.endpoint.model == batch["model"]:
@@ -46,7 +40,7 @@ class BatchClient:
                 await self._complete(uploaded, waiting)
 
     async def _upload(self, pending: Sequence[PendingRequest]) -> str | None:
-        """Upload as many requests as the budget and the limits of a file allow; the name of their batch."""
+        """Upload as many requests as the budget and the limits of a file allow; returns the name of their batch."""
         lines: list[bytes] = []
         keys: list[str] = []
         size = tokens = cost = 0
@@ -148,7 +142,7 @@ class BatchClient:
                 raise ValueError
         except ValueError:
             raise EndpointError(
-                f"{method} {path}: the reply is no JSON object", where=self.endpoint.url,
+                f"{method} {path}: the reply is not a JSON object", where=self.endpoint.url,
                 remedy="if the server has no batch API, set endpoint.api to live",
             ) from None  # fmt: skip
         return reply
@@ -156,7 +150,7 @@ class BatchClient:
     async def _send(
         self, path: str, method: str = "GET", body: bytes = b"", files: dict[str, Any] | None = None
     ) -> bytes:
-        """The body of a reply, with retries: these calls cost nothing, so they pass no budget."""
+        """The body of a reply, with retries. These calls cost nothing, so the budget does not count them."""
         for attempt in range(self.endpoint.attempts):
             reply = await self.connections.send(method, path, body, self.endpoint.timeout, files=files)
             if not isinstance(reply, CallError) and 200 <= reply[0] < 300:
@@ -165,11 +159,10 @@ class BatchClient:
             if not isinstance(error, CallError) or error.refused:
                 break
             await asyncio.sleep(max(min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt), error.after or 0.0))
-        what, remedy = getattr(error, "detail", "") or "no answer", "run the same command again; a batch is not lost"
+        what, remedy = (
+            getattr(error, "detail", "") or "no answer",
+            "run the same command again: it continues the batch",
+        )
         if isinstance(error, FatalResponse):
             what, remedy = error.what, error.remedy
         raise EndpointError(f"{method} {path}: {what}", where=self.endpoint.url, remedy=remedy)
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self.connections.close()

@@ -16,11 +16,11 @@ from tutelage.models.pretrained import load_pretrained
 from tutelage.progress import Terminal
 
 BATCH_SIZE = 16
-"""Prompts at a time."""
+"""Prompts in a batch."""
 
 
 class ChatModel:
-    """A language model with its tokenizer, which needs a chat template."""
+    """A language model with its tokenizer; raises :class:`ModelError` for a tokenizer without a chat template."""
 
     def __init__(self, name: str) -> None:
         self.name = name

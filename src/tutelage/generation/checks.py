@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tutelage.config import DecontaminateConfig, QualityConfig
 from tutelage.errors import require
-from tutelage.generation.conversations import Conversation, RejectedConversation
+from tutelage.generation.answers import Conversation, RejectedConversation
 from tutelage.generation.duplicates import NearDuplicateIndex, words
 from tutelage.generation.prompts import read_rows
 
@@ -26,7 +26,7 @@ REFUSAL = re.compile(
 
 MIN_WORDS_FOR_LANGUAGE = 5
 MIN_WORDS_OF_EVALUATION_TEXT = 4
-"""Shorter texts to evaluate on are ignored: an answer of a word or two occurs in many texts."""
+"""Shorter evaluation texts are ignored: an answer of one or two words occurs in many texts."""
 
 Reason = tuple[str, str]
 """A short category, and a detail."""
@@ -36,7 +36,7 @@ Check = Callable[[str], str | None]
 
 
 class QualityChecks:
-    """The checks of a recipe, in order. Duplicates come last, so that only accepted conversations have any."""
+    """The checks of a recipe. Duplicates are the last one, so that a rejected conversation has no duplicates."""
 
     def __init__(self, settings: QualityConfig) -> None:
         self.settings = settings
@@ -52,7 +52,7 @@ class QualityChecks:
             self.checks["contaminated"] = _build_ngram_check(settings.decontaminate)
 
     def check(self, item: Conversation) -> Reason | None:
-        """Why a conversation is rejected; ``None`` if it is accepted, and then it is remembered for duplicates."""
+        """Why a conversation is rejected. An accepted one (``None``) is compared with all later ones."""
         settings = self.settings
         if not settings.truncated and "length" in item.finishes:
             return "truncated", "the answer was cut at max_tokens"
@@ -67,7 +67,7 @@ class QualityChecks:
         return self._check_texts([item.instruction, *item.answers]) or self._check_duplicate(item)
 
     def check_instruction(self, text: str) -> Reason | None:
-        """Why an instruction is not worth an answer."""
+        """Why an instruction is rejected before it is answered."""
         return _check_length(text, self.settings.instruction_words, "instruction") or self._check_texts([text])
 
     def _check_texts(self, texts: Sequence[str]) -> Reason | None:
@@ -123,10 +123,7 @@ def filter_conversations(
 
 
 def _build_ngram_check(settings: DecontaminateConfig) -> Check:
-    """Finds the first n-gram of words that a text shares with the texts to evaluate on.
-
-    A text to evaluate on that is shorter than n counts as one n-gram.
-    """
+    """Finds the first n-gram of words that a text shares with the evaluation texts; a shorter one is one n-gram."""
     ngrams: dict[int, set[tuple[str, ...]]] = {settings.words: set()}
     for row in read_rows(settings.path, "texts"):
         for reference in _strings(list(row.values())):
@@ -158,7 +155,7 @@ def _ngrams(tokens: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
 
 
 def _build_language_check(expected: str) -> Check:
-    """Finds the language of a text that is not the expected one; short texts are not checked."""
+    """Finds the language of a text if it is not the expected one; short texts are not checked."""
     require("py3langid", "generate", "language identification")
     import py3langid
 

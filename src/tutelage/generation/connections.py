@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ApiKey:
-    """The key or login of an endpoint. It is in no representation of this object."""
+    """The key or login of an endpoint. The ``repr`` of this object does not show it."""
 
     def __init__(self, endpoint: EndpointConfig) -> None:
         self._secrets: list[str] = []
@@ -35,11 +35,11 @@ class ApiKey:
             key = os.environ.get(endpoint.key_env, "").strip()
             where = f"environment variable {endpoint.key_env}"
             if not key:
-                raise ConfigError("is not set; it must hold the API key", where=where,
+                raise ConfigError("the variable is not set; it must hold the API key", where=where,
                                   remedy=f"export {endpoint.key_env}=..., or change endpoint.key_env")  # fmt: skip
             if not key.isascii() or not key.isprintable() or " " in key:
-                raise ConfigError("holds no key: keys consist of printable ASCII characters", where=where,
-                                  remedy="set it to the key alone")  # fmt: skip
+                raise ConfigError("is not an API key: it has spaces or non-ASCII characters", where=where,
+                                  remedy="set the variable to the key, with nothing before or after it")  # fmt: skip
             self._secrets.append(key)
             self.headers["authorization"] = f"Bearer {key}"
         elif endpoint.login is not None:
@@ -51,7 +51,7 @@ class ApiKey:
         return "ApiKey(...)"
 
     def redact(self, body: bytes) -> bytes:
-        """A server's reply without the key, in case it repeats it."""
+        """A server's reply without the key, in case the server repeats the key."""
         for secret in filter(None, self._secrets):
             body = body.replace(secret.encode(), b"***")
         return body
@@ -86,9 +86,9 @@ class ConnectionPool:
     async def send(
         self, method: str, path: str, body: bytes, timeout: float, *, files: dict[str, Any] | None = None
     ) -> tuple[int, dict[str, str], bytes] | CallError:
-        """Status, headers and body of a reply, or the error of the connection; the key is in neither.
+        """Status, headers and body of a reply, or the error of the connection. Neither contains the key.
 
-        ``files`` are the fields of a multipart form, in place of a JSON body.
+        ``files`` are the fields of a multipart form, which replaces the JSON body.
         """
         import httpx2
 

@@ -6,53 +6,22 @@ noun phrase are enough: instructions are mostly imperatives, and no model is nee
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-VERBS = _set(
-    """
-    add analyse analyze annotate answer argue arrange assess assign build calculate categorise categorize
-    change check choose cite clarify classify clean combine comment compare compile complete compose compute
-    condense connect consider construct contrast convert correct count create criticise criticize debug decide
-    decode define deliver demonstrate derive describe design detect determine develop devise differentiate
-    discuss distinguish divide draft draw edit elaborate eliminate encode estimate evaluate examine expand
-    explain explore express extract fill filter find fix forecast form format formulate gather generate give
-    group guess highlight hypothesise identify illustrate imagine implement improve include infer insert
-    interpret invent justify label link list locate make mark match measure modify name narrate order organise
-    organize outline paraphrase parse pick plan point predict prepare present produce proofread propose prove
-    provide rank rate read reason recall recommend reduce reformulate rename reorder rephrase replace report
-    respond restate retrieve return reverse review revise rewrite role-play round say search select shorten
-    show simplify simulate sketch solve sort specify spell split state structure suggest summarise summarize
-    support tell test think transform translate turn unscramble use verify visualise visualize weigh write
-    """
-)
-"""Verbs that instructions begin with."""
-
-SKIPPED = _set(
-    """
-    a an the this that these those my your his her its our their me us him them it some any each every all
-    both one two three four five six seven eight nine ten several few many more most other another such no
-    following given
-    """
-)
-"""Words between a verb and its object."""
-
-ENDS = _set(
-    """
-    of for to in on at by with from into about between among as that which who whose where when while if so
-    and or but is are was were has have had can could will would should may might must using based than then
-    because without under over before after during through against per via like not
-    """
-)
-"""Words that end a noun phrase."""
+WORDS = {
+    name: frozenset(" ".join(lines).split())
+    for name, lines in json.loads(
+        Path(__file__).with_name("instruction_words.json").read_text(encoding="utf-8")
+    ).items()
+}
+"""``verbs`` that instructions begin with, words that are ``skipped`` between a verb and its object, and words that
+end a noun phrase (``ends``)."""
 
 TOKEN = re.compile(r"[A-Za-z][A-Za-z'’-]*|[^\sA-Za-z]")
 
@@ -61,7 +30,7 @@ def verb_noun(text: str) -> tuple[str, str] | None:
     """The first verb of an instruction, and the head of the noun phrase after it; ``None`` if there is no verb."""
     tokens = [token.lower() for token in TOKEN.findall(text[:400])]
     for i, token in enumerate(tokens[:25]):
-        if token in VERBS:
+        if token in WORDS["verbs"]:
             return token, _head(tokens[i + 1 :])
     return None
 
@@ -69,13 +38,13 @@ def verb_noun(text: str) -> tuple[str, str] | None:
 def _head(tokens: list[str]) -> str:
     phrase: list[str] = []
     for token in tokens:
-        if token in SKIPPED and not phrase:
+        if token in WORDS["skipped"] and not phrase:
             continue
         if not token[0].isalpha():
             if phrase or token not in "\"'“‘(0123456789":
                 break
             continue
-        if token in ENDS or (phrase and token in SKIPPED):
+        if token in WORDS["ends"] or (phrase and token in WORDS["skipped"]):
             break
         phrase.append(token)
     return _singular(phrase[-1]) if phrase else ""
@@ -110,10 +79,12 @@ def diversity(instructions: Iterable[str], top: int = 20) -> dict[str, Any]:
         "pairs": len(pairs),
         "bits": round(sum(n / total * math.log2(total / n) for n in pairs.values()), 3) if total else 0.0,
         "top": [
-            {"verb": verb, "count": count, "nouns": dict(_most(nouns[verb], 4))} for verb, count in _most(verbs, top)
+            {"verb": verb, "count": count, "nouns": dict(most_frequent(nouns[verb], 4))}
+            for verb, count in most_frequent(verbs, top)
         ],
     }
 
 
-def _most(counts: Counter[str], top: int) -> list[tuple[str, int]]:
+def most_frequent(counts: Counter[str], top: int | None = None) -> list[tuple[str, int]]:
+    """The ``top`` names with the largest counts, in the order of counts and names."""
     return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:top]

@@ -17,7 +17,7 @@ import numpy as np
 WORD = re.compile(r"\w+")
 SLACK = 1e-9
 CUTOFF_MARGIN = 1e-4
-"""Subtracted from rapidfuzz's cutoff, next to which it rounds and drops texts of just that similarity."""
+"""Subtracted from rapidfuzz's cutoff: because of rounding, it drops texts whose similarity is equal to the cutoff."""
 
 FIRST_CODE = 0x10000
 """Each word is encoded as one character from here on: rapidfuzz is fastest on strings."""
@@ -57,7 +57,7 @@ class NearDuplicateIndex:
         self._add(self._encode(text))
 
     def add_if_new(self, text: str) -> int | None:
-        """Add a text, unless one is near; then return the number of that one."""
+        """Add a text, unless an earlier one is near; then return the number of the earlier one."""
         encoded = self._encode(text)
         number = self._find(encoded)
         if number is None:
@@ -108,7 +108,7 @@ class NearDuplicateIndex:
             self._postings[word].append(number)
 
     def _prefix(self, encoded: str) -> list[tuple[str, int]]:
-        """The rarest words of a text, so many that a near text shares at least one of them."""
+        """The rarest words of a text: as many as are needed for a near text to share at least one of them."""
         seen: Counter[str] = Counter()
         occurrences = []
         for word in encoded:

@@ -1,7 +1,7 @@
 """The journal: an SQLite database of every call and answer, so that no answer is paid for twice.
 
-``calls`` has a row for each call: first with the most that it can cost, later with its outcome and real cost. A row
-without outcome was in flight when a process died: it may have been answered and billed, so it counts in full.
+``calls`` has a row for each call: first with its maximum cost, later with its outcome and real cost. A call without
+outcome was in flight when a process died. The server may have answered and billed it, so its maximum cost counts.
 ``results`` has the final result of each request, and ``batches`` the state of each batch. Costs are integers in units
 of 10^-12 of the currency.
 """
@@ -26,7 +26,7 @@ from tutelage.generation.requests import ChatAnswer, FailedRequest, Outcome, Req
 FILE = "journal.sqlite"
 FORMAT = 2
 SYNC_INTERVAL = 0.01
-"""Seconds between two syncs to disk: one sync covers all rows that were written since the last."""
+"""Seconds between two syncs to disk: one sync covers all rows that were written since the last one."""
 
 SCHEMA = f"""
 BEGIN;
@@ -39,7 +39,7 @@ CREATE INDEX results_by_slot ON results (slot) WHERE slot IS NOT NULL;
 CREATE TABLE batches (name TEXT PRIMARY KEY, state TEXT NOT NULL);
 PRAGMA user_version = {FORMAT};
 """
-"""``outcome`` is ``answer``, ``failed`` (there will be another call) or ``given up``."""
+"""``outcome`` is ``answer``, ``failed`` (another call follows) or ``given up``."""
 
 _ERRNO = {
     sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_READONLY: errno.EROFS,
@@ -49,7 +49,7 @@ _ERRNO = {
 
 @contextmanager
 def _sqlite_errors(path: Path) -> Iterator[None]:
-    """Translate errors of SQLite into ours."""
+    """Convert errors of SQLite to :class:`JournalError` or :class:`RunDirectoryError`."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -57,7 +57,7 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         if code in _ERRNO:
             with wrap_write_errors(path):
                 raise OSError(_ERRNO[code], os.strerror(_ERRNO[code])) from error
-        what, remedy = f"is damaged: {error}", "restore the file, or choose another --out"
+        what, remedy = f"the journal is damaged: {error}", "restore the file, or choose another --out"
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             what, remedy = "another process is writing to it", "wait for it, or choose another --out"
         raise JournalError(what, where=str(path), remedy=remedy) from None
@@ -76,8 +76,8 @@ class Journal:
     """A journal, open for one process.
 
     Attributes:
-        unsettled: for the key of each call without outcome its row, and its tokens and cost.
-        lost: how many calls were in flight when processes died.
+        unsettled: calls without outcome: for each key the row, and the maximum of tokens and cost.
+        lost: number of calls that were in flight when a process died.
         failure: the error that stopped the journal.
 
     Raises:
@@ -114,13 +114,15 @@ class Journal:
             db.executescript(SCHEMA)
             db.execute("INSERT INTO header VALUES (?)", (json.dumps(header),))
         if db.execute("PRAGMA user_version").fetchone()[0] != FORMAT:
-            raise JournalError("is no journal of answers", where=str(self.path), remedy="choose another --out")
+            raise JournalError(
+                "the file is not a journal of answers", where=str(self.path), remedy="choose another --out"
+            )
         before = json.loads(db.execute("SELECT made_of FROM header").fetchone()[0])
         different = [f"{k} (then {before.get(k)}, now {header[k]})" for k in header if before.get(k) != header[k]]
         if different:
             raise JournalError(
-                f"was written with other settings: {', '.join(different)}", where=str(self.path),
-                remedy="choose another --out, or the recipe that the journal belongs to",
+                f"the journal was written with other settings: {', '.join(different)}", where=str(self.path),
+                remedy="choose another --out, or use the recipe that wrote the journal",
             )  # fmt: skip
         db.execute("DELETE FROM results WHERE retry AND slot IS NULL")
         db.execute("UPDATE header SET made_of = made_of")  # so that this commit syncs the new log and its folder
@@ -163,7 +165,7 @@ class Journal:
             raise
 
     def begin_call(self, key: str, tokens: int, cost: int) -> None:
-        """Record a call before it is made, with the most that it can take. Commits all rows written so far."""
+        """Record a call before it is made, with its maximum of tokens and cost. Commits all rows written so far."""
         self.usage.requests += 1
         with self._write() as db:
             added = db.execute("INSERT INTO calls (key, tokens, cost) VALUES (?, ?, ?)", (key, tokens, cost))
@@ -171,7 +173,7 @@ class Journal:
             db.commit()
 
     def resume_call(self, key: str) -> None:
-        """Take up a call that was in flight when a process died: it counts once it has an outcome."""
+        """Continue a call that was in flight when a process died; its real cost will count, not the maximum."""
         self._calls[key], tokens, cost = self.unsettled.pop(key)
         self.usage.tokens -= tokens
         self.usage.cost -= cost
@@ -184,7 +186,7 @@ class Journal:
 
         Args:
             done: called in the event loop once the outcome is on disk.
-            final: whether this is the result of the request; else there will be another call.
+            final: whether this is the result of the request; otherwise another call follows.
             retry: whether the next run sends the request again.
         """
         self.usage.tokens += tokens
@@ -233,7 +235,7 @@ class Journal:
             self._syncing = None
 
     async def flush(self) -> None:
-        """Wait until all rows are on disk; raises :class:`RunDirectoryError` if the disk refuses."""
+        """Wait until all rows are on disk; raises :class:`RunDirectoryError` if they cannot be written."""
         while self._syncing is not None:
             await asyncio.wait([self._syncing])
         if self.failure is not None:

@@ -28,13 +28,13 @@ EXAMPLES = 12
 """Prompts whose answers ``README.md`` shows side by side."""
 
 EXAMPLES_ON_PAGE = 40
-"""The same on the page of a run."""
+"""Prompts whose answers the page of a run shows side by side."""
 
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 PairVerdicts = dict[tuple[str, str], list[list[str | None]]]
-"""For each pair of models and each prompt the verdicts in both orders, from the view of the first model: ``win``,
-``loss``, ``tie``, or ``None`` where the judge's answer has no verdict."""
+"""Verdicts on the first model of each pair, for each prompt and both orders: ``win``, ``loss``, ``tie``, or ``None``
+if the judge's answer contains no verdict."""
 
 
 class JudgementResult(NamedTuple):
@@ -65,7 +65,7 @@ def judge_answers(
     out: str | Path | None = None,
     terminal: Terminal | None = None,
 ) -> JudgementResult:
-    """Generate answers of several models, and let an endpoint compare them; what `tutelage judge` does.
+    """Generate answers of several models, and compare them with a judge (`tutelage judge`).
 
     A model wins a pair if the judge prefers its answer in both orders, or in one with a tie in the other; otherwise
     the pair is a tie. The win rate counts a tie as half.
@@ -81,7 +81,7 @@ def judge_answers(
         Interrupted: the user asked to stop; every verdict is in the journal.
         TutelageError: one of its other subclasses, with the remedy.
     """
-    require("httpx2", "generate", "asking a judge")
+    require("httpx2", "generate", "comparing answers with a judge")
     loaded = recipe if isinstance(recipe, Judgement) else load_judgement(recipe, overrides)
     settings, terminal = loaded.settings, terminal or Terminal()
     path = Path(out) if out is not None else Path("runs") / f"{loaded.name}-judge"
@@ -124,7 +124,7 @@ def judge_answers(
 def _generate_answers(
     settings: JudgeConfig, prompts: Sequence[JudgePrompt], terminal: Terminal
 ) -> tuple[dict[str, list[str]], dict[str, float]]:
-    """The answers of each model, and its loss on the answers in the file, if every prompt has one."""
+    """The answers of each model; if every prompt of the file has an answer, also the model's loss on these."""
     from tutelage.generation.chat_model import ChatModel  # imports torch, which `generate` does not need
 
     threads, given = [one.thread for one in prompts], [one.answer for one in prompts if one.answer is not None]
@@ -164,7 +164,7 @@ def _write_page_data(
         try:
             write_text(RunDirectory(run).judged(path.resolve().name), text)
         except RunDirectoryError as error:
-            terminal.say(f"note: the page of {run} will not show this: {error.what}")
+            terminal.say(f"note: the page of {run} does not show this judgement: {error.what}")
             continue
         runs.append(run)
     return runs
@@ -187,8 +187,8 @@ def read_prompts(settings: JudgeConfig) -> list[JudgePrompt]:
         prompt = _parse_prompt(row, where)
         if prompt.answer is None and GIVEN in settings.answers.values():
             raise DataError(
-                "has no answer", where=where,
-                remedy="end its messages with the assistant's, or leave 'given' out of judge.answers",
+                "the row has no answer", where=where,
+                remedy="add it as the last message or as column 'answer', or remove 'given' from judge.answers",
             )  # fmt: skip
         prompts.append(prompt)
     return prompts
@@ -200,15 +200,15 @@ def _parse_prompt(row: PromptRow, where: str) -> JudgePrompt:
         prompt, answer = row.get("instruction", row.get("prompt")), row.get("answer")
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(
-                "has no prompt", where=where, remedy="give a column 'messages', 'prompt' or 'instruction'"
+                "the row has no prompt", where=where, remedy="give a column 'messages', 'prompt' or 'instruction'"
             )
         return JudgePrompt([{"role": "user", "content": prompt}], answer if isinstance(answer, str) else None)
     thread: list[Message] = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
     answer = thread.pop()["content"] if thread and thread[-1]["role"] == "assistant" else None
     if not thread or thread[-1]["role"] != "user":
         raise DataError(
-            "does not end with a user message", where=where,
-            remedy="the last message, or the last before the assistant's answer, must be the user's",
+            "the messages do not end with a user message and an optional answer of the assistant", where=where,
+            remedy="add the user's last message, or remove the row",
         )  # fmt: skip
     return JudgePrompt(thread, answer)
 
@@ -246,8 +246,8 @@ def _verdict(outcome: Outcome, pattern: re.Pattern[str], *, swapped: bool) -> st
 def pair_figures(pair: tuple[str, str], verdicts: Sequence[Sequence[str | None]]) -> dict[str, Any]:
     """Wins, ties, losses and win rate (with a 95 % interval) of a pair's first model, and properties of the judge.
 
-    ``first_place`` is the share of verdicts other than ties that prefer the answer shown first: half for a judge that
-    ignores the order. ``opposed`` counts prompts with contradictory verdicts.
+    ``first_place`` is the share of verdicts (without ties) that prefer the first answer of the request. It is about
+    0.5 for a judge that ignores the order. ``opposed`` counts prompts with contradictory verdicts.
     """
     scores = [sum(POINTS[v] for v in both if v) / 2 for both in verdicts if None not in both]
     rate = paired_difference(scores, [0.0] * len(scores)) if scores else {"mean": None, "low": None, "high": None}

@@ -1,6 +1,6 @@
 """The files of a generation: conversations that `datasets` loads, the rejected ones, and a data card.
 
-All are a function of recipe and journal: an interrupted run leaves the same bytes as one without interruption.
+All are a function of recipe and journal: a run that was interrupted and continued leaves the same bytes as another.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jinja2 import Environment, StrictUndefined
 
 from tutelage.config import Generations
 from tutelage.files import atomic_folder, write_text
-from tutelage.generation.conversations import Conversation, RejectedConversation
-from tutelage.generation.diversity import diversity
+from tutelage.generation.answers import Conversation, RejectedConversation
+from tutelage.generation.diversity import diversity, most_frequent
 
 SCHEMA = pa.schema([
     ("id", pa.string()),
@@ -41,7 +41,7 @@ SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "n
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package, filled in."""
+    """The text of a template of this package with these values."""
     text = resources.files(__package__).joinpath("page_templates", template).read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["quote"] = _quote
@@ -87,7 +87,7 @@ def write_output(
     figures = {
         "kept": len(accepted),
         "splits": {split: len(items) for split, items in splits.items()},
-        "rejected": dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))),
+        "rejected": dict(most_frequent(counts)),
         "diversity": diversity({i.prompt: i.instruction for i in accepted}.values()),
     }
     write_text(path / "README.md", data_card(name, settings, version, figures))
@@ -101,7 +101,7 @@ def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
 def split_conversations(items: Sequence[Conversation], held_out: int) -> dict[str, list[Conversation]]:
     """``train``, and with ``held_out`` prompts also ``test``: those whose instructions have the smallest hashes.
 
-    So more conversations move few of them, and all answers to a prompt are in one split.
+    So additional conversations change few of the test prompts. All answers to a prompt are in one split.
     """
     if not held_out:
         return {"train": list(items)}
@@ -116,7 +116,7 @@ def split_conversations(items: Sequence[Conversation], held_out: int) -> dict[st
 def data_card(name: str, settings: Generations, version: str, figures: Mapping[str, Any]) -> str:
     """The data card: a header that `datasets` reads, and a description of the data.
 
-    It has what determines the data, so neither the server's address nor the cost.
+    It contains what determines the data. The server's address and the cost do not, so they are left out.
     """
     files = [{"split": split, "path": f"data/{split}.{settings.format}"} for split in figures["splits"]]
     header = {

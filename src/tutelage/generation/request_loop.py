@@ -17,10 +17,9 @@ from tutelage.errors import Interrupted, JournalError, RunDirectoryError
 from tutelage.files import wrap_write_errors
 from tutelage.generation.answers import RequestPlan
 from tutelage.generation.batch_api import BatchClient
-from tutelage.generation.budget import UNIT, Budget
 from tutelage.generation.client import ChatClient
 from tutelage.generation.journal import FILE, Journal
-from tutelage.generation.scheduler import RequestBatch, RequestClient, Scheduler
+from tutelage.generation.scheduler import UNIT, Budget, RequestBatch, RequestClient, Scheduler
 from tutelage.interrupts import catch_interrupts
 from tutelage.progress import Terminal
 
@@ -31,64 +30,62 @@ LIVE_INTERVAL = 0.25
 """Seconds between two updates of the progress in a terminal."""
 
 LINE_INTERVAL = 10.0
-"""Seconds between two lines elsewhere."""
+"""Seconds between two lines of progress in a log."""
 
 T = TypeVar("T")
 
 
 def open_journal(folder: Path, made_of: Mapping[str, Any]) -> Journal:
-    """The journal of a folder; both are created if absent. A folder of other files is a :class:`JournalError`."""
+    """The journal of a folder, new or existing; raises :class:`JournalError` for a folder of other files."""
     with wrap_write_errors(folder):
         if folder.exists() and not folder.is_dir():
-            raise RunDirectoryError("is a file", where=str(folder), remedy="choose another --out")
+            raise RunDirectoryError("is a file, not a folder", where=str(folder), remedy="choose another --out")
         names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     if names and FILE not in names:
         raise JournalError(
-            f"is not empty, and holds no {FILE}", where=str(folder), remedy="choose an empty or new folder as --out"
-        )
+            f"the folder has other files and no {FILE}", where=str(folder),
+            remedy="choose an empty or new folder as --out",
+        )  # fmt: skip
     return Journal(folder / FILE, made_of)
 
 
 def run_plan(
-    plan: RequestPlan[T], first: RequestBatch | None, journal: Journal, endpoints: Mapping[str, EndpointConfig],
+    plan: RequestPlan[T], first: RequestBatch, journal: Journal, endpoints: Mapping[str, EndpointConfig],
     limits: BudgetConfig, terminal: Terminal,
 ) -> tuple[T, Scheduler]:  # fmt: skip
-    """Send batch after batch of a plan, after the ``first`` that it yielded already, until it returns its result.
+    """Send the batches of a plan until it returns its result, beginning with the ``first``, which it already yielded.
 
-    ``endpoints`` are by role. The scheduler's ``exceeded`` tells whether the budget ended the run.
+    ``endpoints`` are by role. The scheduler's ``exceeded`` is set if the budget ended the run.
     """
     scheduler = Scheduler(journal, Budget(limits, journal.usage), lambda: False)
-    with catch_interrupts(terminal.say, "sending no more requests, and waiting for those in flight") as should_stop:
+    scheduler.batch_roles = {role for role, endpoint in endpoints.items() if endpoint.api == "batch"}
+
+    async def send_batches() -> T:
+        scheduler.clients = {role: CLIENTS[endpoint.api](endpoint, scheduler) for role, endpoint in endpoints.items()}
+        progress = asyncio.create_task(_show_progress(terminal, scheduler, bool(limits.prices)))
+        batch = first
+        try:
+            while True:
+                batch = plan.send(await scheduler.outcomes(batch))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            progress.cancel()
+            await asyncio.wait([progress])
+            for client in scheduler.clients.values():
+                await client.connections.close()
+
+    what = "sending no more requests, and waiting for the answers to those in flight"
+    with catch_interrupts(terminal.say, what) as should_stop:
         scheduler.should_stop = should_stop
         try:
-            result = asyncio.run(_send_batches(plan, first, scheduler, endpoints, bool(limits.prices), terminal))
+            result = asyncio.run(send_batches())
         except KeyboardInterrupt:
             raise Interrupted(
                 "stopped at once; answers in flight are lost, every other answer is in the journal"
             ) from None
     return result, scheduler
-
-
-async def _send_batches(
-    plan: RequestPlan[T], batch: RequestBatch | None, scheduler: Scheduler, endpoints: Mapping[str, EndpointConfig],
-    has_prices: bool, terminal: Terminal,
-) -> T:  # fmt: skip
-    scheduler.batch_roles = {role for role, endpoint in endpoints.items() if endpoint.api == "batch"}
-    scheduler.clients = {role: CLIENTS[endpoint.api](endpoint, scheduler) for role, endpoint in endpoints.items()}
-    progress = asyncio.create_task(_show_progress(terminal, scheduler, has_prices))
-    try:
-        while True:
-            outcomes = [] if batch is None else await scheduler.outcomes(batch)
-            try:
-                batch = plan.send(outcomes)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-    finally:
-        progress.cancel()
-        await asyncio.wait([progress])
-        for client in scheduler.clients.values():
-            await client.close()
 
 
 async def _show_progress(terminal: Terminal, scheduler: Scheduler, has_prices: bool) -> None:

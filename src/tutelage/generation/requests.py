@@ -39,8 +39,8 @@ class Request:
 
     Args:
         sample: index of the answer, where several are requested for the same messages.
-        slot: a second name of the answer in the journal. An answer with this slot is used whatever its messages were.
-            Needed where the messages depend on earlier filtering and another filter must read the same answers.
+        slot: a second name of the answer in the journal. An answer with this slot is used even if its messages were
+            different. Needed if the messages depend on earlier filtering, so that other filters use the same answers.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Request:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Upper bound of the prompt's tokens: one per byte, and some for the chat template."""
+        """Upper bound of the prompt's tokens: one for each byte, and some for the chat template."""
         return len(self.messages_json) + 64 + 16 * len(self.messages)
 
 
@@ -88,6 +88,6 @@ class FailedRequest(NamedTuple):
 
 
 NOT_SENT = "not asked"
-"""The reason of a request that was not sent, because the budget or the user ended the run first."""
+"""The reason of a request that was not sent, because the budget or the user ended the run before."""
 
 Outcome = ChatAnswer | FailedRequest

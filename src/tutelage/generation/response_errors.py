@@ -1,4 +1,4 @@
-"""The meaning of a server's reply: an answer, a transient error, a refused request, or an error that ends the run."""
+"""Parses a server's reply: an answer, a transient error, a refused request, or an error that ends the run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class CallError(NamedTuple):
 
     Attributes:
         reason: a short category.
-        billed: the server may have generated, and charged for, an answer that was lost.
-        refused: the server will not answer this request; other errors may pass.
+        billed: the server may have generated an answer that was lost, and charge for it.
+        refused: the server will not answer this request. Other errors may be temporary.
         server_works: only this answer is invalid.
-        after: seconds that the server asks to wait.
+        after: seconds to wait, as the server requests.
     """
 
     reason: str
@@ -41,7 +41,7 @@ class CallError(NamedTuple):
 
 
 class FatalResponse(NamedTuple):
-    """An error that every request would get; ``list_models``: whether a list of the server's models would help."""
+    """An error that every request would get; ``list_models``: whether to show the names of the server's models."""
 
     what: str
     remedy: str
@@ -51,40 +51,43 @@ class FatalResponse(NamedTuple):
 ParsedResponse = ValidResponse | CallError | FatalResponse
 
 LONGEST_RETRY_AFTER = 3600.0
-"""Seconds; a server that asks for a longer wait ends the run."""
+"""Seconds; the run ends if the server requests a longer wait."""
 
 NO_MODEL = ("model_not_found", "model_not_supported", "invalid_model")
 NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 
 FATAL = {
-    401: ("the key is not accepted", "set the variable that endpoint.key_env names to a valid key"),
-    402: ("the account is exhausted", "add credit, then run the same command again"),
-    403: ("access is refused", "check the permissions of the key, and endpoint.model"),
-    404: ("the address does not exist", "correct endpoint.url: most end in /v1"),
+    401: ("the server does not accept the API key", "set the variable that endpoint.key_env names to a valid key"),
+    402: ("the account has no credit", "add credit, then run the same command again"),
+    403: ("the server refuses access", "check the permissions of the key, and endpoint.model"),
+    404: ("the server has no such address", "correct endpoint.url: most addresses end in /v1"),
 }
 """Status codes that end the run, with what is wrong and what to do."""
 
 
 def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> ParsedResponse:
-    """What a reply with an HTTP status, headers (names in lower case) and body means."""
+    """Parse a reply: its HTTP status, headers (names in lower case) and body."""
     if 200 <= status < 300:
         return _answer(body)
     code, message = error_message(body)
     detail = f"{status}: {message}" if message else str(status)
     if code in NO_MODEL or (status in (400, 404) and _has_no_model(message)):
-        return FatalResponse(f"the model is not served ({detail})", "correct endpoint.model", list_models=True)
+        return FatalResponse(
+            f"the server does not have the model ({detail})", "correct endpoint.model", list_models=True
+        )
     if code in NO_MONEY:
         status = 402
     if status in FATAL:
         what, remedy = FATAL[status]
         return FatalResponse(f"{what} ({detail})", remedy, list_models=status == 404)
     if 300 <= status < 400:
-        return FatalResponse(f"the server redirects ({detail})", "give the final address as endpoint.url")
+        return FatalResponse(f"the server redirects the request ({detail})", "set endpoint.url to the final address")
     if status in RETRYABLE or status >= 500:
         after = retry_after(headers)
         if after is not None and after > LONGEST_RETRY_AFTER:
             return FatalResponse(
-                f"the server asks to wait {after / 3600:.1f} hours ({detail})", "run the same command again then"
+                f"the server requests a wait of {after / 3600:.1f} hours ({detail})",
+                "wait that long, then run the same command again",
             )
         overloaded = status in (408, 429, 503, 504, 529)
         return CallError(f"status {status}", detail, billed=status in (408, 504), overloaded=overloaded, after=after)
@@ -98,7 +101,7 @@ def _answer(body: bytes) -> ParsedResponse:
         if not isinstance(reply, dict):
             raise ValueError
     except ValueError:
-        return CallError("invalid reply", f"{len(body)} bytes that are no JSON object", billed=True)
+        return CallError("invalid reply", f"{len(body)} bytes, not a JSON object", billed=True)
     usage = _usage(reply.get("usage"))
     billed = usage is None
     if reply.get("error"):
@@ -127,7 +130,7 @@ def _usage(value: Any) -> TokenUsage | None:
 
 
 def _has_no_model(message: str) -> bool:
-    """Whether a server reports that it has no such model; `transformers serve` is pinned to one."""
+    """Whether a message reports an unknown model; `transformers serve` writes that it is "pinned to" another one."""
     low = message.lower()
     phrases = ("not found", "does not exist", "not served", "unknown", "not exist")
     return "pinned to" in low or ("model" in low and any(phrase in low for phrase in phrases))

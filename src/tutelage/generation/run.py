@@ -49,10 +49,10 @@ def generate(
     out: str | Path | None = None,
     terminal: Terminal | None = None,
 ) -> GenerationResult:
-    """Request text from a recipe's endpoint, filter it, and write it as data; what `tutelage generate` does.
+    """Request text from a recipe's endpoint, filter it, and write it as data (`tutelage generate`).
 
-    Answers in the folder's journal are not requested again. So the same call continues after an interruption, and a
-    call with other quality checks costs nothing.
+    Answers in the folder's journal are not requested again. So the same call continues an interrupted one, and a call
+    with other quality checks costs nothing.
 
     Args:
         recipe: the path of a YAML file, or a loaded one.
@@ -74,7 +74,7 @@ def generate(
     context = _context(loaded)
     QualityChecks(settings.quality)
     plan = STRATEGIES[settings.kind](context)
-    first = next(plan, None)  # reports a broken file or template before any request is sent
+    first = next(plan)  # reports a broken file or template before any request is sent
     made_of = {"recipe": loaded.name, "kind": settings.kind, "model": settings.endpoint.model}
     endpoints = {"teacher": settings.endpoint}
     if settings.best is not None and settings.best.by == "judge":

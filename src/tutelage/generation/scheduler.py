@@ -5,13 +5,70 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from tutelage.config import BudgetConfig, EndpointConfig
 from tutelage.errors import Interrupted
-from tutelage.generation.budget import Budget
-from tutelage.generation.journal import Journal
+from tutelage.generation.connections import ConnectionPool
+from tutelage.generation.journal import Journal, Usage
 from tutelage.generation.requests import NOT_SENT, FailedRequest, Outcome, Request
-from tutelage.generation.response_errors import CallError, ValidResponse
+from tutelage.generation.response_errors import CallError, TokenUsage, ValidResponse
+
+UNIT = 10**12
+"""Costs are integers in units of 10^-12 of the currency, so that sums are exact."""
+
+BATCH_DISCOUNT = 2
+"""A request in a batch costs half as much as a live one."""
+
+
+class Price(NamedTuple):
+    """Cost of a token of the prompt and of the answer, in 10^-12 of the currency."""
+
+    input: int
+    output: int
+
+    def cost(self, usage: TokenUsage) -> int:
+        """The cost of a request."""
+        return usage[0] * self.input + usage[1] * self.output
+
+
+class Budget:
+    """The limits of a recipe, the usage so far, and the maximum usage of the requests in flight."""
+
+    def __init__(self, limits: BudgetConfig, usage: Usage) -> None:
+        self.limits, self.usage = limits, usage
+        self.reserved_tokens = self.reserved_cost = 0
+        self.max_cost = None if limits.max_cost is None else int(limits.max_cost * UNIT)
+
+    def price(self, model: str, *, batch: bool) -> Price:
+        """The price of a model's tokens; 0 for a model without a price."""
+        known = self.limits.prices.get(model)
+        if known is None:
+            return Price(0, 0)
+        divisor = BATCH_DISCOUNT if batch else 1
+        return Price(*(-(-round(p * 10**6) // divisor) for p in (known.input, known.output)))
+
+    def exceeded_limit(self, tokens: int, cost: int, requests: int = 1) -> str | None:
+        """The limit that further requests of at most so many tokens and this cost could exceed; ``None`` if none."""
+        usage, limits = self.usage, self.limits
+        if limits.max_requests is not None and usage.requests + requests > limits.max_requests:
+            return f"budget.max_requests is {limits.max_requests:,}, and {usage.requests:,} were sent"
+        if limits.max_tokens is not None and usage.tokens + self.reserved_tokens + tokens > limits.max_tokens:
+            return (
+                f"budget.max_tokens is {limits.max_tokens:,}, {usage.tokens:,} were used, and the next request may "
+                f"take {tokens:,}"
+            )
+        if self.max_cost is not None and usage.cost + self.reserved_cost + cost > self.max_cost:
+            return (
+                f"budget.max_cost is {limits.max_cost:g}, {usage.cost / UNIT:.6g} were spent, and the next request "
+                f"may cost {cost / UNIT:.3g}"
+            )
+        return None
+
+    def reserve(self, tokens: int, cost: int) -> None:
+        """Reserve the maximum usage of a request in flight; negative values release it."""
+        self.reserved_tokens += tokens
+        self.reserved_cost += cost
 
 
 class RequestBatch(NamedTuple):
@@ -23,8 +80,16 @@ class RequestBatch(NamedTuple):
 
 @dataclass
 class ProgressCounts:
-    """Counts that the user sees while a request batch is sent: requests in all, with an outcome in the journal
-    already, with an outcome, and without an answer; calls in flight, and failed ones."""
+    """Progress of a request batch.
+
+    Attributes:
+        total: requests of the batch.
+        cached: requests whose outcome was in the journal before.
+        done: requests that have an outcome.
+        in_flight: calls without a reply so far.
+        given_up: requests that get no answer.
+        failed: calls that failed.
+    """
 
     name: str = ""
     total: int = 0
@@ -37,22 +102,25 @@ class ProgressCounts:
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """A request that has no outcome yet, the most that it can take and cost, and its calls so far."""
+    """A request without an outcome, its maximum of tokens and cost, and the number of its calls so far."""
 
     request: Request
+    price: Price
     tokens: int
     cost: int
     attempts: int = 0
 
 
-class RequestClient(Protocol):
-    """Sends requests to a server."""
+class RequestClient:
+    """Sends requests to one server."""
+
+    def __init__(self, endpoint: EndpointConfig, scheduler: Scheduler) -> None:
+        self.endpoint, self.scheduler = endpoint, scheduler
+        self.connections = ConnectionPool(endpoint)
 
     async def fetch(self, pending: Sequence[PendingRequest]) -> None:
         """Send all requests and report their outcomes to the scheduler; return early once it is over."""
-
-    async def close(self) -> None:
-        """Close all connections."""
+        raise NotImplementedError
 
 
 class Scheduler:
@@ -109,17 +177,13 @@ class Scheduler:
     def _pending(self, request: Request) -> PendingRequest:
         parameters = request.parameters
         price = self.budget.price(parameters.model, batch=parameters.role in self.batch_roles)
-        tokens_in, tokens_out = request.max_prompt_tokens, parameters.max_tokens
-        return PendingRequest(request, tokens_in + tokens_out, price.cost(tokens_in, tokens_out))
+        most = request.max_prompt_tokens, parameters.max_tokens
+        return PendingRequest(request, price, sum(most), price.cost(most))
 
     # Called by clients -------------------------------------------------------------------------------------
 
-    def exceeded_limit(self, pending: PendingRequest) -> str | None:
-        """The limit of the budget that a request could exceed."""
-        return self.budget.exceeded_limit(pending.tokens, pending.cost)
-
     def sending(self, pending: PendingRequest, *, resumed: bool = False) -> None:
-        """A call is about to be made, or (``resumed``) was made by a process that died and may still be answered."""
+        """A call is about to be made. ``resumed``: a process that died made it, and its answer may still come."""
         if resumed:
             self.journal.resume_call(pending.request.key)
         else:
@@ -129,15 +193,13 @@ class Scheduler:
         self.budget.reserve(pending.tokens, pending.cost)
         self.counts.in_flight += 1
 
-    def _bill(self, pending: PendingRequest, usage: tuple[int, int] | None, billed: bool) -> tuple[int, int]:
+    def _bill(self, pending: PendingRequest, usage: TokenUsage | None, billed: bool) -> tuple[int, int]:
         """Release the reservation of a call; return its tokens and cost."""
         self.budget.reserve(-pending.tokens, -pending.cost)
         self.counts.in_flight -= 1
         if usage is None:
             return (pending.tokens, pending.cost) if billed else (0, 0)
-        parameters = pending.request.parameters
-        price = self.budget.price(parameters.model, batch=parameters.role in self.batch_roles)
-        return sum(usage), price.cost(*usage)
+        return sum(usage), pending.price.cost(usage)
 
     def answered(self, pending: PendingRequest, reply: ValidResponse) -> None:
         """A call gave an answer."""
@@ -145,7 +207,7 @@ class Scheduler:
         self.journal.end_call(pending.request, tokens, cost, self._count_done, response=reply.raw)
 
     def failed(self, pending: PendingRequest, error: CallError, *, final: bool = False) -> None:
-        """A call failed; unless this is ``final``, there will be another."""
+        """A call failed. Unless it is the ``final`` one of its request, another call follows."""
         self.counts.failed += not error.refused
         tokens, cost = self._bill(pending, error.usage, error.billed)
         done = self._count_done if final else lambda: None
@@ -155,7 +217,7 @@ class Scheduler:
         )
 
     def give_up(self, pending: PendingRequest, error: CallError) -> None:
-        """A request gets no answer. If its error may pass, the next run sends it again."""
+        """A request gets no answer. If the error may be temporary, the next run sends the request again."""
         self.counts.given_up += 1
         self.failed(pending, error, final=True)
 

@@ -1,7 +1,7 @@
 """Strategies of generation: each yields request batches, receives their outcomes, and returns conversations.
 
-A strategy knows no server, no journal and no clock: the same outcomes give the same conversations, in whatever order
-they arrive.
+A strategy uses no server, no journal and no clock: the same outcomes give the same conversations, and the order in
+which they arrive does not matter.
 """
 
 from __future__ import annotations
@@ -13,9 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tutelage.config import AnswerConfig, ConversationConfig, EvolveConfig, SelfInstructConfig
-from tutelage.generation.answers import GenerationContext, RequestPlan, Selection, request_answers
+from tutelage.generation.answers import (
+    Conversation,
+    GenerationContext,
+    GenerationOutput,
+    RequestPlan,
+    Selection,
+    request_answers,
+)
 from tutelage.generation.checks import QualityChecks
-from tutelage.generation.conversations import Conversation, GenerationOutput
 from tutelage.generation.duplicates import NearDuplicateIndex
 from tutelage.generation.prompts import PromptRow, read_rows, read_tasks, row_names
 from tutelage.generation.requests import (
@@ -89,7 +95,7 @@ BULLET = re.compile(r"^\s*[-*•]\s+(.*)$")
 
 
 def parse_list(text: str, *, is_cut: bool) -> list[str]:
-    """The items of a numbered list, or else the lines of a text; without the last one where the text was cut."""
+    """The items of a numbered list, else the lines of a text; without the last one if the text was cut."""
     tasks: list[str] = []
     is_numbered = any(NUMBERED.match(line) for line in text.splitlines())
     for line in text.splitlines():
@@ -182,7 +188,7 @@ def _draw_examples(
 def _check_new(
     index: NearDuplicateIndex, task: str, seeds: Sequence[str], tasks: Sequence[tuple[str, str, str]]
 ) -> tuple[str, str] | None:
-    """Why a task is a duplicate of a seed or of an earlier task; else it is added to the index."""
+    """Why a task is a duplicate of a seed or of an earlier task; a new one is added to the index."""
     number = index.add_if_new(task)
     if number is None:
         return None
@@ -197,7 +203,7 @@ LABEL = re.compile(r"^\s*\**(?:re-?written|new|evolved)?\s*(?:task|prompt|instru
 
 
 def evolve(context: GenerationContext) -> RequestPlan[GenerationOutput]:
-    """Instructions that get harder or branch off, round by round, and answers to all of them (Xu et al., 2024)."""
+    """Instructions that get harder or change the topic, round by round, with answers to all (Xu et al., 2024)."""
     settings = context.settings
     assert isinstance(settings, EvolveConfig)
     seeds = read_tasks(settings.prompts)

@@ -15,7 +15,7 @@ from tutelage.generation.requests import canonical_json
 Key = tuple[str | int, ...]
 
 PromptTemplate = Callable[[Mapping[str, Any], str], str]
-"""Fills in values, which the second argument names in messages; raises :class:`DataError` if they do not fit."""
+"""Renders values, which the second argument names in messages; raises :class:`DataError` if they do not fit."""
 
 
 class PromptTemplates:
@@ -34,7 +34,7 @@ class PromptTemplates:
             template = self._environment.from_string(text)
         except TemplateSyntaxError as error:
             raise ConfigError(
-                f"is no Jinja template: {error.message}", where=self._line(key, text, error.lineno),
+                f"is not a Jinja template: {error.message}", where=self._line(key, text, error.lineno),
                 remedy="see https://jinja.palletsprojects.com for the syntax",
             ) from None  # fmt: skip
         unknown = sorted(meta.find_undeclared_variables(tree) - set(names))
@@ -42,7 +42,7 @@ class PromptTemplates:
             line = next(n for n, row in enumerate(text.splitlines(), 1) if unknown[0] in row)
             raise ConfigError(
                 f"unknown placeholder {unknown[0]!r}" + suggest(unknown[0], list(names)),
-                where=self._line(key, text, line), remedy=f"it can use: {', '.join(names)}",
+                where=self._line(key, text, line), remedy=f"the template can use: {', '.join(names)}",
             )  # fmt: skip
         place = self.where(key)
 
@@ -51,7 +51,7 @@ class PromptTemplates:
             try:
                 return template.render(values).strip()
             except UndefinedError as error:
-                problem, remedy = error.message, "give it a value, or write {{ name|default('') }}"
+                problem, remedy = error.message, "add the value, or write {{ name|default('') }}"
             except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, OverflowError) as error:
                 problem = f"the template fails: {error}"
             raise DataError(f"{what}: {problem}", where=place, remedy=remedy)
@@ -59,12 +59,12 @@ class PromptTemplates:
         return fill
 
     def _line(self, key: Key, text: str, number: int) -> str:
-        """Place of a line of a template; a text of several lines begins below its key."""
-        name, _, line = self.where(key).rpartition(":")
+        """File and line of a line of a template; a text of several lines begins below its key."""
         place = self.where(key)
+        name, _, line = place.rpartition(":")
         if line.isdecimal():
-            offset = number if "\n" in text else number - 1
-            place = f"{name}:{int(line) + offset}"
+            first = int(line) + ("\n" in text)
+            place = f"{name}:{first + number - 1}"
         return f"{place}: {'.'.join(str(part) for part in key)}"
 
     @property
