@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tutelage.reports.formatting import ABSENT, count, percent
-from tutelage.reports.plotting import HEAT_SCALE, ROLES, Control, Figure, plot_text, role_of, short
+from tutelage.reports.plotting import ROLES, Control, Figure, plot_text, role_of, short
 from tutelage.reports.results import model_names
 from tutelage.reports.run_files import RunRecord
 from tutelage.reports.sample_explorer import class_names, recipe_temperature
@@ -175,15 +175,10 @@ def _heatmap(
     pairs = [f"{classes[i]} and {classes[j]}, {percent(at.mean[role][i, j], 2)}" for i, j in at.closest(3)]
     step = math.ceil(len(classes) / LABELS)
     labels = [plot_text(c, 12) for c in classes][::step]
-    axis = {
-        "type": "category", "tickmode": "array", "tickvals": _distinct([plot_text(c, 40) for c in classes])[::step],
-        "ticktext": labels, "tickfont": {"size": 11}, "showgrid": False, "zeroline": False, "automargin": True,
-        "ticks": "", "constrain": "domain",
-    }  # fmt: skip
+    axis = {"tickvals": _distinct([plot_text(c, 40) for c in classes])[::step], "ticktext": labels}
     layout = {
-        "height": 380, "margin": {"l": 24, "r": 6, "t": 32, "b": 24}, "plot_bgcolor": "--rule", "showlegend": False,
+        "style": "heatmap", "height": 380, "yaxis": axis,
         "xaxis": {**axis, "tickangle": 0 if max(map(len, labels)) <= 2 else -90},
-        "yaxis": {**axis, "autorange": "reversed"},
     }  # fmt: skip
     description = f"Heatmap of class similarity for the {name}. At T = {preset}: {'; '.join(pairs)}."
     data = [_trace(role, name, t, at, classes) for t, at in of_role.items()]
@@ -195,21 +190,14 @@ def _trace(role: str, name: str, t: str, at: ClassSimilarity, classes: Sequence[
     ranges = {"one": _range(list(at.mean.values())), "own": _range([at.mean[role]])}
     gap = 1 if len(classes) <= LABELS else 0
     trace: dict[str, Any] = {
-        "type": "heatmap", "name": name, "x": ticks, "y": ticks, "xgap": gap, "ygap": gap, "hoverongaps": False,
+        "type": "heatmap", "style": "heatmap", "name": name, "x": ticks, "y": ticks, "xgap": gap, "ygap": gap,
         "z": [[short(100 * v) for v in row] for row in at.mean[role].tolist()],
-        "colorscale": HEAT_SCALE,
-        "colorbar": {
-            "orientation": "h", "y": 1.01, "yanchor": "bottom", "thickness": 8, "len": 1, "lenmode": "fraction",
-            "xpad": 0, "ypad": 4, "outlinewidth": 0, "nticks": 5, "ticksuffix": " %", "tickfont": {"size": 10},
-            "ticklabelposition": "outside top",
-        },
-        "hovertemplate": f"%{{y}} and %{{x}}: %{{z:.2f}} %<extra>{name}, T = {t}</extra>",
         "show": {"T": t},
         "by": {"colours": {scale: {"zmin": low, "zmax": high} for scale, (low, high) in ranges.items()}},
     }  # fmt: skip
     if len(classes) <= FEW_CLASSES:
         narrowest = min(high - low for low, high in (_range([matrix]) for matrix in at.mean.values()))
-        trace |= {"texttemplate": f"%{{z:.{1 if narrowest > 4 else 2}f}}", "textfont": {"size": 9}}
+        trace["texttemplate"] = f"%{{z:.{1 if narrowest > 4 else 2}f}}"
     return trace
 
 

@@ -1,8 +1,12 @@
-"""The parts that all figures share. Figures are plain data for plotly.js.
+"""The parts that all figures share. Figures are plain data for plotly.js; ``static/figures.js`` adds the styles.
 
-A colour that starts with ``--`` names a CSS variable of the page, so plots follow its light and dark schemes. A
-trace's ``show`` says for which values of the figure's controls it is drawn; a trace without it is always drawn. Its
-``by`` holds properties that depend on a control.
+A trace has these keys beside plotly's:
+
+- ``style``: the name of its style in ``figures.js``; ``role``: the role whose colour and symbol the style uses.
+- ``show``: the values of the figure's controls for which it is drawn. A trace without it is always drawn.
+- ``by``: properties that depend on a control.
+
+A colour that starts with ``--`` names a CSS variable of the page, so plots follow its light and dark schemes.
 """
 
 from __future__ import annotations
@@ -17,12 +21,6 @@ MOST_POINTS = 2000
 """A curve with more points is thinned to this many; its peaks stay."""
 
 ROLES = ("teacher", "baseline", "distilled")
-COLOUR = {role: f"--{role}" for role in ROLES}
-DASH = {"teacher": "dot", "baseline": "dash", "distilled": "solid"}
-SYMBOL = {"teacher": "diamond", "baseline": "square", "distilled": "circle"}
-TERM_COLOURS = tuple(f"--term{i}" for i in range(1, 7))
-HEAT_SCALE = [[i / 3, f"--heat{i}"] for i in range(4)]
-
 Json = dict[str, Any]
 
 
@@ -102,27 +100,18 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> lis
 
 def axes(x: str, y: str, height: int = 340, **more: Any) -> Json:
     """A layout with titled axes."""
-    return {
-        "height": height,
-        "margin": {"l": 48, "r": 16, "t": 40, "b": 50},
-        "xaxis": {"title": {"text": x}, "automargin": True, **more.pop("xaxis", {})},
-        "yaxis": {"title": {"text": y}, "automargin": True, **more.pop("yaxis", {})},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", **more.pop("legend", {})},
-        **more,
-    }
+    xaxis, yaxis = ({"title": {"text": title}, **more.pop(name, {})} for title, name in ((x, "xaxis"), (y, "yaxis")))
+    return {"height": height, "xaxis": xaxis, "yaxis": yaxis, **more}
 
 
 def row_axes(x: str, names: Sequence[str], values: Sequence[float], height: int, ticks: int) -> Json:
     """A layout with one row for each name, top down, and an axis of percentages around ``values``."""
     low, high = min(values), max(values)
     pad = max(0.002, 0.06 * (high - low))
-    percentages = {
-        "tickformat": percent_ticks(low, high), "nticks": ticks, "tickangle": 0, "range": [low - pad, high + pad],
-    }  # fmt: skip
+    xaxis = {"nticks": ticks, "tickformat": percent_ticks(low, high), "range": [low - pad, high + pad]}
     return axes(
-        x, "", height, showlegend=False, margin={"l": 48, "r": 16, "t": 8, "b": 50}, xaxis=percentages,
-        yaxis={**category_ticks(names), "range": [len(names) - 0.4, -0.6]},
-    )  # fmt: skip
+        x, "", height, style="rows", xaxis=xaxis, yaxis=category_ticks(names) | {"range": [len(names) - 0.4, -0.6]}
+    )
 
 
 def category_ticks(names: Sequence[str]) -> Json:

@@ -8,10 +8,7 @@ from typing import Any
 
 from tutelage.reports.formatting import percent
 from tutelage.reports.plotting import (
-    COLOUR,
-    DASH,
     ROLES,
-    SYMBOL,
     Figure,
     Json,
     axes,
@@ -42,15 +39,13 @@ def seed_by_seed(runs: Sequence[RunRecord]) -> Figure:
             for seed, value in zip(rows[i][0].summary["seeds"], results[i]["values"], strict=False)
         ]
         if marks:
-            data += seed_marks(role, role, marks, [(results[i]["mean"], i) for i in places])
+            data += seed_marks(role, marks, [(results[i]["mean"], i) for i in places])
     for run in runs:
         mine = [i for i, row in enumerate(rows) if row[0] is run]
         if run.summary.get("teacher") is not None:
-            line = {"color": COLOUR["teacher"], "dash": DASH["teacher"], "width": 3}
-            data.append(
-                scatter("teacher", [run.summary["teacher"]["accuracy"]] * 2, [mine[0] - 0.4, mine[-1] + 0.4], "lines",
-                        legendgroup="teacher", line=line, hovertemplate="%{x:.2%}<extra>teacher</extra>")
-            )  # fmt: skip
+            stroke = [mine[0] - 0.4, mine[-1] + 0.4]
+            data.append(scatter("teacher", [run.summary["teacher"]["accuracy"]] * 2, stroke, "lines", style="stroke",
+                                role="teacher", legendgroup="teacher"))  # fmt: skip
     metric = metric_labels(run.summary for run in runs)
     names = [name if len(runs) == 1 else f"{plot_text(run.label, 18)}, {name}" for run, _, name in rows]
     values = [value for trace in data for value in trace["x"]]
@@ -69,20 +64,14 @@ def seed_by_seed(runs: Sequence[RunRecord]) -> Figure:
     return Figure("", f"Test {metric}, seed by seed. {by_row}.", data, layout, note=note, legend=legend)
 
 
-def seed_marks(
-    name: str, role: str, marks: Sequence[tuple[float, int, str]], means: Sequence[tuple[float, int]]
-) -> list[Json]:
+def seed_marks(role: str, marks: Sequence[tuple[float, int, str]], means: Sequence[tuple[float, int]]) -> list[Json]:
     """A mark for each seed (value, row, text) and a stroke for each mean (value, row), in the colour of a role."""
     values, rows, texts = zip(*marks, strict=True)
-    marker = {"color": COLOUR[role], "symbol": SYMBOL[role], "size": 12, "opacity": 0.9,
-              "line": {"color": "--card", "width": 1}}  # fmt: skip
-    stroke = {"color": COLOUR[role], "symbol": "line-ns-open", "size": 26, "line": {"width": 3}}
+    mean_values, mean_rows = zip(*means, strict=True)
     return [
-        scatter(name, values, rows, customdata=list(texts), marker=marker,
-                hovertemplate=f"%{{customdata}}<br>%{{x:.2%}}<extra>{name}</extra>"),
-        scatter(f"mean {name}", [mean for mean, _ in means], [row for _, row in means], marker=stroke,
-                hovertemplate=f"mean %{{x:.2%}}<extra>{name}</extra>"),
-    ]  # fmt: skip
+        scatter(role, values, rows, style="seeds", role=role, customdata=list(texts)),
+        scatter(f"mean {role}", mean_values, mean_rows, style="mean", role=role),
+    ]
 
 
 SWATCHES = {
@@ -108,12 +97,11 @@ def stage_figure(record: MultistageRecord) -> Figure:
             for i, row in of_swatch
             for seed, value in zip(seeds, row["best"]["accuracy"]["values"], strict=False)
         ]
-        data += seed_marks(swatch, swatch, marks, [(row["best"]["accuracy"]["mean"], i) for i, row in of_swatch])
+        data += seed_marks(swatch, marks, [(row["best"]["accuracy"]["mean"], i) for i, row in of_swatch])
     chain = [(row["best"]["accuracy"]["mean"], i) for i, row in enumerate(rows) if row["role"] == "distilled"]
     if len(chain) > 1:
-        line = {"color": "--rule", "width": 2}
-        data.append(scatter("in order", [x for x, _ in chain], [y for _, y in chain], "lines", line=line,
-                            hoverinfo="skip"))  # fmt: skip
+        x, y = zip(*chain, strict=True)
+        data.append(scatter("in order", x, y, "lines", style="chain"))
     values = [v for trace in data for v in trace["x"]]
     names = [plot_text(row["name"], 22) for row in rows]
     layout = row_axes("accuracy on the test split", names, values, 90 + 40 * len(rows), 4)
@@ -124,27 +112,25 @@ def stage_figure(record: MultistageRecord) -> Figure:
 
 def reliability(run: RunRecord) -> Figure | None:
     """Accuracy against confidence; a bar from each point to the diagonal is its miscalibration."""
-    data = [
-        scatter("calibrated", [0, 1], [0, 1], "lines", hoverinfo="skip", showlegend=False,
-                line={"color": "--quiet", "width": 1})
-    ]  # fmt: skip
+    data = [scatter("calibrated", [0, 1], [0, 1], "lines", style="diagonal")]
     errors = []
     for role, name, result in _models(run):
         bins = result.get("reliability")
         if not bins or not any(bins["count"]):
             continue
         filled = [b for b in zip(bins["count"], bins["confidence"], bins["accuracy"], strict=False) if b[0] > 0]
-        data.append(_full_bins(role, name, [b for b in filled if b[0] >= FEW], sum(bins["count"])))
-        data.append(_bins(role, name, [b for b in filled if b[0] < FEW]) | {
-            "mode": "markers", "showlegend": False,
-            "marker": {"color": COLOUR[role], "symbol": f"{SYMBOL[role]}-open", "size": 6},
-        })  # fmt: skip
+        large = [b for b in filled if b[0] >= FEW]
+        gaps = [confidence - accuracy for _, confidence, accuracy in large]
+        bars = {"array": [short(max(gap, 0)) for gap in gaps], "arrayminus": [short(max(-gap, 0)) for gap in gaps]}
+        more = {"mode": "lines+markers", "error_y": bars, "total": sum(bins["count"])}
+        data.append(_bins("bins", role, name, large) | more)
+        data.append(_bins("small bins", role, name, [b for b in filled if b[0] < FEW]))
         ece = result["ece"] if "ece" in result else (result.get("best") or {}).get("ece")
         errors.append(f"{name}: {percent(ece['mean'] if isinstance(ece, Mapping) else ece)}")
     if not errors:
         return None
     axis = {"range": [-0.02, 1.04], "tickformat": ".0%"}
-    layout = axes("confidence", "accuracy", 420, xaxis=axis, yaxis=axis, legend={"itemsizing": "constant"})
+    layout = axes("confidence", "accuracy", 420, xaxis=axis, yaxis=axis)
     note = (
         "The bar from a point to the diagonal is its miscalibration. A larger point holds more samples; a hollow one "
         f"holds fewer than {FEW}, too few to judge. First seed."
@@ -153,32 +139,13 @@ def reliability(run: RunRecord) -> Figure | None:
     return Figure(run.label, description, data, layout, note=note, is_square=True)
 
 
-def _bins(role: str, name: str, bins: Sequence[tuple[float, float, float]]) -> Json:
+def _bins(style: str, role: str, name: str, bins: Sequence[tuple[float, float, float]]) -> Json:
     """Bins (count, confidence, accuracy) as points."""
-    hover = "confidence %{x:.1%}, accuracy %{y:.1%}<br>gap %{customdata[1]:.1%}, %{customdata[0]:,} samples"
     return scatter(
         name, [short(confidence) for _, confidence, _ in bins], [short(accuracy) for _, _, accuracy in bins],
-        legendgroup=role, hovertemplate=f"{hover}<extra>{name}</extra>",
+        style=style, role=role, legendgroup=role,
         customdata=[[int(n), abs(confidence - accuracy)] for n, confidence, accuracy in bins],
     )  # fmt: skip
-
-
-def _full_bins(role: str, name: str, bins: Sequence[tuple[float, float, float]], total: float) -> Json:
-    """Bins as points with bars to the diagonal."""
-    gaps = [confidence - accuracy for _, confidence, accuracy in bins]
-    return _bins(role, name, bins) | {
-        "mode": "lines+markers",
-        "showlegend": True,
-        "line": {"color": COLOUR[role], "width": 1.5, "dash": DASH[role]},
-        "marker": {
-            "color": COLOUR[role], "symbol": SYMBOL[role], "opacity": 0.9, "line": {"color": "--card", "width": 1},
-            "size": [round(6 + 12 * (n / total) ** 0.5, 1) for n, _, _ in bins],
-        },
-        "error_y": {
-            "type": "data", "symmetric": False, "width": 0, "thickness": 1.5, "color": COLOUR[role],
-            "array": [short(max(gap, 0)) for gap in gaps], "arrayminus": [short(max(-gap, 0)) for gap in gaps],
-        },
-    }  # fmt: skip
 
 
 def per_class(run: RunRecord) -> Figure | None:
@@ -222,22 +189,15 @@ def _class_bars(run: RunRecord, rows: Sequence[tuple[str, str, Sequence[float]]]
     classes = [known[i] if i < len(known) else f"class {i}" for i in order]
     data = [
         {
-            "type": "bar", "orientation": "h", "name": name, "x": [short(values[i]) for i in order],
-            "y": list(range(total)), "marker": {"color": COLOUR[role]},
+            "type": "bar", "style": "bars", "role": role, "name": name, "x": [short(values[i]) for i in order],
+            "y": list(range(total)), "customdata": [plot_text(c, 80) for c in classes],
             "text": ["" if math.isnan(values[i]) else f"{100 * values[i]:.1f}" for i in order],
-            "textposition": "outside", "cliponaxis": False, "textfont": {"size": 10},
-            "customdata": [plot_text(c, 80) for c in classes],
-            "hovertemplate": f"%{{customdata}}: %{{x:.2%}}<extra>{name}</extra>",
         }
         for role, name, values in rows
     ]  # fmt: skip
-    ticks = category_ticks([plot_text(c, 16) for c in classes])
-    layout = axes(
-        x, "", 70 + total * (14 * len(rows) + 8), barmode="group", bargap=0.22, showlegend=False,
-        xaxis={"range": [0, 1.12], "tickvals": [0, 0.5, 1], "tickangle": 0, "tickformat": ".0%", "side": "bottom"},
-        yaxis={**ticks, "automargin": False, "range": [total - 0.5, -0.5]},
-        margin={"l": 20 + 8 * min(16, max(map(len, classes), default=0)), "r": 16, "t": 8, "b": 50},
-    )  # fmt: skip
+    yaxis = category_ticks([plot_text(c, 16) for c in classes]) | {"range": [total - 0.5, -0.5]}
+    margin = {"l": 20 + 8 * min(16, max(map(len, classes), default=0)), "r": 16, "t": 8, "b": 50}
+    layout = axes(x, "", 70 + total * (14 * len(rows) + 8), style="bars", yaxis=yaxis, margin=margin)
     lowest = f"{classes[0]}, {percent(last[order[0]])}" if classes else "none"
     legend = {role: name for role, name, _ in rows}
     return Figure(run.label, "", data, layout, scrolls=True, legend=legend), lowest

@@ -8,11 +8,9 @@ from typing import Any
 
 from tutelage.reports.formatting import percent, value_text, values_text
 from tutelage.reports.plotting import (
-    HEAT_SCALE,
     Figure,
     Json,
     axes,
-    category_ticks,
     percent_ticks,
     plot_text,
     scatter,
@@ -21,20 +19,6 @@ from tutelage.reports.plotting import (
 from tutelage.reports.run_files import SearchRecord
 
 HEIGHT = 380
-
-MARKERS = {
-    "finished": {"color": "--distilled", "symbol": "circle", "size": 9, "opacity": 0.85},
-    "stopped early": {"color": "--quiet", "symbol": "x-thin-open", "size": 9, "line": {"width": 2}},
-    "unchanged recipe": {"color": "--baseline", "symbol": "diamond", "size": 13},
-    "chosen": {"color": "--term3", "symbol": "star", "size": 16},
-}
-"""By the kind of trial."""
-
-LINES = {
-    "stopped early": {"color": "--quiet", "width": 1, "dash": "dot"},
-    "finished": {"color": "--distilled", "width": 1},
-    "chosen": {"color": "--term3", "width": 3},
-}
 
 
 def search_figures(record: SearchRecord) -> dict[str, Figure]:
@@ -69,8 +53,7 @@ def _trial_marks(record: SearchRecord, x: Callable[[Json], float]) -> tuple[list
         if trials:
             data.append(scatter(
                 name, [short(x(t)) for t in trials], [short(max(value, low + 0.3 * pad)) for value in values],
-                customdata=[list(pair) for pair in zip(texts, values, strict=True)], marker=MARKERS[name],
-                hovertemplate=f"%{{customdata[0]}}<br>%{{customdata[1]:.2%}}<extra>{name}</extra>",
+                customdata=[list(pair) for pair in zip(texts, values, strict=True)], style="trials",
             ))  # fmt: skip
     return data, [low, high]
 
@@ -88,8 +71,8 @@ def response(record: SearchRecord, key: Mapping[str, Any]) -> Figure:
         xaxis = _range_axis(key)
     else:
         data, span = _trial_marks(record, lambda t: choices.index(t["values"][name]))
-        ticks = category_ticks([plot_text(value_text(v), 16) for v in choices])
-        xaxis = {"tickvals": ticks["tickvals"], "ticktext": ticks["ticktext"], "range": [-0.5, len(choices) - 0.5]}
+        ticks = [plot_text(value_text(v), 16) for v in choices]
+        xaxis = {"tickvals": list(range(len(choices))), "ticktext": ticks, "range": [-0.5, len(choices) - 0.5]}
     description = (
         f"Validation accuracy against {name}: best, {percent(best['validation'])}, at {values_text(best['values'])}."
     )
@@ -120,10 +103,7 @@ def history(record: SearchRecord) -> Figure:
             y.append(max(trial["validation"], y[-1] if y else 0.0))
             x.append(trial["number"])
     last = record.search["trials"][-1]["number"]
-    line = scatter(
-        "best so far", [*x, last], [short(v) for v in [*y, y[-1]]], "lines", hoverinfo="skip",
-        line={"color": "--distilled", "width": 2, "shape": "hv"},
-    )  # fmt: skip
+    line = scatter("best so far", [*x, last], [short(v) for v in [*y, y[-1]]], "lines", style="best so far")
     layout = _accuracy_axes("trial", span, {"range": [-0.5, last + 0.5]})
     description = f"The best so far, trial by trial: from {percent(y[0])} to {percent(y[-1])}."
     return Figure("", description, [line, *data], layout, note="The line is the best of the trials so far.")
@@ -148,10 +128,7 @@ def evaluation_curves(record: SearchRecord) -> Figure:
             y += [*map(short, trial["evaluations"]), None]
             texts += [f"trial {trial['number']}"] * (total + 1)
         if len(x) > len(of_kind):
-            data.append(scatter(
-                name, x, y, "lines", customdata=texts, line=LINES[name], opacity=1.0 if name == "chosen" else 0.7,
-                hovertemplate=f"%{{customdata}}, evaluation %{{x}}<br>%{{y:.2%}}<extra>{name}</extra>",
-            ))  # fmt: skip
+            data.append(scatter(name, x, y, "lines", customdata=texts, style="evaluations"))
     longest = max(len(t["evaluations"]) for t in trials)
     xaxis = {"dtick": 1} if longest <= 10 else {}
     layout = axes("evaluation", "validation accuracy", HEIGHT, xaxis=xaxis, yaxis={"tickformat": ".0%"})
@@ -166,21 +143,18 @@ def two_keys(record: SearchRecord, across: Mapping[str, Any], up: Mapping[str, A
     values = [t["validation"] for t in finished]
     low, high = min(values), max(values)
     colours = {
-        "color": [short(v) for v in values], "colorscale": HEAT_SCALE, "cmin": low, "cmax": max(high, low + 1e-6),
-        "size": 14, "line": {"color": "--quiet", "width": 1},
-        "colorbar": {"tickformat": percent_ticks(low, high), "thickness": 12, "outlinewidth": 0, "nticks": 5},
+        "color": [short(v) for v in values], "cmin": low, "cmax": max(high, low + 1e-6),
+        "colorbar": {"tickformat": percent_ticks(low, high)},
     }  # fmt: skip
-    ring = {"color": "--term3", "symbol": "circle-open", "size": 22, "line": {"width": 3}}
 
     def places(trials: Sequence[Json]) -> tuple[list[float], list[float]]:
         x, y = ([short(t["values"][key["key"]]) for t in trials] for key in (across, up))
         return x, y
 
     data = [
-        scatter("finished", *places(finished), marker=colours,
-                customdata=[[f"trial {t['number']}", t["validation"]] for t in finished],
-                hovertemplate="%{customdata[0]}: %{x:.4g}, %{y:.4g}<br>%{customdata[1]:.2%}<extra></extra>"),
-        scatter("chosen", *places([record.best_trial]), marker=ring, hoverinfo="skip"),
+        scatter("finished", *places(finished), style="two keys", marker=colours,
+                customdata=[[f"trial {t['number']}", t["validation"]] for t in finished]),
+        scatter("chosen", *places([record.best_trial]), style="ring"),
     ]  # fmt: skip
     layout = axes(plot_text(across["key"], 40), plot_text(up["key"], 40), HEIGHT, showlegend=False,
                   xaxis=_range_axis(across), yaxis=_range_axis(up))  # fmt: skip
@@ -194,15 +168,13 @@ def importance(record: SearchRecord) -> Figure:
     shares = sorted(record.search["importance"].items(), key=lambda item: item[1])
     data = [
         {
-            "type": "bar", "orientation": "h", "x": [short(v) for _, v in shares], "y": list(range(len(shares))),
-            "marker": {"color": "--distilled"}, "hovertemplate": "%{x:.0%}<extra></extra>",
-            "text": [f"{v:.0%}" for _, v in shares], "textposition": "auto",
+            "type": "bar", "style": "importance", "x": [short(v) for _, v in shares], "y": list(range(len(shares))),
+            "text": [f"{v:.0%}" for _, v in shares],
         }
     ]  # fmt: skip
-    yaxis = category_ticks([plot_text(key, 24) for key, _ in shares])
+    yaxis = {"tickvals": list(range(len(shares))), "ticktext": [plot_text(key, 24) for key, _ in shares]}
     layout = axes("share", "", 120 + 40 * len(shares), showlegend=False,
-                  xaxis={"tickformat": ".0%", "range": [0, 1.02]},
-                  yaxis={"tickvals": yaxis["tickvals"], "ticktext": yaxis["ticktext"]})  # fmt: skip
+                  xaxis={"tickformat": ".0%", "range": [0, 1.02]}, yaxis=yaxis)  # fmt: skip
     description = "; ".join(f"{key}: {v:.0%}" for key, v in reversed(shares))
     note = "PED-ANOVA over the finished trials: a hint, not a measurement, with so few trials."
     return Figure("", f"Importance of keys. {description}.", data, layout, note=note)

@@ -7,10 +7,7 @@ from typing import Any
 
 from tutelage.reports.formatting import percent
 from tutelage.reports.plotting import (
-    COLOUR,
-    DASH,
     ROLES,
-    TERM_COLOURS,
     Control,
     Figure,
     Json,
@@ -51,14 +48,13 @@ def loss_curves(run: RunRecord) -> Figure | None:
             for i, name in enumerate(names):
                 with_term = [line for line in lines if name in line["terms"]]
                 values = [line["terms"][name][mode] for line in with_term]
-                style = {"color": TERM_COLOURS[i % len(TERM_COLOURS)], "dash": "solid"}
                 show = {"training": training, "mode": mode}
-                data.append(_curve(plot_text(name), with_term, values, style, show=show))
+                data.append(_curve(plot_text(name), with_term, values, "term", term=i, show=show))
         with_loss = [line for line in lines if line.get("loss") is not None]
         if len(names) > 1 and with_loss:
             values = [line["loss"] for line in with_loss]
             show = {"training": training, "mode": "weighted"}
-            data.append(_curve("loss (their sum)", with_loss, values, {"color": "--ink", "dash": "dot"}, show=show))
+            data.append(_curve("loss (their sum)", with_loss, values, "sum", show=show))
     order = sorted(trainings, key=lambda t: (-_place(t) if role_of(t) in ROLES else 1, t))
     controls = [
         Control("training", {training: training for training in order}),
@@ -71,13 +67,11 @@ def loss_curves(run: RunRecord) -> Figure | None:
     return Figure(run.label, description, data, layout, controls, note)
 
 
-def _curve(name: str, lines: Sequence[Json], y: Sequence[float], style: Json, **more: Any) -> Json:
+def _curve(name: str, lines: Sequence[Json], y: Sequence[float], style: str, **more: Any) -> Json:
     x = [line["epoch"] for line in lines]
     indices = thin(x, y)
-    return scatter(
-        name, [short(x[i]) for i in indices], [short(y[i]) for i in indices], "lines", line={"width": 2, **style},
-        customdata=[lines[i]["step"] for i in indices], hovertemplate="%{y:.4g} (step %{customdata})",
-    ) | more  # fmt: skip
+    points = [short(x[i]) for i in indices], [short(y[i]) for i in indices]
+    return scatter(name, *points, "lines", style=style, customdata=[lines[i]["step"] for i in indices], **more)
 
 
 def validation_curves(run: RunRecord) -> Figure | None:
@@ -92,11 +86,9 @@ def validation_curves(run: RunRecord) -> Figure | None:
     for training in sorted(trainings, key=lambda t: (_place(t), t)):
         lines, role = trainings[training], role_of(training)
         y = [line["validation"]["accuracy"] for line in lines]
-        style = {"color": COLOUR.get(role, "--ink"), "dash": DASH.get(role, "solid")}
-        hover = f"%{{y:.2%}}, step %{{customdata}}<extra>{plot_text(training)}</extra>"
         data.append(
-            _curve(names.get(role, role), lines, y, style, legendgroup=role, showlegend=role not in best,
-                   opacity=0.85, hovertemplate=hover)
+            _curve(names.get(role, role), lines, y, "validation", role=role, legendgroup=role,
+                   showlegend=role not in best, meta=plot_text(training))
         )  # fmt: skip
         visible += y[len(y) // 4 :]
         best[role] = max(best.get(role, 0.0), *y)
@@ -104,10 +96,8 @@ def validation_curves(run: RunRecord) -> Figure | None:
     if teacher is not None:
         visible.append(teacher)
         epochs = [line["epoch"] for lines in trainings.values() for line in lines]
-        data.append(
-            scatter("teacher, finished", [min(0, *epochs), max(epochs)], [teacher] * 2, "lines",
-                    line={"color": COLOUR["teacher"], "width": 2}, hovertemplate="%{y:.2%}<extra>teacher</extra>")
-        )  # fmt: skip
+        ends = [min(0, *epochs), max(epochs)]
+        data.append(scatter("teacher, finished", ends, [teacher] * 2, "lines", style="level", role="teacher"))
     pad = max(0.01, 0.08 * (max(visible) - min(visible)))
     low, high = max(-0.01, min(visible) - pad), min(1.01, max(visible) + pad)
     yaxis = {"range": [low, high], "tickformat": percent_ticks(low, high)}
