@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support import python
 
 ROOT = Path(__file__).parents[1]
 STEP = re.compile(
@@ -36,14 +36,17 @@ METHODS = {
 }  # fmt: skip
 SCRIPT = """
 import json, sys
+for name in [name for name in sys.modules if name.partition(".")[0] in ("tutelage", "support")]:
+    del sys.modules[name]  # the fork has imported the package itself, not its copy
+sys.path[:0] = ["src", "tests"]
 import pytest
 from tutelage import api
 from tutelage.config import build_recipe
 from tutelage.progress import Terminal
-job = json.load(sys.stdin)
-sys.path.insert(0, "tests")
+assert sys.modules["tutelage"].__file__.startswith(sys.argv[1])
+job = json.loads(sys.argv[2])
 LOSSES = "renyi or absolute or table"
-result = {"tests": int(pytest.main(["-q", "-p", "no:cacheprovider", "-k", LOSSES, *job["tests"]]))}
+result = {"tests": int(pytest.main(["-q", "--assert=plain", "-p", "no:cacheprovider", "-k", LOSSES, *job["tests"]]))}
 for name, method in job["methods"].items():
     recipe = build_recipe({**job["recipe"], "method": method}, default_name="new")
     run = api.run(recipe, out=job["out"] + "/" + name, terminal=Terminal(speaks=False))
@@ -83,7 +86,7 @@ def apply(page: str, root: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "src", root / "src")
     for name in ("support/loss_cases.py", "losses/test_laws.py"):
         (root / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "tests" / name, root / "tests" / name)
@@ -91,10 +94,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert len(tests) == 2
     tests.append(root / "tests" / "losses" / "test_laws.py")
     job = {"tests": [str(path) for path in tests], "recipe": RECIPE, "methods": METHODS, "out": str(root / "runs")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=json.dumps(job), capture_output=True, text=True, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root / "src"), "PYTEST_ADDOPTS": ""}, check=False,
-    )  # fmt: skip
+    done = python.run(["-c", SCRIPT, str(root), json.dumps(job)], cwd=root, env={**os.environ, "PYTEST_ADDOPTS": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout.rpartition("RESULT ")[2])
     assert found["tests"] == 0, done.stdout

@@ -14,7 +14,7 @@ from tutelage.taps import Needs, observe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "imagenet-resnet34-resnet18.yaml"
 SMALL = [
-    "data.size=64", "data.workers=0", "data.validation=0.2",
+    "data.size=32", "data.workers=0", "data.validation=0.2",
     "train.steps=2", "train.batch_size=8", "train.schedule=constant",
     "teacher.options.weights=null", "teacher.train.steps=30", "teacher.train.optimizer={kind: adam, lr: 0.001}",
 ]  # fmt: skip
@@ -70,6 +70,6 @@ def test_a_few_steps_run_through_to_an_exported_student(overrides: list[str], tm
     student = load_model(out / "student")
     assert type(student).__name__ == "ResNet"
     assert sum(p.numel() for p in student.parameters()) == finished.summary["parameters"]["student"]
-    logits = observe(student, torch.zeros(1, 3, 64, 64), Needs()).logits
+    logits = observe(student, torch.zeros(1, 3, 32, 32), Needs()).logits
     assert logits is not None
     assert logits.shape == (1, 3)

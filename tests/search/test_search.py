@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from tutelage.progress import Terminal
 from tutelage.search import search as search_module
 from tutelage.search import search_space as space_module
 from tutelage.search import trials as trials_module
+from tutelage.search import workers as workers_module
 from tutelage.search.study import SearchStudy, TrialRequest, TrialResult
 
 RECIPE: dict[str, Any] = {
@@ -192,7 +195,11 @@ def test_killed_and_resumed_gives_the_same_search(searched: api.SearchResult, tm
     assert not list(out.rglob(".tutelage-tmp.*")), "a killed writer's drafts are swept away"
 
 
-def test_two_workers_try_as_many(searched: api.SearchResult, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked_workers")
+def test_two_workers_try_as_many(searched: api.SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # workers look whether their parent lives, which of forks is the server that forks
+    parent = SimpleNamespace(getpid=python.server_pid, getppid=os.getppid, cpu_count=os.cpu_count)
+    monkeypatch.setattr(workers_module, "os", parent)
     found = search_module.search_recipe(recipe(), workers=2, out=tmp_path / "s", terminal=SILENT).summary
     assert [t["number"] for t in found["trials"]] == list(range(8))
     assert {t["state"] for t in found["trials"]} <= {"finished", "pruned"}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -65,9 +63,7 @@ def torchrun(processes: int, *command: str, cwd: Path = HERE) -> None:
     """Run a Python command by torch's launcher itself."""
     prefix = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     prefix += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    done = subprocess.run(
-        [sys.executable, *prefix, *command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = python.run([*prefix, *command], cwd=cwd, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

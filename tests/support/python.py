@@ -26,7 +26,7 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src"
 
-__all__ = ["DEVNULL", "PIPE", "STDOUT", "Popen", "context", "free_port", "run"]
+__all__ = ["DEVNULL", "PIPE", "STDOUT", "Popen", "context", "free_port", "run", "server_pid"]
 
 
 def context() -> Any:
@@ -40,6 +40,12 @@ def context() -> Any:
     finally:
         os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
     return found
+
+
+def server_pid() -> int:
+    """The process whose forks are given."""
+    context()
+    return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined,no-any-return]
 
 
 class Popen:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from support import bad_input_files as broken
+from support import python
 from support.bad_input import call, check_message, cut
 
 
@@ -63,24 +64,25 @@ def test_the_command_line_itself(place: Path, args: list[str], says: str, capsys
     assert broken.snapshot(place) == before
 
 
-def python(*args: str) -> subprocess.CompletedProcess[str]:
+def fresh_python(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
-    ("change", "overrides", "says"),
+    ("change", "fresh", "says"),
     [
-        (("steps: 2", "step: 2"), [], ["recipe.yaml:11", "'train.step'", "did you mean 'steps'"]),
-        (("checkpoint: teacher", "checkpoint: w.pt"), [], ["w.pt", "would run code"]),
-        (("source: digits\n  limit: 200", "source: imagefolder\n  path: pics"), [], ["pics", "no such folder"]),
+        (("steps: 2", "step: 2"), True, ["recipe.yaml:11", "'train.step'", "did you mean 'steps'"]),
+        (("checkpoint: teacher", "checkpoint: w.pt"), True, ["w.pt", "would run code"]),
+        (("source: digits\n  limit: 200", "source: imagefolder\n  path: pics"), False, ["pics", "no such folder"]),
     ],
     ids=["typo", "code-in-weights", "no-images"],
 )
-def test_as_a_command(place: Path, change: tuple[str, str], overrides: list[str], says: list[str]) -> None:
+def test_as_a_command(place: Path, change: tuple[str, str], fresh: bool, says: list[str]) -> None:
     (place / "recipe.yaml").write_text(broken.RECIPE.replace(*change))
     broken.pickled_with_code(place / "w.pt")
     before = broken.snapshot(place)
-    done = python("-m", "tutelage", "run", "recipe.yaml", "--out", "out", *overrides)
+    command = ["-m", "tutelage", "run", "recipe.yaml", "--out", "out"]
+    done = fresh_python(*command) if fresh else python.run(command)
     check_message(done.stderr, says)
     assert (done.returncode, done.stdout) == (2, "")
     assert broken.snapshot(place) == before
@@ -101,4 +103,4 @@ heavy = [m for m in ("torch", "numpy", "accelerate", "sklearn", "plotly", "trans
 print("code", code, "heavy", heavy)
 """
     expected = 0 if args[0].startswith("--") else 2
-    assert python("-c", code).stdout.splitlines()[-1] == f"code {expected} heavy []"
+    assert fresh_python("-c", code).stdout.splitlines()[-1] == f"code {expected} heavy []"
