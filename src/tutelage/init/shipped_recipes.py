@@ -10,7 +10,7 @@ from tutelage.errors import ConfigError, suggest
 
 
 def list_recipes() -> dict[str, str]:
-    """One line about each recipe of the package, by name."""
+    """The recipes of the package by name, each with one line about it."""
     return {name: _about(file.read_text(encoding="utf-8")) for name, file in _files().items()}
 
 
