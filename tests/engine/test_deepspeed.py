@@ -84,5 +84,5 @@ def test_a_recipe_of_a_language_model_runs_under_it(tmp_path: Path) -> None:
 
 
 def test_what_it_does_not_go_with_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="ZeRO stage 3 under DeepSpeed"):
+    with pytest.raises(AssertionError, match="ZeRO stage 3 is not supported with DeepSpeed"):
         steps(tmp_path, 2, 1, "zero3", **zero(3))

@@ -19,7 +19,7 @@ from tutelage.config import build_recipe, load_recipe
 from tutelage.data import IGNORE, load_texts
 from tutelage.data.chat import encode_learned
 from tutelage.data.tokens import tokenize
-from tutelage.engine.gradient_checkpointing import enable_gradient_checkpointing
+from tutelage.engine.loop import enable_gradient_checkpointing
 from tutelage.errors import CacheError, CapabilityError, DataError
 from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, prepare_method

@@ -20,7 +20,7 @@ from support.worlds import WORLDS, World
 from tutelage.config import OptimizerConfig, TrainConfig
 from tutelage.data import Batch, LoaderBatches
 from tutelage.engine import RunDirectory, Training, build_accelerator, fit
-from tutelage.engine.callbacks import NullCallback
+from tutelage.engine.loop import NullCallback
 from tutelage.methods import DistillationModule, FeatureMethod, Method, Term, prepare_method
 from tutelage.models.small import ConvNet
 from tutelage.taps import (

@@ -1,6 +1,5 @@
-"""The engine: backward, step, log, checkpoint. The only room that imports accelerate."""
+"""The engine: backward, step, log, checkpoint. No other package imports accelerate."""
 
-from tutelage.engine.callbacks import TrainingCallback
 from tutelage.engine.launch import (
     Accelerator,
     broadcast_from_main,
@@ -10,7 +9,7 @@ from tutelage.engine.launch import (
     open_trackers,
     resolve_precision,
 )
-from tutelage.engine.loop import Outcome, Training, fit
+from tutelage.engine.loop import Outcome, Training, TrainingCallback, fit
 from tutelage.engine.run_directory import RunDirectory
 
 __all__ = [

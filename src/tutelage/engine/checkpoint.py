@@ -1,8 +1,8 @@
-"""Checkpoints: everything that a run needs to continue as if it had never stopped.
+"""Checkpoints: all that a run needs to continue with the same results as without an interruption.
 
-A checkpoint is a folder with one safetensors file for all tensors and one JSON file for everything else,
-so reading it never runs code. Tensors are stored unsharded, under the names of the unwrapped module:
-a run can continue with another number of processes.
+A checkpoint is a folder with one safetensors file for all tensors and one JSON file for all other values, so reading
+it never runs code. Tensors are stored unsharded, by the names of the unwrapped module, so a run can continue with
+another number of processes.
 """
 
 from __future__ import annotations
@@ -42,14 +42,12 @@ def full_model_state(module: nn.Module, zero: Zero | None = None) -> dict[str, T
     """
     if zero is not None:
         return zero.model()
-    state = get_model_state_dict(module, options=_WHOLE)
-    return {
-        k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)
-    }  # on the CPU it is not a copy yet
+    state = get_model_state_dict(module, options=_WHOLE)  # on the CPU without a copy
+    return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def pack(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON; each tensor in it moves to ``tensors`` and leaves its name behind."""
+    """``value`` as JSON; each tensor in it is added to ``tensors`` and replaced by its name."""
     if isinstance(value, Tensor):
         tensors[prefix] = value.detach().cpu().contiguous().clone()  # safetensors needs its own storage
         return {"tensor": prefix}
@@ -66,7 +64,7 @@ def pack(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What :func:`pack` was given."""
+    """The inverse of :func:`pack`."""
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
@@ -82,13 +80,12 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random generator that training may draw from, in this process."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    """The states of all random generators that training may use in this process."""
+    name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -96,12 +93,11 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what :func:`rng_state` gave."""
+    """Restore the result of :func:`rng_state`."""
     torch.set_rng_state(state["torch"].to(torch.uint8))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].to(torch.uint8))
 
@@ -119,7 +115,7 @@ def capture_training(module: nn.Module, optimizer: torch.optim.Optimizer, zero: 
 def restore_training(
     module: nn.Module, optimizer: torch.optim.Optimizer, captured: dict[str, Any], zero: Zero | None = None
 ) -> None:
-    """Put back what :func:`capture_training` gave; every process must call it with the same."""
+    """Restore the result of :func:`capture_training`; every process must call it with the same values."""
     if zero is not None:
         zero.restore(captured)
         return
@@ -153,7 +149,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         return parts
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
-            f"is damaged: {error}", where=str(folder), remedy="delete this folder; --resume then takes the one before"
+            f"is damaged: {error}",
+            where=str(folder),
+            remedy="delete this folder; --resume then uses the checkpoint before it",
         ) from None
 
 

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class EMA:
     """Averages of all floating parameters of a module: ``a = decay * a + (1 - decay) * w``.
 
-    In the first steps the decay is (1 + step) / (10 + step), so that the average soon forgets the
-    initial weights. Buffers are not averaged.
+    In the first steps the decay is (1 + step) / (10 + step), so that the initial weights have little influence.
+    Buffers are not averaged.
 
     Args:
-        module: the unwrapped module, sharded or not, so that the names of its averages fit any number of processes.
+        module: the unwrapped module, sharded or not. Its names are the same for any number of processes.
         decay: in (0, 1).
 
     Reference: Tarvainen and Valpola, Mean teachers are better role models (2017), section 3.
@@ -41,7 +41,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module holds the averages during the block."""
+        """Use the averages as weights of the module during the block."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""accelerate's Accelerator for this process, and what depends on the launcher."""
+"""The Accelerator of this process, and functions that depend on the launcher."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 def build_accelerator(precision: str | None = None, trackers: list[str] | None = None) -> Accelerator:
-    """An accelerator under ``accelerate launch``, ``torchrun`` or neither."""
+    """Build the accelerator of this process, started by ``accelerate launch``, ``torchrun`` or directly."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if zero.wanted():
+    if zero.uses_deepspeed():
         zero.check_installed()
     elif world > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "1"  # else accelerate treats each process as the only one
@@ -36,11 +36,11 @@ def build_accelerator(precision: str | None = None, trackers: list[str] | None =
         if LoggerType(tracker) not in get_available_trackers():  # accelerate would ignore it silently
             raise MissingDependencyError(
                 f"train.trackers: {tracker} is not installed",
-                remedy=f"pip install {tracker}, or take it out of train.trackers",
+                remedy=f"pip install {tracker}, or remove it from train.trackers",
             )
     if precision == "fp16" and PartialState().device.type == "cpu":
         raise CapabilityError(
-            "train.precision fp16 needs a GPU; this run is on the CPU", remedy="use bf16, or no mixed precision"
+            "train.precision: fp16 needs a GPU, and this run is on the CPU", remedy="use bf16, or no mixed precision"
         )
     try:
         accelerator = Accelerator(
@@ -51,15 +51,15 @@ def build_accelerator(precision: str | None = None, trackers: list[str] | None =
         )
     except (ImportError, ValueError) as error:
         raise CapabilityError(
-            str(error), remedy="install the package, or change train.precision / trackers"
+            str(error), remedy="install the package, or change train.precision or train.trackers"
         ) from None
     if accelerator.num_processes != world:
         raise CapabilityError(
             f"the launcher started {world} processes, but accelerate sees {accelerator.num_processes}",
-            remedy="launch with torchrun --nproc_per_node N -m tutelage run ..., and look at `accelerate env`",
+            remedy="start it with torchrun --nproc_per_node N -m tutelage run ..., and check `accelerate env`",
         )
     if world > 1:
-        _end_slowly()
+        _wait_at_exit()
     return accelerator
 
 
@@ -67,7 +67,7 @@ def resolve_precision(precision: str | None) -> str:
     """The mixed precision on this machine: ``no``, ``bf16`` or ``fp16``.
 
     Args:
-        precision: one of these; ``auto`` for bf16 if the hardware supports it, else ``no``; ``None`` for that of the
+        precision: one of these; ``auto``: bf16 if the hardware supports it, else ``no``; ``None``: that of the
             launcher, else ``no``.
     """
     if precision == "auto":
@@ -88,24 +88,24 @@ def is_bf16_slow(accelerator: Accelerator) -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU has bf16 instructions; the features of x86 (AVX-512, AMX) and ARM have it in their names."""
+    """Whether the CPU has bf16 instructions; on x86 (AVX-512, AMX) and ARM their names contain "bf16"."""
     return any(available for name, available in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def leave() -> None:
-    """Leave the process group, at the end of a launched process; not after an error."""
+    """Leave the process group, at the end of a launched process without an error."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        _end_slowly()
+        _wait_at_exit()
 
 
-def _end_slowly() -> None:
-    """Let the interpreter wait for gloo's threads before it exits."""
-    atexit.unregister(_let_threads_go)
-    atexit.register(_let_threads_go)
+def _wait_at_exit() -> None:
+    """Make the interpreter wait for gloo's threads as the first step of its exit."""
+    atexit.unregister(_wait_for_gloo)
+    atexit.register(_wait_for_gloo)
 
 
-def _let_threads_go() -> None:
+def _wait_for_gloo() -> None:
     """Wait until gloo's threads have released the tensors of their last collective.
 
     A thread of gloo signals the end of a collective before it releases the tensors, which needs the interpreter's
@@ -117,7 +117,7 @@ def _let_threads_go() -> None:
 
 
 def broadcast_from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
-    """The result of ``make`` on every process; only the main process calls it."""
+    """The result of ``make`` on every process; only the main process calls ``make``."""
     value = [make() if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(value)
@@ -126,7 +126,7 @@ def broadcast_from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
 
 @contextmanager
 def open_trackers(accelerator: Accelerator, folder: Path, config: dict[str, str]) -> Iterator[None]:
-    """Open the experiment trackers, if there are any, during the block; those with files write to ``folder``."""
+    """Open the experiment trackers, if there are any, during the block; they write their files to ``folder``."""
     if not accelerator.log_with:
         yield
         return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -20,9 +20,7 @@ from tutelage.config import TrainConfig
 from tutelage.data.batch import IGNORE, Batch
 from tutelage.data.loader import Batches, RankSlice
 from tutelage.engine import checkpoint
-from tutelage.engine.callbacks import NullCallback, TrainingCallback
 from tutelage.engine.ema import EMA
-from tutelage.engine.gradient_checkpointing import enable_gradient_checkpointing
 from tutelage.engine.launch import broadcast_from_main
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.engine.run_directory import RunDirectory
@@ -35,10 +33,30 @@ from tutelage.taps import compile_apart
 from tutelage.teachers.signal import Signal, Teacher
 
 EVALUATIONS = 100
-"""Without ``evaluate_every`` there are at most so many, however short an epoch is."""
+"""Maximum number of evaluations if ``evaluate_every`` is not set."""
 
 CHECKPOINT_SECONDS = 20.0
-"""Without ``checkpoint_every``, an evaluation is followed by a checkpoint at most this often."""
+"""Minimum seconds between checkpoints if ``checkpoint_every`` is not set; each one follows an evaluation."""
+
+
+class TrainingCallback(Protocol):
+    """Is called during a training; by default it does nothing."""
+
+    def on_start(self, name: str, step: int, total: int) -> None:
+        """A training starts, or continues from ``step``."""
+        return
+
+    def on_step(self, step: int) -> None:
+        """An optimizer step is done."""
+        return
+
+    def on_log(self, line: dict[str, Any]) -> None:
+        """A line was written to the metrics."""
+        return
+
+
+class NullCallback(TrainingCallback):
+    """A callback that does nothing."""
 
 
 @dataclass
@@ -47,13 +65,13 @@ class Training:
 
     Attributes:
         student: trained in place.
-        validation: batches to select on; ``None`` for none.
-        seed: of everything random except the initial weights, which the caller sets.
-        should_stop: called after every step; true saves the state and raises :class:`Interrupted`.
-        epoch_steps: the steps of an epoch for the schedule and the evaluations. Default: a pass over ``batches``.
-            A baseline student on fewer images gets the steps of the distilled one.
-        classes: the number of classes; labels are checked against it.
-        metric: of the validation, which selects the best weights.
+        validation: batches on which the best weights are selected; ``None``: the last weights are used.
+        seed: seed of all random numbers except the initial weights, which the caller sets.
+        should_stop: called after every step; if it returns true, the state is saved and :class:`Interrupted` raised.
+        epoch_steps: steps of an epoch, for the schedule and the evaluations. Default: one pass over ``batches``.
+            A baseline student on fewer images gets the steps of the distilled student.
+        classes: the number of classes, against which labels are checked.
+        metric: the validation metric that selects the best weights.
         validation_outputs: the teacher outputs on ``validation``, for metrics that compare with them.
     """
 
@@ -80,7 +98,7 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in all."""
+        """Total number of optimizer steps."""
         return self.config.steps or (self.config.epochs or 1) * self.epoch_length
 
 
@@ -90,9 +108,9 @@ class Progress:
 
     step: int = 0
     best: list[float] | None = None
-    """Metric on validation, minus loss and step of the best evaluation so far."""
+    """Metric, negative loss, and step of the best evaluation so far."""
     stale: int = 0
-    """Evaluations since then."""
+    """Number of evaluations since the best one."""
     seconds: float = 0.0
     stopped_early: bool = False
 
@@ -102,10 +120,10 @@ class Outcome:
     """A finished training.
 
     Attributes:
-        last: weights after the last step, by name, on the CPU. Only the main process of several has any.
+        last: weights after the last step, by name, on the CPU; empty except in the main process.
         best: weights at the best validation; ``last`` without validation.
         method: the method's own weights after the last step.
-        best_method: the same at the best validation of the student.
+        best_method: the method's own weights at the best validation of the student.
     """
 
     last: dict[str, Tensor]
@@ -155,8 +173,23 @@ def _train(t: Training, accelerator: Accelerator, s: _State) -> Outcome:
     return s.finish()
 
 
+def enable_gradient_checkpointing(student: nn.Module) -> None:
+    """Turn on gradient checkpointing in a model of transformers."""
+    model: Any = getattr(student, "model", student) if hasattr(student, "weights_prefix") else student
+    older = getattr(model, "gradient_checkpointing_enable", None)  # transformers uses both names
+    enable = getattr(model, "activation_checkpointing_enable", older)
+    if not callable(enable) or not getattr(model, "supports_gradient_checkpointing", False):
+        raise CapabilityError(
+            f"{type(student).__name__} does not support gradient checkpointing",
+            where="train.gradient_checkpointing",
+            remedy="remove it; models of transformers support it",
+        )
+    # The re-entrant variant gives no gradient to activations that are tapped inside a layer.
+    enable({"use_reentrant": False})
+
+
 class _State:
-    """The state of :func:`fit` between steps, and the bookkeeping around a step."""
+    """The state of :func:`fit`, and the work before and after a step: signals, log, validation, checkpoints."""
 
     def __init__(self, t: Training, accelerator: Accelerator, module: DistillationModule) -> None:
         self.t, self.accelerator = t, accelerator
@@ -173,19 +206,19 @@ class _State:
         optimizer = build_optimizer(module, t.config.optimizer)
         deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
         self.zero = Zero(accelerator, t.config, module, optimizer) if deepspeed else None
-        with nullcontext() if self.zero is None else self.zero.as_without():
+        with nullcontext() if self.zero is None else self.zero.hide_bf16():
             self.module, prepared = accelerator.prepare(module, optimizer)
         self.bare: DistillationModule = accelerator.unwrap_model(self.module)
         if t.method.needs_validation and t.validation is None:
             raise CapabilityError(
-                f"{type(t.method).__name__} adapts to the validation loss, and there is no validation data",
-                remedy="add validation data, or leave adaptive out",
+                f"{type(t.method).__name__} adapts to the validation loss, but there is no validation data",
+                remedy="add validation data, or remove adaptive",
             )
         self.bare_optimizer = getattr(prepared, "optimizer", prepared)
         if self.zero is not None:  # its wrapper makes the step in backward
             self.zero.outer, self.bare_optimizer = self.bare_optimizer, optimizer
-        # accelerate's wrapper looks for optional packages on disk at every step, which takes 0.2 ms. It is used only
-        # where it does more than pass the call on.
+        # accelerate's wrapper searches optional packages on disk at every step, which takes 0.2 ms. It is used only
+        # where it does more than forward the call.
         wrapped = accelerator.scaler is not None or deepspeed or accelerator.distributed_type.value == "XLA"
         self.optimizer = prepared if wrapped else self.bare_optimizer
         self.schedule = build_schedule(self.bare_optimizer, t.config.schedule, t.steps, t.epoch_length)
@@ -198,10 +231,8 @@ class _State:
         self.stop = torch.zeros(())
         self.first = True
 
-    # One step ------------------------------------------------------------------------------------
-
     def check_labels(self, micros: list[Batch]) -> None:
-        """Check labels on the CPU, where it is cheap; on a GPU the error would be a bare assertion."""
+        """Check labels on the CPU, where it is cheap; on a GPU a wrong label fails with an assertion of CUDA."""
         if self.t.classes is None:
             return
         for batch in micros:
@@ -209,15 +240,15 @@ class _State:
                 low, high = (int(v) for v in batch.labels.aminmax())
                 if high >= self.t.classes or (low < 0 and low != IGNORE):
                     raise DataError(
-                        f"a training batch has labels from {low} to {high}, the models score classes 0 to "
+                        f"a training batch has labels from {low} to {high}, but the models have classes 0 to "
                         f"{self.t.classes - 1}",
-                        remedy=f"labels are class indices; {IGNORE} marks a sample without a label",
+                        remedy=f"use class indices as labels, and {IGNORE} for a sample without a label",
                     )
 
     def with_signals(self, steps: Iterator[list[Batch]]) -> Iterator[list[tuple[Batch, Callable[[], Signal | None]]]]:
         """The micro-batches of each step, on the device, each with a function that returns its teacher signal.
 
-        A teacher with ``prefetch`` gets the batches of a step while the step before it trains.
+        A teacher with ``prefetch`` gets the batches of a step during the step before it.
         """
         pending: list[tuple[Batch, Callable[[], Signal | None]]] | None = None
         prefetching = self.t.method.needs is not None and hasattr(self.t.teacher, "prefetch")
@@ -269,8 +300,6 @@ class _State:
             check_terms(self.t.method, terms, scale)
             self.first = False
         return self.terms.add(terms, scale)
-
-    # After a step --------------------------------------------------------------------------------
 
     def after_step(self) -> None:
         t, at = self.t, self.at
@@ -373,10 +402,10 @@ class _State:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within the block the student can be called by itself, and every process has the weights that are saved.
+        """During the block the student alone can run, and every process has the weights that are saved.
 
-        Under FSDP2 the root's weights are gathered. Batch statistics, which differ between processes, become those
-        of the main process, as they do at the next training step.
+        Under FSDP2 the weights of the root are gathered. Batch statistics, which differ between processes, become
+        those of the main process, as at the next training step.
         """
         if self.share.world > 1:
             for buffer in self.module.buffers():
@@ -389,8 +418,6 @@ class _State:
         finally:
             if sharded:
                 self.module.reshard()
-
-    # Checkpoints ---------------------------------------------------------------------------------
 
     def save(self) -> None:
         t, accelerator = self.t, self.accelerator
@@ -431,7 +458,7 @@ class _State:
             raise CheckpointError(
                 f"does not fit {type(t.student).__name__} and its optimizer: {error}",
                 where=str(folder),
-                remedy="resume with the same model as before, or choose another --out",
+                remedy="resume with the model and the optimizer of the run, or choose another --out",
             ) from error
         self.schedule.load_state_dict(parts["schedule"])
         if parts["scaler"] is not None and self.accelerator.scaler is not None:

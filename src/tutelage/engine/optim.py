@@ -21,23 +21,23 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of all parameters of ``module`` that want a gradient.
+    """The optimizer of all parameters of ``module`` that require a gradient.
 
-    Weight decay is not applied to vectors and scalars (biases, norms), unless ``decay_vectors`` asks for it.
+    Weight decay does not apply to vectors and scalars (biases, norms), unless ``decay_vectors`` is set.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ConfigError("the student has no parameter that requires a gradient", remedy="unfreeze some of it")
-    spared = [] if config.decay_vectors else [p for p in parameters if p.ndim <= 1]
-    decayed = parameters if config.decay_vectors else [p for p in parameters if p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    decayed = [p for p in parameters if config.decay_vectors or p.ndim > 1]
+    other = [p for p in parameters if not config.decay_vectors and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": other, "weight_decay": 0.0}]
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
     try:
         return OPTIMIZERS[config.kind]([g for g in groups if g["params"]], lr=config.lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"train.optimizer: {config.kind} with {config.options}: {error}",
-            remedy="see torch.optim for the values it takes",
+            remedy=f"see torch.optim.{OPTIMIZERS[config.kind].__name__} for its options and their values",
         ) from None
 
 
@@ -61,18 +61,19 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, int, int, dict[str, Any]],
     "polynomial": lambda o, n, e, k: schedulers.PolynomialLR(o, total_iters=n, power=k.get("power", 1.0)),
     "step": lambda o, n, e, k: schedulers.StepLR(o, _steps(k.get("every", 30), e), gamma=k.get("gamma", 0.1)),
 }
-"""Name -> (optimizer, steps in all, steps an epoch, options) -> schedule. Milestones, ``every`` and the
-exponential's decay are in epochs."""
+"""Name -> (optimizer, number of steps, steps per epoch, options) -> schedule.
+
+The options ``milestones``, ``every``, and ``gamma`` of the exponential schedule are in epochs.
+"""
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int, steps_per_epoch: int
 ) -> schedulers.ChainedScheduler:
-    """The schedule, after a linear warm-up; stepped once an optimizer step."""
+    """The schedule, with a linear warm-up; it makes one step per optimizer step."""
     warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
     try:
-        main = SCHEDULES[config.kind](optimizer, max(1, steps), steps_per_epoch, config.options)
-        chain = [main]
+        chain = [SCHEDULES[config.kind](optimizer, max(1, steps), steps_per_epoch, config.options)]
         if warmup:
             chain.append(schedulers.LinearLR(optimizer, 1 / (warmup + 1), 1.0, total_iters=warmup))
         return schedulers.ChainedScheduler(chain, optimizer=optimizer)

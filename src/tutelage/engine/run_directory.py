@@ -1,17 +1,6 @@
-"""The run directory: every file that a report or a resumed run needs, written so that a crash loses nothing.
+"""The run directory: all files that a report or a resumed run needs. docs/architecture.md lists them.
 
-::
-
-    config.yaml     the resolved recipe
-    metrics.jsonl   one line for each log point and evaluation of every training
-    summary.json    the figures; written at the end
-    report.html     the same as a page
-    student/        the exported student
-    models/         each finished training's model and its result
-    similarity/     class similarities of the teacher and of each finished model
-    samples/        single samples of the test split, with predictions of teacher and students
-    judged/         answers of the student with their judgements
-    checkpoints/    the last checkpoints of each training
+Each file is written atomically, or line by line, so that a crash loses nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tutelage.errors import RunDirectoryError
 from tutelage.files import TEMPORARY_PREFIX, atomic_folder, wrap_write_errors, write_text
@@ -40,7 +29,7 @@ class RunDirectory:
         return self.path / "checkpoints" / training
 
     def keep_decision(self, what: str, now: bool) -> bool:
-        """The stored decision ``what``; without one ``now``, which is stored. A resumed run computes the same."""
+        """The stored decision ``what``; if there is none, store ``now``. A resumed run gets the same decision."""
         path = self.path / "decisions.json"
         known: dict[str, bool] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if what not in known and self.writes:
@@ -51,20 +40,12 @@ class RunDirectory:
         """Folder of a finished training's model."""
         return self.path / "models" / training
 
-    def similarity(self, training: str) -> Path:
-        """The class similarities of a finished training's model."""
-        return self.path / "similarity" / f"{training}.json"
-
-    def samples(self, kind: str) -> Path:
-        """Single samples of the test split, with predictions of teacher and students."""
-        return self.path / "samples" / f"{kind}.json"
-
-    def judged(self, name: str) -> Path:
-        """A judgement of the run's student."""
-        return self.path / "judged" / f"{name}.json"
+    def json_file(self, kind: Literal["judged", "samples", "similarity"], name: str) -> Path:
+        """A judgement of the student, samples of the test split, or the class similarities of a model."""
+        return self.path / kind / f"{name}.json"
 
     def export(self, model: Path) -> None:
-        """Make the finished model in that folder the run's student."""
+        """Copy the finished model in the folder ``model`` to the run's ``student``."""
         with atomic_folder(self.path / "student") as folder:
             shutil.copytree(model, folder, ignore=shutil.ignore_patterns("result.json"), dirs_exist_ok=True)
 
@@ -102,7 +83,7 @@ class RunDirectory:
             write_text(self.metrics, "".join(text + "\n" for text in lines))
 
     def sweep(self) -> None:
-        """Remove partial files of a killed process."""
+        """Remove the incomplete files of a killed process."""
         parts = (self.path / name for name in (".", "models", "similarity", "samples", "judged"))
         for folder in (*parts, *(self.path / "checkpoints").glob("*")):
             if folder.is_dir():

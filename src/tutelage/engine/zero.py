@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO, stages 1 and 2: the optimizer's state and gradients are partitioned over processes.
+"""DeepSpeed's ZeRO, stages 1 and 2: gradients and the state of the optimizer are partitioned over processes.
 
-Checkpoints are unpartitioned and have the same names as without DeepSpeed, so that a run can continue with or without
+Checkpoints are not partitioned and have the same names as without DeepSpeed, so a run can continue with or without
 it, on any number of processes.
 """
 
@@ -20,12 +20,11 @@ from tutelage.config import TrainConfig
 from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError, MissingDependencyError
 
-STAGES = (1, 2)
-ODD = ("adafactor", "adagrad")
-"""Optimizers that look at a weight's rows and columns, where ZeRO has one vector; and one that DeepSpeed replaces."""
+UNSUPPORTED_OPTIMIZERS = ("adafactor", "adagrad")
+"""Adafactor needs the rows and columns of a weight, which ZeRO flattens; DeepSpeed replaces Adagrad by its own."""
 
 
-def wanted() -> bool:
+def uses_deepspeed() -> bool:
     """Whether the launcher uses DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
@@ -34,13 +33,17 @@ def check_installed() -> None:
     """Raise :class:`MissingDependencyError` if DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingDependencyError(
-            "the launcher's configuration asks for DeepSpeed, which is not installed",
+            "the launcher's configuration uses DeepSpeed, which is not installed",
             remedy="pip install deepspeed, or `accelerate config` with FSDP (version 2)",
         )
 
 
 class Zero:
-    """The parts of a training that DeepSpeed does instead of the engine."""
+    """The parts of a training that DeepSpeed does instead of the engine.
+
+    Raises:
+        CapabilityError: an option of the recipe or of the launcher is not supported with DeepSpeed.
+    """
 
     def __init__(
         self, accelerator: Accelerator, config: TrainConfig, module: nn.Module, optimizer: torch.optim.Optimizer
@@ -49,17 +52,20 @@ class Zero:
         settings = plugin.deepspeed_config
         stage = settings.get("zero_optimization", {}).get("stage")
         offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        kind = config.optimizer.kind
         for given, what, remedy in (
-            (stage not in STAGES, f"ZeRO stage {stage}", "use FSDP (version 2), which also shards weights"),
-            (offload != "none", f"an optimizer offloaded to {offload}", "leave offload_optimizer out"),
-            (config.ema is not None, "train.ema", "leave it out"),
-            (config.optimizer.kind in ODD, config.optimizer.kind, "use adamw"),
+            (
+                stage not in (1, 2),
+                f"ZeRO stage {stage}",
+                "use stage 1 or 2; or FSDP (version 2), to shard weights",
+            ),
+            (offload != "none", f"offload_optimizer: {offload}", "remove offload_optimizer"),
+            (config.ema is not None, "train.ema", "remove it"),
+            (kind in UNSUPPORTED_OPTIMIZERS, f"train.optimizer.kind: {kind}", "use adamw"),
             (accelerator.mixed_precision == "fp16", "train.precision: fp16", "use bf16"),
         ):
             if given:
-                raise CapabilityError(
-                    f"{what} under DeepSpeed, of which stages 1 and 2 are known here", remedy=remedy
-                )
+                raise CapabilityError(f"{what} is not supported with DeepSpeed", remedy=remedy)
         self.precision = accelerator.mixed_precision
         self.settings = settings
         settings.update(
@@ -78,14 +84,14 @@ class Zero:
         self.groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         self.optimizer, self.module = optimizer, module
         self.outer: Any = None
-        """DeepSpeed's own optimizer, around ``optimizer``; once it is made."""
+        """DeepSpeed's wrapper of ``optimizer``; the training loop sets it."""
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision, which accelerate leaves to DeepSpeed."""
+        """Mixed precision, which accelerate does not apply with DeepSpeed."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @contextmanager
-    def as_without(self) -> Iterator[None]:
+    def hide_bf16(self) -> Iterator[None]:
         """Hide bf16 from DeepSpeed while it wraps the model, so that weights stay in float32."""
         before = self.settings.pop("bf16", None)
         self.settings["bf16"] = {"enabled": False}
@@ -95,8 +101,9 @@ class Zero:
             self.settings["bf16"] = before or {"enabled": False}  # the next training's accelerator reads it here
 
     def model(self) -> dict[str, Tensor]:
-        """All weights and buffers on the CPU; trained weights in float32. Every process must call it; only the main
-        process gets them.
+        """All weights and buffers on the CPU, trained weights in float32.
+
+        Every process must call it; only the main process gets the weights.
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -113,12 +120,15 @@ class Zero:
         return weights
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's state by parameter, as of one process, for the main one. Every process must call it."""
+        """The unpartitioned state of the optimizer, by parameter.
+
+        Every process must call it; only the main process gets the state.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         keys, steps = self._state_keys()
-        learning, states = self._learning(), dict[str, dict[str, Tensor]]()
-        for name, parameter in learning.items():
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._trained().items():
             parts = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
             if current_rank().rank == 0:
                 states[name] = {k: v.detach().cpu().clone() for k, v in (parts | steps).items()}
@@ -129,18 +139,18 @@ class Zero:
         return {"state": states if keys or steps else {}, "param_groups": groups}
 
     def restore(self, captured: Mapping[str, Any]) -> None:
-        """Put back what :meth:`model` and :meth:`state` gave; every process must call it with the same."""
+        """Restore the results of :meth:`model` and :meth:`state`; every process must call it with the same values."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        learning = self._learning()
+        trained = self._trained()
         self.module.load_state_dict(captured["model"])
-        for name, parameter in learning.items():
+        for name, parameter in trained.items():
             safe_set_full_fp32_param(parameter, captured["model"][name].float().to(parameter.device))
         known = captured["optimizer"]["state"]
         if known:
             self._make_state()
             keys, _ = self._state_keys()
-            for name, parameter in learning.items():
+            for name, parameter in trained.items():
                 for key in keys:
                     if key in known.get(name, {}):
                         safe_set_full_optimizer_state(parameter, known[name][key].to(parameter.device), key)
@@ -152,15 +162,13 @@ class Zero:
         for group, saved in zip(self.optimizer.param_groups, captured["optimizer"]["param_groups"], strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
 
-    def _learning(self) -> dict[str, nn.Parameter]:
+    def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def _state_keys(self) -> tuple[list[str], dict[str, Tensor]]:
-        """The names of the optimizer's tensors for each weight, and its step counts.
-
-        DeepSpeed finds it by parameter as it was after the first group's first step, when the others had none.
-        """
+        """The names of the tensors that the optimizer has for each weight, and its step counts."""
         if self.optimizer.state:
+            # DeepSpeed has linked this state to parameters after the first group's step, when other groups had none.
             self.outer._hp_optimizer_states_linked = False
             self.outer._lazy_init_hp_params_optimizer_state()
         first: Mapping[str, Any] = next(iter(self.optimizer.state.values()), {})

@@ -61,4 +61,4 @@ class Similarities:
         upper = torch.triu_indices(self.classes, self.classes).unbind()
         sim = {t: [float(f"{v:.6g}") for v in mean.cpu()[upper].tolist()] for t, mean in self.means().items()}
         text = json.dumps({"classes": self.classes, "n": self.n, "sim": sim}, separators=(",", ":"))
-        write_text(run.similarity(name), text + "\n")
+        write_text(run.json_file("similarity", name), text + "\n")

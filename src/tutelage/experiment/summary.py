@@ -146,7 +146,9 @@ def write_predictions(
     outputs = None if teacher.on_test is None else (x for x in teacher.on_test if isinstance(x, Tensor))
     samples = collect_samples(evaluation.test, outputs, load_students(spec, ctx, exported), count, ctx.device)
     content = {"exported": exported, **samples.as_json(evaluation.describe)}
-    write_text(ctx.run.samples("test"), json.dumps(content, separators=(",", ":"), ensure_ascii=False) + "\n")
+    write_text(
+        ctx.run.json_file("samples", "test"), json.dumps(content, separators=(",", ":"), ensure_ascii=False) + "\n"
+    )
 
 
 def write_generations(spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher | None, exported: str) -> None:
@@ -165,4 +167,4 @@ def write_generations(spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeach
     ctx.terminal.say(f"samples: {' and '.join(models)} continue {len(rows)} texts of the test split")
     texts = generate_continuations(models, rows, tokens, ctx.device)
     content = {"exported": exported, "tokens": tokens, "models": list(models), "texts": texts}
-    write_text(ctx.run.samples("written"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(ctx.run.json_file("samples", "written"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")

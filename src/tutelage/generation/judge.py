@@ -162,7 +162,7 @@ def _write_page_data(
     runs = []
     for run in dict.fromkeys(run for run in run_of.values() if run is not None):
         try:
-            write_text(RunDirectory(run).judged(path.resolve().name), text)
+            write_text(RunDirectory(run).json_file("judged", path.resolve().name), text)
         except RunDirectoryError as error:
             terminal.say(f"note: the page of {run} does not show this judgement: {error.what}")
             continue

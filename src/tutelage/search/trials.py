@@ -18,7 +18,7 @@ from torch import nn
 from tutelage.config import Recipe, dump_recipe
 from tutelage.data import Data
 from tutelage.engine import RunDirectory, Training, build_accelerator, fit
-from tutelage.engine.callbacks import NullCallback
+from tutelage.engine.loop import NullCallback
 from tutelage.errors import NumericsError
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.checks import (
