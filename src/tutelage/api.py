@@ -8,7 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from tutelage.config import Judgement, Recipe, load_recipe
+from tutelage.config import EndpointRecipe, Recipe, load_recipe
 from tutelage.engine import leave as leave
 from tutelage.experiment.distill import DistillResult as DistillResult
 from tutelage.experiment.distill import distill as _distill
@@ -95,7 +95,7 @@ def run_search(
 
 
 def judge(
-    recipe: Judgement | str | Path,
+    recipe: EndpointRecipe | str | Path,
     overrides: Iterable[str] = (),
     *,
     out: str | Path | None = None,

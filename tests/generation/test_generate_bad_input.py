@@ -125,7 +125,7 @@ CASES: dict[str, tuple[Break, list[str]]] = {
         lambda path, out: path.write_text(
             path.read_text().replace("model: closed", f"model: closed\n    key_env: {CANARY}") + PLAIN
         ) and None,
-        ["key_env is no name of an environment variable"],
+        ["generate.endpoint.key_env is no name of an environment variable"],
     ),
     "a variable that is not set": (
         lambda path, out: path.write_text(

@@ -114,11 +114,11 @@ def test_a_cache_for_a_method_that_asks_nothing_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: SupervisedMethod(label_smoothing=1.0), "label_smoothing: given 1.0"),
-        (lambda: TeacherFreeMethod(correct=1.0), "correct: given 1.0"),
-        (lambda: TeacherFreeMethod(alpha=1.1), "alpha: given 1.1"),
-        (lambda: TeacherFreeMethod(temperature=0.0), "temperature: given 0.0"),
-        (lambda: TeacherFreeMethod(variant="mine"), "variant: given 'mine'"),
+        (lambda: SupervisedMethod(label_smoothing=1.0), "label_smoothing is 1.0"),
+        (lambda: TeacherFreeMethod(correct=1.0), "correct is 1.0"),
+        (lambda: TeacherFreeMethod(alpha=1.1), "alpha is 1.1"),
+        (lambda: TeacherFreeMethod(temperature=0.0), "temperature is 0.0"),
+        (lambda: TeacherFreeMethod(variant="mine"), "variant is 'mine'"),
         (lambda: recipe({"kind": "supervised", "label_smoothing": 1.0}), "label_smoothing"),
         (lambda: recipe({"kind": "supervised", "temperature": 4}), "unknown key 'method.temperature'"),
     ],

@@ -130,10 +130,10 @@ def test_formulas_say_temperature_options_and_weights() -> None:
         ({"soft": "kdd"}, "did you mean 'kd'"),
         ({"soft": "mse", "temperature": 2.0}, "no temperature"),
         ({"alpha": 1.5}, "give at most 1"),
-        ({"hard": -1.0}, "greater than or equal to 0"),
+        ({"hard": -1.0}, "at least 0"),
         ({"soft": "dkd", "soft_options": {"gamma": 1.0}}, "its options: alpha, beta"),
         ({"soft": "js", "soft_options": {"beta": 3.0}}, "js: beta is 3.0"),
-        ({"temperature": 0.0}, "greater than 0"),
+        ({"temperature": 0.0}, "above 0"),
     ],
 )
 def test_a_wrong_soft_term_is_refused(options: dict[str, Any], says: str) -> None:

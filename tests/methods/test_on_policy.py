@@ -272,13 +272,13 @@ def test_what_follows_counts_up_to_the_end_of_an_answer() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"lmbda": 1.5}, "lmbda(.|\n)*less than or equal to 1"),
-        ({"max_new_tokens": 0}, "max_new_tokens(.|\n)*greater than or equal to 1"),
+        ({"lmbda": 1.5}, "lmbda(.|\n)*at most 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens(.|\n)*at least 1"),
         ({"long": 1.0}, "needs divergence: reverse_kl"),
         ({"divergence": "reverse_kl", "long": 1.0, "replay_buffer": 5}, "replay_buffer: 0"),
         ({"mix": 0.2, "replay_buffer": 5}, "'mix' needs"),
-        ({"mix": 1.0}, "less than 1"),
-        ({"adaptive": -0.1}, "adaptive(.|\n)*greater than or equal to 0"),
+        ({"mix": 1.0}, "below 1"),
+        ({"adaptive": -0.1}, "adaptive(.|\n)*at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:

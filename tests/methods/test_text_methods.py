@@ -321,12 +321,12 @@ class Flat(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "options", "says"),
     [
-        ("triple", {"mlm": -1}, "greater than or equal to 0"),
+        ("triple", {"mlm": -1}, "at least 0"),
         ("triple", {"mlm": 0, "kd": 0, "cosine": 0}, "are all 0"),
-        ("triple", {"positions": "some"}, "'counted' or 'masked'"),
-        ("triple", {"temperature": 0}, "greater than 0"),
+        ("triple", {"positions": "some"}, "counted or masked"),
+        ("triple", {"temperature": 0}, "above 0"),
         ("tinybert", {"layers": "skip"}, "uniform"),
-        ("tinybert", {"layers": [0, 2]}, "greater than or equal to 1"),
+        ("tinybert", {"layers": [0, 2]}, "at least 1"),
         ("tinybert", {"prediction": 0, "stage1_fraction": 0.5}, "leave it out"),
         ("minilm", {"version": 1, "queries": 1.0}, "version 1 has no term"),
         ("minilm", {"version": 3}, "1 or 2"),

@@ -317,12 +317,12 @@ def test_what_a_killed_process_reported_is_not_judged_before_its_last(tmp_path: 
         ("train.optimizer.momentum=0.1:0.9", ["adamw", "momentum"]),
         ("train.optimizer=1:2", ["is a section", "train.optimizer.lr"]),
         ("method.alpha=0:2", ["refuses method.alpha=2", "alpha: 2 leaves"]),
-        ("method.temperature=0:20", ["refuses method.temperature=0", "greater than 0"]),
+        ("method.temperature=0:20", ["refuses method.temperature=0", "above 0"]),
         ("method.temperature=0:20:log", ["logarithmic", "above 0"]),
         ("method.temperature=20:1", ["low must be below high"]),
         ("method.kind=logit,featur", ["refuses method.kind", "did you mean 'feature'"]),
         ("method.soft=kd,dkd,kld", ["unknown soft loss 'kld'"]),
-        ("train.batch_size=16:64.5", ["refuses train.batch_size=64.5", "integer"]),
+        ("train.batch_size=16:64.5", ["refuses train.batch_size=64.5", "whole number"]),
         ("method.alpha=0.5", ["at least two values", "method.alpha=0.5"]),
         ("method.alpha", ["gives no range and no values"]),
         ("method.alpha=0:1:lin", ["'lin' follows the range"]),
@@ -350,7 +350,7 @@ def test_a_wrong_space_is_refused_before_any_trial(
         ({"space": {"method.alpha": {"low": 0, "hihg": 1}}}, ["did you mean 'high'"]),
         ({"space": {"method.alpha": [0.5, 0.5]}}, ["holds a value twice"]),
         ({"space": {"method.alpha": {"low": 0, "high": 1, "values": [0, 1]}}}, ["both 'values' and a range"]),
-        ({"trials": 0}, ["search.trials", "greater than or equal to 1"]),
+        ({"trials": 0}, ["search.trials", "at least 1"]),
     ],
 )
 def test_a_wrong_search_section_is_refused(section: dict[str, Any], words: list[str]) -> None:

@@ -22,9 +22,9 @@ def generate(
 
     The same command continues an interrupted run.
     """
-    from tutelage.config import load_generation
+    from tutelage.config import load_endpoint_recipe
 
-    loaded = load_generation(recipe, overrides or [])
+    loaded = load_endpoint_recipe(recipe, overrides or [], "generate")
     from tutelage import generation
 
     try:
@@ -49,9 +49,9 @@ def judge(
     ] = None,
 ) -> None:
     """Generate answers of several models to held-out prompts, and let an endpoint compare them in both orders."""
-    from tutelage.config import load_judgement
+    from tutelage.config import load_endpoint_recipe
 
-    loaded = load_judgement(recipe, overrides or [])
+    loaded = load_endpoint_recipe(recipe, overrides or [], "judge")
     from tutelage import api
 
     try:

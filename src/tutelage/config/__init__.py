@@ -31,13 +31,10 @@ from tutelage.config.generate import (
 )
 from tutelage.config.judge import GIVEN, EndpointRecipe, JudgeConfig
 from tutelage.config.load import (
-    Generation,
-    Judgement,
     build_recipe,
     differing_keys,
     dump_recipe,
-    load_generation,
-    load_judgement,
+    load_endpoint_recipe,
     load_recipe,
 )
 from tutelage.config.methods import METHOD_KINDS
@@ -81,13 +78,13 @@ __all__ = [
     "UNLABELLED", "AnswerConfig", "AssistantChainConfig", "BestConfig",
     "BornAgainConfig", "BudgetConfig", "ByotOptions", "CacheConfig", "ConversationConfig", "CrossTokenizerOptions",
     "DataConfig", "DecontaminateConfig", "EmbeddingOptions", "EndpointConfig", "EndpointRecipe", "EnsembleConfig",
-    "EvaluateConfig", "EvolveConfig", "FeatureOptions", "GenerateConfig", "Generation",
-    "Generations", "InferenceConfig", "JudgeConfig", "Judgement", "KeySpace", "LogitOptions",
+    "EvaluateConfig", "EvolveConfig", "FeatureOptions", "GenerateConfig",
+    "Generations", "InferenceConfig", "JudgeConfig", "KeySpace", "LogitOptions",
     "LoraConfig", "LossOptions", "MemberConfig", "MethodOptions", "MinilmOptions", "ModelConfig", "MutualOptions",
     "OnPolicyOptions", "OptimizerConfig", "PairOptions", "PatientOptions", "PriceConfig", "QualityConfig", "Recipe",
     "RemoteTeacherConfig", "ResolvedPair", "RolloutsOptions", "SamplesConfig", "SamplingConfig", "ScheduleConfig",
     "SearchConfig", "SelfInstructConfig", "SequenceOptions", "SimkdOptions", "SoftLabelOptions", "StudentConfig",
     "SupervisedOptions", "TeacherConfig", "TeacherFreeOptions", "TeacherInferenceConfig", "TextDataConfig",
     "TinybertOptions", "TokenOptions", "TrainConfig", "TripleOptions", "build_recipe", "differing_keys",
-    "dump_recipe", "load_generation", "load_judgement", "load_recipe",
+    "dump_recipe", "load_endpoint_recipe", "load_recipe",
 ]  # fmt: skip

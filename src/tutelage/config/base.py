@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from tutelage.config.messages import Misfit, explain
-from tutelage.errors import ConfigError, shorten, suggest
+from tutelage.config.lines import Key
+from tutelage.config.messages import Misfit, Source, explain, key_parts
+from tutelage.errors import ConfigError, TutelageError, shorten, suggest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -18,8 +21,23 @@ NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
-RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def matching(pattern: str, what: str) -> AfterValidator:
+    """A text must match ``pattern``; ``what`` describes such a text."""
+
+    def check(text: str) -> str:
+        if not re.search(pattern, text):
+            raise ValueError(f"{shorten(text)} is not {what}; give {what}")
+        return text
+
+    return AfterValidator(check)
+
+
+HttpUrl = Annotated[str, matching(r"^https?://[^\s?#@]+$", "an http address without a login or a query")]
+RecipeName = Annotated[
+    str, matching(r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "a name of ASCII letters, digits, '.', '_' and '-'")
+]
 
 
 if TYPE_CHECKING:
@@ -37,8 +55,7 @@ class _SectionType(ModelMetaclass):
             try:
                 return super().__call__(**keywords)
             except ValidationError as error:
-                problems = [explain(d, cls, cls.__name__, {}, {}) for d in error.errors(include_url=False)]
-                raise ConfigError("\n".join(problems)) from None
+                raise ConfigError(explain(error, cls, keywords, Source(cls.__name__))) from None
 
 
 class Section(BaseModel, metaclass=_SectionType):
@@ -52,9 +69,34 @@ class Section(BaseModel, metaclass=_SectionType):
 
     @model_validator(mode="after")
     def _check_misfits(self) -> Self:
-        for key, what in self.misfits():
-            raise Misfit(what, key)
+        if misfits := list(self.misfits()):
+            raise Misfit(misfits)
         return self
+
+
+class LocatedSection(Section):
+    """A whole recipe, which knows the line of each of its keys."""
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    def where(self, key: Key) -> str:
+        """The file and line, or the override, of a key such as ``("generate", "user")``."""
+        return self._source.where(key)
+
+    def locate(self, error: TutelageError) -> None:
+        """Put file and line in front of the key at the start of ``error.where``, if there is one."""
+        key = (error.where or "").partition(": ")[0]
+        if key.partition(".")[0] in type(self).model_fields and (place := self._source.find(key_parts(key))):
+            error.where = f"{place}: {error.where}"
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Every error raised inside is located by :meth:`locate`."""
+        try:
+            yield
+        except TutelageError as error:
+            self.locate(error)
+            raise
 
 
 def by_kind(union: Any) -> dict[str, Any]:

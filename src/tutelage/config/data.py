@@ -131,9 +131,9 @@ class DataConfig(SplitsConfig):
             )
             yield "route", what
         if self.source == "imagefolder" and self.path is None:
-            yield "", "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
+            yield "source", "source 'imagefolder' needs 'path'; give the folder that has a sub-folder for each class"
         if (self.mean is None) != (self.std is None):
-            yield "", "'mean' and 'std' go together; give both or neither"
+            yield "mean" if self.std is None else "std", "'mean' and 'std' go together; give both or neither"
         if self.views is not None and not self.augment:
             yield "views", f"views: {self.views} needs an augmentation; remove 'views', or set 'augment'"
         if self.std is not None and min(self.std, default=1.0) <= 0:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from tutelage.config.base import Count, CountOrZero, Fraction, NotNegative, Positive, Section, Seed, by_kind
+from tutelage.config.base import Count, CountOrZero, Fraction, NotNegative, Positive, Section, Seed, by_kind, matching
 from tutelage.config.messages import Misfit
 from tutelage.errors import shorten
 
@@ -59,11 +59,11 @@ class EndpointConfig(Section):
             parts = urlsplit(self.url)
             port = parts.port
         except ValueError:
-            raise Misfit(f"url is no address; {example}", "url") from None
+            raise Misfit([("url", f"is no address; {example}")]) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Misfit(f"url is no http address; {example}", "url")
+            raise Misfit([("url", f"is no http address; {example}")])
         if parts.query or parts.fragment:
-            raise Misfit("url has a query; give the address without it, and the key by key_env", "url")
+            raise Misfit([("url", "has a query; give the address without it, and the key by key_env")])
         if parts.username is not None:
             self._login = (parts.username, parts.password or "")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
@@ -71,8 +71,8 @@ class EndpointConfig(Section):
         self.url = urlunsplit((parts.scheme, place, parts.path.rstrip("/"), "", ""))
         if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
             self.key_env = None
-            what = "key_env is no name of an environment variable; put the key into one and give the variable's name"
-            raise Misfit(what, "key_env")
+            what = "is no name of an environment variable; put the key into one and give the variable's name"
+            raise Misfit([("key_env", what)])
         return self
 
     @property
@@ -98,7 +98,7 @@ class SamplingConfig(Section):
     def misfits(self) -> Iterator[tuple[str, str]]:
         """Extra fields that have a key of their own."""
         for key in [key for key in self.extra if key in RESERVED]:
-            yield "extra", f"extra.{key} is set by the recipe's own keys; remove it"
+            yield f"extra.{key}", f"{key!r} is set by the recipe's own keys; remove it"
 
 
 class PriceConfig(Section):
@@ -140,7 +140,7 @@ class QualityConfig(Section):
     """Fewest and most words of an instruction."""
     answer_words: Range = Field(default_factory=lambda: [1, 2000])
     """Fewest and most words of an answer."""
-    language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None = None
+    language: Annotated[str, matching(r"^[a-z]{2}$", "a code of two small letters, such as en")] | None = None
     """Two-letter language code, such as ``en``. Texts in another language are rejected; texts below five words are
     not checked. Default: any language."""
     refusals: bool = False

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tutelage.config.base import Count, RecipeName, Section
+from tutelage.config.base import Count, LocatedSection, RecipeName, Section
 from tutelage.config.generate import (
     BudgetConfig,
     EndpointConfig,
@@ -68,12 +68,12 @@ class JudgeConfig(Section):
         yield from price_misfit(self.budget, [self.endpoint])
         for name, model in self.answers.items():
             if model != GIVEN and model.partition(":")[0] not in ("hf", "package"):
-                yield "answers", f"answers.{name} is {shorten(model)}; name a model as hf:FOLDER, or 'given'"
+                yield f"answers.{name}", f"is {shorten(model)}; name a model as hf:FOLDER, or 'given'"
         if len(set(self.answers.values())) < len(self.answers):
             yield "answers", "two of 'answers' are the same, and would tie; remove one"
 
 
-class EndpointRecipe(Section):
+class EndpointRecipe(LocatedSection):
     """A recipe without a training: it generates data, or compares answers."""
 
     name: RecipeName

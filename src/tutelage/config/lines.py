@@ -40,6 +40,15 @@ def _lines(node: yaml.Node | None, seen_nodes: set[int], at: Key = ()) -> Iterat
             yield from _lines(item, seen_nodes, (*at, i))
 
 
+def yaml_remedy(problem: str) -> str:
+    """What to do about a problem that the YAML parser reports."""
+    if "undefined alias" in problem:
+        return "write the value out, define it with &NAME before, or quote a text that starts with *"
+    if "']'" in problem or "'}'" in problem:
+        return "close the bracket: [1, 2] or {key: value}"
+    return "check indentation, colons and quotes; a text with ': ' or ' #' needs quotes"
+
+
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
     """The mapping in ``text`` and the line of each of its keys.
 
@@ -53,9 +62,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(
-            f"not YAML: {problem}", where=where, remedy="check indentation, colons and quotes near that line"
-        ) from None
+        raise ConfigError(f"not YAML: {problem}", where=where, remedy=yaml_remedy(problem)) from None
     except ConfigError as error:
         raise ConfigError(error.what, where=f"{name}:{error.where}", remedy=error.remedy) from None
     except RecursionError:

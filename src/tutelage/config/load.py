@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tutelage.config.base import Section
+from tutelage.config.base import LocatedSection, Section
 from tutelage.config.data import DATA_KINDS, TEACHER_ONLY_TASKS, kind_of
-from tutelage.config.generate import GENERATE_KINDS, Generations
-from tutelage.config.judge import EndpointRecipe, JudgeConfig
-from tutelage.config.lines import Key, Place, parse_yaml
-from tutelage.config.messages import explain, inherited, where_given
+from tutelage.config.generate import GENERATE_KINDS
+from tutelage.config.judge import EndpointRecipe
+from tutelage.config.lines import Key, Place, parse_yaml, yaml_remedy
+from tutelage.config.messages import Source, explain
 from tutelage.config.methods import METHOD_KINDS
 from tutelage.config.methods.losses import SOFT_OF_TASK
 from tutelage.config.multistage import WORKFLOW_KINDS
@@ -23,7 +24,7 @@ from tutelage.config.recipe import Recipe
 from tutelage.errors import ConfigError, nearest, shorten, suggest
 from tutelage.safe_yaml import load_yaml
 
-Checked = TypeVar("Checked", bound=Section)
+Checked = TypeVar("Checked", bound=LocatedSection)
 
 SHORTHANDS = {"data": "source", "teacher": "model", "student": "model", "method": "kind", "workflow": "kind"}
 TRAIN_SHORTHANDS = {"optimizer": "kind", "schedule": "kind"}
@@ -62,9 +63,7 @@ KINDS: dict[str, Mapping[str, type[Section]]] = {
 BUDGETS = {"epochs": "steps", "steps": "epochs"}
 """Two keys for the length of a training: an override of one replaces the other."""
 
-
-MAX_PROBLEMS = 20
-"""How many problems of a recipe one error lists."""
+DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}")
 
 
 def _named(text: str) -> str:
@@ -78,13 +77,18 @@ def _override(raw: dict[str, Any], text: str) -> Key:
     """Apply one override and return its key."""
     key, equals, value = text.partition("=")
     where = _named(text)
-    if not equals or not all(key.split(".")):
-        raise ConfigError("not of the form key=value", where=where, remedy="for example method.temperature=8")
+    if not equals or not all(key.split(".")) or key.startswith(DASHES):
+        bare = text.lstrip("".join(DASHES))
+        example = bare if "=" in bare else f"{bare}=VALUE" if bare != text else "method.temperature=8"
+        raise ConfigError("not of the form key=value", where=where, remedy=f"for example {example[:80]}")
     try:
         parsed, _ = load_yaml(value)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"the value is not YAML: {problem}", where=where, remedy=yaml_remedy(problem)) from None
     except ConfigError as error:
         raise ConfigError(error.what, where=where, remedy=error.remedy) from None
-    except (yaml.YAMLError, RecursionError, ValueError, AttributeError, TypeError, LookupError):
+    except (RecursionError, ValueError, AttributeError, TypeError, LookupError):
         raise ConfigError("the value is not YAML", where=where, remedy="quote it: name='a: b'") from None
     if key == "seed":
         key, parsed = "seeds", [parsed]
@@ -152,64 +156,27 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return build_recipe(raw, lines, name=str(path), default_name=default_name, overrides=overrides)
 
 
-class Generation(NamedTuple):
-    """The job of `tutelage generate`.
-
-    Attributes:
-        name: of the recipe.
-        settings: its section ``generate``.
-        where: the file and line of a key, given by its parts, such as ``("generate", "user")``.
-    """
-
-    name: str
-    settings: Generations
-    where: Callable[[Key], str]
-
-
-class Judgement(NamedTuple):
-    """The job of `tutelage judge`, with the attributes of :class:`Generation`."""
-
-    name: str
-    settings: JudgeConfig
-    where: Callable[[Key], str]
-
-
-def load_generation(path: str | Path, overrides: Iterable[str] = ()) -> Generation:
-    """The section ``generate`` of a recipe, which may hold nothing else.
+def load_endpoint_recipe(
+    path: str | Path, overrides: Iterable[str], section: Literal["generate", "judge"]
+) -> EndpointRecipe:
+    """The sections ``generate`` and ``judge`` of a recipe, which may hold nothing else; ``section`` is required.
 
     Raises:
         ConfigError: names the file, line, key, what was given and what is allowed.
     """
-    checked, where = _part(path, overrides, "generate", "what to generate")
-    assert checked.generate is not None
-    return Generation(checked.name, checked.generate, where)
-
-
-def load_judgement(path: str | Path, overrides: Iterable[str] = ()) -> Judgement:
-    """The section ``judge`` of a recipe, which may hold nothing else.
-
-    Raises:
-        ConfigError: names the file, line, key, what was given and what is allowed.
-    """
-    checked, where = _part(path, overrides, "judge", "what to judge")
-    assert checked.judge is not None
-    return Judgement(checked.name, checked.judge, where)
-
-
-def _part(
-    path: str | Path, overrides: Iterable[str], part: str, what: str
-) -> tuple[Recipe | EndpointRecipe, Callable[[Key], str]]:
-    """A checked recipe that has a section, and where its keys are."""
-    name = str(path)
     raw, lines, default_name = _read(Path(path))
-    places = _prepare(raw, lines, name, default_name, overrides)
-    if part not in raw:
+    source = _prepare(raw, lines, str(path), default_name, overrides)
+    if section not in raw:
         raise ConfigError(
-            f"has no section {part!r}, {what}", where=name,
-            remedy=f"add a section {part!r}; recipes/alpaca-smollm2.yaml shows one",
+            f"has no section {section!r}", where=source.name,
+            remedy=f"add a section {section!r}; recipes/alpaca-smollm2.yaml shows one",
         )  # fmt: skip
-    kind: type[Recipe | EndpointRecipe] = Recipe if raw.keys() & {"data", "student"} else EndpointRecipe
-    return _validate(kind, raw, name, places), lambda key: where_given(name, places, key)
+    if not raw.keys() & {"data", "student"}:
+        return _validate(EndpointRecipe, raw, source)
+    recipe = _validate(Recipe, raw, source)
+    part = EndpointRecipe(name=recipe.name, generate=recipe.generate, judge=recipe.judge)
+    part._source = source
+    return part
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int], str]:
@@ -217,18 +184,25 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int], str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        close = nearest(str(path), [str(p) for p in (path.parent if path.parent.is_dir() else Path()).glob("*.y*ml")])
-        raise ConfigError(
-            "no such recipe",
-            where=str(path),
-            remedy=f"did you mean {close[0]}?" if close else "give the path of a YAML file",
-        ) from None
+        raise ConfigError("no such recipe", where=str(path), remedy=_similar_recipe(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot be read: {reason}", where=str(path), remedy="give a YAML file") from None
     raw, lines = parse_yaml(text, str(path))
     default_name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "recipe"
     return raw, lines, default_name
+
+
+def _similar_recipe(path: Path) -> str:
+    """The remedy for a recipe that does not exist."""
+    name = path.name.removesuffix(".yaml")
+    if (Path("recipes") / f"{name}.yaml").is_file():
+        return f"did you mean recipes/{name}.yaml?"
+    if (resources.files("tutelage") / "recipes" / f"{name}.yaml").is_file():
+        return f"this recipe of the package has to be written first: tutelage recipes {name} --out {name}.yaml"
+    folder = path.parent if path.parent.is_dir() else Path()
+    close = nearest(str(path), [str(p) for p in folder.glob("*.y*ml")])
+    return f"did you mean {close[0]}?" if close else "give the path of a YAML file; `tutelage recipes` lists examples"
 
 
 def build_recipe(
@@ -251,7 +225,7 @@ def build_recipe(
     Raises:
         ConfigError: names the file, line, key, what was given and what is allowed.
     """
-    return _validate(Recipe, raw, name, _prepare(raw, lines, name, default_name, overrides))
+    return _validate(Recipe, raw, _prepare(raw, lines, name, default_name, overrides))
 
 
 def _prepare(
@@ -260,13 +234,18 @@ def _prepare(
     name: str,
     default_name: str | None,
     overrides: Iterable[str],
-) -> dict[Key, Place]:
+) -> Source:
     """Expand shorthands and apply overrides in place; returns the places of the keys."""
     places: dict[Key, Place] = dict(lines or {})
+    overrides, both = list(overrides), {"seed", "seeds"}
+    if both <= raw.keys() or both <= {text.partition("=")[0] for text in overrides}:
+        second = [_named(text) for text in overrides if text.startswith("seed=")]
+        raise ConfigError(
+            "both 'seed' and 'seeds' are given",
+            where=Source(name, places).where(("seed",)) if both <= raw.keys() else second[0],
+            remedy="give one; 'seeds' takes a list",
+        )
     if "seed" in raw:
-        if "seeds" in raw:
-            raise ConfigError("both 'seed' and 'seeds' are given", where=where_given(name, places, ("seed",)),
-                              remedy="give one; 'seeds' takes a list")  # fmt: skip
         raw["seeds"] = [raw.pop("seed")]
         if ("seed",) in places:
             places["seeds",] = places["seed",]
@@ -282,33 +261,29 @@ def _prepare(
     if isinstance(raw.get("data"), dict):
         raw["data"].setdefault("kind", kind_of(raw["data"]))
     set_task_defaults(raw)
-    return places
+    return Source(name, places)
 
 
-def _validate(model: type[Checked], raw: dict[str, Any], name: str, places: Mapping[Key, Place]) -> Checked:
+def _validate(model: type[Checked], raw: dict[str, Any], source: Source) -> Checked:
     """The mapping as ``model``; raises :class:`ConfigError` with a message for each problem."""
-    kinds = {
-        key: section
-        for key, known in KINDS.items()
-        if (section := _kind(raw.get(key), key, known, where_given(name, places, (key, "kind")))) is not None
-    }
+    for key, known in KINDS.items():
+        section = raw.get(key)
+        kind = section.get("kind") if isinstance(section, dict) else None
+        if isinstance(section, dict) and (not isinstance(kind, str) or kind not in known):
+            raise ConfigError(
+                f"unknown {key} {shorten(kind)}{suggest(str(kind), known)}",
+                where=source.where((key, "kind")),
+                remedy=f"allowed: {', '.join(known)}",
+            )
     teacher = raw.get("teacher")
     if isinstance(teacher, dict):
         _plan_training(teacher, raw.get("train", {}))
     try:
-        return model.model_validate(raw)
+        checked = model.model_validate(raw)
     except ValidationError as error:
-        problems = []
-        for details in error.errors(include_url=False):
-            loc = details["loc"]
-            if loc[:1] and loc[0] in kinds and loc[1:2] and loc[1] in KINDS[str(loc[0])]:
-                details["loc"] = (loc[0], *loc[2:])  # pydantic names the kind in between
-            if inherited(details, error):
-                continue
-            problems.append(explain(details, model, name, places, kinds))
-        if len(problems) > MAX_PROBLEMS:
-            problems[MAX_PROBLEMS:] = [f"... and {len(problems) - MAX_PROBLEMS} more problems"]
-        raise ConfigError("\n".join(problems)) from None
+        raise ConfigError(explain(error, model, raw, source)) from None
+    checked._source = source
+    return checked
 
 
 def set_task_defaults(raw: dict[str, Any]) -> None:
@@ -320,20 +295,6 @@ def set_task_defaults(raw: dict[str, Any]) -> None:
         method.setdefault("soft", soft)
     if task in TEACHER_ONLY_TASKS:  # no labels to train a baseline on
         raw.setdefault("baseline", False)
-
-
-def _kind(section: Any, key: str, known: Mapping[str, type[Section]], where: str) -> type[Section] | None:
-    """The class of a section by its ``kind``; ``None`` if there is no such section."""
-    if not isinstance(section, dict):
-        return None
-    kind = section.get("kind")
-    if not isinstance(kind, str) or kind not in known:
-        raise ConfigError(
-            f"unknown {key} {shorten(kind)}{suggest(str(kind), known)}",
-            where=where,
-            remedy=f"allowed: {', '.join(known)}",
-        )
-    return known[kind]
 
 
 def dump_recipe(recipe: BaseModel) -> str:

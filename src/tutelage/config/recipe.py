@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tutelage.config.base import RecipeName, Section, Seed
+from tutelage.config.base import LocatedSection, RecipeName, Seed
 from tutelage.config.data import TEACHER_ONLY_TASKS, DataConfig, TextDataConfig
 from tutelage.config.evaluate import EvaluateConfig, SamplesConfig
 from tutelage.config.generate import Generations
@@ -23,7 +23,7 @@ from tutelage.config.train import TrainConfig
 from tutelage.errors import ConfigError, shorten
 
 
-class Recipe(Section):
+class Recipe(LocatedSection):
     """One comparison: a baseline student and a distilled one, usually with a teacher."""
 
     name: RecipeName
@@ -70,7 +70,7 @@ class Recipe(Section):
                 )
                 yield "method", what
             if data.route is not None:
-                yield "data", "'data.route' is given, and there is no teacher; remove it"
+                yield "data.route", "is given, and there is no teacher; remove it"
         if student.model == "teacher":
             yield from self._misfits_of_pruned_student()
         if self.evaluate is not None and data.task != "causal":
@@ -82,7 +82,7 @@ class Recipe(Section):
             if data.task != "classes":
                 yield "workflow", f"workflows are for classes, and the task is {data.task!r}; remove it"
             if data.metric != "accuracy":
-                yield "data", f"workflows compare accuracy, and the metric is {data.metric!r}; remove it"
+                yield "data.metric", f"workflows compare accuracy, and the metric is {data.metric!r}; remove it"
             if self.method.kind == "simkd":
                 what = (
                     "simkd exports the teacher's classifier with the student, and the next student would lack it; "
@@ -112,7 +112,7 @@ class Recipe(Section):
             )
             yield "student", what
         elif self.data.tokenizer is not None:
-            yield "data", "a student cut out of its teacher has the teacher's tokenizer; remove 'tokenizer'"
+            yield "data.tokenizer", "a student cut out of its teacher has the teacher's tokenizer; remove 'tokenizer'"
         if self.workflow is not None:
             what = (
                 f"a student cut out of its teacher is for one comparison, not workflow {self.workflow.kind}; "
@@ -124,36 +124,33 @@ class Recipe(Section):
         """Sections that do not go with the teacher."""
         data, method = self.data, self.method
         if teacher.augment is not None and isinstance(data, TextDataConfig):
-            yield "teacher", "'augment' of the teacher is for images, and this data is texts; remove it"
+            yield "teacher.augment", "'augment' of the teacher is for images, and this data is texts; remove it"
         for i, member in enumerate(teacher.each):
             where = "teacher" if teacher.members is None else f"teacher.members.{i}"
             if member.train is None:
                 if member.trainable is not None:
-                    yield "teacher", f"{where}.trainable needs a training, and there is none; add 'train'"
+                    yield f"{where}.trainable", "needs a training, and there is none; add 'train'"
                 continue
             if data.task in TEACHER_ONLY_TASKS:
                 yield "teacher", f"task {data.task!r} has nothing to train {where} on; give one with weights"
             for key in ("precision", "trackers"):
                 own, shared = getattr(member.train, key), getattr(self.train, key)
                 if own != shared:
-                    what = (
-                        f"{where}.train.{key} is {own!r} and train.{key} {shared!r}: it is one for the whole run; "
-                        f"set train.{key} alone"
-                    )
-                    yield "teacher", what
+                    what = f"is {own!r}, and train.{key} is {shared!r}, for the whole run; set train.{key} alone"
+                    yield f"{where}.train.{key}", what
         if teacher.endpoint is not None:
             yield from self._misfits_of_remote_teacher(teacher)
         if teacher.route is not None and data.route is None:
-            yield "teacher", "teacher.route needs 'data.route'; name its column there"
+            yield "teacher.route", "needs 'data.route'; name its column there"
         if data.route is not None and teacher.route is None:
-            yield "data", "'data.route' needs 'teacher.route'; remove it, or add one"
+            yield "data.route", "needs 'teacher.route'; remove it, or add one"
         mixed = [n for n in ("cutmix", "mixup") if any(n in entry for entry in data.augment)]
         if data.route is not None and mixed:
             what = (
                 f"{mixed[0]} mixes images of different routes, and no member teaches both; "
                 "remove it, or 'data.route' and 'teacher.route'"
             )
-            yield "data", what
+            yield "data.augment", what
         if teacher.members is not None and method.kind == "simkd":
             what = "simkd takes over one teacher's classifier, and there are several; use another method"
             yield "method", what
@@ -163,24 +160,22 @@ class Recipe(Section):
                     "'pairs: auto' is ambiguous with several teachers; "
                     "list the pairs, as in {student: stages.1, teacher: 0.stages.1}"
                 )
-                yield "method", what
+                yield "method.pairs", what
             if teacher.route is not None:
-                yield (
-                    "method",
-                    ("'pairs' need members that teach all samples, and 'route' gives each a part; use kind: logit"),
-                )
+                what = "'pairs' need members that teach all samples, and 'route' gives each a part; use kind: logit"
+                yield "method.pairs", what
         if teacher.cache is not None and data.augment and data.views is None:
             what = (
                 "teacher.cache with data.augment would store new rows in every epoch and never read one; "
                 "set data.views, such as 10: epochs then cycle through 10 stored views of each image"
             )
-            yield "teacher", what
+            yield "teacher.cache", what
         if teacher.cache is not None and teacher.mode != "eval":
             what = (
                 f"teacher.cache with teacher.mode {teacher.mode!r}: the cached outputs would depend on the "
                 "first batch of an image; use mode: eval"
             )
-            yield "teacher", what
+            yield "teacher.mode", what
 
     def _misfits_of_remote_teacher(self, teacher: TeacherConfig) -> Iterator[tuple[str, str]]:
         """What a teacher behind a server does not offer."""
@@ -188,7 +183,7 @@ class Recipe(Section):
         for key in ("keep", "k", "draws", "head", "power", "temperatures"):
             if getattr(cache, key) != getattr(default, key):
                 what = "a cache of a teacher behind a server stores its teacher.endpoint.k most probable tokens"
-                yield "teacher", f"{what}; remove {key!r}"
+                yield f"teacher.cache.{key}", f"{what}; remove {key!r}"
         if method.needs_teacher and not method.accepts_remote_teacher:
             able = ", ".join(kind for kind, config in METHOD_KINDS.items() if config.accepts_remote_teacher)
             what = (
@@ -205,4 +200,4 @@ class Recipe(Section):
                     f"a teacher behind a server returns some tokens at T = 1, and {key}: {getattr(method, key)} "
                     f"needs more; set it to {value}"
                 )
-                yield "method", what
+                yield f"method.{key}", what

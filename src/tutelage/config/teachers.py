@@ -222,9 +222,10 @@ class TeacherConfig(MemberConfig, EnsembleConfig):
         members = {value: [those] if isinstance(those, int) else those for value, those in route.items()}
         for value, those in members.items():
             if not those or not all(0 <= m < many for m in those):
-                yield "route", f"route {shorten(value)} names {shorten(those)}; allowed: 0 to {many - 1}"
-            if isinstance(self.weights, list) and not any(self.weights[m] for m in those):
-                yield "route", f"no member with a weight above 0 teaches route {shorten(value)}; give one"
+                yield f"route.{value}", f"route {shorten(value)} names {shorten(those)}; allowed: 0 to {many - 1}"
+                return
+            if isinstance(self.weights, list) and not any(self.weights[m] for m in those if m < len(self.weights)):
+                yield f"route.{value}", f"no member with a weight above 0 teaches route {shorten(value)}; give one"
         idle = sorted(set(range(many)) - {m for those in members.values() for m in those})
         if idle:
             yield "route", f"member {idle[0]} has no route; add one, or remove the member"

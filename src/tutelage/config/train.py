@@ -58,6 +58,7 @@ class _Choice(Section):
         kind: str = self.kind  # type: ignore[attr-defined]
         if kind not in table:
             yield "kind", f"unknown {what} {shorten(kind)}{suggest(kind, table)}; allowed: {', '.join(table)}"
+            return
         for key in self.options:
             if key not in table[kind]:
                 keys = [*type(self).model_fields, *table[kind]]

@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tutelage.config import GIVEN, EndpointRecipe, JudgeConfig, Judgement, dump_recipe, load_judgement
+from tutelage.config import GIVEN, EndpointRecipe, JudgeConfig, dump_recipe, load_endpoint_recipe
 from tutelage.errors import BudgetSpent, DataError, RunDirectoryError, require
 from tutelage.evaluation.statistics import paired_difference
 from tutelage.files import write_text
@@ -59,7 +59,7 @@ class JudgePrompt(NamedTuple):
 
 
 def judge_answers(
-    recipe: Judgement | str | Path,
+    recipe: EndpointRecipe | str | Path,
     overrides: Iterable[str] = (),
     *,
     out: str | Path | None = None,
@@ -82,8 +82,11 @@ def judge_answers(
         TutelageError: one of its other subclasses, with the remedy.
     """
     require("httpx2", "generate", "comparing answers with a judge")
-    loaded = recipe if isinstance(recipe, Judgement) else load_judgement(recipe, overrides)
-    settings, terminal = loaded.settings, terminal or Terminal()
+    loaded = recipe
+    if not isinstance(loaded, EndpointRecipe):
+        loaded = load_endpoint_recipe(loaded, overrides, "judge")
+    settings, terminal = loaded.judge, terminal or Terminal()
+    assert settings is not None
     path = Path(out) if out is not None else Path("runs") / f"{loaded.name}-judge"
     template = PromptTemplates(loaded.where).add(
         ("judge", "template"), settings.template, ("prompt", "first", "second")

@@ -13,9 +13,8 @@ from tutelage.config import (
     AnswerConfig,
     ConversationConfig,
     EndpointRecipe,
-    Generation,
     dump_recipe,
-    load_generation,
+    load_endpoint_recipe,
 )
 from tutelage.errors import BudgetSpent, require
 from tutelage.files import write_text
@@ -43,7 +42,7 @@ class GenerationResult(NamedTuple):
 
 
 def generate(
-    recipe: Generation | str | Path,
+    recipe: EndpointRecipe | str | Path,
     overrides: Iterable[str] = (),
     *,
     out: str | Path | None = None,
@@ -67,11 +66,13 @@ def generate(
     """
     require("httpx2", "generate", "generating text")
     require("rapidfuzz", "generate", "finding near duplicates")
-    loaded = recipe if isinstance(recipe, Generation) else load_generation(recipe, overrides)
+    loaded = recipe
+    if not isinstance(loaded, EndpointRecipe):
+        loaded = load_endpoint_recipe(loaded, overrides, "generate")
     terminal = terminal or Terminal()
     path = Path(out) if out is not None else Path("runs") / f"{loaded.name}-generate"
-    settings = loaded.settings
-    context = _context(loaded)
+    settings, context = loaded.generate, _context(loaded)
+    assert settings is not None
     QualityChecks(settings.quality)
     plan = STRATEGIES[settings.kind](context)
     first = next(plan)  # reports a broken file or template before any request is sent
@@ -99,8 +100,9 @@ def generate(
     return GenerationResult(path, summary)
 
 
-def _context(loaded: Generation) -> GenerationContext:
-    settings = loaded.settings
+def _context(loaded: EndpointRecipe) -> GenerationContext:
+    settings = loaded.generate
+    assert settings is not None
     templates = PromptTemplates(loaded.where)
     names = ["prompt", "instruction"]
     if isinstance(settings, AnswerConfig | ConversationConfig):

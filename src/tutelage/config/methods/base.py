@@ -25,7 +25,7 @@ class MethodOptions(Section):
 def labels_weight_misfit(alpha: float, hard: float | None) -> Iterator[tuple[str, str]]:
     """The misfit of an ``alpha`` above 1 without ``hard``: the labels would get a negative weight."""
     if hard is None and alpha > 1:
-        yield "alpha", f"alpha: {alpha:g} leaves {1 - alpha:g} for the labels; give at most 1, or 'hard' too"
+        yield "alpha", f"{alpha:g} leaves {1 - alpha:g} for the labels; give at most 1, or 'hard' too"
 
 
 def auto_or_list(of: str, example: str) -> BeforeValidator:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tutelage.config.base import BelowOne, Count, NotNegative, Section, known
-from tutelage.config.messages import Misfit
 from tutelage.config.methods.base import auto_or_list
 from tutelage.config.methods.logit import SoftLabelOptions
-from tutelage.config.methods.losses import FEATURE_LOSSES, PROJECTORS, LossOptions, loss_options
+from tutelage.config.methods.losses import FEATURE_LOSSES, PROJECTORS, LossOptions, option_misfits
 
 FeatureLossName = Annotated[str, known("loss", FEATURE_LOSSES)]
 
@@ -70,31 +70,39 @@ class FeatureOptions(SoftLabelOptions):
     """Share of all steps that train the pairs alone, up to the tapped modules; the other steps train without them.
     The two stages of FitNets, each with its own optimizer and schedule. Default 0: both together."""
 
-    @model_validator(mode="after")
-    def _check_pairs(self) -> FeatureOptions:
-        self.resolved_pairs()
-        return self
+    def misfits(self) -> Iterator[tuple[str, str]]:
+        """Options that a loss does not have, and projectors where it takes none."""
+        yield from super().misfits()
+        yield from option_misfits(self.loss, self.options, FEATURE_LOSSES[self.loss], "options")
+        given = enumerate(self.pairs or [PairOptions(student="", teacher="")])
+        for prefix, pair in (("" if self.pairs is None else f"pairs.{i}.", pair) for i, pair in given):
+            name = pair.loss or self.loss
+            if self.pairs is not None:
+                options = {key: value for key, value in pair.options.items() if value is not None}
+                yield from option_misfits(name, options, FEATURE_LOSSES[name], f"{prefix}options")
+            if not FEATURE_LOSSES[name].projects:
+                if (pair.projector or self.projector) != "auto":
+                    own = prefix if pair.projector is not None else ""
+                    yield f"{own}projector", f"{name} takes no projector; leave out projector and norm"
+                elif self.norm if pair.norm is None else pair.norm:
+                    own = prefix if pair.norm is not None else ""
+                    yield f"{own}norm", f"{name} takes no projector; leave out projector and norm"
 
     def resolved_pairs(self) -> list[ResolvedPair]:
-        """The pairs with all that they take from the method.
+        """The pairs with all that they take from the method."""
+        return [self._resolved(pair) for pair in self.pairs or [PairOptions(student="", teacher="")]]
 
-        Raises:
-            Misfit: an option that the loss does not have.
-        """
-        loss_options(self.loss, self.options, FEATURE_LOSSES[self.loss], "options")
-        auto = PairOptions(student="", teacher="")
-        return [self._resolved(pair, "options" if self.pairs is None else "pairs") for pair in self.pairs or [auto]]
-
-    def _resolved(self, pair: PairOptions, key: str) -> ResolvedPair:
+    def _resolved(self, pair: PairOptions) -> ResolvedPair:
         name = pair.loss or self.loss
-        spec, shared = FEATURE_LOSSES[name], self.options if name == self.loss else {}
-        projector, norm = pair.projector or self.projector, self.norm if pair.norm is None else pair.norm
-        if not spec.projects and (projector != "auto" or norm):
-            raise Misfit(f"{name} takes no projector; leave out projector and norm", key)
+        shared = self.options if name == self.loss else {}
         given = {k: v for k, v in {**shared, **pair.options}.items() if v is not None}
-        weight = self.weight if pair.weight is None else pair.weight
-        options = loss_options(name, given, spec, key)
-        return ResolvedPair(pair.student, pair.teacher, name, weight, projector, norm, options)
+        return ResolvedPair(
+            pair.student, pair.teacher, name,
+            weight=self.weight if pair.weight is None else pair.weight,
+            projector=pair.projector or self.projector,
+            norm=self.norm if pair.norm is None else pair.norm,
+            options=FEATURE_LOSSES[name].options.model_validate(given),
+        )  # fmt: skip
 
 
 class SimkdOptions(SoftLabelOptions):

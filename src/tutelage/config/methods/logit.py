@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from tutelage.config.base import NotNegative, Positive, known
 from tutelage.config.methods.base import MethodOptions, labels_weight_misfit
-from tutelage.config.methods.losses import LOGIT_LOSSES, LossOptions, loss_options
+from tutelage.config.methods.losses import LOGIT_LOSSES, LossOptions, option_misfits
 
 
 def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class SoftLabelOptions(MethodOptions):
     def misfits(self) -> Iterator[tuple[str, str]]:
         """Weights, options and a temperature that do not fit the loss."""
         yield from labels_weight_misfit(self.alpha, self.hard)
-        _ = self.loss_options
+        yield from option_misfits(self.soft, self.soft_options, LOGIT_LOSSES[self.soft], "soft_options")
         if self.temperature is not None and LOGIT_LOSSES[self.soft].temperature is None:
             yield "temperature", f"{self.soft} has no temperature, given {self.temperature:g}; leave it out"
 
@@ -48,7 +48,7 @@ class SoftLabelOptions(MethodOptions):
     @property
     def loss_options(self) -> LossOptions:
         """``soft_options`` as the section of the loss."""
-        return loss_options(self.soft, self.soft_options, LOGIT_LOSSES[self.soft], "soft_options")
+        return LOGIT_LOSSES[self.soft].options.model_validate(self.soft_options)
 
     @property
     def hard_weight(self) -> float:

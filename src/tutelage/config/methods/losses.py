@@ -7,14 +7,14 @@ and, if it has options, a section. ``CONTRIBUTING.md`` shows both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
 from tutelage.config.base import BelowOne, Count, Fraction, NotNegative, Positive, Section, Share
-from tutelage.config.messages import Misfit
+from tutelage.config.messages import must_be
 from tutelage.errors import shorten, suggest
 
 Shape = tuple[int, ...]
@@ -317,21 +317,18 @@ PROJECTORS = ("auto", "conv1x1", "identity", "linear", "mlp")
 """Kinds of projectors."""
 
 
-def loss_options(name: str, given: Mapping[str, Any], spec: LogitLossSpec | FeatureLossSpec, key: str) -> LossOptions:
-    """The options of loss ``name``, checked.
-
-    Raises:
-        Misfit: an unknown option or a wrong value, in the section's ``key``.
-    """
+def option_misfits(
+    name: str, given: Mapping[str, Any], spec: LogitLossSpec | FeatureLossSpec, key: str
+) -> Iterator[tuple[str, str]]:
+    """The options that loss ``name`` does not have, and their wrong values; ``key`` holds the options."""
+    known = list(spec.options.model_fields)
     try:
-        return spec.options.model_validate(dict(given))
+        spec.options.model_validate(dict(given))
     except ValidationError as error:
-        details = error.errors(include_url=False)[0]
-        option, known = str(details["loc"][0]), list(spec.options.model_fields)
-        if details["type"] == "extra_forbidden":
-            raise Misfit(
-                f"{name} has no option {shorten(option)}{suggest(option, known)}; "
-                f"its options: {', '.join(known) or 'none'}",
-                key,
-            ) from None
-        raise Misfit(f"{name}: {option} is {shorten(details['input'])}; {details['msg']}", key) from None
+        for details in error.errors(include_url=False):
+            option = str(details["loc"][0])
+            what = f"{name}: {option} is {shorten(details['input'])}; it must be {must_be(details)}"
+            if details["type"] == "extra_forbidden":
+                what = f"{name} has no option {shorten(option)}{suggest(option, known)}; its options: "
+                what += ", ".join(known) or "none"
+            yield f"{key}.{option}", what
