@@ -107,7 +107,7 @@ SEVERAL = [
          many(", combine: logits, average_temperature: 4")),
     Case("route-without-column", ["recipe.yaml:5", "needs 'data.route'", "name its column"],
          many(", route: {a: 0, b: 1}")),
-    Case("column-without-route", ["recipe.yaml:5", "data.route: needs 'teacher.route'", "remove it"],
+    Case("column-without-route", ["recipe.yaml:5", "data.route needs 'teacher.route'", "remove it"],
          {"source: digits": "source: imagefolder\n  path: x\n  route: folder"}),
     Case("column-of-no-column", ["recipe.yaml:4", "'digits' has no column 'folder'", "imagefolder"],
          {"source: digits": "source: digits\n  route: folder"}),
