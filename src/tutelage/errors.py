@@ -106,8 +106,7 @@ def refusal(error: OSError) -> str:
 def shorten(value: Any, limit: int = 80) -> str:
     """``repr(value)`` on one line of at most ``limit`` characters, for messages."""
     text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
-    if "\n" in text:
-        text = " ".join(text.split())
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

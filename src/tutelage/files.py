@@ -35,8 +35,7 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # safetensors has its own class for errors of the operating system, with the number in the message.
-        is_safetensors = type(error).__name__ == "SafetensorError"
-        code = re.search(r"os error (\d+)", str(error)) if is_safetensors else None
+        code = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
         if code is None and not isinstance(error, OSError):
             raise
         number = int(code[1]) if code else getattr(error, "errno", None)

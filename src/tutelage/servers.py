@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from tutelage.errors import EndpointError, require
 
@@ -40,15 +40,11 @@ class TransientServerError(Exception):
         self.what, self.after, self.answered = what, after, answered
 
 
-class JsonRequest(Protocol):
-    """Sends JSON to a path and returns the JSON reply; a GET request if there is no body.
+JsonRequest = Callable[..., Any]
+"""``(path, body=None) -> reply``: sends JSON and returns the JSON reply; a GET request if there is no body.
 
-    A path that begins with ``/`` is relative to the server's root, any other path to the client's URL.
-    """
-
-    def __call__(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The reply."""
-        ...
+A path that begins with ``/`` is relative to the server's root, any other path to the client's URL.
+"""
 
 
 class JsonClient:
@@ -115,7 +111,7 @@ class JsonClient:
             wait = min(2 * wait, LONGEST_WAIT)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Send one request; see :class:`JsonRequest`.
+        """Send one request, as a :data:`JsonRequest`.
 
         Raises:
             TransientServerError: another attempt may succeed.

@@ -29,7 +29,7 @@ SPLIT_NAMES = {
 FASHION_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
-FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True)
@@ -128,22 +128,25 @@ def read_digits() -> RawImages:
 
 def read_fashion_mnist(path: str | None) -> RawImages:
     """Fashion-MNIST, 28x28: from the files of Debian's package if it is installed, else from torchvision."""
-    folders = (Path(path),) if path else FASHION_FOLDERS
-    for folder in folders:
-        if (folder / "train-images-idx3-ubyte.gz").exists():
-            splits = {}
-            for split, stem in (("train", "train"), ("test", "t10k")):
-                pixels = read_idx(folder / f"{stem}-images-idx3-ubyte.gz").unsqueeze(1)
-                labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz").long()
-                if len(pixels) != len(labels):
-                    raise DataError(f"{len(pixels)} images but {len(labels)} labels", where=f"{folder}, {stem}")
-                splits[split] = RawSplit(labels, torch.arange(len(labels)), pixels)
-            return RawImages(FASHION_CLASSES, splits, [0.2860], [0.3530])
+    folder = Path(path) if path else FASHION_FOLDER
+    if (folder / "train-images-idx3-ubyte.gz").exists():
+        splits = {}
+        for split, stem in (("train", "train"), ("test", "t10k")):
+            pixels = read_idx(folder / f"{stem}-images-idx3-ubyte.gz").unsqueeze(1)
+            labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz").long()
+            if len(pixels) != len(labels):
+                raise DataError(
+                    f"{stem} has {len(pixels)} images but {len(labels)} labels",
+                    where=str(folder),
+                    remedy="download the four files again",
+                )
+            splits[split] = RawSplit(labels, torch.arange(len(labels)), pixels)
+        return RawImages(FASHION_CLASSES, splits, [0.2860], [0.3530])
     try:
         raw = read_torchvision("FashionMNIST", path, {})
     except DataError as error:
         raise DataError(
-            f"Fashion-MNIST is not in {folders[0]}, and the download failed: {error.what}",
+            f"Fashion-MNIST is not in {folder}, and the download failed: {error.what}",
             remedy="on Debian or Ubuntu: apt-get install dataset-fashion-mnist",
         ) from None
     return RawImages(FASHION_CLASSES, raw.splits, [0.2860], [0.3530])
@@ -288,7 +291,7 @@ def _index_values(values: Iterable[Any], names: list[str]) -> Tensor:
 
 
 class _NoSuchSplit(DataError):
-    """A data set has no split of this name."""
+    """A data set of torchvision has no split of this name."""
 
 
 def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> RawImages:

@@ -28,17 +28,14 @@ class Rows(Protocol):
     @property
     def ids(self) -> Tensor:
         """A stable number for each row."""
-        ...
 
     @property
     def is_augmented(self) -> bool:
         """Whether a row depends on the view seed."""
-        ...
 
     def __len__(self) -> int: ...
     def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
         """The given rows, augmented from the seeds ``views`` if given."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,9 @@ class Batches(Protocol):
     @property
     def ids(self) -> Tensor | None:
         """The sample ids of an epoch; ``None`` if samples have none."""
-        ...
 
     def epoch(self, epoch: int, rank_slice: RankSlice, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches for each step of an epoch, starting at step ``skip``."""
-        ...
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> Tensor:

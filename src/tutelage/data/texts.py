@@ -345,23 +345,15 @@ def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) ->
     """Drop rows with empty texts, or raise :class:`DataError`."""
     splits = {}
     for split, rows in raw.splits.items():
-        wrong = next(
-            (
-                (c, type(t).__name__) for c in columns for t in rows.columns[c][:1_000]
-                if t is not None and not isinstance(t, (str, list))
-            ),
-            None,
-        )  # fmt: skip
-        if wrong is not None:
-            raise DataError(
-                f"column {wrong[0]!r} holds a value of type {wrong[1]}, not text",
-                where=raw.name,
-                remedy="name the column of texts: data.text",
-            )
-        bad = [
-            i for i in range(rows.length)
-            if any(_blank(rows.columns[c][i]) for c in columns)
-        ]  # fmt: skip
+        for column in columns:
+            for text in rows.columns[column][:1_000]:
+                if text is not None and not isinstance(text, (str, list)):
+                    raise DataError(
+                        f"column {column!r} holds a value of type {type(text).__name__}, not text",
+                        where=raw.name,
+                        remedy="name the column of texts: data.text",
+                    )
+        bad = [i for i in range(rows.length) if any(_is_blank(rows.columns[c][i]) for c in columns)]
         if bad and empty == "error":
             raise DataError(
                 f"{len(bad)} of {rows.length} texts of the {split} split are empty, rows {bad[:5]}",
@@ -377,7 +369,7 @@ def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) ->
     return replace(raw, splits=splits)
 
 
-def _blank(text: Any) -> bool:
+def _is_blank(text: Any) -> bool:
     return text is None or not (text.strip() if isinstance(text, str) else text)
 
 

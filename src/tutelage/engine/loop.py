@@ -402,7 +402,7 @@ class _State:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """During the block the student alone can run, and every process has the weights that are saved.
+        """During the block the unwrapped student can run, and every process has the weights that are saved.
 
         Under FSDP2 the weights of the root are gathered. Batch statistics, which differ between processes, become
         those of the main process, as at the next training step.

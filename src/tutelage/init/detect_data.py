@@ -164,9 +164,9 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
         return _images(path)
     if suffixes[".txt"]:
         return _plain(path, task, text)
-    found = ", ".join(f"{n} with {s or 'no suffix'}" for s, n in suffixes.most_common(4)) or "none"
+    endings = ", ".join(f"{n} with {s or 'no suffix'}" for s, n in suffixes.most_common(4)) or "none"
     raise DataError(
-        f"contains no images, tables or texts; files: {found}",
+        f"contains no images, tables or texts; files: {endings}",
         where=str(path),
         remedy="put images into one sub-folder per class, or give a table: " + ", ".join(TABLES),
     )
