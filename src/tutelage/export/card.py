@@ -7,6 +7,10 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
+from tutelage.reports.bench import FRACTIONS, quality
+
+SECTIONS = ("data", "teacher", "student", "method", "train")
+
 PIPELINES = {
     "images": "image-classification", "classes": "text-classification", "multi-label": "text-classification",
     "regression": "text-classification", "tokens": "token-classification", "mlm": "fill-mask",
@@ -15,32 +19,6 @@ PIPELINES = {
 """The pipeline tag of the Hugging Face hub for each task."""
 
 LIBRARIES = {"hf": "transformers", "onnx": "onnx", "int8": "onnx", "torch-export": "pytorch"}
-
-KINDS = {
-    "images": "an image classifier", "classes": "a text classifier", "multi-label": "a text classifier",
-    "regression": "a regression model for texts", "tokens": "a token classifier", "mlm": "a masked language model",
-    "causal": "a causal language model", "embedding": "a sentence encoder",
-}  # fmt: skip
-
-CONTENTS = {
-    "safetensors": "weights (safetensors) and the arguments that build the model",
-    "hf": "a folder that transformers loads",
-    "onnx": "an ONNX graph, for any number of rows (and tokens)",
-    "int8": "an ONNX graph with int8 weights, for any number of rows (and tokens)",
-    "torch-export": "a program of torch.export, for any number of rows (and tokens)",
-}
-
-_ONNX = 'import onnxruntime\nsession = onnxruntime.InferenceSession("PATH/model.onnx")'
-LOADING = {
-    "hf": 'from transformers import {auto}\nmodel = {auto}.from_pretrained("PATH")',
-    "onnx": _ONNX,
-    "int8": _ONNX,
-    "torch-export": 'import torch\nmodel = torch.export.load("PATH/model.pt2").module()',
-    "safetensors": 'import tutelage\nmodel = tutelage.models.load_model("PATH")',
-}
-"""Code that loads each format, without tutelage where possible."""
-
-PERCENTAGES = ("accuracy", "f1", "recall", "agreement")
 
 
 def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -54,7 +32,7 @@ def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     name = str(summary.get("name") or recipe.get("name") or "model")
     metric = str(summary.get("metric", "accuracy"))
     environment = Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["plain"] = _plain
+    environment.filters |= {"plain": _plain, "code": _code, "value": quality}
     template = environment.from_string((resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))
     preprocessing = manifest["preprocessing"]
     size = preprocessing.get("size", 0)
@@ -67,16 +45,11 @@ def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     text = template.render(
         front=_metadata(manifest, summary, recipe, name).to_yaml(),
         name=name, manifest=manifest, summary=summary, metric=metric, check=manifest["check"],
-        kind=KINDS.get(str(manifest["task"]), "a model"),
-        contents=CONTENTS[str(manifest["format"])],
-        loading=LOADING[str(manifest["format"])].replace("{auto}", str(facts.get("auto") or "AutoModel")),
-        teacher=_teacher(recipe),
+        auto=facts.get("auto") or "AutoModel", recipe={section: _section(recipe, section) for section in SECTIONS},
         rows=list(_rows(summary, metric)),
         gain=_gain((summary.get("gain") or {}).get("best"), metric),
-        retention=retention,
-        quantised=None if None in both else [_value(value, metric) for value in both],
+        retention=retention, quantised=None if None in both else both,
         shorter_side=max(size, round(size / preprocessing.get("crop", 1.0))),
-        origin=list(_origin(summary, recipe)),
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -120,16 +93,6 @@ def _metric_of(summary: Mapping[str, Any], metric: str) -> float | None:
     return float(best[metric]["mean"]) if metric in best else None
 
 
-def _teacher(recipe: Mapping[str, Any]) -> str | None:
-    teacher = _section(recipe, "teacher")
-    if teacher.get("members"):
-        return f"an ensemble of {len(teacher['members'])} teachers"
-    if teacher.get("endpoint"):
-        return f"`{_code(_section(teacher, 'endpoint').get('model', 'a model behind a server'))}`"
-    known = teacher.get("model") or teacher.get("class")
-    return f"`{_code(known)}`" if known else None
-
-
 def _rows(summary: Mapping[str, Any], metric: str) -> Iterator[tuple[str, ...]]:
     """The rows of the table of models."""
     sizes, latency = summary.get("parameters") or {}, summary.get("latency") or {}
@@ -142,43 +105,19 @@ def _rows(summary: Mapping[str, Any], metric: str) -> Iterator[tuple[str, ...]]:
         )
 
     if metric in (teacher := summary.get("teacher") or {}):
-        yield "teacher", _value(teacher[metric], metric), *cost("teacher")
+        yield "teacher", quality(teacher[metric], metric), *cost("teacher")
     for who, title in (("baseline", "baseline"), ("distilled", "**this student**")):
         spread = ((summary.get("students") or {}).get(who) or {"best": {}})["best"].get(metric)
         if spread:
             values = spread.get("values") or []
-            both = f" ({_value(min(values), metric)} to {_value(max(values), metric)})" if len(values) > 1 else ""
-            yield title, _value(spread["mean"], metric) + both, *cost("student")
-
-
-def _origin(summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    data, student, method, train = (_section(recipe, name) for name in ("data", "student", "method", "train"))
-    if data:
-        keys = ("source", "path", "task", "labels", "size", "max_length")
-        yield "Data", ", ".join(f"{k} `{_code(data[k])}`" for k in keys if data.get(k))
-    if teacher := _teacher(recipe):
-        yield "Teacher", teacher
-    if student:
-        yield "Student", f"`{_code(student.get('model') or student.get('class'))}`"
-    if method:
-        yield "Method", f"`{_code(method.get('kind') or method.get('class'))}`"
-    if summary.get("formula"):
-        yield "Loss", f"`{_code(summary['formula'])}`"
-    if train:
-        budget = f"{train['steps']} steps" if train.get("steps") else f"{train.get('epochs')} epochs"
-        yield "Training", f"{budget}, batch size {train.get('batch_size', 'of the loader')}"
-    if summary.get("exported"):
-        yield "Student of the run", f"`{_code(summary['exported'])}`, the best on validation"
-
-
-def _value(value: float, metric: str) -> str:
-    return f"{value:.2%}" if metric in PERCENTAGES else f"{value:.4g}"
+            both = f" ({quality(min(values), metric)} to {quality(max(values), metric)})" if len(values) > 1 else ""
+            yield title, quality(spread["mean"], metric) + both, *cost("student")
 
 
 def _gain(gain: Mapping[str, Any] | None, metric: str) -> str | None:
     if not gain:
         return None
-    scale, unit = (100, " points") if metric in PERCENTAGES else (1, "")
+    scale, unit = (100, " points") if metric in FRACTIONS else (1, "")
     interval = "no confidence interval with one seed"
     if gain.get("low") is not None:
         interval = f"95 % confidence interval {scale * gain['low']:+.2f} to {scale * gain['high']:+.2f}"
