@@ -71,7 +71,6 @@ class Scores(Metrics):
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add positions."""
-        del rows
         labels, counted = batch.labels.flatten(), batch.counted().flatten()
         logits = logits.flatten(0, -2).float()
         has = (labels != IGNORE) & counted
@@ -156,7 +155,6 @@ class LabelScores(Metrics):
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows."""
-        del rows
         assert batch.targets is not None
         has, counted = batch.labelled(), batch.counted()
         scores, targets = logits[has].float(), batch.targets[has]
@@ -243,7 +241,6 @@ class EmbeddingScores(_AllRows):
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows."""
-        del batch
         self.store("mine", logits, rows)
         if teacher is not None:
             self.store("teacher", teacher, rows)
@@ -280,7 +277,6 @@ class RankingScores(Metrics):
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows; without a teacher the first answer is the correct one."""
-        del rows
         counted = batch.counted()
         mine = logits[counted].double()
         theirs = torch.tensor([1.0, 0.0], device=mine.device).expand_as(mine) if teacher is None else teacher[counted]

@@ -16,10 +16,11 @@ from tutelage.data.texts import as_list
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation import evaluate
 from tutelage.experiment.run_artifacts import SavedModel, checked_recipe, data_of, find, rows_of, whole_test
-from tutelage.export.bundle import TASKS, Inputs, ModelBundle, auto_class, named_inputs
+from tutelage.export.bundle import TASKS, Inputs, ModelBundle, named_inputs
 from tutelage.export.check import ROWS, random_inputs
 from tutelage.export.export import ExportResult, check_format, check_output_folder, write_export
 from tutelage.export.runtimes import input_names
+from tutelage.models.pretrained import AUTO_CLASSES
 from tutelage.progress import Terminal
 
 CALIBRATION = 256
@@ -73,7 +74,7 @@ def export_student(
         calibration = rows_of(known.validation, CALIBRATION, bundle.task) if to == "int8" else []
         measure = None if bundle.task == "embedding" else partial(_measured, known)
     facts = {"summary": saved.summary if saved.is_student else {}, "recipe": saved.config,
-             "auto": auto_class(bundle.task)}  # fmt: skip
+             "auto": AUTO_CLASSES[bundle.task]}  # fmt: skip
     config = None if saved.recipe is None else saved.recipe.data
     reads_pairs = (
         isinstance(config, TextDataConfig)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tutelage.errors import CapabilityError, CheckpointError, ConfigError
 from tutelage.models import MODEL_CARD, label_names, load_model, load_tokenizer
 from tutelage.models.files import read_card
-from tutelage.models.pretrained import AUTO_CLASSES, BiEncoder, CrossEncoder, SentenceEncoder, load_pretrained
+from tutelage.models.pretrained import BiEncoder, CrossEncoder, SentenceEncoder, load_pretrained
 from tutelage.taps import logits_of
 from tutelage.taps.observe import no_cache_arguments
 
@@ -172,8 +172,3 @@ def is_transformers(model: nn.Module) -> bool:
     """Whether transformers can load what the model saves."""
     own = model.model if isinstance(model, SentenceEncoder) else model
     return hasattr(own, "config") and callable(getattr(own, "save_pretrained", None))
-
-
-def auto_class(task: str) -> str:
-    """The auto class of transformers for a task."""
-    return AUTO_CLASSES[task]

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
-from tutelage.reports.bench import FRACTIONS, quality
-
 SECTIONS = ("data", "teacher", "student", "method", "train")
 
 PIPELINES = {
@@ -17,6 +15,8 @@ PIPELINES = {
     "causal": "text-generation", "embedding": "sentence-similarity",
 }  # fmt: skip
 """The pipeline tag of the Hugging Face hub for each task."""
+
+PERCENTAGES = ("accuracy", "f1", "recall", "agreement")
 
 LIBRARIES = {"hf": "transformers", "onnx": "onnx", "int8": "onnx", "torch-export": "pytorch"}
 
@@ -32,7 +32,7 @@ def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     name = str(summary.get("name") or recipe.get("name") or "model")
     metric = str(summary.get("metric", "accuracy"))
     environment = Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"plain": _plain, "code": _code, "value": quality}
+    environment.filters |= {"plain": _plain, "code": _code, "value": _value}
     template = environment.from_string((resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))
     preprocessing = manifest["preprocessing"]
     size = preprocessing.get("size", 0)
@@ -105,23 +105,27 @@ def _rows(summary: Mapping[str, Any], metric: str) -> Iterator[tuple[str, ...]]:
         )
 
     if metric in (teacher := summary.get("teacher") or {}):
-        yield "teacher", quality(teacher[metric], metric), *cost("teacher")
+        yield "teacher", _value(teacher[metric], metric), *cost("teacher")
     for who, title in (("baseline", "baseline"), ("distilled", "**this student**")):
         spread = ((summary.get("students") or {}).get(who) or {"best": {}})["best"].get(metric)
         if spread:
             values = spread.get("values") or []
-            both = f" ({quality(min(values), metric)} to {quality(max(values), metric)})" if len(values) > 1 else ""
-            yield title, quality(spread["mean"], metric) + both, *cost("student")
+            both = f" ({_value(min(values), metric)} to {_value(max(values), metric)})" if len(values) > 1 else ""
+            yield title, _value(spread["mean"], metric) + both, *cost("student")
 
 
 def _gain(gain: Mapping[str, Any] | None, metric: str) -> str | None:
     if not gain:
         return None
-    scale, unit = (100, " points") if metric in FRACTIONS else (1, "")
+    scale, unit = (100, " points") if metric in PERCENTAGES else (1, "")
     interval = "no confidence interval with one seed"
     if gain.get("low") is not None:
         interval = f"95 % confidence interval {scale * gain['low']:+.2f} to {scale * gain['high']:+.2f}"
     return f"{scale * gain['mean']:+.2f}{unit} of {metric} ({interval})"
+
+
+def _value(value: float, metric: str) -> str:
+    return f"{value:.2%}" if metric in PERCENTAGES else f"{value:.4g}"
 
 
 def _plain(text: Any) -> str:

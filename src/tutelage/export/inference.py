@@ -167,19 +167,16 @@ def _for_each_text(convert: Callable[[Export, Tensor, int], dict[str, Any]]) -> 
 
 
 def _classes(export: Export, row: Tensor, top: int) -> dict[str, Any]:
-    return {"labels": top_labels(row.softmax(-1), export.manifest["classes"], top)}
-
-
-def _multi_label(export: Export, row: Tensor, top: int) -> dict[str, Any]:
-    return {"labels": top_labels(row.sigmoid(), export.manifest["classes"], top)}
+    probabilities = row.sigmoid() if export.manifest["task"] == "multi-label" else row.softmax(-1)
+    return {"labels": top_labels(probabilities, export.manifest["classes"], top)}
 
 
 def _regression(export: Export, row: Tensor, top: int) -> dict[str, Any]:
-    return {"values": {n: float(x) for n, x in zip(export.manifest["classes"], row.flatten(), strict=False)}}
+    return {"values": dict(zip(export.manifest["classes"], row.flatten().tolist(), strict=False))}
 
 
 def _embedding(export: Export, row: Tensor, top: int) -> dict[str, Any]:
-    return {"embedding": [float(x) for x in row]}
+    return {"embedding": row.tolist()}
 
 
 def _tokens(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
@@ -224,11 +221,11 @@ def _masked(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iter
 
 def _causal(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
     for text in texts:
-        yield {"input": text, "text": generate_text(export, text, tokens)}
+        yield {"input": text, "text": _generate(export, text, tokens)}
 
 
 @torch.no_grad()
-def generate_text(export: Export, text: str, tokens: int) -> str:
+def _generate(export: Export, text: str, tokens: int) -> str:
     """The greedy continuation of a text, or the answer to it if the tokenizer has a chat template.
 
     An exported graph has no key-value cache: each token is computed from all tokens before it.
@@ -264,7 +261,7 @@ def generate_text(export: Export, text: str, tokens: int) -> str:
 
 
 TASKS = {
-    "classes": _for_each_text(_classes), "multi-label": _for_each_text(_multi_label),
+    "classes": _for_each_text(_classes), "multi-label": _for_each_text(_classes),
     "regression": _for_each_text(_regression), "embedding": _for_each_text(_embedding),
     "tokens": _tokens, "mlm": _masked, "causal": _causal,
 }  # fmt: skip

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import CheckpointError, did_you_mean, first_line, require
-from tutelage.export.bundle import Inputs, TraceModule, auto_class, load_bundle
+from tutelage.export.bundle import Inputs, TraceModule, load_bundle
 from tutelage.files import silence_transformers
 from tutelage.models import load_model, load_tokenizer
-from tutelage.models.pretrained import SentenceEncoder
+from tutelage.models.pretrained import AUTO_CLASSES, SentenceEncoder
 
 MANIFEST = "export.json"
 """Name of the manifest of an export."""
@@ -140,7 +140,7 @@ def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
 
     try:
         with silence_transformers():
-            model = getattr(transformers, auto_class(task)).from_pretrained(folder, dtype=torch.float32)
+            model = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _damaged(folder, error) from None
     model = SentenceEncoder(model) if task == "embedding" else model

@@ -21,6 +21,7 @@ from tutelage.methods import (
     prepare_student,
 )
 from tutelage.methods.step import TermSums, check_terms, count_terms, get_signal, mean_loss, scale_terms
+from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
 from tutelage.teachers.signal import Signal, Teacher
@@ -84,8 +85,7 @@ class Distiller(DistillationModule):
         check_capabilities(method, live)
         _check_extras(method, ids, peers)
         model = getattr(live, "model", None)
-        place = next((p.device for p in student.parameters()), torch.device("cpu"))
-        few = _batch(example, to_batch).rows(0, EXAMPLE).to(place)
+        few = _batch(example, to_batch).rows(0, EXAMPLE).to(device_of(student))
         if peers:
             method.add_peers(peers)
         student = prepare_student(method, student, model, few, seed)
@@ -138,7 +138,7 @@ class Distiller(DistillationModule):
     @property
     def device(self) -> torch.device:
         """The student's device."""
-        return next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        return device_of(self.student)
 
     def batch(self, raw: Any) -> Batch:
         """What the data yields as a training batch, on the student's device."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tutelage.data import Batch, as_batch
+from tutelage.data import Batch
 from tutelage.errors import CapabilityError, require
 from tutelage.integrations.distiller import Distiller
 from tutelage.methods import Method
@@ -41,12 +41,8 @@ class LightningDistillationModule(LightningModule):
             ``configure_optimizers`` may return. Default: AdamW at 1e-3.
         accumulate: micro-batches of a batch; above 1 on one process only.
         clip: maximum norm of the gradient, if ``accumulate`` is above 1; else use Lightning's ``gradient_clip_val``.
-        to_batch: converts what the loader yields to a batch; for causal language models
-            :func:`tutelage.data.causal_batch`.
-        seed: of the method's initial weights.
-        ids: sample ids of the training data, for a method that needs them.
-        peers: modules that are trained with the student, for a method with peers.
-        phases_done: the phases that the method needs first are trained.
+        options: other arguments of :class:`tutelage.integrations.Distiller`: ``to_batch``, ``seed``, ``ids``,
+            ``peers`` and ``phases_done``.
 
     Raises:
         CapabilityError: see :class:`tutelage.integrations.Distiller`; or ``clip`` without ``accumulate``.
@@ -62,11 +58,7 @@ class LightningDistillationModule(LightningModule):
         optimizer: Optimizers | None = None,
         accumulate: int = 1,
         clip: float | None = None,
-        to_batch: Callable[[Any], Batch] = as_batch,
-        seed: int = 0,
-        ids: Tensor | None = None,
-        peers: Sequence[nn.Module] = (),
-        phases_done: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         if accumulate < 1:
@@ -76,10 +68,7 @@ class LightningDistillationModule(LightningModule):
                 f"clip={clip} without accumulate, where Lightning makes the step",
                 remedy="Trainer(gradient_clip_val=...)",
             )
-        self.distiller = Distiller(
-            student, teacher, method, example=example, to_batch=to_batch, seed=seed, ids=ids, peers=peers,
-            phases_done=phases_done,
-        )  # fmt: skip
+        self.distiller = Distiller(student, teacher, method, example=example, **options)
         self._optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
         self.automatic_optimization = accumulate == 1
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tutelage.errors import MissingDependencyError, ModelError, first_line, nearest, require, shorten, suggest
-from tutelage.models.pretrained import load_pretrained
+from tutelage.models.pretrained import load_pretrained, names_in
 from tutelage.models.small import MLP, ConvNet, ResNet
 
 ZOO: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": MLP, "resnet": ResNet}
@@ -144,8 +144,5 @@ def _callable(module: str, name: str, spec: ModelSpec) -> nn.Module:
 
 def label_names(model: nn.Module) -> list[str] | None:
     """The class names in the config of a model, in the order of its logits; ``None`` where it has none."""
-    table = getattr(getattr(model, "config", None), "id2label", None)
-    if not isinstance(table, dict) or not table:
-        return None
-    names = [str(table[key]) for key in sorted(table, key=int)]
-    return None if all(n == f"LABEL_{i}" for i, n in enumerate(names)) else names
+    config = getattr(model, "config", None)
+    return names_in(config) if getattr(config, "id2label", None) else None

@@ -99,7 +99,7 @@ def load_pretrained(model: str, task: str, classes: list[str] | None, options: d
         return _with_fresh(CrossEncoder(module), fresh)
     if task in ("images", *PROBLEM_TYPES, "tokens") and classes is not None:
         own = len(config.id2label) == len(classes) and _has_head(config)
-        if not own or _names(config) is None:
+        if not own or names_in(config) is None:
             options |= {
                 "num_labels": len(classes),
                 "id2label": dict(enumerate(classes)),
@@ -119,8 +119,8 @@ def _has_head(config: Any) -> bool:
     return any("Classification" in a for a in config.architectures or [])
 
 
-def _names(config: Any) -> list[str] | None:
-    """The label names in order; ``None`` where they are the defaults LABEL_0, LABEL_1 ..."""
+def names_in(config: Any) -> list[str] | None:
+    """The label names in a config, in order; ``None`` where they are the defaults LABEL_0, LABEL_1 ..."""
     names = [str(config.id2label[k]) for k in sorted(config.id2label, key=int)]
     return None if all(n == f"LABEL_{i}" for i, n in enumerate(names)) else names
 
@@ -196,7 +196,7 @@ def read_class_names(model: str, checkpoint: str | None) -> list[str] | None:
     except ValueError:
         return None
     known = SimpleNamespace(**{"architectures": None, "id2label": {}, **config})
-    return _names(known) if _has_head(known) and known.id2label else None
+    return names_in(known) if _has_head(known) and known.id2label else None
 
 
 class SentenceEncoder(nn.Module):

@@ -52,21 +52,20 @@ def plain(value: float | None) -> str:
 
 def percent_spread(spread: Mapping[str, Any] | None) -> str:
     """Mean and standard deviation over seeds: ``91.3 ± 0.4 %``."""
-    if spread is None or not _is_finite(spread["mean"]):
-        return ABSENT
-    if not _is_finite(spread.get("std")):
-        return percent(spread["mean"])
-    return f"{100 * spread['mean']:.1f} ± {100 * spread['std']:.1f} %"
+    return _spread(spread, 100, 1, " %")
 
 
 def plain_spread(spread: Mapping[str, Any] | None) -> str:
     """Mean and standard deviation over seeds: ``0.231 ± 0.012``."""
+    return _spread(spread, 1, None, "")
+
+
+def _spread(spread: Mapping[str, Any] | None, scale: int, decimals: int | None, unit: str) -> str:
     if spread is None or not _is_finite(spread["mean"]):
         return ABSENT
-    if not _is_finite(spread.get("std")):
-        return plain(spread["mean"])
-    decimals = _decimals(spread["mean"])
-    return f"{spread['mean']:.{decimals}f} ± {spread['std']:.{decimals}f}"
+    decimals = _decimals(spread["mean"]) if decimals is None else decimals
+    values = [scale * value for value in (spread["mean"], spread.get("std")) if _is_finite(value)]
+    return " ± ".join(f"{value:.{decimals}f}" for value in values) + unit
 
 
 def count(number: int | None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -34,13 +34,25 @@ COPY_ALL = "a report needs the complete run directory: copy all of it"
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """A finished run.
+class Record:
+    """A folder that a page is about.
 
     Attributes:
         label: its name on the page: that of its folder, or the path where two folders have the same name.
-        path: the run directory.
+        path: the folder.
         config: the text of ``config.yaml``.
+    """
+
+    label: str
+    path: Path
+    config: str
+
+
+@dataclass(frozen=True)
+class RunRecord(Record):
+    """A finished run.
+
+    Attributes:
         summary: of ``summary.json``.
         metrics: the lines of ``metrics.jsonl``.
         similarity: class similarities by model; empty where the run has no such files.
@@ -49,9 +61,6 @@ class RunRecord:
         judgements: of the student's answers, by judge models.
     """
 
-    label: str
-    path: Path
-    config: str
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     similarity: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -75,26 +84,17 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
-class MultistageRecord:
+class MultistageRecord(Record):
     """A finished multi-stage run: its ``summary.json``."""
 
-    label: str
-    path: Path
-    config: str
     summary: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class JudgementRecord:
+class JudgementRecord(Record):
     """A finished ``tutelage judge``: its ``judged.json``."""
 
-    label: str
-    path: Path
-    config: str
     judgement: dict[str, Any]
-
-
-Record: TypeAlias = RunRecord | MultistageRecord | JudgementRecord
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, ModelError
 from tutelage.students.config_probing import (
+    build_from_config,
+    copy_weights,
     replace_fields,
     shape_changes,
     size_fields,
@@ -19,7 +21,6 @@ from tutelage.students.config_probing import (
 )
 from tutelage.students.layer_selection import find_layer_stack, require_config
 from tutelage.students.projectors import device_of, eval_no_grad
-from tutelage.students.weight_transfer import build_from_config, copy_weights
 
 # Fewer tokens ----------------------------------------------------------------------------------------
 

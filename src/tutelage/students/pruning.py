@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, ModelError, shorten
-from tutelage.students.config_probing import config_for_layers, layer_pattern, replace_fields
+from tutelage.students.config_probing import (
+    build_from_config,
+    config_for_layers,
+    copy_weights,
+    layer_pattern,
+    replace_fields,
+)
 from tutelage.students.embeddings import factorise_embeddings
 from tutelage.students.layer_selection import find_layer_stack, require_config, select_layers
-from tutelage.students.weight_transfer import build_from_config, copy_weights
 from tutelage.students.width_pruning import WeightLayout, find_weight_layout
 
 Units = dict[tuple[str, str], Tensor]

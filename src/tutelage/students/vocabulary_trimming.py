@@ -45,17 +45,13 @@ def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] 
     Reference: Abdaoui et al., Load What You Need: Smaller Versions of Multilingual BERT (2020), for WordPiece.
     """
     require("tokenizers", "text", "trimming a vocabulary")
-    from tokenizers import Tokenizer
-
     corpus, keep = _corpus(texts), [keep] if isinstance(keep, str) else list(keep)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(
             f"{type(tokenizer).__name__} is not a fast tokenizer", remedy="load it with AutoTokenizer.from_pretrained"
         )
-    old = Tokenizer.from_str(backend.to_str())  # a copy, to leave the caller's settings unchanged
-    old.no_truncation()
-    old.no_padding()
+    old = _copy(backend)
     description = json.loads(old.to_str())
     kind = description["model"].get("type", "WordPiece")
     if kind not in CLOSURES:
@@ -80,8 +76,18 @@ def trim_tokenizer(tokenizer: Any, texts: Iterable[str], *, keep: Iterable[str] 
             f"the ids of {type(tokenizer).__name__} cannot change: its class sets ids of its own",
             remedy="load it as transformers.PreTrainedTokenizerFast(tokenizer_file=...) and trim that",
         )
-    _check_same_tokens(old, new.backend_tokenizer, corpus)
+    _check_same_tokens(old, _copy(new.backend_tokenizer), corpus)
     return new, torch.tensor([ids[token] for token in order])
+
+
+def _copy(backend: Any) -> Any:
+    """A copy without truncation and padding."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(backend.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _corpus(texts: Iterable[str]) -> Sequence[str]:
@@ -108,11 +114,6 @@ def _tokenize(tokenizer: Any, corpus: Sequence[str]) -> Iterator[list[str]]:
 
 def _check_same_tokens(old: Any, new: Any, corpus: Sequence[str]) -> None:
     """Raise :class:`DataError` if a text of the corpus has other tokens than before."""
-    from tokenizers import Tokenizer
-
-    new = Tokenizer.from_str(new.to_str())
-    new.no_truncation()
-    new.no_padding()
     for i, (before, after) in enumerate(zip(_tokenize(old, corpus), _tokenize(new, corpus), strict=True)):
         if before != after:
             raise DataError(
