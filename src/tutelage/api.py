@@ -53,7 +53,8 @@ def run(
         TutelageError: one of its subclasses, with the remedy.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    finished = run_recipe_or_workflow(loaded, out=out, resume=resume, terminal=terminal)
+    with loaded.locating():
+        finished = run_recipe_or_workflow(loaded, out=out, resume=resume, terminal=terminal)
     _report(finished.path)
     return finished
 
@@ -85,9 +86,10 @@ def run_search(
         TutelageError: one of its subclasses, with the remedy.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    searched = search_recipe(
-        loaded, trials=trials, keys=keys, workers=workers, out=out, resume=resume, terminal=terminal
-    )
+    with loaded.locating():
+        searched = search_recipe(
+            loaded, trials=trials, keys=keys, workers=workers, out=out, resume=resume, terminal=terminal
+        )
     for name in searched.runs:
         _report(searched.path / name)
     write_report([searched.path], searched.path / "search.html")

@@ -7,7 +7,8 @@ message states what is wrong, where, and what to do.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ class MissingDependencyError(TutelageError, ImportError):
 
 class Interrupted(TutelageError):
     """The run stopped after SIGTERM or Ctrl-C. Its state is saved, and it can be resumed."""
+
+
+@contextmanager
+def at_key(key: str) -> Iterator[None]:
+    """Errors raised inside name ``key`` of the recipe, unless they name a key of the same section."""
+    try:
+        yield
+    except TutelageError as error:
+        if (error.where or key).partition(".")[0] != key.partition(".")[0]:
+            error.where = f"{key}: {error.where}"
+        raise
 
 
 def refusal(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
@@ -10,7 +11,7 @@ import typer
 
 from tutelage.cli import bench, doctor, export, generate, init, run, taps
 from tutelage.cli.base import say
-from tutelage.errors import BudgetSpent, Interrupted, TutelageError
+from tutelage.errors import BudgetSpent, ConfigError, Interrupted, TutelageError
 
 app = typer.Typer(
     add_completion=False,
@@ -58,6 +59,11 @@ def _fail(error: object, code: int) -> NoReturn:
 def main(args: list[str] | None = None) -> None:
     """Run the command line. Exit codes: 2 after a user's mistake, 3 after a spent budget, 130 after a stop."""
     command: Callable[..., Any] = app
+    for word in sys.argv[1:] if args is None else args:
+        if re.match(r"-+[a-z_]+\.", word):
+            bare = word.lstrip("-")
+            example = bare if "=" in bare else f"{bare}=VALUE"
+            _fail(ConfigError(f"{word} is no option", remedy=f"keys of a recipe have no dashes: {example}"), 2)
     try:
         command(args)
     except Interrupted as stop:

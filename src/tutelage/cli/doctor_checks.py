@@ -52,7 +52,11 @@ class Finding:
 
 
 class Findings(list[Finding]):
-    """The results of the checks, in order."""
+    """The results of the checks of a recipe, in order."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
 
     def add(self, level: Literal["ok", "note", "bad"], topic: str, text: str, remedy: str | None = None) -> None:
         """Append a finding."""
@@ -60,6 +64,7 @@ class Findings(list[Finding]):
 
     def add_error(self, topic: str, error: TutelageError) -> None:
         """Append an error, with the file or key that it names."""
+        self.recipe.locate(error)
         named = error.where not in (None, "", topic)
         finding = Finding("bad", topic, f"{error.where}: {error.what}" if named else error.what, error.remedy)
         if finding not in self:
@@ -85,11 +90,16 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> Findings:
     Raises:
         TutelageError: something cannot be loaded.
     """
-    terminal, recipe = terminal or Terminal(), first_stage(recipe)
+    findings = Findings(recipe)
+    with recipe.locating():
+        _examine(findings, first_stage(recipe), terminal or Terminal())
+    return findings
+
+
+def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_data(recipe, terminal)
     spec = recipe_spec(recipe, data)
-    findings = Findings()
     check_data(findings, recipe, data)
     untrained = build_teacher(spec)
     spec = bind_teacher(spec, untrained)
@@ -97,14 +107,14 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> Findings:
     teacher = None if untrained is None else build_live_teacher(spec, untrained, device, fit_weights=False)
     check_models(findings, spec, data, teacher, student, device)
     if findings.has_errors:
-        return findings
+        return
     try:
         student, method = prepare_student_and_method(spec, student, model_of(teacher), recipe.seeds[0])
         student.to(device)
         method.to(device)
     except TutelageError as error:
-        findings.add("bad", "method", str(error).partition("\n")[0], error.remedy)
-        return findings
+        findings.add_error("method", error)
+        return
     findings.add("ok", "method", f"loss = {method.formula()}")
     if spec.teacher is not None and spec.teacher.is_remote:  # a server gets a few requests and no training steps
         classes = check_output(spec, device, student, "student")
@@ -116,7 +126,7 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> Findings:
         findings.check(
             "teacher", "its server tokenises as the student does and returns what the method needs", connect
         )
-        return findings
+        return
     check_method(findings, recipe, teacher, student, method)
     if teacher is None or recipe.teacher is None:
         findings.add("ok", "teacher", "the recipe has no teacher, and the method needs none")
@@ -131,7 +141,6 @@ def examine(recipe: Recipe, terminal: Terminal | None = None) -> Findings:
             check_steps(findings, recipe, spec, data, DistillationModule(student, method), teacher, device)
         except TutelageError as error:
             findings.add_error("one batch", error)
-    return findings
 
 
 def check_data(findings: Findings, recipe: Recipe, data: Data) -> None:
@@ -154,7 +163,7 @@ def check_data(findings: Findings, recipe: Recipe, data: Data) -> None:
     try:
         x = data.train.fetch(torch.arange(min(len(data.train), 256))).check_finite().inputs
     except TutelageError as error:
-        findings.add("bad", "batch", str(error), error.remedy)
+        findings.add_error("batch", error)
         return
     if isinstance(data, TextData):
         check_texts(findings, data)

@@ -108,7 +108,8 @@ def cache(
     from tutelage.api import leave
     from tutelage.experiment.fill_cache import fill_cache
 
-    filled = fill_cache(loaded, out=out)
+    with loaded.locating():
+        filled = fill_cache(loaded, out=out)
     rate = filled.computed / filled.seconds if filled.seconds else 0.0
     say(
         f"{filled.path}: {filled.rows:,} rows, {filled.computed:,} of them computed now in {filled.seconds:.0f} s "

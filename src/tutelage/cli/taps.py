@@ -53,7 +53,8 @@ def taps(
         from tutelage.cli.taps_survey import survey_recipe
         from tutelage.multistage.run import first_stage
 
-        surveys = survey_recipe(first_stage(recipe), (of,) if of else ("student", "teacher"))
+        with recipe.locating():
+            surveys = survey_recipe(first_stage(recipe), (of,) if of else ("student", "teacher"))
     else:
         if of is not None:
             raise ConfigError(f"--of {of} is for recipes, and {model} is none", remedy="leave it out")

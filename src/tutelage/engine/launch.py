@@ -40,7 +40,9 @@ def build_accelerator(precision: str | None = None, trackers: list[str] | None =
             )
     if precision == "fp16" and PartialState().device.type == "cpu":
         raise CapabilityError(
-            "train.precision: fp16 needs a GPU, and this run is on the CPU", remedy="use bf16, or no mixed precision"
+            "fp16 needs a GPU, and this run is on the CPU",
+            where="train.precision",
+            remedy="use bf16, or no mixed precision",
         )
     try:
         accelerator = Accelerator(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tutelage.config import TEACHER_ONLY_TASKS, UNLABELLED, MemberConfig, ModelConfig, Recipe, TeacherConfig
 from tutelage.data import Data, ImageData, PlannedBatches, SequentialBatches, TextData, load_images
 from tutelage.data.batch import IGNORE, LABELS
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, at_key
 from tutelage.evaluation.harness import harness
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.sample_predictions import decoded_text, normalised_image
@@ -53,13 +53,14 @@ ONE_VIEW = (
 
 def load_data(recipe: Recipe, terminal: Terminal) -> Data:
     """The data of a recipe."""
-    if recipe.data.kind == "texts":
-        return load_text_data(recipe, terminal)
-    if recipe.data.views == 1:
-        terminal.say(f"note: {ONE_VIEW}")
-    fields = recipe.data.model_dump(exclude={"kind", "workers", "views"})
-    augment = None if recipe.teacher is None else recipe.teacher.augment
-    return load_images(**fields, teacher_augment=augment, progress=terminal.iterate)
+    with at_key("data.source" if recipe.data.path is None else "data.path"):
+        if recipe.data.kind == "texts":
+            return load_text_data(recipe, terminal)
+        if recipe.data.views == 1:
+            terminal.say(f"note: {ONE_VIEW}")
+        fields = recipe.data.model_dump(exclude={"kind", "workers", "views"})
+        augment = None if recipe.teacher is None else recipe.teacher.augment
+        return load_images(**fields, teacher_augment=augment, progress=terminal.iterate)
 
 
 def recipe_spec(recipe: Recipe, data: Data) -> ExperimentSpec:
@@ -119,7 +120,9 @@ def _member_spec(recipe: Recipe, teacher: TeacherConfig, number: int, data: Data
         seed = _member_seed(recipe, config, number)
         batches = PlannedBatches(data.for_teacher, config.train.batch_size, seed, recipe.data.workers)
         training = TeacherTraining(config.train, batches, seed)
-    card = {"spec": model_spec(config, data).to_dict(), "loaded_classes": _checkpoint_classes(config)}
+    name = "teacher" if teacher.members is None else f"teacher.members.{number}"
+    with at_key(f"{name}.checkpoint"):
+        card = {"spec": model_spec(config, data).to_dict(), "loaded_classes": _checkpoint_classes(config)}
     trainable = config.trainable or ("head" if data.task == "mlm" else "all")
     return MemberSpec(
         f"teacher-{number}" if teacher.members is not None else "teacher", training, card | data_card(data),
@@ -247,7 +250,8 @@ def build_model(
         torch.manual_seed(seed)
         model = build(spec or model_spec(config, data), data.classes, where=f"{where}.model")
     if config.checkpoint is not None:
-        load_weights(model, Path(config.checkpoint))
+        with at_key(f"{where}.checkpoint"):
+            load_weights(model, Path(config.checkpoint))
     return with_tokenizer(model, data) if isinstance(data, TextData) else model
 
 

@@ -58,7 +58,8 @@ class PairsMethod(Method):
                 try:
                     find_module(model, tap)
                 except ModelError as error:
-                    raise ModelError(error.what, where=f"method.pairs[{i}].{who}", remedy=error.remedy) from None
+                    remedy = f"{error.remedy}; `tutelage taps RECIPE` lists all taps"
+                    raise ModelError(error.what, where=f"method.pairs.{i}.{who}", remedy=remedy) from None
         shapes = (
             feature_shapes(student, example, [pair.student for pair in settings]),
             feature_shapes(teacher, example.for_teacher(), [pair.teacher for pair in settings]),
@@ -71,7 +72,8 @@ class PairsMethod(Method):
                 pairs = [_feature_pair(example, settings[i], *shapes) for i in indices]
                 self.losses.append(feature_loss(first.loss)(first, pairs, context))
             except TutelageError as error:
-                raise type(error)(error.what, where=f"method.pairs[{indices[0]}]", remedy=error.remedy) from None
+                error.where = "method.loss" if self.options.pairs is None else f"method.pairs.{indices[0]}"
+                raise
             name, weight = self._unique_name(first), first.weight
             self.names.append(name)
             if weight is None:
@@ -229,7 +231,10 @@ def _by_resolution(find_in: Callable[[nn.Module, Batch], dict[tuple[int, int], s
         mine, theirs = find_in(student, example), find_in(teacher, example.for_teacher())
         common = [size for size in mine if size in theirs]
         if not common:
-            sizes = [", ".join(f"{h}x{w}" for h, w in taps) or "none" for taps in (mine, theirs)]
+            for who, taps in (("student", mine), ("teacher", theirs)):
+                if not taps:
+                    raise _no_maps(who)
+            sizes = [", ".join(f"{h}x{w}" for h, w in taps) for taps in (mine, theirs)]
             raise _no_pairs(f"no {what} of one resolution: the student has {sizes[0]}, the teacher {sizes[1]}")
         return [(mine[size], theirs[size]) for size in common]
 
@@ -242,7 +247,7 @@ def _last(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[
     for who, model, batch in (("student", student, example), ("teacher", teacher, example.for_teacher())):
         maps = list(find_stages(model, batch).values())
         if not maps:
-            raise _no_pairs(f"the {who} has no feature maps")
+            raise _no_maps(who)
         taps.append(maps[-1])
     return [(taps[0], taps[1])]
 
@@ -254,6 +259,12 @@ def _embeddings(student: nn.Module, teacher: nn.Module, example: Batch) -> list[
 
 def _named(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
     raise _no_pairs("this loss has no automatic pairs")
+
+
+def _no_maps(who: str) -> ModelError:
+    losses = ", ".join(name for name, spec in FEATURE_LOSSES.items() if spec.pairs == "embedding")
+    remedy = f"use a loss on the inputs of the output heads ({losses}), or kind: logit"
+    return ModelError(f"the {who} has no feature maps", where="method.loss", remedy=remedy)
 
 
 def _no_pairs(what: str) -> ModelError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -67,14 +68,21 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
         if (colon and "." in kind) or (colon and importlib.util.find_spec(kind) is not None):
             return _callable(kind, name, spec)
     except (ModelError, MissingDependencyError) as error:
-        raise type(error)(error.what, where=where, remedy=error.remedy) from None
+        error.where = where
+        raise
     except (TypeError, ValueError, RuntimeError, OSError, AttributeError, LookupError, ImportError,
             SyntaxError) as error:  # fmt: skip
-        raise ModelError(
-            f"cannot build {spec.model!r} with options {shorten(spec.options)}: {first_line(error)}",
-            where=where,
-            remedy=_option_remedy(spec.model, spec.options),
-        ) from None
+        known, remedy = _known_options(spec.model), "check its name and options"
+        if spec.model.startswith("hf:") or "pretrained" in spec.options:
+            remedy = "check its name, its options and the network; with HF_HUB_OFFLINE=1 only local files are used"
+        elif known:
+            remedy = f"options of {spec.model}: {', '.join(known)}"
+        what = f"cannot build {spec.model!r} with options {shorten(spec.options)}: {first_line(error)}"
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown and unknown[1] in spec.options and where.endswith(".model"):
+            where = f"{where.removesuffix('.model')}.options.{unknown[1]}"
+            what = f"{spec.model} has no option {unknown[1]!r}{suggest(unknown[1], known)}"
+        raise ModelError(what, where=where, remedy=remedy) from None
     names = [*ZOO, "timm:NAME", "torchvision:NAME", "hf:ID", "package:NAME/FOLDER", "package.module:callable"]
     raise ModelError(
         f"unknown model {spec.model!r}" + suggest(spec.model, names),
@@ -83,14 +91,10 @@ def build(spec: ModelSpec, classes: list[str] | None = None, where: str = "model
     )
 
 
-def _option_remedy(model: str, options: dict[str, Any]) -> str:
-    if model.startswith("hf:") or "pretrained" in options:
-        return "check its name, its options and the network; with HF_HUB_OFFLINE=1 only local files are used"
-    if model not in ZOO:
-        return "check its name and options"
-    fixed = {"classes", "channels", "size", "self"}
-    known = [p for p in inspect.signature(ZOO[model]).parameters if p not in fixed]
-    return f"options of {model}: {', '.join(known)}"
+def _known_options(model: str) -> list[str]:
+    """The options of a network of this package; none for other models."""
+    parameters = inspect.signature(ZOO[model]).parameters if model in ZOO else ()
+    return [name for name in parameters if name not in ("classes", "channels", "size")]
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -57,8 +57,11 @@ MODEL = [
     Case("callable-for-other-images", ["the student, a Sequential, does not take the data", "(2, 1, 8, 8)", "size"],
          own("for_bigger_images")),
     Case("callable-gives-no-logits", ["returned a str without logits", "return a tensor"], own("no_tensor")),
-    Case("unknown-option", ["student.model", "'hiden'", "options of mlp: hidden"], {"hidden": "hiden"}),
-    Case("impossible-option", ["student.model", "cannot build 'mlp'", "options of mlp: hidden"], {"[4]": "wide"}),
+    Case("unknown-option",
+         ["recipe.yaml:8: student.options.hiden", "did you mean 'hidden'", "options of mlp: hidden"],
+         {"hidden": "hiden"}),
+    Case("impossible-option", ["recipe.yaml:7: student.model", "cannot build 'mlp'", "options of mlp: hidden"],
+         {"[4]": "wide"}),
     Case("optimizer-value", ["train.optimizer", "sgd", "-3", "torch.optim"], {"lr: 0.1": "lr: 0.1, momentum: -3"}),
     Case("optimizer-type", ["train.optimizer", "sgd", "heavy", "torch.optim"],
          {"lr: 0.1": "lr: 0.1, momentum: heavy"}),
@@ -74,7 +77,7 @@ MODEL = [
 
 
 CHECKPOINT = [
-    Case("weights-missing", ["teachr", "no such file", "did you mean teacher"],
+    Case("weights-missing", ["recipe.yaml:5: teacher.checkpoint: teachr: no such file", "did you mean teacher"],
          {"checkpoint: teacher": "checkpoint: teachr"}),
     Case("weights-folder-empty", ["nothing/model.safetensors", "no such file", "check the path"],
          {"checkpoint: teacher": "checkpoint: nothing"}, setup=lambda place, _: (place / "nothing").mkdir()),
@@ -126,7 +129,7 @@ def pictures(**more: Any) -> dict[str, str]:
 
 
 DATA = [
-    Case("folder-missing", ["pics", "no such folder", "data.path"], pictures()),
+    Case("folder-missing", ["recipe.yaml:4: data.path: pics: no such folder", "data.path"], pictures()),
     Case("folder-is-a-file", ["pics", "not a folder", "data.path"], pictures(),
          setup=lambda place, _: (place / "pics").write_text("")),
     Case("folder-empty", ["pics", "has no sub-folders", "each class"], pictures(), setup=folder()),
@@ -221,12 +224,13 @@ OUT = [
     Case("resume-of-nothing", ["out", "no run to resume", "leave --resume out"], args=["--resume"]),
     Case("resume-of-something-else", ["out", "no run to resume"], args=["--resume"],
          setup=lambda place, _: ((place / "out").mkdir(), (place / "out" / "thesis.tex").write_text("precious"))),
-    Case("fp16-on-cpu", ["train.precision fp16", "needs a GPU", "bf16"], {"steps: 2": "steps: 2\n  precision: fp16"},
+    Case("fp16-on-cpu", ["train.precision: fp16 needs a GPU", "bf16"], {"steps: 2": "steps: 2\n  precision: fp16"},
          setup=lambda *_: pytest.skip("has a GPU") if torch.cuda.is_available() else None),
     Case("tracker-not-installed", ["train.trackers: aim is not installed", "pip install aim"],
          {"steps: 2": "steps: 2\n  trackers: [aim]"}, setup=uninstalled),
     Case("doctor-recipe", ["recipe.yaml:11", "'train.step'"], {"steps": "step"}, command="doctor"),
-    Case("doctor-weights", ["w.safetensors", "no such file"], {"checkpoint: teacher": "checkpoint: w.safetensors"},
+    Case("doctor-weights", ["recipe.yaml:5: teacher.checkpoint: w.safetensors: no such file"],
+         {"checkpoint: teacher": "checkpoint: w.safetensors"},
          command="doctor"),
 ]  # fmt: skip
 

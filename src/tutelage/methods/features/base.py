@@ -57,8 +57,8 @@ class FeatureLoss(nn.Module):
         for pair in pairs:
             if self.compares == "maps" and not len(pair.student_shape) == len(pair.teacher_shape) == 4:
                 raise ModelError(
-                    f"this loss compares feature maps, and these are {list(pair.student_shape)} and "
-                    f"{list(pair.teacher_shape)}",
+                    f"{settings.loss} compares feature maps [B, C, H, W]; student {pair.student!r} gives "
+                    f"{list(pair.student_shape)}, teacher {pair.teacher!r} {list(pair.teacher_shape)}",
                     remedy="tap modules that give [B, C, H, W], or use hint or a relation",
                 )
 
