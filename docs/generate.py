@@ -78,19 +78,19 @@ UNDOCUMENTED = {
     "Recipe.method": "See below.",
     "Recipe.name": "Names the run directory. Default: the file's name.",
     "Recipe.student": "See below.",
-    "Recipe.train": "Training of the students, and what the teacher's starts from. See below.",
+    "Recipe.train": "Training of the students, and defaults for the teacher's training. See below.",
 }
 """Meaning of fields that have no docstring of their own in config/."""
 
 SCHEDULES = {
-    "constant": "The rate stays.",
-    "cosine": "Half a cosine from the rate down to `final` (0) times it.",
-    "exponential": "Times `gamma` (0.95) an epoch.",
-    "linear": "A line from the rate down to `final` (0) times it.",
-    "multistep": "Times `gamma` (0.1) at each of `milestones`, in epochs; these must be given.",
-    "onecycle": "Up from a 25th of the rate during the share `rise` (0.3) of the steps, then down to almost 0.",
-    "polynomial": "Down to 0 with `power` (1).",
-    "step": "Times `gamma` (0.1) after every `every` (30) epochs.",
+    "constant": "The learning rate does not change.",
+    "cosine": "Falls from `lr` to `final` (0) times `lr`, along half a cosine.",
+    "exponential": "Is multiplied by `gamma` (0.95) after each epoch.",
+    "linear": "Falls linearly from `lr` to `final` (0) times `lr`.",
+    "multistep": "Is multiplied by `gamma` (0.1) at each of the epochs `milestones`, which must be given.",
+    "onecycle": "Rises from `lr` / 25 to `lr` in the fraction `rise` (0.3) of the steps, then falls to almost 0.",
+    "polynomial": "Falls to 0, as a polynomial of degree `power` (1).",
+    "step": "Is multiplied by `gamma` (0.1) after every `every` (30) epochs.",
 }
 
 INTRO = """\
@@ -98,66 +98,67 @@ INTRO = """\
 
 <!-- Written by `python docs/generate.py` from src/tutelage/config/. Edit that, not this. -->
 
-A recipe is a YAML file that names data, teacher, student, method and training; `tutelage run` carries it out.
+A recipe is a YAML file that describes data, teacher, student, method and training. `tutelage run RECIPE` runs it.
 
 ```yaml
 {example}```
 
-- An unknown key, a wrong type or a value out of range is an error that names the line and what is allowed; nothing
-  is ignored, and nothing has been trained by then.
-- `key=value` on the command line overrides: `tutelage run recipes/digits.yaml method.temperature=8 seed=1`. Dots
-  separate sections, the value is YAML, and `null` unsets a key. `seed: 1` is short for `seeds: [1]`;
-  `train.steps=100` takes the place of `epochs`.
+- An unknown key, a wrong type or a value out of range is an error before any training. The message names the line and
+  the allowed values. No key is ignored.
+- `key=value` on the command line overrides a key: `tutelage run recipes/digits.yaml method.temperature=8 seed=1`.
+  Dots separate sections, the value is YAML, and `null` unsets a key. `seed: 1` is short for `seeds: [1]`;
+  `train.steps=100` replaces `epochs`.
 - `data: digits` is short for `data: {{source: digits}}`; `teacher: mlp` and `student: mlp` for `{{model: mlp}}`;
   `method: logit`, `workflow: born-again`, `optimizer: sgd` and `schedule: cosine` for `{{kind: ...}}`.
-- Numbers and words are those of YAML 1.2: `1e-3` is a number; `no`, `on` and `off` are words.
-- What `teacher.train` leaves out comes from `train`; of an optimizer or schedule of another kind, only `lr`,
-  `weight_decay` and `warmup`.
-- What was used, defaults included, is saved as `config.yaml` in the run directory.
+- Values follow YAML 1.2: `1e-3` is a number; `no`, `on` and `off` are strings.
+- `teacher.train` takes missing keys from `train`. If its optimizer or schedule has another `kind`, it takes only
+  `lr`, `weight_decay` and `warmup`.
+- The run directory has the complete recipe, with defaults, as `config.yaml`.
 """
 
 ABOUT_AUGMENTATIONS = """\
-A list, applied in order: `[flip, {shift: 2}, {erase: {p: 0.5, value: 0}}]`. Each is drawn from a seed that is a
-function of run seed, epoch and sample, so teacher and student see the same view. Those of `torchvision.transforms.v2`
-need the extra `vision`. `mixup` and `cutmix` come last and take another image, in a view of its own: what comes of
-it has no single class, so it trains the distilled student with the teacher's outputs alone (function matching; the hard
-labels have no part in it), and neither the baseline student nor the teacher.
+A list, applied in order: `[flip, {shift: 2}, {erase: {p: 0.5, value: 0}}]`. The random numbers are a function of
+run seed, epoch and sample, so teacher and student see the same view. Transforms of `torchvision.transforms.v2` need
+the extra `vision`. `mixup` and `cutmix` must be last in the list. They combine the image with a view of another
+image. The result has no single class, so it is used only to train the distilled student on the teacher's outputs
+(function matching), without hard labels. The baseline student and the teacher are trained without `mixup` and
+`cutmix`.
 """
 
 ABOUT_MODELS = """\
 Other names: `timm:NAME` and `torchvision:NAME` (options go to the constructor), `hf:ID` (options go to
-`from_pretrained`), `package.module:callable` (called with `options` and with those of `classes`, `num_classes`,
-`channels` and `size` that it takes).
+`from_pretrained`), `package.module:callable` (called with `options`, and with `classes`, `num_classes`, `channels`
+and `size` if it has these parameters).
 
-A teacher whose library gives it weights (`hf:ID`, timm's `pretrained`, torchvision's `weights`) is used as it is,
-unless `teacher.train` asks for fine-tuning; see
+A teacher with pretrained weights (`hf:ID`, timm's `pretrained`, torchvision's `weights`) is not trained, unless
+`teacher.train` is set, which fine-tunes it; see
 [imagenet-resnet34-resnet18.yaml](../recipes/imagenet-resnet34-resnet18.yaml).
 """
 
 
 ABOUT_FEATURE_LOSSES = """\
-Weights that were published for a mean over elements are restated for losses that sum them, so that the loss is
-the same. What a loss learns beside the student is trained along and not exported:
+Published weights for a mean over elements are converted for losses that sum over elements, so the loss is the same.
+Learned parts of a loss are trained together with the student and not exported:
 
-- `hint`: a projector, where channels differ. The paper guides one stage; `auto` guides every one that both have.
-  `stage1_fraction: 0.3` trains on the hints alone for 30 % of the steps and then goes on without them, as FitNets does.
+- `hint`: a projector, if the numbers of channels differ. The paper uses one stage; `auto` uses all stages that both
+  have. `stage1_fraction: 0.3` trains on the hints alone for 30 % of the steps, then without them, as FitNets does.
 - `vid`: three 1x1 convolutions to the teacher's mean, and a variance for each channel.
-- `overhaul`: a 1x1 convolution and batch norm; margins come from the teacher's own batch norms, the last that runs
-  before the tap. Tap what goes into an activation: `layer1.1.relu@1:input`. The authors' teacher is in training mode
-  (`teacher.mode: train_bn`), and their weight 1e-4 on ImageNet.
-- `review`: fusion modules from the deepest pair to the shallowest. The authors take the teacher's maps before the
-  activation, add the pooled feature as the deepest, and raise the weight over 20 epochs; `auto` does not.
-- `rkd_distance`, `rkd_angle`: embeddings as they are, as in the CRD benchmark; Park et al. normalise them first.
-- `factor_transfer`: a paraphraser of the teacher's feature, trained first for the `share` of the steps, and a
-  translator.
-- `crd`: a linear head for each embedding, and a memory of every training example, which resumes with the run.
-- `attention_kl` and `attention_mse` compare attention, `bert.encoder.layer.0.attention.self[1]` of a model built with
-  `attn_implementation: eager`; `value_relation` what makes values, `...attention.self.value`.
+- `overhaul`: a 1x1 convolution and batch norm. The margins come from the teacher's last batch norm before the tap.
+  Tap the input of an activation: `layer1.1.relu@1:input`. The authors' teacher is in training mode
+  (`teacher.mode: train_bn`), and their weight on ImageNet is 1e-4.
+- `review`: fusion modules from the deepest pair to the shallowest. The authors use the teacher's maps before the
+  activation, add the pooled feature as the deepest pair, and increase the weight over 20 epochs; `auto` does not.
+- `rkd_distance`, `rkd_angle`: embeddings without normalisation, as in the CRD benchmark; Park et al. normalise them.
+- `factor_transfer`: a translator, and a paraphraser of the teacher's feature, which is trained first for the fraction
+  `share` of the steps.
+- `crd`: a linear head for each embedding, and a memory of all training examples, which checkpoints contain.
+- `attention_kl` and `attention_mse` compare attention weights: `bert.encoder.layer.0.attention.self[1]` of a model
+  with `attn_implementation: eager`. `value_relation` compares values: `...attention.self.value`.
 """
 
 
 def field_docs(cls: type[BaseModel]) -> dict[str, str]:
-    """The docstring under each field of ``cls`` and its bases, which Python itself throws away."""
+    """The docstring under each field of ``cls`` and its bases, which Python does not keep."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith(config.__name__):
@@ -232,7 +233,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]
 
 
 def keys(cls: type[BaseModel]) -> Iterator[str]:
-    """The table of a section's keys, but for those of all kinds of generation."""
+    """The table of a section's keys, without those that all kinds of generation share."""
     schema = cls.model_json_schema()
     shared = config.GenerateConfig.model_fields if config.GenerateConfig in cls.__bases__ else ()
     yield from table(
@@ -296,7 +297,7 @@ def models() -> Iterator[str]:
 
 def optimizers() -> Iterator[str]:
     """The optimizers and their options."""
-    yield "Beside `lr` and `weight_decay`, with torch's own defaults:"
+    yield "Options in addition to `lr` and `weight_decay`, with torch's defaults:"
     yield ""
     yield from table(
         ("kind", "class", "options"),
@@ -309,7 +310,7 @@ def optimizers() -> Iterator[str]:
 
 def schedules() -> Iterator[str]:
     """The schedules and their options."""
-    yield "Stepped once an optimizer step; in brackets, defaults:"
+    yield "The learning rate changes after every optimizer step. Defaults of options are in brackets."
     yield ""
     yield from table(
         ("kind", "what it does", "options"),
@@ -325,7 +326,7 @@ def logit_losses() -> Iterator[str]:
     yield "### Losses on logits: `soft`"
     yield ""
     yield from table(
-        ("soft", "T where none is given", "options (default)"),
+        ("soft", "default T", "options (default)"),
         (
             (
                 f"`{name}`",
@@ -336,8 +337,9 @@ def logit_losses() -> Iterator[str]:
         ),
     )
     yield from option_meanings(LOGIT_LOSSES)
-    yield "Published weights: `alpha: 1, hard: 1` for `dkd` (whose numbers come with a warm-up of 20 epochs, which is"
-    yield "not here) and for `dist`; `alpha: 9, hard: 1` at T = 2 for `kd` with `standardize: true`."
+    yield "Published weights: `alpha: 1, hard: 1` for `dkd` and `dist`; `alpha: 9, hard: 1` at T = 2 for `kd` with"
+    yield "`standardize: true`. The results of the `dkd` paper include a warm-up of the loss weight over 20 epochs,"
+    yield "which tutelage does not have."
     yield ""
 
 
@@ -345,7 +347,7 @@ PLACES = {
     "activations": "maps before the last activation of each resolution that both have",
     "embedding": "what goes into the output heads",
     "last": "the last feature map of both",
-    "named": "to be named",
+    "named": "none: `pairs` must be given",
     "stages": "the last maps of each resolution that both have",
 }
 
@@ -360,7 +362,7 @@ def feature_losses() -> Iterator[str]:
         weight = entry.weight(student, teacher, entry.options()) if callable(entry.weight) else entry.weight
         cell = f"{weight:.4g}" + (" for 16 channels of 8x8" if callable(entry.weight) and name != "pkt" else "")
         rows.append((f"`{name}`", PLACES[entry.pairs], options_of(name, entry.options), f"{cell} ({entry.source})"))
-    yield from table(("loss", "`pairs: auto`", "options (default)", "weight where none is given (whose)"), rows)
+    yield from table(("loss", "`pairs: auto`", "options (default)", "default weight (source)"), rows)
     yield from option_meanings(FEATURE_LOSSES)
     yield ABOUT_FEATURE_LOSSES
 
@@ -388,9 +390,9 @@ def options_of(name: str, section: type[LossOptions]) -> str:
 
 
 ABOUT_INFERENCE = """\
-With `members`, each may have an `inference` of its own, but for `overlap` and `process`; what it leaves out is taken from
-`teacher.inference`. If training images are not augmented and memory allows, the teacher outputs are kept in memory:
-the teacher runs once for each image, and `overlap` and `process` have no effect.
+With `members`, each member can have its own `inference`, without `overlap` and `process`. It takes missing keys
+from `teacher.inference`. If training images are not augmented and the teacher outputs fit into memory, they are
+kept there: the teacher runs once for each image, and `overlap` and `process` have no effect.
 """
 
 ABOUT_ENSEMBLES = """\
@@ -406,12 +408,13 @@ teacher:
   route: {day: [0, 2], night: [1, 2]}
 ```
 
-- The mean of probabilities goes to the student as its log, so at T = 1 the soft labels are that mean. A method with
-  T > 1 softens it as it softens any logits; `average_temperature: 4` beside `temperature: 4` gives the student the mean of
-  the members' distributions at T = 4.
-- The mean of logits is the geometric mean of probabilities, normalised.
-- Hidden states are one member's: `pairs: [{student: stages.1, teacher: 0.stages.1}]`, never `auto`.
-- The summary and the report have each member's accuracy (with `route`, of the images that it teaches) and weight.
+- `combine: probabilities`: the student's method gets the log of the mean as logits. At T = 1 the soft labels are that
+  mean; at a higher `temperature` the method softens these logits as usual. With `temperature: 4` and
+  `average_temperature: 4` the soft labels are the mean of the members' distributions at T = 4.
+- `combine: logits`: the mean of logits is the normalised geometric mean of the probabilities.
+- A hidden state comes from one member: `pairs: [{student: stages.1, teacher: 0.stages.1}]`. `auto` is not possible.
+- The summary and the report have the weight and the accuracy of each member (with `route`, on the images that it
+  teaches).
 """
 
 
@@ -434,17 +437,19 @@ search:
 
 `tutelage search RECIPE --trials 40 --workers 2 --key method.temperature=1:20:log --key method.soft=kd,dist`
 
-- A trial trains the distilled student under each of the recipe's seeds. What counts is the validation accuracy after
-  the last epoch, mean over seeds. No trial reads the test split. At the end the chosen recipe and the recipe as it is
-  are run once in full, and their test figures stand in `search.json` and on `search.html`.
-- Where the recipe's own values lie in the space, they are the first trial. What does not beat them is not chosen.
-- The teacher is trained once, before all trials. Keys that make another teacher (`teacher.model`, `teacher.train`
-  ...) or change what is measured (`seeds`, `data.validation`, `data.split_seed` ...) are refused.
-- Every end of a range and every value is checked before the first trial, by the recipe's rules and by a dry run.
-- Suggestions are those of optuna's TPE, drawn from (search seed, trial number, finished trials). With one worker, a
-  search that was killed and gone on with by `--resume` finds the same as one that was not.
-- The folder: `search.json`, `search.html`, `best.yaml` (which `tutelage run` takes), `default/` and `chosen/` (ordinary
-  run directories), `teacher/`, `trials/`, and optuna's `search.journal`. More `--trials` with `--resume` adds to it.
+- A trial trains the distilled student once for each seed of the recipe. Trials are compared by the validation
+  accuracy after the last epoch, as a mean over seeds. No trial reads the test split. At the end, the original
+  recipe and the chosen recipe run once in full. Their test figures are in `search.json` and `search.html`.
+- If the recipe's own values are in the search space, they are the first trial. Other values are chosen only if they
+  are better.
+- The teacher is trained once, before all trials. A search cannot change the teacher (`teacher.model`, `teacher.train`
+  ...) or the evaluation (`seeds`, `data.validation`, `data.split_seed` ...).
+- Before the first trial, both ends of each range and all values are checked, as in a recipe and by a dry run.
+- Optuna's TPE sampler suggests the values; its random numbers depend on the search seed, the trial number and the
+  finished trials. With one worker, a search that was killed and continued with `--resume` gives the same result.
+- The folder contains `search.json`, `search.html`, `best.yaml` (a recipe for `tutelage run`), `default/` and
+  `chosen/` (run directories), `teacher/`, `trials/`, and optuna's `search.journal`. `--resume` with more `--trials`
+  continues it.
 """
 
 
@@ -489,13 +494,13 @@ SHORT: dict[str, dict[str, Any]] = {
     "MutualOptions.peers": {"type": "integer", "minimum": 1},
     "StudentConfig.lora": {"type": "integer", "minimum": 1},
 }
-"""What may stand in the place of a section, which the classes themselves never see."""
+"""Short forms of sections. The recipe is expanded before the classes check it."""
 
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of recipes, for editors: every key with its meaning, and the short forms.
 
-    It knows types, names and ranges; what does not go together only `tutelage` itself says.
+    It checks types, names and ranges. Only `tutelage` checks combinations of keys.
     """
     document = config.Recipe.model_json_schema()
     classes = {cls.__name__: cls for cls in (config.Recipe, *SECTIONS.values())}
@@ -523,7 +528,7 @@ def schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The same, as the file has it."""
+    """The text of the schema's file."""
     return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
 
 

@@ -81,7 +81,7 @@ def test_a_half_written_shard_is_no_shard(tmp_path: Path) -> None:
     folder, layout = tmp_path / "c", Layout("dense", 10, "fp32")
     with CachedTeacher(folder, layout, FROM, LiveTeacher(network())) as cache:
         cache.fill(some(40))
-    (folder / ".tmp-1-shard-000-1-00000.arrow").write_bytes(b"half")
+    (folder / ".tutelage-tmp.shard-000-1-00000.arrow.x").write_bytes(b"half")
     (folder / "shard-000-1-00000.arrow").write_bytes(b"renamed, and then the power went")
     assert verify_cache(folder) == []
     assert len(inspect_cache(folder)["leftovers"]) == 2

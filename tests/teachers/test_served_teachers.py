@@ -199,11 +199,11 @@ def test_what_a_server_does_not_allow_is_said_before_anything_is_trained(server:
         teacher(server, cutter, k=21)
     with pytest.raises(EndpointError, match="it serves: tiny"):
         teacher(server, cutter, model="big")
-    with pytest.raises(CapabilityError, match=r"(?s)reads 256 tokens.*255 at most"):
+    with pytest.raises(CapabilityError, match=r"(?s)context has 256 tokens.*255 at most"):
         teacher(server, cutter, longest=300)
-    with pytest.raises(CapabilityError, match="one tokenizer"):
+    with pytest.raises(CapabilityError, match="the same tokenizer"):
         teacher(server, worlds.tokenizer(merges=10), classes=len(cutter))
-    with pytest.raises(CapabilityError, match="tokens, the student 100"):
+    with pytest.raises(CapabilityError, match="tokens, that of the student 100"):
         teacher(server, cutter, "llama.cpp", classes=100)
     with pytest.raises(EndpointError, match="cannot be reached"):
         RemoteTeacher(f"http://127.0.0.1:{free_port()}/v1", classes=50, max_retry_time=0.1)

@@ -19,7 +19,7 @@ from tutelage.taps import Head, Needs
 from tutelage.teachers import CachedTeacher, Layout, MemoryTeacher, Signal, Sparse
 from tutelage.teachers.cache import inspect_cache, verify_cache
 from tutelage.teachers.cache.coding import Coder, Counts
-from tutelage.teachers.cache.sampling import round_stochastically
+from tutelage.teachers.cache.encodings import round_stochastically
 
 CLASSES = 40
 
@@ -341,9 +341,9 @@ def test_other_tokens_or_others_that_count_are_refused(name: str, tmp_path: Path
     fewer = batch.mask.clone()
     fewer[0, 0] = False
     other = Batch(batch.inputs, batch.labels, mask=fewer, ids=batch.ids)
-    with pytest.raises(CacheError, match=r"(?s)sample 7 differs.*other tokens"):
+    with pytest.raises(CacheError, match=r"(?s)sample 7 differs.*mask of tokens"):
         CachedTeacher(tmp_path, kept, {}).signal(other, needs)
-    with pytest.raises(CapabilityError, match="other tokens count"):
+    with pytest.raises(CapabilityError, match="another mask of tokens"):
         memory.signal(other, needs)
     assert isinstance(batch.inputs, dict)
     ids = batch.inputs["input_ids"].clone()
@@ -382,7 +382,7 @@ def test_a_head_that_does_not_make_the_logits_alone_is_not_kept(tmp_path: Path) 
 
     with (
         CachedTeacher(tmp_path, TOKENS["hidden"], {}, Capped()) as cache,
-        pytest.raises(CapabilityError, match="more to its logits than its output head"),
+        pytest.raises(CapabilityError, match="cannot reproduce the teacher's logits"),
     ):
         cache.fill(texts())
 

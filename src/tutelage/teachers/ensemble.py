@@ -71,7 +71,7 @@ class EnsembleTeacher:
         for value, numbers in enumerate(route):
             if any(not 0 <= m < len(self.members) for m in numbers):
                 raise CapabilityError(
-                    f"route {value} names members {list(numbers)}, and there are {len(self.members)}",
+                    f"route {value} names members {list(numbers)}, and the ensemble has {len(self.members)}",
                     remedy="number members from 0",
                 )
             weights = torch.tensor([self.weights[m] for m in numbers])
@@ -162,7 +162,7 @@ class EnsembleTeacher:
         route = batch.route.cpu()
         if len(route) and not 0 <= int(route.min()) <= int(route.max()) < len(self._table):
             raise CapabilityError(
-                f"a batch has routes from {int(route.min())} to {int(route.max())}, and the ensemble knows 0 to "
+                f"a batch has routes from {int(route.min())} to {int(route.max())}, and the ensemble has 0 to "
                 f"{len(self._table) - 1}",
                 remedy="give members for every value of the route column",
             )

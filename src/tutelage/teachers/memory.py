@@ -11,8 +11,7 @@ from torch import Tensor
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
 from tutelage.taps import Head, Needs
-from tutelage.teachers.cache.columns import Array, Columns, concat_columns, take_rows
-from tutelage.teachers.cache.keys import sample_keys, sampling_seeds
+from tutelage.teachers.cache.columns import Array, Columns, concat_columns, sample_keys, sampling_seeds, take_rows
 from tutelage.teachers.cache.layout import Layout, tokens_per_sample, without_inputs
 from tutelage.teachers.signal import Signal, Teacher
 
@@ -104,8 +103,8 @@ class MemoryTeacher:
             now, before = now[now > 0], tokens_per_sample(columns)
             if not np.array_equal(now, before):
                 raise CapabilityError(
-                    f"in sample ids {ids[now != before][:5].tolist()} other tokens count than when their teacher "
-                    "outputs were computed",
+                    f"the teacher outputs of sample ids {ids[now != before][:5].tolist()} were computed with another "
+                    "mask of tokens",
                     remedy="compute them for the same data that the student trains on",
                 )
         return self.layout.decode(columns, needs, batch.labels.device, counted=counted, output=self.output)

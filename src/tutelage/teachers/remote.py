@@ -140,9 +140,9 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
 
     def _top_tokens(self, text: _Text) -> TopTokens:
         top = self.kind.top_tokens(self._server.post, self.model, text.ids, text.at, self.k)
-        if int(top[0].max()) >= self.classes:
+        if (largest := int(top[0].max())) >= self.classes:
             raise self._other_tokenizer(
-                f"returns token id {int(top[0].max())}, and the student's vocabulary has {self.classes} tokens",
+                f"the server returned token id {largest}, and the student's vocabulary has {self.classes} tokens",
                 EndpointError,
             )
         return top
@@ -152,24 +152,26 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         most, vocabulary = self.facts.get("longest"), self.facts.get("vocabulary")
         if most is not None and longest + 1 > most:
             raise CapabilityError(
-                f"the server reads {most} tokens, and texts have up to {longest}",
+                f"the server's context has {most} tokens, and texts have up to {longest}",
                 where=self.url,
                 remedy=f"set data.max_length to {most - 1} at most, or start the server with a larger context",
             )
         if vocabulary is not None and vocabulary > self.classes:
-            raise self._other_tokenizer(f"the server's model has {vocabulary} tokens, the student {self.classes}")
+            raise self._other_tokenizer(
+                f"the vocabulary of the server's model has {vocabulary} tokens, that of the student {self.classes}"
+            )
         ids = [0, 1, 2]
         if tokenizer is not None:
             ids = list(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
             there = self._server.retry(lambda: self.kind.tokenize(self._server.post, self.model, SAMPLE))
             if there is not None and there != ids:
                 raise self._other_tokenizer(
-                    f"the server tokenizes a sample text as {there[:6]} ..., the student as {ids[:6]} ..."
+                    f"the server's tokenizer encodes a sample text as {there[:6]} ..., the student's as {ids[:6]} ..."
                 )
         self._server.retry(lambda: self._top_tokens(_Text(0, 0, ids, list(range(len(ids) - 1)))))
 
     def _other_tokenizer(self, what: str, kind: type[TutelageError] = CapabilityError) -> TutelageError:
-        return kind(what, where=self.url, remedy="student and teacher must have one tokenizer")
+        return kind(what, where=self.url, remedy="use a teacher and a student with the same tokenizer")
 
 
 class _Text(NamedTuple):

@@ -1,6 +1,6 @@
 """Teacher signals on disk: written once, by any number of processes, and read in any order."""
 
-from tutelage.teachers.cache.keys import input_digest
+from tutelage.teachers.cache.columns import input_digest
 from tutelage.teachers.cache.layout import Layout
 from tutelage.teachers.cache.maintenance import compact_cache, inspect_cache, verify_cache
 from tutelage.teachers.cache.reader import CacheReader

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage.data.views import view_seeds
+from tutelage.data.views import uniform, view_seeds
 from tutelage.errors import ConfigError, NumericsError
 from tutelage.teachers.cache.coding import Coder, Counts
 from tutelage.teachers.cache.columns import Array, Columns, Ragged, sum_groups
-from tutelage.teachers.cache.sampling import concat_counts, draw_samples, round_stochastically
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED: dict[str, Any] = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
@@ -22,7 +21,7 @@ STORED: dict[str, Any] = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.floa
 ColumnTypes = dict[str, tuple[int | None, Any]]
 
 CHUNK_NUMBERS = 2**23
-"""Float64 numbers that are processed at a time, so that the distributions of a long text never exist all at once."""
+"""Float64 numbers that are processed at a time, so that only part of a long text's distributions is in memory."""
 
 
 class TeacherRows(NamedTuple):
@@ -61,44 +60,33 @@ class TeacherRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Converts rows to columns and back. The fields of a subclass are the fields of a layout that it uses."""
+    """Converts rows to columns and back; this one stores all logits, and the subclasses part of the distribution.
+
+    The fields of a class are the fields of a layout that it uses.
+    """
 
     dtype: str
     classes: int
-    provides: ClassVar[frozenset[str]]
+    provides: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if an option is out of range."""
 
     def columns(self) -> ColumnTypes:
         """The columns: values per row and dtype. ``None`` values: a variable number for each sample."""
-        raise NotImplementedError
-
-    def encode(self, rows: TeacherRows) -> Columns:
-        """Columns ``[N, width]``, and columns of variable width with a row for each sample."""
-        raise NotImplementedError
-
-    def decode(self, columns: Columns, lengths: Array, temperature: float) -> Tensor | tuple[Tensor, Tensor]:
-        """The rows of samples, which have ``lengths`` rows: scores, or classes and values of sparse distributions."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _DenseEncoding(Encoding):
-    provides = frozenset({"logits"})
-
-    def columns(self) -> ColumnTypes:
         return {"logits": (self.classes, STORED[self.dtype])}
 
     def encode(self, rows: TeacherRows) -> Columns:
+        """Columns ``[N, width]``, and columns of variable width with a row for each sample."""
         return {"logits": to_stored(rows.scores, self.dtype)}
 
-    def decode(self, columns: Columns, lengths: Array, temperature: float) -> Tensor:
+    def decode(self, columns: Columns, lengths: Array, temperature: float) -> Tensor | tuple[Tensor, Tensor]:
+        """The rows of samples, which have ``lengths`` rows: scores, or classes and values of sparse distributions."""
         return from_stored(columns["logits"], self.dtype)
 
 
 @dataclass(frozen=True)
-class _HeadInputEncoding(_DenseEncoding):
+class _HeadInputEncoding(Encoding):
     """The inputs of the output head. The head's weights are stored once, and logits are computed from both."""
 
     width: int
@@ -125,7 +113,7 @@ class _TopKEncoding(Encoding):
     def check(self) -> None:
         if not 1 <= self.k <= self.classes:
             raise ConfigError(
-                f"a top-k cache has k = {self.k}, and the teacher {self.classes} classes",
+                f"k of the top-k cache is {self.k}, and the teacher has {self.classes} classes",
                 remedy=f"set k to 1 to {self.classes}",
             )
 
@@ -270,12 +258,62 @@ class _SampledEncoding(_StochasticRounding):
 
 
 ENCODINGS: dict[str, type[Encoding]] = {
-    "dense": _DenseEncoding,
+    "dense": Encoding,
     "topk": _TopKEncoding,
     "sampled": _SampledEncoding,
     "stochastic_rounding": _StochasticRounding,
     "hidden": _HeadInputEncoding,
 }
+
+
+# Samples. Random numbers are functions of a seed, so a row gets the same sample in every batch ---------------
+
+
+def draw_samples(p: Tensor, draws: int, seeds: Tensor, stream: int) -> Counts:
+    """``draws`` independent draws from each row of unnormalised ``p``, by the inverse of its cumulative sum.
+
+    ``p`` ``[N, C]`` is float64 with positive sums; ``seeds`` are ``[N]``; different streams give independent draws.
+    """
+    u = np.stack([uniform(seeds, 1_000_003 * stream + d) for d in range(draws)], 1)
+    total = p.cumsum(-1)
+    thresholds = torch.from_numpy(u) * total[:, -1:]
+    classes = torch.searchsorted(total, thresholds, right=True).clamp(max=p.shape[-1] - 1).sort(-1).values.numpy()
+    first = np.diff(classes, axis=1, prepend=-1) != 0
+    starts = np.flatnonzero(first)
+    return Counts(classes.ravel()[starts], np.diff(np.append(starts, classes.size)), first.sum(1))
+
+
+def round_stochastically(pieces: Iterator[Tensor], draws: int, seed: int, stream: int) -> Iterator[Counts]:
+    r"""Stochastic rounding of ``draws`` times the distributions of one sample's tokens, with error feedback.
+
+    The rounding error of each class is carried to the next token. With :math:`C_t = n (p_1 + ... + p_t)` and one
+    uniform u of [0, 1) for each class, the count at t is :math:`\lfloor C_t + u \rfloor - \lfloor C_{t-1} + u
+    \rfloor`. Its expectation is :math:`n p_t` at every token. Over any stretch of tokens the total count of a class
+    is wrong by less than one, where independent draws are wrong by the square root of their number. ``pieces`` are
+    ``[L, C]`` float64 distributions of consecutive tokens; different streams round independently.
+    """
+    carry: Tensor | None = None
+    for p in pieces:
+        if carry is None:
+            classes = view_seeds(seed, stream, torch.arange(p.shape[-1]))
+            carry = torch.from_numpy(uniform(classes, 11))
+        places, counts = [], []
+        for share in p * draws:  # one token at a time keeps the carry in the processor's cache
+            carry += share
+            place = (carry >= 1.0).nonzero().squeeze(1)
+            values = carry[place]
+            count = values.floor()
+            carry[place] = values - count
+            places.append(place)
+            counts.append(count)
+        sizes = np.array([len(place) for place in places], np.int64)
+        yield Counts(torch.cat(places).numpy(), torch.cat(counts).long().numpy(), sizes)
+
+
+def concat_counts(parts: list[Counts]) -> Counts:
+    """The rows of several parts, concatenated."""
+    none = Counts(*(np.empty(0, np.int64) for _ in range(3)))
+    return Counts(*(np.concatenate(column) for column in zip(none, *parts, strict=True)))
 
 
 # Numbers -----------------------------------------------------------------------------------------------
@@ -287,8 +325,10 @@ def to_stored(x: Tensor, dtype: str) -> Array:
     if not bool(torch.isfinite(stored).all()):
         finite = bool(torch.isfinite(x).all())
         raise NumericsError(
-            f"the teacher gives numbers up to {x.abs().max().item():.3g}, which {dtype} cannot represent",
-            remedy="set teacher.cache.dtype to bf16 or fp32" if finite else "check the teacher: it gives inf or nan",
+            f"the teacher returns numbers up to {x.abs().max().item():.3g}, which {dtype} cannot represent",
+            remedy="set teacher.cache.dtype to bf16 or fp32"
+            if finite
+            else "check why the teacher returns inf or nan",
         )
     is_bf16 = stored.dtype == torch.bfloat16  # which numpy does not have
     array: Array = (stored.view(torch.int16) if is_bf16 else stored).contiguous().numpy()

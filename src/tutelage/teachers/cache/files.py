@@ -15,17 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from safetensors.torch import load, save
 
 from tutelage.errors import CacheError, refusal
+from tutelage.files import atomic_file
 from tutelage.taps import Head
 from tutelage.teachers.cache.columns import Array, Columns, Ragged, prefix_sums
 from tutelage.teachers.cache.layout import Layout
@@ -33,7 +33,6 @@ from tutelage.teachers.cache.layout import Layout
 FORMAT = 2
 MANIFEST = "manifest.json"
 HEAD = "head"
-DRAFT = ".tmp-"
 
 
 class Shard(NamedTuple):
@@ -59,6 +58,11 @@ def _damaged(what: str, path: Path, files: str, rows: str = "these rows") -> Cac
     return CacheError(what, where=str(path), remedy=f"delete {files}; the next run writes {rows} again")
 
 
+def _write_file(path: Path, content: bytes | pa.Buffer) -> None:
+    with _wrap_os_errors(path.parent), atomic_file(path) as file:
+        file.write(content)
+
+
 @contextmanager
 def _wrap_os_errors(path: Path) -> Iterator[None]:
     try:
@@ -68,24 +72,8 @@ def _wrap_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CacheError(
             f"cannot be written: {refusal(error)}", where=str(path),
-            remedy="free some space or choose another folder, and run again; rows that are on disk stay valid",
+            remedy="free some space or choose another folder, then run again; rows on disk are used",
         ) from error  # fmt: skip
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears at ``path`` only when it is complete: a synced draft, then a rename."""
-    draft = path.with_name(f"{DRAFT}{os.getpid()}-{path.name}")
-    with _wrap_os_errors(path.parent):
-        try:
-            with draft.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
 
 
 # JSON with a checksum --------------------------------------------------------------------------------------
@@ -99,8 +87,7 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with its checksum."""
-    with _atomic_file(path) as file:
-        file.write(_sealed(content))
+    _write_file(path, _sealed(content))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -112,7 +99,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         if _sealed(content) != raw:
             raise ValueError("checksum and content differ")
     except FileNotFoundError:
-        raise CacheError("no such file", where=str(path), remedy="give the folder of a cache") from None
+        raise CacheError("there is no such file", where=str(path), remedy="give the folder of a cache") from None
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         what, another = f"the file is damaged: {error}", "delete this cache and write another"
         if path.name == MANIFEST:
@@ -152,8 +139,7 @@ def write_output(folder: Path, output: Head) -> None:
     numbers = {"scale": output.scale, "softcap": output.softcap}
     tensors = {"weight": output.weight} | ({} if output.bias is None else {"bias": output.bias})
     raw = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
-    with _atomic_file(folder / f"{HEAD}.safetensors") as file:
-        file.write(raw)
+    _write_file(folder / f"{HEAD}.safetensors", raw)
     write_sealed(folder / f"{HEAD}.json", {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} | numbers)
 
 
@@ -195,8 +181,7 @@ def write_shard(folder: Path, stem: str, layout: Layout, keys: Mapping[str, Arra
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     raw = sink.getvalue()
-    with _atomic_file(folder / f"{stem}.arrow") as file:
-        file.write(raw)
+    _write_file(folder / f"{stem}.arrow", raw)
     content = {"rows": batch.num_rows, "bytes": raw.size, "sha256": hashlib.sha256(raw).hexdigest()}
     write_sealed(folder / f"{stem}.json", content | {"shard": f"{stem}.arrow"})
 
@@ -216,7 +201,9 @@ def read_side_file(side: Path) -> Shard:
     content = read_sealed(side)
     shard = Shard(side.parent / str(content["shard"]), content["rows"], content["bytes"], content["sha256"])
     if shard.path.stem != side.stem:
-        raise CacheError(f"the side file names another shard, {shard.path.name}", where=str(side), remedy="delete it")
+        raise CacheError(
+            f"the side file names the shard {shard.path.name}", where=str(side), remedy="delete this side file"
+        )
     size = shard.path.stat().st_size if shard.path.is_file() else None
     if size != shard.size:
         what = "the shard is missing" if size is None else f"has {size:,} bytes where {shard.size:,} were written"

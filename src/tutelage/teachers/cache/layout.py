@@ -150,7 +150,7 @@ class Layout:
         tokens, is true at the tokens that are stored.
         """
         if self.tokens and counted is None:
-            raise CapabilityError("a token cache does not know which tokens count", remedy="pass counted=")
+            raise CapabilityError("a token cache needs the mask of counted tokens", remedy="pass counted=")
         counted = counted.cpu() if self.tokens and counted is not None else None
         lengths = np.ones(len(seeds), np.int64) if counted is None else counted.sum(1).numpy()
         columns: Columns = {}
@@ -205,7 +205,7 @@ class Layout:
             )
         return x.detach()[counted.to(x.device)].float().cpu()
 
-    # And back ----------------------------------------------------------------------------------------------
+    # From columns ----------------------------------------------------------------------------------------------
 
     def decode(
         self,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from tutelage.errors import CacheError, TutelageError
+from tutelage.files import TEMPORARY_PREFIX
 from tutelage.teachers.cache.columns import nbytes
 from tutelage.teachers.cache.files import (
-    DRAFT,
     HEAD,
     Shard,
     check_shard,
@@ -58,12 +58,12 @@ def inspect_cache(folder: Path) -> dict[str, Any]:
 
 
 def _leftovers(folder: Path, shards: Iterable[Shard]) -> list[Path]:
-    """Files of interrupted writes: drafts, shards without a side file, an output head without a side file."""
+    """Files of interrupted writes: temporary ones, shards and output heads without a side file."""
     complete = {shard.path.name for shard in shards}
     return [
         path
         for path in sorted(folder.glob("*"))
-        if path.name.startswith(DRAFT)
+        if path.name.startswith(TEMPORARY_PREFIX)
         or (path.suffix == ".arrow" and path.name not in complete)
         or (path.name == f"{HEAD}.safetensors" and not has_output(folder))
     ]
@@ -106,7 +106,7 @@ def verify_cache(folder: Path, progress: Progress = lambda items, _: items) -> l
 
 
 def compact_cache(folder: Path, progress: Progress = lambda items, _: items) -> dict[str, int]:
-    """Merge the shards of a cache into few, each row once, and delete files that are not needed any more.
+    """Merge the shards of a cache into few, each row once, and delete the old shards and leftover files.
 
     New shards are complete before an old one is deleted, so an interruption loses no row. Raises :class:`CacheError`
     if the cache is damaged, or cannot be written.
@@ -115,7 +115,7 @@ def compact_cache(folder: Path, progress: Progress = lambda items, _: items) -> 
     old, rows = complete_shards(folder), len(reader)
     writer = CacheWriter(folder, reader.layout, shard_bytes=COMPACT_BYTES, shard_seconds=TIMEOUT_MAX)
     try:
-        for keys, columns in progress(reader.all_rows(), "joining shards"):
+        for keys, columns in progress(reader.all_rows(), "merging shards"):
             writer.put(keys, columns)
     finally:
         writer.close()

@@ -10,9 +10,8 @@ import numpy as np
 import psutil
 
 from tutelage.errors import CacheError
-from tutelage.teachers.cache.columns import Array, Columns, Ragged, concat_columns, take_ragged, take_rows
+from tutelage.teachers.cache.columns import Array, Columns, Ragged, concat_columns, hash_keys, take_ragged, take_rows
 from tutelage.teachers.cache.files import ShardData, check_shard, complete_shards, open_shard, read_manifest
-from tutelage.teachers.cache.keys import hash_keys
 
 
 class CacheReader:

@@ -16,9 +16,8 @@ from torch import Tensor
 from tutelage.data.batch import Batch
 from tutelage.errors import CacheError, CapabilityError, shorten
 from tutelage.taps import Head, Needs
-from tutelage.teachers.cache.columns import Array, Columns, take_rows
+from tutelage.teachers.cache.columns import Array, Columns, input_digest, sample_keys, sampling_seeds, take_rows
 from tutelage.teachers.cache.files import MANIFEST, has_output, read_output, write_manifest, write_output
-from tutelage.teachers.cache.keys import input_digest, sample_keys, sampling_seeds
 from tutelage.teachers.cache.layout import Layout, tokens_per_sample, without_inputs
 from tutelage.teachers.cache.reader import CacheReader
 from tutelage.teachers.cache.writer import CacheWriter
@@ -33,9 +32,9 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
     """Reads stored teacher outputs, and computes and stores those that are missing.
 
     A signal always has the stored numbers, also for a row that was computed in this call, so an interrupted run
-    resumes with the same bits. One row of each batch is compared with the digest of the input that it was computed
-    from; with a token cache every row is. So a change of the order of the data, the preprocessing or the augmentation
-    is an error.
+    resumes with the same bits. For one row of each batch, and for every row of a token cache, the input is compared
+    with the digest of the input that the row was computed from. So it is an error if the order of the data, the
+    preprocessing or the augmentation changed.
 
     Args:
         folder: of the cache; created if it does not exist.
@@ -102,7 +101,7 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         return self.layout.decode(columns, needs, batch.labels.device, counted=batch.counted(), output=output)
 
     def prefetch(self, batch: Batch, needs: Needs) -> Callable[[], Signal]:
-        """Start to read the rows of a batch; the result returns its signal."""
+        """Start to read the rows of a batch; call the result to get the signal."""
         if self.reader.scattered:
             ids, views, real = self._keys(batch)
             position = self.reader.find(ids[real], views[real])
@@ -124,7 +123,7 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
             self.layout.check_temperature(needs.temperature)
 
     def _columns(self, batch: Batch) -> Columns:
-        """The columns of the batch's samples with rows; missing ones are computed and stored."""
+        """The columns of the samples that have rows; missing rows are computed and stored."""
         ids, views, real = self._keys(batch)
         position = self._find(ids[real], views[real])
         if not len(position):
@@ -137,7 +136,7 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         return take_rows(self._compute(batch, ids, views, rows[position < 0]), rows)
 
     def _keys(self, batch: Batch) -> tuple[Array, Array, Array]:
-        """Sample ids, view seeds, and which samples have rows: in a token cache those with counted tokens."""
+        """Sample ids, view seeds, and a mask of samples with rows: in a token cache those with counted tokens."""
         ids, views = sample_keys(batch)
         real = np.ones(len(ids), dtype=bool)
         if self.layout.tokens:
@@ -163,7 +162,7 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         return self._output
 
     def _store_head(self, batch: Batch) -> None:
-        """Write the output head, after a check that it alone computes the logits."""
+        """Write the output head; before, check that it computes the teacher's logits."""
         assert self.live is not None
         sample = self.live.signal(batch.rows(0, 1), Needs(logits=True, head=True))
         assert sample.head is not None
@@ -172,9 +171,9 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         tolerance = 1e-2 * float(logits.abs().max())
         if computed.shape != logits.shape or not torch.allclose(computed, logits, rtol=1e-2, atol=tolerance):
             raise CapabilityError(
-                "the teacher does more to its logits than its output head, a scale and a cap, so a cache of head "
-                "inputs cannot reproduce them",
-                where=str(self.folder), remedy="keep dense, topk or stochastic_rounding logits",
+                "a cache of head inputs (keep: hidden) cannot reproduce the teacher's logits: they are more than a "
+                "linear layer with a scale and a soft cap",
+                where=str(self.folder), remedy="set keep to dense, topk or stochastic_rounding",
             )  # fmt: skip
         write_output(self.folder, without_inputs(sample.head))
 
@@ -196,8 +195,8 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         """The columns of all samples from the live teacher; the ``missing`` rows are stored, each once."""
         if self.live is None:
             raise CacheError(
-                f"the cache has no row for sample ids {ids[missing][:5].tolist()}, and {len(missing)} of this "
-                "batch are missing",
+                f"the cache has no row for sample ids {ids[missing][:5].tolist()}; {len(missing)} samples of this "
+                "batch have no row",
                 where=str(self.folder), remedy="write them with: tutelage cache",
             )  # fmt: skip
         moved, counted = batch.to(self.device), batch.counted()
@@ -233,8 +232,8 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
             raise CacheError(
                 f"sample {int(keys['id'][i])}{view} differs from the input that its cached row was computed from",
                 where=str(self.folder),
-                remedy="write another cache: the order of the data, the preprocessing or the augmentation changed, "
-                "or other tokens count",
+                remedy="write another cache: the order of the data, the preprocessing, the augmentation or the mask "
+                "of tokens changed",
             )
 
 
@@ -252,7 +251,7 @@ def check_same(
         return "nothing" if values.get(key) is None else shorten(values[key])
 
     differences = "; ".join(
-        f"{key} (there {text_of(there, key)}, here {text_of(here, key)})"
+        f"{key} (in the cache {text_of(there, key)}, now {text_of(here, key)})"
         for key in {**there, **here}
         if there.get(key) != here.get(key) and (key in here or not key.startswith("stored.hidden."))
     )

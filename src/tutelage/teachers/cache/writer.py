@@ -24,7 +24,7 @@ SHARD_SECONDS = 20.0
 class CacheWriter:
     """Takes columns batch by batch and writes shards in a background thread.
 
-    An error in the thread is raised at every later call, so no row is lost silently. At most two shards are in
+    Every later call raises an error of the thread, so no row is lost silently. At most two shards are in
     memory: one is written while the next one is filled. The folder has a manifest. The rank of this process makes
     shard names of several processes different.
     """
