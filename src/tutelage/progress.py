@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any, Self, TypeVar
 
 from rich.console import Console
@@ -105,5 +105,4 @@ class Terminal:
         if not self.live:
             yield from items
             return
-        total = len(items) if isinstance(items, Sized) else None
-        yield from track(items, what, total=total, console=self.console, transient=True)
+        yield from track(items, what, console=self.console, transient=True)

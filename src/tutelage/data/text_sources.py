@@ -27,13 +27,14 @@ class RawTextSplit:
 
     Attributes:
         columns: the columns of texts, labels and route, by name.
-        length: number of rows.
         ids: a stable number for each row.
     """
 
     columns: dict[str, Sequence[Any]]
-    length: int
     ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass
@@ -86,8 +87,8 @@ def read_texts(
     for split, raw in splits.items():
         if source == "table":  # continue the numbers of the file before
             raw.ids = raw.ids + start
-            start += raw.length
-        if not raw.length:
+            start += len(raw)
+        if not len(raw):
             raise DataError("has no rows", where=files[split], remedy="give a file with texts")
     digest = hashlib.blake2b(digest_size=8)
     for split, file in files.items():
@@ -138,16 +139,19 @@ def read_table(path: Path) -> Any:
 
 def _table(path: Path, columns: Sequence[str]) -> RawTextSplit:
     table = read_table(path)
-    values = {}
+    check_columns(columns, table.column_names, str(path))
+    return RawTextSplit({name: table[name].to_pylist() for name in columns}, torch.arange(table.num_rows))
+
+
+def check_columns(columns: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Raise :class:`DataError` if one of ``columns`` is unknown."""
     for column in columns:
-        if column not in table.column_names:
+        if column not in known:
             raise DataError(
-                f"has no column {column!r}" + suggest(column, table.column_names),
-                where=str(path),
-                remedy=f"its columns: {', '.join(table.column_names)}",
+                f"has no column {column!r}" + suggest(column, known),
+                where=where,
+                remedy=f"its columns: {', '.join(known)}",
             )
-        values[column] = table[column].to_pylist()
-    return RawTextSplit(values, table.num_rows, torch.arange(table.num_rows))
 
 
 def _plain(path: Path, columns: Sequence[str]) -> RawTextSplit:
@@ -170,7 +174,7 @@ def _plain(path: Path, columns: Sequence[str]) -> RawTextSplit:
             ids.append(path_id(f"{name}#{i}"))
     if not texts:
         raise DataError("has no text", where=str(path), remedy="give files that end in .txt and contain text")
-    return RawTextSplit(dict.fromkeys(columns, texts), len(texts), torch.tensor(ids, dtype=torch.int64))
+    return RawTextSplit(dict.fromkeys(columns, texts), torch.tensor(ids, dtype=torch.int64))
 
 
 def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> RawTextData:
@@ -181,18 +185,14 @@ def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> 
     names: dict[str, list[str]] = {}
     splits, start = {}, 0
     for split, part in parts.items():
+        check_columns(columns, list(part.features), f"hf:{name}")
         for column in columns:
-            if column not in part.features:
-                raise DataError(
-                    f"hf:{name} has no column {column!r}" + suggest(column, list(part.features)),
-                    remedy=f"its columns: {', '.join(part.features)}",
-                )
             feature = part.features[column]
             inner = getattr(feature, "feature", feature)  # of a sequence of class labels
             if isinstance(inner, datasets.ClassLabel):
                 names[column] = list(inner.names)
         splits[split] = RawTextSplit(
-            {column: part[column][:] for column in columns}, len(part), torch.arange(start, start + len(part))
+            {column: part[column][:] for column in columns}, torch.arange(start, start + len(part))
         )
         start += len(part)
     digest = "-".join(str(getattr(part, "_fingerprint", "")) for part in parts.values())
@@ -254,7 +254,7 @@ def encode_labels(
 
     if task == "classes":
         return torch.tensor([index(v) if has(v) else IGNORE for v in values[0]], dtype=torch.int64), None, None
-    none = torch.full((rows.length,), IGNORE)
+    none = torch.full((len(rows),), IGNORE)
     if task == "tokens":
         tags = [[index(v) if has(v) else IGNORE for v in (row or [])] for row in values[0]]
         return torch.zeros_like(none), None, tags
@@ -265,7 +265,7 @@ def encode_labels(
             return torch.where(targets.isnan().any(1), none, 0), targets.nan_to_num(0.0), None
         return torch.zeros_like(none), targets, None
     if task == "multi-label":
-        targets = torch.zeros(rows.length, len(names))
+        targets = torch.zeros(len(rows), len(names))
         for i, row in enumerate(values[0]):
             targets[i, [index(v) for v in (row or [])]] = 1.0
         return torch.zeros_like(none), targets, None

@@ -235,8 +235,13 @@ def load_texts(
     fingerprints = [tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(teacher_tokenizer)]
     differs = teacher_columns != columns or fingerprints[0] != fingerprints[1]
     align = align and differs and task == "causal" and teacher_columns == columns
-    if differs and not align:
-        _check_same_tokens(task, teacher_columns == columns)
+    if differs and not align and task in ("mlm", "causal", "tokens"):
+        other = ", or method kind: cross-tokenizer" if task == "causal" and teacher_columns == columns else ""
+        raise DataError(
+            f"teacher and student have different tokens, and {task} compares them token by token",
+            where="tokenizer",
+            remedy=f"use a student with the teacher's tokenizer{other}, or a task with one output per text",
+        )
     if align and pack:
         raise DataError(
             "packed rows hold different texts for teacher and student, whose tokens have different lengths",
@@ -289,7 +294,7 @@ def _tokenize_splits(
     and its values; ``options`` are for :func:`tokenize`.
     """
     teacher_columns, differs = teacher
-    key = "" if not raw.digest else f"{raw.digest} {[(s, r.length) for s, r in raw.splits.items()]}"
+    key = "" if not raw.digest else f"{raw.digest} {[(s, len(r)) for s, r in raw.splits.items()]}"
 
     def tokens(split: str, groups: Sequence[Sequence[str]], by: Any, what: str) -> tuple[Tokens, ...]:
         values = raw.splits[split].columns
@@ -325,17 +330,6 @@ def _tokenize_splits(
     return sets
 
 
-def _check_same_tokens(task: TextTask, same_texts: bool) -> None:
-    """Raise :class:`DataError` for a task that compares teacher and student token by token."""
-    if task in ("mlm", "causal", "tokens"):
-        other = ", or method kind: cross-tokenizer" if task == "causal" and same_texts else ""
-        raise DataError(
-            f"teacher and student have different tokens, and {task} compares them token by token",
-            where="tokenizer",
-            remedy=f"use a student with the teacher's tokenizer{other}, or a task with one output per text",
-        )
-
-
 def as_list(columns: str | Sequence[str] | None) -> list[str]:
     """Columns of a recipe as a list: one name, several names or none."""
     return [columns] if isinstance(columns, str) else list(columns or [])
@@ -353,18 +347,18 @@ def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) ->
                         where=raw.name,
                         remedy="name the column of texts: data.text",
                     )
-        bad = [i for i in range(rows.length) if any(_is_blank(rows.columns[c][i]) for c in columns)]
+        bad = [i for i in range(len(rows)) if any(_is_blank(rows.columns[c][i]) for c in columns)]
         if bad and empty == "error":
             raise DataError(
-                f"{len(bad)} of {rows.length} texts of the {split} split are empty, rows {bad[:5]}",
+                f"{len(bad)} of {len(rows)} texts of the {split} split are empty, rows {bad[:5]}",
                 where=raw.name,
                 remedy="remove them, or set data.empty: drop",
             )
-        if len(bad) == rows.length:
+        if len(bad) == len(rows):
             raise DataError(f"all texts of the {split} split are empty", where=raw.name, remedy="check data.text")
         if bad:
-            left = np.setdiff1d(np.arange(rows.length), bad)
-            rows = RawTextSplit({c: [v[i] for i in left] for c, v in rows.columns.items()}, len(left), rows.ids[left])
+            left = np.setdiff1d(np.arange(len(rows)), bad)
+            rows = RawTextSplit({c: [v[i] for i in left] for c, v in rows.columns.items()}, rows.ids[left])
         splits[split] = rows
     return replace(raw, splits=splits)
 

@@ -35,16 +35,14 @@ def _mix(x: UInts) -> UInts:
 
 def view_seeds(run_seed: int, epoch: int, ids: Tensor) -> Tensor:
     """The seed of each sample's view in one epoch, int64 ``[B]``."""
-    with np.errstate(over="ignore"):
-        base = _mix(_mix(np.array([run_seed & (2**64 - 1)], dtype=np.uint64)) ^ np.uint64(epoch))
-        mixed = _mix(base ^ _mix(ids.numpy().astype(np.uint64)))
+    base = _mix(_mix(np.array([run_seed & (2**64 - 1)], dtype=np.uint64)) ^ np.uint64(epoch))
+    mixed = _mix(base ^ _mix(ids.numpy().astype(np.uint64)))
     return torch.from_numpy(mixed.view(np.int64))
 
 
 def uniform(seeds: Tensor, stream: int) -> npt.NDArray[np.float64]:
     """A number in [0, 1) for each seed; numbers of different streams are independent."""
-    with np.errstate(over="ignore"):
-        bits = _mix(seeds.numpy().view(np.uint64) ^ _mix(np.array([stream], dtype=np.uint64)))
+    bits = _mix(seeds.numpy().view(np.uint64) ^ _mix(np.array([stream], dtype=np.uint64)))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -113,8 +111,7 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 def partners(seeds: Tensor, count: int, stream: int) -> tuple[Tensor, Tensor]:
     """For each seed a row of ``count`` to mix with, and the seed of that row's view."""
     rows = torch.from_numpy((uniform(seeds, stream) * count).astype(np.int64))
-    with np.errstate(over="ignore"):
-        views = _mix(seeds.numpy().view(np.uint64) ^ _mix(np.array([stream + 1], dtype=np.uint64)))
+    views = _mix(seeds.numpy().view(np.uint64) ^ _mix(np.array([stream + 1], dtype=np.uint64)))
     return rows, torch.from_numpy(views.view(np.int64))
 
 
@@ -233,11 +230,12 @@ def build_augments(entries: Sequence[str | dict[str, Any]]) -> tuple[list[Augmen
             else:
                 augments.append(transform(TORCHVISION_AUGMENTS[name], options))
         except (TypeError, ValueError) as error:
-            remedy = f"its options are those of torchvision.transforms.v2.{TORCHVISION_AUGMENTS.get(name)}"
+            known = f"those of torchvision.transforms.v2.{TORCHVISION_AUGMENTS.get(name)}"
             if function := TENSOR_AUGMENTS.get(name) or MIX_AUGMENTS.get(name):
-                parameters = inspect.signature(function).parameters
-                remedy = f"its options: {', '.join(p for p in parameters if p != 'stream')}"
-            raise ConfigError(f"data.augment: {name} with {options}: {error}", remedy=remedy) from None
+                known = ", ".join(p for p in inspect.signature(function).parameters if p != "stream")
+            raise ConfigError(
+                f"data.augment: {name} with {options}: {error}", remedy=f"its options: {known}"
+            ) from None
     return augments, mixes
 
 

@@ -197,14 +197,14 @@ def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDesc
         )
     if text:
         raise ConfigError("--text names a column, but plain text has no columns", remedy="remove --text")
-    rows = read_texts("plain", path=str(path), options={}, columns=["text"]).splits["train"]
-    return DataDescription(task, "plain", str(path), rows.length, length=_long(rows.columns["text"]))
+    rows = read_texts("plain", path=str(path), options=None, columns=["text"]).splits["train"]
+    return DataDescription(task, "plain", str(path), len(rows), length=_long(rows.columns["text"]))
 
 
 def _table(
     files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None, label: str | None
 ) -> DataDescription:
-    from tutelage.data.text_sources import read_table
+    from tutelage.data.text_sources import check_columns, read_table
 
     if task == "images":
         raise ConfigError(
@@ -214,13 +214,7 @@ def _table(
     table = tables["train"]
     if not table.num_rows:
         raise DataError("has no rows", where=str(files["train"]), remedy="give a file with texts")
-    for column in [*(text or ()), *([label] if label else ())]:
-        if column not in table.column_names:
-            raise ConfigError(
-                f"has no column {column!r}" + suggest(column, table.column_names),
-                where=str(files["train"]),
-                remedy=f"its columns: {', '.join(table.column_names)}",
-            )
+    check_columns([*(text or ()), *([label] if label else ())], table.column_names, str(files["train"]))
     columns = {name: table[name].to_pylist() for name in table.column_names}
     texts, are_conversations = _text_columns(columns, text, label, str(files["train"]))
     rest = {name: values for name, values in columns.items() if name not in texts}

@@ -93,7 +93,7 @@ def shuffled() -> Any:
         pytest.param({"train_loader": [(torch.ones(2, 64), torch.tensor([3, 12]))]}, DataError, ValueError,
                      ["labels from 3 to 12", "classes 0 to 9", "class indices"], id="label-beyond-classes"),
         pytest.param({"train_loader": [(torch.ones(2, 64), torch.tensor([-1, 2]))]}, DataError, ValueError,
-                     ["labels from -1 to 2", "-100 marks a sample without a label"], id="label-negative"),
+                     ["labels from -1 to 2", "-100 for a sample without a label"], id="label-negative"),
         pytest.param({"train_loader": (b for b in samples())}, DataError, ValueError,
                      ["a generator, has no length", "__len__"], id="loader-without-length"),
         pytest.param({"train_loader": []}, DataError, ValueError, ["yields no batches", "drop_last"],
