@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
 from support import python
@@ -22,6 +23,7 @@ from tutelage import api
 from tutelage.cli import main
 from tutelage.config import Recipe, build_recipe, load_recipe
 from tutelage.data.images import ImageSet
+from tutelage.engine import RunDirectory
 from tutelage.errors import ConfigError, MissingDependencyError, NumericsError, RunDirectoryError
 from tutelage.experiment import recipe_source
 from tutelage.experiment import run as run_module
@@ -247,6 +249,34 @@ def test_no_trial_reads_the_test_split(tmp_path: Path, monkeypatch: pytest.Monke
         search_module.search_recipe(recipe(), trials=3, out=tmp_path / "s", terminal=SILENT)
     with pytest.raises(AssertionError, match="the test split is read"):
         run_module.run_recipe(recipe(search=None), out=tmp_path / "run", terminal=SILENT)
+
+
+def test_a_teacher_whose_head_alone_is_trainable_keeps_its_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_spec, build_teacher = trials_module.recipe_spec, trials_module.build_teacher
+    initial: dict[str, Tensor] = {}
+
+    def head_only(*args: Any) -> Any:
+        spec = build_spec(*args)
+        assert spec.teacher is not None
+        return replace(
+            spec, teacher=replace(spec.teacher, members=(replace(spec.teacher.members[0], head_only=True),))
+        )
+
+    def pretrained(spec: Any) -> Any:
+        model: Any = build_teacher(spec)
+        initial.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        model.fresh = list(initial)[-2:]
+        return model
+
+    monkeypatch.setattr(trials_module, "recipe_spec", head_only)
+    monkeypatch.setattr(trials_module, "build_teacher", pretrained)
+    runner = trials_module.TrialRunner(SILENT, lambda: False, 0.3)
+    runner.train_teacher(recipe(), RunDirectory(tmp_path))
+    trained = load_file(tmp_path / "models" / "teacher" / "model.safetensors")
+    changed = [name for name in initial if not torch.equal(initial[name], trained[name])]
+    assert changed == list(initial)[-2:]
 
 
 def test_the_teacher_is_asked_once_for_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

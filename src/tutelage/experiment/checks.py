@@ -59,7 +59,7 @@ def check_output(spec: ExperimentSpec, device: torch.device, model: nn.Module, w
     classes = logits.shape[-1]
     if batch.labels.shape != logits.shape[:-1] or (batch.targets is not None and batch.targets.shape != logits.shape):
         raise CapabilityError(
-            f"the {who}'s logits are {tuple(logits.shape)} where the labels are {tuple(batch.labels.shape)}",
+            f"the shapes do not match: logits of the {who} {tuple(logits.shape)}, labels {tuple(batch.labels.shape)}",
             remedy="labels are class indices, one for each row of logits (or each token)",
         )
     names = spec.evaluation.classes

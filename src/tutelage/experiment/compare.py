@@ -54,7 +54,7 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     _check_prepared(spec, ctx, initial, student, method, classes)
     live = None if model is None else train_teacher(spec, ctx, model)
     if spec.teacher is not None and (spec.teacher.is_trained_first or model_of(live) is not model):
-        spec = bind_teacher(spec, model_of(live))  # what was prepared has other teacher weights
+        spec = bind_teacher(spec, model_of(live))  # student and method were prepared with other teacher weights
         initial = spec.source.build_student(spec.seeds[0])
         student, method = prepare_student_and_method(spec, initial, model_of(live), spec.seeds[0])
     check_labels(spec, model_of(live), initial)
@@ -86,7 +86,7 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
 def _check_prepared(
     spec: ExperimentSpec, ctx: RunContext, initial: nn.Module, student: nn.Module, method: Method, classes: int
 ) -> None:
-    """Check what needs no trained teacher, and print what is trained."""
+    """Run the checks that need no trained teacher, and print what is trained."""
     ctx.terminal.say(f"loss = {method.formula()}")
     for name, other in method.auxiliary_models(student).items():
         if check_output(spec, ctx.device, other, name) != classes:
@@ -103,7 +103,9 @@ def _print_student(
 ) -> None:
     if method.peers:
         size = sum(parameters(peer) for peer in method.auxiliary_models(student).values())
-        terminal.say(f"peers: {len(method.peers)} with {size:,} parameters, trained along and saved in models/")
+        terminal.say(
+            f"peers: {len(method.peers)} with {size:,} parameters; trained with the student, saved in models/"
+        )
     if has_adapters(student):
         trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
         terminal.say(f"LoRA: {trainable:,} trainable parameters; they are merged into the exported weights")
@@ -111,7 +113,7 @@ def _print_student(
         terminal.say("quantisation-aware training: metrics are measured with simulated int8; float weights are saved")
     projectors = count_projectors(method)
     if projectors:
-        terminal.say(f"projectors: {projectors:,} parameters, trained along and not exported")
+        terminal.say(f"projectors: {projectors:,} parameters; trained with the student, not exported")
     if student is not initial:
         before = parameters(spec.source.build_student(spec.seeds[0]))
         terminal.say(

@@ -182,7 +182,7 @@ def _train_config(
     config = _validate(TrainConfig, {**budget, "optimizer": optimizer, "schedule": schedule, **(train or {})})
     if config.early_stop is not None and validation is None:
         raise ConfigError(
-            f"distill(train={{'early_stop': {config.early_stop}}}): there is no validation data to stop on",
+            f"distill(train={{'early_stop': {config.early_stop}}}): early stopping needs validation data",
             remedy="pass validation=, a loader that is neither trained nor tested on",
         )
     return config
@@ -204,27 +204,27 @@ def _teacher_spec(
     if teacher is None:
         if ensemble or inference:
             raise ConfigError(
-                f"distill(teacher=None, {'ensemble' if ensemble else 'inference'}=...), and there is no teacher",
-                remedy="leave it out",
+                f"distill(teacher=None, {'ensemble' if ensemble else 'inference'}=...) needs a teacher",
+                remedy="leave the argument out, or give a teacher",
             )
         return None
     if isinstance(teacher, nn.Module):
         if ensemble:
             raise ConfigError(
-                f"distill(ensemble={shorten(ensemble)}), and there is one teacher",
+                f"distill(ensemble={shorten(ensemble)}) needs several teachers, and there is one",
                 remedy="give a list of modules as teacher",
             )
         return TeacherSpec((MemberSpec("teacher", inference=options),), mode, None, prefetch, cache_config)
     if options.get("sharded"):
         raise ConfigError(
-            "distill(inference={'sharded': True}) of several teachers", remedy="it is for one; leave it out"
+            "distill(inference={'sharded': True}): an ensemble cannot be sharded", remedy="leave out 'sharded'"
         )
     members = tuple(MemberSpec(f"teacher-{i}", inference=options) for i in range(len(teacher)))
     return TeacherSpec(members, mode, _ensemble_spec(teacher, dict(ensemble or {})), prefetch, cache_config)
 
 
 def _ensemble_spec(teachers: Sequence[nn.Module], options: dict[str, Any]) -> EnsembleSpec:
-    """How the teachers are combined; checked at once."""
+    """How the teachers are combined, checked before anything runs."""
     route = options.pop("route", None)
     config = _validate(EnsembleConfig, options, "ensemble")
     spec = EnsembleSpec(config.combine or "probabilities", config.weights, config.average_temperature or 1.0, route)
@@ -239,15 +239,15 @@ def _ensemble_spec(teachers: Sequence[nn.Module], options: dict[str, Any]) -> En
 
 
 def _cache_config(given: Any, mode: str, parallel: str | None) -> CacheConfig | None:
-    """The ``cache`` section; refused with options that a cache excludes."""
+    """The ``cache`` section; raises :class:`ConfigError` when other arguments exclude a cache."""
     section = cache_section(str(given) if isinstance(given, Path) else given)
     if section is None:
         return None
     config = _validate(CacheConfig, section, "cache")
     if mode != "eval":
         raise ConfigError(
-            f"distill(cache={shorten(given)}, teacher_mode={mode!r}): the cached outputs of a sample would depend on "
-            "the batch in which it came first",
+            f"distill(cache={shorten(given)}, teacher_mode={mode!r}): in train_bn mode a sample's outputs "
+            "depend on its batch, so they cannot be cached",
             remedy="use teacher_mode='eval', or leave cache out",
         )
     if parallel is not None:

@@ -54,11 +54,13 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
         check_teachers(spec, accelerator.device, model)
         teacher = build_live_teacher(spec, model, accelerator.device)
     student = spec.source.build_student(recipe.seeds[0])
-    classes = check_output(spec, accelerator.device, student, "student")  # the data does not know a vocabulary's size
+    classes = check_output(
+        spec, accelerator.device, student, "student"
+    )  # the size of a vocabulary is known from the model only
     _, method = prepare_student_and_method(spec, student, model_of(teacher), recipe.seeds[0])
     if not needs_teacher(method):
         raise CapabilityError(
-            f"method {recipe.method.kind} uses no teacher outputs that a cache could keep",
+            f"method {recipe.method.kind} does not use teacher outputs, so there is nothing to cache",
             where="method",
             remedy="use a method with a teacher, such as method=logit",
         )
@@ -98,15 +100,15 @@ def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
         raise CapabilityError(
             "the teacher has no weights yet; a cache needs a trained teacher",
             where="teacher",
-            remedy="use `tutelage run`, which trains it and with teacher.cache=true fills the cache; or give "
-            "teacher.checkpoint",
+            remedy="give teacher.checkpoint; or use `tutelage run` with teacher.cache=true, which trains the "
+            "teacher and fills the cache",
         )
     config = recipe.teacher.cache or CacheConfig()
     if out is not None:
         config = config.model_copy(update={"path": str(out)})
     if recipe.data.augment and recipe.data.views is None:
         raise ConfigError(
-            "the recipe draws new augmentations in every epoch, and a cache keeps one row for each view",
+            "without a number of views every epoch has new augmentations, which a cache cannot store",
             where="data.views",
             remedy="set a number of views: data.views=10",
         )

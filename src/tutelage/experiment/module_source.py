@@ -86,7 +86,7 @@ class ModuleSource(ExperimentSource):
             for step in ctx.terminal.iterate(batches, "reading training data"):
                 yield step
                 if ctx.should_stop():
-                    raise Interrupted("stopped before any training", remedy="the same call starts again")
+                    raise Interrupted("stopped before any training", remedy="repeat the same call to start again")
 
         tokenizer = fingerprint_tokenizer(self.train_loader)
         made_from = {

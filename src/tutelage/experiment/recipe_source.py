@@ -46,8 +46,8 @@ from tutelage.students import add_fake_quantisers, add_lora
 from tutelage.teachers import CachedTeacher, RemoteTeacher
 
 ONE_VIEW = (
-    "data.views: 1 shows every image in one augmented view again and again; distillation gains from many views that "
-    "the teacher sees too (Beyer et al., 2022): set data.views to 10 or more"
+    "with data.views: 1 every epoch has the same augmented view of each image. Distillation works better with many "
+    "views (Beyer et al., 2022): set data.views to 10 or more"
 )
 
 
@@ -140,8 +140,8 @@ class RecipeSource:
     """Builds the parts of an experiment from a recipe; see :class:`ExperimentSource`.
 
     Attributes:
-        teacher: what a student that is part of its teacher is cut from. Default: the teacher before any training.
-        influence: the importance of the teacher's layers, if students are cut by it.
+        teacher: the model that a pruned student is cut from. Default: the teacher before any training.
+        influence: the importance of the teacher's layers, if it decides which layers a student keeps.
     """
 
     recipe: Recipe
@@ -159,7 +159,7 @@ class RecipeSource:
             return self
         if isinstance(teacher, CrossEncoder):
             raise ConfigError(
-                "a student for ranking reads query and answers separately; a part of a cross-encoder cannot",
+                "a student for ranking encodes query and answers separately, and a part of a cross-encoder cannot",
                 where="student.model",
                 remedy="name an encoder: hf:ID",
             )

@@ -33,7 +33,11 @@ def run_recipe(
 ) -> RunResult:
     """Train the teacher if it has no weights, the baseline student and the distilled student, and compare them."""
     if recipe.workflow is not None:
-        raise ConfigError(f"workflow {recipe.workflow.kind!r} is not a single run", remedy="tutelage.api.run runs it")
+        raise ConfigError(
+            f"run_recipe does not run workflows, and this recipe has {recipe.workflow.kind!r}",
+            where="workflow",
+            remedy="call tutelage.api.run, or remove workflow from the recipe",
+        )
     path, accelerator, terminal = set_up_run(recipe, out, resume, terminal)
     return run_on_data(recipe, None, path, resume=resume, terminal=terminal, accelerator=accelerator)
 

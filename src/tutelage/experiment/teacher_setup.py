@@ -34,8 +34,8 @@ MEMORY_BYTES = 2**29
 class ReferenceOutputs:
     """The teacher outputs for every batch of a split, to compare students with; iterated once for each model.
 
-    They are kept in memory up to :data:`MEMORY_BYTES`, and are else computed again in each iteration. Those of a
-    sharded teacher are always kept: a single process cannot compute them.
+    Outputs of up to :data:`MEMORY_BYTES` stay in memory; larger ones are computed again in each iteration. Those of a
+    sharded teacher always stay in memory, because a single process cannot compute them.
     """
 
     def __init__(self, teacher: Teacher, batches: Iterable[Batch], ctx: RunContext) -> None:
@@ -73,29 +73,36 @@ def train_teacher(spec: ExperimentSpec, ctx: RunContext, model: nn.Module) -> Mo
 def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.Module) -> nn.Module:
     """``model``, that of the teacher's member ``number``, with weights."""
     assert spec.teacher is not None
-    member, evaluation = spec.teacher.members[number], spec.evaluation
+    member = spec.teacher.members[number]
     if member.training is None:
         return model
     if ctx.run.result(member.name) is None:
-        training = Training(
-            member.name, model, spec.source.build_baseline_method(), member.training.batches, member.training.config,
-            ctx.run, validation=None if evaluation.validation is None else AsTeacher(evaluation.validation),
-            seed=member.training.seed, metric=evaluation.metric, should_stop=ctx.should_stop, callback=ctx.terminal,
-        )  # fmt: skip
-        if member.head_only:
-            freeze_pretrained(model)
+        training = member_training(spec, ctx, number, model)
 
         def rebuild() -> tuple[nn.Module, Method]:
             return spec.source.build_teacher(number), spec.source.build_baseline_method()
 
-        train_and_save(training, ctx, rebuild, AsTeacher(evaluation.test), None, dict(member.card), {})
+        train_and_save(training, ctx, rebuild, AsTeacher(spec.evaluation.test), None, dict(member.card), {})
         model = spec.source.build_teacher(number)
     load_weights(model, ctx.run.model(member.name))
     return model
 
 
-def freeze_pretrained(model: nn.Module) -> None:
-    """Freeze the parameters that came with a checkpoint; only new ones are trained."""
+def member_training(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.Module) -> Training:
+    """The training of a teacher's member; with ``head_only`` the pretrained parameters of ``model`` are frozen."""
+    assert spec.teacher is not None
+    member, validation = spec.teacher.members[number], spec.evaluation.validation
+    assert member.training is not None
+    if member.head_only:
+        _freeze_pretrained(model)
+    return Training(
+        member.name, model, spec.source.build_baseline_method(), member.training.batches, member.training.config,
+        ctx.run, validation=None if validation is None else AsTeacher(validation), seed=member.training.seed,
+        metric=spec.evaluation.metric, should_stop=ctx.should_stop, callback=ctx.terminal,
+    )  # fmt: skip
+
+
+def _freeze_pretrained(model: nn.Module) -> None:
     fresh = set(getattr(model, "fresh", ()))
     if not any(name in fresh for name, _ in model.named_parameters()):
         raise ConfigError(
@@ -112,7 +119,7 @@ def evaluate_reference(
 ) -> tuple[ReferenceOutputs | None, dict[str, Any]]:
     """The teacher outputs on the test split, and the teacher's figures.
 
-    The outputs are ``None`` if the teacher reads other tokens than the student: each is then measured by itself.
+    The outputs are ``None`` if the teacher has another tokenizer than the student: their logits cannot be compared.
     """
     evaluation = spec.evaluation
     test = evaluation.test
@@ -196,7 +203,7 @@ def fits_memory(spec: ExperimentSpec, ctx: RunContext, teacher: ModelTeacher, me
         return False
     example = example_of(spec)
     if example.labels.ndim > 1 or (needs.hidden and isinstance(example.inputs, dict)):
-        return False  # as many rows as a text has tokens
+        return False  # there is a row for every token, which is too much
     shapes = feature_shapes(teacher.model, example.rows(0, 1).for_teacher(), needs.hidden)
     row = classes * needs.logits + sum(math.prod(shape) for shape in shapes.values())
     budget = int(psutil.virtual_memory().available) // 4 // ctx.accelerator.num_processes

@@ -111,7 +111,7 @@ def _after_phases(
             training, name=f"{training.name}-{phase.name}", method=phase.method, config=config, validation=None,
             epoch_steps=training.epoch_length,
         )  # fmt: skip
-        outcome = _fit(phase_training, ctx)
+        outcome = fit_with_progress(phase_training, ctx)
         student, method = rebuild()  # the trained ones may be sharded or compiled
         weights, method_state = broadcast_from_main(ctx.accelerator, lambda o=outcome: (o.last, o.method))  # type: ignore[misc]
         phase_states.append(method_state)
@@ -123,7 +123,8 @@ def _after_phases(
     return replace(training, config=config)
 
 
-def _fit(training: Training, ctx: RunContext) -> Outcome:
+def fit_with_progress(training: Training, ctx: RunContext) -> Outcome:
+    """Train, and close the progress display at the end."""
     try:
         return fit(training, ctx.accelerator)
     finally:
@@ -157,7 +158,7 @@ def train_and_save(
     The main process measures and writes; only it has all weights of a sharded model. ``peer_cards`` are the entries
     of ``model.json`` of the models that are trained along and saved too, by name.
     """
-    outcome = _fit(training, ctx)
+    outcome = fit_with_progress(training, ctx)
     if ctx.accelerator.is_main_process:
         measure = partial(evaluate, batches=test, device=ctx.device, teacher=outputs)
         model = rebuild()[0].to(ctx.device)

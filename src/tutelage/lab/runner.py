@@ -40,7 +40,7 @@ SOURCES = {
 
 
 def base_recipes(budget: Budget, seeds: int | None, overrides: Iterable[str]) -> dict[str, Recipe]:
-    """The base recipes. Overrides change that of images; those that begin with ``texts.`` or ``llm.``, the others.
+    """The base recipes. An override changes the one that its prefix names (``texts.``, ``llm.``), else ``images``.
 
     Raises:
         ConfigError: an override does not fit.
@@ -72,7 +72,7 @@ def base_recipes(budget: Budget, seeds: int | None, overrides: Iterable[str]) ->
 
 
 def missing_requirement(kind: str, recipe: Recipe) -> str | None:
-    """A missing file of the data, or a missing package of the teacher, with its remedy; ``None`` if all is there."""
+    """A file or package that the recipe needs and that is missing, with its remedy; ``None`` if none is missing."""
     path = getattr(recipe.data, "path", None) or {}
     for file in path.values() if isinstance(path, dict) else [path]:
         if not Path(file).exists():
@@ -85,7 +85,7 @@ def missing_requirement(kind: str, recipe: Recipe) -> str | None:
 
 
 def select(ids: Sequence[str], every: bool, bases: Bases, say: Callable[[str], None]) -> list[str]:
-    """The chosen experiments, in the order of the table; ``every`` leaves out those whose requirements are missing.
+    """The chosen experiments, in the order of :data:`CLAIMS`; ``every`` skips those with missing requirements.
 
     Raises:
         ConfigError: an id is unknown, none is given, or the requirements of a given one are missing.
@@ -104,7 +104,7 @@ def select(ids: Sequence[str], every: bool, bases: Bases, say: Callable[[str], N
         elif name in ids:
             raise ConfigError(f"experiment {name!r} lacks a requirement", where="lab", remedy=missing)
         else:
-            say(f"{name}: left out, {missing}")
+            say(f"{name}: skipped, {missing}")
     return selected
 
 

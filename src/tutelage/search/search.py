@@ -162,7 +162,7 @@ class _Search:
         self.study = SearchStudy(run.path / JOURNAL, space, config)
 
     def _check_space(self) -> None:
-        """Do everything but training, for the recipe and for each end and value of the space."""
+        """Run all checks without training: for the recipe, and for each limit and value of the space."""
         self.runner.check(self.base_recipe)
         for d in self.space:
             for value in d.ends():
@@ -186,7 +186,7 @@ class _Search:
                 self._finish(trial, outcome, show)
 
     def _outcomes(self, workers: int) -> Generator[Outcome, None, None]:
-        """Run trials, in worker processes or in this one; each with its result, or with the error that ended it."""
+        """Run trials, in worker processes or in this one; yield each with its result or its error."""
         missing = self.config.trials - self.study.count()
         if workers > 1 and missing > 0:
             yield from self._worker_outcomes(min(workers, missing))
@@ -237,7 +237,7 @@ class _Search:
 
     @contextmanager
     def _show_progress(self) -> Iterator[ShowTrials]:
-        """A live line with the count of trials and the best one; gives a function to call after each trial."""
+        """A live line with the number of trials and the best one; yields a function that updates it."""
         if not self.terminal.live:
             yield lambda trials, best: None
             return
@@ -257,7 +257,7 @@ class _Search:
     # Results -------------------------------------------------------------------------------------------
 
     def summarise(self, workers: int, start: float) -> dict[str, Any]:
-        """Run the chosen recipe and the search's own once in full; the content of ``search.json``."""
+        """Run the chosen recipe and the original one in full; return the content of ``search.json``."""
         from tutelage.search.trials import validations
 
         elapsed, trials = time.monotonic() - start, self.study.trials()
@@ -328,7 +328,7 @@ class _Search:
 
 
 def _move_other_run(path: Path, config: str) -> None:
-    """Rename a run of other values, which were chosen before there were more trials."""
+    """Rename the folder of a run with other values, which an earlier search with fewer trials chose."""
     stored = path / "config.yaml"
     if stored.exists() and stored.read_text(encoding="utf-8") != config:
         names = (path.with_name(f"{path.name}-before-{n}") for n in itertools.count(1))

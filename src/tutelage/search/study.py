@@ -138,7 +138,7 @@ class SearchStudy:
         return len(self.running) + sum(t.state.is_finished() for t in self._all())
 
     def next(self) -> TrialRequest:
-        """A trial that a killed process left, or else a new one."""
+        """A trial that a killed process did not finish; if there is none, a new one."""
         with self._optuna():
             left = [t for t in self._all() if t.state == TrialState.RUNNING and t.number not in self.running]
             trial = optuna.Trial(self.study, left[0]._trial_id) if left else self.study.ask()
@@ -149,7 +149,7 @@ class SearchStudy:
     def report(self, number: int, step: int, value: float) -> bool:
         """Store a validation accuracy; return whether the trial is to be pruned.
 
-        Values that a killed process had reported are not judged again, except the last of them.
+        A resumed trial reports its earlier values again; of these only the last can prune it.
         """
         trial = self.running[number]
         last = max(self._all()[number].intermediate_values, default=-1)

@@ -34,11 +34,11 @@ from tutelage.experiment.open_run import open_run_directory
 from tutelage.experiment.prepare import all_needs, build_teacher, prepare_student_and_method
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher, RunContext
-from tutelage.experiment.teacher_setup import fits_memory, open_training_teacher, store_in_memory
+from tutelage.experiment.teacher_setup import fits_memory, member_training, open_training_teacher, store_in_memory
 from tutelage.experiment.teachers import build_live_teacher, with_trained_weights
-from tutelage.experiment.trainer import TrainingTeacher, student_training
+from tutelage.experiment.trainer import TrainingTeacher, fit_with_progress, student_training
 from tutelage.files import atomic_folder
-from tutelage.methods import Method, SupervisedMethod, check_capabilities
+from tutelage.methods import Method, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
 from tutelage.progress import Terminal
 from tutelage.search.study import SEED_STEP, TrialResult
@@ -57,7 +57,7 @@ SILENT = Terminal(speaks=False)
 
 
 class TrialPruned(Exception):
-    """A trial is pruned."""
+    """Ends a trial that is pruned."""
 
 
 class TrialRunner:
@@ -102,7 +102,7 @@ class TrialRunner:
         return Recipe.model_validate({**raw, "teacher": with_trained_weights(raw["teacher"], run.path)})
 
     def check(self, recipe: Recipe) -> None:
-        """Do everything but training."""
+        """Load the models and run all checks, without training."""
         accelerator = build_accelerator(recipe.train.precision, [])
         self._prepare(
             recipe, RunContext(accelerator, RunDirectory(".", writes=False), self.terminal, self.should_stop)
@@ -183,7 +183,7 @@ class TrialRunner:
     def _training_teacher(
         self, recipe: Recipe, spec: ExperimentSpec, ctx: RunContext, live: ModelTeacher, method: Method
     ) -> Iterator[Teacher]:
-        """The teacher that training uses: outputs in memory, shared by trials, or else the same as in any run."""
+        """The teacher outputs for training: in memory, shared by trials, if they fit; else as in any other run."""
         classes = len(spec.evaluation.classes or [])
         if (spec.teacher and spec.teacher.cache is not None) or not fits_memory(spec, ctx, live, method, classes):
             with open_training_teacher(replace(spec, unaugmented=None), ctx, live, method, classes) as teacher:
@@ -205,22 +205,13 @@ def _key(recipe: Recipe) -> str:
 
 
 def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.Module) -> None:
-    """Train a member of the teacher, or find it trained, and save it; the test split is not used."""
+    """Train and save a member of the teacher, unless it is saved already; the test split is not used."""
     assert spec.teacher is not None
     member = spec.teacher.members[number]
     folder = ctx.run.model(member.name)
     if (folder / MODEL_CARD).exists():
         return
-    assert member.training is not None
-    training = Training(
-        member.name, model, SupervisedMethod(), member.training.batches, member.training.config, ctx.run,
-        validation=spec.evaluation.validation, seed=member.training.seed, should_stop=ctx.should_stop,
-        callback=ctx.terminal,
-    )  # fmt: skip
-    try:
-        outcome = fit(training, ctx.accelerator)
-    finally:
-        ctx.terminal.on_end()
+    outcome = fit_with_progress(member_training(spec, ctx, number, model), ctx)
     trained = spec.source.build_teacher(number)
     trained.load_state_dict(outcome.best)
     with atomic_folder(folder) as draft:
@@ -231,8 +222,7 @@ class _Reporter(NullCallback):
     """Reports every evaluation of a training, those before an interruption first.
 
     Args:
-        window: shares of the training; only an evaluation from the first on and before the second can prune it. At
-            the end of the last seed nothing is left to save.
+        window: two shares of the training's steps; only an evaluation between them can prune the trial.
     """
 
     def __init__(
