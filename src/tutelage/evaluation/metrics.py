@@ -126,10 +126,11 @@ class Scores(Metrics):
             out["per_class"] = (hits / total.clamp(min=1)).tolist()
         if "confused" in self.sums:
             out |= confusion_metrics(self.sums["confused"].cpu())
-        if s["seen"]:
-            out["agreement"] = s["agree"] / s["seen"]
-            out["kl"] = s["kl"] / s["seen"]
-        return out
+        return out | _against_teacher(s)
+
+
+def _against_teacher(sums: dict[str, float]) -> dict[str, float]:
+    return {name: sums[part] / sums["seen"] for name, part in (("agreement", "agree"), ("kl", "kl")) if sums["seen"]}
 
 
 def confusion_metrics(counts: Tensor) -> dict[str, float]:
@@ -180,9 +181,7 @@ class LabelScores(Metrics):
             "n": int(s["n"]), "accuracy": s["right"] / max(s["decisions"], 1),
             "f1": 2 * s["hit"] / max(s["true"] + s["predicted"], 1), "loss": s["nll"] / max(s["n"], 1),
         }  # fmt: skip
-        if s["seen"]:
-            out |= {"agreement": s["agree"] / s["seen"], "kl": s["kl"] / s["seen"]}
-        return out
+        return out | _against_teacher(s)
 
 
 class _AllRows(Metrics):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -204,36 +205,23 @@ def quantise_onnx(whole: Path, to: Path, names: tuple[str, ...], calibration: Se
     ``calibration`` inputs fix the ranges of activations (static quantisation); without them the ranges are computed
     for each input (dynamic quantisation). Returns entries of the manifest.
     """
+    import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
+    batches = iter([{name: inputs[name].numpy() for name in names} for inputs in calibration])
     with _silence_converters():
         if calibration:
+            reader = SimpleNamespace(get_next=lambda: next(batches, None))  # as a CalibrationDataReader
             quantize_static(
-                str(whole), str(to), _CalibrationReader(names, calibration), quant_format=QuantFormat.QDQ,
-                per_channel=True, weight_type=QuantType.QUInt8, activation_type=QuantType.QUInt8,
+                str(whole), str(to), reader, quant_format=QuantFormat.QDQ, per_channel=True,
+                weight_type=QuantType.QUInt8, activation_type=QuantType.QUInt8,
             )  # fmt: skip
             rows = sum(len(inputs[names[0]]) for inputs in calibration)
             return {"quantisation": "static", "calibration_rows": rows}
-        quantize_dynamic(str(whole), str(to), per_channel=not _has_conv_nodes(whole), weight_type=QuantType.QUInt8)
+        nodes = onnx.load(str(whole), load_external_data=False).graph.node
+        per_channel = all(node.op_type != "Conv" for node in nodes)
+        quantize_dynamic(str(whole), str(to), per_channel=per_channel, weight_type=QuantType.QUInt8)
     return {"quantisation": "dynamic"}
-
-
-def _has_conv_nodes(path: Path) -> bool:
-    import onnx
-
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return any(node.op_type == "Conv" for node in graph.node)
-
-
-class _CalibrationReader:
-    """A ``CalibrationDataReader`` over batches."""
-
-    def __init__(self, names: tuple[str, ...], batches: Sequence[Inputs]) -> None:
-        self._rest = iter([{name: inputs[name].numpy() for name in names} for inputs in batches])
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next inputs; ``None`` at the end."""
-        return next(self._rest, None)
 
 
 FORMATS: dict[str, Callable[[ExportJob], dict[str, Any]]] = {

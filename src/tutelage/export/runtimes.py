@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from tutelage.errors import CheckpointError, did_you_mean, first_line, require
 from tutelage.export.bundle import Inputs, TraceModule, load_bundle
-from tutelage.files import silence_transformers
 from tutelage.models import load_model, load_tokenizer
-from tutelage.models.pretrained import AUTO_CLASSES, SentenceEncoder
+from tutelage.models.pretrained import load_pretrained
 
 MANIFEST = "export.json"
 """Name of the manifest of an export."""
@@ -135,16 +134,11 @@ def _safetensors(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
 
 
 def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
-    require("transformers", "text", "an export for transformers")
-    import transformers
-
     try:
-        with silence_transformers():
-            model = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(folder, dtype=torch.float32)
+        model = load_pretrained(f"hf:{folder}", task, None, {}).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _damaged(folder, error) from None
-    model = SentenceEncoder(model) if task == "embedding" else model
-    return model, TraceModule(model.eval(), names).run
+    return model, TraceModule(model, names).run
 
 
 def _program(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:

@@ -51,7 +51,9 @@ def judged_prompts(judgement: Mapping[str, Any]) -> Prompts:
             for name, text in sample["answers"].items()
         ]  # fmt: skip
         texts = [verdict_text(pair, orders) for pair, orders in verdicts]
-        prompts.append({"text": _conversation(sample["messages"]), "answers": answers, "verdicts": texts})
+        messages = [(m.get("role", ""), m.get("content", "")) for m in sample["messages"]]
+        prompt = messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {text}" for role, text in messages)
+        prompts.append({"text": prompt, "answers": answers, "verdicts": texts})
     return prompts
 
 
@@ -67,9 +69,3 @@ def _is_preferred(name: str, verdicts: Sequence[tuple[Sequence[str], Sequence[st
     """Whether an answer was preferred in both orders to every other answer that it was compared with."""
     results = [("win" if pair[0] == name else "loss", orders) for pair, orders in verdicts if name in pair]
     return bool(results) and all(list(orders) == [expected] * 2 for expected, orders in results)
-
-
-def _conversation(messages: Sequence[Mapping[str, str]]) -> str:
-    if len(messages) == 1:
-        return messages[0].get("content", "")
-    return "\n\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in messages)

@@ -31,7 +31,6 @@ from tutelage.reports.run_files import (
     MultistageRecord,
     Record,
     RunRecord,
-    SearchRecord,
     is_search,
     read_records,
     read_search,
@@ -61,7 +60,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     out, paths = Path(out), [Path(run) for run in runs]
     if len(paths) == 1 and is_search(paths[0]):
-        html = search_page(read_search(paths[0]))
+        record = read_search(paths[0])
+        html = render("search.html.jinja", title=f"{record.label} – search", record=record)
     else:
         folders = [folder for path in paths for folder in (read_search(path).runs if is_search(path) else [path])]
         html = report_page(read_records(folders))
@@ -90,11 +90,6 @@ def report_page(records: Sequence[Record]) -> str:
         seed_figure=seed_by_seed(runs) if runs else None,
         figures_by_heading=_figures(runs),
     )
-
-
-def search_page(record: SearchRecord) -> str:
-    """The HTML of the page on a search."""
-    return render("search.html.jinja", title=f"{record.label} – search", record=record)
 
 
 def _figures(runs: Sequence[RunRecord]) -> dict[str, list[Figure]]:

@@ -55,14 +55,6 @@ def _linear(inputs: int, outputs: int, maps: bool) -> nn.Module:
     return nn.Conv2d(inputs, outputs, 1, bias=True) if maps else nn.Linear(inputs, outputs)
 
 
-def _mlp(inputs: int, outputs: int, maps: bool) -> nn.Module:
-    return nn.Sequential(_linear(inputs, outputs, maps), nn.ReLU(), _linear(outputs, outputs, maps))
-
-
-def _auto(inputs: int, outputs: int, maps: bool) -> nn.Module:
-    return nn.Identity() if inputs == outputs else _linear(inputs, outputs, maps)
-
-
 def _identity(inputs: int, outputs: int, maps: bool) -> nn.Module:
     if inputs != outputs:
         raise ModelError(
@@ -73,11 +65,13 @@ def _identity(inputs: int, outputs: int, maps: bool) -> nn.Module:
 
 
 PROJECTORS: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "auto": _auto,
+    "auto": lambda inputs, outputs, maps: nn.Identity() if inputs == outputs else _linear(inputs, outputs, maps),
     "conv1x1": _linear,
     "identity": _identity,
     "linear": _linear,
-    "mlp": _mlp,
+    "mlp": lambda inputs, outputs, maps: nn.Sequential(
+        _linear(inputs, outputs, maps), nn.ReLU(), _linear(outputs, outputs, maps)
+    ),
 }
 """Kinds by name: (input channels, output channels, whether features are maps) -> module. On maps ``linear`` is
 ``conv1x1``; ``auto`` is ``linear`` if the numbers of channels differ, else ``identity``."""

@@ -215,14 +215,12 @@ def _unigram(tokenizer: Any, description: Model, used: set[str], unknown: Sequen
     return tokens if model.get("unk_id") is None else tokens | {model["vocab"][model["unk_id"]][0]}
 
 
-def _word_level(tokenizer: Any, description: Model, used: set[str], unknown: Sequence[str]) -> set[str]:
-    return used | {description["model"]["unk_token"]} & description["model"]["vocab"].keys()
-
-
 CLOSURES: dict[str, Callable[[Any, Model, set[str], Sequence[str]], set[str]]] = {
     "BPE": _bpe,
     "Unigram": _unigram,
-    "WordLevel": _word_level,
+    "WordLevel": lambda _, description, used, unknown: (
+        used | {description["model"]["unk_token"]} & description["model"]["vocab"].keys()
+    ),
     "WordPiece": _word_piece,
 }
 """By kind: (tokenizer, its JSON, tokens that occur, texts with an unknown word) -> tokens to keep."""
