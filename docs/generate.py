@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -157,6 +158,7 @@ Learned parts of a loss are trained together with the student and not exported:
 """
 
 
+@functools.cache
 def field_docs(cls: type[BaseModel]) -> dict[str, str]:
     """The docstring under each field of ``cls`` and its bases, which Python does not keep."""
     docs: dict[str, str] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing.context
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ import pytest
 from support import python
 
 # Nothing here imports torch before a test runs: the process that only hands out tests needs none.
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_seeds_for_absent_devices() -> Iterator[None]:
+    """Torch stores each seed for devices that it has not initialised, with the call stack, which is slow."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

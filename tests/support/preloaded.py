@@ -16,6 +16,8 @@ MODULES = (
     "transformers.models.bert.modeling_bert",
     "safetensors.torch",
     "sklearn.datasets",
+    "sklearn.model_selection",
+    "plotly.offline",
 )
 
 for name in MODULES:
