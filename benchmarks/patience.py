@@ -44,8 +44,7 @@ from tutelage.experiment.open_run import open_run_directory
 from tutelage.experiment.prepare import build_teacher
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.spec import ExperimentSpec, RunContext
-from tutelage.experiment.teacher_setup import ReferenceOutputs
-from tutelage.experiment.teachers import build_live_teacher
+from tutelage.experiment.teacher_setup import ReferenceOutputs, build_live_teacher
 from tutelage.experiment.trainer import TrainingTeacher, train_student
 from tutelage.progress import Terminal
 from tutelage.taps import Needs

@@ -18,8 +18,16 @@ from support import text_worlds
 from tutelage.config import build_recipe
 from tutelage.data import IGNORE, Batch
 from tutelage.data.tokens import tokenize
-from tutelage.experiment.continuations import generate_continuations, opening, select_rows
-from tutelage.experiment.sample_predictions import PIXELS, Samples, collect_samples, describe_image, png
+from tutelage.experiment.sample_predictions import (
+    PIXELS,
+    Samples,
+    collect_samples,
+    describe_image,
+    generate_continuations,
+    opening,
+    png,
+    select_rows,
+)
 from tutelage.models import ModelSpec, build
 
 DIGITS: dict[str, Any] = {

@@ -16,7 +16,7 @@ from tutelage import api
 from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, Recipe, build_recipe, load_recipe
 from tutelage.data import load_texts
 from tutelage.errors import ConfigError, TutelageError
-from tutelage.experiment.texts import load_text_data
+from tutelage.experiment.recipe_source import load_text_data
 from tutelage.methods.label_losses import LABEL_LOSSES
 from tutelage.models import load_model
 from tutelage.progress import Terminal

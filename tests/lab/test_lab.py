@@ -18,9 +18,9 @@ from tutelage.config import dump_recipe
 from tutelage.errors import ConfigError, DataError, ModelError
 from tutelage.lab import CLAIMS, arms, llm, run_lab
 from tutelage.lab.arms import ARMS, FIRST, Results, recipe_of
+from tutelage.lab.claims import ExperimentResult, exact, gain, needed, within
 from tutelage.lab.page import facts
 from tutelage.lab.runner import base_recipes, missing_requirement
-from tutelage.lab.statements import ExperimentResult, exact, gain, needed, within
 from tutelage.progress import Terminal
 from tutelage.teachers import CachedTeacher
 from tutelage.teachers.cache import inspect_cache

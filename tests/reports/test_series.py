@@ -12,8 +12,8 @@ from support.browser import BROWSER, HOSTILE, looked_at
 from support.fake_runs import make_run
 from tutelage.errors import DataError
 from tutelage.files import write_text
+from tutelage.lab.claims import ExperimentPlot, ExperimentResult, gain, point
 from tutelage.lab.page import lab_page, markdown
-from tutelage.lab.statements import ExperimentPlot, ExperimentResult, gain, point
 from tutelage.reports import multistage_table, write_report
 
 

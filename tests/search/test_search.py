@@ -31,7 +31,7 @@ from tutelage.progress import Terminal
 from tutelage.search import search as search_module
 from tutelage.search import search_space as space_module
 from tutelage.search import trials as trials_module
-from tutelage.search import workers as workers_module
+from tutelage.search import trials as workers_module
 from tutelage.search.study import SearchStudy, TrialRequest, TrialResult
 
 RECIPE: dict[str, Any] = {

@@ -30,8 +30,7 @@ from tutelage.experiment.prepare import (
 )
 from tutelage.experiment.recipe_source import ONE_VIEW, load_data, recipe_spec
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher
-from tutelage.experiment.teacher_setup import open_remote_teacher
-from tutelage.experiment.teachers import build_live_teacher
+from tutelage.experiment.teacher_setup import build_live_teacher, open_remote_teacher
 from tutelage.methods import Method, check_capabilities
 from tutelage.methods.base import DistillationModule
 from tutelage.methods.step import get_signal

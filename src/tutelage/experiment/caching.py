@@ -12,11 +12,10 @@ from tutelage.config import CacheConfig, DataConfig, Recipe
 from tutelage.data import Batch, Data
 from tutelage.engine import Accelerator, resolve_precision
 from tutelage.errors import CapabilityError
-from tutelage.experiment.dataset_fingerprint import short_hash
-from tutelage.experiment.measure import fingerprint
+from tutelage.experiment.measure import fingerprint, short_hash
 from tutelage.experiment.prepare import all_needs
 from tutelage.experiment.spec import ModelTeacher
-from tutelage.experiment.teachers import inference_facts
+from tutelage.experiment.teacher_setup import inference_facts
 from tutelage.methods import Method
 from tutelage.students import feature_shapes
 from tutelage.taps import output_head

@@ -32,7 +32,7 @@ from tutelage.experiment.module_source import ModuleSource
 from tutelage.experiment.open_run import choose_run_directory, open_run_directory
 from tutelage.experiment.spec import EnsembleSpec, EvaluationSpec, ExperimentSpec, MemberSpec, RunContext, TeacherSpec
 from tutelage.experiment.summary import load_student
-from tutelage.experiment.teachers import live_options, prefetch_mode
+from tutelage.experiment.teacher_setup import live_options, prefetch_mode
 from tutelage.interrupts import catch_interrupts
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal

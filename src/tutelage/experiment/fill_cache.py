@@ -16,8 +16,7 @@ from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.checks import check_output, check_teachers, warn_of_precision
 from tutelage.experiment.prepare import build_teacher, model_of, needs_teacher, prepare_student_and_method
 from tutelage.experiment.recipe_source import load_data, recipe_spec
-from tutelage.experiment.teacher_setup import open_remote_teacher
-from tutelage.experiment.teachers import build_live_teacher
+from tutelage.experiment.teacher_setup import build_live_teacher, open_remote_teacher
 from tutelage.interrupts import catch_interrupts
 from tutelage.progress import Terminal
 from tutelage.teachers.cache import compact_cache, inspect_cache, verify_cache

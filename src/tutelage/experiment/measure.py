@@ -37,6 +37,11 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def short_hash(content: str | bytes) -> str:
+    """The first 16 hex digits of a SHA-256."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """A model's class, size and digest of its weights."""
     digest = hashlib.sha256()

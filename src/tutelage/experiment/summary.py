@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tutelage.evaluation.statistics import paired_difference, spread
-from tutelage.experiment.continuations import generate_continuations, select_rows
 from tutelage.experiment.measure import latencies, parameters
 from tutelage.experiment.prepare import count_projectors, example_of, needs_teacher
-from tutelage.experiment.sample_predictions import collect_samples, has_samples
+from tutelage.experiment.sample_predictions import collect_samples, generate_continuations, has_samples, select_rows
 from tutelage.experiment.spec import FIGURES, ExperimentSpec, ModelTeacher, RunContext
 from tutelage.experiment.trainer import TrainingTeacher
 from tutelage.files import write_text

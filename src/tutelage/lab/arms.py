@@ -21,7 +21,7 @@ from tutelage.errors import Interrupted
 from tutelage.evaluation import evaluate
 from tutelage.experiment.recipe_source import build_model, load_data
 from tutelage.experiment.run import read_summary
-from tutelage.experiment.teachers import with_trained_weights
+from tutelage.experiment.teacher_setup import with_trained_weights
 from tutelage.lab import llm
 from tutelage.models import load_weights
 from tutelage.multistage.run import run_recipe_or_workflow

@@ -15,7 +15,7 @@ from tutelage.data import Data
 from tutelage.errors import ConfigError
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.recipe_source import model_spec
-from tutelage.experiment.teachers import checkpoint_path, with_trained_weights
+from tutelage.experiment.teacher_setup import checkpoint_path, with_trained_weights
 from tutelage.models import build
 from tutelage.multistage.stages import ResultRow, StageRunner, best_of, format_gain, load_result, write_summary
 

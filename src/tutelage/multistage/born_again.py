@@ -12,7 +12,7 @@ from tutelage.config import BornAgainConfig, Recipe
 from tutelage.data import SequentialBatches
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.recipe_source import build_model, evaluation_workers
-from tutelage.experiment.teachers import checkpoint_path
+from tutelage.experiment.teacher_setup import checkpoint_path
 from tutelage.models import load_weights
 from tutelage.multistage.stages import ResultRow, StageRunner, best_of, format_gain, load_result, write_summary
 from tutelage.teachers import EnsembleTeacher, LiveTeacher

@@ -199,7 +199,7 @@ class _Search:
                 yield trial, error
 
     def _worker_outcomes(self, workers: int) -> Generator[Outcome, None, None]:
-        from tutelage.search.workers import WorkerPool
+        from tutelage.search.trials import WorkerPool
 
         with closing(WorkerPool(workers, self.config.warmup)) as pool:
             while True:

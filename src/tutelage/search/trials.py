@@ -1,4 +1,4 @@
-"""The trials of a search: those of one process share data, teacher and teacher outputs.
+"""The trials of a search, in this process or in workers; those of one process share data and teacher outputs.
 
 No trial has the test split: its data has the validation split in that place.
 """
@@ -6,20 +6,26 @@ No trial has the test split: its data has the validation split in that place.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tutelage.config import Recipe, dump_recipe
 from tutelage.data import Data
 from tutelage.engine import RunDirectory, Training, build_accelerator, fit
 from tutelage.engine.loop import NullCallback
-from tutelage.errors import NumericsError
+from tutelage.errors import CapabilityError, Interrupted, NumericsError, TutelageError
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment.checks import (
     check_better_than_chance,
@@ -34,14 +40,20 @@ from tutelage.experiment.open_run import open_run_directory
 from tutelage.experiment.prepare import all_needs, build_teacher, prepare_student_and_method
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher, RunContext
-from tutelage.experiment.teacher_setup import fits_memory, member_training, open_training_teacher, store_in_memory
-from tutelage.experiment.teachers import build_live_teacher, with_trained_weights
+from tutelage.experiment.teacher_setup import (
+    build_live_teacher,
+    fits_memory,
+    member_training,
+    open_training_teacher,
+    store_in_memory,
+    with_trained_weights,
+)
 from tutelage.experiment.trainer import TrainingTeacher, fit_with_progress, student_training
 from tutelage.files import atomic_folder
 from tutelage.methods import Method, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
 from tutelage.progress import Terminal
-from tutelage.search.study import SEED_STEP, TrialResult
+from tutelage.search.study import SEED_STEP, TrialRequest, TrialResult
 from tutelage.teachers import MemoryTeacher, Teacher
 
 Report = Callable[[int, float], bool]
@@ -256,3 +268,109 @@ def validations(run: RunDirectory, training: str) -> list[dict[str, Any]]:
         return []
     lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["training"] == training and "validation" in line]
+
+
+class WorkerPool:
+    """Processes that each run one trial at a time and send its evaluations."""
+
+    def __init__(self, workers: int, warmup: float) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.stop = context.Event()
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        self.processes: dict[Connection, BaseProcess] = {}
+        self.running: dict[Connection, TrialRequest] = {}
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_work, args=(there, self.stop, os.getpid(), threads, warmup), daemon=True
+            )
+            process.start()
+            there.close()
+            self.processes[here] = process
+
+    def idle(self) -> list[Connection]:
+        """Processes without a trial."""
+        return [c for c in self.processes if c not in self.running]
+
+    def start(self, trial: TrialRequest, recipe: Recipe, folder: Path) -> None:
+        """Give a trial to an idle process."""
+        connection = self.idle()[0]
+        connection.send((recipe, folder))
+        self.running[connection] = trial
+
+    def results(
+        self, report: Callable[[int, int, float], bool], should_stop: Callable[[], bool]
+    ) -> Iterator[tuple[TrialRequest, TrialResult | TutelageError]]:
+        """Wait until trials end; meanwhile answer the evaluations that processes send.
+
+        ``report`` takes number, evaluation and accuracy; true prunes the trial. Raises :class:`Interrupted` once
+        ``should_stop`` was true and all processes have stopped.
+        """
+        ended: list[tuple[TrialRequest, TrialResult | TutelageError]] = []
+        while self.running and not ended:
+            if should_stop():
+                self.stop.set()
+            for connection in wait(list(self.running), timeout=0.2):
+                assert isinstance(connection, Connection)
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    raise self._died(connection) from None
+                if isinstance(message, tuple):
+                    connection.send(report(self.running[connection].number, *message))
+                elif isinstance(message, Interrupted):
+                    self.running.pop(connection)
+                else:
+                    ended.append((self.running.pop(connection), message))
+        yield from ended
+        if self.stop.is_set() and not self.running:
+            raise Interrupted("stopped; everything is saved")
+
+    def _died(self, connection: Connection) -> CapabilityError:
+        process = self.processes[connection]
+        process.join(5)
+        code = process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return CapabilityError(
+            f"the process of trial {self.running[connection].number} {how}",
+            remedy="continue with --resume; if memory ran out, with fewer --workers",
+        )
+
+    def close(self) -> None:
+        """End the processes; a running trial stays at its last checkpoint."""
+        self.stop.set()
+        for connection, process in self.processes.items():
+            if connection not in self.running and process.is_alive():
+                try:
+                    connection.send(None)
+                except OSError:  # it has just ended
+                    continue
+        for connection, process in self.processes.items():
+            process.join(0.1 if connection in self.running else 10)
+            if process.is_alive():
+                process.terminate()
+                process.join()
+            connection.close()
+
+
+def _work(connection: Connection, stop: Any, parent: int, threads: int, warmup: float) -> None:
+    """Run trials until a ``None`` arrives, or until the search's process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the search decides when to stop
+    torch.set_num_threads(threads)
+    runner = TrialRunner(SILENT, lambda: stop.is_set() or os.getppid() != parent, warmup)
+
+    def report(step: int, value: float) -> bool:
+        connection.send((step, value))
+        is_pruned: bool = connection.recv()
+        return is_pruned
+
+    try:
+        while (job := connection.recv()) is not None:
+            recipe, folder = job
+            try:
+                outcome: TrialResult | TutelageError = runner.run(recipe, folder, report)
+            except TutelageError as error:
+                outcome = error
+            connection.send(outcome)
+    except (EOFError, OSError):  # the search is gone; its trial continues with --resume
+        return
