@@ -161,8 +161,8 @@ def constant(raw: Any) -> Batch:
     ("loader", "more", "error", "says"),
     [
         (lambda d: DataLoader(d, 16), {}, CapabilityError, r"the loader's batches have no ids\n.*IndexedDataset"),
-        (lambda d: DataLoader(Noisy(d), 16), {}, CapabilityError, "does not always look the same: the loader augm"),
-        (lambda d: DataLoader(d, 16), {"to_batch": constant}, CapabilityError, "two samples have this id"),
+        (lambda d: DataLoader(Noisy(d), 16), {}, CapabilityError, "different inputs have the same sample id"),
+        (lambda d: DataLoader(d, 16), {"to_batch": constant}, CapabilityError, "samples share an id"),
         (lambda d: DataLoader(IndexedDataset(d), 16), {"to_batch": with_views}, CapabilityError, "are augmented"),
         (lambda d: DataLoader(IndexedDataset(d), 12, drop_last=True), {}, DataError, "drop_last=False"),
         (lambda d: DataLoader(IndexedDataset(d), 16), {"cache": {"keeps": "topk"}}, ConfigError, "keeps='topk'"),

@@ -106,16 +106,6 @@ class ImageData:
     """The value of each index in a batch's ``route``."""
 
     @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return self.train.channels
-
-    @property
-    def size(self) -> int:
-        """Height and width of an image, in pixels."""
-        return self.train.size
-
-    @property
     def task(self) -> Literal["classes"]:
         """The kind of labels."""
         return "classes"
@@ -123,21 +113,18 @@ class ImageData:
     @property
     def spec(self) -> dict[str, Any]:
         """Arguments of the model that fits the data."""
-        return {"classes": len(self.classes), "channels": self.channels, "size": self.size}
-
-    def provenance(self) -> dict[str, Any]:
-        """What batches depend on, apart from views and :meth:`preprocessing`; for cache keys."""
-        return {}
+        return {"classes": len(self.classes), "channels": self.train.channels, "size": self.train.size}
 
     def summary(self) -> str:
         """The data in a few words."""
-        return f"{self.channels}x{self.size}x{self.size}, {len(self.classes)} classes"
+        size = self.train.size
+        return f"{self.train.channels}x{size}x{size}, {len(self.classes)} classes"
 
     def preprocessing(self) -> dict[str, Any]:
         """The preprocessing that a user of the student must apply."""
         return {
-            "size": self.size,
-            "channels": self.channels,
+            "size": self.train.size,
+            "channels": self.train.channels,
             "crop": self.train.crop,
             "mean": [round(v, 6) for v in self.train.mean.flatten().tolist()],
             "std": [round(v, 6) for v in self.train.std.flatten().tolist()],

@@ -154,7 +154,7 @@ class TextData:
     tokenizer: Any
     max_length: int
     settings: dict[str, Any]
-    """What the tokens depend on, for cache keys."""
+    """All that the tokens depend on, for cache keys."""
     route_names: list[str] = field(default_factory=list)
     teacher_token_ids: Tensor | None = None
     """``[K]``, the teacher's id of each token, if the tokenizer has a part of the teacher's vocabulary."""
@@ -165,10 +165,6 @@ class TextData:
     def spec(self) -> dict[str, Any]:
         """Arguments of the model that fits the data."""
         return {"classes": len(self.classes), "task": self.task}
-
-    def provenance(self) -> dict[str, Any]:
-        """What batches depend on, apart from views; for cache keys."""
-        return self.settings
 
     def summary(self) -> str:
         """The data in a few words."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tutelage.config import CacheConfig, DataConfig, Recipe
-from tutelage.data import Batch, Data
+from tutelage.data import Batch, Data, TextData
 from tutelage.engine import Accelerator, resolve_precision
 from tutelage.errors import CapabilityError
 from tutelage.experiment.measure import fingerprint, short_hash
@@ -113,16 +113,17 @@ def recipe_provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | Remote
     else:
         who = teacher_provenance(teacher, **routes)
     template = getattr(getattr(data, "tokenizer", None), "chat_template", None)
+    if isinstance(recipe.data, DataConfig):
+        own: dict[str, Any] = {"image_column": recipe.data.image_column}
+    else:
+        assert isinstance(data, TextData)
+        own = {"task": data.task, **data.settings}
     return {
         "teacher": who,
         "data": {
             "source": recipe.data.source,
             "options": {k: str(v) for k, v in recipe.data.options.items()},
-            **(
-                {"image_column": recipe.data.image_column}
-                if isinstance(recipe.data, DataConfig)
-                else {"task": recipe.data.task, **data.provenance()}
-            ),
+            **own,
         },
         "preprocessing": data.preprocessing() | ({"chat_template": short_hash(str(template))} if template else {}),
         "augment": recipe.data.augment,

@@ -132,8 +132,8 @@ def fingerprint_samples(
     again = np.flatnonzero(every[1:, 0] == every[:-1, 0])
     if len(again):
         raise CapabilityError(
-            f"the sample of id {int(every[again[0], 0])} does not always look the same: the loader augments, or two "
-            f"samples have this id ({len(again)} such samples)",
+            f"different inputs have the same sample id, such as id {int(every[again[0], 0])} ({len(again)} ids): "
+            "the loader augments, or several samples share an id",
             where="distill(cache=...)",
             remedy="remove the augmentation, or give every sample its own id; a recipe with data.augment "
             "and data.views keeps several views of a sample",
