@@ -33,7 +33,7 @@ from tutelage.config import EndpointConfig
 from tutelage.errors import BudgetSpent, EndpointError
 from tutelage.generation import client
 from tutelage.generation.client import RateLimit
-from tutelage.generation.response_errors import FatalResponse, parse_response
+from tutelage.generation.requests import FatalResponse, parse_response
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from tutelage.models.small import MLP
 from tutelage.progress import Terminal
 from tutelage.taps import Needs
 from tutelage.teachers import EnsembleTeacher, LiveTeacher, PrefetchingTeacher, Signal
-from tutelage.teachers.int8 import Int8Linear, quantise_linear_layers
+from tutelage.teachers.model_copies import Int8Linear, quantise_linear_layers
 
 COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
 TAPS = Needs(hidden=("stages.0", "head:input"))

@@ -12,7 +12,7 @@ from tutelage.errors import CapabilityError
 from tutelage.methods import DistillationModule, LogitMethod, check_capabilities
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher, MemoryTeacher
-from tutelage.teachers.sharding import find_blocks
+from tutelage.teachers.model_copies import find_blocks
 
 
 def batch(n: int = 6) -> Batch:

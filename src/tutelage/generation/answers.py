@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tutelage.config import BestConfig, Generations
 from tutelage.generation.duplicates import words
+from tutelage.generation.prompts import PromptTemplate, PromptTemplates
 from tutelage.generation.requests import (
     NOT_SENT,
     ChatAnswer,
@@ -20,7 +21,6 @@ from tutelage.generation.requests import (
     RequestParameters,
 )
 from tutelage.generation.scheduler import RequestBatch
-from tutelage.generation.templates import PromptTemplate, PromptTemplates
 
 T = TypeVar("T")
 RequestPlan = Generator[RequestBatch, list[Outcome], T]
@@ -126,8 +126,7 @@ def request_answers(
         candidates.append(valid or next(outcome for outcome in group if isinstance(outcome, FailedRequest)))
     if best is not None and best.by == "judge":
         return (yield from _select_by_judge(context, best, threads, candidates))
-    select = _select_all if best is None else _select_by_result if best.extract is not None else _select_central
-    return [c if isinstance(c, FailedRequest) else select(c, best) for c in candidates]
+    return [c if isinstance(c, FailedRequest) else _select(c, best) for c in candidates]
 
 
 def _select_by_judge(
@@ -170,14 +169,18 @@ def _score(outcome: Outcome, pattern: re.Pattern[str]) -> float | FailedRequest:
         return 0.0
 
 
-def _select_all(group: Sequence[ChatAnswer], best: BestConfig | None) -> Selection:
-    return [SelectedAnswer(answer) for answer in group]
+def _select(group: Sequence[ChatAnswer], best: BestConfig | None) -> Selection:
+    """All answers, the first one with the most frequent result (self-consistency, Wang et al., 2023), or the one with
+    the highest mean ROUGE-L to all answers."""
+    if best is None:
+        return [SelectedAnswer(answer) for answer in group]
+    if best.extract is None:
+        from rapidfuzz import process
+        from rapidfuzz.distance import Indel
 
-
-def _select_by_result(group: Sequence[ChatAnswer], best: BestConfig | None) -> Selection:
-    """The first answer with the most frequent result (self-consistency, Wang et al., 2023)."""
-    assert best is not None
-    assert best.extract is not None
+        texts = [words(answer.text) for answer in group]
+        similarity = process.cdist(texts, texts, scorer=Indel.normalized_similarity)
+        return [SelectedAnswer(group[int(similarity.mean(axis=1).argmax())])]
     matches = [list(re.finditer(best.extract, answer.text)) for answer in group]
     results = [of_one[-1].group(1).strip().lower() if of_one else None for of_one in matches]
     counts = Counter(result for result in results if result is not None)
@@ -185,13 +188,3 @@ def _select_by_result(group: Sequence[ChatAnswer], best: BestConfig | None) -> S
         return FailedRequest(group[0].key, "no result", f"none of the {len(group)} answers matches best.extract")
     result, votes = counts.most_common(1)[0]
     return [SelectedAnswer(group[results.index(result)], votes / len(group))]
-
-
-def _select_central(group: Sequence[ChatAnswer], best: BestConfig | None) -> Selection:
-    """The answer with the highest mean ROUGE-L to all answers."""
-    from rapidfuzz import process
-    from rapidfuzz.distance import Indel
-
-    texts = [words(answer.text) for answer in group]
-    similarity = process.cdist(texts, texts, scorer=Indel.normalized_similarity)
-    return [SelectedAnswer(group[int(similarity.mean(axis=1).argmax())])]

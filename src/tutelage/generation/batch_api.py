@@ -14,8 +14,7 @@ from typing import Any
 
 from tutelage.errors import EndpointError
 from tutelage.generation.client import FIRST_WAIT, LONGEST_WAIT
-from tutelage.generation.requests import canonical_json
-from tutelage.generation.response_errors import CallError, FatalResponse, ValidResponse, parse_response
+from tutelage.generation.requests import CallError, FatalResponse, ValidResponse, canonical_json, parse_response
 from tutelage.generation.scheduler import PendingRequest, RequestClient
 
 MAX_REQUESTS = 50_000
@@ -134,7 +133,6 @@ class BatchClient(RequestClient):
     async def _json(
         self, method: str, path: str, body: bytes = b"", files: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The JSON object of a reply."""
         raw = await self._send(path, method, body, files)
         try:
             reply = json.loads(raw)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import EndpointError, RunDirectoryError
-from tutelage.generation.response_errors import CallError, FatalResponse, ValidResponse, parse_response
+from tutelage.generation.requests import CallError, FatalResponse, ValidResponse, parse_response
 from tutelage.generation.scheduler import PendingRequest, RequestClient, Scheduler
 
 if TYPE_CHECKING:

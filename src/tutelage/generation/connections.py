@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.config import EndpointConfig
 from tutelage.errors import ConfigError
-from tutelage.generation.response_errors import CallError
+from tutelage.generation.requests import CallError
 
 if TYPE_CHECKING:
     import ssl
@@ -25,36 +25,22 @@ if TYPE_CHECKING:
     import httpx2
 
 
-class ApiKey:
-    """The key or login of an endpoint. The ``repr`` of this object does not show it."""
-
-    def __init__(self, endpoint: EndpointConfig) -> None:
-        self._secrets: list[str] = []
-        self.headers: dict[str, str] = {}
-        if endpoint.key_env is not None:
-            key = os.environ.get(endpoint.key_env, "").strip()
-            where = f"environment variable {endpoint.key_env}"
-            if not key:
-                raise ConfigError("the variable is not set; it must hold the API key", where=where,
-                                  remedy=f"export {endpoint.key_env}=..., or change endpoint.key_env")  # fmt: skip
-            if not key.isascii() or not key.isprintable() or " " in key:
-                raise ConfigError("is not an API key: it has spaces or non-ASCII characters", where=where,
-                                  remedy="set the variable to the key, with nothing before or after it")  # fmt: skip
-            self._secrets.append(key)
-            self.headers["authorization"] = f"Bearer {key}"
-        elif endpoint.login is not None:
-            encoded = base64.b64encode(":".join(endpoint.login).encode()).decode()
-            self._secrets += [endpoint.login[1], encoded]
-            self.headers["authorization"] = f"Basic {encoded}"
-
-    def __repr__(self) -> str:
-        return "ApiKey(...)"
-
-    def redact(self, body: bytes) -> bytes:
-        """A server's reply without the key, in case the server repeats the key."""
-        for secret in filter(None, self._secrets):
-            body = body.replace(secret.encode(), b"***")
-        return body
+def _read_key(endpoint: EndpointConfig) -> tuple[str | None, list[str]]:
+    """The authorization header with an endpoint's key or login, and the secrets in it."""
+    if endpoint.key_env is not None:
+        key = os.environ.get(endpoint.key_env, "").strip()
+        where = f"environment variable {endpoint.key_env}"
+        if not key:
+            raise ConfigError("the variable is not set; it must hold the API key", where=where,
+                              remedy=f"export {endpoint.key_env}=..., or change endpoint.key_env")  # fmt: skip
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ConfigError("is not an API key: it has spaces or non-ASCII characters", where=where,
+                              remedy="set the variable to the key, with nothing before or after it")  # fmt: skip
+        return f"Bearer {key}", [key]
+    if endpoint.login is not None:
+        encoded = base64.b64encode(":".join(endpoint.login).encode()).decode()
+        return f"Basic {encoded}", [secret for secret in (endpoint.login[1], encoded) if secret]
+    return None, []
 
 
 class ConnectionPool:
@@ -63,11 +49,12 @@ class ConnectionPool:
     def __init__(self, endpoint: EndpointConfig) -> None:
         import httpx2
 
-        self._key = ApiKey(endpoint)
+        authorization, self._secrets = _read_key(endpoint)
         self._url = httpx2.URL(endpoint.url + "/")
         self._headers = {
             "host": self._url.netloc.decode(), "accept": "application/json", "accept-encoding": "gzip",
-            "content-type": "application/json", "user-agent": "tutelage", **self._key.headers,
+            "content-type": "application/json", "user-agent": "tutelage",
+            **({} if authorization is None else {"authorization": authorization}),
         }  # fmt: skip
         self._targets: dict[str, Any] = {}
         self._idle: list[httpx2.AsyncHTTPTransport] = []
@@ -121,10 +108,16 @@ class ConnectionPool:
             else:
                 await asyncio.shield(_close(connection))
         lower = {name.lower(): value for name, value in response.headers.items()}
-        return response.status_code, lower, self._key.redact(raw)
+        return response.status_code, lower, self._redact(raw)
+
+    def _redact(self, body: bytes) -> bytes:
+        """A server's reply without the key, in case the server repeats the key."""
+        for secret in self._secrets:
+            body = body.replace(secret.encode(), b"***")
+        return body
 
     def _message(self, error: Exception) -> str:
-        return self._key.redact(str(error)[:200].encode()).decode()
+        return self._redact(str(error)[:200].encode()).decode()
 
     async def list_models(self) -> list[str]:
         """Names of up to 8 models that the server lists."""

@@ -17,11 +17,10 @@ from tutelage.evaluation.statistics import paired_difference
 from tutelage.files import write_text
 from tutelage.generation.answers import RequestPlan
 from tutelage.generation.output import render
-from tutelage.generation.prompts import PromptRow, read_rows
+from tutelage.generation.prompts import PromptRow, PromptTemplate, PromptTemplates, read_rows
 from tutelage.generation.request_loop import open_journal, run_plan, usage_summary
 from tutelage.generation.requests import ChatAnswer, Message, Outcome, Request, RequestParameters
 from tutelage.generation.scheduler import RequestBatch
-from tutelage.generation.templates import PromptTemplate, PromptTemplates
 from tutelage.progress import Terminal
 
 EXAMPLES = 12

@@ -21,11 +21,10 @@ from tutelage.files import write_text
 from tutelage.generation.answers import GenerationContext
 from tutelage.generation.checks import QualityChecks, filter_conversations
 from tutelage.generation.output import write_output
-from tutelage.generation.prompts import read_rows
+from tutelage.generation.prompts import PromptTemplates, read_rows
 from tutelage.generation.request_loop import open_journal, run_plan, usage_summary
 from tutelage.generation.requests import RequestParameters
 from tutelage.generation.strategies import STRATEGIES
-from tutelage.generation.templates import PromptTemplates
 from tutelage.progress import Terminal
 
 

@@ -11,8 +11,15 @@ from tutelage.config import BudgetConfig, EndpointConfig
 from tutelage.errors import Interrupted
 from tutelage.generation.connections import ConnectionPool
 from tutelage.generation.journal import Journal, Usage
-from tutelage.generation.requests import NOT_SENT, FailedRequest, Outcome, Request
-from tutelage.generation.response_errors import CallError, TokenUsage, ValidResponse
+from tutelage.generation.requests import (
+    NOT_SENT,
+    CallError,
+    FailedRequest,
+    Outcome,
+    Request,
+    TokenUsage,
+    ValidResponse,
+)
 
 UNIT = 10**12
 """Costs are integers in units of 10^-12 of the currency, so that sums are exact."""

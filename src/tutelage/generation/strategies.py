@@ -47,7 +47,6 @@ def _add(
     output: GenerationOutput, name: str, instruction: str, thread: Sequence[Message], selection: Selection,
     keys: Sequence[str] = (), source: str = "",
 ) -> None:  # fmt: skip
-    """Add an instruction with each of its answers."""
     if isinstance(selection, FailedRequest):
         output.add_failure(name, selection, thread)
         return
@@ -242,7 +241,6 @@ def evolve(context: GenerationContext) -> RequestPlan[GenerationOutput]:
 
 
 def _check_evolved(task: str, before: str, outcome: ChatAnswer, checks: QualityChecks) -> tuple[str, str] | None:
-    """Why an evolved task is rejected."""
     if outcome.finish == "length":
         return "truncated", "the task was cut at max_tokens"
     if echo := ECHO.search(task):

@@ -15,8 +15,7 @@ from tutelage.data.batch import Batch
 from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError, shorten
 from tutelage.taps import Needs, Observer, compile_apart
-from tutelage.teachers.int8 import quantise_linear_layers
-from tutelage.teachers.sharding import find_blocks, shard_model
+from tutelage.teachers.model_copies import find_blocks, quantise_linear_layers, shard_model
 from tutelage.teachers.signal import Signal
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -212,7 +211,6 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _concat(signals: Sequence[Signal]) -> Signal:
-    """The signal of a batch from the signals of its parts."""
     first = signals[0]
     if len(signals) == 1:
         return first

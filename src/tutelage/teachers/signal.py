@@ -66,15 +66,6 @@ class Signal:
             )
         return self.logits
 
-    @property
-    def vocabulary(self) -> int | None:
-        """The number of classes, or the size of the vocabulary."""
-        if self.logits is not None:
-            return self.logits.shape[-1]
-        if self.sparse is not None:
-            return self.sparse.classes
-        return None if self.head is None else self.head.weight.shape[0]
-
 
 class Teacher(Protocol):
     """Any object that computes a :class:`Signal` for a batch."""

@@ -146,23 +146,22 @@ class Layout:
     def encode(self, signal: Signal, seeds: Tensor, counted: Tensor | None = None) -> Columns:
         """The columns of a signal's samples; raises :class:`CapabilityError` if it does not fit the layout.
 
-        ``seeds`` ``[B]`` determine the random draws of each sample. ``counted`` ``[B, L]``, used by a layout of
-        tokens, is true at the tokens that are stored.
+        ``seeds`` ``[B]`` determine the random draws of each sample. ``counted`` ``[B, L]`` is true at the
+        tokens that a layout of tokens stores.
         """
-        if self.tokens and counted is None:
-            raise CapabilityError("a token cache needs the mask of counted tokens", remedy="pass counted=")
-        counted = counted.cpu() if self.tokens and counted is not None else None
-        lengths = np.ones(len(seeds), np.int64) if counted is None else counted.sum(1).numpy()
+        assert counted is not None or not self.tokens
+        mask = counted.cpu() if self.tokens and counted is not None else None
+        lengths = np.ones(len(seeds), np.int64) if mask is None else mask.sum(1).numpy()
         columns: Columns = {}
         if self.encoding is not None:
-            largest = self._largest(signal, counted)
+            largest = self._largest(signal, mask)
             scores = torch.empty(0, 1)
             if largest is None:
                 head = signal.head if "head" in self.provides else None
-                scores = self._rows("the logits", signal.dense() if head is None else head.inputs, counted)
+                scores = self._rows("the logits", signal.dense() if head is None else head.inputs, mask)
             columns.update(self.encoding.encode(TeacherRows(scores, lengths, seeds, self.tokens, largest)))
         for tap, shape in self.hidden.items():
-            rows = self._rows(tap, signal.hidden[tap], counted)
+            rows = self._rows(tap, signal.hidden[tap], mask)
             if tuple(rows.shape[1:]) != tuple(shape):
                 raise CapabilityError(
                     f"{tap} of the teacher has shape {tuple(rows.shape[1:])} in this batch, and the cache stores "
@@ -195,7 +194,6 @@ class Layout:
         return index, self._rows("top-k values", sparse.values, counted)
 
     def _rows(self, what: str, x: Tensor, counted: Tensor | None) -> Tensor:
-        """One row for each sample, or for each counted token."""
         if counted is None:
             return x.detach().float().cpu()
         if tuple(x.shape[:2]) != tuple(counted.shape):
@@ -219,7 +217,7 @@ class Layout:
         """The signal of samples with counted tokens, as far as needed; zeros at tokens that do not count.
 
         ``counted`` is ``[B, L]``, for a layout of tokens; ``output`` the head without inputs, for a cache of head
-        inputs. Raises :class:`CapabilityError` if the temperature is not stored, or ``output`` is missing.
+        inputs. Raises :class:`CapabilityError` if the temperature is not stored.
         """
         first = next(iter(columns.values()), np.empty(0))
         lengths = np.ones(len(first.lengths if isinstance(first, Ragged) else first), np.int64)
@@ -251,8 +249,7 @@ class Layout:
             return Signal(None, hidden, sparse=sparse)
         if "head" not in self.provides:
             return Signal(place(rows), hidden)
-        if output is None:
-            raise CapabilityError("the output head of the cache is missing", remedy="pass output=")
+        assert output is not None
         head = output.map(lambda x: x.to(device))._replace(inputs=rows.to(device))
         logits = place(head.map(Tensor.float).scores(slice(None))) if needs.logits else None
         return Signal(logits, hidden, head._replace(inputs=place(head.inputs)) if needs.head else None)

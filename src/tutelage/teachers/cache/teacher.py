@@ -43,7 +43,6 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         live: computes missing rows; ``None``: a missing row is an error.
         device: where the live teacher runs.
         rank: of this process among several that write.
-        verify: compare all shards with their checksums first.
 
     Raises:
         CacheError: the cache was made with different settings (the message names the fields), is damaged,
@@ -59,7 +58,6 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         *,
         device: torch.device | str = "cpu",
         rank: int = 0,
-        verify: bool = True,
     ) -> None:
         self.folder, self.layout, self.live, self.device, self.rank = Path(folder), layout, live, device, rank
         if not (self.folder / MANIFEST).exists():
@@ -68,7 +66,7 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
                     "there is no cache in this folder", where=str(folder), remedy="write it with: tutelage cache"
                 )
             write_manifest(self.folder, layout, made_from)
-        self.reader = CacheReader(self.folder, verify=verify)
+        self.reader = CacheReader(self.folder)
         check_same(self.folder, self.reader.made_from, made_from, self.reader.layout, layout)
         self.provides = layout.provides
         self.is_precomputed = True
@@ -151,7 +149,6 @@ class CachedTeacher(AbstractContextManager["CachedTeacher"]):
         return ids, views, real
 
     def _head(self, batch: Batch) -> Head | None:
-        """The output head on the batch's device, for a cache of head inputs."""
         if "head" not in self.provides:
             return None
         if self._output is None:
