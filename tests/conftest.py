@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing.context
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from support import python
+
+frozen_modules = 0
+"""The number of imported modules when their objects were last frozen."""
 
 # Nothing here imports torch before a test runs: the process that only hands out tests needs none.
 
@@ -62,8 +66,11 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(multiprocessing.context._concrete_contexts, "spawn", python.context())
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _imports_are_not_searched_for_garbage() -> None:
     """Accelerate collects garbage after each training, which took longer than the trainings of most tests."""
-    gc.collect()
-    gc.freeze()
+    global frozen_modules
+    if len(sys.modules) > frozen_modules + 20:
+        gc.collect()
+        gc.freeze()
+        frozen_modules = len(sys.modules)
