@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import resources
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -16,8 +17,15 @@ from tutelage.errors import shorten
 RESERVED = ("model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop")
 """Fields of a request's body that the recipe's own keys set."""
 
+IN_DEPTH = ("constrain", "deepen", "concretise", "reason", "supply")
+"""In-depth operations: how a task gets harder."""
 
 Range = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+def read_prompt(name: str) -> str:
+    """A template of the package."""
+    return (resources.files("tutelage.config") / "prompts" / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
 class EndpointConfig(Section):
@@ -189,18 +197,6 @@ def price_misfit(budget: BudgetConfig, endpoints: list[EndpointConfig]) -> Itera
             yield "budget", what
 
 
-JUDGE = """\
-How good is the answer to the request? Weigh whether it is correct, complete and clear.
-
-Request:
-{{ prompt }}
-
-Answer:
-{{ answer }}
-
-Reply with a whole number from 1 (useless) to 10 (excellent), and nothing else."""
-
-
 class BestConfig(Section):
     """How one of several samples is selected."""
 
@@ -208,7 +204,7 @@ class BestConfig(Section):
     """``judge``: the sample with the highest score. ``consistency``: a sample with the most frequent result."""
     judge: EndpointConfig | None = None
     """Endpoint of the judge. Default: the teacher."""
-    template: str = JUDGE
+    template: str = read_prompt("score")
     """Template of the judge's prompt, with ``prompt`` and ``answer``."""
     score: str = r"\b(10|[1-9])\b"
     """Regular expression; the first group of its first match is the score."""
@@ -270,16 +266,6 @@ class AnswerConfig(GenerateConfig):
     ``.txt`` with one ``prompt`` per line. A column ``id`` identifies the prompts."""
 
 
-INSTRUCT = """\
-You write tasks for a course in which a language model learns to be useful. Here are tasks that were written before:
-
-{% for task in examples %}{{ loop.index }}. {{ task }}
-{% endfor %}
-Write {{ number }} more tasks. Each must differ from those above in topic and in kind of work, must be solvable by \
-text alone, and must hold all that is needed to solve it. One task a line, numbered from {{ examples|length + 1 }} \
-on, without solutions."""
-
-
 class SelfInstructConfig(GenerateConfig):
     """New instructions in the style of a few examples, and answers to them (Wang et al., 2023)."""
 
@@ -289,7 +275,7 @@ class SelfInstructConfig(GenerateConfig):
     """A file of tasks with a column ``instruction``. Default: the 72 tasks of the package."""
     count: Count = 1000
     """Number of new instructions to keep, before they are answered."""
-    instruct: str = INSTRUCT
+    instruct: str = read_prompt("instruct")
     """Template of the prompt for new tasks, with ``examples``, a list of tasks, and ``number``."""
     instruct_sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=1.0))
     """Sampling of the instructions."""
@@ -303,30 +289,6 @@ class SelfInstructConfig(GenerateConfig):
     """Most rounds. Five consecutive rounds without a new instruction also end the generation."""
 
 
-DEEPEN = {
-    "constrain": "Add one more requirement that a good answer must meet.",
-    "deepen": "Make it ask about the matter more thoroughly, or more widely.",
-    "concretise": "Replace general notions by specific ones: names, numbers, circumstances.",
-    "reason": "Change it so that it takes several steps of thought where one would have done.",
-    "supply": "Give it something to work on: a short table, list, text, formula or piece of code.",
-}
-"""In-depth operations: how a task gets harder."""
-
-DEEPENED = """\
-Rewrite the task below so that it is a little harder, and a person can still understand and answer it. {how} At most \
-twenty words more than before. Reply with the rewritten task alone.
-
-Task:
-{{{{ instruction }}}}"""
-
-BROADEN = """\
-Write one new task of the same field as the task below, about something rarer, and about as long and as hard. Reply \
-with the new task alone.
-
-Task:
-{{ instruction }}"""
-
-
 class EvolveConfig(GenerateConfig):
     """Instructions that get harder or branch off, round by round, and answers to all of them (Xu et al., 2024)."""
 
@@ -337,24 +299,12 @@ class EvolveConfig(GenerateConfig):
     rounds: Count = 3
     """Number of evolutions of each task. A task whose evolution failed is tried again from its last version."""
     operations: Annotated[dict[str, str], Field(min_length=1)] = Field(
-        default_factory=lambda: {
-            **{name: DEEPENED.format(how=how) for name, how in DEEPEN.items()}, "broaden": BROADEN,
-        }
-    )  # fmt: skip
+        default_factory=lambda: {name: read_prompt(name) for name in (*IN_DEPTH, "broaden")}
+    )
     """Templates by name, selected with equal probability; each uses ``instruction``. Default: five in-depth
     operations and one in-breadth operation."""
     evolve_sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=1.0))
     """Sampling of the instructions."""
-
-
-FOLLOW_UP = """\
-Below is a conversation between a user and an assistant.
-
-{% for message in messages %}{{ message.role|capitalize }}: {{ message.content }}
-
-{% endfor %}
-Write what the same user says next: a question or request that follows from the last answer, in one to three \
-sentences. Reply with the user's words alone."""
 
 
 class ConversationConfig(GenerateConfig):
@@ -366,7 +316,7 @@ class ConversationConfig(GenerateConfig):
     """A file of first messages, as in ``kind: answer``."""
     turns: Annotated[int, Field(ge=2)] = 3
     """Number of answers in each conversation."""
-    follow_up: str = FOLLOW_UP
+    follow_up: str = read_prompt("follow_up")
     """Template of the prompt for the user's next message, with ``messages``, each with ``role`` and ``content``."""
     follow_up_sampling: SamplingConfig = Field(
         default_factory=lambda: SamplingConfig(temperature=1.0, max_tokens=128)

@@ -15,23 +15,9 @@ from tutelage.config.generate import (
     SamplingConfig,
     pattern_misfit,
     price_misfit,
+    read_prompt,
 )
 from tutelage.errors import shorten
-
-VERDICT = """\
-Two assistants answered the same request. Which answer is better? Weigh whether it is correct, complete and clear, \
-not how long it is or which comes first.
-
-Request:
-{{ prompt }}
-
-Answer A:
-{{ first }}
-
-Answer B:
-{{ second }}
-
-Reply with A, B or tie, and nothing else."""
 
 GIVEN = "given"
 """The answers in the file of prompts."""
@@ -53,7 +39,7 @@ class JudgeConfig(Section):
     """Number of prompts, from the start of the file."""
     max_tokens: Count = 192
     """Most tokens of an answer. Decoding is greedy."""
-    template: str = VERDICT
+    template: str = read_prompt("verdict")
     """Template of the judge's prompt, with ``prompt``, ``first`` and ``second``."""
     choice: str = r"\b(A|B|[Tt]ie)\b"
     """Regular expression; the first group of its first match is the verdict: A or B; anything else is a tie."""

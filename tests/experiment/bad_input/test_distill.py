@@ -132,7 +132,7 @@ def shuffled() -> Any:
         pytest.param({"method": "logit"}, ConfigError, ValueError, ["method='logit'", "LogitMethod"],
                      id="name-as-method"),
         pytest.param({"epochs": "three"}, ConfigError, ValueError, ["epochs='three'", "keys of train"], id="epochs"),
-        pytest.param({"epochs": 0}, ConfigError, ValueError, ["epochs=0", "greater"], id="no-epochs"),
+        pytest.param({"epochs": 0}, ConfigError, ValueError, ["epochs=0", "at least 1"], id="no-epochs"),
         pytest.param({"lr": "fast"}, ConfigError, ValueError, ["lr='fast'", "number"], id="lr"),
         pytest.param({"optimizer": "adamm"}, ConfigError, ValueError, ["unknown optimizer 'adamm'", "'adam'"],
                      id="optimizer"),
