@@ -22,9 +22,7 @@ from tutelage.config.generate import (
     DecontaminateConfig,
     EndpointConfig,
     EvolveConfig,
-    GenerateConfig,
     Generations,
-    PriceConfig,
     QualityConfig,
     SamplingConfig,
     SelfInstructConfig,
@@ -39,24 +37,9 @@ from tutelage.config.load import (
 )
 from tutelage.config.methods import METHOD_KINDS
 from tutelage.config.methods.base import MethodOptions
-from tutelage.config.methods.encoders import (
-    EmbeddingOptions,
-    MinilmOptions,
-    PatientOptions,
-    TinybertOptions,
-    TripleOptions,
-)
-from tutelage.config.methods.feature import FeatureOptions, PairOptions, ResolvedPair, SimkdOptions
-from tutelage.config.methods.language import (
-    CrossTokenizerOptions,
-    OnPolicyOptions,
-    RolloutsOptions,
-    SequenceOptions,
-    TokenOptions,
-)
+from tutelage.config.methods.feature import FeatureOptions, ResolvedPair
 from tutelage.config.methods.logit import LogitOptions, SoftLabelOptions
 from tutelage.config.methods.losses import FEATURE_LOSSES, LOGIT_LOSSES, PROJECTORS, SOFT_OF_TASK, LossOptions
-from tutelage.config.methods.teacherless import ByotOptions, MutualOptions, SupervisedOptions, TeacherFreeOptions
 from tutelage.config.models import MODELS, LoraConfig, ModelConfig, StudentConfig
 from tutelage.config.multistage import AssistantChainConfig, BornAgainConfig
 from tutelage.config.recipe import Recipe
@@ -66,25 +49,21 @@ from tutelage.config.teachers import (
     EnsembleConfig,
     InferenceConfig,
     MemberConfig,
-    RemoteTeacherConfig,
     TeacherConfig,
     TeacherInferenceConfig,
 )
 from tutelage.config.train import OPTIMIZERS, SCHEDULES, OptimizerConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
-    "AUGMENTS", "FEATURE_LOSSES", "GIVEN", "LOGIT_LOSSES", "METHOD_KINDS", "METRICS",
-    "MODELS", "OPTIMIZERS", "PROJECTORS", "SCHEDULES", "SOFT_OF_TASK", "SOURCES", "TEACHER_ONLY_TASKS",
-    "UNLABELLED", "AnswerConfig", "AssistantChainConfig", "BestConfig",
-    "BornAgainConfig", "BudgetConfig", "ByotOptions", "CacheConfig", "ConversationConfig", "CrossTokenizerOptions",
-    "DataConfig", "DecontaminateConfig", "EmbeddingOptions", "EndpointConfig", "EndpointRecipe", "EnsembleConfig",
-    "EvaluateConfig", "EvolveConfig", "FeatureOptions", "GenerateConfig",
-    "Generations", "InferenceConfig", "JudgeConfig", "KeySpace", "LogitOptions",
-    "LoraConfig", "LossOptions", "MemberConfig", "MethodOptions", "MinilmOptions", "ModelConfig", "MutualOptions",
-    "OnPolicyOptions", "OptimizerConfig", "PairOptions", "PatientOptions", "PriceConfig", "QualityConfig", "Recipe",
-    "RemoteTeacherConfig", "ResolvedPair", "RolloutsOptions", "SamplesConfig", "SamplingConfig", "ScheduleConfig",
-    "SearchConfig", "SelfInstructConfig", "SequenceOptions", "SimkdOptions", "SoftLabelOptions", "StudentConfig",
-    "SupervisedOptions", "TeacherConfig", "TeacherFreeOptions", "TeacherInferenceConfig", "TextDataConfig",
-    "TinybertOptions", "TokenOptions", "TrainConfig", "TripleOptions", "build_recipe", "differing_keys",
-    "dump_recipe", "load_endpoint_recipe", "load_recipe",
+    "AUGMENTS", "FEATURE_LOSSES", "GIVEN", "LOGIT_LOSSES", "METHOD_KINDS", "METRICS", "MODELS", "OPTIMIZERS",
+    "PROJECTORS", "SCHEDULES", "SOFT_OF_TASK", "SOURCES", "TEACHER_ONLY_TASKS", "UNLABELLED", "AnswerConfig",
+    "AssistantChainConfig", "BestConfig", "BornAgainConfig", "BudgetConfig", "CacheConfig",
+    "ConversationConfig", "DataConfig", "DecontaminateConfig", "EndpointConfig", "EndpointRecipe",
+    "EnsembleConfig", "EvaluateConfig", "EvolveConfig", "FeatureOptions", "Generations",
+    "InferenceConfig", "JudgeConfig", "KeySpace", "LogitOptions", "LoraConfig", "LossOptions", "MemberConfig",
+    "MethodOptions", "ModelConfig", "OptimizerConfig", "QualityConfig", "Recipe",
+    "ResolvedPair", "SamplesConfig", "SamplingConfig", "ScheduleConfig", "SearchConfig",
+    "SelfInstructConfig", "SoftLabelOptions", "StudentConfig", "TeacherConfig", "TeacherInferenceConfig",
+    "TextDataConfig", "TrainConfig", "build_recipe", "differing_keys", "dump_recipe", "load_endpoint_recipe",
+    "load_recipe",
 ]  # fmt: skip

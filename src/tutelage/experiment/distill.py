@@ -21,6 +21,7 @@ from tutelage.config import (
     TeacherInferenceConfig,
     TrainConfig,
 )
+from tutelage.config.messages import must_be
 from tutelage.config.teachers import cache_section
 from tutelage.data import Batch, SequentialBatches, as_batch
 from tutelage.engine import broadcast_from_main, build_accelerator, open_trackers
@@ -328,8 +329,9 @@ def _validate(section: type[S], fields: dict[str, Any], argument: str = "") -> S
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(p) for p in first["loc"])
+        value_error = first["type"] == "value_error"
+        what = first["msg"].removeprefix("Value error, ") if value_error else f"it must be {must_be(first)}"
         raise ConfigError(
-            f"distill({argument and argument + ': '}{key}={shorten(first['input'])}): "
-            f"{first['msg'].removeprefix('Value error, ')}",
+            f"distill({argument and argument + ': '}{key}={shorten(first['input'])}): {what}",
             remedy=f"keys of {argument or 'train'}: {', '.join(section.model_fields)}",
         ) from None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import ByotOptions
+from tutelage.config.methods.teacherless import ByotOptions
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Term

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import CrossTokenizerOptions
+from tutelage.config.methods.language import CrossTokenizerOptions
 from tutelage.data.alignment import NOWHERE, find_shared_tokens
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
@@ -33,7 +33,7 @@ class CrossTokenizerMethod(TokenMethod):
     probabilities before each span are compared.
 
     Args:
-        options: see :class:`tutelage.config.CrossTokenizerOptions`.
+        options: see :class:`tutelage.config.methods.language.CrossTokenizerOptions`.
         tokenizers: of student and teacher. Default: ``tokenizer`` of either model.
         **keywords: the fields of ``options``, and ``task``.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import EmbeddingOptions
+from tutelage.config.methods.encoders import EmbeddingOptions
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.methods.base import Method, Term

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from tutelage import losses
-from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, LogitOptions, SupervisedOptions, TeacherFreeOptions
+from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, LogitOptions
+from tutelage.config.methods.teacherless import SupervisedOptions, TeacherFreeOptions
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term

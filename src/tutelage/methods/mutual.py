@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import MutualOptions
+from tutelage.config.methods.teacherless import MutualOptions
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term

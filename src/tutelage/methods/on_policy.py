@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from tutelage import losses
-from tutelage.config import OnPolicyOptions
+from tutelage.config.methods.language import OnPolicyOptions
 from tutelage.data.batch import IGNORE, Batch
 from tutelage.errors import CapabilityError
 from tutelage.methods.base import Term

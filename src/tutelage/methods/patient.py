@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import PatientOptions
+from tutelage.config.methods.encoders import PatientOptions
 from tutelage.data.batch import Batch
 from tutelage.methods.base import Method, Term
 from tutelage.methods.text_terms import (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from tutelage.config import RolloutsOptions
+from tutelage.config.methods.language import RolloutsOptions
 from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError, EndpointError, shorten
 from tutelage.files import silence_transformers, wrap_write_errors

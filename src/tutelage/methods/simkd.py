@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import SimkdOptions
+from tutelage.config.methods.feature import SimkdOptions
 from tutelage.data.batch import Batch
 from tutelage.methods.base import Method, Term
 from tutelage.methods.logit import LogitMethod

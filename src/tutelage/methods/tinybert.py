@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import TinybertOptions
+from tutelage.config.methods.encoders import TinybertOptions
 from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Phase, Term

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import MethodOptions, SequenceOptions, TokenOptions
+from tutelage.config import MethodOptions
+from tutelage.config.methods.language import SequenceOptions, TokenOptions
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
 from tutelage.methods.base import Method, Term

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import TripleOptions
+from tutelage.config.methods.encoders import TripleOptions
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError
 from tutelage.methods.base import Method, Term

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from tutelage.config.base import by_kind
+from tutelage.config.methods import encoders, feature, language, logit, teacherless
 from tutelage.config.methods.base import MethodOptions
-from tutelage.config.methods.encoders import (
-    EmbeddingOptions,
-    MinilmOptions,
-    PatientOptions,
-    TinybertOptions,
-    TripleOptions,
-)
-from tutelage.config.methods.feature import FeatureOptions, SimkdOptions
-from tutelage.config.methods.language import (
-    CrossTokenizerOptions,
-    OnPolicyOptions,
-    SequenceOptions,
-    TokenOptions,
-)
-from tutelage.config.methods.logit import LogitOptions
-from tutelage.config.methods.teacherless import ByotOptions, MutualOptions, SupervisedOptions, TeacherFreeOptions
 
 AnyMethod = (
-    ByotOptions | CrossTokenizerOptions | EmbeddingOptions | FeatureOptions | LogitOptions | MinilmOptions
-    | MutualOptions | OnPolicyOptions | PatientOptions | SequenceOptions | SimkdOptions | SupervisedOptions
-    | TeacherFreeOptions | TinybertOptions | TokenOptions | TripleOptions
+    encoders.EmbeddingOptions | encoders.MinilmOptions | encoders.PatientOptions | encoders.TinybertOptions
+    | encoders.TripleOptions | feature.FeatureOptions | feature.SimkdOptions | language.CrossTokenizerOptions
+    | language.OnPolicyOptions | language.SequenceOptions | language.TokenOptions | logit.LogitOptions
+    | teacherless.ByotOptions | teacherless.MutualOptions | teacherless.SupervisedOptions
+    | teacherless.TeacherFreeOptions
 )  # fmt: skip
 """The section of any method."""
 
