@@ -125,8 +125,8 @@ def test_the_formula_names_every_term_and_the_seed_every_projector() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"pairs": [{"student": "stage.1", "teacher": "stages.1"}]}, ModelError, r"pairs\[0\].student.*nearest"),
-        ({"pairs": [{"student": "stages.1", "teacher": "x"}]}, ModelError, r"pairs\[0\].teacher"),
+        ({"pairs": [{"student": "stage.1", "teacher": "stages.1"}]}, ModelError, r"pairs\.0\.student.*nearest"),
+        ({"pairs": [{"student": "stages.1", "teacher": "x"}]}, ModelError, r"pairs\.0\.teacher"),
         ({"pairs": [{"student": "head", "teacher": "stages.1"}]}, ModelError, "from a vector to a map"),
         ({"pairs": [{"student": "head", "teacher": "head", "loss": "nst"}]}, ModelError, "feature maps"),
         ({"pairs": [{"student": "head", "teacher": "head", "loss": "attention_kl"}]}, ModelError, "attention"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -48,9 +48,9 @@ EXPECTED = {
 class Misfit(ValueError):
     """Values that do not fit their section: pairs of the key in the section and "what is wrong; what to do"."""
 
-    def __init__(self, found: Iterable[tuple[str, str]]) -> None:
-        self.found = list(found)
-        super().__init__("; ".join(what for _, what in self.found))
+    def __init__(self, misfits: list[tuple[str, str]]) -> None:
+        self.misfits = misfits
+        super().__init__("; ".join(what for _, what in misfits))
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,7 @@ def _explain_key(
             yield f"{where}: {key}: a key must be text\n  -> put it in quotes"
         case "value_error":
             error = details.get("ctx", {}).get("error")
-            found = error.found if isinstance(error, Misfit) else [("", str(error))]
-            for inner, text in found:
+            for inner, text in error.misfits if isinstance(error, Misfit) else [("", str(error))]:
                 full = (*loc, *key_parts(inner))
                 what, _, remedy = text.rpartition("; ")
                 name, verb = ".".join(map(str, full)), (what or remedy).startswith(("is ", "has ", "needs "))

@@ -69,12 +69,17 @@ class PairsMethod(Method):
         for indices in _groups(settings):
             first = settings[indices[0]]
             try:
-                pairs = [_feature_pair(example, settings[i], *shapes) for i in indices]
+                pairs = []
+                for student_tap, teacher_tap in (settings[i][:2] for i in indices):
+                    s, t = shapes[0][student_tap], shapes[1][teacher_tap]
+                    pairs.append(FeaturePair(student_tap, teacher_tap, s, t, _tokens(example, s, t)))
                 self.losses.append(feature_loss(first.loss)(first, pairs, context))
             except TutelageError as error:
                 error.where = "method.loss" if self.options.pairs is None else f"method.pairs.{indices[0]}"
                 raise
-            name, weight = self._unique_name(first), first.weight
+            name, weight = f"{first.loss}({first.student})", first.weight
+            again = sum(before.partition("#")[0] == name for before in self.names)
+            name = f"{name}#{again + 1}" if again else name
             self.names.append(name)
             if weight is None:
                 default = FEATURE_LOSSES[first.loss].weight
@@ -84,14 +89,6 @@ class PairsMethod(Method):
         taps = [pair for loss in self.losses for pair in loss.pairs]  # type: ignore[union-attr]
         self.needs = Needs(logits=False, hidden=tuple(dict.fromkeys(pair.teacher for pair in taps)))
         self.student_needs = Needs(logits=False, hidden=tuple(dict.fromkeys(pair.student for pair in taps)))
-
-    def _unique_name(self, pair: ResolvedPair) -> str:
-        name, n = f"{pair.loss}({pair.student})", 1
-        unique = name
-        while unique in self.weights:
-            n += 1
-            unique = f"{name}#{n}"
-        return unique
 
     def _named_losses(self) -> list[tuple[str, FeatureLoss]]:
         return list(zip(self.names, self.losses, strict=True))  # type: ignore[arg-type]
@@ -209,31 +206,31 @@ class FeatureMethod(Method):
 
 def _groups(settings: Sequence[ResolvedPair]) -> list[list[int]]:
     """Indices of the pairs that make one loss each: those of a joint loss together."""
-
-    def key(i: int) -> Any:
-        return settings[i].loss if FEATURE_LOSSES[settings[i].loss].joint else i
-
-    return [list(indices) for _, indices in groupby(range(len(settings)), key)]
-
-
-def _feature_pair(
-    example: Batch, pair: ResolvedPair, student: dict[str, Shape], teacher: dict[str, Shape]
-) -> FeaturePair:
-    s, t = student[pair.student], teacher[pair.teacher]
-    return FeaturePair(pair.student, pair.teacher, s, t, _tokens(example, s, t))
+    keys = [pair.loss if FEATURE_LOSSES[pair.loss].joint else i for i, pair in enumerate(settings)]
+    return [list(indices) for _, indices in groupby(range(len(settings)), keys.__getitem__)]
 
 
 # The pairs of `auto` ------------------------------------------------------------------------------------
 
 
-def _by_resolution(find_in: Callable[[nn.Module, Batch], dict[tuple[int, int], str]], what: str) -> Any:
+FindMaps = Callable[[nn.Module, Batch], dict[tuple[int, int], str]]
+
+
+def _maps(find_in: FindMaps, student: nn.Module, teacher: nn.Module, example: Batch) -> list[dict[Any, str]]:
+    maps = [find_in(student, example), find_in(teacher, example.for_teacher())]
+    for who, taps in zip(("student", "teacher"), maps, strict=True):
+        if not taps:
+            losses = ", ".join(name for name, spec in FEATURE_LOSSES.items() if spec.pairs == "embedding")
+            remedy = f"use a loss on the inputs of the output heads ({losses}), or kind: logit"
+            raise ModelError(f"the {who} has no feature maps", where="method.loss", remedy=remedy)
+    return maps
+
+
+def _by_resolution(find_in: FindMaps, what: str) -> Any:
     def match(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
-        mine, theirs = find_in(student, example), find_in(teacher, example.for_teacher())
+        mine, theirs = _maps(find_in, student, teacher, example)
         common = [size for size in mine if size in theirs]
         if not common:
-            for who, taps in (("student", mine), ("teacher", theirs)):
-                if not taps:
-                    raise _no_maps(who)
             sizes = [", ".join(f"{h}x{w}" for h, w in taps) for taps in (mine, theirs)]
             raise _no_pairs(f"no {what} of one resolution: the student has {sizes[0]}, the teacher {sizes[1]}")
         return [(mine[size], theirs[size]) for size in common]
@@ -243,13 +240,8 @@ def _by_resolution(find_in: Callable[[nn.Module, Batch], dict[tuple[int, int], s
 
 def _last(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
     """The last feature map of both, whatever its resolution."""
-    taps = []
-    for who, model, batch in (("student", student, example), ("teacher", teacher, example.for_teacher())):
-        maps = list(find_stages(model, batch).values())
-        if not maps:
-            raise _no_maps(who)
-        taps.append(maps[-1])
-    return [(taps[0], taps[1])]
+    mine, theirs = _maps(find_stages, student, teacher, example)
+    return [(list(mine.values())[-1], list(theirs.values())[-1])]
 
 
 def _embeddings(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
@@ -261,15 +253,8 @@ def _named(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple
     raise _no_pairs("this loss has no automatic pairs")
 
 
-def _no_maps(who: str) -> ModelError:
-    losses = ", ".join(name for name, spec in FEATURE_LOSSES.items() if spec.pairs == "embedding")
-    remedy = f"use a loss on the inputs of the output heads ({losses}), or kind: logit"
-    return ModelError(f"the {who} has no feature maps", where="method.loss", remedy=remedy)
-
-
 def _no_pairs(what: str) -> ModelError:
-    remedy = "name the modules: pairs: [{student: TAP, teacher: TAP}]"
-    return ModelError(what, where="method.pairs", remedy=remedy)
+    return ModelError(what, where="method.pairs", remedy="name modules: pairs: [{student: TAP, teacher: TAP}]")
 
 
 MATCHES: dict[str, Callable[[nn.Module, nn.Module, Batch], list[tuple[str, str]]]] = {
