@@ -18,10 +18,10 @@ IGNORE = -100
 Inputs = Tensor | dict[str, Tensor]
 
 Task = Literal["classes", "multi-label", "regression", "embedding", "ranking"]
-"""The kind of labels: one class, several classes, numbers, or none (embeddings, or scores of two answers)."""
+"""The kind of labels: one class, several classes, numbers, or none (embeddings, scores of two answers)."""
 
 TextTask = Literal["classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding", "ranking"]
-"""Text tasks. ``tokens`` has a class for each word; ``mlm`` is masked language modelling."""
+"""Tasks on texts. ``tokens`` has a class for each word; ``mlm`` is masked language modelling."""
 
 LABELS: dict[TextTask, Task] = {
     "classes": "classes", "multi-label": "multi-label", "regression": "regression", "tokens": "classes",
@@ -93,10 +93,10 @@ class Batch:
         return batch if labels is None else replace(batch, labels=labels, mask=labels != IGNORE)
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Rows ``start`` to ``stop``. An empty slice becomes the first row without label and with a false mask.
+        """Rows ``start`` to ``stop``; instead of no row the first one, with a false mask and without label.
 
-        With it a process that has no row of an uneven batch still runs forward and backward, and the other processes
-        do not wait forever.
+        A process without a row of a batch runs forward and backward on it, so that the other processes do not wait
+        forever.
         """
         if start == 0 and stop >= len(self):
             return self
@@ -135,7 +135,7 @@ class Batch:
                 kind = "ids" if self.ids is not None else "rows of the batch"
                 raise DataError(
                     f"{name} hold NaN or infinity in {len(bad)} of {len(x)} samples, {kind} {which[:5].tolist()}",
-                    remedy="remove or repair these samples; a single one makes every weight NaN",
+                    remedy="remove or repair these samples; one of them is enough to make all weights NaN",
                 )
         return self
 

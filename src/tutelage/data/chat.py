@@ -32,12 +32,12 @@ def as_conversation(values: Sequence[Any]) -> str | Conversation:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
             raise DataError(
                 f"a message is {shorten(message)}",
-                remedy="give each message a role (system, user, assistant) and a content, a text",
+                remedy="give each message a role (system, user or assistant) and a text as content",
             )
     if all(message["role"] != "assistant" for message in value):
         raise DataError(
             f"a conversation has no answer, only messages of {', '.join(sorted({m['role'] for m in value}))}",
-            remedy="give messages with role assistant; these are learned",
+            remedy="add messages with role assistant, which are learned",
         )
     return [dict(message) for message in value]
 
@@ -47,11 +47,11 @@ def encode_learned(
 ) -> tuple[list[int], list[bool]]:
     """Token ids, and for each token whether it is learned.
 
-    All tokens of a text are learned, and the end-of-sequence token after it. Of a conversation in the tokenizer's
-    chat template the answers are learned, each from its first token to its end-of-turn token.
+    All tokens of a text are learned, and the end-of-sequence token after it. A conversation is rendered with the
+    tokenizer's chat template; its answers are learned, each from its first token to its end-of-turn token.
 
     Raises:
-        DataError: the tokenizer has no chat template, or one in which the answers cannot be located.
+        DataError: the tokenizer has no chat template, or the answers cannot be located in it.
     """
     if isinstance(text, str):
         ids = list(tokenizer(text, verbose=False)["input_ids"])
@@ -100,8 +100,8 @@ def find_answer_spans(text: Conversation, tokenizer: Any, whole: str) -> list[tu
         start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(whole)))
         if start < len(before.rstrip()) or not whole.startswith(upto.rstrip()):
             raise DataError(
-                "the chat template renders the beginning of a conversation differently on its own, so the answers "
-                "cannot be found",
+                "the chat template renders the first messages of a conversation differently without the others, so "
+                "the answers cannot be located",
                 where="tokenizer.chat_template",
                 remedy="put {% generation %} and {% endgeneration %} around the answers in the template, "
                 "or set data.learn: all",

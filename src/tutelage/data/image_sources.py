@@ -55,14 +55,9 @@ class RawSplit:
 
     def select(self, rows: Tensor) -> Self:
         """The split with only the given rows."""
-        return replace(
-            self,
-            labels=self.labels[rows],
-            ids=self.ids[rows],
-            pixels=None if self.pixels is None else self.pixels[rows],
-            open=None if self.open is None else partial(_open_row, self.open, rows),
-            route=None if self.route is None else self.route[rows],
-        )
+        tensors = {"labels": self.labels, "ids": self.ids, "pixels": self.pixels, "route": self.route}
+        chosen: dict[str, Any] = {name: x[rows] for name, x in tensors.items() if x is not None}
+        return replace(self, open=None if self.open is None else partial(_open_row, self.open, rows), **chosen)
 
 
 def _open_row(opener: Callable[[int], Any], rows: Tensor, row: int) -> Any:

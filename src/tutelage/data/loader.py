@@ -150,9 +150,6 @@ class _Views:
     seed: int | None
     """Seed of the run; ``None``: no augmentation."""
 
-    def __len__(self) -> int:
-        return len(self.data)
-
     def __getitem__(self, key: _FetchKey) -> Batch | TutelageError:
         try:
             return self.fetch(key)

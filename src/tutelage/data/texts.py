@@ -72,11 +72,9 @@ class TextSet:
 
     def select(self, rows: Tensor) -> TextSet:
         """The set with only the given rows."""
-        fields: dict[str, Any] = {k: getattr(self, k)[rows] for k in ("rows", "ids", "labels")}
-        for name in ("targets", "route"):
-            value = getattr(self, name)
-            fields[name] = None if value is None else value[rows]
-        return replace(self, **fields)
+        names = [k for k in ("rows", "ids", "labels", "targets", "route") if getattr(self, k) is not None]
+        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in names}
+        return replace(self, **chosen)
 
     def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
         """The given rows; with ``mlm`` masked from the seeds ``views``, or from fixed seeds without ``views``."""

@@ -104,12 +104,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def capture_training(module: nn.Module, optimizer: torch.optim.Optimizer, zero: Zero | None = None) -> dict[str, Any]:
     """Weights and optimizer state, unsharded; every process must call it."""
-    if zero is not None:
-        return {"model": zero.model(), "optimizer": zero.state()}
-    return {
-        "model": full_model_state(module),
-        "optimizer": get_optimizer_state_dict(module, optimizer, options=_WHOLE),
-    }
+    model = full_model_state(module, zero)
+    state = get_optimizer_state_dict(module, optimizer, options=_WHOLE) if zero is None else zero.state()
+    return {"model": model, "optimizer": state}
 
 
 def restore_training(
