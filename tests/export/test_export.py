@@ -131,7 +131,7 @@ def digits(folder: Path, count: int = 5) -> tuple[list[Path], torch.Tensor]:
 def test_every_format_answers_as_the_student_on_256_rows_of_the_test_split(runs: Runs, world: str, to: str) -> None:
     run = runs.run(world)
     if to == "hf" and world == "cnn":
-        with pytest.raises(CapabilityError, match="no model of transformers") as caught:
+        with pytest.raises(CapabilityError, match="not a transformers model") as caught:
             export_student(run, "hf", terminal=exported.QUIET)
         assert "onnx" in str(caught.value)
         assert not (run / "export" / "hf").exists()
@@ -207,7 +207,7 @@ def test_an_export_replaces_an_export_and_nothing_else(cnn: Path) -> None:
         export_student(cnn, "safetensors", out="mine", terminal=exported.QUIET)
     Path("theirs").mkdir()
     Path("theirs/letter.txt").write_text("dear")
-    with pytest.raises(RunDirectoryError, match="no export"):
+    with pytest.raises(RunDirectoryError, match="not an export"):
         export_student(cnn, "safetensors", out="theirs", terminal=exported.QUIET)
     assert Path("theirs/letter.txt").read_text() == "dear"
 
@@ -372,7 +372,7 @@ def test_other_tasks_of_texts_are_exported_and_asked(task: str, tmp_path: Path) 
 def test_what_is_wrong_is_said(runs: Runs, cnn: Path, tmp_path: Path) -> None:
     for source, error, says in (
         ("nowhere", CheckpointError, "no such folder"),
-        (tmp_path, CheckpointError, "is no export"),
+        (tmp_path, CheckpointError, "is not an export"),
     ):
         with pytest.raises(error, match=says):
             predict(source, ["a"])

@@ -33,7 +33,7 @@ def test_answers_and_their_judgement_are_side_by_side(tmp_path: Path) -> None:
     make_written(run)
     make_judged(run / "judged" / "alpaca-judge.json")
     body = body_of(write_report([run], tmp_path / "report.html"))
-    assert body.index('class="verdict"') < body.index("Answers before a judge") < body.index("Generated texts")
+    assert body.index('class="verdict"') < body.index("Answers compared by a judge") < body.index("Generated texts")
     tile = re.search(r'Wins of after over before</dt><dd class="value">(.*?)</dd><dd class="note">(.*?)</dd>', body)
     assert tile is not None
     assert tile[1].replace("\u00a0", " ") == "73.0 %", "the rate of the student, whichever side it stands on"
@@ -60,9 +60,9 @@ def test_a_folder_of_a_judgement_has_a_page_of_its_own(tmp_path: Path) -> None:
     make_judged(tmp_path / "j" / "judged.json")
     (tmp_path / "j" / "config.yaml").write_text("name: alpaca\n")
     body = body_of(write_report([tmp_path / "j"], tmp_path / "report.html"))
-    assert "<h1>Answers before a judge: j</h1>" in body
+    assert "<h1>Answers compared by a judge: j</h1>" in body
     both = body_of(write_report([make_run(tmp_path / "run"), tmp_path / "j"], tmp_path / "both.html"))
-    assert "<h2>Answers before a judge: j</h2>" in both
+    assert "<h2>Answers compared by a judge: j</h2>" in both
 
 
 def test_answers_stay_text(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_the_page_of_the_run_shows_its_student_before_the_judge(tmp_path: Path, 
     assert len(kept["samples"]) == 12
     for page in (run / "report.html", tmp_path / "out" / "report.html"):
         text = page.read_text()
-        assert "Answers before a judge" in text
+        assert "Answers compared by a judge" in text
         assert "teacher preferred in both orders" in text
         assert "What is 3?" in text
     assert "Wins of after over teacher" in (run / "report.html").read_text()

@@ -54,7 +54,7 @@ def check_format(to: str, model: nn.Module) -> None:
         )
     if to not in supported_formats(model):
         raise CapabilityError(
-            f"the student is a {type(model).__name__}, which is no model of transformers",
+            f"the student is a {type(model).__name__}, which is not a transformers model",
             where=f"--to {to}",
             remedy=f"supported: {', '.join(supported_formats(model))}",
         )
@@ -136,5 +136,5 @@ def check_output_folder(out: Path) -> None:
         raise RunDirectoryError("is a file", where=str(out), remedy="choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
         raise RunDirectoryError(
-            "contains something that is no export", where=str(out), remedy="choose an empty or new folder as --out"
+            "contains files that are not an export", where=str(out), remedy="choose an empty or new folder as --out"
         )

@@ -39,7 +39,7 @@ def _safetensors(job: ExportJob) -> dict[str, Any]:
     bundle, folder = job.bundle, job.folder
     if bundle.folder is None:
         raise CapabilityError(
-            "a module of your own has no folder with the arguments that build it",
+            "this format needs the arguments that build the model, and a module passed from Python has none",
             remedy="use --to onnx or --to torch-export, which write its graph",
         )
     own = bundle.folder

@@ -42,8 +42,8 @@ def predict(
         mask; ``embedding``; ``text``, the generated text.
 
     Raises:
-        CheckpointError: the folder holds no export.
-        DataError: an input is empty or no image.
+        CheckpointError: the folder is not an export.
+        DataError: an input is empty or not an image.
         MissingDependencyError: the runtime of the export is not installed.
     """
     return list(iter_predictions(export, inputs, top=top, tokens=tokens))
@@ -111,7 +111,7 @@ def read_image(path: Path, preprocessing: dict[str, Any]) -> Tensor:
     """An image, resized, cropped and normalised, ``[C, H, W]``.
 
     Raises:
-        DataError: the file is no image, or is damaged.
+        DataError: the file is not an image, or is damaged.
     """
     pixels = to_pixels(
         open_image(path), preprocessing["channels"], preprocessing["size"], preprocessing.get("crop", 1.0)

@@ -101,7 +101,7 @@ def _open_model(folder: Path) -> Export:
     except CheckpointError as error:
         if place == folder and "holds no model" in error.what:
             raise CheckpointError(
-                f"is no export: it has no {MANIFEST}",
+                f"is not an export: it has no {MANIFEST}",
                 where=str(folder),
                 remedy="make one: tutelage export RUN --to onnx",
             ) from None
@@ -178,7 +178,7 @@ def _check_archive(path: Path) -> None:
                         unsafe = True
                 if unsafe:
                     raise CheckpointError(
-                        "holds more than tensors; loading it would run code from the file",
+                        "contains more than tensors, and loading it would run code from the file",
                         where=f"{path}: {name}",
                         remedy="export the model again, from a run that you trust",
                     )

@@ -67,7 +67,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(
-            f"not a whole safetensors file: {error}", where=str(path), remedy="copy or download it again"
+            f"is not a complete safetensors file: {error}", where=str(path), remedy="copy or download it again"
         ) from None
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():  # torch names the global that it refuses to import
@@ -77,7 +77,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 remedy="copy or download it again; a safetensors file must end in .safetensors",
             ) from None
         raise CheckpointError(
-            "holds more than tensors; loading it would run code from the file",
+            "contains more than tensors, and loading it would run code from the file",
             where=str(path),
             remedy="save only the state dict: torch.save(model.state_dict(), path), or use safetensors",
         ) from None
@@ -112,24 +112,30 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     missing = [k for k in own if k not in tensors and own[k].numel() and own[k].data_ptr() not in loaded]
     unexpected = [k for k in tensors if k not in own]
     if missing or unexpected:
+        differences = "; ".join(
+            f"{what} weights: {', '.join(names[:3])} ({len(names)} in all)"
+            for what, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        )
         raise CheckpointError(
-            f"is of another model than {type(model).__name__}: missing {missing[:3]}, not expected {unexpected[:3]} "
-            f"({len(missing)} and {len(unexpected)} in all)",
+            f"belongs to another model than {type(model).__name__}: {differences}",
             where=str(file),
             remedy="give the checkpoint of this model, built with the same options",
         )
     if shapes := [k for k in own if k in tensors and own[k].shape != tensors[k].shape]:
         k = shapes[0]
         raise CheckpointError(
-            f"{k} is {tuple(tensors[k].shape)} in the file and {tuple(own[k].shape)} in {type(model).__name__}"
-            + (f", and {len(shapes) - 1} more differ" if len(shapes) > 1 else ""),
+            f"{k} has shape {tuple(tensors[k].shape)} in the file and {tuple(own[k].shape)} in {type(model).__name__}"
+            + (f"; {len(shapes) - 1} more tensors differ in shape" if len(shapes) > 1 else ""),
             where=str(file),
             remedy="give the checkpoint of this model, with the same number of classes and the same options",
         )
     model.load_state_dict(tensors, strict=False)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} holds NaN or infinity", where=str(file), remedy="use another checkpoint")
+            raise CheckpointError(
+                f"{name} contains NaN or infinity", where=str(file), remedy="use another checkpoint"
+            )
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -170,7 +176,7 @@ def load_model(folder: str | Path) -> nn.Module:
             model: nn.Module = getattr(transformers, architecture).from_pretrained(folder)
             return model.eval()
         raise CheckpointError(
-            f"holds the weights of {card.get('class')}, which only your own code can build",
+            f"contains the weights of {card.get('class')}, a class that only your own code can build",
             where=str(folder),
             remedy=f"build it, then tutelage.models.load_weights(model, {str(folder)!r})",
         )

@@ -82,7 +82,7 @@ def _split_gguf(name: str, model: str) -> tuple[str, dict[str, str]]:
 def load_pretrained(model: str, task: str, classes: list[str] | None, options: dict[str, Any]) -> nn.Module:
     """Load a model of transformers. Its output layer is the pretrained one where it fits the task, else a new one.
 
-    The attribute ``fresh`` of the module has the names of the parameters that are newly initialised.
+    The attribute ``fresh`` of the module lists the parameters that are newly initialised.
 
     Raises:
         ModelError: there is no such model.
@@ -272,7 +272,7 @@ class CrossEncoder(nn.Module):
         labels = model.config.num_labels  # type: ignore[union-attr]
         if labels != 1:
             raise CapabilityError(
-                f"a cross-encoder has one output for each pair, this model has {labels}",
+                f"a cross-encoder has one output for each pair, and this model has {labels}",
                 remedy="use one that was trained to rank, with num_labels 1",
             )
         self.model = model

@@ -81,9 +81,9 @@ CHECKPOINT = [
          {"checkpoint: teacher": "checkpoint: teachr"}),
     Case("weights-folder-empty", ["nothing/model.safetensors", "no such file", "check the path"],
          {"checkpoint: teacher": "checkpoint: nothing"}, setup=lambda place, _: (place / "nothing").mkdir()),
-    Case("weights-truncated", ["w.safetensors", "not a whole safetensors file", "download it again"],
+    Case("weights-truncated", ["w.safetensors", "not a complete safetensors file", "download it again"],
          {"checkpoint: teacher": "checkpoint: w.safetensors"}, setup=weights(broken.truncated, "w.safetensors")),
-    Case("weights-empty", ["w.safetensors", "not a whole safetensors file", "again"],
+    Case("weights-empty", ["w.safetensors", "not a complete safetensors file", "again"],
          {"checkpoint: teacher": "checkpoint: w.safetensors"}, setup=weights(Path.touch, "w.safetensors")),
     Case("torch-file-truncated", ["w.pt", "cannot be read as weights", "again"],
          {"checkpoint: teacher": "checkpoint: w.pt"}, setup=weights(broken.truncated_torch, "w.pt")),
@@ -100,12 +100,13 @@ CHECKPOINT = [
          {"checkpoint: teacher": "checkpoint: w.safetensors"},
          setup=weights(broken.other_architecture, "w.safetensors")),
     Case("other-number-of-classes",
-         ["w.safetensors", "head.weight is (5, 64) in the file and (10, 64) in MLP", "classes"],
+         ["w.safetensors", "head.weight has shape (5, 64) in the file and (10, 64) in MLP", "classes"],
          {"checkpoint: teacher": "checkpoint: w.safetensors"}, setup=weights(broken.five_classes, "w.safetensors")),
-    Case("nan-weights", ["w.safetensors", "head.bias holds NaN", "another checkpoint"],
+    Case("nan-weights", ["w.safetensors", "head.bias contains NaN", "another checkpoint"],
          {"checkpoint: teacher": "checkpoint: w.safetensors"}, setup=weights(broken.nan_weights, "w.safetensors")),
     Case("students-weights",
-         ["teacher/model.safetensors", "body.1.weight is (64, 64) in the file and (4, 64) in MLP", "same options"],
+         ["teacher/model.safetensors", "body.1.weight has shape (64, 64) in the file and (4, 64) in MLP",
+          "same options"],
          {"options: {hidden: [4]}": "options: {hidden: [4]}\n  checkpoint: teacher"}),
     Case("classes-in-other-order", ["label map", "class 0 is '9' in the teacher and '0' in the data", "data.classes"],
          setup=card(classes=broken.DIGITS[::-1])),
@@ -252,7 +253,7 @@ def test_there_are_many_files_with_different_names() -> None:
 def test_an_exported_student_that_is_not_whole(ran: Path) -> None:
     student = ran / "out" / "student"
     cut(student / "model.safetensors")
-    with pytest.raises(CheckpointError, match="not a whole safetensors file") as caught:
+    with pytest.raises(CheckpointError, match="not a complete safetensors file") as caught:
         tutelage.models.load_model(student)
     assert isinstance(caught.value, ValueError)
     broken.edit_card(student / "model.json", spec={"mode": "mlp"})
