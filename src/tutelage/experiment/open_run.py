@@ -102,7 +102,7 @@ def _value_at(config: Mapping[str, Any], key: str) -> str:
 def open_run_directory(
     path: Path, config_yaml: str, *, resume: bool, main: bool, patience: float = 0.0
 ) -> Iterator[RunDirectory]:
-    """The run directory, try_lock against a second writer for as long as the block lasts.
+    """Open the run directory, and lock it against a second writer during the block.
 
     Args:
         patience: seconds to wait for another process that writes to it.
