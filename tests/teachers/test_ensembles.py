@@ -212,11 +212,11 @@ def test_the_route_survives_whatever_cuts_a_batch() -> None:
         (lambda m: EnsembleTeacher(m, weights=[0, 0, 0]), "not all 0"),
         (lambda m: EnsembleTeacher(m, weights=[1, float("nan"), 0]), "negative"),
         (lambda m: EnsembleTeacher(m, temperature=0), "above 0"),
-        (lambda m: EnsembleTeacher(m, route=[[0], [3]]), "there are 3"),
+        (lambda m: EnsembleTeacher(m, route=[[0], [3]]), "the ensemble has 3"),
         (lambda m: EnsembleTeacher(m, route=[[0], []]), "no member teaches"),
         (lambda m: EnsembleTeacher(m, weights=[0, 1, 1], route=[[0], [1]]), "no member teaches"),
         (lambda m: EnsembleTeacher(m, route=[[0], [1]]).signal(batch(), Needs()), "data.route"),
-        (lambda m: EnsembleTeacher(m, route=[[0]]).signal(batch(2, [0, 1]), Needs()), "knows 0 to 0"),
+        (lambda m: EnsembleTeacher(m, route=[[0]]).signal(batch(2, [0, 1]), Needs()), "has 0 to 0"),
         (
             lambda m: EnsembleTeacher(m, route=[[0]]).signal(batch(1, [0]), Needs(hidden=("0.head",))),
             "no hidden states",

@@ -44,10 +44,6 @@ class NearDuplicateIndex:
         self._sizes = array("i")
         self._ranked = 0
 
-    def find(self, text: str) -> int | None:
-        """The number of the first text that is near to this one."""
-        return self._find(self._encode(text))
-
     def is_same(self, number: int, text: str) -> bool:
         """Whether a text has the same words as the indexed one of that number."""
         return self.texts[number] == self._encode(text)

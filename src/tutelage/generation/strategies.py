@@ -247,7 +247,7 @@ def _check_evolved(task: str, before: str, outcome: ChatAnswer, checks: QualityC
         return "failed evolution", f"it mentions the {echo.group().lower()}"
     index = NearDuplicateIndex(0.95)
     index.add(before)
-    if index.find(task) is not None:
+    if index.add_if_new(task) is not None:
         return "failed evolution", "the task did not change"
     return checks.check_instruction(task)
 
