@@ -69,7 +69,7 @@ def test_a_template_that_marks_its_answers_itself_is_believed() -> None:
 def test_a_template_that_rewrites_what_was_said_before_is_refused() -> None:
     cutter = worlds.tokenizer(None)
     cutter.chat_template = "{{ messages|length }}: {% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match=r"(?s)renders the beginning of a conversation differently.*generation"):
+    with pytest.raises(DataError, match=r"(?s)renders the first messages of a conversation differently.*generation"):
         encode_learned(TURNS, cutter)
     ids, learned = encode_learned(TURNS, cutter, "all")
     assert all(learned)
@@ -290,7 +290,7 @@ def test_texts_of_a_column_load_with_ids_and_no_labels(tmp_path: Path, cutter: A
     assert len(data.train) + len(data.validation) + len(data.test) == 30
     batch = data.train.fetch(torch.arange(3))
     assert batch.labels.shape == batch.inputs["input_ids"].shape  # type: ignore[index, call-overload]
-    assert data.provenance()["learn"] == "answers"
+    assert data.settings["learn"] == "answers"
 
 
 ROOT = Path(__file__).parents[2]
