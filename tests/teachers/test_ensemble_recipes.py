@@ -224,7 +224,7 @@ def test_distill_takes_a_list_of_teachers(tmp_path: Path) -> None:
             )  # fmt: skip
     with pytest.raises(ModelError, match="list of modules"):
         tutelage.distill([members[0], "two"], network(3), loader(), eval_data=loader(), verbose=False)
-    with pytest.raises(ConfigError, match="one teacher"):
+    with pytest.raises(ConfigError, match="several teachers"):
         tutelage.distill(
             members[0], network(3), loader(), eval_data=loader(), ensemble={"combine": "logits"}, verbose=False
         )
