@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tutelage.cli import bench, doctor, export, generate, init, run, taps
+from tutelage.cli import export, init, run, taps
 from tutelage.cli.base import say
 from tutelage.errors import BudgetSpent, ConfigError, Interrupted, TutelageError
 
@@ -34,14 +34,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 for command in (
     init.init,
     init.recipes,
-    bench.bench,
+    export.bench,
     export.export,
     export.predict,
     run.run,
     run.search,
-    generate.generate,
-    generate.judge,
-    doctor.doctor,
+    run.generate,
+    run.judge,
+    run.doctor,
     taps.taps,
     run.cache,
     run.lab,

@@ -42,6 +42,7 @@ from tutelage.export.timing import (
 from tutelage.files import write_text
 from tutelage.models import ModelSpec, build, load_weights, save_model
 from tutelage.progress import Terminal
+from tutelage.reports.bench import RANDOM_INPUTS
 
 BATCHES, ROUNDS = (1, 8, 32), 20
 """Default batch sizes, and default number of timed calls."""
@@ -182,13 +183,15 @@ def _check(sources: Sequence[Any], sizes: Sequence[int], rounds: int, columns: S
     if not sources:
         raise ConfigError("there is nothing to measure", remedy="give runs, folders of models, or names of models")
     if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
-        raise ConfigError(f"batch sizes {list(sizes)}", remedy="give different numbers from 1 on, as in 1,8,32")
+        raise ConfigError(
+            f"{list(sizes)} is not a list of batch sizes", remedy="give different numbers of at least 1, as in 1,8,32"
+        )
     if rounds < 1:
-        raise ConfigError(f"rounds {rounds}", remedy="give 1 or more")
+        raise ConfigError(f"{rounds} rounds measure nothing", remedy="give 1 or more")
     for column in columns:
         if column not in COLUMNS:
             raise ConfigError(
-                f"there is no column {column!r}" + suggest(column, list(COLUMNS)),
+                f"there is no runtime {column!r}" + suggest(column, list(COLUMNS)),
                 remedy=f"allowed: {', '.join(COLUMNS)}",
             )
 
@@ -261,8 +264,8 @@ def _named(name: str, before: Sequence[BenchModel]) -> BenchModel:
     """An untrained model by its name in recipes, for the images of the run before it if there is one."""
     if any(c.task != "images" for c in before):
         raise ModelError(
-            f"{name}: with a text model, only runs and folders can be measured",
-            remedy="give a folder with a model and its tokenizer",
+            f"{name} takes images, and other models of this measurement take texts",
+            remedy="give the folder of a text model with its tokenizer",
         )
     data = next((c.data for c in before if c.data is not None), None)
     in_library = name.partition(":")[0] in ("timm", "torchvision", "hf")
@@ -296,7 +299,7 @@ def _row(c: BenchModel, saved: Path) -> dict[str, Any]:
         "flops": count if why is None else None,
         "bytes": sum(p.stat().st_size for p in saved.glob("*.safetensors")),
         "quality": c.quality,
-        "inputs": "made up" if c.data is None else f"the test split of {c.data.name}",
+        "inputs": RANDOM_INPUTS if c.data is None else f"the test split of {c.data.name}",
         "columns": {},
     }
 

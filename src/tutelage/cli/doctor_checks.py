@@ -217,7 +217,9 @@ def check_models(
     models = {} if teacher is None else {"teacher": teacher.model}
     if spec.teacher is not None and spec.teacher.ensemble is not None and teacher is not None:
         models = {m.name: x for m, x in zip(spec.teacher.members, list(teacher.model.children()), strict=True)}
-    text = f"takes the {_samples_of(data)}" + (f" and scores {len(data.classes)} classes" if data.classes else "")
+    text = f"its input fits the {_samples_of(data)}" + (
+        f"; it has {len(data.classes)} classes" if data.classes else ""
+    )
     for who, model in {**models, "student": student}.items():
         findings.check(who, text, partial(check_output, spec, device, model, who))
 
@@ -251,7 +253,7 @@ def check_capacity(findings: Findings, student: int, teacher: int) -> None:
     r = student / teacher
     text = f"r = student / teacher parameters = {student:,} / {teacher:,} = {r:.4f}: "
     if r >= 1:
-        remedy = "the student will cost as much as its teacher"
+        remedy = "choose a smaller student: this one needs as much computation as its teacher"
         findings.add("note", "capacity", text + "the student is not smaller", remedy)
     elif r >= 0.01:
         advice = "above 0.1, where distillation usually works well"

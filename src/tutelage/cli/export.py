@@ -1,4 +1,4 @@
-"""``tutelage export`` and ``tutelage predict``."""
+"""The commands that take a trained model: ``tutelage export``, ``predict`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tutelage.cli.base import argument, option, say
+from tutelage.cli.base import argument, grid, option, say, wide_console
 from tutelage.errors import ConfigError, DataError
 
 FORMATS = ("safetensors", "hf", "onnx", "int8", "torch-export")
@@ -66,6 +66,48 @@ def predict(
 
     for prediction in iter_predictions(open_export(source), given, top=top, tokens=tokens):
         say(json.dumps(prediction, ensure_ascii=False) if as_json else _format(prediction))
+
+
+def bench(
+    sources: Annotated[
+        list[str],
+        argument(
+            metavar="RUN|MODEL...",
+            help="Runs (their teacher and student are measured), folders of models, or models as recipes name them.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        option(help="The JSON file; the HTML page gets the same name. Default: bench.json in the first run."),
+    ] = None,
+    batches: Annotated[str, typer.Option(metavar="N,N...", help="Batch sizes.")] = "1,8,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each model, runtime and batch size.")] = 20,
+    columns: Annotated[
+        str, typer.Option(metavar="NAME,NAME...", help="Runtimes to measure.")
+    ] = "eager,compiled,onnx,int8",
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Measure peak memory, in one process per model.")
+    ] = True,
+) -> None:
+    """Measure models side by side: size, operations, latency, throughput, memory, quality."""
+    try:
+        sizes = [int(n) for n in batches.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--batches {batches} is not a list of numbers", remedy="separate numbers by commas: 1,8,32"
+        ) from None
+    from tutelage.cli.bench_models import bench as measure
+    from tutelage.reports.bench import notes, table, verdict, write_bench
+
+    result = measure(sources, out=out, batch_sizes=sizes, rounds=rounds, columns=columns.split(","), memory=memory)
+    head, rows = table(result)
+    console = wide_console(160)
+    console.print(grid([head, *rows], 2, overflow="fold"), markup=False)
+    for note in notes(result):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    path = Path(result["path"])
+    page = write_bench(result, path.with_suffix(".html"))
+    say(f"\n{verdict(result)}\nfigures: {path}\npage:    {page}")
 
 
 def _inputs(given: list[str], file: Path | None) -> Iterator[str]:

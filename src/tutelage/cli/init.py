@@ -39,7 +39,7 @@ def init(
     out: Annotated[Path | None, option(help="The recipe file. Default: my.yaml.")] = None,
     force: Force = False,
 ) -> None:
-    """Write a commented recipe for your data; Prompts for missing options when run in a terminal."""
+    """Write a commented recipe for your data; prompt for missing options when run in a terminal."""
     from tutelage.files import write_text
     from tutelage.init import describe_data, draft_recipe
 
@@ -59,7 +59,7 @@ def init(
     if interactive:
         kind = "a name such as timm:resnet50" if description.task == "images" else "hf:ID"
         teacher = teacher or _prompt(f"Teacher ({kind}, or a folder; empty: a default)")
-        student = student or _prompt("Student (likewise; empty: a default)")
+        student = student or _prompt(f"Student ({kind}, or a folder; empty: a default)")
     write_text(target, draft_recipe(description, teacher=teacher, student=student, checkpoint=checkpoint))
     say(f"recipe: {target}\nnext:   tutelage run {target}")
 

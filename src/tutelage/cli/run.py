@@ -1,4 +1,4 @@
-"""``tutelage run``, ``search``, ``cache``, ``lab`` and ``report``."""
+"""The commands that take a recipe, and ``tutelage report``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def search(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the search in that folder.")] = False,
 ) -> None:
-    """Search hyperparameters on validation, then test the best ones against the recipe once."""
+    """Search hyperparameters on the validation split; compare the best ones with the recipe on the test split."""
     from tutelage.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -165,6 +165,82 @@ def report(
     from tutelage.reports import write_report
 
     say(f"report: {write_report(runs, out)}")
+
+
+def doctor(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe before a run: load everything, run a few steps, and report problems."""
+    from tutelage.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from rich.console import Console
+    from rich.markup import escape
+
+    from tutelage.cli.doctor_checks import examine
+
+    findings = examine(loaded)
+    marks = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}
+    console = Console(soft_wrap=True)
+    for finding in findings:
+        console.print(f"{marks[finding.level]} {escape(finding.topic)}: {escape(finding.text)}", highlight=False)
+        if finding.remedy:
+            console.print(f"       -> {escape(finding.remedy)}", highlight=False)
+    if any(f.level == "bad" for f in findings):
+        raise typer.Exit(2)
+
+
+def generate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder. Default: runs/NAME-generate.", show_default=False)
+    ] = None,
+) -> None:
+    """Generate text with an endpoint within a budget, filter it, and write it as data.
+
+    The same command continues an interrupted run.
+    """
+    from tutelage.config import load_endpoint_recipe
+
+    loaded = load_endpoint_recipe(recipe, overrides or [], "generate")
+    from tutelage import generation
+
+    try:
+        result = generation.generate(loaded, out=out)
+    except Interrupted as stop:
+        raise with_resume_command(stop, "generate", recipe, *(overrides or []), *flag("out", out)) from None
+    summary, spent = result.summary, result.summary["spent"]
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in summary["rejected"].items())
+    cost = f", {spent['cost']:.4f} spent" if "cost" in spent else ""
+    say(
+        f"{summary['kept']:,} conversations accepted" + (f"; rejected: {rejected}" if rejected else "") + "\n"
+        f"{summary['calls']:,} calls now, {spent['requests']:,} in all, {spent['tokens']:,} tokens{cost}\n"
+        f"data: {result.path / 'data'}\ncard: {result.path / 'README.md'}"
+    )
+
+
+def judge(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder. Default: runs/NAME-judge.", show_default=False)
+    ] = None,
+) -> None:
+    """Generate answers of several models to held-out prompts, and let an endpoint compare them in both orders."""
+    from tutelage.config import load_endpoint_recipe
+
+    loaded = load_endpoint_recipe(recipe, overrides or [], "judge")
+    from tutelage import api
+
+    try:
+        result = api.judge(loaded, out=out)
+    except Interrupted as stop:
+        raise with_resume_command(stop, "judge", recipe, *(overrides or []), *flag("out", out)) from None
+    for pair in result.summary["pairs"]:
+        first, second = pair["pair"]
+        rate = "no verdict" if pair["rate"] is None else f"{pair['rate']:.1%}"
+        say(f"{first} against {second}: {rate}, {pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost")
+    for folder in (result.path, *result.runs):
+        say(f"page: {folder / 'report.html'}")
 
 
 def _show(summary: dict[str, Any], path: Path) -> None:

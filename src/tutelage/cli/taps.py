@@ -38,15 +38,13 @@ def taps(
     ] = None,
     depth: Annotated[int | None, option(min=1, help="Levels of modules to print. Default: all.")] = None,
 ) -> None:
-    """Print the modules of a model and the shapes of their outputs, which `pairs` of a method can name."""
+    """Print the modules of a model, which `method.pairs` can name, and the shapes of their outputs."""
     from tutelage.config import load_recipe
 
     if Path(model).is_file() or model.endswith((".yaml", ".yml")):
         for key, given in (("--shape", shape), ("--classes", classes)):
             if given is not None:
-                raise ConfigError(
-                    f"{key} applies to a model only; with a recipe the data determine it", remedy="leave it out"
-                )
+                raise ConfigError(f"{key} is for models; the data of a recipe determine it", remedy="leave it out")
         if of not in (None, "student", "teacher"):
             raise ConfigError(f"--of {of}: a recipe has no such model", remedy="allowed: student, teacher")
         recipe = load_recipe(model, option_ or [])
@@ -57,7 +55,7 @@ def taps(
             surveys = survey_recipe(first_stage(recipe), (of,) if of else ("student", "teacher"))
     else:
         if of is not None:
-            raise ConfigError(f"--of {of} is for recipes, and {model} is none", remedy="leave it out")
+            raise ConfigError(f"--of {of} needs a recipe, and {model} is a model", remedy="leave it out")
         size, options = _size(shape), _options(option_ or [])
         from tutelage.cli.taps_survey import survey_model
 
@@ -99,7 +97,7 @@ def _print(surveys: list[Survey], depth: int | None) -> None:
         auto = {path: size for size, path in survey.stages.items()}
         console.print(_tree(survey.nodes, auto, depth))
         paths = ", ".join("{} ({}x{})".format(path, *size) for path, size in auto.items())
-        none = "pairs: auto finds no feature maps: name taps in method.pairs"
+        none = "pairs: auto finds no feature maps; name taps in method.pairs"
         console.print(Text(f"pairs: auto would take {paths}" if paths else none))
         console.print()
     if len(surveys) == 2:

@@ -31,8 +31,8 @@ class Recipe(LocatedSection):
     workflow: Annotated[BornAgainConfig | AssistantChainConfig, Field(discriminator="kind")] | None = None
     """Several trainings in a row: born-again generations or a chain of assistants. Default: one comparison."""
     teacher: TeacherConfig | None = None
-    """See below. Optional for methods that need no teacher (students are compared with it if there is one), and left
-    out for ``workflow: born-again``."""
+    """See below. Optional for methods that need no teacher, whose students are then only compared with it. Left out
+    for ``workflow: born-again``."""
     student: StudentConfig
     method: Annotated[AnyMethod, Field(discriminator="kind")]
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -41,7 +41,7 @@ class Recipe(LocatedSection):
     baseline: bool = True
     """Also train the baseline student, with the same budget, for the comparison."""
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
-    """Outputs on single test samples for the page. See below."""
+    """Predictions and generations for single test samples, which the page shows. See below."""
     evaluate: EvaluateConfig | None = None
     """Tasks that score the final language models, in addition to the test split. See below."""
     search: SearchConfig | None = None

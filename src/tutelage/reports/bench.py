@@ -11,6 +11,9 @@ from tutelage.files import write_text
 
 RUNTIMES = {"eager": "eager", "compiled": "compiled", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8"}
 
+RANDOM_INPUTS = "made up"
+"""The value of ``inputs`` of a model that was measured on random inputs."""
+
 FRACTIONS = ("accuracy", "f1", "recall", "agreement")
 """Metrics that are shown in per cent."""
 
@@ -99,7 +102,7 @@ def notes(bench: Mapping[str, Any]) -> list[str]:
         for runtime, cell in model["columns"].items()
         if "failed" in cell
     ]
-    random_inputs = [model["name"] for model in bench["models"] if model["inputs"] == "made up"]
+    random_inputs = [model["name"] for model in bench["models"] if model["inputs"] == RANDOM_INPUTS]
     if random_inputs:
         lines.append(f"Inputs are random for {', '.join(random_inputs)}; their quality is unknown.")
     return lines

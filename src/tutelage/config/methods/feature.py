@@ -60,8 +60,9 @@ class FeatureOptions(SoftLabelOptions):
     weight: NotNegative | None = None
     """Weight of each pair. Default: the loss's published weight, which the run prints."""
     projector: Literal[PROJECTORS] = "auto"  # type: ignore[valid-type]
-    """For ``hint``: maps the student's feature to the teacher's channels. ``auto``: linear (``conv1x1`` on maps) if
-    the channels differ. Pooling or interpolation matches sizes."""
+    """Module that maps the student's feature to the teacher's channels; of the losses, only ``hint`` takes one.
+    ``auto``: linear (``conv1x1`` on maps) if the channels differ, else none. Pooling or interpolation matches
+    sizes."""
     norm: bool = False
     """Batch norm after the projector."""
     options: dict[str, Any] = Field(default_factory=dict)

@@ -59,7 +59,7 @@ class RolloutsOptions(Section):
     url: HttpUrl
     """Its address, usually with ``/v1`` at the end."""
     kind: Literal["vllm", "openai"] = "vllm"
-    """``vllm`` takes and returns token ids and reloads its weights; start it with ``VLLM_SERVER_DEV_MODE=1``.
+    """``vllm``: takes and returns token ids, and reloads its weights; start it with ``VLLM_SERVER_DEV_MODE=1``.
     ``openai``: any server with ``/v1/completions``, which takes and returns text and loads a model by the path of its
     folder, as ``transformers serve`` does."""
     model: str | None = None
@@ -110,7 +110,7 @@ class OnPolicyOptions(TokenOptions):
     """Share of the student's batches that come from the replay buffer, once it holds enough; ``rising``: from 0 at
     the first step to 1 at the last (DistiLLM)."""
     long: NotNegative = 0.0
-    """Weight of MiniLLM's long part, the consequences of a token. Needs ``divergence: reverse_kl``,
+    """Weight of the part of MiniLLM's loss that rewards a token for the tokens after it. Needs ``divergence: reverse_kl``,
     ``temperature: 1``, ``sampling_temperature: 1`` and ``replay_buffer: 0``."""
     mix: BelowOne = 0.0
     """The teacher's share of the sampling distribution (MiniLLM: 0.2); each token's loss is
@@ -120,7 +120,7 @@ class OnPolicyOptions(TokenOptions):
     """Increase of lambda at an evaluation whose loss is ``slack`` above that of the last increase (DistiLLM: 0.1,
     with ``lmbda: 0``). Needs validation data."""
     slack: NotNegative = 0.1
-    """Of ``adaptive``, in nats."""
+    """Of ``adaptive``: the smallest increase of the loss that counts, in nats."""
     rollouts: RolloutsOptions | None = None
     """A server that generates the answers. Default: the student does, in this process. See below."""
 

@@ -34,8 +34,8 @@ Peer = Annotated[ModelConfig | None, WrapValidator(_model_or_function)]
 
 class MutualOptions(MethodOptions):
     """Students that teach each other: of each, CE + weight * the mean over its peers of T^2 * KL(p_peer || p). Deep
-    mutual learning; with `target: mean`, `refresh` and `burn_in` codistillation. The recipe's student is one of them,
-    the one that is exported and compared with itself alone; its peers are saved in `models/` and measured too."""
+    mutual learning; with `target: mean`, `refresh` and `burn_in` codistillation. The recipe's student is exported
+    and compared with its baseline. Its peers are measured too, and saved in `models/`."""
 
     needs_teacher: ClassVar[bool] = False
     kind: Literal["mutual"] = "mutual"
@@ -51,8 +51,7 @@ class MutualOptions(MethodOptions):
     target: Literal["each", "mean"] = "each"
     """``each``: the mean of the losses to each peer; ``mean``: the loss to the mean of their probabilities."""
     refresh: Count | None = None
-    """Number of steps between updates of the copies of the peers that serve as targets. Default: the peers themselves
-    are the targets."""
+    """The targets are copies of the peers, updated every this many steps. Default: the peers themselves."""
     burn_in: BelowOne = 0.0
     """Share of the steps that train with the labels only, before the loss to the peers starts."""
 
@@ -98,8 +97,8 @@ class TeacherFreeOptions(MethodOptions):
     temperature: Positive = 20.0
     """T that softens them; the paper uses 20 or more."""
     correct: Share = 0.99
-    """Probability of the label before the softening; the other classes share the rest. Must be above one over the
-    number of classes."""
+    """Probability of the label before the softening; the other classes share the rest. It must be above 1 / number of
+    classes."""
     variant: Literal["authors", "paper"] = "authors"
     """``authors``: KL(softmax(p / T) || student), the code behind the published numbers and alpha, close to label
     smoothing; ``paper``: T^2 * KL of both at T."""
