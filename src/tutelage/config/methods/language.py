@@ -110,8 +110,8 @@ class OnPolicyOptions(TokenOptions):
     """Share of the student's batches that come from the replay buffer, once it holds enough; ``rising``: from 0 at
     the first step to 1 at the last (DistiLLM)."""
     long: NotNegative = 0.0
-    """Weight of the part of MiniLLM's loss that rewards a token for the tokens after it. Needs ``divergence: reverse_kl``,
-    ``temperature: 1``, ``sampling_temperature: 1`` and ``replay_buffer: 0``."""
+    """Weight of the part of MiniLLM's loss that rewards a token for the tokens after it. Needs ``divergence:
+    reverse_kl``, ``temperature: 1``, ``sampling_temperature: 1`` and ``replay_buffer: 0``."""
     mix: BelowOne = 0.0
     """The teacher's share of the sampling distribution (MiniLLM: 0.2); each token's loss is
     weighted by the student's probability over the mixture's. Needs ``sampling_temperature: 1`` and
