@@ -40,9 +40,9 @@ from tutelage.engine import build_accelerator
 from tutelage.evaluation.statistics import paired_difference, spread
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.fill_cache import fill_cache
-from tutelage.experiment.open_run import open_run_directory
 from tutelage.experiment.prepare import build_teacher
 from tutelage.experiment.recipe_source import load_data, recipe_spec
+from tutelage.experiment.run import open_run_directory
 from tutelage.experiment.spec import ExperimentSpec, RunContext
 from tutelage.experiment.teacher_setup import ReferenceOutputs, build_live_teacher
 from tutelage.experiment.trainer import TrainingTeacher, train_student

@@ -19,8 +19,8 @@ from tutelage.engine import RunDirectory, build_accelerator
 from tutelage.errors import CapabilityError, Interrupted
 from tutelage.evaluation.statistics import paired_difference
 from tutelage.experiment.compare import compare
+from tutelage.experiment.measure import class_similarity
 from tutelage.experiment.recipe_source import load_data, recipe_spec
-from tutelage.experiment.similarity import class_similarity
 from tutelage.experiment.spec import RunContext
 from tutelage.models import ModelSpec, build, load_model, save_model
 from tutelage.progress import Terminal
@@ -121,7 +121,7 @@ def test_a_run_again_shows_what_it_found_and_a_second_place_is_free(finished: ap
     again = api.run(recipe(), out=finished.path, resume=True, terminal=Terminal(speaks=False))
     assert again.summary == json.loads((finished.path / "summary.json").read_text())
     assert (finished.path / "student" / "model.safetensors").stat().st_mtime_ns == before
-    from tutelage.experiment.open_run import choose_run_directory
+    from tutelage.experiment.run import choose_run_directory
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

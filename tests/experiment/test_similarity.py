@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from tutelage.data import Batch
 from tutelage.engine import RunDirectory
 from tutelage.evaluation import evaluate
-from tutelage.experiment.similarity import MOST_CLASSES, TEMPERATURES, Similarities, class_similarity
+from tutelage.experiment.measure import MOST_CLASSES, TEMPERATURES, Similarities, class_similarity
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 

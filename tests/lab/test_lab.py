@@ -273,8 +273,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("forked_workers")
 def test_a_mistake_in_a_worker_ends_the_lab_with_its_message(tmp_path: Path) -> None:
-    """The base's student is an mlp, which knows no widths: the arms of other sizes cannot be built."""
-    with pytest.raises(ModelError, match="widths"):
+    """The base's student is an mlp, which has no widths and no depth: the arms of other sizes cannot be built."""
+    with pytest.raises(ModelError, match=r"student\.options\.(depth|widths): mlp has no option"):
         run_lab(["capacity-gap"], budget="small", overrides=TINY, out=tmp_path, jobs=2, terminal=silent())
 
 

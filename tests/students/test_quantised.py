@@ -12,9 +12,10 @@ from torch import nn
 
 from support import exported
 from tutelage.config import build_recipe
+from tutelage.data import SequentialBatches
 from tutelage.errors import ConfigError, ModelError
 from tutelage.evaluation import evaluate
-from tutelage.experiment.run_artifacts import find, whole_test
+from tutelage.experiment.run_artifacts import find
 from tutelage.models import load_model
 from tutelage.models.small import ConvNet
 from tutelage.students import add_fake_quantisers, is_quantisation_aware, to_float_model
@@ -99,7 +100,7 @@ def test_a_run_measures_the_rounded_student_and_saves_a_plain_one(tmp_path: Path
     found = find(run, exported.QUIET)
     data = found.data()
     assert data is not None
-    held = whole_test(data)
+    held = SequentialBatches(data.test)
     device = torch.device("cpu")
     whole = evaluate(student, held, device)
     as_rounded = evaluate(add_fake_quantisers(student), held, device)

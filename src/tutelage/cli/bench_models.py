@@ -17,14 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tutelage.data import Data
+from tutelage.data import Data, SequentialBatches
 from tutelage.engine import RunDirectory
 from tutelage.errors import ConfigError, ModelError, TutelageError, suggest
 from tutelage.evaluation import evaluate
 from tutelage.experiment.export_student import CALIBRATION
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.recipe_source import RecipeSource, data_card, model_spec
-from tutelage.experiment.run_artifacts import SavedModel, find, one_side, rows_of, whole_test
+from tutelage.experiment.run_artifacts import SavedModel, find, one_side, rows_of
 from tutelage.export.bundle import Inputs, named_inputs
 from tutelage.export.check import random_inputs
 from tutelage.export.formats import has_convolutions
@@ -311,7 +311,7 @@ def _int8_quality(c: BenchModel, run: Run, metric: str) -> float | None:
     if c.is_teacher and c.data.test.fetch(torch.arange(1)).teacher_inputs:
         return None
     try:
-        return evaluate(RuntimeModule(run, c.names), whole_test(c.data), torch.device("cpu")).get(metric)
+        return evaluate(RuntimeModule(run, c.names), SequentialBatches(c.data.test), torch.device("cpu")).get(metric)
     except (TutelageError, RuntimeError):
         return None
 

@@ -35,30 +35,16 @@ def open_recipe_cache(
     """The cache of a recipe's teacher outputs, new or existing."""
     config = recipe.required_teacher.cache
     assert config is not None
-    made_from = recipe_provenance(recipe, data, teacher)
     if isinstance(teacher, RemoteTeacher):
         layout = Layout("topk", classes, config.dtype, teacher.k, temperatures=(1.0,), tokens=True)
-        return _open(config, recipe.name, made_from, layout, teacher, accelerator)
-    example = data.test.fetch(torch.zeros(1, dtype=torch.int64))
-    return open_cache(config, recipe.name, made_from, example, teacher, classes, method, accelerator)
+    else:
+        example = data.test.fetch(torch.zeros(1, dtype=torch.int64))
+        layout = cache_layout(config, example, teacher, classes, method)
+    return open_cache(config, recipe.name, recipe_provenance(recipe, data, teacher), layout, teacher, accelerator)
 
 
-def open_cache(
-    config: CacheConfig,
-    name: str,
-    made_from: dict[str, Any],
-    example: Batch,
-    teacher: ModelTeacher,
-    classes: int,
-    method: Method,
-    accelerator: Accelerator,
-) -> CachedTeacher:
-    """The cache of a teacher's outputs, new or existing.
-
-    Args:
-        made_from: everything that a row depends on.
-        example: a batch of one sample.
-    """
+def cache_layout(config: CacheConfig, example: Batch, teacher: ModelTeacher, classes: int, method: Method) -> Layout:
+    """What a cache stores for each row, as the method needs it; ``example`` is a batch of one sample."""
     needs = all_needs(method)
     if needs.head and config.keep != "hidden" and not method.takes_sparse:
         raise CapabilityError(
@@ -68,7 +54,7 @@ def open_cache(
     tokens = example.labels.ndim == 2
     shapes = feature_shapes(teacher.model, example.for_teacher(), needs.hidden)
     default = [] if needs.temperature is None else [needs.temperature]
-    layout = Layout(
+    return Layout(
         keep=config.keep if needs.logits or needs.head else None,
         classes=classes,
         dtype=config.dtype,
@@ -81,10 +67,9 @@ def open_cache(
         width=output_head(teacher.model).in_features if config.keep == "hidden" else 0,
         tokens=tokens,
     )
-    return _open(config, name, made_from, layout, teacher, accelerator)
 
 
-def _open(
+def open_cache(
     config: CacheConfig,
     name: str,
     made_from: dict[str, Any],
@@ -92,6 +77,7 @@ def _open(
     teacher: ModelTeacher | RemoteTeacher,
     accelerator: Accelerator,
 ) -> CachedTeacher:
+    """The cache of a teacher's outputs, new or existing; ``made_from`` is everything that a row depends on."""
     text = json.dumps([made_from, layout.to_dict()], sort_keys=True)
     path = config.path or FOLDER / f"{name}-{short_hash(text)[:12]}"
     return CachedTeacher(

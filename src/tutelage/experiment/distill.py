@@ -30,7 +30,7 @@ from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
 from tutelage.experiment.measure import class_name, fingerprint
 from tutelage.experiment.module_source import ModuleSource
-from tutelage.experiment.open_run import choose_run_directory, open_run_directory
+from tutelage.experiment.run import choose_run_directory, open_run_directory
 from tutelage.experiment.spec import EnsembleSpec, EvaluationSpec, ExperimentSpec, MemberSpec, RunContext, TeacherSpec
 from tutelage.experiment.summary import load_student
 from tutelage.experiment.teacher_setup import live_options, prefetch_mode

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from tutelage.config import TextDataConfig
-from tutelage.data import Batch, Data, as_batch
+from tutelage.data import Batch, Data, SequentialBatches, as_batch
 from tutelage.data.texts import as_list
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluation import evaluate
-from tutelage.experiment.run_artifacts import SavedModel, checked_recipe, data_of, find, rows_of, whole_test
+from tutelage.experiment.run_artifacts import SavedModel, checked_recipe, data_of, find, rows_of
 from tutelage.export.bundle import TASKS, Inputs, ModelBundle, named_inputs
 from tutelage.export.check import ROWS, random_inputs
 from tutelage.export.export import ExportResult, check_format, check_output_folder, write_export
@@ -100,7 +100,7 @@ def _data(saved: SavedModel, given: Any, terminal: Terminal) -> Data | None:
 
 def _measured(data: Data, model: nn.Module) -> dict[str, Any]:
     """Figures of the whole test split, read once."""
-    scores = evaluate(model, whole_test(data), torch.device("cpu"))
+    scores = evaluate(model, SequentialBatches(data.test), torch.device("cpu"))
     return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
 
 

@@ -17,7 +17,7 @@ from tutelage.config import CacheConfig
 from tutelage.data import Batch, LoaderBatches, RankSlice, SequentialBatches
 from tutelage.engine import resolve_precision
 from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, ModelError
-from tutelage.experiment.caching import open_cache, teacher_provenance
+from tutelage.experiment.caching import cache_layout, open_cache, teacher_provenance
 from tutelage.experiment.measure import short_hash
 from tutelage.experiment.spec import Arm, ExperimentSource, ModelTeacher, RunContext
 from tutelage.methods import Method, SupervisedMethod
@@ -93,7 +93,8 @@ class ModuleSource(ExperimentSource):
             "precision": resolve_precision(self.precision),
         }
         example = next(iter(SequentialBatches(self.eval_data, to_batch=self.to_batch))).rows(0, 1)
-        return open_cache(self.cache, "distill", made_from, example, teacher, classes, method, ctx.accelerator)
+        layout = cache_layout(self.cache, example, teacher, classes, method)
+        return open_cache(self.cache, "distill", made_from, layout, teacher, ctx.accelerator)
 
 
 def _call(make: Callable[[], nn.Module], seed: int, who: str) -> nn.Module:

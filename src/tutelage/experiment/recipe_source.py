@@ -269,9 +269,10 @@ def evaluation_workers(recipe: Recipe, data: Data) -> int:
 
 def data_card(data: Data) -> dict[str, Any]:
     """The entries of a model's ``model.json`` about its data."""
-    if isinstance(data, ImageData):
-        return {"classes": data.classes, "preprocessing": data.preprocessing(), "kind": "image-classifier"}
-    return text_card(data)
+    kind = (
+        {"kind": "image-classifier"} if isinstance(data, ImageData) else {"kind": KINDS[data.task], "task": data.task}
+    )
+    return {"classes": data.classes, "preprocessing": data.preprocessing(), **kind}
 
 
 def _checkpoint_classes(config: MemberConfig) -> list[str] | None:
@@ -379,12 +380,6 @@ def with_tokenizer(model: nn.Module, data: TextData) -> nn.Module:
     """``model``, which is saved with the tokenizer of its texts."""
     model.tokenizer = data.tokenizer
     return model
-
-
-def text_card(data: TextData) -> dict[str, Any]:
-    """The entries of a text model's ``model.json`` about its data."""
-    kind = {"kind": KINDS[data.task], "task": data.task}
-    return {"classes": data.classes, "preprocessing": data.preprocessing(), **kind}
 
 
 KINDS = {

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from tutelage.config import Recipe, TextDataConfig, build_recipe, load_recipe
-from tutelage.data import Data, SequentialBatches, load_images, load_texts
+from tutelage.data import Data, load_images, load_texts
 from tutelage.data.tokens import tokenizer_fingerprint
 from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, nearest
-from tutelage.experiment.open_run import read_config
-from tutelage.experiment.run import read_summary
+from tutelage.experiment.run import read_config, read_summary
 from tutelage.export.bundle import Inputs, ModelBundle, load_bundle, named_inputs
 from tutelage.models import MODEL_CARD
 from tutelage.models.files import read_card
@@ -129,11 +128,6 @@ def rows_of(split: Any, count: int, task: str) -> list[Inputs]:
 def one_side(inputs: Inputs) -> Inputs:
     """Of a query and its answers the query."""
     return {k: v for k, v in inputs.items() if not k.startswith(("positive_", "negative_"))}
-
-
-def whole_test(data: Data) -> SequentialBatches:
-    """The test split, in batches, to be measured on."""
-    return SequentialBatches(data.test)
 
 
 def checked_recipe(given: str | Path) -> Recipe:

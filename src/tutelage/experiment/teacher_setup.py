@@ -18,8 +18,8 @@ from tutelage.engine import Training, broadcast_from_main
 from tutelage.errors import ConfigError, suggest
 from tutelage.evaluation import TeacherOutput, count_classes, evaluate_teacher, get_teacher_output
 from tutelage.experiment.checks import check_better_than_chance
+from tutelage.experiment.measure import Similarities
 from tutelage.experiment.prepare import AsTeacher, all_methods, all_needs, example_of, needs_teacher, until_stopped
-from tutelage.experiment.similarity import Similarities
 from tutelage.experiment.spec import EnsembleSpec, ExperimentSpec, ModelTeacher, RunContext, TeacherSpec
 from tutelage.experiment.trainer import train_and_save
 from tutelage.methods import Method, check_capabilities, needs_of

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from tutelage.data import Batch
 from tutelage.engine import Outcome, Training, broadcast_from_main, fit
 from tutelage.evaluation import TeacherOutput, evaluate
-from tutelage.experiment.measure import reached_parameters
+from tutelage.experiment.measure import Similarities, reached_parameters
 from tutelage.experiment.prepare import example_of, initial_student, training_batches
-from tutelage.experiment.similarity import Similarities
 from tutelage.experiment.spec import FIGURES, Arm, ExperimentSpec, ModelTeacher, RunContext
 from tutelage.files import atomic_folder
 from tutelage.methods import DistillationModule, Method

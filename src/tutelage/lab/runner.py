@@ -17,7 +17,7 @@ import yaml
 
 from tutelage.config import Recipe, build_recipe, dump_recipe
 from tutelage.errors import ConfigError, Interrupted, RunDirectoryError, suggest
-from tutelage.experiment.open_run import open_run_directory
+from tutelage.experiment.run import open_run_directory
 from tutelage.files import write_text
 from tutelage.interrupts import catch_interrupts
 from tutelage.lab import llm

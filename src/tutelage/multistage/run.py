@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from tutelage.config import Recipe, dump_recipe
-from tutelage.experiment.open_run import open_run_directory
-from tutelage.experiment.run import RunResult, read_summary, run_recipe, set_up_run
+from tutelage.experiment.run import RunResult, open_run_directory, read_summary, run_recipe, set_up_run
 from tutelage.multistage.assistants import assistant_chain
 from tutelage.multistage.born_again import born_again, generation_zero
 from tutelage.multistage.stages import StageRunner, stage_recipe

@@ -21,8 +21,7 @@ from tutelage.config import Recipe, SearchConfig, dump_recipe
 from tutelage.engine import RunDirectory
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, RunDirectoryError, TutelageError, require
 from tutelage.evaluation.statistics import paired_difference
-from tutelage.experiment.open_run import choose_run_directory, open_run_directory
-from tutelage.experiment.run import read_summary, run_recipe
+from tutelage.experiment.run import choose_run_directory, open_run_directory, read_summary, run_recipe
 from tutelage.files import write_text
 from tutelage.interrupts import catch_interrupts
 from tutelage.progress import Terminal

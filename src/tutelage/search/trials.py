@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tutelage.config import Recipe, dump_recipe
 from tutelage.data import Data
@@ -36,9 +35,9 @@ from tutelage.experiment.checks import (
     check_separate,
     check_teachers,
 )
-from tutelage.experiment.open_run import open_run_directory
 from tutelage.experiment.prepare import all_needs, build_teacher, prepare_student_and_method
 from tutelage.experiment.recipe_source import load_data, recipe_spec
+from tutelage.experiment.run import open_run_directory
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher, RunContext
 from tutelage.experiment.teacher_setup import (
     build_live_teacher,
@@ -108,8 +107,14 @@ class TrialRunner:
         check_teachers(spec, ctx.device, untrained)
         models = list(untrained.children()) if spec.teacher.ensemble is not None else [untrained]
         for number, (member, model) in enumerate(zip(spec.teacher.members, models, strict=True)):
-            if member.training is not None:
-                _train_member(spec, ctx, number, model)
+            folder = run.model(member.name)
+            if member.training is None or (folder / MODEL_CARD).exists():
+                continue
+            outcome = fit_with_progress(member_training(spec, ctx, number, model), ctx)
+            trained = spec.source.build_teacher(number)
+            trained.load_state_dict(outcome.best)
+            with atomic_folder(folder) as draft:
+                save_model(trained, draft, dict(member.card))
         raw = recipe.model_dump(mode="json", exclude_none=True)
         return Recipe.model_validate({**raw, "teacher": with_trained_weights(raw["teacher"], run.path)})
 
@@ -214,20 +219,6 @@ def _key(recipe: Recipe) -> str:
     return json.dumps(
         [recipe.data.model_dump(mode="json"), recipe.required_teacher.model_dump(mode="json")], sort_keys=True
     )
-
-
-def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.Module) -> None:
-    """Train and save a member of the teacher, unless it is saved already; the test split is not used."""
-    assert spec.teacher is not None
-    member = spec.teacher.members[number]
-    folder = ctx.run.model(member.name)
-    if (folder / MODEL_CARD).exists():
-        return
-    outcome = fit_with_progress(member_training(spec, ctx, number, model), ctx)
-    trained = spec.source.build_teacher(number)
-    trained.load_state_dict(outcome.best)
-    with atomic_folder(folder) as draft:
-        save_model(trained, draft, dict(member.card))
 
 
 class _Reporter(NullCallback):
