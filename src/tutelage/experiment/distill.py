@@ -174,7 +174,6 @@ def distill(
 def _train_config(
     optimizer: Any, lr: float | None, schedule: Any, epochs: int, train: dict[str, Any] | None, validation: Any
 ) -> TrainConfig:
-    """The ``train`` section that the arguments describe."""
     optimizer = {"kind": optimizer} if isinstance(optimizer, str) else optimizer
     if isinstance(optimizer, dict) and lr is not None:
         optimizer = {**optimizer, "lr": lr}
@@ -196,7 +195,6 @@ def _teacher_spec(
     inference: dict[str, Any] | None,
     cache: Any,
 ) -> TeacherSpec | None:
-    """The teacher that the arguments describe."""
     options, prefetch = dict[str, Any](), None
     if inference:
         section = _validate(TeacherInferenceConfig, inference, "inference")
@@ -263,7 +261,6 @@ def _cache_config(given: Any, mode: str, parallel: str | None) -> CacheConfig | 
 def _check_arguments(
     teacher: Any, student: Any, method: Any, seeds: Any, eval_data: Any, validation: Any, to_batch: Any
 ) -> None:
-    """Raise an error that names the first argument of the wrong kind."""
     several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
     teachers = teacher if several else [] if teacher is None else [teacher]
     if teacher is None and (method is None or (isinstance(method, Method) and method.needs is not None)):

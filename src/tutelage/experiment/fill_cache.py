@@ -91,7 +91,6 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
 
 
 def _with_cache(recipe: Recipe, out: str | Path | None) -> Recipe:
-    """The recipe with a cache, in the folder ``out`` if it is given."""
     if recipe.teacher is None:
         raise ConfigError("the recipe has no teacher, so there are no outputs to cache", where="teacher",
                           remedy="add 'teacher'")  # fmt: skip

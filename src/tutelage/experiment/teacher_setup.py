@@ -333,7 +333,6 @@ def describe_ensemble(
 
 
 def _routed_to(teacher: EnsembleTeacher, member: int, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The samples that are routed to a member."""
     if teacher.route is None:
         yield from batches
         return

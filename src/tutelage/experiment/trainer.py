@@ -201,7 +201,6 @@ def _measure(
 
 
 def _result(training: Training, outcome: Outcome) -> dict[str, Any]:
-    """The course of a training."""
     progress, validation = outcome.progress, None
     if progress.best is not None:
         score, negative_loss, step = progress.best

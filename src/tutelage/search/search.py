@@ -133,13 +133,10 @@ def _check_recipe(recipe: Recipe) -> None:
 
 
 def _without_search(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe without its search."""
     return recipe.model_dump(mode="json", exclude_none=True, exclude={"search"})
 
 
 class _Search:
-    """A search in its folder."""
-
     def __init__(
         self, run: RunDirectory, recipe: Recipe, config: SearchConfig, space: list[SearchDimension],
         terminal: Terminal, should_stop: Callable[[], bool],

@@ -182,7 +182,6 @@ class TrialRunner:
         return spec, live, method
 
     def _teacher(self, recipe: Recipe, spec: ExperimentSpec, ctx: RunContext) -> ModelTeacher:
-        """The live teacher, loaded once."""
         key = _key(recipe)
         if key not in self.live:
             self.live.clear()  # one at a time: a teacher is large
