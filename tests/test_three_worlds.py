@@ -102,7 +102,7 @@ class HeadMethod(Method):
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {"kd": batch.counted().sum()}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         assert signal is not None
         assert signal.logits is None
         assert student.logits is None

@@ -107,7 +107,7 @@ def test_a_control_runs_with_any_recipe(other: str, tmp_path: Path, monkeypatch:
 
 def test_a_cache_for_a_method_that_asks_nothing_is_refused(tmp_path: Path) -> None:
     teacher = {"model": "mlp", "trained": True, "options": {"hidden": [32]}}
-    with pytest.raises(CapabilityError, match="uses no teacher outputs"):
+    with pytest.raises(CapabilityError, match="does not use teacher outputs"):
         fill_cache(recipe("supervised", teacher=teacher), out=tmp_path / "cache", terminal=SILENT)
 
 

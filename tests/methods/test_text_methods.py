@@ -299,7 +299,7 @@ def test_vocabularies_and_classes_and_tokens_that_differ_say_so() -> None:
     kind, texts = BertForSequenceClassification, batch("texts")
     three, two = make(kind, 1, num_labels=3, layers=2), make(kind, 2, num_labels=2)
     for method in (PatientMethod(), TinybertMethod(stage1_fraction=0)):
-        with pytest.raises(CapabilityError, match="have the same classes"):
+        with pytest.raises(CapabilityError, match="the same classes in the same order"):
             seen(three, two, fit(method, three, two, texts), texts)
     images = Batch(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
     with pytest.raises(CapabilityError, match="tokens of texts"):

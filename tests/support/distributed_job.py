@@ -78,7 +78,7 @@ class WithProjector(Method):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {**self.logit.counts(batch), "hint": batch.counted().sum()}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         assert signal is not None
         projected = kd(self.project(student.hidden["0"]), signal.hidden["0"], mask=batch.mask, reduction="sum")
         return {**self.logit(student, batch, signal), "hint": Term(projected, batch.counted().sum())}

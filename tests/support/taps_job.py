@@ -41,7 +41,7 @@ class Kept(Method):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"hint": torch.tensor(len(batch.labels))}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         assert student.logits is not None
         self.last = {tap: x.detach() for tap, x in student.hidden.items()}
         return {"hint": Term(loss_of(student.logits, dict(student.hidden), self.project), self.counts(batch)["hint"])}

@@ -155,7 +155,7 @@ class Watching(Method):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"norm": torch.tensor(len(batch.labels))}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         assert torch.equal(student.hidden[":input"], batch.inputs)
         self.seen.append(len(batch.labels))
         return {"norm": Term(student.hidden["stages.0"].square().mean((1, 2, 3)).sum(), self.counts(batch)["norm"])}
@@ -243,7 +243,7 @@ def test_a_method_that_needs_nothing_of_the_student_does_not_run_it() -> None:
     class Alone(Watching):
         student_needs = None
 
-        def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+        def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
             assert student == Observation()
             return {"norm": Term(torch.zeros((), requires_grad=True), self.counts(batch)["norm"])}
 

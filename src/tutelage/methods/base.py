@@ -165,8 +165,8 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The terms of one batch; their counts are those of :meth:`counts`.
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
+        """The terms of one batch; their counts are those of :meth:`counts`. ``signal`` is empty without a teacher.
 
         Raises:
             CapabilityError: the teacher's signal does not fit the student's outputs, or the batch the method.
@@ -175,7 +175,12 @@ class Method(nn.Module):
 
     def formula(self) -> str:
         """The loss in one line, as printed when a run starts."""
-        return " + ".join(f"{weight:g} * {name}" for name, weight in self.weights.items())
+        names = self._formula_names()
+        return " + ".join(f"{weight:g} * {names.get(name, name)}" for name, weight in self.weights.items())
+
+    def _formula_names(self) -> dict[str, str]:
+        """What the formula calls a term, where this is more than its name."""
+        return {}
 
 
 class Phase(NamedTuple):
@@ -282,30 +287,14 @@ class DistillationModule(nn.Module):
             self.open()
         observer = None if needs is None else self._observer
         seen = Observation() if observer is None else observer(batch.inputs)
-        terms: dict[str, Term] = self.method(seen, batch, signal)
+        terms: dict[str, Term] = self.method(seen, batch, signal or Signal())
         return terms
 
-    # What accelerate asks of a model in order to shard it well, answered by the student.
-
-    @property
-    def _no_split_modules(self) -> Any:
-        return getattr(self.student, "_no_split_modules", None)
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The student's input embeddings, where it has any."""
-        getter = getattr(self.student, "get_input_embeddings", None)
-        return getter() if callable(getter) else None
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The student's output embeddings, where it has any."""
-        getter = getattr(self.student, "get_output_embeddings", None)
-        return getter() if callable(getter) else None
-
-    def tie_weights(self, **options: Any) -> None:
-        """Tie the student's weights again, where it ties any."""
-        tie = getattr(self.student, "tie_weights", None)
-        if callable(tie):
-            tie(**options)
+    def __getattr__(self, name: str) -> Any:
+        # accelerate reads these of a model in order to shard it
+        if name in ("_no_split_modules", "get_input_embeddings", "get_output_embeddings", "tie_weights"):
+            return getattr(self.student, name)
+        return super().__getattr__(name)
 
 
 def check_task(method: Method, batch: Batch) -> None:

@@ -104,7 +104,7 @@ class ByotMethod(Method):
         labelled, counted = batch.labelled().sum(), batch.counted().sum()
         return {name: labelled if name.startswith("ce") else counted for name in self.weights}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """``ce`` of the network, and ``ce``, ``kd`` and ``hint`` of each exit by its tap."""
         assert student.logits is not None
         teacher_logits, feature = student.logits.detach(), student.hidden[self.deepest].detach()

@@ -104,13 +104,13 @@ class CrossTokenizerMethod(TokenMethod):
         spans = self._spans(batch, masks["soft"])
         return counts if spans is None else counts | {"soft": counts["soft"].new_tensor(spans.count)}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The terms ``soft`` and ``ce``."""
         masks = self._masks(batch)
         spans = self._spans(batch, masks["soft"])
         if spans is None and self.options.compare == "spans":
             return self._terms(student, batch, signal, masks)
-        if signal is None or signal.head is None:
+        if signal.head is None:
             raise CapabilityError(
                 "tokens of another tokenizer are compared through the teacher's output head, and it provides none",
                 remedy="use a live teacher",

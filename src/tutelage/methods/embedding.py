@@ -51,10 +51,9 @@ class EmbeddingMethod(Method):
         """Texts that count."""
         return dict.fromkeys(self.weights, _texts(batch).sum())
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The terms ``mse`` and ``similarity``, if they have a weight."""
         assert student.logits is not None
-        assert signal is not None
         s, t, mask = student.logits, signal.dense(), _texts(batch)
         terms: dict[str, Term] = {}
         if "mse" in self.weights:

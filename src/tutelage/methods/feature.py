@@ -97,9 +97,8 @@ class PairsMethod(Method):
         """For each loss the examples (or tokens) that count."""
         return {name: loss.counted(batch).sum() for name, loss in self._named_losses()}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """A term for each loss."""
-        assert signal is not None
         terms = {}
         for name, loss in self._named_losses():
             mine = [student.hidden[pair.student] for pair in loss.pairs]
@@ -183,7 +182,7 @@ class FeatureMethod(Method):
         """Those of the labels, and for each pair the examples (or tokens) that count."""
         return self.logit.counts(batch) | ({} if self.stage1_fraction else self.hidden.counts(batch))
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The soft term, ``ce`` and, unless they have their own stage, a term for each pair."""
         terms = self.logit(student, batch, signal)
         return {**terms, **({} if self.stage1_fraction else self.hidden(student, batch, signal))}

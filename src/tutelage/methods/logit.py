@@ -54,16 +54,15 @@ class SupervisedMethod(Method):
         """Positions with a label."""
         return {self.labels.term: batch.labelled().sum()}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The one term, ``ce``, ``bce`` or ``squared_error``."""
         assert student.logits is not None
         loss = self.labels.loss(student.logits, batch, self.options.label_smoothing)
         return {self.labels.term: Term(loss, batch.labelled().sum())}
 
-    def formula(self) -> str:
-        """The loss in one line."""
-        smoothing = self.options.label_smoothing
-        return f"1 * {self.labels.term}{f'(label_smoothing={smoothing:g})' if smoothing else ''}"
+    def _formula_names(self) -> dict[str, str]:
+        term, smoothing = self.labels.term, self.options.label_smoothing
+        return {term: f"{term}(label_smoothing={smoothing:g})"} if smoothing else {}
 
 
 class TeacherFreeMethod(Method):
@@ -89,7 +88,7 @@ class TeacherFreeMethod(Method):
         """Both: positions with a label."""
         return dict.fromkeys(self.weights, batch.labelled().sum())
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The terms ``teacher_free`` and ``ce``.
 
         Raises:
@@ -109,11 +108,9 @@ class TeacherFreeMethod(Method):
         hard = losses.cross_entropy(logits, batch.labels, mask=batch.mask, reduction="sum")
         return {"teacher_free": Term(soft, count), "ce": Term(hard, count)}
 
-    def formula(self) -> str:
-        """The loss in one line."""
+    def _formula_names(self) -> dict[str, str]:
         o = self.options
-        soft = f"teacher_free(T={o.temperature:g}, correct={o.correct:g}, {o.variant})"
-        return f"{o.alpha:g} * {soft} + {1 - o.alpha:g} * ce"
+        return {"teacher_free": f"teacher_free(T={o.temperature:g}, correct={o.correct:g}, {o.variant})"}
 
 
 class LogitMethod(Method):
@@ -152,32 +149,39 @@ class LogitMethod(Method):
             )
         self.function, self.needs_labels = logit_loss(o.soft), spec.needs_labels
         self.arguments = o.loss_options.arguments()
-        self.weights = {o.soft: o.alpha, self.labels.term: o.hard_weight}
+        self.soft_term = o.soft
+        self.weights = {self.soft_term: o.alpha, self.labels.term: o.hard_weight}
         self.needs = Needs(temperature=o.temperature)
         self.takes_sparse = o.soft in ("kd", "soft_cross_entropy") and not self.arguments
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The soft term: positions that count (for ``dkd``, with a label); the hard one: those with a label."""
-        labelled = batch.labelled().sum()
-        return {
-            self.options.soft: labelled if self.needs_labels else batch.counted().sum(), self.labels.term: labelled
-        }  # fmt: skip
+        labelled, mask = batch.labelled().sum(), self._mask(batch)
+        counted = batch.counted() if mask is None else mask
+        counts = {self.soft_term: labelled if self.needs_labels else counted.sum(), self.labels.term: labelled}
+        return {name: counts[name] for name in self.weights}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
-        """The soft term, by the name of its loss, and the hard one.
+    def _mask(self, batch: Batch) -> Tensor | None:
+        """The positions of the soft term; ``None`` for all."""
+        return batch.mask
+
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
+        """The soft term, by the name of its loss, and the hard one, as far as they have a weight.
 
         Raises:
             CapabilityError: teacher and student have different numbers of classes.
         """
-        assert student.logits is not None
-        assert signal is not None
-        counts, term, name = self.counts(batch), self.labels.term, self.options.soft
-        hard = Term(self.labels.loss(student.logits, batch, 0.0), counts[term])
-        if signal.logits is None and signal.sparse is not None:
-            soft = self._sparse(student.logits, signal.sparse, batch.mask)
-        else:
-            soft = self._dense(student.logits, signal.dense(), batch)
-        return {name: Term(soft, counts[name]), term: hard}
+        sums: dict[str, Tensor] = {}
+        for name in self.weights:
+            assert student.logits is not None
+            if name == self.labels.term:
+                sums[name] = self.labels.loss(student.logits, batch, 0.0)
+            elif signal.logits is None and signal.sparse is not None:
+                sums[name] = self._sparse(student.logits, signal.sparse, batch.mask)
+            else:
+                sums[name] = self._dense(student.logits, signal.dense(), batch)
+        counts = self.counts(batch) if sums else {}
+        return {name: Term(total, counts[name]) for name, total in sums.items()}
 
     def _dense(self, logits: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """The soft term, from all of the teacher's logits."""
@@ -189,7 +193,7 @@ class LogitMethod(Method):
         temperature = self.options.temperature
         arguments = self.arguments if temperature is None else {"temperature": temperature, **self.arguments}
         labels = (batch.labels,) if self.needs_labels else ()
-        return self.function(logits, teacher, *labels, mask=batch.mask, reduction="sum", **arguments)
+        return self.function(logits, teacher, *labels, mask=self._mask(batch), reduction="sum", **arguments)
 
     def _sparse(self, logits: Tensor, part: Sparse, mask: Tensor | None) -> Tensor:
         """The soft term, from a part of the teacher's distribution."""
@@ -212,10 +216,8 @@ class LogitMethod(Method):
         loss = losses.topk_kd if part.kind == "topk" else losses.sampled_kd
         return loss(logits, part.index, part.values, temperature=part.temperature, mask=mask, reduction="sum")
 
-    def formula(self) -> str:
-        """The loss in one line."""
+    def _formula_names(self) -> dict[str, str]:
         o = self.options
         options = [] if o.temperature is None else [f"T={o.temperature:g}"]
         options += [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.arguments.items()]
-        soft = f"{o.soft}({', '.join(options)})" if options else o.soft
-        return f"{o.alpha:g} * {soft} + {o.hard_weight:g} * {self.labels.term}"
+        return {self.soft_term: f"{self.soft_term}({', '.join(options)})"} if options else {}

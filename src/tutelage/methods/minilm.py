@@ -111,9 +111,8 @@ class MinilmMethod(Method):
         """Tokens that count."""
         return dict.fromkeys(self.weights, counted_tokens(batch).sum())
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """A term for each distribution."""
-        assert signal is not None
         assert self.attentions is not None
         mine, theirs = self.attentions
         positions, t = counted_tokens(batch), self.options.temperature
@@ -133,8 +132,6 @@ class MinilmMethod(Method):
             terms[name] = Term(loss, count)
         return terms
 
-    def formula(self) -> str:
-        """The loss in one line, with the number of relation heads once it is known."""
+    def _formula_names(self) -> dict[str, str]:
         heads = f"({self.relation_heads} heads)" if self.relation_heads else ""
-        parts = [f"{w:g} * {name}{'' if name == 'attention' else heads}" for name, w in self.weights.items()]
-        return " + ".join(parts)
+        return {name: f"{name}{heads}" for name in self.weights if name != "attention"}

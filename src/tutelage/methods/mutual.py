@@ -108,7 +108,7 @@ class MutualMethod(Method):
         count = {"ce": batch.labelled().sum(), "mutual": batch.counted().sum()}
         return {f"{term}{of}": count[term] for of in self.names for term in ("ce", "mutual")}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """For each student the terms ``ce`` and ``mutual``; the latter is zero while they burn in.
 
         Raises:

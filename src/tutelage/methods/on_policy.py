@@ -194,13 +194,12 @@ class OnPolicyMethod(TokenMethod):
             masks["long"] = own & own.roll(-1, 1) & (torch.arange(own.shape[1], device=own.device) < own.shape[1] - 1)
         return masks
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The terms of :class:`TokenMethod`, and ``long``."""
         masks = self._masks(batch)
         if "long" not in masks and not self.mix:
             return self._terms(student, batch, signal, masks)
         assert student.head is not None
-        assert signal is not None
         assert signal.head is not None
         own = masks["soft"] & (batch.labels == IGNORE)
         assert isinstance(batch.inputs, dict)

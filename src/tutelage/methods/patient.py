@@ -69,8 +69,8 @@ class PatientMethod(Method):
                 self.projector = build_projector((1, mine.width), (1, theirs.width), kind="linear")
         taps = [tuple(dict.fromkeys(pair[i] for pair in self.pairs)) for i in range(2)]
         self.student_needs = Needs(hidden=taps[0]) if self.outputs.weights else taps_only(student, taps[0])
-        if self.outputs.name in self.outputs.weights:
-            self.needs = Needs(hidden=taps[1], temperature=self.outputs.temperature)
+        if self.outputs.soft_term in self.outputs.weights:
+            self.needs = Needs(hidden=taps[1], temperature=self.outputs.options.temperature)
         else:
             self.needs = taps_only(teacher, taps[1]) if self.pairs else None
 
@@ -79,11 +79,10 @@ class PatientMethod(Method):
         patient = {"patient": counted_tokens(batch).any(-1).sum()} if "patient" in self.weights else {}
         return {**self.outputs.counts(batch), **patient}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The soft term, the hard one, and ``patient``, if they have a weight."""
-        terms = self.outputs(student.logits, signal or Signal(), batch)
+        terms: dict[str, Term] = self.outputs(student, batch, signal)
         if self.pairs:
-            assert signal is not None
             counted, variant = counted_tokens(batch).any(-1), self.options.variant
             first = non_padding(batch).int().argmax(1)
             rows = torch.arange(len(first), device=first.device)
@@ -96,10 +95,6 @@ class PatientMethod(Method):
             terms["patient"] = Term(total.mean() if variant == "authors" else total.sum(), counted.sum())
         return terms
 
-    def formula(self) -> str:
-        """The loss in one line, with the pairs of layers once they are known."""
+    def _formula_names(self) -> dict[str, str]:
         layers = ", ".join(f"{m}<-{n}" for m, n in self.layer_map) or str(self.options.layers)
-        parts = [self.outputs.formula()] if self.outputs.weights else []
-        if "patient" in self.weights:
-            parts.append(f"{self.weights['patient']:g} * patient of layers {layers}")
-        return " + ".join(parts)
+        return {**self.outputs._formula_names(), "patient": f"patient of layers {layers}"}

@@ -51,9 +51,8 @@ class SimkdMethod(Method):
         """Rows that count; for ``ce`` those with a label."""
         return {**(self.logit.counts(batch) if self.labels else {}), "simkd": batch.counted().sum()}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """``simkd``, and the soft term and ``ce`` unless both weights are 0."""
-        assert signal is not None
         terms = self.logit(student, batch, signal) if self.labels else {}
         counted, s, t = batch.counted(), student.hidden["projector"], signal.hidden[self.tap]
         if s.ndim == 4 and s.shape[2:] != t.shape[2:]:
@@ -62,7 +61,5 @@ class SimkdMethod(Method):
         loss = losses.simkd(s, t, variant=self.options.variant, mask=counted, reduction="sum")
         return {**terms, "simkd": Term(loss, counted.sum())}
 
-    def formula(self) -> str:
-        """The loss in one line."""
-        feature = f"{self.weights['simkd']:g} * simkd"
-        return f"{self.logit.formula()} + {feature}" if self.labels else feature
+    def _formula_names(self) -> dict[str, str]:
+        return self.logit._formula_names()

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tutelage import losses
-from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK
+from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, LogitOptions
 from tutelage.data.batch import Batch, Task
 from tutelage.errors import CapabilityError, ConfigError
 from tutelage.methods.base import Method, Term
-from tutelage.methods.label_losses import label_loss
-from tutelage.methods.logit import logit_loss
+from tutelage.methods.logit import LogitMethod
 from tutelage.students.projectors import device_of
 from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head
-from tutelage.teachers.signal import Signal
 
 # Which tokens count ------------------------------------------------------------------------------------------------
 
@@ -44,11 +42,6 @@ def counted_tokens(batch: Batch) -> Tensor:
     """``[B, L]``, true at tokens that count: no padding, and no token or text that the batch's mask excludes."""
     present, counted = non_padding(batch), batch.counted()
     return present & (counted if counted.ndim == 2 else counted.unsqueeze(-1))
-
-
-def counted_outputs(batch: Batch) -> Tensor:
-    """Positions of the logits that count, in the shape of the labels; never padding."""
-    return batch.counted() if batch.labels.ndim == 1 else counted_tokens(batch)
 
 
 def check_same_tokens(student: Tensor, teacher: Tensor) -> None:
@@ -126,8 +119,8 @@ def nonzero_weights(**weights: float) -> dict[str, float]:
     return nonzero
 
 
-class OutputTerms:
-    """Terms of the logits: soft labels and hard labels. A term with weight 0 is not computed.
+class OutputTerms(LogitMethod):
+    """Soft labels and hard labels as a part of a method on texts. A term with weight 0 is not computed.
 
     Args:
         task: the kind of labels.
@@ -141,44 +134,13 @@ class OutputTerms:
     def __init__(
         self, task: Task, alpha: float, hard: float, temperature: float, soft: str = "kd", name: str | None = None
     ) -> None:
-        self.labels = label_loss(task)
-        self.soft = soft if task == "classes" else SOFT_OF_TASK[task]
-        self.loss = logit_loss(self.soft)
-        self.temperature = None if LOGIT_LOSSES[self.soft].temperature is None else temperature
-        self.name = self.soft if name is None else name
-        self.weights = {k: weight for k, weight in {self.name: alpha, self.labels.term: hard}.items() if weight}
+        soft = soft if task == "classes" else SOFT_OF_TASK[task]
+        t = None if LOGIT_LOSSES[soft].temperature is None else temperature
+        super().__init__(LogitOptions(soft=soft, alpha=alpha, hard=hard, temperature=t), task=task)
+        self.soft_term = name or soft
+        weights = {self.soft_term: alpha, self.labels.term: hard}
+        self.weights = {term: weight for term, weight in weights.items() if weight}
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Outputs that count, and those with a label."""
-        positions = {self.name: counted_outputs(batch), self.labels.term: batch.labelled()}
-        return {term: positions[term].sum() for term in self.weights}
-
-    def __call__(self, logits: Tensor | None, signal: Signal, batch: Batch) -> dict[str, Term]:
-        """The terms with a weight.
-
-        Raises:
-            CapabilityError: teacher and student have different classes, or not the shape of the labels.
-        """
-        if not self.weights:
-            return {}
-        assert logits is not None
-        counts = self.counts(batch)
-        terms: dict[str, Term] = {}
-        if self.name in self.weights:
-            teacher = signal.dense()
-            if teacher.shape != logits.shape:
-                raise CapabilityError(
-                    f"the student's logits are {tuple(logits.shape)}, the teacher's {tuple(teacher.shape)}",
-                    remedy="both must have the same classes in the same order",
-                )
-            options = {} if self.temperature is None else {"temperature": self.temperature}
-            loss = self.loss(logits, teacher, mask=counted_outputs(batch), reduction="sum", **options)
-            terms[self.name] = Term(loss, counts[self.name])
-        if self.labels.term in self.weights:
-            terms[self.labels.term] = Term(self.labels.loss(logits, batch, 0.0), counts[self.labels.term])
-        return terms
-
-    def formula(self) -> str:
-        """The terms in one line."""
-        temperature = "" if self.temperature is None else f"(T={self.temperature:g})"
-        return " + ".join(f"{w:g} * {n}{temperature if n == self.name else ''}" for n, w in self.weights.items())
+    def _mask(self, batch: Batch) -> Tensor:
+        """Positions of the logits that count, in the shape of the labels; never padding."""
+        return batch.counted() if batch.labels.ndim == 1 else counted_tokens(batch)

@@ -88,9 +88,8 @@ class LayersMethod(Method):
         """Tokens that count."""
         return dict.fromkeys(self.weights, counted_tokens(batch).sum())
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The terms ``embedding``, ``hidden`` and ``attention``, if they have a weight."""
-        assert signal is not None
         positions = counted_tokens(batch)
         terms, count = dict[str, Term](), positions.sum()
         for name, pairs in self.states.items():
@@ -118,10 +117,12 @@ class LayersMethod(Method):
 
     def formula(self) -> str:
         """The loss in one line, with the pairs of layers once they are known."""
-        scores = {"attention": f"({self.options.scores})"}
-        loss = " + ".join(f"{weight:g} * {name}{scores.get(name, '')}" for name, weight in self.weights.items())
+        loss = super().formula()
         layers = ", ".join(f"{m}<-{n}" for m, n in self.layer_map) or str(self.options.layers)
         return f"{loss} of layers {layers}" if {"hidden", "attention"} & set(self.weights) else loss
+
+    def _formula_names(self) -> dict[str, str]:
+        return {"attention": f"attention({self.options.scores})"}
 
 
 class TinybertMethod(Method):
@@ -186,11 +187,10 @@ class TinybertMethod(Method):
         """``prediction``: outputs that count; the terms of the layers without a first stage: tokens that count."""
         return {**(self._layers.counts(batch) if self._layers else {}), **self.outputs.counts(batch)}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The term ``prediction`` and, without a first stage, those of the layers."""
-        assert signal is not None
         layers = self._layers(student, batch, signal) if self._layers else {}
-        return {**layers, **self.outputs(student.logits, signal, batch)}
+        return {**layers, **self.outputs(student, batch, signal)}
 
     def phases(self) -> Sequence[Phase]:
         """The first stage: the layers."""

@@ -113,7 +113,7 @@ class TokenMethod(Method):
         """``soft`` and ``hidden``: tokens that count; ``ce``: those with a label."""
         return {name: mask.sum() for name, mask in self._masks(batch).items()}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The terms ``soft``, ``ce`` and ``hidden``, if they have a weight."""
         return self._terms(student, batch, signal, self._masks(batch))
 
@@ -121,12 +121,12 @@ class TokenMethod(Method):
         self,
         student: Observation,
         batch: Batch,
-        signal: Signal | None,
+        signal: Signal,
         masks: dict[str, Tensor],
         token_weights: Tensor | None = None,
     ) -> dict[str, Term]:
         """The terms over the tokens of ``masks``; ``token_weights`` multiply the soft term of each token."""
-        if batch.teacher_labels is not None and signal is not None:
+        if batch.teacher_labels is not None and self.needs is not None:
             raise CapabilityError(
                 "teacher and student have different tokenizers",
                 remedy="use one tokenizer, or kind: cross-tokenizer",
@@ -134,7 +134,7 @@ class TokenMethod(Method):
         assert student.head is not None
         targets: dict[str, losses.HardTargets | losses.SoftTargets] = {}
         if "soft" in masks:
-            teacher = teacher_distribution(signal or Signal(), student.head.inputs, self.options.temperature)
+            teacher = teacher_distribution(signal, student.head.inputs, self.options.temperature)
             targets["soft"] = losses.SoftTargets(
                 teacher, **self._divergence, mask=masks["soft"], token_weights=token_weights
             )
@@ -147,7 +147,6 @@ class TokenMethod(Method):
             except ValueError as error:
                 raise CapabilityError(str(error), remedy="both need one vocabulary, in one order") from error
         if self.pairs:
-            assert signal is not None
             mask = masks["hidden"]
             parts = []
             for i, (mine, theirs) in enumerate(self.pairs):
@@ -159,9 +158,8 @@ class TokenMethod(Method):
             terms["hidden"] = Term(torch.stack(parts).mean(), mask.sum())
         return terms
 
-    def formula(self) -> str:
-        """The loss in one line."""
-        names = {name: name for name in self.weights}
+    def _formula_names(self) -> dict[str, str]:
+        names = {}
         if "soft" in self.weights:
             o = self.options
             options = {"beta": o.beta, "alpha": o.skew, "reverse": o.reverse}
@@ -169,7 +167,7 @@ class TokenMethod(Method):
             names["soft"] = f"{o.divergence}({', '.join(arguments)})"
         if self.layer_map:
             names["hidden"] = f"hidden of layers {', '.join(f'{m}<-{n}' for m, n in self.layer_map)}"
-        return " + ".join(f"{weight:g} * {names[name]}" for name, weight in self.weights.items())
+        return names
 
 
 class SequenceMethod(TokenMethod):

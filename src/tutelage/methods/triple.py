@@ -101,7 +101,7 @@ class TripleMethod(Method):
         """``mlm``: positions with a label; ``kd``: those, or all that count; ``cosine``: all that count."""
         return {name: mask.sum() for name, mask in self._masks(batch).items()}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The terms ``mlm``, ``kd`` and ``cosine``, if they have a weight."""
         masks, terms = self._masks(batch), dict[str, Term]()
         targets: dict[str, losses.HardTargets | losses.SoftTargets] = {}
@@ -109,7 +109,6 @@ class TripleMethod(Method):
             targets["mlm"] = losses.HardTargets(batch.labels, masks["mlm"])
         if "kd" in masks:
             assert student.head is not None
-            assert signal is not None
             assert signal.head is not None
             theirs = signal.head
             check_same_tokens(student.head.inputs, theirs.inputs)
@@ -120,7 +119,6 @@ class TripleMethod(Method):
             assert student.head is not None
             terms = head_terms(self, student.head, targets, {name: masks[name].sum() for name in targets})
         if self.taps is not None:
-            assert signal is not None
             s, t = student.hidden[self.taps[0]], signal.hidden[self.taps[1]]
             check_same_tokens(s, t)
             s, t = s[masks["cosine"]], t[masks["cosine"]]
@@ -128,10 +126,8 @@ class TripleMethod(Method):
             terms["cosine"] = Term(losses.cosine(s, t, reduction="sum"), masks["cosine"].sum())
         return terms
 
-    def formula(self) -> str:
-        """The loss in one line."""
-        kd = f"(T={self.options.temperature:g}, {self.options.positions})"
-        return " + ".join(f"{weight:g} * {name}{kd if name == 'kd' else ''}" for name, weight in self.weights.items())
+    def _formula_names(self) -> dict[str, str]:
+        return {"kd": f"kd(T={self.options.temperature:g}, {self.options.positions})"}
 
 
 class MaskedMethod(TripleMethod):

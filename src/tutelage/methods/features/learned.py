@@ -173,9 +173,8 @@ class Paraphrasing(Method):
         """Rows that count."""
         return {"reconstruction": counted_rows(batch).sum()}
 
-    def forward(self, student: Observation, batch: Batch, signal: Signal | None) -> dict[str, Term]:
+    def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The mean square between the feature and its reconstruction."""
-        assert signal is not None
         feature, rows = match_dtype(self.paraphraser, signal.hidden[self.tap]), counted_rows(batch)
         loss = losses.hint(self.paraphraser(feature), feature, mask=rows, reduction="sum")
         return {"reconstruction": Term(loss, rows.sum())}
