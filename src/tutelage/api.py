@@ -1,7 +1,5 @@
 """The Python entry points: each runs a workflow and writes its report."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from functools import wraps

@@ -4,8 +4,6 @@ All are subclasses of :class:`TutelageError`, and of the error of the standard l
 message states what is wrong, where, and what to do.
 """
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Atomic writes of files and folders, file locks, and transformers without its log."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import importlib.util

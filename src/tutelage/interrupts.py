@@ -1,7 +1,5 @@
 """Convert Ctrl-C and SIGTERM to a request to stop at the end of a step."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

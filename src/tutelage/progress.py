@@ -1,7 +1,5 @@
 """The progress of a run: a live line in a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Self, TypeVar

@@ -1,7 +1,5 @@
 """Reads YAML without expanding aliases that would fill the memory."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A JSON client that retries transient errors, and functions to read error replies."""
 
-from __future__ import annotations
-
 import email.utils
 import json
 import os

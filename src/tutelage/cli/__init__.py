@@ -1,7 +1,5 @@
 """The command line. Commands import torch only when they compute."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable

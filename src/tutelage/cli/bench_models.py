@@ -1,7 +1,5 @@
 """Measure teacher, student and other models side by side: size, operations, speed, memory and quality."""
 
-from __future__ import annotations
-
 import json
 import platform
 import tempfile

@@ -1,7 +1,5 @@
 """The checks of ``tutelage doctor``."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The commands that take a trained model: ``tutelage export``, ``predict`` and ``bench``."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The modules of a model and the shapes of their outputs, from one forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

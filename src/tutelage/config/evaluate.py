@@ -1,7 +1,5 @@
 """The sections of a recipe for what a run measures and stores after the training."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """The section of a recipe for `tutelage judge`: the models whose answers are compared, and the judge."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated
 

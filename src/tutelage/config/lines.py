@@ -1,7 +1,5 @@
 """YAML with the line of every key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

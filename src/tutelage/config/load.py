@@ -1,7 +1,5 @@
 """From YAML and overrides to a checked recipe, and back."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from importlib import resources

@@ -1,7 +1,5 @@
 """Messages for the errors that pydantic finds: file, line, key, the given value and what is allowed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

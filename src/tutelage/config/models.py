@@ -1,7 +1,5 @@
 """The sections that name a model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """The ``workflow`` of a recipe: born-again generations and chains of assistants."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field

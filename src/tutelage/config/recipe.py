@@ -1,7 +1,5 @@
 """The recipe itself, and which of its sections go together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated
 

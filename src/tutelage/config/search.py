@@ -1,7 +1,5 @@
 """The section of a recipe for `tutelage search`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """The sections of a recipe's teacher: one model, an ensemble, or a model behind a server."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 

@@ -5,8 +5,6 @@ tokens of both tokenizers end at the same byte, both models have read the same t
 roles, line breaks of a template) have no end, so they may differ.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Texts and conversations for causal language models: token ids, and a mask of the tokens to learn."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Sources of labelled images: one function for each kind of source."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import inspect

@@ -1,7 +1,5 @@
 """Data sets of labelled images, and the choice of splits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal

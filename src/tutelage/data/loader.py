@@ -4,8 +4,6 @@ Each step has one list of rows, which is split among processes and micro-batches
 do not depend on the number of processes or micro-batches.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Sources of texts (table files, folders of plain text, data sets of Hugging Face), and the labels of texts."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

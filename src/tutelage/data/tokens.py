@@ -1,7 +1,5 @@
 """Tokenised texts: computed once, stored in a safetensors file, read by memory map."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

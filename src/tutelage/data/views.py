@@ -4,8 +4,6 @@ The seed of a view is a function of (run seed, epoch, sample id). Teacher and st
 can recompute the view from its seed.
 """
 
-from __future__ import annotations
-
 import inspect
 import random
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ it never runs code. Tensors are stored unsharded, by the names of the unwrapped 
 another number of processes.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

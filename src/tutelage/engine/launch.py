@@ -1,7 +1,5 @@
 """The Accelerator of this process, and functions that depend on the launcher."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import time

@@ -3,8 +3,6 @@
 Each file is written atomically, or line by line, so that a crash loses nothing.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Checkpoints are not partitioned and have the same names as without DeepSpeed, so
 it, on any number of processes.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping

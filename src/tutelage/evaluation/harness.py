@@ -1,7 +1,5 @@
 """Scores language models on tasks of lm-evaluation-harness."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

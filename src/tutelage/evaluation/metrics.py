@@ -1,7 +1,5 @@
 """Metrics for each kind of label, accumulated as sums over positions and processes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Opens the cache of an experiment's teacher outputs, and records everything that they depend on."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks of an experiment before training."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """One experiment from its specification to its summary: the baseline student and the distilled one, for all seeds."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``tutelage.distill``: the experiment on the caller's own modules and loaders."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass

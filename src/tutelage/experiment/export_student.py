@@ -1,7 +1,5 @@
 """``tutelage export``: the student of a run, written for use and checked on the run's own test data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``tutelage cache``: precomputes teacher outputs; verifies, inspects and compacts a cache."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

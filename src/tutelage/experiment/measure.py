@@ -1,7 +1,5 @@
 """Size, speed and class similarity of models."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import statistics

@@ -1,7 +1,5 @@
 """Experiments on the caller's own modules and loaders, and fingerprints of their data for a cache."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

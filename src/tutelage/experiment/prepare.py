@@ -1,7 +1,5 @@
 """Builds the models of an experiment: students, peers and teacher, and the method that trains them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """``tutelage run``: chooses, opens and locks a run directory, and runs the experiment of a recipe in it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

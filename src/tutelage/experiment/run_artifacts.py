@@ -1,7 +1,5 @@
 """Loads what a finished run left: its student, recipe, figures and data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Samples of the test split for the report: predictions on which models disagree, and generated texts."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import struct

@@ -1,7 +1,5 @@
 """What a finished experiment writes: its figures, its student, and samples for its report."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

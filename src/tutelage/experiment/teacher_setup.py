@@ -1,7 +1,5 @@
 """The teacher or ensemble of an experiment: trains it if it has no weights, evaluates it, provides its outputs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager

@@ -1,7 +1,5 @@
 """Trains one model of an experiment, measures it and writes its folder; a finished one is read back."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace

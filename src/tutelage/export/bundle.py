@@ -1,7 +1,5 @@
 """A model with its tokenizer, label names and preprocessing."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

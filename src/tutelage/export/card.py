@@ -1,7 +1,5 @@
 """The model card of an export: what it is, its origin, and the metrics of its run."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from importlib import resources

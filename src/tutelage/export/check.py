@@ -1,7 +1,5 @@
 """Compare the outputs of an export with those of its source."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

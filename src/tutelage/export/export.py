@@ -8,8 +8,6 @@
     tokenizer.json  and other files of the tokenizer of a text model
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write a model in each format."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

@@ -1,7 +1,5 @@
 """``tutelage predict``: predictions of an exported model for images or texts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path

@@ -3,8 +3,6 @@
 ``python -m tutelage.export.memory_probe model|onnx PATH INPUTS.npz THREADS``; with ``onnx`` torch is not imported.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

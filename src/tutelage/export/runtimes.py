@@ -1,7 +1,5 @@
 """Open exports, each in its runtime."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Measure latency, operations and peak memory of models in each runtime."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Conversations that a generation makes: the answers to them, and the choice among several samples."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Generator, Sequence

@@ -4,8 +4,6 @@ The journal records a batch as soon as its file is uploaded. If the process dies
 next process finds the batch by the id of this file. So no batch is paid for twice.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

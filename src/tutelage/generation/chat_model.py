@@ -1,7 +1,5 @@
 """A local chat model: its answers, and its loss on the answers of another model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

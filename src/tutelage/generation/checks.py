@@ -1,7 +1,5 @@
 """Quality checks: which generated conversations go into the data, and why the others do not."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

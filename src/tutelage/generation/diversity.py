@@ -4,8 +4,6 @@ Self-Instruct parses sentences for the root verb and its object. Here a list of 
 noun phrase are enough: instructions are mostly imperatives, and no model is needed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

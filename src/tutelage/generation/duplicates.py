@@ -5,8 +5,6 @@ of words. To reach a threshold t, the texts must share ``t (m + n) / 2`` words, 
 rarest few of each (prefix filtering, Bayardo et al., 2007). Only texts that share one of those are compared.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from array import array

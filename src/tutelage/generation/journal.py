@@ -6,8 +6,6 @@ outcome was in flight when a process died. The server may have answered and bill
 of 10^-12 of the currency.
 """
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import json

@@ -1,7 +1,5 @@
 """``tutelage judge``: a model compares the answers of several models, each pair in both orders."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

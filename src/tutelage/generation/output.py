@@ -3,8 +3,6 @@
 All are a function of recipe and journal: a run that was interrupted and continued leaves the same bytes as another.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Prompts: the files that they and other texts are read from, and the recipe's Jinja templates."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Runs a plan of request batches through the scheduler, with a journal in a folder of its own."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Requests to an endpoint, their outcomes, and the meaning of the server's replies."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """``tutelage generate``: from a recipe to data."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ A strategy uses no server, no journal and no clock: the same outcomes give the s
 which they arrive does not matter.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

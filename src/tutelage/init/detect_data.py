@@ -1,7 +1,5 @@
 """Detect the kind of a user's data: images by class, a table and its columns, conversations, or plain text."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

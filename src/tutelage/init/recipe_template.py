@@ -1,7 +1,5 @@
 """Draft a commented recipe for the user's own data and models."""
 
-from __future__ import annotations
-
 import json
 import os
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The recipes of the package."""
 
-from __future__ import annotations
-
 import re
 from importlib import resources
 from importlib.resources.abc import Traversable

@@ -1,7 +1,5 @@
 """Student, method and teacher as one module, with the same losses as our engine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Distillation in Hugging Face's ``Trainer``: its arguments, callbacks and checkpoints, our methods and teachers."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice

@@ -1,7 +1,5 @@
 """Distillation as a ``LightningModule``: Lightning's trainer, our methods and teachers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

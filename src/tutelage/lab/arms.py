@@ -1,7 +1,5 @@
 """The trainings behind the claims: each arm is a recipe that is run once and shared by all experiments."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Tests of claims from the literature, whose texts and arms are in ``claims.yaml``: from measurements to verdicts."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Data and student of the lab's experiment on closed teachers: answers, and the same answers to other prompts."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

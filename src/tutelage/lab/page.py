@@ -1,7 +1,5 @@
 """The results of the lab: a page, and Markdown with pictures."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

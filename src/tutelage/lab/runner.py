@@ -1,7 +1,5 @@
 """``tutelage lab``: run the arms of the chosen experiments, test the claims, and write the results."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -7,8 +7,6 @@ for causal attention. ``reduction="none"`` gives ``[B, L]``. float32 inside (flo
 to the teacher.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

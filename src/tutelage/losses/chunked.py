@@ -4,8 +4,6 @@ A chunk's logits are computed, compared, turned into gradients of the head and o
 computed twice, as gradient checkpointing would.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

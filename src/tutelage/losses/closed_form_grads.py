@@ -5,8 +5,6 @@ by the student's logits over T. :mod:`tutelage.losses.chunked` is built from the
 the losses of the same names, without T^2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Helpers that all losses share: precision, checks, masking, reduction and safe normalisation."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Literal, ParamSpec

@@ -1,7 +1,5 @@
 """Contrastive representation distillation, and the memory bank that provides its negatives."""
 
-from __future__ import annotations
-
 import math
 
 import torch

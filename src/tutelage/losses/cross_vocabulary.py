@@ -1,7 +1,5 @@
 """Losses between distributions over different vocabularies: over shared entries, or over sorted probabilities."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

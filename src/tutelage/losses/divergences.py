@@ -5,8 +5,6 @@ divergence is multiplied by T^2 once, as in :func:`tutelage.losses.kd`, so that 
 retuning weights.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

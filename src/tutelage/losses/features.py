@@ -4,8 +4,6 @@ Student and teacher are features ``[B, ...]`` of one shape: project the student 
 (float64 for float64 inputs) and sends no gradient to the teacher.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Output layers over a vocabulary: their projection of hidden states to logits, and its gradients."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ caps, LoRA, other terms and sums in float32 are the same with and without it. If
 no kernel for the device, torch computes the loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 

@@ -4,8 +4,6 @@ Student and teacher are logits ``[..., C]`` of the same shape; a row is an examp
 float32 (float64 for float64 inputs), sends no gradient to the teacher, and averages over rows, never over classes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 Every function works in float32 (float64 for float64 inputs) and sends no gradient to the teacher.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor

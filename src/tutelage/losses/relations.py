@@ -5,8 +5,6 @@ flattened. No example has a value of its own: ``mask`` deletes rows before the c
 error, and ``sum`` is the mean times the number of rows that count. The loss depends on how the data is batched.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

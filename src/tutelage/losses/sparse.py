@@ -4,8 +4,6 @@ Both take the temperature at which that part was computed; it cannot be changed 
 does not determine the tail at T = 4. float32 inside (float64 for float64 inputs), no gradient to the teacher.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Student and teacher are logits ``[..., C]``. :func:`dkd` has a value per row. :f
 the rows of a batch: ``mask`` deletes rows and ``reduction="none"`` is an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

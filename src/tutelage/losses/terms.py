@@ -1,7 +1,5 @@
 """The terms of a token loss, and how each compares chunks of logits."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

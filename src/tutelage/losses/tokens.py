@@ -4,8 +4,6 @@ The logits of 8,192 tokens over a vocabulary of 128,256 are 4 GB in float32, and
 tensors until the backward pass. Here a chunk's logits are computed, compared, turned into gradients and dropped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Self-distillation inside one network: its deepest classifier teaches exits at its stages."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

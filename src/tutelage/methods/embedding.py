@@ -1,7 +1,5 @@
 """Embeddings of texts: the teacher's vector, and the similarities within a batch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Learning from a teacher's hidden states and logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any

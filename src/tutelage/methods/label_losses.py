@@ -1,7 +1,5 @@
 """The loss of the labels, by the kind of labels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

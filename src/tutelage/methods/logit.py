@@ -1,7 +1,5 @@
 """Learning from labels, and from a teacher's logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MiniLM: the attention and the relations of one layer, for any widths."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

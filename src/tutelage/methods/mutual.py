@@ -1,7 +1,5 @@
 """Students that teach each other, without a teacher."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

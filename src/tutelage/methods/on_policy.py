@@ -1,7 +1,5 @@
 """Language models that learn from their own answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

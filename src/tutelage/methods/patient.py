@@ -1,7 +1,5 @@
 """Patient knowledge distillation: the [CLS] states of mapped layers, soft labels and hard labels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Answers of a student from a server, which gets its weights every few steps."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import tempfile

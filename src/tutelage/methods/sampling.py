@@ -1,7 +1,5 @@
 """Sampling of answers from a student, or from a mixture with its teacher."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence

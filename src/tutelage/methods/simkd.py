@@ -1,7 +1,5 @@
 """SimKD: the student uses its teacher's classifier."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

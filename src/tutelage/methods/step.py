@@ -8,8 +8,6 @@ where :math:`n_k` counts what term :math:`k` averages over in *all* micro-batche
 gradients of the micro-batches then add up to that of the full step, however it is cut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Helpers of methods on texts: which tokens count, the vocabulary head, and the terms of the outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """TinyBERT: embeddings, hidden states and attention of mapped layers first, then the predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Language models: soft and hard labels token by token, without the logits of all tokens at once."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

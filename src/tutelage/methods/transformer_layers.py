@@ -6,8 +6,6 @@ Queries and keys are outputs of other linear layers of the same input. Whether s
 attention is computed and compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """DistilBERT's triple loss: masked language modelling, soft labels, and the cosine of the last hidden states."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

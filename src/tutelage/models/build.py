@@ -1,7 +1,5 @@
 """Build a module from the name that a recipe gives."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

@@ -5,8 +5,6 @@ names and the preprocessing. A Hugging Face model is saved with its own ``save_p
 without tutelage.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import struct

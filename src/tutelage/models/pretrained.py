@@ -1,7 +1,5 @@
 """Models of transformers with the head of a task, and wrappers for sentence embeddings and ranking."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

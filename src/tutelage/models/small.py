@@ -4,8 +4,6 @@ They need no other package and no download. They map ``[B, channels, height, wid
 ``[B, classes]``. The last layer is linear and named ``head``; all but :class:`MLP` have their stages in ``stages``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """``workflow: assistant-chain``: from a large teacher to a small student through models of sizes between them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

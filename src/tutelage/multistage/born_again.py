@@ -1,7 +1,5 @@
 """``workflow: born-again``: generations of one architecture, each distilled from the one before."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs a recipe that has a ``workflow``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

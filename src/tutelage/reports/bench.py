@@ -1,7 +1,5 @@
 """The result of ``tutelage bench``: a table, and a page with quality against latency."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

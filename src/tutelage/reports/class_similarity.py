@@ -4,8 +4,6 @@ The measure is ``sim(i, j) = E[p_i p_j]`` over the test split, with ``p = softma
 contain such similarities is an observation of Hinton, Vinyals and Dean (2015).
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Numbers as text: percentages, differences, intervals, sizes and times."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

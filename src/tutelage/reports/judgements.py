@@ -1,7 +1,5 @@
 """Texts of language models side by side, and the verdicts of a judge on them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Templates escape every value, and the content security policy of a page allows n
 data stays text.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -9,8 +9,6 @@ A trace has these keys beside plotly's:
 A colour that starts with ``--`` names a CSS variable of the page, so plots follow its light and dark schemes.
 """
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Figures of the test metrics of finished models, and the list of the figures of a run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Verdicts in a sentence, and the rows of result tables as text, for the terminal and for pages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

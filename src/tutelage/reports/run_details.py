@@ -1,7 +1,5 @@
 """Differences between the settings of runs, the cost of their models, and their scores on benchmark tasks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

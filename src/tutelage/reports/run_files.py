@@ -4,8 +4,6 @@
 :class:`DataError`: a file is not what its command writes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field

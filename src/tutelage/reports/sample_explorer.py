@@ -1,7 +1,5 @@
 """Single test samples: where teacher and student disagree, and how the temperature changes their distributions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

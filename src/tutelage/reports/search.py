@@ -1,7 +1,5 @@
 """The page of a search: validation accuracy against each key, trial by trial, and the chosen recipe."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The space of a search: keys of a recipe with their ranges and values, checked before anything is trained."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

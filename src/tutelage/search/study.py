@@ -4,8 +4,6 @@ Only the process that holds the search's folder reads and writes it, so optuna's
 folder's own lock ends with the process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -3,8 +3,6 @@
 No trial has the test split: its data has the validation split in that place.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

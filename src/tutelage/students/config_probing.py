@@ -1,7 +1,5 @@
 """Models from configs: small ones that show what a number of a config changes, and students with copied weights."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Mapping

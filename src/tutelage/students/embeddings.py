@@ -1,7 +1,5 @@
 """Smaller embedding tables: fewer tokens, or a low-rank factorisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any

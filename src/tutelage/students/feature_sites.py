@@ -1,7 +1,5 @@
 """Finds the taps of comparable features with one dry run of a model."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

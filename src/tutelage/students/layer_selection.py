@@ -1,7 +1,5 @@
 """Which layers of a transformer its student starts with, and how much each layer changes its input."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """LoRA and QLoRA: students that train low-rank matrices only, on frozen weights."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast

@@ -4,8 +4,6 @@ They are built from the shapes of one dry run of both models. They belong to the
 and are not exported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 

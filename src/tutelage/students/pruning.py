@@ -1,7 +1,5 @@
 """Prunes a transformers model: fewer layers, heads or units, with the teacher's weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Quantisation-aware training: every forward pass rounds weights and inputs, and float weights are trained."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """A student with its teacher's classifier: the student's body, a projector, and the teacher's last layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Trims a vocabulary to a corpus: a smaller tokenizer with the same tokens for its texts, and the ids to keep."""
 
-from __future__ import annotations
-
 import json
 import re
 import string

@@ -7,8 +7,6 @@ read the same tensor. The result is verified: with the units of a role permuted 
 with random weights must have the same outputs.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple

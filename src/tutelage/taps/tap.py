@@ -12,8 +12,6 @@
 Items may follow each other: ``block[states][-1]``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

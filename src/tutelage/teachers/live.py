@@ -1,7 +1,5 @@
 """A teacher that runs a model in this process."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """A teacher whose outputs for a fixed set of samples are computed once and held in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import numpy as np

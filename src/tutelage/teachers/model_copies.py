@@ -4,8 +4,6 @@ torch's own ``torch.ao.quantization.quantize_dynamic`` does the same and is abou
 Of a sharded model, the weights are gathered one block at a time.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from typing import Any

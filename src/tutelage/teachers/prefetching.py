@@ -1,7 +1,5 @@
 """A teacher that computes its output for the next batch while the student trains."""
 
-from __future__ import annotations
-
 import pickle
 import signal as signals
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Sections of a recipe's ``method``: one class for each kind."""
 
-from __future__ import annotations
-
 from tutelage.config.base import by_kind
 from tutelage.config.methods import encoders, feature, language, logit, teacherless
 from tutelage.config.methods.base import MethodOptions

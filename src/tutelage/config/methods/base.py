@@ -1,7 +1,5 @@
 """The base of the options of all methods, and checks that several of them share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Methods of text encoders."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Options of methods on hidden states."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Methods of language models."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 

@@ -4,8 +4,6 @@ The name of an entry is the name of its function in ``tutelage.losses``. A new l
 and, if it has options, a section. ``CONTRIBUTING.md`` shows both.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Options of methods without a teacher: mutual learning, self-distillation, and controls."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ValidatorFunctionWrapHandler, WrapValidator

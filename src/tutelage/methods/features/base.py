@@ -1,7 +1,5 @@
 """The base of losses on features: the pairs that are compared, and which examples or tokens count."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 

@@ -1,7 +1,5 @@
 """Contrastive representation distillation, with a memory of every training example."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

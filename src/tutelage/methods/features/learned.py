@@ -1,7 +1,5 @@
 """Losses on features that learn more than a projector: VID, overhaul, factor transfer, ReviewKD."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

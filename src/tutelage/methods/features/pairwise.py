@@ -1,7 +1,5 @@
 """Losses that are a function of one pair of features, with a projector if shapes must agree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn

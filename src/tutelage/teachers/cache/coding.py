@@ -7,8 +7,6 @@ to 50 draws, where a plain integer takes 16 (``benchmarks/sparse_tokens.py``). A
 and have one width, so that the position of every field follows without reading the fields before it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

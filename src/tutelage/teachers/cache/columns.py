@@ -1,7 +1,5 @@
 """Columns of numbers, with rows of one width or of different lengths, and the keys of rows."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

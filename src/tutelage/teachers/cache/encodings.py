@@ -1,7 +1,5 @@
 """How a row's distribution over classes is stored: one encoding for each value of ``keep``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple

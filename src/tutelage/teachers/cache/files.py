@@ -10,8 +10,6 @@
 Every JSON file contains a checksum of itself and must be, byte for byte, what this module writes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import mmap

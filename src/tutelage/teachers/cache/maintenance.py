@@ -1,7 +1,5 @@
 """Inspects, verifies and compacts a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

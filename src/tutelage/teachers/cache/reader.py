@@ -1,7 +1,5 @@
 """Reads a cache, memory-mapped, by (sample id, view seed) in any order."""
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A teacher whose outputs are stored on disk; the live teacher computes only rows that are missing."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager

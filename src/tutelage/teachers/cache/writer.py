@@ -1,7 +1,5 @@
 """Writes a cache in a background thread, with bounded memory."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
