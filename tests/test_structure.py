@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 MOST_LINES_OF_A_FUNCTION = 80
 MOST_LINES_OF_A_ROOM = 4_500
-MOST_LINES = 42_000
+MOST_LINES = 40_000
 """Of the package. Lower it when the package gets smaller."""
 MOST_FIELDS = 12
 

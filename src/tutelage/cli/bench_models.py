@@ -23,20 +23,11 @@ from tutelage.experiment.export_student import CALIBRATION
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.recipe_source import RecipeSource, data_card, model_spec
 from tutelage.experiment.run_artifacts import SavedModel, find, one_side, rows_of
+from tutelage.export import timing
 from tutelage.export.bundle import Inputs, named_inputs
 from tutelage.export.check import random_inputs
 from tutelage.export.formats import has_convolutions
 from tutelage.export.runtimes import Run, RuntimeModule, input_names
-from tutelage.export.timing import (
-    COLUMNS,
-    Cell,
-    count_flops,
-    peak_memory,
-    prepare_runner,
-    summarise_times,
-    time_interleaved,
-    try_call,
-)
 from tutelage.files import write_text
 from tutelage.models import ModelSpec, build, load_weights, save_model
 from tutelage.progress import Terminal
@@ -86,7 +77,7 @@ class BenchModel:
         calibration: list[Inputs] = []
         if column == "int8" and has_convolutions(self.model) and self.data is not None:
             calibration = rows_of(self.data.validation, CALIBRATION, self.task)
-        run, path = prepare_runner(column, self.model, self.names, self.inputs(3), calibration, folder)
+        run, path = timing.prepare_runner(column, self.model, self.names, self.inputs(3), calibration, folder)
         for size in sizes:
             run(self.inputs(size))
         return run, path
@@ -98,7 +89,7 @@ def bench(
     out: str | Path | None = None,
     batch_sizes: Sequence[int] = BATCHES,
     rounds: int = ROUNDS,
-    columns: Sequence[str] = COLUMNS,
+    columns: Sequence[str] = timing.COLUMNS,
     quality: bool = True,
     memory: bool = True,
     terminal: Terminal | None = None,
@@ -122,8 +113,8 @@ def bench(
         for c in models:
             for column in columns:
                 terminal.say(f"preparing {c.name}, {column}")
-                runtimes[c.name, column] = try_call(partial(c.prepare, column, folders[c.name], batch_sizes))
-        cells: dict[Cell, Any] = {
+                runtimes[c.name, column] = timing.try_call(partial(c.prepare, column, folders[c.name], batch_sizes))
+        cells: dict[timing.Cell, Any] = {
             (c.name, column, size): partial(runtimes[c.name, column][0][0], inputs)
             for c in models
             for size in batch_sizes
@@ -132,7 +123,7 @@ def bench(
             if runtimes[c.name, column][1] is None
         }
         terminal.say(f"timing: {len(cells)} cells, {rounds} rounds")
-        times = time_interleaved(cells, rounds)
+        times = timing.time_interleaved(cells, rounds)
         rows = []
         for c in models:
             saved = _save(c, folders[c.name])
@@ -147,7 +138,9 @@ def bench(
                     "bytes": row["bytes"] if path is None else path.stat().st_size,
                     "quality": c.quality,
                     "batches": {
-                        str(n): summarise_times(times[c.name, column, n], n, times.get((models[0].name, "eager", n)))
+                        str(n): timing.summarise_times(
+                            times[c.name, column, n], n, times.get((models[0].name, "eager", n))
+                        )
                         for n in batch_sizes
                     },
                 }
@@ -155,8 +148,8 @@ def bench(
                     cell["quality"] = _int8_quality(c, run, metric) if quality else None
                 if memory and column != "compiled":
                     kind, file = ("model", saved) if path is None else ("onnx", path)
-                    measure = partial(peak_memory, kind, file, c.names, c.inputs(max(batch_sizes)), threads)
-                    peak, why = try_call(measure)
+                    measure = partial(timing.peak_memory, kind, file, c.names, c.inputs(max(batch_sizes)), threads)
+                    peak, why = timing.try_call(measure)
                     cell["memory"] = peak if why is None else {"failed": why}
                 row["columns"][column] = cell
             rows.append(row)
@@ -187,10 +180,10 @@ def _check(sources: Sequence[Any], sizes: Sequence[int], rounds: int, columns: S
     if rounds < 1:
         raise ConfigError(f"{rounds} rounds measure nothing", remedy="give 1 or more")
     for column in columns:
-        if column not in COLUMNS:
+        if column not in timing.COLUMNS:
             raise ConfigError(
-                f"there is no runtime {column!r}" + suggest(column, list(COLUMNS)),
-                remedy=f"allowed: {', '.join(COLUMNS)}",
+                f"there is no runtime {column!r}" + suggest(column, list(timing.COLUMNS)),
+                remedy=f"allowed: {', '.join(timing.COLUMNS)}",
             )
 
 
@@ -289,7 +282,7 @@ def _save(c: BenchModel, folder: Path) -> Path:
 
 def _row(c: BenchModel, saved: Path) -> dict[str, Any]:
     """The results of a model that do not depend on the runtime."""
-    count, why = try_call(partial(count_flops, c.model, c.names, c.inputs(1)))
+    count, why = timing.try_call(partial(timing.count_flops, c.model, c.names, c.inputs(1)))
     return {
         "name": c.name,
         "role": c.role,

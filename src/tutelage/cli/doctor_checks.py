@@ -16,16 +16,9 @@ from tutelage.data.batch import IGNORE
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import DataError, TutelageError
 from tutelage.evaluation import evaluate_teacher
+from tutelage.experiment import prepare
 from tutelage.experiment.checks import check_labels, check_output, check_separate
 from tutelage.experiment.measure import parameters
-from tutelage.experiment.prepare import (
-    bind_teacher,
-    build_teacher,
-    model_of,
-    needs_teacher,
-    prepare_student_and_method,
-    training_batches,
-)
 from tutelage.experiment.recipe_source import ONE_VIEW, load_data, recipe_spec
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher
 from tutelage.experiment.teacher_setup import build_live_teacher, open_remote_teacher
@@ -98,15 +91,17 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
     data = load_data(recipe, terminal)
     spec = recipe_spec(recipe, data)
     check_data(findings, recipe, data)
-    untrained = build_teacher(spec)
-    spec = bind_teacher(spec, untrained)
+    untrained = prepare.build_teacher(spec)
+    spec = prepare.bind_teacher(spec, untrained)
     student = spec.source.build_student(recipe.seeds[0]).to(device)
     teacher = None if untrained is None else build_live_teacher(spec, untrained, device, fit_weights=False)
     check_models(findings, spec, data, teacher, student, device)
     if findings.has_errors:
         return
     try:
-        student, method = prepare_student_and_method(spec, student, model_of(teacher), recipe.seeds[0])
+        student, method = prepare.prepare_student_and_method(
+            spec, student, prepare.model_of(teacher), recipe.seeds[0]
+        )
         student.to(device)
         method.to(device)
     except TutelageError as error:
@@ -211,7 +206,7 @@ def check_models(
 ) -> None:
     """Check the label maps, and run every model on a batch."""
     text = f"{len(data.classes)} classes, the same for data, teacher and student"
-    findings.check("label map", text, lambda: check_labels(spec, model_of(teacher), student))
+    findings.check("label map", text, lambda: check_labels(spec, prepare.model_of(teacher), student))
     models = {} if teacher is None else {"teacher": teacher.model}
     if spec.teacher is not None and spec.teacher.ensemble is not None and teacher is not None:
         models = {m.name: x for m, x in zip(spec.teacher.members, list(teacher.model.children()), strict=True)}
@@ -232,14 +227,14 @@ def check_method(
     findings.check(
         "capabilities",
         f"the teacher gives what {recipe.method.kind} needs"
-        if needs_teacher(method)
+        if prepare.needs_teacher(method)
         else "the method needs no teacher",
         lambda: check_capabilities(method, teacher),
     )
     if recipe.data.views == 1:
         findings.add("note", "views", ONE_VIEW)
     for topic, owner, needs in (
-        ("teacher tap", model_of(teacher), method.needs), ("student tap", student, method.student_needs),
+        ("teacher tap", prepare.model_of(teacher), method.needs), ("student tap", student, method.student_needs),
     ):  # fmt: skip
         if owner is not None and needs:
             for path in needs.hidden:
@@ -290,7 +285,7 @@ def check_steps(
 ) -> None:
     """Run three optimizer steps on a throw-away student; check the terms, report time and memory."""
     config = recipe.train
-    batches = training_batches(spec, module.method, recipe.seeds[0])
+    batches = prepare.training_batches(spec, module.method, recipe.seeds[0])
     optimizer = build_optimizer(module, config.optimizer)
     epoch = spec.source.training_batches("distilled", recipe.seeds[0]).steps_per_epoch
     total = config.steps or (config.epochs or 1) * epoch

@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tutelage.cli.base import (
-    Overrides,
-    RecipeArgument,
-    argument,
-    flag,
-    grid,
-    option,
-    say,
-    wide_console,
-    with_resume_command,
-)
+from tutelage.cli import base
 from tutelage.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -27,10 +17,10 @@ CACHE_ACTIONS = ("verify", "info", "compact")
 
 
 def run(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
+    recipe: base.RecipeArgument,
+    overrides: base.Overrides = None,
     out: Annotated[
-        Path | None, option(help="The run directory. Default: the first free of runs/NAME, runs/NAME-2 ...")
+        Path | None, base.option(help="The run directory. Default: the first free of runs/NAME, runs/NAME-2 ...")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in that directory.")] = False,
 ) -> None:
@@ -43,26 +33,28 @@ def run(
     try:
         result = api.run(loaded, out=out, resume=resume)
     except Interrupted as stop:
-        raise with_resume_command(stop, "run", recipe, *(overrides or []), *flag("out", out), "--resume") from None
+        raise base.with_resume_command(
+            stop, "run", recipe, *(overrides or []), *base.flag("out", out), "--resume"
+        ) from None
     if api.is_main():
         _show(result.summary, result.path)
     api.leave()
 
 
 def search(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    trials: Annotated[int | None, option(min=1, help="Number of trials. Default: search.trials, 20.")] = None,
+    recipe: base.RecipeArgument,
+    overrides: base.Overrides = None,
+    trials: Annotated[int | None, base.option(min=1, help="Number of trials. Default: search.trials, 20.")] = None,
     key: Annotated[
         list[str] | None,
-        option(
+        base.option(
             metavar="KEY=LOW:HIGH[:log]|KEY=a,b,c",
             help="A key and its range or values, instead of the recipe's search space; repeatable.",
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that run trials in parallel.")] = 1,
     out: Annotated[
-        Path | None, option(help="The folder of the search. Default: the first free of runs/NAME-search, ...")
+        Path | None, base.option(help="The folder of the search. Default: the first free of runs/NAME-search, ...")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the search in that folder.")] = False,
 ) -> None:
@@ -77,11 +69,11 @@ def search(
         result = api.run_search(loaded, trials=trials, keys=key or (), workers=workers, out=out, resume=resume)
     except Interrupted as stop:
         keys = [word for one in key or [] for word in ("--key", one)]
-        parallel = flag("workers", workers) if workers > 1 else ()
-        words = [*(overrides or []), *flag("trials", trials), *keys, *parallel, *flag("out", out)]
-        raise with_resume_command(stop, "search", recipe, *words, "--resume") from None
+        parallel = base.flag("workers", workers) if workers > 1 else ()
+        words = [*(overrides or []), *base.flag("trials", trials), *keys, *parallel, *base.flag("out", out)]
+        raise base.with_resume_command(stop, "search", recipe, *words, "--resume") from None
     path = result.path
-    say(f"\n{search_verdict(result.summary)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
+    base.say(f"\n{search_verdict(result.summary)}\nbest:   {path / 'best.yaml'}\nreport: {path / 'search.html'}")
 
 
 def cache(
@@ -100,7 +92,7 @@ def cache(
         from tutelage.experiment.fill_cache import cache_compaction, cache_description, cache_verification
 
         action = {"verify": cache_verification, "info": cache_description, "compact": cache_compaction}[what]
-        say(action(Path((rest or [])[0])))
+        base.say(action(Path((rest or [])[0])))
         return
     from tutelage.config import load_recipe
 
@@ -111,7 +103,7 @@ def cache(
     with loaded.locating():
         filled = fill_cache(loaded, out=out)
     rate = filled.computed / filled.seconds if filled.seconds else 0.0
-    say(
+    base.say(
         f"{filled.path}: {filled.rows:,} rows, {filled.computed:,} of them computed now in {filled.seconds:.0f} s "
         f"({rate:,.0f} per second)"
     )
@@ -121,14 +113,16 @@ def cache(
 def lab(
     ids: Annotated[
         list[str] | None,
-        argument(metavar="[ID]... [KEY=VALUE]...", help="Experiments, and overrides of the recipe they start from."),
+        base.argument(
+            metavar="[ID]... [KEY=VALUE]...", help="Experiments, and overrides of the recipe they start from."
+        ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Run all experiments.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="List the experiments and exit.")] = False,
     budget: Annotated[
         Literal["small", "full"], typer.Option(help="small (takes minutes; its results are not reliable) or full.")
     ] = "full",
-    seeds: Annotated[int | None, option(min=1, help="Seeds of each arm. Default: from the budget.")] = None,
+    seeds: Annotated[int | None, base.option(min=1, help="Seeds of each arm. Default: from the budget.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that train arms in parallel.")] = 1,
     out: Annotated[Path, typer.Option(help="The folder of the lab.")] = Path("runs/lab"),
     resume: Annotated[bool, typer.Option("--resume", help="Resume the lab in that folder.")] = False,
@@ -139,7 +133,7 @@ def lab(
 
     if listed:
         for name, claim in experiments.CLAIMS.items():
-            say(f"{name}: {claim.claim}")
+            base.say(f"{name}: {claim.claim}")
         return
     names = [word for word in given if "=" not in word]
     overrides = [word for word in given if "=" in word]
@@ -148,26 +142,26 @@ def lab(
             names, every=every, budget=budget, seeds=seeds, overrides=overrides, out=out, resume=resume, jobs=jobs
         )
     except Interrupted as stop:
-        words = [*given, "--all" if every else None, "--budget", budget, *flag("seeds", seeds)]
-        raise with_resume_command(stop, "lab", *words, "--jobs", jobs, "--out", out, "--resume") from None
+        words = [*given, "--all" if every else None, "--budget", budget, *base.flag("seeds", seeds)]
+        raise base.with_resume_command(stop, "lab", *words, "--jobs", jobs, "--out", out, "--resume") from None
     for name, experiment in result["experiments"].items():
-        say(f"{name}: {experiment['verdict']}")
+        base.say(f"{name}: {experiment['verdict']}")
         for statement in experiment["statements"]:
-            say(f"  {statement['statement']}: {experiments.measurement(statement)}, {statement['verdict']}")
-    say(f"page: {out / 'lab.html'}")
+            base.say(f"  {statement['statement']}: {experiments.measurement(statement)}, {statement['verdict']}")
+    base.say(f"page: {out / 'lab.html'}")
 
 
 def report(
-    runs: Annotated[list[Path], argument(metavar="RUN...", help="Folders of runs, searches and judgements.")],
+    runs: Annotated[list[Path], base.argument(metavar="RUN...", help="Folders of runs, searches and judgements.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Write one HTML page about one run, or about several side by side."""
     from tutelage.reports import write_report
 
-    say(f"report: {write_report(runs, out)}")
+    base.say(f"report: {write_report(runs, out)}")
 
 
-def doctor(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def doctor(recipe: base.RecipeArgument, overrides: base.Overrides = None) -> None:
     """Check a recipe before a run: load everything, run a few steps, and report problems."""
     from tutelage.config import load_recipe
 
@@ -189,8 +183,8 @@ def doctor(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 def generate(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
+    recipe: base.RecipeArgument,
+    overrides: base.Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder. Default: runs/NAME-generate.", show_default=False)
     ] = None,
@@ -207,11 +201,11 @@ def generate(
     try:
         result = generation.generate(loaded, out=out)
     except Interrupted as stop:
-        raise with_resume_command(stop, "generate", recipe, *(overrides or []), *flag("out", out)) from None
+        raise base.with_resume_command(stop, "generate", recipe, *(overrides or []), *base.flag("out", out)) from None
     summary, spent = result.summary, result.summary["spent"]
     rejected = ", ".join(f"{count:,} {reason}" for reason, count in summary["rejected"].items())
     cost = f", {spent['cost']:.4f} spent" if "cost" in spent else ""
-    say(
+    base.say(
         f"{summary['kept']:,} conversations accepted" + (f"; rejected: {rejected}" if rejected else "") + "\n"
         f"{summary['calls']:,} calls now, {spent['requests']:,} in all, {spent['tokens']:,} tokens{cost}\n"
         f"data: {result.path / 'data'}\ncard: {result.path / 'README.md'}"
@@ -219,8 +213,8 @@ def generate(
 
 
 def judge(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
+    recipe: base.RecipeArgument,
+    overrides: base.Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder. Default: runs/NAME-judge.", show_default=False)
     ] = None,
@@ -234,20 +228,20 @@ def judge(
     try:
         result = api.judge(loaded, out=out)
     except Interrupted as stop:
-        raise with_resume_command(stop, "judge", recipe, *(overrides or []), *flag("out", out)) from None
+        raise base.with_resume_command(stop, "judge", recipe, *(overrides or []), *base.flag("out", out)) from None
     for pair in result.summary["pairs"]:
         first, second = pair["pair"]
         rate = "no verdict" if pair["rate"] is None else f"{pair['rate']:.1%}"
-        say(f"{first} against {second}: {rate}, {pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost")
+        base.say(f"{first} against {second}: {rate}, {pair['wins']} won, {pair['ties']} tied, {pair['losses']} lost")
     for folder in (result.path, *result.runs):
-        say(f"page: {folder / 'report.html'}")
+        base.say(f"page: {folder / 'report.html'}")
 
 
 def _show(summary: dict[str, Any], path: Path) -> None:
     from tutelage.reports import final_table, multistage_table, verdict
     from tutelage.reports.results import metric_of
 
-    console = wide_console(120)
+    console = base.wide_console(120)
     console.print()
     many = "workflow" in summary
     console.print(
@@ -276,4 +270,4 @@ def _table(rows: list[dict[str, Any]], width: int, metric: str = "accuracy") -> 
     lines = [["", *titles.values()], *models]
     if sum(max(len(cell) for cell in column) + 2 for column in zip(*lines, strict=True)) > width:
         lines = [list(column) for column in zip(*lines, strict=True)]
-    return grid(lines, 1, no_wrap=True)
+    return base.grid(lines, 1, no_wrap=True)

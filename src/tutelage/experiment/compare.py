@@ -6,15 +6,7 @@ from typing import Any
 from torch import nn
 
 from tutelage.errors import CapabilityError
-from tutelage.experiment.checks import (
-    check_generates,
-    check_labels,
-    check_method_runs,
-    check_optimizer,
-    check_output,
-    check_separate,
-    check_teachers,
-)
+from tutelage.experiment import checks
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.prepare import (
     bind_teacher,
@@ -45,9 +37,9 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     model = build_teacher(spec)
     spec = bind_teacher(spec, model)
     initial = spec.source.build_student(spec.seeds[0])
-    classes = check_output(spec, ctx.device, initial, "student")
+    classes = checks.check_output(spec, ctx.device, initial, "student")
     if model is not None:
-        check_teachers(spec, ctx.device, model)
+        checks.check_teachers(spec, ctx.device, model)
     student, method = prepare_student_and_method(spec, initial, model, spec.seeds[0])
     _check_prepared(spec, ctx, initial, student, method, classes)
     live = None if model is None else train_teacher(spec, ctx, model)
@@ -55,10 +47,10 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
         spec = bind_teacher(spec, model_of(live))  # student and method were prepared with other teacher weights
         initial = spec.source.build_student(spec.seeds[0])
         student, method = prepare_student_and_method(spec, initial, model_of(live), spec.seeds[0])
-    check_labels(spec, model_of(live), initial)
+    checks.check_labels(spec, model_of(live), initial)
     teacher, scores = TrainingTeacher(live), None
     if live is not None:
-        check_separate(live.model, student)
+        checks.check_separate(live.model, student)
         if spec.teacher is not None and spec.teacher.cache is None:
             check_capabilities(method, live)
         outputs, scores = evaluate_reference(spec, ctx, live)
@@ -68,7 +60,7 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     arms: list[Arm] = ["baseline", "distilled"] if spec.baseline else ["distilled"]
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     with open_remote_teacher(spec, ctx.terminal, method, classes) as remote:
-        check_method_runs(spec, ctx, student, method, live or remote)
+        checks.check_method_runs(spec, ctx, student, method, live or remote)
         with open_training_teacher(spec, ctx, live or remote, method, classes) as signals:
             teacher = replace(teacher, signals=signals)
             for seed in spec.seeds:
@@ -87,13 +79,13 @@ def _check_prepared(
     """Run the checks that need no trained teacher, and print what is trained."""
     ctx.terminal.say(f"loss = {method.formula()}")
     for name, other in method.auxiliary_models(student).items():
-        if check_output(spec, ctx.device, other, name) != classes:
+        if checks.check_output(spec, ctx.device, other, name) != classes:
             raise CapabilityError(
                 f"{name} does not score the student's {classes} classes", remedy="set its number of classes"
             )
     _print_student(spec, ctx.terminal, initial, student, method)
-    check_optimizer(spec, student, method)
-    check_generates(spec, method)
+    checks.check_optimizer(spec, student, method)
+    checks.check_generates(spec, method)
 
 
 def _print_student(

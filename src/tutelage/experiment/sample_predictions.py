@@ -108,7 +108,7 @@ class Samples:
             samples.append(
                 {
                     "row": one.number, "label": None if label == IGNORE else label, **show(one.row),
-                    "logits": {name: [_short(v) for v in row.tolist()] for name, row in one.logits.items()},
+                    "logits": {name: [float(f"{v:.5g}") for v in row.tolist()] for name, row in one.logits.items()},
                 }
             )  # fmt: skip
         both = self.right.tolist()
@@ -123,10 +123,6 @@ class Samples:
             "pairs": [[int(i) // classes, int(i) % classes, int(pairs[i])] for i in most if pairs[i] > 0],
             "samples": samples,
         }  # fmt: skip
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
 
 
 def has_samples(batch: Batch, classes: int) -> bool:
@@ -159,9 +155,6 @@ def collect_samples(
             logits[name] = scores.float().cpu()
         samples.add(batch.to("cpu"), logits)
     return samples
-
-
-# What a person sees ------------------------------------------------------------------------------------
 
 
 def describe_image(batch: Batch) -> dict[str, str]:

@@ -88,9 +88,6 @@ def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Graphs ------------------------------------------------------------------------------------------------
-
-
 def _program(job: ExportJob) -> dict[str, Any]:
     graph, inputs = _trace_inputs(job.bundle.model, job.names, job.few)
     dynamic = _dynamic_shapes(job.names, inputs, [torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC])
@@ -174,9 +171,6 @@ def _silence_converters() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-# int8 --------------------------------------------------------------------------------------------------
 
 
 def _int8(job: ExportJob) -> dict[str, Any]:

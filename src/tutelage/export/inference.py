@@ -78,9 +78,6 @@ def _batches(items: Iterable[T]) -> Iterator[list[T]]:
         yield batch
 
 
-# Images ------------------------------------------------------------------------------------------------
-
-
 def list_image_files(inputs: Iterable[str | Path]) -> list[Path]:
     """The given files, and the image files of the given folders, sorted.
 
@@ -127,9 +124,6 @@ def top_labels(probabilities: Tensor, names: Sequence[str], top: int) -> list[di
     ]
 
 
-# Texts -------------------------------------------------------------------------------------------------
-
-
 def tokenize_texts(export: Export, texts: Sequence[str]) -> Inputs:
     """Token ids and the other inputs, padded to the longest text."""
     tokenizer = export.tokenizer
@@ -171,10 +165,6 @@ def _classes(export: Export, row: Tensor, top: int) -> dict[str, Any]:
 
 def _regression(export: Export, row: Tensor, top: int) -> dict[str, Any]:
     return {"values": dict(zip(export.manifest["classes"], row.flatten().tolist(), strict=False))}
-
-
-def _embedding(export: Export, row: Tensor, top: int) -> dict[str, Any]:
-    return {"embedding": row.tolist()}
 
 
 def _tokens(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
@@ -260,7 +250,8 @@ def _generate(export: Export, text: str, tokens: int) -> str:
 
 TASKS = {
     "classes": _for_each_text(_classes), "multi-label": _for_each_text(_classes),
-    "regression": _for_each_text(_regression), "embedding": _for_each_text(_embedding),
+    "regression": _for_each_text(_regression),
+    "embedding": _for_each_text(lambda export, row, top: {"embedding": row.tolist()}),
     "tokens": _tokens, "mlm": _masked, "causal": _causal,
 }  # fmt: skip
 """The predictions of each text task."""

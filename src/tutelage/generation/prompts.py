@@ -97,8 +97,6 @@ def read_tasks(file: str | None) -> list[str]:
     return tasks
 
 
-# Templates ---------------------------------------------------------------------------------------------
-
 Key = tuple[str | int, ...]
 
 PromptTemplate = Callable[[Mapping[str, Any], str], str]

@@ -92,8 +92,6 @@ NOT_SENT = "not asked"
 Outcome = ChatAnswer | FailedRequest
 
 
-# Replies of a server -----------------------------------------------------------------------------------
-
 TokenUsage = tuple[int, int]
 """Tokens of the prompt and of the answer."""
 

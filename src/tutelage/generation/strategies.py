@@ -21,7 +21,7 @@ from tutelage.generation.answers import (
 )
 from tutelage.generation.checks import QualityChecks
 from tutelage.generation.duplicates import NearDuplicateIndex
-from tutelage.generation.prompts import PromptRow, read_rows, read_tasks, row_names
+from tutelage.generation.prompts import read_rows, read_tasks, row_names
 from tutelage.generation.requests import (
     NOT_SENT,
     ChatAnswer,
@@ -58,20 +58,17 @@ def _add(
         )  # fmt: skip
 
 
-# Given prompts -------------------------------------------------------------------------------------------------
-
-
 def _read_prompts(context: GenerationContext, path: str) -> list[tuple[str, str, list[Message]]]:
     """Name, instruction and first messages of each prompt of a file."""
     rows = read_rows(path, "prompts")
     names = row_names(rows, path)
     threads = [context.first_messages(row, f"{path}, row {i}") for i, row in enumerate(rows, 1)]
-    return [(n, _instruction(row, thread), thread) for n, row, thread in zip(names, rows, threads, strict=True)]
-
-
-def _instruction(row: PromptRow, thread: Sequence[Message]) -> str:
-    columns = (row.get("instruction"), row.get("prompt"))
-    return next((text for text in columns if isinstance(text, str)), thread[-1]["content"])
+    prompts = []
+    for name, row, thread in zip(names, rows, threads, strict=True):
+        columns = (row.get("instruction"), row.get("prompt"))
+        instruction = next((text for text in columns if isinstance(text, str)), thread[-1]["content"])
+        prompts.append((name, instruction, thread))
+    return prompts
 
 
 def answer(context: GenerationContext) -> RequestPlan[GenerationOutput]:
@@ -84,8 +81,6 @@ def answer(context: GenerationContext) -> RequestPlan[GenerationOutput]:
         _add(output, name, instruction, thread, selection, source=path)
     return output
 
-
-# Self-instruct -------------------------------------------------------------------------------------------------
 
 NUMBERED = re.compile(r"^\s*(?:\**\s*)?(?:task\s*)?\d+\s*[.):]\s*\**\s*(.*)$", re.IGNORECASE)
 BULLET = re.compile(r"^\s*[-*•]\s+(.*)$")
@@ -193,8 +188,6 @@ def _check_new(
     return kind, f"of seed {number}" if number < len(seeds) else f"of {tasks[number - len(seeds)][0]}"
 
 
-# Evolution -----------------------------------------------------------------------------------------------------
-
 ECHO = re.compile(r"\b(?:re-?written|given|original|new|evolved)\s+(?:task|prompt|instruction)\b", re.IGNORECASE)
 LABEL = re.compile(r"^\s*\**(?:re-?written|new|evolved)?\s*(?:task|prompt|instruction)\**\s*:\**\s*", re.IGNORECASE)
 
@@ -249,8 +242,6 @@ def _check_evolved(task: str, before: str, outcome: ChatAnswer, checks: QualityC
         return "failed evolution", "the task did not change"
     return checks.check_instruction(task)
 
-
-# Conversations -------------------------------------------------------------------------------------------------
 
 SPEAKER = re.compile(r"^\s*\**user\**\s*:\**\s*", re.IGNORECASE)
 

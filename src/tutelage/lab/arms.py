@@ -89,10 +89,9 @@ def recipe_of(bases: Bases, arm: Arm, out: Path) -> Recipe:
     if arm.cache is not None:
         raw["teacher"]["cache"] = {"path": str(out / "cache" / arm.cache), "dtype": "fp32"}
     if arm.answers is not None:
-        raw["data"] |= {
-            "path": llm.arm_paths(out, arm.answers),
-            "tokenizer": f"hf:{llm.data_folder(out) / 'tokenizer'}",
-        }
+        folder = llm.data_folder(out)
+        files = {"train": str(folder / f"{arm.answers}.jsonl"), "test": str(folder / "held.jsonl")}
+        raw["data"] |= {"path": files, "tokenizer": f"hf:{folder / 'tokenizer'}"}
     if raw.get("teacher") is None:
         raw.pop("teacher", None)
     return build_recipe(raw, name=f"arm {arm.name}")

@@ -32,11 +32,6 @@ def data_folder(out: Path) -> Path:
     return out / "data" / "llm"
 
 
-def arm_paths(out: Path, answers: str) -> dict[str, str]:
-    """The files of an arm that trains on the teacher's answers (``own``) or on shuffled ones (``other``)."""
-    return {"train": str(data_folder(out) / f"{answers}.jsonl"), "test": str(data_folder(out) / "held.jsonl")}
-
-
 def prepare_data(recipe: Recipe, out: Path) -> None:
     """Write the data of the arms, unless it is there.
 

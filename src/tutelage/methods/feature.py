@@ -207,9 +207,6 @@ def _groups(settings: Sequence[ResolvedPair]) -> list[list[int]]:
     return [list(indices) for _, indices in groupby(range(len(settings)), keys.__getitem__)]
 
 
-# The pairs of `auto` ------------------------------------------------------------------------------------
-
-
 FindMaps = Callable[[nn.Module, Batch], dict[tuple[int, int], str]]
 
 

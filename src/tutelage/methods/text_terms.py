@@ -14,8 +14,6 @@ from tutelage.methods.logit import LogitMethod
 from tutelage.students.projectors import device_of
 from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head
 
-# Which tokens count ------------------------------------------------------------------------------------------------
-
 
 def non_padding(batch: Batch) -> Tensor:
     """``[B, L]``, true at tokens that are not padding, by the attention mask; all true without a mask.
@@ -49,9 +47,6 @@ def check_same_tokens(student: Tensor, teacher: Tensor) -> None:
             f"the student reads {student.shape[1]} tokens of a text, the teacher {teacher.shape[1]}",
             remedy="this method compares token by token: use one tokenizer and one text, or kind: embedding",
         )
-
-
-# Heads and taps ----------------------------------------------------------------------------------------------------
 
 
 def linear_head(head: Head) -> losses.LinearHead:
@@ -104,9 +99,6 @@ def freeze_unused(student: nn.Module, example: Batch, needs: Needs | None, *, he
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     return student
-
-
-# Weights, and terms of the outputs ---------------------------------------------------------------------------------
 
 
 def nonzero_weights(**weights: float) -> dict[str, float]:

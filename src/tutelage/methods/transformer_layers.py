@@ -239,9 +239,6 @@ def check_plain_attention(stack: LayerStack, number: int, attention: Attention, 
         )  # fmt: skip
 
 
-# The dry run ------------------------------------------------------------------------------------------
-
-
 def _record_calls(model: nn.Module, example: Batch) -> list[Call]:
     """Every module's calls, ordered by their end, with the first input tensor and the output of each."""
     calls: list[Call] = []
@@ -376,9 +373,6 @@ def _first_tokens(batch: Batch) -> Batch:
     if "attention_mask" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     return replace(batch, inputs=inputs, teacher_inputs=None)
-
-
-# Layer maps -------------------------------------------------------------------------------------------
 
 
 def map_layers(

@@ -154,8 +154,6 @@ def write_bench(bench: Mapping[str, Any], out: Path) -> Path:
     return Path(out)
 
 
-# The plot ----------------------------------------------------------------------------------------------
-
 WIDTHS = {"large-screen": 760, "small-screen": 380}
 """Of the plot in SVG units: its text stays legible on a phone."""
 

@@ -124,9 +124,6 @@ def similarities_of(run: RunRecord) -> dict[str, ClassSimilarity]:
     }
 
 
-# The panel of a run -----------------------------------------------------------------------------------
-
-
 def similarity_panel(run: RunRecord) -> dict[str, Any] | None:
     """The variables of a run's panel; ``None`` where it has no similarities, or one class.
 

@@ -106,9 +106,6 @@ def _figures(runs: Sequence[RunRecord]) -> dict[str, list[Figure]]:
     return figures
 
 
-# Templates -----------------------------------------------------------------------------------------------
-
-
 def render(template: str, **view: Any) -> str:
     """The HTML of a page.
 

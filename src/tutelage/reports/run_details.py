@@ -67,7 +67,9 @@ def cost_rows(run: RunRecord) -> ModelRows:
         else:
             training = (summary["students"][role]["seconds"] or {}).get("mean")
         folders = {"teacher": "models/teacher*", "distilled": "student"}
-        weights = _weight_bytes(run.path, folders.get(role, f"models/{role}-seed{summary['seeds'][0]}"))
+        pattern = folders.get(role, f"models/{role}-seed{summary['seeds'][0]}")
+        files = list(run.path.glob(f"{pattern}/*.safetensors"))
+        weights = sum(file.stat().st_size for file in files) if files else None
         speed = latency.get(model) or {}
         return [sizes[model], weights, speed.get("p50_ms"), speed.get("p95_ms"), training]
 
@@ -82,12 +84,6 @@ def cost_rows(run: RunRecord) -> ModelRows:
         if any(value is not None for value in values):
             rows.append([title, *cells])
     return ModelRows(run.label, [(names[role], role) for role in roles], has_teacher, rows)
-
-
-def _weight_bytes(run: Path, folders: str) -> int | None:
-    """Bytes of the weights in folders of a run; ``None`` where there are none."""
-    files = [file for folder in run.glob(folders) if folder.is_dir() for file in folder.glob("*.safetensors")]
-    return sum(file.stat().st_size for file in files) if files else None
 
 
 def _teacher_seconds(run: Path) -> float | None:

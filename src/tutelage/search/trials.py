@@ -24,15 +24,7 @@ from tutelage.engine import RunDirectory, Training, build_accelerator, fit
 from tutelage.engine.loop import NullCallback
 from tutelage.errors import CapabilityError, Interrupted, NumericsError, TutelageError
 from tutelage.evaluation import evaluate_teacher
-from tutelage.experiment.checks import (
-    check_better_than_chance,
-    check_labels,
-    check_method_runs,
-    check_optimizer,
-    check_output,
-    check_separate,
-    check_teachers,
-)
+from tutelage.experiment import checks
 from tutelage.experiment.prepare import all_needs, build_teacher, prepare_student_and_method
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.run import open_run_directory
@@ -102,7 +94,7 @@ class TrialRunner:
         untrained = build_teacher(spec)
         assert untrained is not None
         assert spec.teacher is not None
-        check_teachers(spec, ctx.device, untrained)
+        checks.check_teachers(spec, ctx.device, untrained)
         models = list(untrained.children()) if spec.teacher.ensemble is not None else [untrained]
         for number, (member, model) in enumerate(zip(spec.teacher.members, models, strict=True)):
             folder = run.model(member.name)
@@ -168,15 +160,15 @@ class TrialRunner:
     def _prepare(self, recipe: Recipe, ctx: RunContext) -> tuple[ExperimentSpec, ModelTeacher, Method]:
         spec, seed = recipe_spec(recipe, self.data(recipe)), recipe.seeds[0]
         student = spec.source.build_student(seed)
-        check_output(spec, ctx.device, student, "student")
+        checks.check_output(spec, ctx.device, student, "student")
         live = self._teacher(recipe, spec, ctx)
         student, method = prepare_student_and_method(spec, spec.source.build_student(seed), live.model, seed)
-        check_optimizer(spec, student, method)
-        check_separate(live.model, student)
-        check_labels(spec, live.model, student)
+        checks.check_optimizer(spec, student, method)
+        checks.check_separate(live.model, student)
+        checks.check_labels(spec, live.model, student)
         if spec.teacher is not None and spec.teacher.cache is None:
             check_capabilities(method, live)
-        check_method_runs(spec, ctx, student, method, live)
+        checks.check_method_runs(spec, ctx, student, method, live)
         return spec, live, method
 
     def _teacher(self, recipe: Recipe, spec: ExperimentSpec, ctx: RunContext) -> ModelTeacher:
@@ -185,11 +177,11 @@ class TrialRunner:
             self.live.clear()  # one at a time: a teacher is large
             untrained = build_teacher(spec)
             assert untrained is not None
-            check_teachers(spec, ctx.device, untrained)
+            checks.check_teachers(spec, ctx.device, untrained)
             live = build_live_teacher(spec, untrained, ctx.device)
             assert spec.evaluation.validation is not None
             scores = evaluate_teacher(live, spec.evaluation.validation, ctx.device)
-            check_better_than_chance(scores, len(spec.evaluation.classes or []), ctx)
+            checks.check_better_than_chance(scores, len(spec.evaluation.classes or []), ctx)
             self.live[key] = live
         return self.live[key]
 

@@ -141,9 +141,6 @@ def run_model(model: nn.Module) -> list[Tensor]:
     return [x for x in output.to_tuple() if isinstance(x, Tensor)]
 
 
-# Students --------------------------------------------------------------------------------------------
-
-
 def build_from_config(model: nn.Module, config: Any, seed: int = 0) -> nn.Module:
     """A model of the same class with random weights, in the dtype, on the device and in the mode of ``model``."""
     try:

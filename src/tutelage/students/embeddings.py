@@ -20,8 +20,6 @@ from tutelage.students.config_probing import (
 from tutelage.students.layer_selection import find_layer_stack, require_config
 from tutelage.students.projectors import device_of, eval_no_grad
 
-# Fewer tokens ----------------------------------------------------------------------------------------
-
 
 def trim_embeddings(model: nn.Module, token_ids: Tensor | Sequence[int]) -> nn.Module:
     """A copy of a transformers model for a part of its vocabulary.
@@ -111,9 +109,6 @@ def _check_positions(model: Any, new: Any, index: Tensor) -> None:
             f"which would become {pad}",
             remedy=f"keep all ids up to {model.config.pad_token_id}, so that it does not change",
         )
-
-
-# Narrower --------------------------------------------------------------------------------------------
 
 
 def factorise_embeddings(model: nn.Module, rank: int, seed: int = 0) -> tuple[nn.Module, list[str]]:

@@ -11,8 +11,6 @@ from tutelage.data.batch import Batch
 from tutelage.errors import ConfigError, DataError, ModelError, nearest, require, shorten
 from tutelage.students.projectors import device_of, eval_no_grad
 
-# The layers of a model -------------------------------------------------------------------------------
-
 
 def require_config(model: nn.Module) -> Any:
     """The config of a Hugging Face transformers model; raises :class:`ModelError` for other models."""
@@ -63,8 +61,6 @@ def find_layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     return path, stack
 
-
-# Maps ------------------------------------------------------------------------------------------------
 
 LAYER_MAPS = ("every-other", "first", "influence", "last", "linspace")
 """Names of layer maps; see :func:`select_layers`."""
@@ -132,9 +128,6 @@ def select_layers(
         gaps = max(student - 1, 1)
         return [(2 * i * (teacher - 1) + gaps) // (2 * gaps) for i in range(student)]  # rounded, in integers
     return list(range(student) if map == "first" else range(teacher - student, teacher))
-
-
-# Influence -------------------------------------------------------------------------------------------
 
 
 def block_influence(model: nn.Module, batches: Iterable[Batch | Mapping[str, Tensor]]) -> list[float]:

@@ -18,9 +18,6 @@ from tutelage.taps import Needs, Observation, evaluating, observe
 Shape = tuple[int, ...]
 
 
-# The dry run -----------------------------------------------------------------------------------------
-
-
 @contextmanager
 def eval_no_grad(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode without autograd; afterwards each module has its previous mode."""
@@ -44,9 +41,6 @@ def feature_shapes(model: nn.Module, example: Batch, paths: Sequence[str]) -> di
     """The shape of each tap for ``example``, from one run; raises :class:`ModelError` for an unknown path."""
     observed = dry_run(model, example, Needs(hidden=tuple(dict.fromkeys(paths))))
     return {path: tuple(x.shape) for path, x in observed.hidden.items()}
-
-
-# Projectors ------------------------------------------------------------------------------------------
 
 
 def _linear(inputs: int, outputs: int, maps: bool) -> nn.Module:

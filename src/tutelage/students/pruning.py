@@ -133,9 +133,6 @@ def _unexpected_keys(teacher: nn.Module, student: nn.Module, path: str, layers: 
     return [name for name in names if not name.startswith(f"{path}.") or name.startswith(copied)]
 
 
-# Widths ----------------------------------------------------------------------------------------------
-
-
 def _set_sizes(
     config: Any, layout: WeightLayout, width: int | None, heads: int | None, intermediate: int | None, family: str
 ) -> dict[str, int]:

@@ -120,9 +120,6 @@ def _check_same_tokens(old: Any, new: Any, corpus: Sequence[str]) -> None:
             )
 
 
-# Tokens that other tokens need -----------------------------------------------------------------------
-
-
 def _letters(tokens: Iterable[str], vocabulary: Iterable[str], prefix: str = "", suffix: str = "") -> set[str]:
     """Tokens with one character of ``tokens`` or ASCII: bare, and in the middle and at the end of a word."""
     letters = {*string.printable, *(letter for token in tokens for letter in token)}
@@ -222,9 +219,6 @@ CLOSURES: dict[str, Callable[[Any, Model, set[str], Sequence[str]], set[str]]] =
     "WordPiece": _word_piece,
 }
 """By kind: (tokenizer, its JSON, tokens that occur, texts with an unknown word) -> tokens to keep."""
-
-
-# The new tokenizer -----------------------------------------------------------------------------------
 
 
 def _renumber(description: Model, ids: dict[str, int]) -> Model:

@@ -59,9 +59,6 @@ class WeightLayout(NamedTuple):
     companions: tuple[str, ...]  # fields of the config that must equal the hidden size
 
 
-# Reading a model -------------------------------------------------------------------------------------
-
-
 def find_weight_layout(model: nn.Module) -> WeightLayout:
     """What each dimension of a model's weights counts; raises :class:`ModelError` if it cannot be found."""
     probe = probe_config(model)
@@ -219,9 +216,6 @@ def _square(probe: Probe, by_hidden: dict[Key, int], head: int) -> tuple[list[st
     for handle in handles:
         handle.remove()
     return square, {m for modules in readers.values() if len(modules) > 1 for m in modules}
-
-
-# Verification ----------------------------------------------------------------------------------------
 
 
 def _violations(probe: Probe, axes: dict[Key, Axis], units: dict[str, int]) -> list[str]:

@@ -103,7 +103,6 @@ def find_module(model: nn.Module, tap: str) -> nn.Module:
     return resolve(model, tap)[1]
 
 
-# The tensor of a tap in a module's inputs or outputs ---------------------------------------------------
 # torch.compile traces these functions as part of the model: plain Python, and an error is returned as a string.
 
 

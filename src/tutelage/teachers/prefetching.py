@@ -111,9 +111,6 @@ def _tensors(of: Batch | Signal) -> Iterator[Tensor]:
                 yield x
 
 
-# A separate process ------------------------------------------------------------------------------------
-
-
 class _TeacherProcess:
     """A process that computes signals in the order of the requests. It ends with this one."""
 

@@ -201,7 +201,6 @@ def _split_texts(batch: Batch) -> list[_Text]:
     return texts
 
 
-# Kinds of servers ---------------------------------------------------------------------------------------
 # facts(): ``model``, and as far as the server states them ``vocabulary``, ``longest`` (its context size) and ``size``
 # tokenize(): token ids of a text without special tokens; ``None`` if the server has no such endpoint
 # top_tokens(): the k likeliest tokens after each of the positions ``at`` of ``ids``

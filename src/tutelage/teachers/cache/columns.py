@@ -84,9 +84,6 @@ def sum_groups(values: Array, lengths: Array) -> Array:
     return out
 
 
-# Keys: sample ids, view seeds, and digests of inputs ----------------------------------------------------
-
-
 def sample_keys(batch: Batch) -> tuple[Array, Array]:
     """Sample ids and view seeds of a batch; seeds are 0 without augmentation."""
     if batch.ids is None:

@@ -74,9 +74,6 @@ def _wrap_os_errors(path: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-# JSON with a checksum --------------------------------------------------------------------------------------
-
-
 def _sealed(content: Mapping[str, Any]) -> bytes:
     plain = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True)
     full = {**content, "checksum": hashlib.sha256(plain.encode()).hexdigest()}
@@ -124,9 +121,6 @@ def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any]]:
     return Layout.from_dict(content["layout"]), dict(content["made_from"])
 
 
-# The output head -------------------------------------------------------------------------------------------
-
-
 def has_output(folder: Path) -> bool:
     """Whether the output head is stored completely."""
     return (folder / f"{HEAD}.json").exists()
@@ -150,9 +144,6 @@ def read_output(folder: Path) -> Head:
     tensors = load(raw)
     weight = tensors["weight"]
     return Head(weight.new_empty(0), weight, tensors.get("bias"), side["scale"], side["softcap"])
-
-
-# Shards ----------------------------------------------------------------------------------------------------
 
 
 def schema(layout: Layout) -> pa.Schema:

@@ -10,19 +10,8 @@ import numpy as np
 
 from tutelage.errors import CacheError, TutelageError
 from tutelage.files import TEMPORARY_PREFIX
+from tutelage.teachers.cache import files
 from tutelage.teachers.cache.columns import nbytes
-from tutelage.teachers.cache.files import (
-    HEAD,
-    Shard,
-    check_shard,
-    complete_shards,
-    has_output,
-    open_shard,
-    read_manifest,
-    read_output,
-    read_side_file,
-    side_files,
-)
 from tutelage.teachers.cache.layout import tokens_per_sample
 from tutelage.teachers.cache.reader import CacheReader
 from tutelage.teachers.cache.writer import CacheWriter
@@ -34,7 +23,7 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 def inspect_cache(folder: Path) -> dict[str, Any]:
     """Layout, provenance, and the number of rows, samples, views and bytes; raises as :class:`CacheReader`."""
     reader = CacheReader(folder, verify=False)
-    shards, layout, made_from = complete_shards(folder), reader.layout, reader.made_from
+    shards, layout, made_from = files.complete_shards(folder), reader.layout, reader.made_from
     ids = np.concatenate([s.keys["id"] for s in reader.shards]) if reader.shards else np.empty(0, np.int64)
     rows, samples = len(reader), len(np.unique(ids))
     size = sum(shard.size for shard in shards)
@@ -55,7 +44,7 @@ def inspect_cache(folder: Path) -> dict[str, Any]:
     }
 
 
-def _leftovers(folder: Path, shards: Iterable[Shard]) -> list[Path]:
+def _leftovers(folder: Path, shards: Iterable[files.Shard]) -> list[Path]:
     """Files of interrupted writes: temporary ones, shards and output heads without a side file."""
     complete = {shard.path.name for shard in shards}
     return [
@@ -63,7 +52,7 @@ def _leftovers(folder: Path, shards: Iterable[Shard]) -> list[Path]:
         for path in sorted(folder.glob("*"))
         if path.name.startswith(TEMPORARY_PREFIX)
         or (path.suffix == ".arrow" and path.name not in complete)
-        or (path.name == f"{HEAD}.safetensors" and not has_output(folder))
+        or (path.name == f"{files.HEAD}.safetensors" and not files.has_output(folder))
     ]
 
 
@@ -73,7 +62,7 @@ def verify_cache(folder: Path, progress: Progress = lambda items, _: items) -> l
     Checks the manifest, every side file and every byte of every shard, and that keys and lengths fit.
     """
     try:
-        layout, _ = read_manifest(folder)
+        layout, _ = files.read_manifest(folder)
     except TutelageError as error:
         return [str(error)]
     faults: list[str] = []
@@ -85,15 +74,15 @@ def verify_cache(folder: Path, progress: Progress = lambda items, _: items) -> l
         except (TutelageError, OSError, ValueError, KeyError) as error:
             faults.append(str(error))
 
-    sides = side_files(folder)
-    if "head" in layout.provides and (sides or has_output(folder)):
+    sides = files.side_files(folder)
+    if "head" in layout.provides and (sides or files.has_output(folder)):
         with collect():
-            read_output(folder)
+            files.read_output(folder)
     for side in progress(sides, "checking shards"):
         with collect():
-            shard = read_side_file(side)
-            check_shard(shard)
-            data = open_shard(shard, layout)
+            shard = files.read_side_file(side)
+            files.check_shard(shard)
+            data = files.open_shard(shard, layout)
             if any(len(k) != shard.rows for k in data.keys.values()) or nbytes(data.columns) == 0:
                 raise CacheError("the shard does not have the rows that its side file states", where=str(shard.path))
     if not faults:
@@ -110,7 +99,7 @@ def compact_cache(folder: Path, progress: Progress = lambda items, _: items) -> 
     if the cache is damaged, or cannot be written.
     """
     reader = CacheReader(folder)
-    old, rows = complete_shards(folder), len(reader)
+    old, rows = files.complete_shards(folder), len(reader)
     writer = CacheWriter(folder, reader.layout, shard_bytes=COMPACT_BYTES, shard_seconds=TIMEOUT_MAX)
     try:
         for keys, columns in progress(reader.all_rows(), "merging shards"):
@@ -120,7 +109,7 @@ def compact_cache(folder: Path, progress: Progress = lambda items, _: items) -> 
     for shard in old:
         shard.path.with_suffix(".json").unlink()
         shard.path.unlink()
-    complete = complete_shards(folder)
+    complete = files.complete_shards(folder)
     for path in _leftovers(folder, complete):
         path.unlink()
     return {
