@@ -167,6 +167,17 @@ def test_eight_bits_say_what_they_cost(runs: Runs, world: str) -> None:
     assert how["quantisation"] == ("static" if world == "cnn" else "dynamic")
     assert (how.get("calibration_rows", 0) > 0) == (world == "cnn")
     assert "int8 weights" in (made / "README.md").read_text()
+    assert manifest["check"]["time_ratio"] > 0
+    assert "over that of the float32 student" in (made / "README.md").read_text()
+
+
+def test_a_slow_int8_export_is_reported(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = {("source", "", 0): [1.0, 2.0, 1.0], ("export", "", 0): [5.0, 5.0, 9.0]}
+    monkeypatch.setattr("tutelage.export.export.time_interleaved", lambda cells, rounds: seconds)
+    main_(["export", str(runs.run("bert")), "--to", "int8", "--out", str(tmp_path / "int8")])
+    assert "takes 5 times the time of the float32 student" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("world", ["cnn", "bert"])

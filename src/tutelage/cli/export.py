@@ -35,6 +35,8 @@ def export(
         outcome = f"{check['agreement']:.2%} agreement with the student"
     say(f"export: {result.path}, {result.manifest['bytes']:,} bytes")
     say(f"check:  {outcome} on {check['rows']} inputs, {check['inputs']}")
+    if check.get("time_ratio", 0) > 1:
+        say(f"note: on this machine the export takes {check['time_ratio']:.2g} times the time of the float32 student")
     for key in ("accuracy", "f1", "spearman", "perplexity"):
         if measured and key in measured["source"] and key in measured["export"]:
             say(f"{key}: {measured['source'][key]:.4g} before, {measured['export'][key]:.4g} quantised")

@@ -9,6 +9,7 @@
 """
 
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +23,8 @@ from tutelage.export.bundle import Inputs, ModelBundle, TraceModule, is_transfor
 from tutelage.export.card import model_card
 from tutelage.export.check import TOLERANCE, compare_outputs
 from tutelage.export.formats import FORMATS, ExportJob, output_name, trace_rows
-from tutelage.export.runtimes import MANIFEST, RuntimeModule, input_names, open_export
+from tutelage.export.runtimes import MANIFEST, Run, RuntimeModule, input_names, open_export
+from tutelage.export.timing import time_interleaved
 from tutelage.files import atomic_folder
 
 QUANTISED = ("int8",)
@@ -110,11 +112,14 @@ def write_export(
         _write(folder, manifest)
         export = open_export(folder, tokenizer=False)
         exact = to not in QUANTISED
-        result = compare_outputs(TraceModule(bundle.model, names).run, export.run, batches, bundle.task, exact=exact)
+        source = TraceModule(bundle.model, names)
+        result = compare_outputs(source.run, export.run, batches, bundle.task, exact=exact)
         manifest["check"] = {**result, "inputs": read_from, **({"tolerance": TOLERANCE} if exact else {})}
+        if not exact:
+            manifest["check"]["time_ratio"] = _time_ratio(source.run, export.run, trace_rows(batches[0]))
         if measure is not None and not exact:
             manifest["measured"] = {
-                "source": dict(measure(RuntimeModule(TraceModule(bundle.model, names).run, names))),
+                "source": dict(measure(RuntimeModule(source.run, names))),
                 "export": dict(measure(RuntimeModule(export.run, names))),
             }
         manifest["bytes"] = sum(p.stat().st_size for p in folder.glob("model*"))
@@ -122,6 +127,14 @@ def write_export(
         (folder / "README.md").write_text(model_card(manifest, dict(facts or {})), encoding="utf-8")
         del export  # closes the file before the folder is renamed
     return ExportResult(out, manifest)
+
+
+def _time_ratio(source: Run, export: Run, few: Inputs) -> float:
+    """Time of an export over that of the float32 model in PyTorch, for a few rows on this machine."""
+    cells = {("source", "", 0): lambda: source(few), ("export", "", 0): lambda: export(few)}
+    times = time_interleaved(cells, rounds=9)
+    before, now = (statistics.median(seconds) for seconds in times.values())
+    return round(now / before, 2)
 
 
 def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
