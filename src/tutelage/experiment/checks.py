@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tutelage.data import Batch
 from tutelage.engine import Accelerator, is_bf16_slow
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
@@ -54,6 +55,7 @@ def check_output(spec: ExperimentSpec, device: torch.device, model: nn.Module, w
             remedy="make model and data agree in image size, channels and input names",
         ) from error
     assert logits is not None
+    check_no_new_weights(spec, model, who, batch, logits)
     classes = logits.shape[-1]
     if batch.labels.shape != logits.shape[:-1] or (batch.targets is not None and batch.targets.shape != logits.shape):
         raise CapabilityError(
@@ -73,6 +75,39 @@ def check_output(spec: ExperimentSpec, device: torch.device, model: nn.Module, w
     if not bool(torch.isfinite(logits).all()):
         raise NumericsError(f"the {who}'s logits are NaN or infinite", remedy="check its weights and its inputs")
     return int(classes)
+
+
+def check_no_new_weights(
+    spec: ExperimentSpec, model: nn.Module, who: str, batch: Batch, logits: torch.Tensor
+) -> None:
+    """Raise :class:`CapabilityError` if ``logits`` depend on weights of an untrained teacher that no file contains.
+
+    New weights that do not change the logits, such as a pooling layer that the task does not use, are allowed.
+    """
+    members = () if spec.teacher is None else spec.teacher.members
+    member = next((one for one in members if one.name == who), None)
+    fresh = set(getattr(model, "fresh", ()))
+    new = {name: p for name, p in model.named_parameters() if name in fresh}
+    if member is None or member.training is not None or not new:
+        return
+    before = [p.detach().clone() for p in new.values()]
+    with torch.no_grad():
+        for p in new.values():
+            p.add_(torch.arange(1, p.numel() + 1, device=p.device).view(p.shape) / p.numel())
+        changed = observe(model, batch.inputs, Needs()).logits
+        for p, value in zip(new.values(), before, strict=True):
+            p.copy_(value)
+    if changed is not None and torch.equal(changed, logits):
+        return
+    names = list(new)
+    shape = f" for {logits.shape[-1]} classes" if spec.evaluation.classes else ""
+    raise CapabilityError(
+        f"the weights of the {who} contain no {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}{shape}; "
+        "these would be random",
+        where="teacher.model",
+        remedy="use a model that was trained for this task and these classes, or train it first: "
+        "teacher.train={epochs: 3}, with teacher.trainable=head for the new weights alone",
+    )
 
 
 def check_generates(spec: ExperimentSpec, method: Method) -> None:

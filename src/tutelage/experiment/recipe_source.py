@@ -259,6 +259,7 @@ def build_model(
     if config.checkpoint is not None:
         with at_key(f"{where}.checkpoint"):
             load_weights(model, Path(config.checkpoint))
+        model.fresh = []  # type: ignore[assignment]
     return with_tokenizer(model, data) if isinstance(data, TextData) else model
 
 

@@ -106,7 +106,16 @@ def _timm(name: str, spec: ModelSpec) -> nn.Module:
     if not timm.is_model(name.split(".")[0]):
         raise ModelError(f"timm has no model {name!r}", remedy=_nearest(name, timm.list_models()))
     model: nn.Module = timm.create_model(name, num_classes=spec.classes, in_chans=spec.channels, **spec.options)
+    card: Any = getattr(model, "pretrained_cfg", {})
+    if spec.options.get("pretrained") and card.get("num_classes") != spec.classes:
+        heads = card.get("classifier") or ()
+        new = [p for head in ([heads] if isinstance(heads, str) else heads) for p in _parameters_of(model, head)]
+        model.fresh = new  # type: ignore[assignment]  # timm leaves the classifier of other classes as it was built
     return model
+
+
+def _parameters_of(model: nn.Module, path: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if name.startswith(f"{path}.")]
 
 
 def _torchvision(name: str, spec: ModelSpec) -> nn.Module:
