@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tutelage.data.batch import Batch
 from tutelage.engine import RunDirectory
 from tutelage.files import write_text
+from tutelage.models.sentence_modules import SentenceModules
 from tutelage.taps import Needs, observe
 
 
@@ -44,13 +45,15 @@ def short_hash(content: str | bytes) -> str:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """A model's class, size and digest of its weights."""
+    """A model's class, size, digest of its weights, and what comes after a sentence encoder's hidden states."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return {"class": class_name(type(model)), "parameters": parameters(model), "weights": digest.hexdigest()[:16]}
+    facts = {"class": class_name(type(model)), "parameters": parameters(model), "weights": digest.hexdigest()[:16]}
+    after = getattr(model, "after", None)
+    return facts | ({"modules": after.describe()} if isinstance(after, SentenceModules) else {})
 
 
 def latencies(

@@ -260,7 +260,16 @@ def build_model(
         with at_key(f"{where}.checkpoint"):
             load_weights(model, Path(config.checkpoint))
         model.fresh = []  # type: ignore[assignment]
-    return with_tokenizer(model, data) if isinstance(data, TextData) else model
+    if not isinstance(data, TextData):
+        return model
+    limit = model.after.max_length if isinstance(model, SentenceEncoder) else None
+    if limit is not None and limit < data.max_length:
+        raise ConfigError(
+            f"texts of {data.max_length} tokens, and {config.model} reads {limit} (its sentence_bert_config.json)",
+            where="data.max_length",
+            remedy=f"set data.max_length={limit}",
+        )
+    return with_tokenizer(model, data)
 
 
 def evaluation_workers(recipe: Recipe, data: Data) -> int:
@@ -365,7 +374,7 @@ def prune_student(config: StudentConfig, data: TextData, teacher: nn.Module, imp
     if data.teacher_token_ids is not None:
         part = trim_embeddings(part, data.teacher_token_ids)
     part.requires_grad_(True)
-    return with_tokenizer(type(teacher)(part) if isinstance(teacher, SentenceEncoder) else part, data)
+    return with_tokenizer(teacher.with_encoder(part) if isinstance(teacher, SentenceEncoder) else part, data)
 
 
 def _bare(teacher: nn.Module) -> nn.Module:

@@ -84,7 +84,7 @@ def load_bundle(folder: str | Path) -> ModelBundle:
             remedy="export its student",
         )
     if isinstance(model, BiEncoder):  # an export of a bi-encoder embeds one text
-        model, task = SentenceEncoder(model.model).eval(), "embedding"
+        model, task = SentenceEncoder(model.model, model.after).eval(), "embedding"
     preprocessing = card.get("preprocessing") or {}
     return ModelBundle(
         model=model,

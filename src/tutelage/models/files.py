@@ -106,6 +106,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     file = path / WEIGHTS if path.is_dir() else path
     prefix = getattr(model, "weights_prefix", "")
     tensors, own = {f"{prefix}{k}": v for k, v in read_tensors(file).items()}, model.state_dict()
+    read_layers: Any = getattr(model, "read_layers", None)
+    if callable(read_layers) and path.is_dir():
+        tensors |= read_layers(path)
     loaded = {own[k].data_ptr() for k in own if k in tensors}  # tied weights are stored under one of their names
     missing = [k for k in own if k not in tensors and own[k].numel() and own[k].data_ptr() not in loaded]
     unexpected = [k for k in tensors if k not in own]

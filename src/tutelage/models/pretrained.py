@@ -1,9 +1,10 @@
 """Models of transformers with the head of a task, and wrappers for sentence embeddings and ranking."""
 
+import copy
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import CapabilityError, ConfigError, ModelError, first_line, require
 from tutelage.files import silence_transformers
+from tutelage.models.sentence_modules import DenseLayer, SentenceModules, read_sentence_modules
 
 # transformers imports torchao where it is installed, and torch then warns about how torchao registers its types
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
@@ -109,7 +111,9 @@ def load_pretrained(model: str, task: str, classes: list[str] | None, options: d
     module, fresh = _from_pretrained(AUTO_CLASSES[task], source, options)
     if file:
         module = _strip_gguf(module)
-    return _with_fresh(WRAPPERS[task](module) if task in WRAPPERS else module, fresh)
+    if task in WRAPPERS:
+        module = WRAPPERS[task](module, read_sentence_modules(source))
+    return _with_fresh(module, fresh)
 
 
 def _has_head(config: Any) -> bool:
@@ -198,19 +202,42 @@ def read_class_names(model: str, checkpoint: str | None) -> list[str] | None:
 
 
 class SentenceEncoder(nn.Module):
-    """Text embeddings: the mean of an encoder's last hidden states over the tokens that are not padding.
+    """Text embeddings: the last hidden states of an encoder, pooled, and what its folder adds after that.
 
     Args:
         model: an encoder whose output has ``last_hidden_state``.
+        modules: what comes after it. Default: the mean over the tokens that are not padding.
 
-    Reference: Reimers and Gurevych, Sentence-BERT (EMNLP 2019), section 3, MEAN.
+    Reference: Reimers and Gurevych, Sentence-BERT (EMNLP 2019), section 3.
     """
 
     weights_prefix = "model."
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, modules: SentenceModules | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.after = model, modules or SentenceModules()
+
+    def with_encoder(self, model: nn.Module) -> "SentenceEncoder":
+        """The same for another encoder, such as a part of this one, with copies of the layers behind the pooling.
+
+        Raises:
+            CapabilityError: a dense layer takes hidden states of another width.
+        """
+        dense = next((layer for layer in self.after.layers if isinstance(layer, DenseLayer)), None)
+        config: Any = model.config
+        width = len(self.after.pooling.modes) * config.hidden_size
+        if dense is not None and dense.linear.in_features != width:
+            raise CapabilityError(
+                f"the teacher has a dense layer for {dense.linear.in_features} numbers, and the student's pooling "
+                f"gives {width}",
+                where="student.width",
+                remedy="keep the width of the teacher, and cut layers instead",
+            )
+        return type(self)(model, copy.deepcopy(self.after))
+
+    def read_layers(self, folder: Path) -> dict[str, Tensor]:
+        """The weights of the dense layers in a saved folder, by their names in this module."""
+        return self.after.tensors(folder, "after.")
 
     @property
     def config(self) -> Any:
@@ -222,22 +249,15 @@ class SentenceEncoder(nn.Module):
         return getattr(self.model, "_no_split_modules", None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Tensor:
-        """Embeddings ``[B, D]``, not normalised."""
+        """Embeddings ``[B, D]``; of length 1 only if the model normalises them."""
         states = self.model(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
-        weight = attention_mask.unsqueeze(-1).to(states.dtype)
-        return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+        embeddings: Tensor = self.after(states, attention_mask)
+        return embeddings
 
     def save_pretrained(self, folder: Path) -> None:
         """Save the encoder and the files that sentence-transformers reads."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
-        parts: list[dict[str, Any]] = [
-            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        ]
-        pooling = {"word_embedding_dimension": self.config.hidden_size, "pooling_mode_mean_tokens": True}
-        (Path(folder) / "modules.json").write_text(json.dumps(parts, indent=1), encoding="utf-8")
-        (Path(folder) / "1_Pooling").mkdir(exist_ok=True)
-        (Path(folder) / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=1), encoding="utf-8")
+        self.after.save(Path(folder), self.config.hidden_size)
 
 
 def _positive_and_negative(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -280,5 +300,8 @@ class CrossEncoder(nn.Module):
         return torch.stack([self.model(**side).logits[:, 0] for side in _positive_and_negative(inputs)], -1)
 
 
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"embedding": SentenceEncoder, "ranking": BiEncoder}
+WRAPPERS: dict[str, type[SentenceEncoder]] = {
+    "embedding": SentenceEncoder,
+    "ranking": BiEncoder,
+}
 """The wrapper around the model of a task."""

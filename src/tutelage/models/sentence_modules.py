@@ -1,0 +1,229 @@
+"""What sentence-transformers puts after an encoder: pooling, dense layers and normalisation, with their files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tutelage.errors import ModelError, shorten
+
+MODULES = "modules.json"
+POOLINGS = {
+    "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}  # fmt: skip
+"""Keys of an older pooling config, and the modes of a newer one; several are concatenated in this order."""
+
+
+class Pooling(nn.Module):
+    """One vector for each text from the hidden states of its tokens, ``[B, L, D]`` to ``[B, len(modes) * D]``.
+
+    Args:
+        modes: of ``cls``, ``max``, ``mean``, ``mean_sqrt_len_tokens``, ``weightedmean``, ``lasttoken``.
+
+    Reference: Reimers and Gurevych, Sentence-BERT (EMNLP 2019), section 3; other modes: sentence-transformers 6.2.
+    """
+
+    def __init__(self, modes: Sequence[str] = ("mean",)) -> None:
+        super().__init__()
+        self.modes = tuple(modes)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """``mask`` ``[B, L]`` is 1 at tokens that are not padding."""
+        return torch.cat([self._pool(mode, states, mask) for mode in self.modes], -1)
+
+    def _pool(self, mode: str, states: Tensor, mask: Tensor) -> Tensor:
+        weight = mask.unsqueeze(-1).to(states.dtype)
+        rows, place = torch.arange(len(states), device=states.device), torch.arange(mask.shape[1], device=mask.device)
+        first = mask.to(torch.int32).argmax(1)
+        if mode == "cls":
+            return states[rows, first]
+        if mode == "lasttoken":
+            return states[rows, (mask * place).argmax(1)]
+        if mode == "max":
+            return states.masked_fill(weight == 0, float("-inf")).amax(1)
+        if mode == "weightedmean":  # weights 1, 2, 3 ... from the first token that is not padding
+            weight = weight * (place + 1 - first.unsqueeze(-1)).unsqueeze(-1)
+        total = weight.sum(1).clamp(min=1)
+        return (states * weight).sum(1) / (total.sqrt() if mode == "mean_sqrt_len_tokens" else total)
+
+
+class DenseLayer(nn.Module):
+    """A linear layer with an activation, on embeddings."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+        path = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+        activation = getattr(nn, path.rpartition(".")[2], None)
+        allowed = (None, False, "sentence_embedding")
+        unsupported = [k for k in ("use_residual", "module_output_name") if config.get(k) not in allowed]
+        if not path.startswith("torch.nn.") or activation is None or unsupported:
+            raise ModelError(
+                f"its Dense module has {shorten(unsupported or path)}, which is not supported",
+                remedy="use a model with linear layers and activations of torch.nn",
+            )
+        self.activation, self.path = activation(), path
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_features]`` to ``[B, out_features]``."""
+        y: Tensor = self.activation(self.linear(x))
+        return y
+
+
+class UnitLength(nn.Module):
+    """Embeddings divided by their L2 norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, D]``, rows of length 1."""
+        return F.normalize(x, dim=-1)
+
+
+class SentenceModules(nn.Module):
+    """Everything after the encoder: a pooling, then dense layers and normalisations in their order.
+
+    Args:
+        pooling: default the mean over tokens.
+        layers: each a :class:`DenseLayer` or :class:`UnitLength`.
+        max_length: tokens that a text is cut to; ``None`` if the folder names no limit.
+    """
+
+    def __init__(
+        self, pooling: Pooling | None = None, layers: Sequence[nn.Module] = (), max_length: int | None = None
+    ) -> None:
+        super().__init__()
+        self.pooling, self.layers, self.max_length = pooling or Pooling(), nn.ModuleList(layers), max_length
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings of hidden states ``[B, L, D]``."""
+        x: Tensor = self.pooling(states, mask)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def describe(self) -> list[str]:
+        """The modules in order, as text."""
+        return ["+".join(self.pooling.modes), *(str(layer) for layer in self.layers)]
+
+    def tensors(self, folder: Path, prefix: str) -> dict[str, Tensor]:
+        """The tensors of the dense layers in a saved folder, by their names below ``prefix``."""
+        tensors: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, DenseLayer):
+                read = load_file(folder / f"{i + 2}_Dense" / "model.safetensors")
+                tensors |= {f"{prefix}layers.{i}.{name}": tensor for name, tensor in read.items()}
+        return tensors
+
+    def save(self, folder: Path, width: int) -> None:
+        """Write the files that sentence-transformers reads, for an encoder with hidden states of ``width``."""
+        listed: list[dict[str, Any]] = []
+
+        def add(name: str, config: dict[str, Any] | None) -> None:
+            number = len(listed)
+            path = f"{number}_{name}" if config is not None else ""
+            kind = f"sentence_transformers.models.{name}"
+            listed.append({"idx": number, "name": str(number), "path": path, "type": kind})
+            if config is not None:
+                (folder / path).mkdir(exist_ok=True)
+                (folder / path / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+        add("Transformer", None)
+        modes = {key: mode in self.pooling.modes for key, mode in POOLINGS.items()}
+        add("Pooling", {"word_embedding_dimension": width, **modes})
+        for layer in self.layers:
+            if isinstance(layer, DenseLayer):
+                linear = layer.linear
+                config = {"in_features": linear.in_features, "out_features": linear.out_features}
+                add("Dense", config | {"bias": linear.bias is not None, "activation_function": layer.path})
+                weights = {f"linear.{name}": p.detach().cpu().contiguous() for name, p in linear.named_parameters()}
+                save_file(weights, folder / listed[-1]["path"] / "model.safetensors")
+            else:
+                add("Normalize", {})
+        (folder / MODULES).write_text(json.dumps(listed, indent=1), encoding="utf-8")
+        if self.max_length is not None:
+            limit = json.dumps({"max_seq_length": self.max_length, "do_lower_case": False})
+            (folder / "sentence_bert_config.json").write_text(limit, encoding="utf-8")
+
+
+def read_sentence_modules(source: str) -> SentenceModules:
+    """The modules in a folder or hub id of sentence-transformers; the mean for a model without ``modules.json``.
+
+    Raises:
+        ModelError: a module, or an option of one, that is not supported.
+    """
+    listed = _json(source, MODULES)
+    if listed is None:
+        return SentenceModules()
+    kinds = [str(one.get("type", "")).rpartition(".")[2] for one in listed]
+    if kinds[:2] != ["Transformer", "Pooling"] or listed[0].get("path") or set(kinds[2:]) - {"Dense", "Normalize"}:
+        raise ModelError(
+            f"its modules are {shorten(', '.join(kinds))}, and an embedding of them cannot be computed",
+            remedy="use a model of Transformer (in the folder itself), Pooling, and then Dense or Normalize",
+        )
+    _check_prompts(_json(source, "config_sentence_transformers.json") or {})
+    limits = _json(source, "sentence_bert_config.json") or {}
+    if limits.get("do_lower_case"):
+        raise ModelError(
+            "its sentence_bert_config.json has do_lower_case, which the tokenizer does not do by itself",
+            remedy="lower the texts, and set do_lower_case to false in a copy of the model",
+        )
+    layers: list[nn.Module] = []
+    for one, kind in zip(listed[2:], kinds[2:], strict=True):
+        layers.append(UnitLength() if kind == "Normalize" else _dense(source, one["path"]))
+    return SentenceModules(_pooling(_json(source, f"{listed[1]['path']}/config.json") or {}), layers,
+                           limits.get("max_seq_length"))  # fmt: skip
+
+
+def _check_prompts(config: dict[str, Any]) -> None:
+    default = config.get("default_prompt_name")
+    prompt = (config.get("prompts") or {}).get(default) if default is not None else None
+    if prompt:
+        raise ModelError(
+            f"it puts the prompt {shorten(prompt)} before each text, which is not supported",
+            remedy="put the prompt into the texts, and set default_prompt_name to null in a copy of the model",
+        )
+
+
+def _pooling(config: dict[str, Any]) -> Pooling:
+    given = config.get("pooling_mode")
+    if given is None:
+        given = [mode for key, mode in POOLINGS.items() if config.get(key)] or ["mean"]
+    modes = [given] if isinstance(given, str) else list(given)
+    if unknown := set(modes) - set(POOLINGS.values()):
+        raise ModelError(f"its pooling {', '.join(sorted(unknown))} is not known", remedy="use another model")
+    return Pooling(modes)
+
+
+def _dense(source: str, path: str) -> DenseLayer:
+    layer = DenseLayer(_json(source, f"{path}/config.json") or {})
+    file = _file(source, f"{path}/model.safetensors")
+    if file is not None:
+        weights = load_file(file)
+    elif (file := _file(source, f"{path}/pytorch_model.bin")) is not None:
+        weights = torch.load(file, weights_only=True, map_location="cpu")
+    else:
+        raise ModelError(f"{path} has no weights", remedy="download the whole model again")
+    layer.load_state_dict(weights)
+    return layer
+
+
+def _file(source: str, name: str) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(source, name, **missing)
+    return None if file is None else Path(file)
+
+
+def _json(source: str, name: str) -> Any:
+    file = _file(source, name)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8"))
