@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from tutelage.data import (
     Batch,
@@ -23,6 +24,7 @@ from tutelage.data import (
 from tutelage.data.batch import IGNORE, even_spans
 from tutelage.data.views import apply_seeded, flip, shift, uniform, view_seeds
 from tutelage.errors import ConfigError, DataError
+from tutelage.export.inference import read_image
 
 
 def test_digits_splits_are_disjoint_stratified_and_fixed() -> None:
@@ -299,6 +301,29 @@ def test_a_hugging_face_data_set_and_a_torchvision_one(tmp_path: Path) -> None:
         "torchvision:FakeData", options={"size": 60, "image_size": [3, 20, 20], "num_classes": 2}, size=8
     )
     assert fake.train.fetch(torch.arange(2)).inputs.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_reader_turns_a_picture_as_its_orientation_says(orientation: int, tmp_path: Path) -> None:
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:8, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a", "b"):
+        (tmp_path / "x" / "train" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(pixels).save(tmp_path / "x" / "train" / name / f"{i}.png", exif=exif)
+    files = load_images("imagefolder", path=str(tmp_path / "x"), size=16)
+    options = {"data_dir": str(tmp_path / "x"), "cache_dir": str(tmp_path / "c")}
+    hf = load_images("hf:imagefolder", options=options, size=16)
+    assert files.train.pixels is not None
+    assert hf.train.pixels is not None
+    channels = files.train.channels
+    preprocessing = {"channels": channels, "size": 16, "mean": [0.0] * channels, "std": [1.0] * channels}
+    predicted = read_image(tmp_path / "x" / "train" / "a" / "0.png", preprocessing)
+    expected = torch.from_numpy(np.array(ImageOps.exif_transpose(Image.open(tmp_path / "x/train/a/0.png"))))
+    for image in (files.train.pixels[0], hf.train.pixels[0], (predicted * 255).round().to(torch.uint8)):
+        assert torch.equal(image[0], expected)
 
 
 def test_mixed_views_are_functions_of_their_seed_and_have_no_label() -> None:

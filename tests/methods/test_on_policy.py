@@ -20,6 +20,7 @@ from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import METHODS, OnPolicyMethod, check_capabilities
 from tutelage.methods.on_policy import _prompts as prompts_of
 from tutelage.methods.on_policy import mean_after
+from tutelage.methods.sampling import sample_completions
 from tutelage.teachers import LiveTeacher, MemoryTeacher
 
 __all__ = ["recipe"]
@@ -213,6 +214,33 @@ def test_tokens_are_drawn_from_the_mixture(share: float, cutter: Any, folder: Pa
             seen = torch.bincount(after, minlength=len(cutter)) / len(after)
             right = prompt_mixture(student, teacher, torch.cat([prompts[i], torch.tensor([best])]), share)
             assert float((seen - right).abs().sum()) < 0.4, i
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 0.1}, {"typical_p": 0.3}, {"min_p": 0.3},
+        {"epsilon_cutoff": 0.05}, {"bad_words_ids": None}, {"suppress_tokens": None}, {"top_h": 0.3},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+def test_settings_for_generation_do_not_change_the_distribution(
+    settings: dict[str, Any], cutter: Any, folder: Path
+) -> None:
+    _, batch = causal(cutter, [TURNS], max_length=256)
+    student = sharp(model(folder, 2))
+    (prompt,) = prompts_of(batch, 512)
+    with torch.no_grad():
+        right = student(input_ids=prompt[None]).logits[0, -1].softmax(-1)
+    best = int(right.argmax())
+    words = {"bad_words_ids": [[best]], "suppress_tokens": [best]}
+    student.generation_config.update(**{name: words.get(name, value) for name, value in settings.items()})
+    before = student.generation_config
+    torch.manual_seed(0)
+    completions = sample_completions(student, [prompt] * 3000, max_new_tokens=1)
+    drawn = torch.bincount(torch.stack([one.ids[-1] for one in completions]), minlength=len(cutter)) / 3000
+    assert float((drawn - right).abs().sum()) / 2 < 0.05
+    assert student.generation_config is before
 
 
 def prompt_mixture(student: Any, teacher: Any, ids: torch.Tensor, share: float) -> torch.Tensor:

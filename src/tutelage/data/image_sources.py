@@ -170,19 +170,19 @@ def read_idx(path: Path) -> Tensor:
 
 
 def open_image(path: Path) -> Any:
-    """Open and decode an image with PIL.
+    """Open and decode an image with PIL, turned as its EXIF orientation says, as ``datasets`` does.
 
     Raises:
         DataError: the file is missing, truncated or no image.
     """
     require("PIL", "vision", "reading image files")
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with open(path, "rb") as file:
             image = Image.open(file)
             image.load()
-        return image
+            return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ def sample_completions(
 ) -> list[Completion]:
     r"""Sample an answer to each prompt, up to its end or ``max_new_tokens`` tokens.
 
+    Tokens come from the softmax of the logits at ``temperature``, whatever the model's ``generation_config`` says.
+
     Args:
         student: a transformers model; runs in evaluation mode and without autograd.
         prompts: token ids, at least one each.
@@ -60,7 +63,7 @@ def sample_completions(
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if mixture is not None:
         options["logits_processor"] = [_MixtureProcessor(*mixture, attention_mask)]
-    with eval_no_grad(student):
+    with eval_no_grad(student), _plain_generation(model):
         output = model.generate(
             input_ids=ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
             pad_token_id=ends[0] if ends else 0, eos_token_id=ends or None, synced_gpus=synced_gpus, **options,
@@ -72,6 +75,19 @@ def sample_completions(
         stop = int(at_end[0]) + 1 if len(at_end) else len(answer)
         completions.append(Completion(torch.cat([prompt, answer[:stop]]), len(prompt)))
     return completions
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without the model's own settings for generation, such as a penalty, which change the distribution."""
+    from transformers import GenerationConfig
+
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 class _MixtureProcessor:
