@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from support import python
 from support.text_worlds import FILLER, encoder, sentences, table, tokenizer
 from tutelage import api
+from tutelage.cli.doctor_checks import examine
 from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, Recipe, build_recipe, load_recipe
 from tutelage.data import load_texts
-from tutelage.errors import ConfigError, TutelageError
+from tutelage.errors import CapabilityError, ConfigError, TutelageError
 from tutelage.experiment.recipe_source import load_text_data
 from tutelage.methods.label_losses import LABEL_LOSSES
 from tutelage.models import load_model
@@ -153,6 +154,20 @@ def test_a_teacher_of_the_same_classes_in_another_order_is_understood(monkeypatc
     summary = run(recipe({"label": "label"}, teacher={"model": "package:my_encoders/tuned"}), "second")
     assert summary["classes"] == names, "the teacher's order, by name"
     assert summary["teacher"]["accuracy"] == json.loads(Path("first/summary.json").read_text())["teacher"]["accuracy"]
+
+
+@pytest.mark.parametrize("method", ["minilm", "tinybert"])
+def test_methods_that_compare_tokens_need_one_tokenizer(method: str) -> None:
+    encoder(Path("encoder"), cutter=tokenizer())
+    encoder(Path("other"), cutter=tokenizer(drop=["song", "packet", "matrix", "theorem"]))
+    table(Path("d.jsonl"), sentences(120))
+    student = {"model": "hf:other"}
+    given = recipe({"label": "label"}, student=student, method=method, train={"steps": 2, "batch_size": 16})
+    with pytest.raises(CapabilityError, match=r"compares token by token.*\n.*data\.tokenizer"):
+        run(given)
+    assert any(one.topic == "tokens" and one.level == "bad" for one in examine(given, Terminal(speaks=False)))
+    other = recipe({"label": "label"}, student=student, method="logit")
+    assert not any(one.level == "bad" for one in examine(other, Terminal(speaks=False)))
 
 
 def test_a_trimmed_vocabulary_goes_with_its_student() -> None:

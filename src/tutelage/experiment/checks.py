@@ -125,6 +125,18 @@ def check_generates(spec: ExperimentSpec, method: Method) -> None:
             )
 
 
+def check_tokenizers(spec: ExperimentSpec, method: Method) -> None:
+    """Raise :class:`CapabilityError` when a method compares tokens, and teacher and student read different ones."""
+    compares_tokens = any(each.compares_tokens for each in all_methods(method))
+    if compares_tokens and not spec.source.reads_same_tokens(next(iter(spec.evaluation.test))):
+        raise CapabilityError(
+            f"{type(method).__name__} compares token by token, and the tokenizers of teacher and student cut the "
+            "texts at different places",
+            where="method",
+            remedy="give the student the teacher's tokenizer (data.tokenizer), or use kind: logit or patient",
+        )
+
+
 def check_optimizer(spec: ExperimentSpec, student: nn.Module, method: Method) -> None:
     """Raise :class:`ConfigError` when the optimizer or the schedule refuses an option."""
     config = spec.train.schedule

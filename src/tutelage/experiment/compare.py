@@ -86,6 +86,7 @@ def _check_prepared(
     _print_student(spec, ctx.terminal, initial, student, method)
     checks.check_optimizer(spec, student, method)
     checks.check_generates(spec, method)
+    checks.check_tokenizers(spec, method)
 
 
 def _print_student(

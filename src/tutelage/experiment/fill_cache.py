@@ -11,7 +11,7 @@ from tutelage.data import SequentialBatches
 from tutelage.engine import build_accelerator
 from tutelage.errors import CacheError, CapabilityError, ConfigError, Interrupted
 from tutelage.experiment.caching import open_recipe_cache
-from tutelage.experiment.checks import check_output, check_teachers, warn_of_precision
+from tutelage.experiment.checks import check_output, check_teachers, check_tokenizers, warn_of_precision
 from tutelage.experiment.prepare import build_teacher, model_of, needs_teacher, prepare_student_and_method
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.teacher_setup import build_live_teacher, open_remote_teacher
@@ -55,6 +55,7 @@ def fill_cache(recipe: Recipe, *, out: str | Path | None = None, terminal: Termi
         spec, accelerator.device, student, "student"
     )  # the size of a vocabulary is known from the model only
     _, method = prepare_student_and_method(spec, student, model_of(teacher), recipe.seeds[0])
+    check_tokenizers(spec, method)
     if not needs_teacher(method):
         raise CapabilityError(
             f"method {recipe.method.kind} does not use teacher outputs, so there is nothing to cache",

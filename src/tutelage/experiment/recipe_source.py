@@ -23,6 +23,7 @@ from tutelage.config import (
     TextDataConfig,
 )
 from tutelage.data import (
+    Batch,
     Data,
     ImageData,
     PlannedBatches,
@@ -237,6 +238,20 @@ class RecipeSource:
         return RemoteTeacher(
             **options, server=endpoint.kind, classes=classes, tokenizer=data.tokenizer, longest=data.max_length
         )
+
+    def reads_same_tokens(self, batch: Batch) -> bool:
+        if batch.teacher_inputs is None:
+            return True
+        assert isinstance(self.data, TextData)
+        assert isinstance(batch.inputs, dict)
+        assert isinstance(batch.teacher_inputs, dict)
+        own, theirs = batch.inputs["input_ids"], batch.teacher_inputs["input_ids"]
+        table = self.data.teacher_token_ids
+        own = own if table is None else table.to(own.device)[own]
+        counts = batch.inputs["attention_mask"].bool()
+        if self.data.task == "mlm":  # masked for the student
+            counts = counts & (batch.labels == IGNORE)
+        return own.shape == theirs.shape and torch.equal(own[counts], theirs[counts])
 
     def open_cache(
         self, teacher: ModelTeacher | RemoteTeacher, classes: int, method: Method, ctx: RunContext

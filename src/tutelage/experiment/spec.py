@@ -181,6 +181,10 @@ class ExperimentSource(Protocol):
     def connect_teacher(self, classes: int) -> RemoteTeacher:
         """The teacher behind a server; ``classes`` is the student's vocabulary size."""
 
+    def reads_same_tokens(self, batch: Batch) -> bool:
+        """Whether teacher and student read the same tokens of each text, so that they can be compared one by one."""
+        return True
+
     def open_cache(
         self, teacher: ModelTeacher | RemoteTeacher, classes: int, method: Method, ctx: RunContext
     ) -> CachedTeacher:

@@ -59,6 +59,7 @@ class Method(nn.Module):
         generates_batches: whether :meth:`prepare_batch` returns new inputs, so that the teacher must be live.
         needs_validation: whether it uses :meth:`after_validation`, so that there must be validation data.
         uses_unlabelled: whether the loss has a term for samples without a label; else only labelled ones are used.
+        compares_tokens: whether it compares student and teacher token by token, so that both must read the same ones.
         task: the kind of labels.
         loss_scales: the factor by which the engine multiplies the sum of each term; empty if unknown. A method that
             computes gradients in its forward pass needs them to add up its terms.
@@ -77,6 +78,7 @@ class Method(nn.Module):
     generates_batches: bool = False
     needs_validation: bool = False
     uses_unlabelled: bool = True
+    compares_tokens: bool = False
     task: Task = "classes"
     loss_scales: Mapping[str, Tensor] = MappingProxyType({})
     peers: Sequence[Any] = ()

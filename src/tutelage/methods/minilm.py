@@ -43,6 +43,7 @@ class MinilmMethod(Method):
     """
 
     Options = MinilmOptions
+    compares_tokens = True
     options: MinilmOptions
 
     def __init__(self, options: MinilmOptions | None = None, /, **keywords: Any) -> None:

@@ -147,7 +147,7 @@ class TinybertMethod(Method):
         super().__init__(options, **keywords)
         o = self.options
         nonzero_weights(embedding=o.embedding, hidden=o.hidden, attention=o.attention, prediction=o.prediction)
-        has_layers = bool(o.embedding or o.hidden or o.attention)
+        self.compares_tokens = has_layers = bool(o.embedding or o.hidden or o.attention)
         self.hidden = LayersMethod(o, task=self.task) if has_layers else None
         self.stage1_fraction = 0.0
         if has_layers and o.prediction:

@@ -39,6 +39,7 @@ class TripleMethod(Method):
     """
 
     Options = TripleOptions
+    compares_tokens = True
     options: TripleOptions
     needs: Needs | None = Needs(logits=False, head=True)
     student_needs = Needs(logits=False, head=True)
@@ -135,6 +136,7 @@ class MaskedMethod(TripleMethod):
     """
 
     needs = None
+    compares_tokens = False
 
     def __init__(self) -> None:
         super().__init__(mlm=1.0, kd=0.0, cosine=0.0)

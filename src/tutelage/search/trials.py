@@ -168,6 +168,7 @@ class TrialRunner:
         checks.check_labels(spec, live.model, student)
         if spec.teacher is not None and spec.teacher.cache is None:
             check_capabilities(method, live)
+        checks.check_tokenizers(spec, method)
         checks.check_method_runs(spec, ctx, student, method, live)
         return spec, live, method
 
