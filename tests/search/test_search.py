@@ -173,6 +173,28 @@ def test_interrupted_and_resumed_gives_the_same_search(
     assert _plain(timeless(resumed.summary)) == _plain(timeless(searched.summary))
 
 
+@pytest.mark.parametrize("moment", [3, 26])
+def test_a_search_goes_on_after_its_folder_was_moved(
+    searched: api.SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    evaluated, count = trials_module._Reporter._evaluated, 0
+
+    def until(watch: Any, line: dict[str, Any]) -> None:
+        nonlocal count
+        count += 1
+        if count == moment:
+            raise Gone
+        evaluated(watch, line)
+
+    monkeypatch.setattr(trials_module._Reporter, "_evaluated", until)
+    with pytest.raises(Gone):
+        search_module.search_recipe(recipe(), out=tmp_path / "s", terminal=SILENT)
+    (tmp_path / "s").rename(tmp_path / "renamed")
+    monkeypatch.chdir(tmp_path)
+    resumed = search_module.search_recipe(recipe(), out="renamed", resume=True, terminal=SILENT)
+    assert _plain(timeless(resumed.summary)) == _plain(timeless(searched.summary))
+
+
 def _plain(found: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 

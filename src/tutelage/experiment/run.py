@@ -76,7 +76,7 @@ def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
             raise RunDirectoryError("there is no run to resume", where=str(path), remedy="leave --resume out")
         return
     before = read_config(stored, "the run cannot go on without its settings: choose another --out")
-    changed = [k for k in differing_keys(before, config) if k not in FREE_TO_CHANGE]
+    changed = [k for k in differing_settings(path, before, config) if k not in FREE_TO_CHANGE]
     if changed:
         differences = [f"{k} (then {_value_at(before, k)}, now {_value_at(config, k)})" for k in changed[:5]]
         raise RunDirectoryError(
@@ -84,6 +84,29 @@ def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
             where=str(path),
             remedy="resume with the same recipe and overrides, or choose another --out",
         )
+
+
+def differing_settings(path: Path, before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values differ. A file of a search, lab or workflow that holds the run in ``path`` is the same
+    file after the whole folder was moved, renamed, or named from another working directory."""
+    holders = [folder for folder in path.resolve().parents if (folder / "run.lock").is_file()]
+    keys = differing_keys(before, config)
+    return [k for k in keys if not (holders and _is_same(_find(before, k), _find(config, k), str(holders[-1])))]
+
+
+def _is_same(before: Any, now: Any, root: str) -> bool:
+    """Whether two values are equal, where paths below ``root`` may have been written for another place of it."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return before.keys() == now.keys() and all(_is_same(before[k], now[k], root) for k in now)
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(_is_same(x, y, root) for x, y in zip(before, now, strict=True))
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return bool(before == now)
+    scheme = "hf:" if now.startswith("hf:") else ""
+    below = os.path.relpath(os.path.realpath(now.removeprefix(scheme)), root).split(os.sep)
+    if below[0] in (os.pardir, os.curdir) or not before.startswith(scheme):
+        return False
+    return before.removeprefix(scheme).split(os.sep)[-len(below) :] == below
 
 
 def read_config(file: Path, remedy: str) -> dict[str, Any]:
@@ -98,10 +121,15 @@ def read_config(file: Path, remedy: str) -> dict[str, Any]:
         raise RunDirectoryError(what, where=str(file), remedy=remedy) from None
 
 
-def _value_at(config: Mapping[str, Any], key: str) -> str:
+def _find(config: Mapping[str, Any], key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _value_at(config: Mapping[str, Any], key: str) -> str:
+    value = _find(config, key)
     return "not set" if value is None else str(value)
 
 

@@ -21,10 +21,18 @@ from tutelage.config import Recipe, SearchConfig, dump_recipe
 from tutelage.engine import RunDirectory
 from tutelage.errors import CapabilityError, ConfigError, Interrupted, RunDirectoryError, TutelageError, require
 from tutelage.evaluation.statistics import paired_difference
-from tutelage.experiment.run import choose_run_directory, open_run_directory, read_summary, run_recipe
+from tutelage.experiment.run import (
+    choose_run_directory,
+    differing_settings,
+    open_run_directory,
+    read_config,
+    read_summary,
+    run_recipe,
+)
 from tutelage.files import write_text
 from tutelage.interrupts import catch_interrupts
 from tutelage.progress import Terminal
+from tutelage.safe_yaml import load_yaml
 from tutelage.search.search_space import (
     SearchDimension,
     build_dimensions,
@@ -326,7 +334,10 @@ class _Search:
 def _move_other_run(path: Path, config: str) -> None:
     """Rename the folder of a run with other values, which an earlier search with fewer trials chose."""
     stored = path / "config.yaml"
-    if stored.exists() and stored.read_text(encoding="utf-8") != config:
+    if not stored.exists():
+        return
+    before = read_config(stored, "the search cannot go on without it: delete that folder")
+    if differing_settings(path, before, load_yaml(config)[0]):
         names = (path.with_name(f"{path.name}-before-{n}") for n in itertools.count(1))
         path.rename(next(name for name in names if not name.exists()))
 
