@@ -57,7 +57,7 @@ class ByotMethod(Method):
         feature, classes = seen.hidden[self.deepest], output_head(student).out_features
         if feature.ndim != 2:
             raise ModelError(
-                f"what goes into the student's head is {tuple(feature.shape)}, not one vector a sample",
+                f"the input of the student's head is {tuple(feature.shape)}, and not one vector for each sample",
                 remedy="byot is for classifiers of whole samples",
             )
         last = list(find_stages(student, example))

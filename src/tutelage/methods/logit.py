@@ -175,7 +175,7 @@ class LogitMethod(Method):
             if name == self.labels.term:
                 sums[name] = self.labels.loss(student.logits, batch, 0.0)
             elif signal.logits is None and signal.sparse is not None:
-                sums[name] = self._sparse(student.logits, signal.sparse, batch.mask)
+                sums[name] = self._sparse(student.logits, signal.sparse, self._mask(batch))
             else:
                 sums[name] = self._dense(student.logits, signal.dense(), batch)
         counts = self.counts(batch) if sums else {}

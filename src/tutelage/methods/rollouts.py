@@ -225,7 +225,7 @@ def _choice(reply: Any) -> dict[str, Any]:
         choice = reply["choices"][0]
         reason = choice["finish_reason"]
     except (LookupError, TypeError):
-        raise TransientServerError(f"answers without a choice: {shorten(reply)}", answered=True) from None
+        raise TransientServerError(f"the reply has no choice: {shorten(reply)}", answered=True) from None
     if reason not in ("stop", "length"):
         raise TransientServerError(f"stops an answer early ({reason})", answered=True)
     return dict(choice)

@@ -92,7 +92,7 @@ class ContrastiveLoss(FeatureLoss):
         index = torch.searchsorted(self.ids, batch.ids).clamp(max=len(self.ids) - 1)
         if not torch.equal(self.ids[index], batch.ids):
             raise CapabilityError(
-                "crd: a training batch holds a sample that the memory does not know",
+                "crd: a training batch has a sample that is not in the contrastive memory",
                 remedy="train on the data that the method was built for",
             )
         return index

@@ -83,7 +83,7 @@ class OverhaulLoss(FeatureLoss):
             norm = find_last_norm(context.teacher, context.example.for_teacher(), pair.teacher)
             if norm is None or norm.weight is None:
                 raise ModelError(
-                    f"no batch norm gives what the teacher has at {pair.teacher!r}, to take the margins from",
+                    f"the teacher's {pair.teacher!r} is not the output of a batch norm, which sets the margins",
                     remedy="overhaul is for teachers with batch norm: use hint or vid",
                 )
             self.register_buffer(f"margin{i}", losses.overhaul_margin(norm.weight, norm.bias))
