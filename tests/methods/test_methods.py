@@ -296,7 +296,7 @@ def test_the_contrast_remembers_whom_it_saw_after_the_step_and_not_before() -> N
     assert torch.equal(link.memory.student, after)
     assert {"hidden.losses.0.memory.student", "hidden.losses.0.memory.teacher"} <= set(method.state_dict())
     stranger = Batch(half.inputs, half.labels, ids=half.ids + 1)
-    with pytest.raises(tutelage.errors.CapabilityError, match="does not know"):
+    with pytest.raises(tutelage.errors.CapabilityError, match="is not in the contrastive memory"):
         module.train()(stranger, LiveTeacher(teacher).signal(half, method.needs))
     module.close()
 
