@@ -91,6 +91,24 @@ def test_a_cache_of_another_pooling_is_another_cache(tmp_path: Path) -> None:
     assert prints[0] != prints[1]
 
 
+def test_prompts_and_similarity_are_saved_as_they_were(tmp_path: Path) -> None:
+    folder = sentence_folder(tmp_path / "teacher", pooling={"pooling_mode": "cls", "include_prompt": False})
+    settings = {"prompts": {"query": "song "}, "default_prompt_name": None, "similarity_fn_name": "dot"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"__version__": {}, **settings}))
+    load(folder).save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config_sentence_transformers.json").read_text()) == settings
+    assert json.loads((tmp_path / "saved" / "1_Pooling" / "config.json").read_text())["include_prompt"] is False
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(32, 32), (10**30, None)])
+def test_the_limit_of_texts_is_read_from_the_tokenizer_too(kept: int, expected: int | None, tmp_path: Path) -> None:
+    folder = sentence_folder(tmp_path / "teacher", **FOLDERS["cls"])
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"transformer_task": "feature-extraction"}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": kept}))
+    assert load(folder).after.max_length == expected
+
+
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [

@@ -21,9 +21,10 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "weighted-mean": {"pooling": {"pooling_mode_weightedmean_tokens": True}, "normalize": True},
     "last-token": {"pooling": {"pooling_mode": "lasttoken"}, "normalize": True},
     "cls-dense-normalize": {"pooling": {"pooling_mode": "cls"}, "dense": "Tanh", "normalize": True},
+    "mean-before-cls": {"pooling": {"pooling_mode": ["mean", "cls"]}},
     "two-poolings-dense": {"pooling": {"pooling_mode": ["cls", "mean"]}, "dense": "Identity"},
 }
-"""Eight folders: a pooling's config, the activation of a dense layer, and whether embeddings are normalised."""
+"""Nine folders: a pooling's config, the activation of a dense layer, and whether embeddings are normalised."""
 
 WIDTH, OUT = 32, 12
 

@@ -280,7 +280,7 @@ def build_model(
     limit = model.after.max_length if isinstance(model, SentenceEncoder) else None
     if limit is not None and limit < data.max_length:
         raise ConfigError(
-            f"texts of {data.max_length} tokens, and {config.model} reads {limit} (its sentence_bert_config.json)",
+            f"texts of {data.max_length} tokens, and {config.model} reads {limit} (as its folder's files limit it)",
             where="data.max_length",
             remedy=f"set data.max_length={limit}",
         )

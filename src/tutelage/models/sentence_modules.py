@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from tutelage.errors import ModelError, shorten
 
-MODULES = "modules.json"
+MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 POOLINGS = {
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }  # fmt: skip
-"""Keys of an older pooling config, and the modes of a newer one; several are concatenated in this order."""
+"""Keys of an older pooling config, which concatenates several modes in this order, and the modes of a newer one."""
 
 
 class Pooling(nn.Module):
@@ -26,13 +26,21 @@ class Pooling(nn.Module):
 
     Args:
         modes: of ``cls``, ``max``, ``mean``, ``mean_sqrt_len_tokens``, ``weightedmean``, ``lasttoken``.
+        include_prompt: saved with the pooling; sentence-transformers leaves a prompt's tokens out if it is false.
 
     Reference: Reimers and Gurevych, Sentence-BERT (EMNLP 2019), section 3; other modes: sentence-transformers 6.2.
     """
 
-    def __init__(self, modes: Sequence[str] = ("mean",)) -> None:
+    def __init__(self, modes: Sequence[str] = ("mean",), include_prompt: bool = True) -> None:
         super().__init__()
-        self.modes = tuple(modes)
+        self.modes, self.include_prompt = tuple(modes), include_prompt
+
+    def config(self, width: int) -> dict[str, Any]:
+        """What ``config.json`` holds, in the older form where it can express the modes and their order."""
+        flags = {key: mode in self.modes for key, mode in POOLINGS.items()}
+        ordered = [mode for mode in POOLINGS.values() if mode in self.modes]
+        modes = flags if ordered == list(self.modes) else {"pooling_mode": list(self.modes)}
+        return {"word_embedding_dimension": width, **modes, "include_prompt": self.include_prompt}
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """``mask`` ``[B, L]`` is 1 at tokens that are not padding."""
@@ -92,13 +100,19 @@ class SentenceModules(nn.Module):
         pooling: default the mean over tokens.
         layers: each a :class:`DenseLayer` or :class:`UnitLength`.
         max_length: tokens that a text is cut to; ``None`` if the folder names no limit.
+        settings: prompts and similarity function of the folder, saved as they are.
     """
 
     def __init__(
-        self, pooling: Pooling | None = None, layers: Sequence[nn.Module] = (), max_length: int | None = None
+        self,
+        pooling: Pooling | None = None,
+        layers: Sequence[nn.Module] = (),
+        max_length: int | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.pooling, self.layers, self.max_length = pooling or Pooling(), nn.ModuleList(layers), max_length
+        self.settings = settings or {}
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Embeddings of hidden states ``[B, L, D]``."""
@@ -134,8 +148,7 @@ class SentenceModules(nn.Module):
                 (folder / path / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
         add("Transformer", None)
-        modes = {key: mode in self.pooling.modes for key, mode in POOLINGS.items()}
-        add("Pooling", {"word_embedding_dimension": width, **modes})
+        add("Pooling", self.pooling.config(width))
         for layer in self.layers:
             if isinstance(layer, DenseLayer):
                 linear = layer.linear
@@ -146,6 +159,8 @@ class SentenceModules(nn.Module):
             else:
                 add("Normalize", {})
         (folder / MODULES).write_text(json.dumps(listed, indent=1), encoding="utf-8")
+        if self.settings:
+            (folder / SETTINGS).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
         if self.max_length is not None:
             limit = json.dumps({"max_seq_length": self.max_length, "do_lower_case": False})
             (folder / "sentence_bert_config.json").write_text(limit, encoding="utf-8")
@@ -166,7 +181,8 @@ def read_sentence_modules(source: str) -> SentenceModules:
             f"its modules are {shorten(', '.join(kinds))}, and an embedding of them cannot be computed",
             remedy="use a model of Transformer (in the folder itself), Pooling, and then Dense or Normalize",
         )
-    _check_prompts(_json(source, "config_sentence_transformers.json") or {})
+    settings = _json(source, SETTINGS) or {}
+    _check_prompts(settings)
     limits = _json(source, "sentence_bert_config.json") or {}
     if limits.get("do_lower_case"):
         raise ModelError(
@@ -176,8 +192,17 @@ def read_sentence_modules(source: str) -> SentenceModules:
     layers: list[nn.Module] = []
     for one, kind in zip(listed[2:], kinds[2:], strict=True):
         layers.append(UnitLength() if kind == "Normalize" else _dense(source, one["path"]))
-    return SentenceModules(_pooling(_json(source, f"{listed[1]['path']}/config.json") or {}), layers,
-                           limits.get("max_seq_length"))  # fmt: skip
+    saved = {
+        key: settings[key] for key in ("prompts", "default_prompt_name", "similarity_fn_name") if key in settings
+    }
+    pooling = _pooling(_json(source, f"{listed[1]['path']}/config.json") or {})
+    return SentenceModules(pooling, layers, limits.get("max_seq_length") or _tokenizer_limit(source), saved)
+
+
+def _tokenizer_limit(source: str) -> int | None:
+    """``model_max_length``, where sentence-transformers 6 keeps the limit; a huge number there means none."""
+    limit = (_json(source, "tokenizer_config.json") or {}).get("model_max_length")
+    return int(limit) if limit is not None and limit < 10**9 else None
 
 
 def _check_prompts(config: dict[str, Any]) -> None:
@@ -197,7 +222,7 @@ def _pooling(config: dict[str, Any]) -> Pooling:
     modes = [given] if isinstance(given, str) else list(given)
     if unknown := set(modes) - set(POOLINGS.values()):
         raise ModelError(f"its pooling {', '.join(sorted(unknown))} is not known", remedy="use another model")
-    return Pooling(modes)
+    return Pooling(modes, config.get("include_prompt", True))
 
 
 def _dense(source: str, path: str) -> DenseLayer:
