@@ -20,6 +20,7 @@ from tutelage.experiment import prepare
 from tutelage.experiment.checks import check_labels, check_output, check_separate, check_tokenizers
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.recipe_source import ONE_VIEW, load_data, recipe_spec
+from tutelage.experiment.save_check import check_saves
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher
 from tutelage.experiment.teacher_setup import build_live_teacher, open_remote_teacher
 from tutelage.methods import Method, check_capabilities
@@ -93,14 +94,14 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
     check_data(findings, recipe, data)
     untrained = prepare.build_teacher(spec)
     spec = prepare.bind_teacher(spec, untrained)
-    student = spec.source.build_student(recipe.seeds[0]).to(device)
+    initial = spec.source.build_student(recipe.seeds[0]).to(device)
     teacher = None if untrained is None else build_live_teacher(spec, untrained, device, fit_weights=False)
-    check_models(findings, spec, data, teacher, student, device)
+    check_models(findings, spec, data, teacher, initial, device)
     if findings.has_errors:
         return
     try:
         student, method = prepare.prepare_student_and_method(
-            spec, student, prepare.model_of(teacher), recipe.seeds[0]
+            spec, initial, prepare.model_of(teacher), recipe.seeds[0]
         )
         student.to(device)
         method.to(device)
@@ -108,6 +109,8 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
         findings.add_error("method", error)
         return
     findings.add("ok", "method", f"loss = {method.formula()}")
+    saving = partial(check_saves, spec, student, initial, method, prepare.model_of(teacher))
+    findings.check("saving", "what the run trains can be saved and loaded again", saving)
     if spec.teacher is not None and spec.teacher.is_remote:  # a server gets a few requests and no training steps
         classes = check_output(spec, device, student, "student")
 

@@ -106,6 +106,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     file = path / WEIGHTS if path.is_dir() else path
     prefix = getattr(model, "weights_prefix", "")
     tensors, own = {f"{prefix}{k}": v for k, v in read_tensors(file).items()}, model.state_dict()
+    if path.is_dir() and not set(tensors) <= set(own):
+        tensors = _read_pretrained(model, path) or tensors
     read_layers: Any = getattr(model, "read_layers", None)
     if callable(read_layers) and path.is_dir():
         tensors |= read_layers(path)
@@ -137,6 +139,31 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             raise CheckpointError(
                 f"{name} contains NaN or infinity", where=str(file), remedy="use another checkpoint"
             )
+
+
+def _read_pretrained(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
+    """The weights in a folder, by the names in a transformers model, which may differ from those in its files.
+
+    Families with experts keep those in one tensor, and save each expert on its own. ``None`` for other models, and
+    where the folder has weights that this model lacks.
+    """
+    prefix = getattr(model, "weights_prefix", "")
+    inner: Any = getattr(model, prefix.rstrip("."), model) if prefix else model
+    if not (folder / "config.json").is_file() or not callable(getattr(type(inner), "from_pretrained", None)):
+        return None
+    try:
+        with silence_transformers():
+            loaded, info = type(inner).from_pretrained(folder, output_loading_info=True, dtype=inner.dtype)
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"transformers cannot load it as a {type(inner).__name__}: {first_line(error)}",
+            where=str(folder),
+            remedy="give the checkpoint of this model, built with the same options",
+        ) from None
+    if info["unexpected_keys"]:
+        return None
+    new = {*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))}
+    return {f"{prefix}{k}": x for k, x in loaded.state_dict().items() if k not in new}
 
 
 def read_card(folder: Path) -> dict[str, Any]:
