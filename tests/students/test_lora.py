@@ -10,6 +10,7 @@ import torch
 
 import tutelage
 from support import language_worlds as worlds
+from support.expert_models import FAMILIES, family
 from support.language_methods import causal, model, recipe, total
 from tutelage import losses
 from tutelage.config import build_recipe
@@ -17,7 +18,7 @@ from tutelage.errors import ConfigError
 from tutelage.evaluation import evaluate
 from tutelage.methods import METHODS, prepare_method
 from tutelage.models import load_model
-from tutelage.students import add_lora, has_adapters, merge_lora
+from tutelage.students import add_lora, describe_adapters, has_adapters, merge_lora
 from tutelage.students.lora import NF4Linear
 from tutelage.taps import Needs
 from tutelage.teachers import LiveTeacher
@@ -156,3 +157,41 @@ def test_a_recipe_with_adapters_exports_a_plain_model_and_resumes(
     assert not any("embed" in k or "norm" in k for k in moved)
     again = load_model(tmp_path / "run" / "student")
     torch.testing.assert_close(again(IDS).logits, plain.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize(("name", "options"), FAMILIES, ids=[name for name, _ in FAMILIES])
+def test_adapters_are_on_linear_layers_alone_and_merge_where_experts_are_one_tensor(
+    name: str, options: dict[str, Any]
+) -> None:
+    plain, student = family(name, **options), add_lora(family(name, **options), rank=4)
+    assert torch.equal(student(IDS).logits, plain(IDS).logits)
+    linear = {path for path, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and path != "lm_head"}
+    assert {n.partition(".lora_")[0] for n, p in student.named_parameters() if p.requires_grad} == linear
+    with torch.no_grad():
+        for n, p in student.named_parameters():
+            if "lora_B" in n:
+                p.normal_(std=0.1)
+    learned = student(IDS).logits.detach()
+    assert ("gate_up_proj hold all experts" in describe_adapters(student)) == (name != "Llama")
+    merged = merge_lora(student)
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(merged(IDS).logits, learned, atol=1e-4, rtol=1e-3)  # type: ignore[operator]
+    if name != "Llama":
+        experts = [n for n, _ in plain.named_parameters() if "experts" in n and "shared" not in n]
+        assert all(torch.equal(merged.get_parameter(n), plain.get_parameter(n)) for n in experts)
+        with pytest.raises(ConfigError, match=r"(?s)called 'experts'.*gate_up_proj hold all experts in one tensor"):
+            add_lora(family(name, **options), targets=["experts"])
+
+
+def test_a_model_without_a_linear_layer_to_adapt_is_refused_in_a_sentence() -> None:
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel has no linear layer except its output head"):
+        add_lora(transformers.GPT2LMHeadModel(config))
+
+
+def test_the_output_layer_of_an_attention_that_reads_its_weight_gets_no_adapter() -> None:
+    student = add_lora(torch.nn.TransformerEncoderLayer(16, 2, 32), rank=2)
+    adapted = {n.partition(".lora_")[0] for n, p in student.named_parameters() if p.requires_grad}
+    assert adapted == {"linear1", "linear2"}

@@ -28,6 +28,7 @@ from tutelage.methods.base import DistillationModule
 from tutelage.methods.step import get_signal
 from tutelage.multistage.run import first_stage
 from tutelage.progress import Terminal
+from tutelage.students import describe_adapters, has_adapters
 from tutelage.taps import find_module
 from tutelage.teachers import Teacher
 
@@ -109,6 +110,8 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
         findings.add_error("method", error)
         return
     findings.add("ok", "method", f"loss = {method.formula()}")
+    if has_adapters(student):
+        findings.add("ok", "LoRA", describe_adapters(student))
     saving = partial(check_saves, spec, student, initial, method, prepare.model_of(teacher))
     findings.check("saving", "what the run trains can be saved and loaded again", saving)
     if spec.teacher is not None and spec.teacher.is_remote:  # a server gets a few requests and no training steps

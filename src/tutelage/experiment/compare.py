@@ -28,7 +28,7 @@ from tutelage.experiment.teacher_setup import (
 from tutelage.experiment.trainer import TrainingTeacher, train_student
 from tutelage.methods import Method, check_capabilities
 from tutelage.progress import Terminal
-from tutelage.students import has_adapters, is_quantisation_aware
+from tutelage.students import describe_adapters, has_adapters, is_quantisation_aware
 
 
 def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
@@ -101,8 +101,7 @@ def _print_student(
             f"peers: {len(method.peers)} with {size:,} parameters; trained with the student, saved in models/"
         )
     if has_adapters(student):
-        trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        terminal.say(f"LoRA: {trainable:,} trainable parameters; they are merged into the exported weights")
+        terminal.say(f"LoRA: {describe_adapters(student)}; the adapters are merged into the exported weights")
     if is_quantisation_aware(student):
         terminal.say("quantisation-aware training: metrics are measured with simulated int8; float weights are saved")
     projectors = count_projectors(method)

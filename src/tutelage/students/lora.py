@@ -62,20 +62,23 @@ def add_lora(
         require("bitsandbytes", "language", "student.lora.bits")
         for path in (p for p in paths if p != head):
             model.set_submodule(path, NF4Linear(cast(nn.Linear, model.get_submodule(path))))
+    # with a transformers config, peft takes the names of shared experts for those of the experts in one tensor
+    holder = nn.ModuleDict({"model": model}) if stacked_weights(model) else model
+    prefix = "" if holder is model else "model."
     config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout,
-                        target_modules=paths)  # fmt: skip
+                        target_modules=[prefix + path for path in paths])  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             with warnings.catch_warnings():  # merge_lora unties the weights that the warning is about
                 warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")
-                result: nn.Module = inject_adapter_in_model(config, model)
+                inject_adapter_in_model(config, holder)
         except ValueError as error:
             raise ModelError(
                 f"peft cannot add adapters to {type(model).__name__}: {error}",
                 where="student.lora", remedy="choose other targets, or train without student.lora",
             ) from None  # fmt: skip
-    return result
+    return model
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -163,19 +166,51 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _target_paths(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    linear = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path]
+    linear = [path for path, m in model.named_modules() if path and _is_linear(m)]
     if isinstance(targets, str):
-        return [path for path in linear if path != _head_path(model)]
+        if paths := [path for path in linear if path != _head_path(model)]:
+            return paths
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layer except its output head",
+            where="student.lora",
+            remedy="train without student.lora",
+        )
     matches = {target: [path for path in linear if f".{path}".endswith(f".{target}")] for target in targets}
     for target, paths in matches.items():
         if not paths:
-            ends = sorted({path.rpartition(".")[2] for path in linear})
+            ends, experts = sorted({path.rpartition(".")[2] for path in linear}), stacked_weights(model)
+            note = f"; {' and '.join(experts)} hold all experts in one tensor and take no adapters" if experts else ""
             raise ConfigError(
                 f"no linear layer of {type(model).__name__} is called {shorten(target)}",
                 where="student.lora.targets",
-                remedy=f"it has: {', '.join(ends[:12])}",
+                remedy=f"it has: {', '.join(ends[:12])}{note}",
             )
     return [path for path in linear if any(path in paths for paths in matches.values())]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a layer is linear and called as such; nn.MultiheadAttention reads the weight of its own subclass."""
+    return isinstance(module, NF4Linear) or (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+    )
+
+
+def describe_adapters(model: nn.Module) -> str:
+    """How many parameters are trained, in which layers, and which experts have no adapters."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    names = sorted({path.rpartition(".")[2] for path, _ in _adapted_layers(model)})
+    experts = stacked_weights(model)
+    frozen = f"; {' and '.join(experts)} hold all experts in one tensor and stay frozen" if experts else ""
+    return f"{trainable:,} trainable parameters in {', '.join(names)}{frozen}"
+
+
+def stacked_weights(model: nn.Module) -> list[str]:
+    """The names of weights that hold all experts of a layer in one tensor."""
+    layers = [m for m in model.modules() if not isinstance(m, (nn.modules.conv._ConvNd, nn.Embedding, nn.Linear))]
+    own = ((name, p) for m in layers for name, p in m.named_parameters(recurse=False))
+    return sorted({name for name, p in own if p.ndim == 3 and min(p.shape) > 1})
 
 
 def _head_path(model: nn.Module) -> str | None:
