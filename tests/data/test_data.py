@@ -271,9 +271,8 @@ def test_decoding_ahead_and_on_demand_give_the_same_pixels(tmp_path: Path, monke
     root = folder(tmp_path / "x")
     ahead = load_images("imagefolder", path=str(root), size=16).train
     monkeypatch.setattr("tutelage.data.images.IN_MEMORY_BYTES", 0)
-    lazy = load_images(
-        "imagefolder", path=str(root), size=16, mean=ahead.mean.flatten().tolist(), std=ahead.std.flatten().tolist()
-    ).train
+    own = ahead.preprocessing
+    lazy = load_images("imagefolder", path=str(root), size=16, mean=list(own.mean), std=list(own.std)).train
     assert lazy.pixels is None
     assert ahead.pixels is not None
     rows = torch.arange(len(ahead))
@@ -318,7 +317,7 @@ def test_every_reader_turns_a_picture_as_its_orientation_says(orientation: int, 
     hf = load_images("hf:imagefolder", options=options, size=16)
     assert files.train.pixels is not None
     assert hf.train.pixels is not None
-    channels = files.train.channels
+    channels = files.train.preprocessing.channels
     preprocessing = {"channels": channels, "size": 16, "mean": [0.0] * channels, "std": [1.0] * channels}
     predicted = read_image(tmp_path / "x" / "train" / "a" / "0.png", preprocessing)
     expected = torch.from_numpy(np.array(ImageOps.exif_transpose(Image.open(tmp_path / "x/train/a/0.png"))))

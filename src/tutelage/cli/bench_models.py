@@ -76,7 +76,7 @@ class BenchModel:
         """A runtime of the model, after a warm-up call with each batch size."""
         calibration: list[Inputs] = []
         if column == "int8" and has_convolutions(self.model) and self.data is not None:
-            calibration = rows_of(self.data.validation, CALIBRATION, self.task)
+            calibration = rows_of(self.data.validation, CALIBRATION, self.task, is_teacher=self.is_teacher)
         run, path = timing.prepare_runner(column, self.model, self.names, self.inputs(3), calibration, folder)
         for size in sizes:
             run(self.inputs(size))
@@ -243,10 +243,10 @@ def _teacher(of: SavedModel, data: Data | None, name: str) -> BenchModel | None:
     model = RecipeSource(recipe, data).build_teacher(0)
     if (run / "models" / "teacher").is_dir():
         load_weights(model, run / "models" / "teacher")
-    card = {"spec": model_spec(recipe.teacher.each[0], data).to_dict(), **data_card(data)}
+    card = {"spec": model_spec(recipe.teacher.each[0], data, 0).to_dict(), **data_card(data, 0)}
     return BenchModel(
         name, "teacher", model.cpu().eval(), bundle.task, input_names(model, bundle.task, bundle.tokenizer), data,
-        bundle.preprocessing, card, len(bundle.tokenizer) if bundle.tokenizer is not None else 0,
+        card["preprocessing"], card, len(bundle.tokenizer) if bundle.tokenizer is not None else 0,
         (of.summary.get("teacher") or {}).get(str(of.summary.get("metric", "accuracy"))), is_teacher=True,
     )  # fmt: skip
 
@@ -299,7 +299,7 @@ def _int8_quality(c: BenchModel, run: Run, metric: str) -> float | None:
     """The test metric of an int8 model; ``None`` without labelled data."""
     if c.data is None or c.quality is None:
         return None
-    if c.is_teacher and c.data.test.fetch(torch.arange(1)).teacher_inputs:
+    if c.is_teacher and c.data.test.fetch(torch.arange(1)).teacher_inputs is not None:
         return None
     try:
         return evaluate(RuntimeModule(run, c.names), SequentialBatches(c.data.test), torch.device("cpu")).get(metric)

@@ -192,7 +192,8 @@ def check_texts(findings: Findings, data: TextData) -> None:
 
 def check_images(findings: Findings, data: ImageData, x: Any) -> None:
     """Check that the splits share no image, and that images are normalised."""
-    overlap = len(set(data.train.ids.tolist()) & set(data.test.ids.tolist())) if data.train.open is not None else 0
+    is_folder = data.name == "imagefolder"  # ids of other sources count the images of each split
+    overlap = len(set(data.train.ids.tolist()) & set(data.test.ids.tolist())) if is_folder else 0
     if overlap:
         findings.add("bad", "splits", f"{overlap} images are in training and test", "separate them")
     assert isinstance(x, torch.Tensor)
@@ -202,6 +203,8 @@ def check_images(findings: Findings, data: ImageData, x: Any) -> None:
         findings.add("note", "batch", f"{text}; expected about 0 and 1", "check data.mean and data.std")
     else:
         findings.add("ok", "batch", text)
+    for line in data.notes:
+        findings.add("note" if "but the recipe" in line else "ok", "images", line)
 
 
 def check_models(
@@ -215,14 +218,15 @@ def check_models(
     """Check the label maps, and run every model on a batch."""
     text = f"{len(data.classes)} classes, the same for data, teacher and student"
     findings.check("label map", text, lambda: check_labels(spec, prepare.model_of(teacher), student))
-    models = {} if teacher is None else {"teacher": teacher.model}
+    models = [] if teacher is None else [("teacher", teacher.model, 0)]
     if spec.teacher is not None and spec.teacher.ensemble is not None and teacher is not None:
-        models = {m.name: x for m, x in zip(spec.teacher.members, list(teacher.model.children()), strict=True)}
+        members = zip(spec.teacher.members, teacher.model.children(), strict=True)
+        models = [(member.name, one, number) for number, (member, one) in enumerate(members)]
     text = f"its input fits the {_samples_of(data)}" + (
         f"; it has {len(data.classes)} classes" if data.classes else ""
     )
-    for who, model in {**models, "student": student}.items():
-        findings.check(who, text, partial(check_output, spec, device, model, who))
+    for who, model, number in [*models, ("student", student, None)]:
+        findings.check(who, text, partial(check_output, spec, device, model, who, number))
 
 
 def check_method(

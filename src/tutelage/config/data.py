@@ -105,14 +105,16 @@ class DataConfig(SplitsConfig):
     """Which member of an ensemble teaches an image: a column of an hf data set, or ``folder`` for an ``imagefolder``:
     the sub-folder between class and file, as in ``train/CLASS/night/1.png``."""
     size: Annotated[int, Field(ge=4, le=2048)] | None = None
-    """Height and width in pixels to which images are resized. Default: no resizing; 224 for image files."""
-    crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the shorter side that the centre crop of an image file keeps; 0.875 for ImageNet models."""
+    """Height and width in pixels to which images are resized. Default: as the model's files say, else no resizing,
+    and 224 for image files. A value here holds for teacher and student."""
+    crop: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the shorter side that the centre crop of an image file keeps. Default: as the model's files say, else
+    1."""
     augment: Augments = Field(default_factory=list)
     """Augmentations of the training images, in order: ``flip``, ``{shift: 2}``, ``resized-crop`` ..."""
     mean: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    """Mean of the pixels for each channel, in [0, 1], with ``std``. Default: the source's, else that of the training
-    images if these are in memory, else ImageNet's."""
+    """Mean of the pixels for each channel, in [0, 1], with ``std``. Default: as the model's files say, else the
+    source's, else that of the training images if these are in memory, else ImageNet's."""
     std: Annotated[list[Fraction], Field(min_length=1)] | None = None
     """Standard deviation of the pixels for each channel, in [0, 1]. Default: as for ``mean``."""
 

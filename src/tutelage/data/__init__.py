@@ -1,7 +1,8 @@
 """Data sets, batches with stable sample ids, and reproducible augmentations."""
 
 from tutelage.data.batch import IGNORE, Batch, IndexedDataset, as_batch, causal_batch
-from tutelage.data.images import ImageData, ImageSet, load_images
+from tutelage.data.image_set import ImageData, ImageSet
+from tutelage.data.images import load_images
 from tutelage.data.loader import Batches, LoaderBatches, PlannedBatches, RankSlice, Rows, SequentialBatches
 from tutelage.data.text_sources import read_texts
 from tutelage.data.texts import TextData, TextSet, load_texts

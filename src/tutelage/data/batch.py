@@ -47,7 +47,8 @@ class Batch:
         task: the kind of labels. If it is not ``classes``, the labels are in ``targets``, and ``labels`` is 0 where
             there is a label, else -100.
         targets: ``[B, C]`` float: 0 or 1 for each class of ``multi-label``, or the numbers of ``regression``.
-        teacher_inputs: the teacher's inputs, if they differ from the student's (another tokenizer or language).
+        teacher_inputs: the teacher's inputs, if they differ from the student's (another tokenizer, language or
+            preprocessing of images); of an ensemble whose members differ, a mapping ``member_0`` ... to tensors.
         teacher_labels: ``[B, L']``, the shifted labels of the teacher's tokens, if its tokenizer differs.
         spans: for two tokenizers: ``student`` ``[B, L]`` and ``teacher`` ``[B, L']``. Positions that predict the same
             stretch of text have the same number on both sides; -1: no span.
@@ -91,6 +92,12 @@ class Batch:
         batch = replace(self, inputs=self.teacher_inputs, teacher_inputs=None, teacher_labels=None, spans=None)
         labels = self.teacher_labels
         return batch if labels is None else replace(batch, labels=labels, mask=labels != IGNORE)
+
+    def for_member(self, number: int) -> Batch:
+        """The batch with the inputs of one member of an ensemble, if the members' inputs differ."""
+        theirs = self.teacher_inputs
+        own = theirs.get(f"member_{number}") if isinstance(theirs, dict) else None
+        return self if own is None else replace(self, teacher_inputs=own)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows ``start`` to ``stop``; instead of no row the first one, with a false mask and without label.

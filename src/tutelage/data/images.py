@@ -1,148 +1,24 @@
 """Data sets of labelled images, and the choice of splits."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tutelage.data.batch import IGNORE, Batch
+from tutelage.data.batch import IGNORE
+from tutelage.data.image_set import ImageData, ImageSet
 from tutelage.data.image_sources import RawImages, RawSplit, open_source
-from tutelage.data.views import (
-    CROPS,
-    MIX_AUGMENTS,
-    Augment,
-    Mix,
-    apply_seeded,
-    build_augments,
-    parse_augment,
-    partners,
-)
+from tutelage.data.preprocessing import Preprocessing, to_picture
+from tutelage.data.views import CROPS, MIX_AUGMENTS, build_augments, parse_augment
 from tutelage.errors import DataError, TutelageError, require
 
 IN_MEMORY_BYTES = 2**30
 """Data sets up to this size are decoded into memory; images of larger ones are decoded at each access."""
 
 Progress = Callable[[Sequence[int], str], Any]
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSet(RawSplit):
-    """One split. :meth:`fetch` augments rows by view seed and normalises them.
-
-    Attributes:
-        crop: share of the shorter side that the centre crop of an image file keeps.
-        random_crop: a random crop of an image file, instead of the centre crop.
-        mix_augments: augmentations that combine two images, each with its random stream.
-    """
-
-    size: int
-    channels: int
-    mean: Tensor
-    std: Tensor
-    crop: float = 1.0
-    random_crop: Callable[[Any], Any] | None = None
-    augments: Sequence[Augment] = ()
-    mix_augments: Sequence[tuple[int, Mix]] = ()
-
-    @property
-    def is_augmented(self) -> bool:
-        """Whether a view depends on its seed."""
-        return bool(self.augments) or bool(self.mix_augments) or self.random_crop is not None
-
-    def fetch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
-        """The given rows as normalised float images, augmented from the seeds ``views`` if given.
-
-        Rows that are mixed with other rows have no label.
-
-        Raises:
-            DataError: an image cannot be decoded.
-        """
-        views = views if self.is_augmented else None
-        images, labels = self._augment(rows, views), self.labels[rows]
-        if views is not None:
-            for stream, mix in self.mix_augments:
-                images = mix(images, self._augment(*partners(views, len(self), stream)), views)
-                labels = torch.full_like(labels, IGNORE)
-        x = images.float().mul_(1 / 255).sub_(self.mean).div_(self.std)
-        route = None if self.route is None else self.route[rows]
-        return Batch(x, labels, ids=self.ids[rows], views=views, route=route)
-
-    def _augment(self, rows: Tensor, views: Tensor | None) -> Tensor:
-        """uint8 images with the augmentations of one image."""
-        images = self.pixels[rows] if self.pixels is not None else self._decode(rows, views)
-        if views is not None:
-            for augment in self.augments:
-                images = augment(images, views)
-        return images
-
-    def _decode(self, rows: Tensor, views: Tensor | None) -> Tensor:
-        assert self.open is not None
-        out = []
-        for i, row in enumerate(rows.tolist()):
-            image = self.open(row)
-            if views is not None and self.random_crop is not None:
-                image = apply_seeded(self.random_crop, image, int(views[i]))
-            out.append(to_pixels(image, self.channels, self.size, self.crop))
-        return torch.stack(out)
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Three disjoint splits with the same classes, size and normalisation."""
-
-    name: str
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
-    classes: list[str]
-    for_teacher: ImageSet
-    """The training images with all their labels, for the training of a teacher."""
-    route_names: list[str] = field(default_factory=list)
-    """The value of each index in a batch's ``route``."""
-
-    @property
-    def task(self) -> Literal["classes"]:
-        """The kind of labels."""
-        return "classes"
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Arguments of the model that fits the data."""
-        return {"classes": len(self.classes), "channels": self.train.channels, "size": self.train.size}
-
-    def summary(self) -> str:
-        """The data in a few words."""
-        size = self.train.size
-        return f"{self.train.channels}x{size}x{size}, {len(self.classes)} classes"
-
-    def preprocessing(self) -> dict[str, Any]:
-        """The preprocessing that a user of the student must apply."""
-        return {
-            "size": self.train.size,
-            "channels": self.train.channels,
-            "crop": self.train.crop,
-            "mean": [round(v, 6) for v in self.train.mean.flatten().tolist()],
-            "std": [round(v, 6) for v in self.train.std.flatten().tolist()],
-        }
-
-
-def to_pixels(image: Any, channels: int, size: int, crop: float = 1.0) -> Tensor:
-    """A PIL image as uint8 ``[channels, size, size]``: shorter side resized, centre cropped."""
-    import numpy as np
-
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
-        shorter = max(size, round(size / crop))
-        scale = shorter / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), resample=2)  # bilinear
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
 def choose_rows(
@@ -209,7 +85,7 @@ def load_images(
     label_column: str | None = None,
     route: str | None = None,
     size: int | None = None,
-    crop: float = 1.0,
+    crop: float | None = None,
     classes: list[str] | None = None,
     augment: Sequence[str | dict[str, Any]] = (),
     teacher_augment: Sequence[str | dict[str, Any]] | None = None,
@@ -222,11 +98,16 @@ def load_images(
     test: float = 0.2,
     split_seed: int = 0,
     progress: Progress = lambda rows, _: rows,
+    student: Preprocessing | None = None,
+    teachers: Sequence[Preprocessing | None] = (),
 ) -> ImageData:
     """Load a data set of labelled images and its splits.
 
     The arguments are the keys of a recipe's ``data``. ``teacher_augment`` is for the training of a teacher (default:
-    ``augment``). ``progress`` wraps the iteration over images that are decoded into memory.
+    ``augment``). ``progress`` wraps the iteration over images that are decoded into memory. ``student`` and
+    ``teachers`` are what the files of the models say about their images; ``size``, ``crop``, ``mean`` and ``std``
+    win over them. A model without files reads the images as the data section says. For image files, what that leaves
+    open is as for the teacher, else as for the student.
 
     Raises:
         DataError: data is missing, broken or empty; names the file.
@@ -245,39 +126,35 @@ def load_images(
     splits: dict[str, RawSplit] = complete_splits(
         raw.splits, validation, test, limit, lambda split, n, key: choose_rows(split.labels, n, split_seed, key)
     )
-    pixels = splits["train"].pixels
-    channels, native = (3, 224) if pixels is None else (pixels.shape[1], pixels.shape[-1])
-    size = size or native
+    given = {k: v for k, v in (("size", size), ("crop", crop), ("mean", mean), ("std", std)) if v is not None}
     (augments, mixes), (teacher_augments, _) = build_augments(augment), build_augments(teacher_augment)
-    random_crop, teacher_crop = (
-        _random_crop(entries, size, pixels is not None) for entries in (augment, teacher_augment)
-    )
-    total = sum(len(split) for split in splits.values())
-    if pixels is not None:
-        splits = {name: _resize(split, size) for name, split in splits.items()}
-    elif random_crop is None and teacher_crop is None and total * channels * size * size <= IN_MEMORY_BYTES:
-        splits = {n: _decode_all(s, size, crop, progress, f"decoding {n} images") for n, s in splits.items()}
-    mean, std = _normalisation(raw, splits["train"], mean, std, channels)
+    in_memory = splits["train"].pixels is not None
+    crops = [_random_crop(entries, in_memory) for entries in (augment, teacher_augment)]
+    own = _without_files(splits["train"], given, [*teachers, student])
+    readers = [own if files is None else _override(files, given, splits["train"]) for files in (student, *teachers)]
+    geometries = list(dict.fromkeys(each.geometry for each in readers))
+    stored = sum(len(split) * g.size**2 * g.channels for split in splits.values() for g in geometries)
+    if stored > IN_MEMORY_BYTES or (crops != [None, None] and not in_memory):
+        geometries = [own.geometry] if in_memory and None in (student, *teachers) else []
+    kept = {name: _decode(split, geometries, own.geometry, name, progress) for name, split in splits.items()}
+    if in_memory or (student, *teachers).count(None) == len(readers):
+        own = _normalised(raw, own, kept["train"].get(own.geometry), given)
+    readers = [own if files is None else _override(files, given, splits["train"]) for files in (student, *teachers)]
+    _check_channels(readers)
 
-    def build(split: RawSplit, **augmentation: Any) -> ImageSet:
-        return ImageSet(
-            **vars(split),
-            size=size,
-            channels=channels,
-            mean=torch.tensor(mean).view(1, -1, 1, 1),
-            std=torch.tensor(std).view(1, -1, 1, 1),
-            crop=crop,
-            **augmentation,
-        )
+    def build(name: str, **augmentation: Any) -> ImageSet:
+        split, pixels = splits[name], kept[name].get(readers[0].geometry)
+        fields = {**vars(split), "pixels": pixels, "open": _opener(split), "stored": kept[name]}
+        return ImageSet(**fields, preprocessing=readers[0], teachers=tuple(readers[1:]), **augmentation)
 
-    train = build(splits["train"], random_crop=random_crop, augments=augments, mix_augments=mixes)
-    for_teacher = build(splits["train"], random_crop=teacher_crop, augments=teacher_augments)
+    train = build("train", random_crop=crops[0], augments=augments, mix_augments=mixes)
+    for_teacher = build("train", random_crop=crops[1], augments=teacher_augments)
     _try_augments(train)
     _try_augments(for_teacher)
     if labels is not None:
         chosen = choose_rows(train.labels, labels, split_seed, "data.labels")
         train = hide_labels(train, chosen, drop=unlabeled == "drop")
-    validation_set, test_set = build(splits["validation"]), build(splits["test"])
+    validation_set, test_set = build("validation"), build("test")
     return ImageData(source, train, validation_set, test_set, list(raw.classes), for_teacher, raw.route_names)
 
 
@@ -294,24 +171,42 @@ def _check_labels(raw: RawImages, where: str) -> None:
             )
 
 
-def _normalisation(
-    raw: RawImages, train: RawSplit, mean: list[float] | None, std: list[float] | None, channels: int
-) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel: as given, of the source, of the training images, or ImageNet's."""
-    mean, std = raw.mean if mean is None else mean, raw.std if std is None else std
-    if mean is None or std is None:
-        if train.pixels is not None:
-            sample = train.pixels[:: max(1, len(train.pixels) // 10000)].float().div(255)
-            mean = sample.mean(dim=(0, 2, 3)).tolist()
-            std = sample.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
-        else:
-            mean, std = IMAGENET
-    if len(mean) != channels or len(std) != channels:
-        raise DataError(
-            f"data.mean and data.std have {len(mean)} and {len(std)} values, the images {channels} channels",
-            remedy="give one value for each channel",
-        )
-    return mean, std
+def _without_files(train: RawSplit, given: Mapping[str, Any], files: Sequence[Preprocessing | None]) -> Preprocessing:
+    """The preprocessing of a model without files, before the normalisation of images in memory is known."""
+    if train.pixels is not None:
+        channels = train.pixels.shape[1]
+        usual = Preprocessing(train.pixels.shape[-1], channels, (0.0,) * channels, (1.0,) * channels)
+        return usual.override({k: v for k, v in given.items() if k == "size"})
+    return next((each for each in files if each is not None), Preprocessing(224)).override(given)
+
+
+def _override(files: Preprocessing, given: Mapping[str, Any], train: RawSplit) -> Preprocessing:
+    """``files`` with a recipe's values; those of one grey channel hold for each channel that a model makes of it."""
+    if train.pixels is not None and train.pixels.shape[1] == 1:
+        given = {k: v * files.channels if k in ("mean", "std") and len(v) == 1 else v for k, v in given.items()}
+    return files.override(given)
+
+
+def _normalised(raw: RawImages, own: Preprocessing, pixels: Tensor | None, given: Mapping[str, Any]) -> Preprocessing:
+    """``own`` with mean and standard deviation of each channel: as given, of the source, or of the images."""
+    known = {k: v for k, v in (("mean", raw.mean), ("std", raw.std)) if v is not None} | {
+        k: v for k, v in given.items() if k in ("mean", "std")
+    }
+    if len(known) < 2 and pixels is not None:
+        sample = pixels[:: max(1, len(pixels) // 10000)].float().div(255)
+        known |= {"mean": sample.mean(dim=(0, 2, 3)).tolist()}
+        known |= {"std": sample.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()}
+    return own.override(known)
+
+
+def _check_channels(readers: Iterable[Preprocessing]) -> None:
+    for each in readers:
+        if len(each.mean) != each.channels or len(each.std) != each.channels:
+            raise DataError(
+                f"data.mean and data.std have {len(each.mean)} and {len(each.std)} values, the images "
+                f"{each.channels} channels",
+                remedy="give one value for each channel",
+            )
 
 
 def _reorder_classes(raw: RawImages, classes: list[str]) -> RawImages:
@@ -350,23 +245,43 @@ def hide_labels(data: Any, rows: tuple[Tensor, Tensor], *, drop: bool) -> Any:
     return replace(data, labels=hidden)
 
 
-def _resize(split: RawSplit, size: int) -> RawSplit:
+def _decode(
+    split: RawSplit, geometries: Sequence[Preprocessing], own: Preprocessing, name: str, progress: Progress
+) -> dict[Preprocessing, Tensor]:
+    """The pixels of a split, as models of each geometry read them; ``own`` is that of a model without files."""
+    out: dict[Preprocessing, Tensor] = {}
+    if split.pixels is not None and own in geometries:
+        out[own] = _resize(split.pixels, own.size)
+    if missing := [g for g in geometries if g not in out]:
+        picture = _opener(split)
+        out |= {g: torch.empty(len(split), g.channels, g.size, g.size, dtype=torch.uint8) for g in missing}
+        for row in progress(range(len(split)), f"decoding {name} images"):
+            image = picture(row)
+            for g in missing:
+                out[g][row] = g.pixels(image)
+    return out
+
+
+def _opener(split: RawSplit) -> Callable[[int], Any]:
+    if split.open is not None:
+        return split.open
     assert split.pixels is not None
-    if split.pixels.shape[-1] == size:
-        return split
-    x = torch.nn.functional.interpolate(split.pixels.float(), size=(size, size), mode="bilinear", antialias=True)
-    return replace(split, pixels=x.round().clamp(0, 255).to(torch.uint8))
+    return partial(_picture_of, split.pixels)
 
 
-def _decode_all(split: RawSplit, size: int, crop: float, progress: Progress, what: str) -> RawSplit:
-    assert split.open is not None
-    pixels = torch.empty(len(split.labels), 3, size, size, dtype=torch.uint8)
-    for i in progress(range(len(split.labels)), what):
-        pixels[i] = to_pixels(split.open(i), 3, size, crop)
-    return replace(split, pixels=pixels, open=None)
+def _picture_of(pixels: Tensor, row: int) -> Any:
+    return to_picture(pixels[row])
 
 
-def _random_crop(augment: Sequence[str | dict[str, Any]], size: int, in_memory: bool) -> Callable[[Any], Any] | None:
+def _resize(pixels: Tensor, size: int) -> Tensor:
+    if pixels.shape[-1] == size:
+        return pixels
+    x = torch.nn.functional.interpolate(pixels.float(), size=(size, size), mode="bilinear", antialias=True)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def _random_crop(augment: Sequence[str | dict[str, Any]], in_memory: bool) -> dict[str, Any] | None:
+    """The options of a random crop of the image files, if there is one."""
     for position, entry in enumerate(augment):
         name, options = parse_augment(entry)
         if name not in CROPS:
@@ -378,8 +293,5 @@ def _random_crop(augment: Sequence[str | dict[str, Any]], size: int, in_memory: 
                 remedy="use {shift: PIXELS}" if in_memory else f"put {name} first",
             )
         require("torchvision", "vision", f"the augmentation {name!r}")
-        from torchvision.transforms import v2
-
-        crop: Callable[[Any], Any] = v2.RandomResizedCrop(size, antialias=True, **options)
-        return crop
+        return options
     return None

@@ -109,10 +109,20 @@ def recipe_provenance(recipe: Recipe, data: Data, teacher: ModelTeacher | Remote
             "options": {k: str(v) for k, v in recipe.data.options.items()},
             **own,
         },
-        "preprocessing": data.preprocessing() | ({"chat_template": short_hash(str(template))} if template else {}),
+        "preprocessing": _preprocessing(data) | ({"chat_template": short_hash(str(template))} if template else {}),
         "augment": recipe.data.augment,
         "views": recipe.data.views if data.train.is_augmented else None,
         # an image that is mixed with others depends on which others there are
         "rows": short_hash(data.train.ids.numpy().tobytes()) if data.train.mix_augments else None,
         "precision": resolve_precision(recipe.train.precision),
     }
+
+
+def _preprocessing(data: Data) -> dict[str, Any]:
+    """What the teacher's inputs depend on: its own preprocessing; with augmentation also the student's size."""
+    if isinstance(data, TextData):
+        return data.preprocessing()
+    train = data.train
+    members = [each.to_dict() for each in train.teachers or (train.preprocessing,)]
+    shared = train.is_augmented and len(train.geometries) > 1
+    return {"teacher": members, **({"augmented_with": train.preprocessing.geometry.to_dict()} if shared else {})}

@@ -26,20 +26,27 @@ def check_teachers(spec: ExperimentSpec, device: torch.device, model: nn.Module)
     teacher = spec.teacher
     assert teacher is not None
     models = list(model.children()) if isinstance(model, Ensemble) else [model]
-    for member, one in zip(teacher.members, models, strict=True):
+    for number, (member, one) in enumerate(zip(teacher.members, models, strict=True)):
         # A sharded model is in one piece in main memory only.
-        check_output(spec, torch.device("cpu") if member.inference.get("sharded") else device, one, member.name)
+        check_output(
+            spec, torch.device("cpu") if member.inference.get("sharded") else device, one, member.name, number
+        )
         if teacher.is_trained_first:  # before hours of training; a copy, because LiveTeacher freezes its model
             LiveTeacher(copy.deepcopy(one), mode=teacher.mode, **member.inference)
 
 
-def check_output(spec: ExperimentSpec, device: torch.device, model: nn.Module, who: str) -> int:
-    """Run ``model`` on two samples, so that a misfit with the data shows before training."""
+def check_output(
+    spec: ExperimentSpec, device: torch.device, model: nn.Module, who: str, number: int | None = None
+) -> int:
+    """Run ``model`` on two samples, so that a misfit with the data shows before training.
+
+    ``number`` is that of the teacher's member; ``None``: the model reads the student's inputs.
+    """
     full = next(iter(spec.evaluation.test), None)
     if full is None:
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
-    if who.startswith("teacher"):
-        full = full.for_teacher()
+    if number is not None:
+        full = full.for_member(number).for_teacher()
     batch = full.rows(0, 2).to(device)
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {"inputs": batch.inputs}
     model.to(device).eval()

@@ -131,7 +131,7 @@ def _of_module(
     first = next(iter(batches[0].values()))
     given = dict(preprocessing or {})
     if "image" in batches[0] and first.ndim == 4:
-        given = {"size": first.shape[-1], "channels": first.shape[1], "crop": 1.0, "mean": [0.0] * first.shape[1],
+        given = {"size": first.shape[-1], "channels": first.shape[1], "mean": [0.0] * first.shape[1],
                  "std": [1.0] * first.shape[1]} | given  # fmt: skip
     task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), "classes")
     bundle = ModelBundle(

@@ -19,13 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AsTeacher:
-    """Batches with the teacher's inputs in place of the student's."""
+    """Batches with the inputs of the teacher, or of one of its members, in place of the student's."""
 
     batches: Iterable[Batch]
+    member: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
-            yield batch.for_teacher()
+            yield batch.for_member(self.member).for_teacher()
 
 
 def build_teacher(spec: ExperimentSpec) -> nn.Module | None:

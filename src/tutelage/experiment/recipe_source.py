@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,7 +31,6 @@ from tutelage.data import (
     RankSlice,
     SequentialBatches,
     TextData,
-    load_images,
     load_texts,
     read_texts,
 )
@@ -40,6 +40,7 @@ from tutelage.data.texts import as_list
 from tutelage.errors import ConfigError, at_key
 from tutelage.evaluation.harness import harness
 from tutelage.experiment.caching import open_recipe_cache
+from tutelage.experiment.image_inputs import files_of_models, load_recipe_images
 from tutelage.experiment.sample_predictions import decoded_text, normalised_image
 from tutelage.experiment.spec import (
     Arm,
@@ -69,14 +70,24 @@ ONE_VIEW = (
 
 def load_data(recipe: Recipe, terminal: Terminal) -> Data:
     """The data of a recipe."""
-    with at_key("data.source" if recipe.data.path is None else "data.path"):
-        if recipe.data.kind == "texts":
+    if recipe.data.kind == "texts":
+        with at_key("data.source" if recipe.data.path is None else "data.path"):
             return load_text_data(recipe, terminal)
-        if recipe.data.views == 1:
-            terminal.say(f"note: {ONE_VIEW}")
-        fields = recipe.data.model_dump(exclude={"kind", "workers", "views"})
-        augment = None if recipe.teacher is None else recipe.teacher.augment
-        return load_images(**fields, teacher_augment=augment, progress=terminal.iterate)
+    if recipe.data.views == 1:
+        terminal.say(f"note: {ONE_VIEW}")
+    return load_recipe_images(recipe, terminal)
+
+
+def data_key(recipe: Recipe) -> str:
+    """What the data of a recipe depends on; recipes with the same key can share loaded data."""
+    members = [] if recipe.teacher is None else recipe.teacher.each
+    if recipe.data.kind == "texts":
+        own: list[Any] = [recipe.student.model, recipe.student.vocabulary, recipe.method.cross_tokenizer]
+        read_by = [member.model for member in members] + own
+    else:
+        files = [files and files.preprocessing.to_dict() for files in files_of_models(recipe)]
+        read_by = [*files, None if recipe.teacher is None else recipe.teacher.augment]
+    return json.dumps([recipe.data.model_dump(mode="json"), read_by])
 
 
 def recipe_spec(recipe: Recipe, data: Data) -> ExperimentSpec:
@@ -90,7 +101,7 @@ def recipe_spec(recipe: Recipe, data: Data) -> ExperimentSpec:
         if data.task == "causal":
             tokenizers = (data.tokenizer, as_the_teacher_reads(data).tokenizer)
     else:
-        describe = normalised_image(data.test.mean, data.test.std)
+        describe = normalised_image(data.test.preprocessing)
     return ExperimentSpec(
         name=recipe.name,
         source=RecipeSource(recipe, data),
@@ -134,14 +145,15 @@ def _member_spec(recipe: Recipe, teacher: TeacherConfig, number: int, data: Data
     training = None
     if config.train is not None:
         seed = _member_seed(recipe, config, number)
-        batches = PlannedBatches(data.for_teacher, config.train.batch_size, seed, recipe.data.workers)
+        rows = data.training_of(number) if isinstance(data, ImageData) else data.for_teacher
+        batches = PlannedBatches(rows, config.train.batch_size, seed, recipe.data.workers)
         training = TeacherTraining(config.train, batches, seed)
     name = "teacher" if teacher.members is None else f"teacher.members.{number}"
     with at_key(f"{name}.checkpoint"):
-        card = {"spec": model_spec(config, data).to_dict(), "loaded_classes": _checkpoint_classes(config)}
+        card = {"spec": model_spec(config, data, number).to_dict(), "loaded_classes": _checkpoint_classes(config)}
     trainable = config.trainable or ("head" if data.task == "mlm" else "all")
     return MemberSpec(
-        f"teacher-{number}" if teacher.members is not None else "teacher", training, card | data_card(data),
+        f"teacher-{number}" if teacher.members is not None else "teacher", training, card | data_card(data, number),
         live_options(teacher.inference, config.inference), trainable == "head",
     )  # fmt: skip
 
@@ -207,7 +219,7 @@ class RecipeSource:
         data = as_the_teacher_reads(self.data) if isinstance(self.data, TextData) else self.data
         where = "teacher" if teacher.members is None else f"teacher.members.{number}"
         seed = _member_seed(self.recipe, config, number)
-        return build_model(config, data, seed, where, model_spec(config, self.data))
+        return build_model(config, data, seed, where, model_spec(config, self.data, number))
 
     def build_method(self) -> Method:
         options = self.recipe.method
@@ -259,9 +271,10 @@ class RecipeSource:
         return open_recipe_cache(self.recipe, self.data, teacher, classes, method, ctx.accelerator)
 
 
-def model_spec(config: ModelConfig, data: Data) -> ModelSpec:
-    """A recipe's model, sized for the data."""
-    return ModelSpec(config.model, config.options, **data.spec)
+def model_spec(config: ModelConfig, data: Data, member: int | None = None) -> ModelSpec:
+    """A recipe's model, sized for the data as the student reads it, or as a member of the teacher does."""
+    facts = data.spec if member is None or not isinstance(data, ImageData) else data.teacher_spec(member)
+    return ModelSpec(config.model, config.options, **facts)
 
 
 def build_model(
@@ -292,12 +305,15 @@ def evaluation_workers(recipe: Recipe, data: Data) -> int:
     return recipe.data.workers if isinstance(data, TextData) or data.test.pixels is None else 0
 
 
-def data_card(data: Data) -> dict[str, Any]:
-    """The entries of a model's ``model.json`` about its data."""
+def data_card(data: Data, member: int | None = None) -> dict[str, Any]:
+    """The entries of a model's ``model.json`` about its data: the student's, or those of a member of the teacher."""
     kind = (
         {"kind": "image-classifier"} if isinstance(data, ImageData) else {"kind": KINDS[data.task], "task": data.task}
     )
-    return {"classes": data.classes, "preprocessing": data.preprocessing(), **kind}
+    own = data.preprocessing()
+    if member is not None and isinstance(data, ImageData):
+        own = data.teacher(member).to_dict()
+    return {"classes": data.classes, "preprocessing": own, **kind}
 
 
 def _checkpoint_classes(config: MemberConfig) -> list[str] | None:

@@ -224,6 +224,8 @@ def run_on_data(
         processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
         terminal.say(f"run directory: {path}{processes}")
         data = data or load_data(recipe, terminal)
+        for line in getattr(data, "notes", ()):
+            terminal.say(line)
         tracked = open_trackers(accelerator, path / "trackers", {"recipe": dump_recipe(recipe)})
         with catch_interrupts(terminal.say) as should_stop, tracked:
             summary = compare(recipe_spec(recipe, data), RunContext(accelerator, run, terminal, should_stop))

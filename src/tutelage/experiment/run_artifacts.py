@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from tutelage.config import Recipe, TextDataConfig, build_recipe, load_recipe
-from tutelage.data import Data, load_images, load_texts
+from tutelage.data import Data, load_texts
+from tutelage.data.preprocessing import Preprocessing, differences
 from tutelage.data.tokens import tokenizer_fingerprint
 from tutelage.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, nearest
+from tutelage.experiment.image_inputs import load_recipe_images
 from tutelage.experiment.run import read_config, read_summary
 from tutelage.export.bundle import Inputs, ModelBundle, load_bundle, named_inputs
 from tutelage.models import MODEL_CARD
@@ -51,7 +53,7 @@ class SavedModel:
 
     def data(self) -> Data | None:
         """The run's data, as this model reads it; ``None`` where no recipe says which."""
-        return None if self.recipe is None else data_of(self.recipe, self.bundle, self.terminal)
+        return None if self.recipe is None else data_of(self.recipe, self.bundle, self.terminal, is_own=True)
 
 
 def find(path: str | Path, terminal: Terminal) -> SavedModel:
@@ -84,24 +86,29 @@ def _load_saved_model(folder: Path, run: Path | None, terminal: Terminal) -> Sav
     return SavedModel(folder, run, recipe, config, summary, terminal)
 
 
-def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal) -> Data:
-    """The data of a recipe as a model reads it: with its class order and its tokenizer."""
+def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal, *, is_own: bool = False) -> Data:
+    """The data of a recipe as a model reads it: with its class order, its preprocessing and its tokenizer.
+
+    ``is_own``: the model was trained by this recipe.
+    """
     config = recipe.data
     if not isinstance(config, TextDataConfig):
-        fields = config.model_dump(exclude={"kind", "workers", "views", "augment", "labels", "unlabeled"})
+        own: dict[str, Any] = {"augment": [], "labels": None}
         if bundle.classes:
-            fields["classes"] = bundle.classes
-        data = load_images(**fields, progress=terminal.iterate)
-        known, actual = bundle.preprocessing, data.preprocessing()
-        changed = [k for k in actual if k in known and known[k] != actual[k]]
-        if changed and bundle.folder is not None and (bundle.folder / MODEL_CARD).exists():
-            key = changed[0]
+            own["classes"] = bundle.classes
+        data = load_recipe_images(recipe.model_copy(update={"data": config.model_copy(update=own)}), terminal)
+        if "mean" not in bundle.preprocessing:
+            return data
+        known, actual = Preprocessing.from_dict(bundle.preprocessing), data.train.preprocessing
+        changed = [line for line in differences(actual, known) if line.startswith(("mean", "std"))]
+        # the normalisation of images in memory is computed from them
+        if changed and is_own and known.geometry == actual.geometry and not data.notes:
             raise DataError(
-                f"the images differ from the training images: {key} is {actual[key]}, it was {known[key]}",
+                f"the images differ from the training images: {changed[0]}, in brackets that of the training images",
                 where=str(config.path or config.source),
                 remedy="restore the data of the run",
             )
-        return data
+        return data.read_as(known)
     if bundle.folder is not None and (bundle.folder / MODEL_CARD).exists():
         known_tokenizer = (read_card(bundle.folder).get("preprocessing") or {}).get("tokenizer")
         if known_tokenizer is not None and tokenizer_fingerprint(bundle.tokenizer) != known_tokenizer:
@@ -116,10 +123,11 @@ def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal) -> Data:
     return load_texts(**fields, tokenizer=bundle.tokenizer, classes=bundle.classes or None, progress=terminal.iterate)
 
 
-def rows_of(split: Any, count: int, task: str) -> list[Inputs]:
-    """Inputs of so many rows of a split, drawn once and for all."""
+def rows_of(split: Any, count: int, task: str, *, is_teacher: bool = False) -> list[Inputs]:
+    """Inputs of so many rows of a split, drawn once and for all; with ``is_teacher`` the teacher's."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
-    batches = [named_inputs(split.fetch(rows).inputs) for rows in order.split(BATCH)]
+    fetched = (split.fetch(rows) for rows in order.split(BATCH))
+    batches = [named_inputs((batch.for_teacher() if is_teacher else batch).inputs) for batch in fetched]
     return [one_side(inputs) for inputs in batches] if task == "embedding" else batches
 
 

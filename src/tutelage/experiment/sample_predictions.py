@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tutelage.data.batch import IGNORE, Batch
+from tutelage.data.preprocessing import Preprocessing
 from tutelage.methods.sampling import sample_completions
 from tutelage.taps import Needs, observe
 
@@ -167,12 +168,12 @@ def describe_image(batch: Batch) -> dict[str, str]:
     return {"image": png((x - low) / max(high - low, 1e-12))}
 
 
-def normalised_image(mean: Tensor, std: Tensor) -> DescribeSample:
+def normalised_image(preprocessing: Preprocessing) -> DescribeSample:
     """Shows images that were normalised so."""
 
     def show(batch: Batch) -> dict[str, str]:
         assert isinstance(batch.inputs, Tensor)
-        return {"image": png((batch.inputs * std + mean)[0])}
+        return {"image": png(preprocessing.denormalise(batch.inputs)[0])}
 
     return show
 

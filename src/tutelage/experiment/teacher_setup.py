@@ -91,7 +91,7 @@ def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.
         def rebuild() -> tuple[nn.Module, Method]:
             return spec.source.build_teacher(number), spec.source.build_baseline_method()
 
-        train_and_save(training, ctx, rebuild, AsTeacher(spec.evaluation.test), None, dict(member.card), {})
+        train_and_save(training, ctx, rebuild, AsTeacher(spec.evaluation.test, number), None, dict(member.card), {})
         model = spec.source.build_teacher(number)
     load_weights(model, ctx.run.model(member.name))
     return model
@@ -106,7 +106,7 @@ def member_training(spec: ExperimentSpec, ctx: RunContext, number: int, model: n
         _freeze_pretrained(model)
     return Training(
         member.name, model, spec.source.build_baseline_method(), member.training.batches, member.training.config,
-        ctx.run, validation=None if validation is None else AsTeacher(validation), seed=member.training.seed,
+        ctx.run, validation=None if validation is None else AsTeacher(validation, number), seed=member.training.seed,
         metric=spec.evaluation.metric, should_stop=ctx.should_stop, callback=ctx.terminal,
     )  # fmt: skip
 
@@ -332,14 +332,15 @@ def describe_ensemble(
 
 def _routed_to(teacher: EnsembleTeacher, member: int, batches: Iterable[Batch]) -> Iterator[Batch]:
     if teacher.route is None:
-        yield from batches
+        for batch in batches:
+            yield batch.for_member(member)
         return
     values = torch.tensor([v for v, members in enumerate(teacher.route) if member in members])
     for batch in batches:
         assert batch.route is not None
         rows = torch.isin(batch.route, values.to(batch.route.device)).nonzero().flatten()
         if len(rows):
-            yield batch.take(rows)
+            yield batch.take(rows).for_member(member)
 
 
 def resolve_routes(route: Mapping[str, int | list[int]], values: Sequence[str]) -> list[list[int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import CapabilityError, CheckpointError, ConfigError
+from tutelage.export.image_files import known_preprocessing
 from tutelage.models import MODEL_CARD, label_names, load_model, load_tokenizer
 from tutelage.models.files import read_card
 from tutelage.models.pretrained import BiEncoder, CrossEncoder, SentenceEncoder, load_pretrained
@@ -90,7 +91,8 @@ def load_bundle(folder: str | Path) -> ModelBundle:
         model=model,
         task=task,
         classes=list(card.get("classes") or label_names(model) or []) if task not in UNLABELLED else [],
-        preprocessing={k: v for k, v in preprocessing.items() if k != "tokenizer"} or _preprocessing(model, task),
+        preprocessing={k: v for k, v in preprocessing.items() if k != "tokenizer"}
+        or _preprocessing(model, task, folder),
         tokenizer=None if task == "images" else _tokenizer(folder),
         folder=folder,
         source=str(folder),
@@ -116,18 +118,14 @@ def _task_of(folder: Path) -> str:
     return tasks[0]
 
 
-def _preprocessing(model: nn.Module, task: str) -> dict[str, Any]:
-    """The preprocessing of a model without a card, from its config."""
+def _preprocessing(model: nn.Module, task: str, folder: Path) -> dict[str, Any]:
+    """The preprocessing of a model without a card, from its other files; without ``mean`` if no file has it."""
     config = getattr(model, "config", None)
     if task == "images":
+        if (files := known_preprocessing(f"hf:{folder}", {})) is not None:
+            return files.preprocessing.to_dict()
         size = getattr(config, "image_size", None) or 224
-        return {
-            "size": size if isinstance(size, int) else size[0],
-            "channels": getattr(config, "num_channels", 3),
-            "crop": 1.0,
-            "mean": [0.5] * getattr(config, "num_channels", 3),
-            "std": [0.5] * getattr(config, "num_channels", 3),
-        }
+        return {"size": size if isinstance(size, int) else size[0], "channels": getattr(config, "num_channels", 3)}
     return {"max_length": int(getattr(config, "max_position_embeddings", 512))}
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
+from tutelage.data.preprocessing import Preprocessing
+
 SECTIONS = ("data", "teacher", "student", "method", "train")
 
 PIPELINES = {
@@ -33,7 +35,6 @@ def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     environment.filters |= {"plain": _plain, "code": _code, "value": _value}
     template = environment.from_string((resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"))
     preprocessing = manifest["preprocessing"]
-    size = preprocessing.get("size", 0)
     teacher_value, student_value = (summary.get("teacher") or {}).get(metric), _metric_of(summary, metric)
     retention = None
     if teacher_value and student_value is not None and metric != "perplexity":
@@ -47,7 +48,7 @@ def model_card(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         rows=list(_rows(summary, metric)),
         gain=_gain((summary.get("gain") or {}).get("best"), metric),
         retention=retention, quantised=None if None in both else both,
-        shorter_side=max(size, round(size / preprocessing.get("crop", 1.0))),
+        prepared=Preprocessing.from_dict(preprocessing).describe() if "mean" in preprocessing else "not known",
     )  # fmt: skip
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

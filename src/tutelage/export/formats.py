@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
+from tutelage.data.preprocessing import RESAMPLE, Preprocessing
 from tutelage.errors import CapabilityError, ModelError, TutelageError, first_line, require
 from tutelage.export.bundle import IMAGE, Inputs, ModelBundle, TraceModule, is_transformers
 from tutelage.export.runtimes import ONNX, PROGRAM
@@ -54,10 +55,12 @@ def _huggingface(job: ExportJob) -> dict[str, Any]:
     bundle, folder = job.bundle, job.folder
     with silence_transformers(), _with_label_names(bundle):
         bundle.model.save_pretrained(folder)  # type: ignore[operator]
-    if bundle.task == "images" and bundle.preprocessing.get("channels") == 3:
-        (folder / "preprocessor_config.json").write_text(
-            json.dumps(image_processor(bundle.preprocessing), indent=2) + "\n", encoding="utf-8"
-        )
+    if bundle.task == "images" and "mean" in bundle.preprocessing:
+        config = image_processor(Preprocessing.from_dict(bundle.preprocessing))
+        if config is None:
+            return {"image_processor": "none: transformers has none for this preprocessing"}
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
     return {}
 
 
@@ -76,15 +79,17 @@ def _with_label_names(bundle: ModelBundle) -> Iterator[None]:
             config.id2label, config.label2id = before
 
 
-def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The preprocessing of images as the config of an image processor of transformers."""
-    size, crop = preprocessing["size"], preprocessing.get("crop", 1.0)
+def image_processor(own: Preprocessing) -> dict[str, Any] | None:
+    """The preprocessing of images as the config of an image processor of transformers, if it has one for it."""
+    if own.channels != 3 or own.order != "RGB" or own.fit == "pad":
+        return None
+    sides = {"height": own.resize, "width": own.resize} if own.fit == "squash" else {"shortest_edge": own.resize}
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": max(size, round(size / crop))}, "resample": 2,
-        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_resize": True, "size": sides, "resample": RESAMPLE[own.interpolation],
+        "do_center_crop": True, "crop_size": {"height": own.size, "width": own.size},
         "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": preprocessing["mean"], "image_std": preprocessing["std"],
+        "do_normalize": True, "image_mean": list(own.mean), "image_std": list(own.std),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tutelage.data.image_sources import open_image
-from tutelage.data.images import to_pixels
+from tutelage.data.preprocessing import Preprocessing
 from tutelage.errors import CheckpointError, DataError, shorten
 from tutelage.export.bundle import IMAGE, Inputs
 from tutelage.export.runtimes import Export, open_export
@@ -107,12 +107,15 @@ def read_image(path: Path, preprocessing: dict[str, Any]) -> Tensor:
 
     Raises:
         DataError: the file is not an image, or is damaged.
+        CheckpointError: the model's files do not say how images are prepared.
     """
-    pixels = to_pixels(
-        open_image(path), preprocessing["channels"], preprocessing["size"], preprocessing.get("crop", 1.0)
-    )
-    mean, std = (torch.tensor(preprocessing[k]).view(-1, 1, 1) for k in ("mean", "std"))
-    return pixels.float().mul_(1 / 255).sub_(mean).div_(std)
+    if "mean" not in preprocessing:
+        raise CheckpointError(
+            "no file says how its images are prepared",
+            remedy="put the preprocessor_config.json of the model into its folder",
+        )
+    own = Preprocessing.from_dict(preprocessing)
+    return own.normalise(own.pixels(open_image(path))[None])[0]
 
 
 def top_labels(probabilities: Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]:

@@ -102,7 +102,9 @@ def _image_values(
         require("PIL", "vision", "reading image files")
     elif data.source not in NAMED:
         require("datasets" if data.source.startswith("hf:") else "torchvision", "vision", f"data from {data.source}")
-    size = _image_size(data, teacher)
+    from tutelage.models import read_image_files
+
+    size = None if checkpoint and read_image_files("", {}, checkpoint) else _image_size(data, teacher)
     big = _model(teacher, "--teacher") if teacher else _default_convnet(size, big=True)
     if checkpoint:
         big = big._replace(checkpoint=checkpoint)
@@ -124,7 +126,9 @@ def _image_values(
 
 
 def _image_size(data: DataDescription, teacher: str | None) -> int | None:
-    """Height and width that images are resized to."""
+    """Height and width that images are resized to; ``None``: as the data or the teacher's files say."""
+    if teacher is not None and teacher.startswith("hf:"):
+        return None
     if teacher is not None and teacher.partition(":")[0] in IMAGE_LIBRARIES:
         return 224
     if data.source in NAMED:

@@ -103,7 +103,7 @@ def _timm(name: str, spec: ModelSpec) -> nn.Module:
     require("timm", "vision", f"the model timm:{name}")
     import timm
 
-    if not timm.is_model(name.split(".")[0]):
+    if name.partition(":")[0] not in ("local-dir", "hf-hub", "hf_hub") and not timm.is_model(name.split(".")[0]):
         raise ModelError(f"timm has no model {name!r}", remedy=_nearest(name, timm.list_models()))
     model: nn.Module = timm.create_model(name, num_classes=spec.classes, in_chans=spec.channels, **spec.options)
     card: Any = getattr(model, "pretrained_cfg", {})

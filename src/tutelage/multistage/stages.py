@@ -23,7 +23,7 @@ from tutelage.data import Data
 from tutelage.engine import RunDirectory
 from tutelage.errors import RunDirectoryError
 from tutelage.evaluation.statistics import paired_difference, spread
-from tutelage.experiment.recipe_source import load_data
+from tutelage.experiment.recipe_source import data_key, load_data
 from tutelage.experiment.run import RunResult, read_summary, run_on_data
 from tutelage.files import write_text
 from tutelage.progress import Terminal
@@ -41,8 +41,7 @@ class StageRunner:
 
     def data(self, recipe: Recipe) -> Data:
         """The data of a stage; stages with the same data share one copy."""
-        augment = None if recipe.teacher is None else recipe.teacher.augment
-        key = json.dumps([recipe.data.model_dump(mode="json"), augment])
+        key = data_key(recipe)
         if key not in self._data:
             self._data[key] = load_data(recipe, self.terminal)
         return self._data[key]

@@ -26,7 +26,7 @@ from tutelage.errors import CapabilityError, Interrupted, NumericsError, Tutelag
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment import checks
 from tutelage.experiment.prepare import all_needs, build_teacher, prepare_student_and_method
-from tutelage.experiment.recipe_source import load_data, recipe_spec
+from tutelage.experiment.recipe_source import data_key, load_data, recipe_spec
 from tutelage.experiment.run import open_run_directory
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher, RunContext
 from tutelage.experiment.teacher_setup import (
@@ -76,7 +76,7 @@ class TrialRunner:
 
     def data(self, recipe: Recipe) -> Data:
         """The data of a recipe, with its validation split in place of its test split."""
-        key = json.dumps([recipe.data.model_dump(mode="json"), recipe.required_teacher.augment])
+        key = data_key(recipe)
         if key not in self.loaded:
             while len(self.loaded) >= MAX_DATA:
                 self.loaded.pop(next(iter(self.loaded)))

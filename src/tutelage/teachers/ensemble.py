@@ -125,7 +125,7 @@ class EnsembleTeacher:
                 continue
             is_complete = self.route is None or len(rows) == len(batch)
             part = batch if is_complete else batch.take(rows)
-            signal = member.signal(part, Needs(logits=logits, hidden=tuple(taps.get(m, {}))))
+            signal = member.signal(part.for_member(m), Needs(logits=logits, hidden=tuple(taps.get(m, {}))))
             hidden |= {name: signal.hidden[tap] for tap, name in taps.get(m, {}).items()}
             if not logits:
                 continue
@@ -208,13 +208,14 @@ class Ensemble(nn.ModuleList):
         self.weights = normalise_weights(weights, len(self))
 
     def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
-        """Logits ``[..., C]``."""
+        """Logits ``[..., C]``; inputs ``member_0`` ... are those of one member each."""
         logits = []
-        for model in self:
+        for number, model in enumerate(self):
             first = next(model.parameters(), None)
             own = None if first is None else first.device  # members can have different devices
             moved = {name: x.to(own) for name, x in named.items()}
-            logits.append(logits_of(model(**moved) if inputs is None else model(inputs.to(own))).float())
+            single = named.get(f"member_{number}", inputs)
+            logits.append(logits_of(model(**moved) if single is None else model(single.to(own))).float())
         scores = torch.stack([x.to(logits[0].device) for x in logits])
         weights = torch.tensor(self.weights, device=scores.device).view(-1, *[1] * (scores.ndim - 1))
         if self.combine == "logits":
@@ -270,7 +271,8 @@ def fit_ensemble_weights(
         moved = batch.to(device)
         counted = moved.labelled()
         labels = moved.labels[counted]
-        scores = torch.stack([member.signal(moved, Needs()).dense().float()[counted] for member in members])
+        outputs = [member.signal(moved.for_member(i), Needs()).dense() for i, member in enumerate(members)]
+        scores = torch.stack([x.float()[counted] for x in outputs])
         if combine == "probabilities":
             scores = F.log_softmax(scores / temperature, dim=-1)
         if labels_only:
