@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from support import python
-from support.text_worlds import FILLER, encoder, sentences, table, tokenizer
+from support.text_worlds import FILLER, WORDS, encoder, sentences, table, tokenizer
 from tutelage import api
 from tutelage.cli.doctor_checks import examine
 from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, Recipe, build_recipe, load_recipe
@@ -78,6 +78,16 @@ def test_a_run_cuts_the_student_and_leaves_a_model_of_transformers() -> None:
     }
     assert max(said, key=said.__getitem__) == "sound"
     assert "accuracy" in Path("out/report.html").read_text()
+
+
+def test_a_teacher_that_a_run_trains_is_saved_with_its_own_tokenizer() -> None:
+    encoder(Path("encoder"))
+    encoder(Path("small"), cutter=tokenizer(drop=WORDS["math"].split()))
+    table(Path("d.jsonl"), sentences(60))
+    run(recipe({"label": "label"}, student={"model": "hf:small"}, baseline=False))
+    for saved, own in (("models/teacher", "encoder"), ("student", "small")):
+        cutter = transformers.AutoTokenizer.from_pretrained(f"out/{saved}")
+        assert cutter.get_vocab() == transformers.AutoTokenizer.from_pretrained(own).get_vocab()
 
 
 TASKS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [

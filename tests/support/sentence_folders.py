@@ -26,14 +26,36 @@ FOLDERS: dict[str, dict[str, Any]] = {
 }
 """Nine folders: a pooling's config, the activation of a dense layer, and whether embeddings are normalised."""
 
+PROMPTS = {"query": "song of ", "passage": "the "}
+
+PROMPTED: dict[str, dict[str, Any]] = {
+    f"{name}-{'with' if include else 'without'}-prompt": {
+        **FOLDERS[name], "pooling": {**FOLDERS[name]["pooling"], "include_prompt": include},
+        "settings": {"prompts": PROMPTS, "default_prompt_name": "query"},
+    }
+    for name, include in {
+        "mean": True, "cls": False, "max": False, "mean-sqrt-length": False, "weighted-mean": False,
+        "last-token": True, "cls-dense-normalize": True, "two-poolings-dense": False,
+    }.items()
+}  # fmt: skip
+"""Eight folders with a default prompt, whose tokens the pooling counts or leaves out."""
+
 WIDTH, OUT = 32, 12
 
 
 def sentence_folder(
-    folder: Path, *, pooling: dict[str, Any], dense: str | None = None, normalize: bool = False
+    folder: Path,
+    *,
+    pooling: dict[str, Any],
+    dense: str | None = None,
+    normalize: bool = False,
+    settings: dict[str, Any] | None = None,
+    binary: bool = False,
 ) -> Path:
-    """A BERT of random weights with these modules behind it."""
+    """A BERT of random weights with these modules behind it; ``settings`` name its prompts."""
     encoder(folder)
+    if settings is not None:
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
     kinds = ["Transformer", "Pooling", *(["Dense"] if dense else []), *(["Normalize"] if normalize else [])]
     paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
     modules = [
@@ -53,7 +75,10 @@ def sentence_folder(
             config = {"in_features": width, "out_features": OUT, "bias": True, "activation_function": activation}
             torch.manual_seed(7)
             weights = {"linear.weight": torch.randn(OUT, width), "linear.bias": torch.randn(OUT)}
-            save_file(weights, folder / path / "model.safetensors")
+            if binary:
+                torch.save(weights, folder / path / "pytorch_model.bin")
+            else:
+                save_file(weights, folder / path / "model.safetensors")
         (folder / path / "config.json").write_text(json.dumps(config))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 32, "do_lower_case": False}))
     return folder

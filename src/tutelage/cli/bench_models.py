@@ -30,6 +30,7 @@ from tutelage.export.formats import has_convolutions
 from tutelage.export.runtimes import Run, RuntimeModule, input_names
 from tutelage.files import write_text
 from tutelage.models import ModelSpec, build, load_weights, save_model
+from tutelage.models.pretrained import fewest_tokens
 from tutelage.progress import Terminal
 from tutelage.reports.bench import RANDOM_INPUTS
 
@@ -64,7 +65,8 @@ class BenchModel:
     def inputs(self, count: int) -> Inputs:
         """A batch of ``count`` rows, from the test split where there is one."""
         if self.data is None:
-            batch = random_inputs(self.task, self.preprocessing, self.names, self.vocabulary, 16)[0]
+            least = fewest_tokens(self.model)
+            batch = random_inputs(self.task, self.preprocessing, self.names, self.vocabulary, 16, least)[0]
             times = -(-count // len(batch[self.names[0]]))
             return {name: torch.cat([batch[name]] * times)[:count] for name in self.names}
         order = torch.randperm(len(self.data.test), generator=torch.Generator().manual_seed(0))

@@ -188,6 +188,9 @@ def check_texts(findings: Findings, data: TextData) -> None:
         findings.add("note", "length", text, "raise data.max_length")
     else:
         findings.add("ok", "length", text)
+    for who, prompts in zip(("student", "teacher"), data.prompts, strict=True):
+        if any(prompts):
+            findings.add("ok", "prompts", f"the {who} reads before its texts: {', '.join(map(repr, prompts))}")
 
 
 def check_images(findings: Findings, data: ImageData, x: Any) -> None:

@@ -172,6 +172,13 @@ class TextDataConfig(SplitsConfig):
     answer."""
     teacher_text: TextColumns | None = None
     """Column of the teacher's input, if it differs from the student's, such as the text in another language."""
+    prompt: str | None = None
+    """For ``embedding``: name of the prompt before each of the student's texts, from its sentence-transformers
+    folder; ``""``: none. Default: the folder's ``default_prompt_name``; for a student cut from its teacher, the
+    teacher's. The exported student has it as its default. For ``ranking`` the student's prompts ``query`` and
+    ``document`` are always used."""
+    teacher_prompt: str | None = None
+    """For ``embedding``: the teacher's prompt. Default: ``prompt``, else the folder's ``default_prompt_name``."""
     label: str | list[str] | None = None
     """Column of the labels: names, numbers, or lists of either; or a list of columns (yes or no, or numbers).
     Default: ``label``, if the task has labels."""
@@ -221,7 +228,8 @@ class TextDataConfig(SplitsConfig):
             yield "route", "packed rows hold several texts, of several routes; remove 'pack' or 'route'"
         for key, default, tasks in (
             ("pack", False, ("mlm", "causal")), ("mask", 0.15, ("mlm",)), ("views", None, ("mlm",)),
-            ("learn", "answers", ("causal",)),
+            ("learn", "answers", ("causal",)), ("prompt", None, ("embedding",)),
+            ("teacher_prompt", None, ("embedding",)),
         ):  # fmt: skip
             if self.task not in tasks and getattr(self, key) != default:
                 yield key, f"{key!r} is for task {' and '.join(tasks)}, this is {self.task!r}; remove it"

@@ -26,6 +26,9 @@ from tutelage.data.tokens import Progress, Tokens, tokenize, tokenizer_fingerpri
 from tutelage.data.views import Masking, build_masking, view_seeds
 from tutelage.errors import DataError
 
+Prompts = tuple[Sequence[str], Sequence[str]]
+"""Texts that the student, and the teacher, read before the texts of each group of columns."""
+
 
 @dataclass(frozen=True)
 class TextSet:
@@ -157,7 +160,9 @@ class TextData:
     teacher_token_ids: Tensor | None = None
     """``[K]``, the teacher's id of each token, if the tokenizer has a part of the teacher's vocabulary."""
     teacher_tokenizer: Any = None
-    """The teacher's tokenizer, if tokens are aligned."""
+    """The teacher's tokenizer, if it is another."""
+    prompts: Prompts = ((), ())
+    """What student and teacher read before each text, by column."""
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -172,7 +177,8 @@ class TextData:
 
     def preprocessing(self) -> dict[str, Any]:
         """The preprocessing that a user of the student must apply."""
-        return {"max_length": self.max_length, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        known = {"max_length": self.max_length, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        return known | ({"prompts": list(self.prompts[0])} if any(self.prompts[0]) else {})
 
 
 def load_texts(
@@ -200,6 +206,7 @@ def load_texts(
     validation: float = 0.1,
     test: float = 0.2,
     split_seed: int = 0,
+    prompts: Prompts = ((), ()),
     raw: RawTextData | None = None,
     progress: Progress = lambda blocks, _: blocks,
 ) -> TextData:
@@ -211,6 +218,7 @@ def load_texts(
         tokenizer: the student's tokenizer, of transformers.
         teacher_tokenizer: the teacher's tokenizer, if it differs.
         align: for ``causal``: align the tokens of a teacher with another tokenizer.
+        prompts: what student and teacher read before each text; for ``ranking`` one for each column.
         raw: the columns of the source, if :func:`read_texts` has read them before.
         progress: wraps the iteration over blocks of texts.
 
@@ -227,7 +235,8 @@ def load_texts(
     names = resolve_class_names(raw, label_columns, task, classes)
     teacher_tokenizer = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
     fingerprints = [tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(teacher_tokenizer)]
-    differs = teacher_columns != columns or fingerprints[0] != fingerprints[1]
+    other_tokenizer = fingerprints[0] != fingerprints[1]
+    differs = teacher_columns != columns or other_tokenizer or list(prompts[0]) != list(prompts[1])
     align = align and differs and task == "causal" and teacher_columns == columns
     if differs and not align and task in ("mlm", "causal", "tokens"):
         other = ", or method kind: cross-tokenizer" if task == "causal" and teacher_columns == columns else ""
@@ -246,7 +255,7 @@ def load_texts(
     masking = build_masking(tokenizer, mask) if task == "mlm" else None
     sets = _tokenize_splits(
         raw, task, columns, (teacher_columns, differs), (label_columns, names), (route, route_names),
-        (tokenizer, teacher_tokenizer), masking,
+        (tokenizer, teacher_tokenizer), prompts, masking,
         max_length=max_length, pack=pack, learn=learn if task == "causal" else None, ends=align, progress=progress,
     )  # fmt: skip
     data = complete_splits(
@@ -261,11 +270,12 @@ def load_texts(
     settings = {
         "columns": [columns, teacher_columns], "max_length": max_length, "pack": pack,
         "mask": mask if task == "mlm" else None, "tokenizers": fingerprints, "content": raw.digest,
-        "learn": learn if task == "causal" else None,
+        "learn": learn if task == "causal" else None, "prompts": [*map(list, prompts)],
     }  # fmt: skip
     return TextData(
         raw.name, train, _by_length(data["validation"]), _by_length(data["test"]), names, teacher, task, tokenizer,
-        max_length, settings, route_names, teacher_tokenizer=teacher_tokenizer if align else None,
+        max_length, settings, route_names, teacher_tokenizer=teacher_tokenizer if other_tokenizer else None,
+        prompts=prompts,
     )  # fmt: skip
 
 
@@ -277,6 +287,7 @@ def _tokenize_splits(
     labels: tuple[list[str], list[str]],
     route: tuple[str | None, list[str]],
     tokenizers: tuple[Any, Any],
+    prompts: Prompts,
     masking: Masking | None,
     *,
     pack: bool,
@@ -290,14 +301,16 @@ def _tokenize_splits(
     teacher_columns, differs = teacher
     key = "" if not raw.digest else f"{raw.digest} {[(s, len(r)) for s, r in raw.splits.items()]}"
 
-    def tokens(split: str, groups: Sequence[Sequence[str]], by: Any, what: str) -> tuple[Tokens, ...]:
-        values = raw.splits[split].columns
+    def tokens(split: str, groups: Sequence[Sequence[str]], side: int, what: str) -> tuple[Tokens, ...]:
+        values, texts_before = raw.splits[split].columns, [*prompts[side], *[""] * len(groups)]
         return tuple(
             tokenize(
-                [values[n] for n in group], by, pack=pack, words=task == "tokens",
-                key=key and f"{key} {split} {list(group)}", what=f"{split} {what}", **options,
+                [[before + text for text in values[group[0]]] if before else values[group[0]],
+                 *(values[n] for n in group[1:])],
+                tokenizers[side], pack=pack, words=task == "tokens",
+                key=key and f"{key} {split} {list(group)} {before}", what=f"{split} {what}", **options,
             )
-            for group in groups
+            for group, before in zip(groups, texts_before, strict=False)
         )  # fmt: skip
 
     column, values = route
@@ -305,7 +318,7 @@ def _tokenize_splits(
     packed = pack and task in ("mlm", "causal")
     sets: dict[str, TextSet] = {}
     for split, rows in raw.splits.items():
-        student_tokens = tokens(split, [[c] for c in columns] if ranks else [columns], tokenizers[0], "texts")
+        student_tokens = tokens(split, [[c] for c in columns] if ranks else [columns], 0, "texts")
         groups = [[teacher_columns[0], c] for c in teacher_columns[1:]] if ranks else [teacher_columns]
         indices, targets, tags = encode_labels(raw, rows, labels[0], task, labels[1], split)
         count = len(student_tokens[0])
@@ -318,7 +331,7 @@ def _tokenize_splits(
             targets=targets,
             tags=tags,
             masking=masking,
-            teacher_tokens=tokens(split, groups, tokenizers[1], "teacher's texts") if differs or ranks else (),
+            teacher_tokens=tokens(split, groups, 1, "teacher's texts") if differs or ranks else (),
             route=torch.tensor([values.index(str(v)) for v in rows.columns[column]]) if column else None,
         )
     return sets

@@ -18,7 +18,7 @@ from tutelage.export.bundle import TASKS, Inputs, ModelBundle, named_inputs
 from tutelage.export.check import ROWS, random_inputs
 from tutelage.export.export import ExportResult, check_format, check_output_folder, write_export
 from tutelage.export.runtimes import input_names
-from tutelage.models.pretrained import AUTO_CLASSES
+from tutelage.models.pretrained import AUTO_CLASSES, fewest_tokens
 from tutelage.progress import Terminal
 
 CALIBRATION = 256
@@ -63,7 +63,9 @@ def export_student(
     known = _data(saved, data, terminal)
     if known is None:
         names = input_names(bundle.model, bundle.task, bundle.tokenizer)
-        batches = random_inputs(bundle.task, bundle.preprocessing, names, len(bundle.tokenizer or ()), ROWS)
+        batches = random_inputs(
+            bundle.task, bundle.preprocessing, names, len(bundle.tokenizer or ()), ROWS, fewest_tokens(bundle.model)
+        )
         read_from, calibration, measure = "random inputs, because the model belongs to no run", [], None
         terminal.say(f"note: {bundle.source} belongs to no run, so it is checked on random inputs; use --data RECIPE")
     else:

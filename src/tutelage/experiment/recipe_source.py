@@ -37,7 +37,7 @@ from tutelage.data import (
 from tutelage.data.batch import IGNORE, LABELS
 from tutelage.data.text_sources import RawTextData
 from tutelage.data.texts import as_list
-from tutelage.errors import ConfigError, at_key
+from tutelage.errors import ConfigError, ModelError, at_key, shorten
 from tutelage.evaluation.harness import harness
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.image_inputs import files_of_models, load_recipe_images
@@ -57,7 +57,8 @@ from tutelage.experiment.teacher_setup import live_options, prefetch_mode, resol
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_tokenizer, load_weights, read_class_names
 from tutelage.models.files import read_card
-from tutelage.models.pretrained import CrossEncoder, SentenceEncoder
+from tutelage.models.pretrained import BiEncoder, CrossEncoder, SentenceEncoder, resolve_source
+from tutelage.models.sentence_modules import find_prompt, ranking_prompts, read_prompt_settings
 from tutelage.progress import Terminal
 from tutelage.students import add_fake_quantisers, add_lora, block_influence, prune, trim_embeddings, trim_tokenizer
 from tutelage.teachers import CachedTeacher, RemoteTeacher
@@ -203,6 +204,7 @@ class RecipeSource:
             student = prune_student(config, data, self.teacher, self.influence, seed)
         else:
             student = build_model(config, data, seed)
+        use_prompt(student, _prompt_names(self.recipe)[0], data)
         if config.lora is not None:
             student = add_lora(student, **config.lora.model_dump(), seed=seed)
         return student if config.qat is None else add_fake_quantisers(student)
@@ -219,7 +221,9 @@ class RecipeSource:
         data = as_the_teacher_reads(self.data) if isinstance(self.data, TextData) else self.data
         where = "teacher" if teacher.members is None else f"teacher.members.{number}"
         seed = _member_seed(self.recipe, config, number)
-        return build_model(config, data, seed, where, model_spec(config, self.data, number))
+        model = build_model(config, data, seed, where, model_spec(config, self.data, number))
+        use_prompt(model, _prompt_names(self.recipe)[1], data)
+        return model
 
     def build_method(self) -> Method:
         options = self.recipe.method
@@ -338,11 +342,12 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     own = next((name for name in named if name.partition(":")[0] in ("hf", "package")), None)
     theirs = None if own is None else load_tokenizer(own)
     mine = _student_tokenizer(recipe, theirs)
-    fields = config.model_dump(exclude={"kind", "metric", "tokenizer", "views", "workers", "classes"})
+    unused = {"kind", "metric", "tokenizer", "views", "workers", "classes", "prompt", "teacher_prompt"}
+    fields = config.model_dump(exclude=unused)
     classes = config.classes or _known(recipe)
     load = partial(
         load_texts, **fields, classes=classes, teacher_tokenizer=theirs, progress=terminal.iterate,
-        align=recipe.method.cross_tokenizer,
+        align=recipe.method.cross_tokenizer, prompts=_prompts(recipe),
     )  # fmt: skip
     if recipe.student.vocabulary is None:
         return load(tokenizer=mine)
@@ -355,6 +360,57 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
     trimmed, token_ids = trim_tokenizer(mine, texts)
     terminal.say(f"vocabulary: {len(token_ids):,} of {len(mine):,} tokens are kept")
     return replace(load(tokenizer=trimmed, raw=raw), teacher_token_ids=token_ids)
+
+
+def _prompt_names(recipe: Recipe) -> tuple[str | None, str | None]:
+    """The names of the student's and of the teacher's prompt; ``None``: the default of its folder."""
+    data = recipe.data
+    if not isinstance(data, TextDataConfig) or data.task != "embedding":
+        return None, None
+    theirs = data.prompt if data.teacher_prompt is None else data.teacher_prompt
+    return theirs if data.prompt is None and recipe.student.model == "teacher" else data.prompt, theirs
+
+
+def _prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """What student and teacher read before each text; for ranking, the student before each column.
+
+    Raises:
+        ConfigError: members of an ensemble have different prompts.
+    """
+    task, (mine, theirs) = recipe.data.task, _prompt_names(recipe)
+    if task not in TEACHER_ONLY_TASKS:
+        return [], []
+    teachers = [] if recipe.teacher is None else [m.model or "" for m in recipe.teacher.each]
+    own = teachers[0] if recipe.student.model == "teacher" and teachers else recipe.student.model
+    if task == "ranking":
+        return ranking_prompts(_prompt_settings(own)), []
+    known = {_find_prompt(model, theirs, "data.teacher_prompt") for model in teachers}
+    if len(known) > 1:
+        raise ConfigError(
+            f"the members have different prompts: {shorten(', '.join(sorted(known)))}; all read the same texts",
+            where="data.teacher_prompt",
+            remedy='set it to a prompt that they share, or to ""',
+        )
+    return [_find_prompt(own, mine, "data.prompt")], list(known) or [""]
+
+
+def _find_prompt(model: str, name: str | None, where: str) -> str:
+    try:
+        return find_prompt(_prompt_settings(model), name)
+    except ModelError as error:
+        error.where = where
+        raise
+
+
+def _prompt_settings(model: str) -> dict[str, Any]:
+    return read_prompt_settings(resolve_source(model)[0]) if model.partition(":")[0] in ("hf", "package") else {}
+
+
+def use_prompt(model: nn.Module, name: str | None, data: Data) -> None:
+    """Make a sentence encoder read its texts with the prompt of this name, which is saved with it."""
+    if isinstance(model, SentenceEncoder) and not isinstance(model, BiEncoder):
+        assert isinstance(data, TextData)
+        model.after.use_prompt(name, data.tokenizer)
 
 
 def training_texts(raw: RawTextData, data: TextData, columns: Sequence[str]) -> list[str]:

@@ -17,6 +17,8 @@ from tutelage.experiment.run import read_config, read_summary
 from tutelage.export.bundle import Inputs, ModelBundle, load_bundle, named_inputs
 from tutelage.models import MODEL_CARD
 from tutelage.models.files import read_card
+from tutelage.models.pretrained import SentenceEncoder
+from tutelage.models.sentence_modules import ranking_prompts
 from tutelage.progress import Terminal
 
 SUMMARY, CONFIG, STUDENT = "summary.json", "config.yaml", "student"
@@ -118,9 +120,15 @@ def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal, *, is_own: 
                 remedy="restore the files that the run wrote",
             )
     unused = {"kind", "metric", "tokenizer", "views", "workers", "classes", "pack", "teacher_text", "labels",
-              "unlabeled", "route"}  # fmt: skip
-    fields = config.model_dump(exclude=unused)
-    return load_texts(**fields, tokenizer=bundle.tokenizer, classes=bundle.classes or None, progress=terminal.iterate)
+              "unlabeled", "route", "prompt", "teacher_prompt"}  # fmt: skip
+    fields, model = config.model_dump(exclude=unused), bundle.model
+    prompts: list[str] = []
+    if isinstance(model, SentenceEncoder):
+        prompts = ranking_prompts(model.after.settings) if config.task == "ranking" else [model.after.prompt]
+    return load_texts(
+        **fields, tokenizer=bundle.tokenizer, classes=bundle.classes or None, prompts=(prompts, prompts),
+        progress=terminal.iterate,
+    )  # fmt: skip
 
 
 def rows_of(split: Any, count: int, task: str, *, is_teacher: bool = False) -> list[Inputs]:

@@ -86,13 +86,15 @@ def load_bundle(folder: str | Path) -> ModelBundle:
         )
     if isinstance(model, BiEncoder):  # an export of a bi-encoder embeds one text
         model, task = SentenceEncoder(model.model, model.after).eval(), "embedding"
-    preprocessing = card.get("preprocessing") or {}
+    known = {k: v for k, v in (card.get("preprocessing") or {}).items() if k not in ("tokenizer", "prompts")}
+    preprocessing = known or _preprocessing(model, task, folder)
+    if isinstance(model, SentenceEncoder) and model.after.prompt:
+        preprocessing["prompt"] = model.after.prompt
     return ModelBundle(
         model=model,
         task=task,
         classes=list(card.get("classes") or label_names(model) or []) if task not in UNLABELLED else [],
-        preprocessing={k: v for k, v in preprocessing.items() if k != "tokenizer"}
-        or _preprocessing(model, task, folder),
+        preprocessing=preprocessing,
         tokenizer=None if task == "images" else _tokenizer(folder),
         folder=folder,
         source=str(folder),
@@ -126,7 +128,8 @@ def _preprocessing(model: nn.Module, task: str, folder: Path) -> dict[str, Any]:
             return files.preprocessing.to_dict()
         size = getattr(config, "image_size", None) or 224
         return {"size": size if isinstance(size, int) else size[0], "channels": getattr(config, "num_channels", 3)}
-    return {"max_length": int(getattr(config, "max_position_embeddings", 512))}
+    limit = model.after.max_length if isinstance(model, SentenceEncoder) else None
+    return {"max_length": limit or int(getattr(config, "max_position_embeddings", 512))}
 
 
 def _tokenizer(folder: Path) -> Any:

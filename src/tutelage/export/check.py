@@ -110,9 +110,9 @@ def split_first_row(batches: Sequence[Inputs]) -> Iterator[Inputs]:
 
 
 def random_inputs(
-    task: str, preprocessing: dict[str, Any], names: Sequence[str], vocabulary: int, rows: int = 64
+    task: str, preprocessing: dict[str, Any], names: Sequence[str], vocabulary: int, rows: int = 64, shortest: int = 1
 ) -> list[Inputs]:
-    """Random inputs from a fixed seed, for a model without data."""
+    """Random inputs from a fixed seed, for a model without data; texts have at least ``shortest`` tokens."""
     generator = torch.Generator().manual_seed(0)
     if task == "images":
         size, channels = int(preprocessing["size"]), int(preprocessing["channels"])
@@ -122,9 +122,9 @@ def random_inputs(
     longest = max(min(int(preprocessing.get("max_length", 64)), 64), 2)
     batches = []
     for i in range(max(1, rows // 16)):
-        length = max(2, longest - 5 * i)
+        length = max(2, shortest, longest - 5 * i)
         ids = torch.randint(0, vocabulary, (16, length), generator=generator)
-        mask = (torch.arange(length) < torch.randint(1, length + 1, (16, 1), generator=generator)).long()
+        mask = (torch.arange(length) < torch.randint(shortest, length + 1, (16, 1), generator=generator)).long()
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
         batches.append({name: inputs[name] for name in names})
     return batches

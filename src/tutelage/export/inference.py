@@ -135,6 +135,7 @@ def tokenize_texts(export: Export, texts: Sequence[str]) -> Inputs:
     columns: list[list[str]] = [list(texts)]
     if export.manifest.get("pairs"):
         columns = [list(side) for side in zip(*(_split_pair(text) for text in texts), strict=True)]
+    columns[0] = [export.manifest["preprocessing"].get("prompt", "") + text for text in columns[0]]
     encoding = tokenizer(
         *columns, truncation=True, max_length=export.manifest["preprocessing"].get("max_length"), padding=True,
         padding_side="right", return_tensors="pt",

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from tutelage.errors import CapabilityError, ConfigError, ModelError, first_line, require
 from tutelage.files import silence_transformers
-from tutelage.models.sentence_modules import DenseLayer, SentenceModules, read_sentence_modules
+from tutelage.models.sentence_modules import (
+    DenseLayer,
+    SentenceModules,
+    ranking_prompts,
+    read_score_activation,
+    read_sentence_modules,
+)
 
 # transformers imports torchao where it is installed, and torch then warns about how torchao registers its types
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
@@ -96,7 +102,7 @@ def load_pretrained(model: str, task: str, classes: list[str] | None, options: d
     config = transformers.AutoConfig.from_pretrained(source, **file)
     if task == "ranking" and any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
         module, fresh = _from_pretrained("AutoModelForSequenceClassification", source, options)
-        return _with_fresh(CrossEncoder(module), fresh)
+        return _with_fresh(CrossEncoder(module, read_score_activation(source, config.to_dict())), fresh)
     if task in ("images", *PROBLEM_TYPES, "tokens") and classes is not None:
         own = len(config.id2label) == len(classes) and _has_head(config)
         if not own or names_in(config) is None:
@@ -113,6 +119,8 @@ def load_pretrained(model: str, task: str, classes: list[str] | None, options: d
         module = _strip_gguf(module)
     if task in WRAPPERS:
         module = WRAPPERS[task](module, read_sentence_modules(source))
+        if not module.after.pooling.include_prompt and module.after.prompt:
+            module.after.use_prompt(None, load_tokenizer(model))
     return _with_fresh(module, fresh)
 
 
@@ -260,6 +268,11 @@ class SentenceEncoder(nn.Module):
         self.after.save(Path(folder), self.config.hidden_size)
 
 
+def fewest_tokens(model: nn.Module) -> int:
+    """The fewest tokens of a text: one more than those of a prompt that the pooling leaves out."""
+    return 1 + (model.after.skip if isinstance(model, SentenceEncoder) else 0)
+
+
 def _positive_and_negative(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """The inputs of the two answers, without their prefix."""
     prefixes = ("positive_", "negative_")
@@ -267,7 +280,24 @@ def _positive_and_negative(inputs: Mapping[str, Tensor]) -> list[dict[str, Tenso
 
 
 class BiEncoder(SentenceEncoder):
-    """Scores of two answers to a query: dot products of the embeddings of query and answer."""
+    """Scores of two answers to a query: dot products of the embeddings of query and answer.
+
+    Raises:
+        CapabilityError: the pooling leaves out a prompt, and queries and answers have different ones.
+    """
+
+    def __init__(self, model: nn.Module, modules: SentenceModules | None = None) -> None:
+        super().__init__(model, modules)
+        settings = self.after.settings
+        if not self.after.pooling.include_prompt and any((settings.get("prompts") or {}).values()):
+            raise CapabilityError(
+                "its pooling leaves out the tokens of a prompt (include_prompt: false), which a student for ranking "
+                "does not support",
+                remedy="use an encoder whose pooling includes the prompt",
+            )
+        query, answer, _ = ranking_prompts(settings)
+        if query or answer:
+            settings["prompts"] = {**settings["prompts"], "query": query, "document": answer}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Tensor:  # noqa: D102
         own = {k: v for k, v in more.items() if not k.startswith(("positive_", "negative_"))}
@@ -279,13 +309,17 @@ class BiEncoder(SentenceEncoder):
 class CrossEncoder(nn.Module):
     """Scores of two answers to a query; the model reads query and answer together.
 
+    Args:
+        model: a model with one output for each pair.
+        activation: applied to that output. Default: none.
+
     Raises:
         CapabilityError: the model has more than one output per pair.
     """
 
     weights_prefix = "model."
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, activation: nn.Module | None = None) -> None:
         super().__init__()
         labels = model.config.num_labels  # type: ignore[union-attr]
         if labels != 1:
@@ -293,11 +327,13 @@ class CrossEncoder(nn.Module):
                 f"a cross-encoder has one output for each pair, and this model has {labels}",
                 remedy="use one that was trained to rank, with num_labels 1",
             )
-        self.model = model
+        self.model, self.activation = model, activation or nn.Identity()
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Scores ``[B, 2]`` of the positive and the negative answer."""
-        return torch.stack([self.model(**side).logits[:, 0] for side in _positive_and_negative(inputs)], -1)
+        logits = torch.stack([self.model(**side).logits[:, 0] for side in _positive_and_negative(inputs)], -1)
+        scores: Tensor = self.activation(logits)
+        return scores
 
 
 WRAPPERS: dict[str, type[SentenceEncoder]] = {

@@ -42,18 +42,18 @@ class Pooling(nn.Module):
         modes = flags if ordered == list(self.modes) else {"pooling_mode": list(self.modes)}
         return {"word_embedding_dimension": width, **modes, "include_prompt": self.include_prompt}
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """``mask`` ``[B, L]`` is 1 at tokens that are not padding."""
-        return torch.cat([self._pool(mode, states, mask) for mode in self.modes], -1)
+    def forward(self, states: Tensor, mask: Tensor, skip: int = 0) -> Tensor:
+        """``mask`` ``[B, L]`` is 1 at tokens that are not padding; the first ``skip`` of these are left out."""
+        place, first = torch.arange(mask.shape[1], device=mask.device), mask.to(torch.int32).argmax(1)
+        if skip:
+            mask = mask * (place >= first.unsqueeze(-1) + skip).to(mask.dtype)
+        return torch.cat([self._pool(mode, states, mask, place, first) for mode in self.modes], -1)
 
-    def _pool(self, mode: str, states: Tensor, mask: Tensor) -> Tensor:
+    def _pool(self, mode: str, states: Tensor, mask: Tensor, place: Tensor, first: Tensor) -> Tensor:
         weight = mask.unsqueeze(-1).to(states.dtype)
-        rows, place = torch.arange(len(states), device=states.device), torch.arange(mask.shape[1], device=mask.device)
-        first = mask.to(torch.int32).argmax(1)
-        if mode == "cls":
-            return states[rows, first]
-        if mode == "lasttoken":
-            return states[rows, (mask * place).argmax(1)]
+        if mode in ("cls", "lasttoken"):
+            token = mask.to(torch.int32).argmax(1) if mode == "cls" else (mask * place).argmax(1)
+            return states.gather(1, token.view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
         if mode == "max":
             return states.masked_fill(weight == 0, float("-inf")).amax(1)
         if mode == "weightedmean":  # weights 1, 2, 3 ... from the first token that is not padding
@@ -68,10 +68,11 @@ class DenseLayer(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
-        path = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+        path = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
         activation = getattr(nn, path.rpartition(".")[2], None)
         allowed = (None, False, "sentence_embedding")
-        unsupported = [k for k in ("use_residual", "module_output_name") if config.get(k) not in allowed]
+        names = ("use_residual", "module_input_name", "module_output_name")
+        unsupported = [k for k in names if config.get(k) not in allowed]
         if not path.startswith("torch.nn.") or activation is None or unsupported:
             raise ModelError(
                 f"its Dense module has {shorten(unsupported or path)}, which is not supported",
@@ -100,7 +101,10 @@ class SentenceModules(nn.Module):
         pooling: default the mean over tokens.
         layers: each a :class:`DenseLayer` or :class:`UnitLength`.
         max_length: tokens that a text is cut to; ``None`` if the folder names no limit.
-        settings: prompts and similarity function of the folder, saved as they are.
+        settings: ``prompts``, ``default_prompt_name`` and ``similarity_fn_name``, as the folder has them.
+
+    Attributes:
+        skip: number of tokens of the prompt, if the pooling leaves them out.
     """
 
     def __init__(
@@ -112,27 +116,45 @@ class SentenceModules(nn.Module):
     ) -> None:
         super().__init__()
         self.pooling, self.layers, self.max_length = pooling or Pooling(), nn.ModuleList(layers), max_length
-        self.settings = settings or {}
+        self.settings, self.skip = settings or {}, 0
+
+    @property
+    def prompt(self) -> str:
+        """What stands before each text; empty without a default prompt."""
+        return find_prompt(self.settings)
+
+    def use_prompt(self, name: str | None, tokenizer: Any) -> None:
+        """Make the prompt of this name the default, which is saved; ``None``: the folder's; empty: no prompt.
+
+        Raises:
+            ModelError: the folder has no such prompt.
+        """
+        text = find_prompt(self.settings, name)
+        if name is not None:
+            self.settings = {**self.settings, "default_prompt_name": name or None}
+        self.skip = 0 if self.pooling.include_prompt or not text else _prompt_length(tokenizer, text)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Embeddings of hidden states ``[B, L, D]``."""
-        x: Tensor = self.pooling(states, mask)
+        x: Tensor = self.pooling(states, mask, self.skip)
         for layer in self.layers:
             x = layer(x)
         return x
 
     def describe(self) -> list[str]:
         """The modules in order, as text."""
-        return ["+".join(self.pooling.modes), *(str(layer) for layer in self.layers)]
+        skip = [f"without {self.skip} tokens of the prompt"] if self.skip else []
+        return ["+".join(self.pooling.modes), *skip, *(str(layer) for layer in self.layers)]
 
     def tensors(self, folder: Path, prefix: str) -> dict[str, Tensor]:
         """The tensors of the dense layers in a saved folder, by their names below ``prefix``."""
-        tensors: dict[str, Tensor] = {}
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, DenseLayer):
-                read = load_file(folder / f"{i + 2}_Dense" / "model.safetensors")
-                tensors |= {f"{prefix}layers.{i}.{name}": tensor for name, tensor in read.items()}
-        return tensors
+        listed = _json(str(folder), MODULES) or []
+        return {
+            f"{prefix}layers.{i}.{name}": tensor
+            for i, one in enumerate(listed[2:])
+            if str(one.get("type", "")).endswith("Dense")
+            for name, tensor in _dense_weights(str(folder), one["path"]).items()
+        }
 
     def save(self, folder: Path, width: int) -> None:
         """Write the files that sentence-transformers reads, for an encoder with hidden states of ``width``."""
@@ -174,6 +196,7 @@ def read_sentence_modules(source: str) -> SentenceModules:
     """
     listed = _json(source, MODULES)
     if listed is None:
+        _check_no_modules(source)
         return SentenceModules()
     kinds = [str(one.get("type", "")).rpartition(".")[2] for one in listed]
     if kinds[:2] != ["Transformer", "Pooling"] or listed[0].get("path") or set(kinds[2:]) - {"Dense", "Normalize"}:
@@ -181,8 +204,6 @@ def read_sentence_modules(source: str) -> SentenceModules:
             f"its modules are {shorten(', '.join(kinds))}, and an embedding of them cannot be computed",
             remedy="use a model of Transformer (in the folder itself), Pooling, and then Dense or Normalize",
         )
-    settings = _json(source, SETTINGS) or {}
-    _check_prompts(settings)
     limits = _json(source, "sentence_bert_config.json") or {}
     if limits.get("do_lower_case"):
         raise ModelError(
@@ -192,11 +213,20 @@ def read_sentence_modules(source: str) -> SentenceModules:
     layers: list[nn.Module] = []
     for one, kind in zip(listed[2:], kinds[2:], strict=True):
         layers.append(UnitLength() if kind == "Normalize" else _dense(source, one["path"]))
-    saved = {
-        key: settings[key] for key in ("prompts", "default_prompt_name", "similarity_fn_name") if key in settings
-    }
+    limit = limits.get("max_seq_length") or _tokenizer_limit(source)
     pooling = _pooling(_json(source, f"{listed[1]['path']}/config.json") or {})
-    return SentenceModules(pooling, layers, limits.get("max_seq_length") or _tokenizer_limit(source), saved)
+    return SentenceModules(pooling, layers, limit, read_prompt_settings(source))
+
+
+def _check_no_modules(source: str) -> None:
+    """Raise :class:`ModelError` if a model of the hub may have a ``modules.json`` that was not downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not Path(source).is_dir() and try_to_load_from_cache(source, MODULES) is None:
+        raise ModelError(
+            f"its {MODULES}, which names its pooling, is not in the cache of the hub, and the hub cannot be reached",
+            remedy="download it with a network, or give the folder of the whole model: hf:FOLDER",
+        )
 
 
 def _tokenizer_limit(source: str) -> int | None:
@@ -205,14 +235,70 @@ def _tokenizer_limit(source: str) -> int | None:
     return int(limit) if limit is not None and limit < 10**9 else None
 
 
-def _check_prompts(config: dict[str, Any]) -> None:
-    default = config.get("default_prompt_name")
-    prompt = (config.get("prompts") or {}).get(default) if default is not None else None
-    if prompt:
+def read_prompt_settings(source: str) -> dict[str, Any]:
+    """Prompts and similarity function of a folder or hub id of sentence-transformers; empty if it names none.
+
+    Raises:
+        ModelError: the default prompt is not one of the prompts.
+    """
+    given = _json(source, SETTINGS) or {}
+    settings = {k: given[k] for k in ("prompts", "default_prompt_name", "similarity_fn_name") if k in given}
+    find_prompt(settings)
+    return settings
+
+
+def find_prompt(settings: dict[str, Any], name: str | None = None) -> str:
+    """The text of a prompt; ``None``: of the default prompt, if there is one; an empty name: no prompt.
+
+    Raises:
+        ModelError: there is no such prompt.
+    """
+    prompts = settings.get("prompts") or {}
+    name = settings.get("default_prompt_name") if name is None else name
+    if name and name not in prompts:
         raise ModelError(
-            f"it puts the prompt {shorten(prompt)} before each text, which is not supported",
-            remedy="put the prompt into the texts, and set default_prompt_name to null in a copy of the model",
+            f"its {SETTINGS} has no prompt {shorten(name)}; it has: {', '.join(prompts) or 'none'}",
+            remedy='name one of these, or "" for no prompt' if prompts else "leave it out, or put it into the texts",
         )
+    return str(prompts[name] or "") if name else ""
+
+
+def ranking_prompts(settings: dict[str, Any]) -> list[str]:
+    """The prompts of a query and of its two answers, as sentence-transformers documents ``encode_query`` and
+    ``encode_document``; neither uses the default prompt."""
+    prompts = settings.get("prompts") or {}
+    answer = next((prompts[name] for name in ("document", "passage", "corpus") if prompts.get(name)), "")
+    return [str(prompts.get("query") or ""), str(answer), str(answer)]
+
+
+def _prompt_length(tokenizer: Any, prompt: str) -> int:
+    """The number of tokens of a prompt, without a special token at its end (as sentence-transformers counts)."""
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    return len(ids) - int(bool(ids) and ids[-1] in tokenizer.all_special_ids)
+
+
+def read_score_activation(source: str, config: dict[str, Any]) -> nn.Module:
+    """What a cross-encoder applies to its logit, as its files name it; nothing where no file names it.
+
+    Raises:
+        ModelError: it is no activation of torch.nn, or the folder has a module or a prompt that is not supported.
+    """
+    settings = _json(source, SETTINGS) or {}
+    named = [settings.get("activation_fn"), (config.get("sentence_transformers") or {}).get("activation_fn")]
+    path = next(
+        (str(p) for p in [*named, config.get("sbert_ce_default_activation_function")] if p), "torch.nn.Identity"
+    )
+    activation = getattr(nn, path.rpartition(".")[2], None)
+    modules = [str(one.get("type", "")).rpartition(".")[2] for one in _json(source, MODULES) or []]
+    wrong = (
+        f"the activation {shorten(path)}" if not path.startswith("torch.nn.") or activation is None
+        else f"the modules {shorten(', '.join(modules))}" if modules not in ([], ["Transformer"])
+        else f"the prompt {shorten(find_prompt(settings))}" if find_prompt(settings) else None
+    )  # fmt: skip
+    if wrong is not None:
+        raise ModelError(f"a cross-encoder with {wrong}, which is not supported", remedy="use another teacher")
+    module: nn.Module = activation()  # type: ignore[misc]
+    return module
 
 
 def _pooling(config: dict[str, Any]) -> Pooling:
@@ -227,15 +313,17 @@ def _pooling(config: dict[str, Any]) -> Pooling:
 
 def _dense(source: str, path: str) -> DenseLayer:
     layer = DenseLayer(_json(source, f"{path}/config.json") or {})
-    file = _file(source, f"{path}/model.safetensors")
-    if file is not None:
-        weights = load_file(file)
-    elif (file := _file(source, f"{path}/pytorch_model.bin")) is not None:
-        weights = torch.load(file, weights_only=True, map_location="cpu")
-    else:
-        raise ModelError(f"{path} has no weights", remedy="download the whole model again")
-    layer.load_state_dict(weights)
+    layer.load_state_dict(_dense_weights(source, path))
     return layer
+
+
+def _dense_weights(source: str, path: str) -> dict[str, Tensor]:
+    if (file := _file(source, f"{path}/model.safetensors")) is not None:
+        return load_file(file)
+    if (file := _file(source, f"{path}/pytorch_model.bin")) is not None:
+        weights: dict[str, Tensor] = torch.load(file, weights_only=True, map_location="cpu")
+        return weights
+    raise ModelError(f"{path} has no weights", remedy="download the whole model again")
 
 
 def _file(source: str, name: str) -> Path | None:
