@@ -17,11 +17,12 @@ from tutelage.cli.doctor_checks import examine
 from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, Recipe, build_recipe, load_recipe
 from tutelage.data import load_texts
 from tutelage.errors import CapabilityError, ConfigError, TutelageError
-from tutelage.experiment.recipe_source import load_text_data
+from tutelage.experiment.recipe_source import load_data, load_text_data, recipe_spec
 from tutelage.methods.label_losses import LABEL_LOSSES
 from tutelage.models import load_model
 from tutelage.progress import Terminal
 from tutelage.search.search import search_recipe
+from tutelage.students import to_float_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -116,6 +117,55 @@ def test_every_task_trains_and_is_measured(
     assert load_model("out/student") is not None
     assert Path("out/student/tokenizer.json").exists()
     assert Path("out/report.html").exists()
+
+
+def sizes(count: int) -> list[dict[str, Any]]:
+    """Texts with two targets of their kind, of mean 400,000 and 0.02."""
+    kinds = {"math": (300_000.0, 0.011), "net": (400_000.0, 0.02), "sound": (500_000.0, 0.035)}
+    rows = [{**r, **dict(zip(("price", "rate"), kinds[r["label"]], strict=True))} for r in sentences(count)]
+    return [{**r, "price": r["price"] + 1_000 * (len(r["text"]) % 7)} for r in rows]
+
+
+@pytest.mark.parametrize("student", [{}, {"lora": {"rank": 4}}], ids=["all weights", "lora"])
+def test_targets_of_any_size_are_learned_and_the_student_answers_in_their_units(student: dict[str, Any]) -> None:
+    encoder(Path("encoder"))
+    table(Path("d.jsonl"), sizes(240))
+    data = {"task": "regression", "label": ["price", "rate"]}
+    more = {**LONGER, "method": {"kind": "logit"}, "student": {"model": "teacher", "layers": 1, **student}}
+    summary = run(recipe(data, **more))
+    teacher, best = summary["teacher"], summary["students"]["distilled"]["best"]
+    assert teacher["r2"] > 0.7
+    assert best["r2"]["mean"] > 0.5
+    assert teacher["per_target"]["rmse"][0] == pytest.approx(
+        80_000 * (1 - teacher["per_target"]["r2"][0]) ** 0.5, rel=0.2
+    )
+    assert best["rmse"]["mean"] > best["mae"]["mean"] > 1_000
+    cutter = transformers.AutoTokenizer.from_pretrained("out/student")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained("out/student").eval()
+    assert type(model.classifier) is torch.nn.Linear
+    with torch.no_grad():
+        price, rate = model(**cutter("a simple tool for audio with stereo mixer", return_tensors="pt")).logits[0]
+    assert 420_000 < price < 560_000
+    assert 0.02 < rate < 0.05
+    page = Path("out/report.html").read_text()
+    assert "RMSE" in page
+    assert "distilled student, price" in page
+
+
+def test_a_teacher_in_the_targets_units_is_as_good_as_its_own_student_at_first() -> None:
+    encoder(Path("encoder"))
+    table(Path("d.jsonl"), sizes(120))
+    data = {"task": "regression", "label": "price"}
+    first = recipe(data, **LONGER, method={"kind": "logit"})
+    run(first)
+    given = {"model": f"hf:{Path('out/student').resolve()}"}
+    r = recipe(data, teacher=given, method={"kind": "logit"}, student={"model": "teacher"})
+    source = recipe_spec(r, load_data(r, Terminal(speaks=False))).source
+    teacher, student = source.build_teacher(0).eval(), source.with_teacher(source.build_teacher(0)).build_student(0)
+    ids = torch.randint(5, 20, (4, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(student.eval()(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1)
+        torch.testing.assert_close(to_float_model(student)(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1)
 
 
 def test_a_bi_encoder_learns_from_a_cross_encoder() -> None:

@@ -25,7 +25,7 @@ TEXT_SOURCES = ("table", "plain", "hf:DATASET_ID")
 METRICS: dict[str, tuple[str, ...]] = {
     "classes": ("accuracy", "f1", "matthews"),
     "multi-label": ("f1", "accuracy"),
-    "regression": ("spearman", "pearson"),
+    "regression": ("spearman", "pearson", "r2"),
     "tokens": ("accuracy", "f1"),
     "mlm": ("accuracy",),
     "causal": ("accuracy",),
@@ -163,9 +163,10 @@ class TextDataConfig(SplitsConfig):
     path: str | dict[Literal["train", "validation", "test"], str] | None = None
     """A file or a folder, or one for each split: ``{train: a.parquet, test: b.parquet}``."""
     task: TextTask = "classes"
-    """``classes``: one label for each text; ``multi-label``: any number; ``regression``: numbers; ``tokens``: a label
-    for each word; ``mlm``: masked language modelling; ``causal``: the next token; ``embedding``: no labels, for
-    sentence encoders; ``ranking``: a query, a relevant and another passage."""
+    """``classes``: one label for each text; ``multi-label``: any number; ``regression``: numbers, in any unit: losses
+    are computed on targets standardised by the training split; ``tokens``: a label for each word; ``mlm``: masked
+    language modelling; ``causal``: the next token; ``embedding``: no labels, for sentence encoders; ``ranking``: a
+    query, a relevant and another passage."""
     text: TextColumns = "text"
     """Column of the texts; a list of two for pairs, of three for ``ranking``. For ``tokens``: a column of lists of
     words. For ``causal``: texts, conversations (lists of messages with role and content), or a prompt and its
@@ -182,7 +183,7 @@ class TextDataConfig(SplitsConfig):
     label: str | list[str] | None = None
     """Column of the labels: names, numbers, or lists of either; or a list of columns (yes or no, or numbers).
     Default: ``label``, if the task has labels."""
-    metric: Literal["accuracy", "f1", "matthews", "spearman", "pearson"] | None = None
+    metric: Literal["accuracy", "f1", "matthews", "spearman", "pearson", "r2"] | None = None
     """Metric that selects the best model. Default: ``f1`` for ``multi-label``, ``spearman`` for ``regression`` and
     ``embedding``, else ``accuracy``."""
     tokenizer: str | None = None

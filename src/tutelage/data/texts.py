@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from tutelage.data.alignment import NOWHERE, align_predicted
 from tutelage.data.batch import IGNORE, LABELS, Batch, TextTask
 from tutelage.data.chat import Learn
 from tutelage.data.images import choose_rows, complete_splits, hide_labels
+from tutelage.data.targets import TargetScale, target_scale
 from tutelage.data.text_sources import (
     Paths,
     RawTextData,
@@ -168,6 +170,11 @@ class TextData:
     def spec(self) -> dict[str, Any]:
         """Arguments of the model that fits the data."""
         return {"classes": len(self.classes), "task": self.task}
+
+    @cached_property
+    def target_scale(self) -> TargetScale | None:
+        """The scale of the training targets of ``regression``; ``None`` for other tasks."""
+        return target_scale(self.train.targets, self.train.labels) if self.task == "regression" else None
 
     def summary(self) -> str:
         """The data in a few words."""

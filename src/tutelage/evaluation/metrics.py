@@ -206,7 +206,7 @@ class _AllRows(Metrics):
 
 
 class NumberScores(_AllRows):
-    """Regression metrics: Spearman's and Pearson's correlation (mean over columns), mean squared error."""
+    """Regression metrics: correlations, errors and the explained share of the variance, means over targets."""
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add rows."""
@@ -217,20 +217,39 @@ class NumberScores(_AllRows):
             self.store("teacher", teacher, rows)
 
     def result(self) -> dict[str, Any]:
-        """``spearman``, ``pearson`` and ``loss``, the mean squared error; with a teacher, ``agreement``."""
+        """``spearman``, ``pearson``, ``rmse``, ``mae``, ``r2`` and ``loss``, the mean squared error, over labels.
+
+        Errors are in the targets' units. ``r2`` is 1 - error / variance, 0 for a constant target. With a teacher
+        there is ``agreement``, the rank correlation with it. With several targets ``per_target`` has the figures of
+        each.
+        """
         predicted, true, has = self.all("predicted"), self.all("true"), self.all("has")
-        if predicted is None or true is None or has is None:
-            return {"n": 0, "spearman": 0.0, "pearson": 0.0, "loss": 0.0}
+        if predicted is None or true is None or has is None or not bool((has > 0).any()):
+            return {"n": 0, **dict.fromkeys(("spearman", "pearson", "rmse", "mae", "r2", "loss"), 0.0)}
         known = has[:, 0] > 0
-        out = {
-            "n": int(known.sum()), "spearman": correlation(ranks(predicted[known]), ranks(true[known])),
-            "pearson": correlation(predicted[known], true[known]),
-            "loss": float((predicted[known] - true[known]).square().sum(-1).mean()) if bool(known.any()) else 0.0,
-        }  # fmt: skip
+        x, y = predicted[known], true[known]
+        each = regression_figures(x, y)
+        out: dict[str, Any] = {"n": len(x), **{name: float(value.mean()) for name, value in each.items()}}
+        out["loss"] = float((x - y).square().mean())
+        if x.shape[1] > 1:
+            out["per_target"] = {name: value.tolist() for name, value in each.items()}
         theirs = self.all("teacher")
         if theirs is not None:
             out["agreement"] = correlation(ranks(predicted), ranks(theirs))
         return out
+
+
+def regression_figures(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
+    """The figures of each column of ``[N, C]``, ``[C]`` each: correlations, errors in its units, and R^2."""
+    error, spread = predicted - true, (true - true.mean(0)).square().mean(0)
+    square = error.square().mean(0)
+    return {
+        "spearman": correlations(ranks(predicted), ranks(true)),
+        "pearson": correlations(predicted, true),
+        "rmse": square.sqrt(),
+        "mae": error.abs().mean(0),
+        "r2": torch.where(spread > 0, 1 - square / spread.clamp(min=1e-30), 0.0),
+    }
 
 
 class EmbeddingScores(_AllRows):
@@ -298,9 +317,14 @@ def ranks(x: Tensor) -> Tensor:
 
 def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's correlation of the columns of ``[N, C]``, averaged; 0 for a constant column."""
+    return float(correlations(x, y).mean()) if len(x) else 0.0
+
+
+def correlations(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation of each column of ``[N, C]``; 0 for a constant one."""
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
     size = (x.square().sum(0) * y.square().sum(0)).sqrt()
-    return float(torch.where(size > 0, (x * y).sum(0) / size.clamp(min=1e-30), 0.0).mean()) if len(x) else 0.0
+    return torch.where(size > 0, (x * y).sum(0) / size.clamp(min=1e-30), 0.0)
 
 
 METRICS: dict[str, Callable[[torch.device], Metrics]] = {

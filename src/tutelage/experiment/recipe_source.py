@@ -35,12 +35,14 @@ from tutelage.data import (
     read_texts,
 )
 from tutelage.data.batch import IGNORE, LABELS
+from tutelage.data.targets import TargetScale
 from tutelage.data.text_sources import RawTextData
 from tutelage.data.texts import as_list
 from tutelage.errors import ConfigError, ModelError, at_key, shorten
 from tutelage.evaluation.harness import harness
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.image_inputs import files_of_models, load_recipe_images
+from tutelage.experiment.prepare import all_methods
 from tutelage.experiment.sample_predictions import decoded_text, normalised_image
 from tutelage.experiment.spec import (
     Arm,
@@ -60,7 +62,15 @@ from tutelage.models.files import read_card
 from tutelage.models.pretrained import BiEncoder, CrossEncoder, SentenceEncoder, resolve_source
 from tutelage.models.sentence_modules import find_prompt, ranking_prompts, read_prompt_settings
 from tutelage.progress import Terminal
-from tutelage.students import add_fake_quantisers, add_lora, block_influence, prune, trim_embeddings, trim_tokenizer
+from tutelage.students import (
+    add_fake_quantisers,
+    add_lora,
+    block_influence,
+    prune,
+    scale_outputs,
+    trim_embeddings,
+    trim_tokenizer,
+)
 from tutelage.teachers import CachedTeacher, RemoteTeacher
 
 ONE_VIEW = (
@@ -182,6 +192,10 @@ class RecipeSource:
     def _is_cut(self) -> bool:
         return self.recipe.student.model == "teacher"
 
+    @property
+    def target_scale(self) -> TargetScale | None:
+        return self.data.target_scale if isinstance(self.data, TextData) else None
+
     def with_teacher(self, teacher: nn.Module | None) -> RecipeSource:
         if not self._is_cut or teacher is None:
             return self
@@ -202,9 +216,11 @@ class RecipeSource:
         if self.teacher is not None:
             assert isinstance(data, TextData)
             student = prune_student(config, data, self.teacher, self.influence, seed)
+            student.fresh = []  # type: ignore[assignment]
         else:
             student = build_model(config, data, seed)
         use_prompt(student, _prompt_names(self.recipe)[0], data)
+        student = scale_outputs(student, self.target_scale)
         if config.lora is not None:
             student = add_lora(student, **config.lora.model_dump(), seed=seed)
         return student if config.qat is None else add_fake_quantisers(student)
@@ -227,12 +243,17 @@ class RecipeSource:
 
     def build_method(self) -> Method:
         options = self.recipe.method
-        return METHODS[options.kind](options, task=LABELS[self.recipe.data.task])
+        method = METHODS[options.kind](options, task=LABELS[self.recipe.data.task])
+        for each in all_methods(method):
+            each.target_scale = self.target_scale
+        return method
 
     def build_baseline_method(self) -> Method:
         if self.data.task in ("mlm", "causal"):
             return MaskedMethod() if self.data.task == "mlm" else SequenceMethod()
-        return SupervisedMethod(task=LABELS[self.data.task])
+        method = SupervisedMethod(task=LABELS[self.data.task])
+        method.target_scale = self.target_scale
+        return method
 
     def training_batches(self, arm: Arm, seed: int) -> PlannedBatches:
         """See :class:`ExperimentSource`; the baseline has the labelled samples."""

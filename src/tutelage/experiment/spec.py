@@ -11,6 +11,7 @@ from torch import nn
 
 from tutelage.config import CacheConfig, SamplesConfig, TrainConfig
 from tutelage.data import Batch, Batches
+from tutelage.data.targets import TargetScale
 from tutelage.engine import Accelerator, RunDirectory
 from tutelage.experiment.sample_predictions import DescribeSample, describe_image
 from tutelage.methods import Method
@@ -23,7 +24,8 @@ ModelTeacher = LiveTeacher | EnsembleTeacher
 """A teacher whose model is in this process."""
 
 FIGURES = (
-    "accuracy", "f1", "matthews", "spearman", "pearson", "recall", "perplexity", "loss", "agreement", "kl", "ece",
+    "accuracy", "f1", "matthews", "spearman", "pearson", "rmse", "mae", "r2", "recall", "perplexity", "loss",
+    "agreement", "kl", "ece",
 )  # fmt: skip
 """The metrics that a summary reports for every student."""
 
@@ -156,6 +158,11 @@ class ExperimentSource(Protocol):
     def with_teacher(self, teacher: nn.Module | None) -> ExperimentSource:
         """The same source, whose students are cut from ``teacher`` if they are parts of their teacher."""
         return self
+
+    @property
+    def target_scale(self) -> TargetScale | None:
+        """The scale of regression targets, in which losses are computed and output layers are trained."""
+        return None
 
     def build_student(self, seed: int) -> nn.Module:
         """A student's initial weights."""

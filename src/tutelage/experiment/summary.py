@@ -103,6 +103,7 @@ def _arm_figures(results: list[dict[str, Any]]) -> dict[str, Any]:
         "last": {k: spread([r["last"][k] for r in results]) for k in keys},
         "reliability": results[0]["best"].get("reliability"),
         "per_class": results[0]["best"].get("per_class"),
+        "per_target": results[0]["best"].get("per_target"),
         "seconds": spread([r["seconds"] for r in results]),
     }
 

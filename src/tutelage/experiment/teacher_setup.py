@@ -23,7 +23,7 @@ from tutelage.experiment.trainer import train_and_save
 from tutelage.methods import Method, check_capabilities, needs_of
 from tutelage.models import load_weights
 from tutelage.progress import Terminal
-from tutelage.students import feature_shapes
+from tutelage.students import feature_shapes, scale_outputs, to_float_model
 from tutelage.taps import Needs
 from tutelage.teachers import (
     Ensemble,
@@ -89,12 +89,17 @@ def _train_member(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.
         training = member_training(spec, ctx, number, model)
 
         def rebuild() -> tuple[nn.Module, Method]:
-            return spec.source.build_teacher(number), spec.source.build_baseline_method()
+            return build_member(spec, number), spec.source.build_baseline_method()
 
         train_and_save(training, ctx, rebuild, AsTeacher(spec.evaluation.test, number), None, dict(member.card), {})
         model = spec.source.build_teacher(number)
-    load_weights(model, ctx.run.model(member.name))
+    load_weights(to_float_model(model), ctx.run.model(member.name))
     return model
+
+
+def build_member(spec: ExperimentSpec, number: int) -> nn.Module:
+    """The untrained model of a teacher's member, as it is trained."""
+    return scale_outputs(spec.source.build_teacher(number), spec.source.target_scale)
 
 
 def member_training(spec: ExperimentSpec, ctx: RunContext, number: int, model: nn.Module) -> Training:
@@ -104,6 +109,7 @@ def member_training(spec: ExperimentSpec, ctx: RunContext, number: int, model: n
     assert member.training is not None
     if member.head_only:
         _freeze_pretrained(model)
+    model = scale_outputs(model, spec.source.target_scale)
     return Training(
         member.name, model, spec.source.build_baseline_method(), member.training.batches, member.training.config,
         ctx.run, validation=None if validation is None else AsTeacher(validation, number), seed=member.training.seed,

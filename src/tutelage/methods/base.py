@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tutelage.config import MethodOptions
 from tutelage.data.batch import Batch, Task
+from tutelage.data.targets import TargetScale
 from tutelage.errors import CapabilityError, ConfigError, shorten
 from tutelage.taps import Needs, Observation, Observer
 from tutelage.teachers.signal import Signal, Teacher
@@ -61,6 +62,7 @@ class Method(nn.Module):
         uses_unlabelled: whether the loss has a term for samples without a label; else only labelled ones are used.
         compares_tokens: whether it compares student and teacher token by token, so that both must read the same ones.
         task: the kind of labels.
+        target_scale: of regression; the terms are computed in units of the targets' standard deviation.
         loss_scales: the factor by which the engine multiplies the sum of each term; empty if unknown. A method that
             computes gradients in its forward pass needs them to add up its terms.
         peers: models to train with the student, in the form that the caller builds models from; ``None`` for a copy
@@ -80,6 +82,7 @@ class Method(nn.Module):
     uses_unlabelled: bool = True
     compares_tokens: bool = False
     task: Task = "classes"
+    target_scale: TargetScale | None = None
     loss_scales: Mapping[str, Tensor] = MappingProxyType({})
     peers: Sequence[Any] = ()
 
@@ -289,7 +292,8 @@ class DistillationModule(nn.Module):
             self.open()
         observer = None if needs is None else self._observer
         seen = Observation() if observer is None else observer(batch.inputs)
-        terms: dict[str, Term] = self.method(seen, batch, signal or Signal())
+        parts = _standardise(self.method.target_scale, seen, batch, signal or Signal())
+        terms: dict[str, Term] = self.method(*parts)
         return terms
 
     def __getattr__(self, name: str) -> Any:
@@ -297,6 +301,17 @@ class DistillationModule(nn.Module):
         if name in ("_no_split_modules", "get_input_embeddings", "get_output_embeddings", "tie_weights"):
             return getattr(self.student, name)
         return super().__getattr__(name)
+
+
+def _standardise(
+    scale: TargetScale | None, seen: Observation, batch: Batch, signal: Signal
+) -> tuple[Observation, Batch, Signal]:
+    """Outputs and targets in units of the targets' standard deviation."""
+    if scale is None or batch.targets is None:
+        return seen, batch, signal
+    ours, theirs = (None if x is None else scale.standardise(x) for x in (seen.logits, signal.logits))
+    targets = scale.standardise(batch.targets)
+    return replace(seen, logits=ours), replace(batch, targets=targets), replace(signal, logits=theirs)
 
 
 def check_task(method: Method, batch: Batch) -> None:

@@ -15,7 +15,7 @@ RANDOM_INPUTS = "made up"
 FRACTIONS = ("accuracy", "f1", "recall", "agreement")
 """Metrics that are shown in per cent."""
 
-HIGHER_IS_BETTER = ("accuracy", "f1", "matthews", "spearman", "pearson", "recall", "agreement")
+HIGHER_IS_BETTER = ("accuracy", "f1", "matthews", "spearman", "pearson", "r2", "recall", "agreement")
 
 
 class BenchPoint(NamedTuple):

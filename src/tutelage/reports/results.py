@@ -30,7 +30,7 @@ NEEDS_TEACHER = ("agreement", "kl")
 
 METRIC_LABELS = {
     "accuracy": "accuracy", "f1": "F1, x100", "matthews": "Matthews, x100", "spearman": "Spearman, x100",
-    "pearson": "Pearson, x100",
+    "pearson": "Pearson, x100", "r2": "R², x100",
 }  # fmt: skip
 """The metrics by which a run can select its weights, by their names in a summary."""
 

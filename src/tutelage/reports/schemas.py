@@ -35,6 +35,11 @@ class _StudentMetrics(_Record):
     agreement: _SeedSpread | None = None
     kl: _SeedSpread | None = None
     ece: _SeedSpread | None = None
+    rmse: _SeedSpread | None = None
+    mae: _SeedSpread | None = None
+    r2: _SeedSpread | None = None
+    spearman: _SeedSpread | None = None
+    pearson: _SeedSpread | None = None
 
 
 class _ReliabilityBins(_Record):
@@ -59,6 +64,7 @@ class _JointModel(_ByWeights):
 class _ArmResult(_ByWeights):
     reliability: _ReliabilityBins | None = None
     per_class: list[float] | None = None
+    per_target: dict[str, list[float]] | None = None
     seconds: _SeedSpread | None = None
     others: dict[str, _JointModel] | None = None
 
@@ -72,6 +78,12 @@ class _ModelMetrics(_Record):
     accuracy: float
     loss: float | None = None
     ece: float | None = None
+    rmse: float | None = None
+    mae: float | None = None
+    r2: float | None = None
+    spearman: float | None = None
+    pearson: float | None = None
+    per_target: dict[str, list[float]] | None = None
 
 
 class _EnsembleMember(_Record):

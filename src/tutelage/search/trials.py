@@ -31,6 +31,7 @@ from tutelage.experiment.run import open_run_directory
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher, RunContext
 from tutelage.experiment.teacher_setup import (
     build_live_teacher,
+    build_member,
     fits_memory,
     member_training,
     open_training_teacher,
@@ -43,6 +44,7 @@ from tutelage.methods import Method, check_capabilities
 from tutelage.models import MODEL_CARD, save_model
 from tutelage.progress import Terminal
 from tutelage.search.study import SEED_STEP, TrialRequest, TrialResult
+from tutelage.students import to_float_model
 from tutelage.teachers import MemoryTeacher, Teacher
 
 Report = Callable[[int, float], bool]
@@ -101,10 +103,10 @@ class TrialRunner:
             if member.training is None or (folder / MODEL_CARD).exists():
                 continue
             outcome = fit_with_progress(member_training(spec, ctx, number, model), ctx)
-            trained = spec.source.build_teacher(number)
+            trained = build_member(spec, number)
             trained.load_state_dict(outcome.best)
             with atomic_folder(folder) as draft:
-                save_model(trained, draft, dict(member.card))
+                save_model(to_float_model(trained), draft, dict(member.card))
         raw = recipe.model_dump(mode="json", exclude_none=True)
         return Recipe.model_validate({**raw, "teacher": with_trained_weights(raw["teacher"], run.path)})
 

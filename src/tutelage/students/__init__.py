@@ -17,12 +17,13 @@ from tutelage.students.projectors import (
 from tutelage.students.pruning import PrunedStudent, prune
 from tutelage.students.qat import add_fake_quantisers, is_quantisation_aware, to_float_model
 from tutelage.students.reused_head import ReusedHead, reuse_head
+from tutelage.students.scaled_outputs import scale_outputs
 from tutelage.students.vocabulary_trimming import trim_tokenizer
 
 __all__ = [
     "LAYER_MAPS", "PROJECTORS", "Projector", "PrunedStudent", "ReusedHead", "add_fake_quantisers", "add_lora",
     "block_influence", "build_projector", "describe_adapters", "dry_run", "eval_no_grad", "feature_shapes",
     "find_embedding_tap", "find_last_norm", "find_preactivations", "find_stages", "has_adapters",
-    "is_quantisation_aware", "match_dtype", "merge_lora", "prune", "resize_like", "reuse_head", "select_layers",
-    "to_float_model", "trim_embeddings", "trim_tokenizer",
+    "is_quantisation_aware", "match_dtype", "merge_lora", "prune", "resize_like", "reuse_head", "scale_outputs",
+    "select_layers", "to_float_model", "trim_embeddings", "trim_tokenizer",
 ]  # fmt: skip

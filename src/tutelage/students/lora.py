@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ConfigError, ModelError, require, shorten
+from tutelage.students.scaled_outputs import ScaledLinear
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
@@ -89,6 +90,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for path, layer in layers:
         base = layer.get_base_layer()
         linear = base.dequantise() if isinstance(base, NF4Linear) else base
+        linear = linear.to_linear() if isinstance(linear, ScaledLinear) else linear
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if embedding is not None and embedding.weight is linear.weight:  # tied: the head gets a weight of its own
             linear.weight = nn.Parameter(linear.weight.detach().clone())
@@ -190,7 +192,7 @@ def _target_paths(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a layer is linear and called as such; nn.MultiheadAttention reads the weight of its own subclass."""
-    return isinstance(module, NF4Linear) or (
+    return isinstance(module, (NF4Linear, ScaledLinear)) or (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and type(module).__name__ != "NonDynamicallyQuantizableLinear"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import ModelError, require
 from tutelage.students.lora import has_adapters, merge_lora
+from tutelage.students.scaled_outputs import ScaledLinear
 
 Bits = Literal["int8"]
 
@@ -102,12 +103,14 @@ def _convert(conv: Any, kind: type[nn.Conv2d]) -> nn.Conv2d:
 
 
 def to_float_model(model: nn.Module) -> nn.Module:
-    """Merge adapters into the weights and remove fake quantisers. Changes ``model`` in place."""
+    """Merge adapters and the scale of outputs into the weights, and remove fake quantisers. In place."""
     if has_adapters(model):
         model = merge_lora(model)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, FakeQuantizedConv2d):
             model.set_submodule(path, _convert(layer, nn.Conv2d))
+        elif isinstance(layer, ScaledLinear):
+            model.set_submodule(path, layer.to_linear())
         elif _is_fake_quantised_linear(layer):
             with torch.random.fork_rng(devices=[]):
                 linear = layer.to_linear()
