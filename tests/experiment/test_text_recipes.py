@@ -17,7 +17,8 @@ from tutelage.cli.doctor_checks import examine
 from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, Recipe, build_recipe, load_recipe
 from tutelage.data import load_texts
 from tutelage.errors import CapabilityError, ConfigError, TutelageError
-from tutelage.experiment.recipe_source import load_data, load_text_data, recipe_spec
+from tutelage.experiment.recipe_source import load_data, recipe_spec
+from tutelage.experiment.recipe_texts import load_text_data
 from tutelage.methods.label_losses import LABEL_LOSSES
 from tutelage.models import load_model
 from tutelage.progress import Terminal

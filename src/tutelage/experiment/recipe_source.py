@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +17,32 @@ from tutelage.config import (
     MemberConfig,
     ModelConfig,
     Recipe,
-    StudentConfig,
     TeacherConfig,
-    TextDataConfig,
 )
 from tutelage.data import (
     Batch,
     Data,
     ImageData,
     PlannedBatches,
-    RankSlice,
     SequentialBatches,
     TextData,
-    load_texts,
-    read_texts,
 )
 from tutelage.data.batch import IGNORE, LABELS
 from tutelage.data.targets import TargetScale
-from tutelage.data.text_sources import RawTextData
-from tutelage.data.texts import as_list
-from tutelage.errors import ConfigError, ModelError, at_key, shorten
+from tutelage.errors import ConfigError, at_key
 from tutelage.evaluation.harness import harness
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.image_inputs import files_of_models, load_recipe_images
 from tutelage.experiment.prepare import all_methods
+from tutelage.experiment.recipe_texts import (
+    as_the_teacher_reads,
+    load_text_data,
+    measure_block_influence,
+    prompt_names,
+    prune_student,
+    use_prompt,
+    with_tokenizer,
+)
 from tutelage.experiment.sample_predictions import decoded_text, normalised_image
 from tutelage.experiment.spec import (
     Arm,
@@ -57,19 +57,14 @@ from tutelage.experiment.spec import (
 )
 from tutelage.experiment.teacher_setup import live_options, prefetch_mode, resolve_routes
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
-from tutelage.models import MODEL_CARD, ModelSpec, build, load_tokenizer, load_weights, read_class_names
+from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
-from tutelage.models.pretrained import BiEncoder, CrossEncoder, SentenceEncoder, resolve_source
-from tutelage.models.sentence_modules import find_prompt, ranking_prompts, read_prompt_settings
+from tutelage.models.pretrained import CrossEncoder, SentenceEncoder
 from tutelage.progress import Terminal
 from tutelage.students import (
     add_fake_quantisers,
     add_lora,
-    block_influence,
-    prune,
     scale_outputs,
-    trim_embeddings,
-    trim_tokenizer,
 )
 from tutelage.teachers import CachedTeacher, RemoteTeacher
 
@@ -219,7 +214,7 @@ class RecipeSource:
             student.fresh = []  # type: ignore[assignment]
         else:
             student = build_model(config, data, seed)
-        use_prompt(student, _prompt_names(self.recipe)[0], data)
+        use_prompt(student, prompt_names(self.recipe)[0], data)
         student = scale_outputs(student, self.target_scale)
         if config.lora is not None:
             student = add_lora(student, **config.lora.model_dump(), seed=seed)
@@ -238,7 +233,7 @@ class RecipeSource:
         where = "teacher" if teacher.members is None else f"teacher.members.{number}"
         seed = _member_seed(self.recipe, config, number)
         model = build_model(config, data, seed, where, model_spec(config, self.data, number))
-        use_prompt(model, _prompt_names(self.recipe)[1], data)
+        use_prompt(model, prompt_names(self.recipe)[1], data)
         return model
 
     def build_method(self) -> Method:
@@ -349,155 +344,6 @@ def _checkpoint_classes(config: MemberConfig) -> list[str] | None:
     folder = path if path.is_dir() else path.parent
     names: list[str] | None = read_card(folder).get("classes") if (folder / MODEL_CARD).exists() else None
     return names
-
-
-RANKED_ON = 256
-"""Training texts on which the influence of layers is measured."""
-
-
-def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
-    """The texts of a recipe, cut by the student's tokenizer, and by the teacher's where that is another."""
-    config = recipe.data
-    assert isinstance(config, TextDataConfig)
-    named = [] if recipe.teacher is None else [m.model or "" for m in recipe.teacher.each]
-    own = next((name for name in named if name.partition(":")[0] in ("hf", "package")), None)
-    theirs = None if own is None else load_tokenizer(own)
-    mine = _student_tokenizer(recipe, theirs)
-    unused = {"kind", "metric", "tokenizer", "views", "workers", "classes", "prompt", "teacher_prompt"}
-    fields = config.model_dump(exclude=unused)
-    classes = config.classes or _known(recipe)
-    load = partial(
-        load_texts, **fields, classes=classes, teacher_tokenizer=theirs, progress=terminal.iterate,
-        align=recipe.method.cross_tokenizer, prompts=_prompts(recipe),
-    )  # fmt: skip
-    if recipe.student.vocabulary is None:
-        return load(tokenizer=mine)
-    columns = [config.text, config.teacher_text, config.label, config.route]
-    needed = [name for names in columns for name in as_list(names)]
-    raw = read_texts(config.source, path=config.path, options=config.options, columns=needed)
-    whole = load(tokenizer=mine, raw=raw)
-    texts = training_texts(raw, whole, as_list(config.text))
-    terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")
-    trimmed, token_ids = trim_tokenizer(mine, texts)
-    terminal.say(f"vocabulary: {len(token_ids):,} of {len(mine):,} tokens are kept")
-    return replace(load(tokenizer=trimmed, raw=raw), teacher_token_ids=token_ids)
-
-
-def _prompt_names(recipe: Recipe) -> tuple[str | None, str | None]:
-    """The names of the student's and of the teacher's prompt; ``None``: the default of its folder."""
-    data = recipe.data
-    if not isinstance(data, TextDataConfig) or data.task != "embedding":
-        return None, None
-    theirs = data.prompt if data.teacher_prompt is None else data.teacher_prompt
-    return theirs if data.prompt is None and recipe.student.model == "teacher" else data.prompt, theirs
-
-
-def _prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """What student and teacher read before each text; for ranking, the student before each column.
-
-    Raises:
-        ConfigError: members of an ensemble have different prompts.
-    """
-    task, (mine, theirs) = recipe.data.task, _prompt_names(recipe)
-    if task not in TEACHER_ONLY_TASKS:
-        return [], []
-    teachers = [] if recipe.teacher is None else [m.model or "" for m in recipe.teacher.each]
-    own = teachers[0] if recipe.student.model == "teacher" and teachers else recipe.student.model
-    if task == "ranking":
-        return ranking_prompts(_prompt_settings(own)), []
-    known = {_find_prompt(model, theirs, "data.teacher_prompt") for model in teachers}
-    if len(known) > 1:
-        raise ConfigError(
-            f"the members have different prompts: {shorten(', '.join(sorted(known)))}; all read the same texts",
-            where="data.teacher_prompt",
-            remedy='set it to a prompt that they share, or to ""',
-        )
-    return [_find_prompt(own, mine, "data.prompt")], list(known) or [""]
-
-
-def _find_prompt(model: str, name: str | None, where: str) -> str:
-    try:
-        return find_prompt(_prompt_settings(model), name)
-    except ModelError as error:
-        error.where = where
-        raise
-
-
-def _prompt_settings(model: str) -> dict[str, Any]:
-    return read_prompt_settings(resolve_source(model)[0]) if model.partition(":")[0] in ("hf", "package") else {}
-
-
-def use_prompt(model: nn.Module, name: str | None, data: Data) -> None:
-    """Make a sentence encoder read its texts with the prompt of this name, which is saved with it."""
-    if isinstance(model, SentenceEncoder) and not isinstance(model, BiEncoder):
-        assert isinstance(data, TextData)
-        model.after.use_prompt(name, data.tokenizer)
-
-
-def training_texts(raw: RawTextData, data: TextData, columns: Sequence[str]) -> list[str]:
-    """The texts that are trained on, once the others are cut off; of lists of words, joined."""
-    known, rows = set(data.for_teacher.ids.tolist()), raw.splits["train"]
-    rows_used = [i for i, each in enumerate(rows.ids.tolist()) if each in known]
-    texts = [rows.columns[c][i] for c in columns for i in rows_used]
-    return [text if isinstance(text, str) else " ".join(text) for text in texts]
-
-
-def _student_tokenizer(recipe: Recipe, theirs: Any) -> Any:
-    data, student = recipe.data, recipe.student
-    assert isinstance(data, TextDataConfig)
-    if data.tokenizer is not None:
-        return load_tokenizer(data.tokenizer)
-    if student.model.partition(":")[0] in ("hf", "package"):
-        return load_tokenizer(student.model)
-    if theirs is None:
-        raise ConfigError(
-            "neither teacher nor student has a tokenizer",
-            where="data.tokenizer",
-            remedy="name one: data.tokenizer: hf:ID",
-        )
-    return copy.deepcopy(theirs)
-
-
-def _known(recipe: Recipe) -> list[str] | None:
-    """The class names of a teacher that comes with its output layer, in its order."""
-    teacher = recipe.teacher
-    if teacher is None or teacher.members is not None or teacher.train is not None or teacher.model is None:
-        return None
-    if recipe.data.task not in ("classes", "multi-label", "tokens"):
-        return None
-    return read_class_names(teacher.model, teacher.checkpoint)
-
-
-def measure_block_influence(teacher: nn.Module, data: TextData) -> Any:
-    """The importance of the teacher's layers on a few training texts."""
-    rows = data.for_teacher.select(torch.arange(min(RANKED_ON, len(data.for_teacher))))
-    batches = [batch for (batch,) in PlannedBatches(rows, 32, 0).epoch(0, RankSlice())]
-    return block_influence(_bare(teacher), batches)
-
-
-def prune_student(config: StudentConfig, data: TextData, teacher: nn.Module, importance: Any, seed: int) -> nn.Module:
-    """A student cut from its teacher, as the recipe's section says; the same seed gives the same weights."""
-    options = {k: getattr(config, k) for k in ("layers", "map", "width", "heads", "intermediate", "embedding")}
-    part: Any = prune(_bare(teacher), **options, importance=importance, initial=config.initial, seed=seed).model
-    if data.teacher_token_ids is not None:
-        part = trim_embeddings(part, data.teacher_token_ids)
-    part.requires_grad_(True)
-    return with_tokenizer(teacher.with_encoder(part) if isinstance(teacher, SentenceEncoder) else part, data)
-
-
-def _bare(teacher: nn.Module) -> nn.Module:
-    return teacher.model if isinstance(teacher, SentenceEncoder) else teacher
-
-
-def as_the_teacher_reads(data: TextData) -> TextData:
-    """``data`` with the tokenizer that a teacher is saved with."""
-    return data if data.teacher_tokenizer is None else replace(data, tokenizer=data.teacher_tokenizer)
-
-
-def with_tokenizer(model: nn.Module, data: TextData) -> nn.Module:
-    """``model``, which is saved with the tokenizer of its texts."""
-    model.tokenizer = data.tokenizer
-    return model
 
 
 KINDS = {
