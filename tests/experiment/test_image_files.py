@@ -14,7 +14,7 @@ from torch import nn
 from tutelage.cli.doctor_checks import examine
 from tutelage.config import Recipe, build_recipe
 from tutelage.data import view_seeds
-from tutelage.data.image_sources import open_image
+from tutelage.data.image_files import open_image
 from tutelage.data.preprocessing import Preprocessing
 from tutelage.errors import CacheError, CapabilityError, CheckpointError
 from tutelage.experiment.export_student import export_student

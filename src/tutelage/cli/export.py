@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,8 @@ def predict(
     from tutelage.export.inference import iter_predictions
     from tutelage.export.runtimes import open_export
 
-    for prediction in iter_predictions(open_export(source), given, top=top, tokens=tokens):
+    note = partial(typer.echo, err=True)
+    for prediction in iter_predictions(open_export(source), given, top=top, tokens=tokens, say=note):
         say(json.dumps(prediction, ensure_ascii=False) if as_json else _format(prediction))
 
 

@@ -54,6 +54,8 @@ def init(
     _check_target(target, force)
     description = describe_data(data, task=task, text=text, label=label)
     say(f"data:   {description.summary()}")
+    if description.note:
+        say(description.note)
     if interactive:
         kind = "a name such as timm:resnet50" if description.task == "images" else "hf:ID"
         teacher = teacher or _prompt(f"Teacher ({kind}, or a folder; empty: a default)")

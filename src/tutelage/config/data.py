@@ -96,7 +96,7 @@ class DataConfig(SplitsConfig):
     source: Annotated[str, AfterValidator(known_source("source", SOURCES, ("torchvision", "hf")))]
     """``digits``, ``fashion-mnist``, ``imagefolder``, ``torchvision:NAME`` or ``hf:DATASET_ID``."""
     path: str | None = None
-    """Folder of an ``imagefolder``, or the folder for downloads."""
+    """Folder of an ``imagefolder``, or the folder for downloads. A folder ``unlabeled`` has images without labels."""
     image_column: str | None = None
     """Column of the images, of an hf data set. Default: the one of type Image."""
     label_column: str | None = None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tutelage.data.batch import IGNORE, Batch, Inputs
-from tutelage.data.image_sources import RawSplit
 from tutelage.data.preprocessing import Preprocessing, convert, to_picture, to_pixels
+from tutelage.data.raw_images import RawSplit
 from tutelage.data.views import Augment, Mix, apply_seeded, partners
 
 

@@ -1,77 +1,28 @@
 """Sources of labelled images: one function for each kind of source."""
 
 import gzip
-import hashlib
 import inspect
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage.errors import ConfigError, DataError, first_line, nearest, require, suggest
+from tutelage.data.batch import IGNORE
+from tutelage.data.image_folder import read_image_folder
+from tutelage.data.raw_images import SPLIT_NAMES, UNLABELED, RawImages, RawSplit, index_values, join_unlabeled
+from tutelage.errors import ConfigError, DataError, first_line, nearest, require, shorten, suggest
 
-IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
 FASHION_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-
-
-@dataclass(frozen=True)
-class RawSplit:
-    """A split of a source: labels, and pixels or a function that opens an image.
-
-    Attributes:
-        labels: ``[N]`` class indices.
-        ids: ``[N]`` stable sample ids.
-        pixels: uint8 ``[N, C, H, W]``; ``None`` if there is ``open``.
-        open: row -> PIL image.
-        route: int64 ``[N]``, index of the route of each row.
-    """
-
-    labels: Tensor
-    ids: Tensor
-    pixels: Tensor | None = None
-    open: Callable[[int], Any] | None = None
-    route: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, rows: Tensor) -> Self:
-        """The split with only the given rows."""
-        tensors = {"labels": self.labels, "ids": self.ids, "pixels": self.pixels, "route": self.route}
-        chosen: dict[str, Any] = {name: x[rows] for name, x in tensors.items() if x is not None}
-        return replace(self, open=None if self.open is None else partial(_open_row, self.open, rows), **chosen)
-
-
-def _open_row(opener: Callable[[int], Any], rows: Tensor, row: int) -> Any:
-    return opener(int(rows[row]))
-
-
-@dataclass
-class RawImages:
-    """A source: its splits, its class names, and the mean and standard deviation of its pixels, if known."""
-
-    classes: list[str]
-    splits: dict[str, RawSplit]
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    route_names: list[str] = field(default_factory=list)
-    """The value of each index in ``route``."""
 
 
 def open_source(
@@ -83,8 +34,9 @@ def open_source(
     label_column: str | None,
     classes: list[str] | None,
     route: str | None = None,
+    unlabeled: bool = True,
 ) -> RawImages:
-    """Read a source with the splits that it has.
+    """Read a source with the splits that it has; training images without labels only if ``unlabeled``.
 
     Raises:
         ConfigError: the source is unknown.
@@ -92,9 +44,9 @@ def open_source(
     """
     kind, _, name = source.partition(":")
     if kind == "torchvision" and name:
-        return read_torchvision(name, path, options)
+        return read_torchvision(name, path, options, unlabeled=unlabeled)
     if kind == "hf" and name:
-        return read_huggingface(name, options, image_column, label_column, route)
+        return read_huggingface(name, options, image_column, label_column, route, unlabeled=unlabeled)
     if source == "imagefolder":
         assert path is not None
         return read_image_folder(Path(path), classes, by_folder=route is not None)
@@ -169,126 +121,18 @@ def read_idx(path: Path) -> Tensor:
         ) from None
 
 
-def open_image(path: Path) -> Any:
-    """Open and decode an image with PIL, turned as its EXIF orientation says, as ``datasets`` does.
-
-    Raises:
-        DataError: the file is missing, truncated or no image.
-    """
-    require("PIL", "vision", "reading image files")
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with open(path, "rb") as file:
-            image = Image.open(file)
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(
-            f"cannot be decoded: {reason}", where=str(path), remedy="remove the file or replace it"
-        ) from None
-
-
-def _open_file(files: list[Path], row: int) -> Any:
-    return open_image(files[row])
-
-
 def _open_item(items: Any, key: str | int, row: int) -> Any:
     return items[row][key]
-
-
-def read_image_folder(path: Path, classes: list[str] | None, *, by_folder: bool = False) -> RawImages:
-    """Read image files in one sub-folder per class, optionally inside split folders.
-
-    A sample id is a hash of the path, so it does not change when files are added. With ``by_folder`` the folder
-    between class and file (``night`` in ``train/CLASS/night/1.png``) is the route of the sample.
-
-    Raises:
-        DataError: the folder or images are missing, splits have different classes, ``classes`` are unknown, or an
-            image has no route.
-    """
-    if not path.is_dir():
-        raise DataError(
-            "no such folder" if not path.exists() else "not a folder",
-            where=str(path),
-            remedy="data.path must have one sub-folder per class, or train/ with these sub-folders",
-        )
-    roots = {
-        split: folder
-        for split, names in SPLIT_NAMES.items()
-        for folder in (path / name for name in names)
-        if folder.is_dir()
-    }
-    if "train" not in roots:
-        roots = {"train": path}
-    folders = _subfolders(roots["train"])
-    if not folders:
-        raise DataError(
-            "has no sub-folders", where=str(roots["train"]), remedy="put the images of each class in one folder"
-        )
-    if classes is not None and sorted(classes) != folders:
-        raise DataError(
-            f"data.classes is {classes}, the folders are {folders}",
-            where=str(roots["train"]),
-            remedy="name every folder once, in the order of the class indices",
-        )
-    names = classes or folders
-    splits: dict[str, RawSplit] = {}
-    route_names: list[str] = []
-    for split, root in roots.items():
-        if unknown := [c for c in _subfolders(root) if c not in names]:
-            raise DataError(
-                f"classes {unknown[:5]} are not among those of the training images",
-                where=str(root),
-                remedy=f"classes of the training images: {', '.join(names[:20])}",
-            )
-        files: list[Path] = []
-        labels: list[int] = []
-        for label, name in enumerate(names):
-            mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
-            if not mine and split == "train":
-                raise DataError(
-                    "has no images",
-                    where=str(root / name),
-                    remedy=f"add files ending in one of {', '.join(sorted(IMAGE_EXTENSIONS))}, or remove the folder",
-                )
-            files += mine
-            labels += [label] * len(mine)
-        route = None
-        if by_folder:
-            between = [p.relative_to(root).parts[1:-1] for p in files]
-            if () in between:
-                raise DataError(
-                    "is directly in the folder of its class, so it has no route",
-                    where=str(files[between.index(())]),
-                    remedy="put every image into a sub-folder of its class, or remove data.route",
-                )
-            route = _index_values((folders[0] for folders in between), route_names)
-        ids = torch.tensor([path_id(p.relative_to(path).as_posix()) for p in files], dtype=torch.int64)
-        opener = partial(_open_file, files)
-        splits[split] = RawSplit(torch.tensor(labels, dtype=torch.int64), ids, open=opener, route=route)
-    return RawImages(names, splits, route_names=route_names)
-
-
-def _subfolders(path: Path) -> list[str]:
-    return sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
-
-
-def _index_values(values: Iterable[Any], names: list[str]) -> Tensor:
-    """The index of each value in ``names``, which gets new values in alphabetical order."""
-    texts = [str(value) for value in values]
-    names += sorted(set(texts) - set(names))
-    number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[text] for text in texts], dtype=torch.int64)
 
 
 class _NoSuchSplit(DataError):
     """A data set of torchvision has no split of this name."""
 
 
-def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> RawImages:
+def read_torchvision(name: str, path: str | None, options: dict[str, Any], *, unlabeled: bool = True) -> RawImages:
     """Read a classification data set of torchvision, by the name of its class; download it if possible.
+
+    A split ``unlabeled`` belongs to the training images.
 
     Raises:
         DataError: there is no such data set, or it cannot be loaded.
@@ -329,14 +173,15 @@ def read_torchvision(name: str, path: str | None, options: dict[str, Any]) -> Ra
         parts = {"train": build(train=True), "test": build(train=False)}
     elif "split" in parameters:
         parts = {"train": build(split="train")}
-        for split in ("validation", "test"):
-            for candidate in SPLIT_NAMES[split]:
+        wanted = {split: SPLIT_NAMES[split] for split in ("validation", "test")}
+        for split, candidates in (wanted | ({"unlabeled": UNLABELED[:1]} if unlabeled else {})).items():
+            for candidate in candidates:
                 with suppress(_NoSuchSplit):
                     parts[split] = build(split=candidate)
                     break
     else:
         parts = {"train": build()}
-    splits = {split: _torchvision_split(part) for split, part in parts.items()}
+    splits = join_unlabeled({split: _torchvision_split(part) for split, part in parts.items()})
     return RawImages(_class_names(getattr(parts["train"], "classes", None), splits), splits)
 
 
@@ -345,11 +190,12 @@ def _torchvision_split(part: Any) -> RawSplit:
     if labels is None:
         labels = [int(part[i][1]) for i in range(len(part))]
     indices = torch.as_tensor(np.asarray(labels)).long()
+    indices = indices.masked_fill(indices == -1, IGNORE)
     return RawSplit(indices, torch.arange(len(indices)), open=partial(_open_item, part, 0))
 
 
 def load_hub_splits(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Load a data set of Hugging Face and name its splits train, validation and test.
+    """Load a data set of Hugging Face and name its splits train, validation, test and unlabeled.
 
     A data set without splits becomes the training split.
 
@@ -367,7 +213,10 @@ def load_hub_splits(name: str, options: dict[str, Any]) -> dict[str, Any]:
         ) from None
     loaded = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
     parts = {
-        split: loaded[candidate] for split, names in SPLIT_NAMES.items() for candidate in names if candidate in loaded
+        split: loaded[candidate]
+        for split, names in (SPLIT_NAMES | {"unlabeled": UNLABELED}).items()
+        for candidate in names
+        if candidate in loaded
     }
     if "train" not in parts:
         raise DataError(f"hf:{name} has splits {list(loaded)}, none called train", remedy="name one in data.options")
@@ -380,16 +229,22 @@ def read_huggingface(
     image_column: str | None,
     label_column: str | None,
     route: str | None = None,
+    *,
+    unlabeled: bool = True,
 ) -> RawImages:
     """Read an image classification data set with ``datasets.load_dataset``.
 
+    A label ``null`` or -1 is no label; a split ``unlabeled`` belongs to the training images.
+
     Raises:
-        DataError: it cannot be loaded, or has no image or label column.
+        DataError: it cannot be loaded, has no image or label column, or a label is of another type.
     """
     require("datasets", "vision", f"the data set hf:{name}")
     import datasets
 
     parts = load_hub_splits(name, options)
+    if not unlabeled:
+        parts.pop("unlabeled", None)
     features = parts["train"].features
     image = image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
     label = label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
@@ -401,29 +256,59 @@ def read_huggingface(
                 remedy=f"set data.{key} to one of {', '.join(features)}",
             )
     assert image is not None
-    feature = features[label]
+    assert label is not None
+    columns = {split: part[label][:] for split, part in parts.items() if label in part.features}
+    texts = {v for values in columns.values() for v in values if isinstance(v, str) and v.strip()}
+    names = list(getattr(features[label], "names", None) or sorted(texts))
     splits, route_names = {}, list[str]()
     for split, part in parts.items():
-        labels = torch.tensor(part[label][:], dtype=torch.int64)
+        labels = torch.full((len(part),), IGNORE)
+        if split in columns and split != "unlabeled":
+            labels = _label_indices(columns[split], names if texts else None, f"hf:{name}, {split} split", label)
         indices = None
         if route is not None:
             values = part[route][:]
             if isinstance(features[route], datasets.ClassLabel):
-                names = features[route].names
-                values = [names[value] if value >= 0 else value for value in values]
-            indices = _index_values(values, route_names)
+                values = [features[route].names[v] if v is not None and v >= 0 else None for v in values]
+            if None in values:
+                raise DataError(
+                    f"row {values.index(None)} (the first is 0), column {route!r} has no value",
+                    where=f"hf:{name}, {split} split",
+                    remedy="give every row a value, or remove data.route",
+                )
+            indices = index_values(values, route_names)
         splits[split] = RawSplit(
             labels, torch.arange(len(labels)), open=partial(_open_item, part, image), route=indices
         )
-    return RawImages(_class_names(getattr(feature, "names", None), splits), splits, route_names=route_names)
+    splits = join_unlabeled(splits)
+    return RawImages(_class_names(names, splits), splits, route_names=route_names)
+
+
+def _label_indices(values: Sequence[Any], names: list[str] | None, where: str, column: str) -> Tensor:
+    """The class of each value, an index or one of ``names``; -100 for ``null``, -1 and empty texts.
+
+    Raises:
+        DataError: a value is of another type; names row and column.
+    """
+    known = None if names is None else {name: i for i, name in enumerate(names)}
+    indices = []
+    for row, value in enumerate(values):
+        if value is None or value == -1 or (isinstance(value, str) and not value.strip()):
+            indices.append(IGNORE)
+        elif known is None and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+            indices.append(int(value))
+        elif known is not None and value in known:
+            indices.append(known[value])
+        else:
+            raise DataError(
+                f"row {row} (the first is 0), column {column!r} holds {shorten(value)}, not a label",
+                where=where,
+                remedy="give indices of classes, names, or null for an image without label",
+            )
+    return torch.tensor(indices, dtype=torch.int64)
 
 
 def _class_names(names: Sequence[Any] | None, splits: dict[str, RawSplit]) -> list[str]:
     """The class names of a source; without names the numbers up to the highest label."""
-    highest = max(int(split.labels.max()) for split in splits.values() if len(split))
+    highest = max((int(split.labels.max()) for split in splits.values() if len(split)), default=-1)
     return [str(name) for name in names or range(highest + 1)]
-
-
-def path_id(path: str) -> int:
-    """A stable sample id, from a path relative to the data set's folder."""
-    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1

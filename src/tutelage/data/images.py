@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tutelage.data.batch import IGNORE
 from tutelage.data.image_set import ImageData, ImageSet
-from tutelage.data.image_sources import RawImages, RawSplit, open_source
+from tutelage.data.image_sources import open_source
 from tutelage.data.preprocessing import Preprocessing, to_picture
+from tutelage.data.raw_images import RawImages, RawSplit
 from tutelage.data.views import CROPS, MIX_AUGMENTS, build_augments, parse_augment
 from tutelage.errors import DataError, TutelageError, require
 
@@ -45,7 +46,7 @@ def choose_rows(
     try:
         chosen, rest = train_test_split(rows.numpy(), train_size=count, stratify=labels.numpy(), random_state=seed)
     except ValueError:
-        per_class = torch.bincount(labels)
+        per_class = labels.unique(return_counts=True)[1]
         raise DataError(
             f"{key}: {count} of {len(labels)} {things} cannot be chosen so that every class is among the chosen and "
             f"among the others ({len(per_class)} classes, the smallest has {int(per_class.min())})",
@@ -54,12 +55,58 @@ def choose_rows(
     return torch.from_numpy(chosen).sort().values, torch.from_numpy(rest).sort().values
 
 
+Choose = Callable[[Any, int, str], tuple[Tensor, Tensor]]
+
+
+def choose_labelled(split: Any, count: int, key: str, choose: Choose) -> tuple[Tensor, Tensor]:
+    """Choose among the rows with a label, or among all rows if none has one; all others are the second part."""
+    labelled = (split.labels != IGNORE).nonzero().flatten()
+    if not 0 < len(labelled) < len(split):
+        return choose(split, count, key)
+    chosen = labelled[choose(split.select(labelled), count, key)[0]]
+    left = torch.ones(len(split), dtype=torch.bool)
+    left[chosen] = False
+    return chosen, left.nonzero().flatten()
+
+
+def check_labelled(
+    splits: Mapping[str, Any], where: str, things: str, say: Callable[[str], None], *, drop: bool
+) -> dict[str, Any]:
+    """The splits, validation and test with labelled rows only; a line states how many rows have no label.
+
+    A split of the hub whose labels are all hidden is left out. ``drop``: leave out training rows without label too.
+
+    Raises:
+        DataError: no row of a split that needs labels has one.
+    """
+    usable = dict(splits)
+    for name, split in splits.items():
+        labelled = (split.labels != IGNORE).nonzero().flatten()
+        count = len(split) - len(labelled)
+        if not count:
+            continue
+        if len(labelled):
+            use = "the student learns them from the teacher" if name == "train" and not drop else "they are left out"
+            say(f"note: {count:,} of {len(split):,} {things} of the {name} split have no label; {use}")
+            usable[name] = split.select(labelled) if name != "train" or drop else split
+        elif name != "train" and where.startswith("hf:"):
+            say(f"note: the {name} split has no labels, so it is taken from the training {things}")
+            del usable[name]
+        elif name != "train" or drop or not {"validation", "test"} <= usable.keys():
+            raise DataError(
+                f"no {things[:-1]} of the {name} split has a label",
+                where=where,
+                remedy="give labels to some: they choose and measure the student",
+            )
+    return usable
+
+
 def complete_splits(
     splits: Mapping[str, Any],
     validation: float,
     test: float,
     limit: int | None,
-    choose: Callable[[Any, int, str], tuple[Tensor, Tensor]],
+    choose: Choose,
 ) -> dict[str, Any]:
     """The splits of a source; missing ones are taken from the training split, which is then limited.
 
@@ -69,7 +116,8 @@ def complete_splits(
     for name, fraction in (("test", test), ("validation", validation)):
         if name not in splits:
             train = splits["train"]
-            chosen, rest = choose(train, max(1, round(len(train) * fraction)), f"data.{name}")
+            labelled = int((train.labels != IGNORE).sum()) or len(train)
+            chosen, rest = choose_labelled(train, max(1, round(labelled * fraction)), f"data.{name}", choose)
             splits[name], splits["train"] = train.select(chosen), train.select(rest)
     if limit is not None:
         splits["train"] = splits["train"].select(choose(splits["train"], limit, "data.limit")[0])
@@ -100,14 +148,15 @@ def load_images(
     progress: Progress = lambda rows, _: rows,
     student: Preprocessing | None = None,
     teachers: Sequence[Preprocessing | None] = (),
+    say: Callable[[str], None] = lambda _: None,
 ) -> ImageData:
-    """Load a data set of labelled images and its splits.
+    """Load a data set of images and its splits. Training images without label have the label -100.
 
     The arguments are the keys of a recipe's ``data``. ``teacher_augment`` is for the training of a teacher (default:
     ``augment``). ``progress`` wraps the iteration over images that are decoded into memory. ``student`` and
     ``teachers`` are what the files of the models say about their images; ``size``, ``crop``, ``mean`` and ``std``
     win over them. A model without files reads the images as the data section says. For image files, what that leaves
-    open is as for the teacher, else as for the student.
+    open is as for the teacher, else as for the student. ``say`` receives a line for what is not read or has no label.
 
     Raises:
         DataError: data is missing, broken or empty; names the file.
@@ -116,15 +165,19 @@ def load_images(
     """
     teacher_augment = augment if teacher_augment is None else teacher_augment
     teacher_augment = [entry for entry in teacher_augment if parse_augment(entry)[0] not in MIX_AUGMENTS]
+    classes = None if classes is None else [str(name) for name in classes]
     raw = open_source(
         source, path=path, options=options or {}, image_column=image_column, label_column=label_column,
-        classes=classes, route=route,
+        classes=classes, route=route, unlabeled=unlabeled == "keep",
     )  # fmt: skip
+    if raw.note:
+        say(raw.note)
     _check_labels(raw, path or source)
     if classes is not None and classes != raw.classes:
         raw = _reorder_classes(raw, classes)
+    usable = check_labelled(raw.splits, path or source, "images", say, drop=unlabeled == "drop")
     splits: dict[str, RawSplit] = complete_splits(
-        raw.splits, validation, test, limit, lambda split, n, key: choose_rows(split.labels, n, split_seed, key)
+        usable, validation, test, limit, lambda split, n, key: choose_rows(split.labels, n, split_seed, key)
     )
     given = {k: v for k, v in (("size", size), ("crop", crop), ("mean", mean), ("std", std)) if v is not None}
     (augments, mixes), (teacher_augments, _) = build_augments(augment), build_augments(teacher_augment)
@@ -152,7 +205,9 @@ def load_images(
     _try_augments(train)
     _try_augments(for_teacher)
     if labels is not None:
-        chosen = choose_rows(train.labels, labels, split_seed, "data.labels")
+        chosen = choose_labelled(
+            train, labels, "data.labels", lambda split, n, key: choose_rows(split.labels, n, split_seed, key)
+        )
         train = hide_labels(train, chosen, drop=unlabeled == "drop")
     validation_set, test_set = build("validation"), build("test")
     return ImageData(source, train, validation_set, test_set, list(raw.classes), for_teacher, raw.route_names)
@@ -162,12 +217,15 @@ def _check_labels(raw: RawImages, where: str) -> None:
     for name, split in raw.splits.items():
         if len(split) == 0:
             raise DataError(f"the {name} split has no images", where=where, remedy="add images, or remove the split")
-        low, high = int(split.labels.min()), int(split.labels.max())
+        labels = split.labels[split.labels != IGNORE]
+        if not len(labels):
+            continue
+        low, high = int(labels.min()), int(labels.max())
         if high >= len(raw.classes) or low < 0:
             raise DataError(
                 f"the {name} split has labels from {low} to {high}, but {len(raw.classes)} classes",
                 where=where,
-                remedy=f"labels must be integers from 0 to {len(raw.classes) - 1}",
+                remedy=f"labels must be integers from 0 to {len(raw.classes) - 1}, or null or -1 without label",
             )
 
 
@@ -217,7 +275,10 @@ def _reorder_classes(raw: RawImages, classes: list[str]) -> RawImages:
             remedy="name every class of the source once, in the order of the teacher's outputs",
         )
     to = torch.tensor([classes.index(name) for name in raw.classes])
-    splits = {name: replace(split, labels=to[split.labels]) for name, split in raw.splits.items()}
+    splits = {
+        name: replace(split, labels=torch.where(split.labels < 0, IGNORE, to[split.labels.clamp(min=0)]))
+        for name, split in raw.splits.items()
+    }
     return replace(raw, classes=list(classes), splits=splits)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tutelage.data.batch import IGNORE, TextTask
-from tutelage.data.image_sources import load_hub_splits, path_id
+from tutelage.data.image_sources import load_hub_splits
+from tutelage.data.raw_images import path_id
 from tutelage.errors import ConfigError, DataError, did_you_mean, first_line, nearest, require, suggest
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")

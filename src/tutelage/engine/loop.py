@@ -226,7 +226,7 @@ class _State:
         self.evaluate_every = t.config.evaluate_every or max(t.epoch_length, -(-t.steps // EVALUATIONS))
         self.at = Progress()
         self.best: dict[str, Tensor] | None = None
-        self.terms = TermSums()
+        self.terms, self.counted = TermSums(), 0.0
         self.clock = self.saved_at = time.monotonic()
         self.stop = torch.zeros(())
         self.first = True
@@ -342,6 +342,12 @@ class _State:
         values = self.accelerator.reduce(stacked, "sum").tolist() if self.share.world > 1 else stacked.tolist()
         raw = {n: values[i] / max(values[len(names) + i], 1.0) for i, n in enumerate(names)}
         self.terms = TermSums()
+        self.counted += sum(values[len(names) :])
+        if not self.counted and self.at.step >= min(t.epoch_length, t.steps):
+            raise DataError(
+                f"{t.name}: no sample of the first epoch counts in the loss, so nothing is learned",
+                remedy=f"give samples with labels ({IGNORE} is no label), or leave out the baseline",
+            )
         line: dict[str, Any] = {
             "training": t.name,
             "step": self.at.step,
@@ -464,7 +470,7 @@ class _State:
         if parts["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(parts["scaler"])
         self.best = parts["best"]
-        self.at = Progress(**parts["progress"])
+        self.at, self.counted = Progress(**parts["progress"]), 1.0
         if len(parts["generators"]) == self.share.world:
             checkpoint.set_rng_state(parts["generators"][self.share.rank])
         t.run.rewind(t.name, self.at.step)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.data.batch import Batch, even_spans
+from tutelage.data.batch import IGNORE, Batch, even_spans
 from tutelage.data.loader import RankSlice
 from tutelage.errors import CapabilityError, DataError
 from tutelage.evaluation.metrics import METRICS, Metrics
@@ -42,7 +42,7 @@ def evaluate(
             return _to_output(seen.logits, seen.head, where)
 
     with evaluating(model):
-        return _accumulate(run, type(model).__name__, batches, device, teacher, share, watch).reduce(reduce).result()
+        return _result(_accumulate(run, type(model).__name__, batches, device, teacher, share, watch).reduce(reduce))
 
 
 def evaluate_teacher(
@@ -62,7 +62,17 @@ def evaluate_teacher(
     def run(batch: Batch) -> TeacherOutput:
         return get_teacher_output(teacher, batch) if stored is None else _to_device(next(stored), device)
 
-    return _accumulate(run, "teacher", batches, device, watch=watch).result()
+    return _result(_accumulate(run, "teacher", batches, device, watch=watch))
+
+
+def _result(scores: Metrics) -> dict[str, Any]:
+    result = scores.result()
+    if not result["n"]:
+        raise DataError(
+            "no sample of the evaluation data has a label, so nothing can be measured",
+            remedy=f"give evaluation data with labels; {IGNORE} is no label",
+        )
+    return result
 
 
 OF_HEAD = Needs(logits=False, head=True)
@@ -122,7 +132,13 @@ def _accumulate(
     theirs = iter(teacher) if teacher is not None else None
     for batch in batches:
         start, stop = even_spans(len(batch), share.world)[share.rank]
-        highest = int(batch.labels.max()) if batch.labels.numel() else 0
+        labels = batch.labels[batch.labels != IGNORE]
+        lowest, highest = (int(v) for v in labels.aminmax()) if labels.numel() else (0, 0)
+        if lowest < 0:
+            raise DataError(
+                f"the evaluation data has a label {lowest}",
+                remedy=f"use class indices as labels, and {IGNORE} for a sample without a label",
+            )
         mine = batch.rows(start, stop).to(device)
         output = run(mine)
         if batch.task == "classes" and highest >= count_classes(output):

@@ -1,6 +1,6 @@
 """How the models of a recipe read images: as their own files say, and as the recipe says otherwise."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from tutelage.config import DataConfig, ModelConfig, Recipe
@@ -33,8 +33,8 @@ def _models(recipe: Recipe) -> list[tuple[str, ModelConfig]]:
     return [("student", recipe.student), *zip(names, members, strict=True)]
 
 
-def load_recipe_images(recipe: Recipe, terminal: Terminal) -> ImageData:
-    """The images of a recipe, as each of its models reads them."""
+def load_recipe_images(recipe: Recipe, terminal: Terminal, say: Callable[[str], None] = lambda _: None) -> ImageData:
+    """The images of a recipe, as each of its models reads them; ``say`` receives what is not read or has no label."""
     config = recipe.data
     assert isinstance(config, DataConfig)
     known = files_of_models(recipe)
@@ -43,7 +43,7 @@ def load_recipe_images(recipe: Recipe, terminal: Terminal) -> ImageData:
     with at_key("data.source" if config.path is None else "data.path"):
         augment = None if recipe.teacher is None else recipe.teacher.augment
         data = load_images(
-            **fields, teacher_augment=augment, progress=terminal.iterate, student=own[0], teachers=own[1:]
+            **fields, teacher_augment=augment, progress=terminal.iterate, student=own[0], teachers=own[1:], say=say
         )
     for number, peer in enumerate(getattr(recipe.method, "peers", None) or ()):
         if isinstance(peer, ModelConfig):

@@ -81,7 +81,7 @@ def load_data(recipe: Recipe, terminal: Terminal) -> Data:
             return load_text_data(recipe, terminal)
     if recipe.data.views == 1:
         terminal.say(f"note: {ONE_VIEW}")
-    return load_recipe_images(recipe, terminal)
+    return load_recipe_images(recipe, terminal, terminal.say)
 
 
 def data_key(recipe: Recipe) -> str:
@@ -152,6 +152,7 @@ def _member_spec(recipe: Recipe, teacher: TeacherConfig, number: int, data: Data
     if config.train is not None:
         seed = _member_seed(recipe, config, number)
         rows = data.training_of(number) if isinstance(data, ImageData) else data.for_teacher
+        rows = _labelled(rows, data.task)
         batches = PlannedBatches(rows, config.train.batch_size, seed, recipe.data.workers)
         training = TeacherTraining(config.train, batches, seed)
     name = "teacher" if teacher.members is None else f"teacher.members.{number}"
@@ -252,14 +253,14 @@ class RecipeSource:
 
     def training_batches(self, arm: Arm, seed: int) -> PlannedBatches:
         """See :class:`ExperimentSource`; the baseline has the labelled samples."""
-        recipe, labelled = self.recipe, arm == "baseline" and self.data.task not in UNLABELLED
-        rows = self._labelled_rows if labelled else self.data.train
+        recipe = self.recipe
+        rows = self._labelled_rows if arm == "baseline" else self.data.train
         return PlannedBatches(rows, recipe.train.batch_size, seed, recipe.data.workers, recipe.data.views)
 
     @cached_property
     def _labelled_rows(self) -> Any:
         rows: Any = self.data.train
-        return replace(rows, mix_augments=()).select((rows.labels != IGNORE).nonzero().flatten())
+        return rows if self.data.task in UNLABELLED else _labelled(replace(rows, mix_augments=()), self.data.task)
 
     def connect_teacher(self, classes: int) -> RemoteTeacher:
         """See :class:`ExperimentSource`; returns when the server has answered."""
@@ -289,6 +290,12 @@ class RecipeSource:
         self, teacher: ModelTeacher | RemoteTeacher, classes: int, method: Method, ctx: RunContext
     ) -> CachedTeacher:
         return open_recipe_cache(self.recipe, self.data, teacher, classes, method, ctx.accelerator)
+
+
+def _labelled(rows: Any, task: str) -> Any:
+    """The rows with a label; all rows for a task without one label for each."""
+    labelled = (rows.labels != IGNORE).nonzero().flatten()
+    return rows if task in UNLABELLED or len(labelled) == len(rows) else rows.select(labelled)
 
 
 def model_spec(config: ModelConfig, data: Data, member: int | None = None) -> ModelSpec:

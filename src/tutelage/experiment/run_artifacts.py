@@ -120,7 +120,7 @@ def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal, *, is_own: 
                 remedy="restore the files that the run wrote",
             )
     unused = {"kind", "metric", "tokenizer", "views", "workers", "classes", "pack", "teacher_text", "labels",
-              "unlabeled", "route", "prompt", "teacher_prompt"}  # fmt: skip
+              "route", "prompt", "teacher_prompt"}  # fmt: skip
     fields, model = config.model_dump(exclude=unused), bundle.model
     prompts: list[str] = []
     if isinstance(model, SentenceEncoder):

@@ -1,5 +1,6 @@
 """``tutelage predict``: predictions of an exported model for images or texts."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -8,14 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tutelage.data.image_sources import open_image
+from tutelage.data.image_files import IMAGE_EXTENSIONS, describe_skipped, find_images, open_image
 from tutelage.data.preprocessing import Preprocessing
 from tutelage.errors import CheckpointError, DataError, shorten
 from tutelage.export.bundle import IMAGE, Inputs
 from tutelage.export.runtimes import Export, open_export
-
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-"""Suffixes of image files."""
 
 BATCH = 16
 """Inputs per batch."""
@@ -48,13 +46,14 @@ def predict(
 
 
 def iter_predictions(
-    export: str | Path | Export, inputs: Iterable[str | Path], *, top: int = 5, tokens: int = 64
-) -> Iterator[dict[str, Any]]:
-    """:func:`predict` as an iterator."""
+    export: str | Path | Export, inputs: Iterable[str | Path], *, top: int = 5, tokens: int = 64,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """:func:`predict` as an iterator; ``say`` receives a line on what is skipped in a folder."""
     opened = export if isinstance(export, Export) else open_export(export)
     task = opened.manifest["task"]
     if task == "images":
-        for paths in _batches(list_image_files(inputs)):
+        for paths in _batches(list_image_files(inputs, say)):
             pixels = torch.stack([read_image(path, opened.manifest["preprocessing"]) for path in paths])
             for path, row in zip(paths, opened.run({IMAGE: pixels}), strict=True):
                 yield {"input": str(path), "labels": top_labels(row.softmax(-1), opened.manifest["classes"], top)}
@@ -78,8 +77,8 @@ def _batches(items: Iterable[T]) -> Iterator[list[T]]:
         yield batch
 
 
-def list_image_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The given files, and the image files of the given folders, sorted.
+def list_image_files(inputs: Iterable[str | Path], say: Callable[[str], None]) -> list[Path]:
+    """The given files, and the image files of the given folders, sorted; ``say`` receives what is skipped.
 
     Raises:
         DataError: a path does not exist, or a folder has no image.
@@ -88,9 +87,12 @@ def list_image_files(inputs: Iterable[str | Path]) -> list[Path]:
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            skipped = Counter[str]()
+            inside = find_images(path, skipped)
+            if note := describe_skipped(skipped, path):
+                say(note)
             if not inside:
-                remedy = f"files must end in {', '.join(sorted(EXTENSIONS))}"
+                remedy = f"files must end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
                 raise DataError("holds no image", where=str(path), remedy=remedy)
             files += inside
         elif path.is_file():

@@ -61,6 +61,8 @@ class DataDescription:
     text: str | list[str] = "text"
     label: str | None = None
     length: int | None = None
+    note: str | None = None
+    """One line on what a folder contains and is not read, or what has no label."""
 
     def summary(self) -> str:
         """The description in one line."""
@@ -141,7 +143,8 @@ def _one_or_list(columns: Sequence[str]) -> str | list[str]:
 
 
 def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:
-    from tutelage.data.image_sources import IMAGE_EXTENSIONS, SPLIT_NAMES
+    from tutelage.data.image_files import IMAGE_EXTENSIONS
+    from tutelage.data.raw_images import SPLIT_NAMES
     from tutelage.data.text_sources import TABLES
 
     tables = {
@@ -171,17 +174,23 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
 
 
 def _images(path: Path) -> DataDescription:
-    from tutelage.data.image_sources import read_image_folder
+    from tutelage.data.batch import IGNORE
+    from tutelage.data.image_folder import read_image_folder
 
     raw = read_image_folder(path, None)
     train = raw.splits["train"]
-    counts = train.labels.bincount(minlength=len(raw.classes)).tolist()
+    labels = train.labels[train.labels != IGNORE]
+    counts = labels.bincount(minlength=len(raw.classes)).tolist()
     assert train.open is not None
     step = max(1, len(train.labels) // 20)
     sides = [min(train.open(row).size) for row in range(0, len(train.labels), step)]
     rows = sum(len(s.labels) for s in raw.splits.values())
     classes = dict(zip(raw.classes, counts, strict=True))
-    return DataDescription("images", "imagefolder", str(path), rows, tuple(raw.splits), classes, int(median(sides)))
+    unlabeled = f"note: {len(train) - len(labels):,} training images have no label" * (len(labels) < len(train))
+    return DataDescription(
+        "images", "imagefolder", str(path), rows, tuple(raw.splits), classes, int(median(sides)),
+        note="\n".join(filter(None, (raw.note, unlabeled))) or None,
+    )  # fmt: skip
 
 
 def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDescription:

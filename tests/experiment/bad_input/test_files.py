@@ -133,7 +133,7 @@ DATA = [
     Case("folder-missing", ["recipe.yaml:4: data.path: pics: no such folder", "data.path"], pictures()),
     Case("folder-is-a-file", ["pics", "not a folder", "data.path"], pictures(),
          setup=lambda place, _: (place / "pics").write_text("")),
-    Case("folder-empty", ["pics", "has no sub-folders", "each class"], pictures(), setup=folder()),
+    Case("folder-empty", ["pics", "has no folders of classes", "each class"], pictures(), setup=folder()),
     Case("class-without-images", ["pics/train/dog", "has no images", ".png", "remove the folder"], pictures(),
          setup=folder(("train", {"cat": 9, "dog": 0}))),
     Case("image-broken", ["pics/train/cat/3.png", "cannot be decoded", "remove the file"], pictures(),
