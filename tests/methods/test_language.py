@@ -205,6 +205,80 @@ def test_scores_from_the_head_are_the_models_own_in_every_family(kind: str, cutt
     torch.testing.assert_close(flat.scores(slice(None)), logits.flatten(0, 1), atol=1e-6, rtol=1e-5)
 
 
+def recurrent_gemma(cutter: Any, seed: int) -> Any:
+    """A model whose config calls the cap of its logits by a name of its own; the cap changes its logits."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=len(cutter), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1,
+        intermediate_size=48, lru_width=32, logits_soft_cap=0.05, attention_window_size=16, pad_token_id=None,
+    )  # fmt: skip
+    return transformers.RecurrentGemmaForCausalLM(config).eval()
+
+
+def test_a_head_with_a_cap_of_unknown_name_takes_the_path_of_dense_logits(cutter: Any) -> None:
+    _, batch = causal(cutter, worlds.texts(4))
+    batch = replace(batch, inputs={k: x for k, x in batch.inputs.items() if k != "position_ids"})
+    student, teacher = recurrent_gemma(cutter, 0), recurrent_gemma(cutter, 1)
+    head = observe(student, batch.inputs, Needs(logits=False, head=True)).head
+    assert head is not None
+    assert head.is_dense
+    logits = student(**batch.inputs, use_cache=False).logits
+    assert torch.equal(head.inputs, logits)
+    method = prepare_method(METHODS["token"](alpha=0.7, temperature=2.0), student, teacher, batch, seed=0)
+    signal = LiveTeacher(teacher).signal(batch, method.needs)
+    found = total(student, method, batch, signal)
+    theirs = teacher(**batch.inputs, use_cache=False).logits.detach()
+    ce = F.cross_entropy(logits[batch.mask], batch.labels[batch.mask])
+    expected = 0.7 * losses.kd(logits[batch.mask], theirs[batch.mask], temperature=2.0) + 0.3 * ce
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    weights = [p for p in student.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(found, weights, allow_unused=True)
+    for got, want in zip(ours, torch.autograd.grad(expected, weights, allow_unused=True), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    scored = evaluate(student, [batch], torch.device("cpu"))
+    assert scored["loss"] == pytest.approx(float(ce.detach()), rel=1e-5)
+
+
+def test_a_run_says_that_it_takes_dense_logits_and_a_cache_of_head_inputs_is_refused(
+    recipe: dict[str, Any], cutter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recurrent_gemma(cutter, 1).save_pretrained(tmp_path / "capped")
+    cutter.save_pretrained(tmp_path / "capped")
+    recipe["teacher"] = {"model": f"hf:{tmp_path / 'capped'}"}
+    recipe["student"] = {"model": f"hf:{worlds.llama(tmp_path / 'small', layers=2, cutter=cutter)}"}
+    recipe |= {"method": {"kind": "token"}, "baseline": False}
+    recipe["data"] |= {"pack": False}
+    recipe["train"] |= {"steps": 2, "batch_size": 8}
+    kept = {**recipe, "teacher": {**recipe["teacher"], "cache": {"keep": "hidden"}}}
+    with pytest.raises(CapabilityError, match="logits of the teacher, a RecurrentGemmaForCausalLM, are not"):
+        tutelage.run(build_recipe(kept), out=tmp_path / "kept")
+    tutelage.run(build_recipe(recipe), out=tmp_path / "run")
+    assert "note: the scores of the teacher are not its output layer" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("change", ["bias", "scale", "trained bias"])
+def test_a_bias_or_scale_behind_the_head_is_seen(change: str, cutter: Any, folder: Path) -> None:
+    class Shifted(type(model(folder))):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * self.factor + self.shift
+            return output
+
+    shifted = model(folder)
+    shifted.__class__ = Shifted
+    shifted.factor = 1.01 if change == "scale" else 1.0
+    shifted.shift = 1e-3 if change == "bias" else 0.0
+    if change == "trained bias":
+        shifted.shift = torch.nn.Parameter(torch.zeros(shifted.config.vocab_size))
+    ids = torch.arange(12).view(2, 6)
+    for one, dense in ((shifted, True), (model(folder), False)):
+        head = observe(one, {"input_ids": ids}, Needs(logits=False, head=True)).head
+        assert head is not None
+        assert head.is_dense == dense
+
+
 def test_evaluation_token_by_token_equals_that_of_all_scores(cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, [r["messages"] for r in worlds.conversations(6)])
     student = model(folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tutelage.config import CacheConfig, DataConfig, Recipe
 from tutelage.data import Batch, Data, TextData
@@ -16,7 +17,7 @@ from tutelage.experiment.spec import ModelTeacher
 from tutelage.experiment.teacher_setup import inference_facts
 from tutelage.methods import Method
 from tutelage.students import feature_shapes
-from tutelage.taps import output_head
+from tutelage.taps import Needs, evaluating, observe, output_head
 from tutelage.teachers import CachedTeacher, Layout, RemoteTeacher
 
 FOLDER = Path("runs") / "cache"
@@ -49,6 +50,8 @@ def cache_layout(config: CacheConfig, example: Batch, teacher: ModelTeacher, cla
             f"the method needs the teacher's output head, and the cache keeps {config.keep} logits",
             remedy="set teacher.cache.keep: hidden, or leave the cache out",
         )
+    if config.keep == "hidden":
+        check_head_is_exact(teacher.model, example.for_teacher())
     tokens = example.labels.ndim == 2
     shapes = feature_shapes(teacher.model, example.for_teacher(), needs.hidden)
     default = [] if needs.temperature is None else [needs.temperature]
@@ -65,6 +68,21 @@ def cache_layout(config: CacheConfig, example: Batch, teacher: ModelTeacher, cla
         width=output_head(teacher.model).in_features if config.keep == "hidden" else 0,
         tokens=tokens,
     )
+
+
+def check_head_is_exact(model: nn.Module, example: Batch) -> None:
+    """Raise :class:`CapabilityError` if a model's logits cannot be computed from the inputs of its output head."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        head = observe(model, example.to(device).inputs, Needs(logits=False, head=True)).head
+    assert head is not None
+    if head.is_dense:
+        raise CapabilityError(
+            f"the logits of the teacher, a {type(model).__name__}, are not its output layer with a scale and a soft "
+            "cap that its config names; they cannot be computed from the inputs of that layer",
+            where="teacher.cache.keep",
+            remedy="set keep to dense, topk or stochastic_rounding",
+        )
 
 
 def open_cache(

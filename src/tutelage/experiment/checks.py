@@ -241,11 +241,21 @@ def check_method_runs(
     """Run one forward pass on two samples, in evaluation mode, so that misfits show before the first step."""
     batch = example_of(spec).to(ctx.device)
     student.to(ctx.device).eval()
+    dense = set[str]()
     for each in all_methods(method):
         each.to(ctx.device).eval()
         check_task(each, batch)
         with torch.no_grad():
             signal = get_signal(teacher, each, batch)
             seen = Observation() if each.student_needs is None else observe(student, batch.inputs, each.student_needs)
+            theirs = None if signal is None else signal.head
+            for who, head in (("teacher", theirs), ("student", seen.head)):
+                if head is not None and head.is_dense:
+                    dense.add(who)
             each(seen, batch, signal)
             each.check_generation(student, batch)
+    for who in sorted(dense):
+        ctx.terminal.say(
+            f"note: the scores of the {who} are not its output layer with a scale and a soft cap that its config "
+            "names; its logits are computed for all tokens at once, which takes more memory"
+        )

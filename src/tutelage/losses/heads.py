@@ -39,7 +39,7 @@ class LinearHead:
     mean over processes, as in FSDP.
 
     Attributes:
-        weight: ``[V, D]``.
+        weight: ``[V, D]``; ``[V, 0]`` if the hidden states are the logits ``[..., V]`` themselves.
         bias: ``[V]``.
         scale: of the logits: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``.
         softcap: c of ``c tanh(z / c)``, Gemma's ``final_logit_softcapping``; ``None`` for none.
@@ -120,7 +120,7 @@ class HeadProjection:
     def __init__(
         self, head: LinearHead, tensors: Sequence[Tensor | None], hidden: Tensor, size: int, dtype: torch.dtype | None
     ) -> None:
-        if dtype is None:
+        if dtype is None or not head.weight.shape[1]:  # logits are in the precision that the model gives them
             dtype = functools.reduce(torch.promote_types, [x.dtype for x in (hidden, *tensors) if x is not None])
         self.dtype, self.hidden, self.size = dtype, hidden.detach(), size
         weight, bias, a, b = (None if x is None else x.detach().to(dtype) for x in tensors)
@@ -133,6 +133,8 @@ class HeadProjection:
     def project(self, rows: slice | Tensor) -> Tensor:
         """``[n, V]`` of some tokens, before :meth:`LinearHead.finish`; valid until the next call."""
         hidden = self.hidden[rows].to(self.dtype)
+        if self.weight.shape[1] == 0:
+            return hidden[:, : self.size].clone()
         if self.buffer is None or len(self.buffer) < len(hidden):
             self.buffer = hidden.new_empty(len(hidden), self.size)
         out = self.buffer[: len(hidden)]
@@ -176,10 +178,10 @@ class GradientSums:
         by_hidden, by_weight, by_bias, by_a, by_b = self.sums
         lora, size = self.projection.lora, self.projection.size
         if by_hidden is not None:
-            part = grad @ self.weight
+            part = grad @ self.weight if self.weight.shape[1] else grad
             if lora is not None:
                 part.addmm_(grad @ lora.b.to(self.dtype), lora.a.to(self.dtype), alpha=lora.scale)
-            by_hidden[rows] = part.to(by_hidden.dtype)
+            by_hidden[rows, : part.shape[1]] = part.to(by_hidden.dtype)
         if by_bias is not None:
             by_bias[:size] += grad.sum(0, dtype=by_bias.dtype)
         if by_weight is None and by_a is None and by_b is None:

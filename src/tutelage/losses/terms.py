@@ -335,7 +335,7 @@ def _check_positions(name: str, x: Tensor, shape: torch.Size) -> None:
 
 
 def _check_width(name: str, hidden: Tensor, head: LinearHead) -> None:
-    if not hidden.ndim or hidden.shape[-1] != head.weight.shape[1]:
+    if not hidden.ndim or hidden.shape[-1] != (head.weight.shape[1] or len(head.weight)):
         raise ValueError(
             f"the {name}, {tuple(hidden.shape)}, and head, {tuple(head.weight.shape)}, must be [..., D] and [V, D]"
         )

@@ -94,7 +94,7 @@ def freeze_unused(student: nn.Module, example: Batch, needs: Needs | None, *, he
         observed = observe(student, example.to(device_of(student)).inputs, needs)
     outputs = list(observed.hidden.values())
     if observed.head is not None and head:
-        outputs += [x for x in observed.head if isinstance(x, Tensor)]
+        outputs += [x for x in observed.head if isinstance(x, Tensor) and x.requires_grad]
     gradients = torch.autograd.grad([x.float().sum() for x in outputs], parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)

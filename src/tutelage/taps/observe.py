@@ -57,7 +57,7 @@ class Head(NamedTuple):
     inputs: Tensor
     """``[..., D]``."""
     weight: Tensor
-    """``[C, D]``."""
+    """``[C, D]``; ``[C, 0]`` if ``inputs`` are the logits, because no linear layer computes them."""
     bias: Tensor | None
     """``[C]``."""
     scale: float = 1.0
@@ -66,6 +66,11 @@ class Head(NamedTuple):
     """c of c tanh(z / c), applied last; ``None`` for none."""
     adapter: Adapter | None = None
     """The LoRA adapter of the weight."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether ``inputs`` are the logits."""
+        return self.weight.shape[1] == 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Head:
         """The head with ``change`` applied to each of its tensors."""
@@ -82,6 +87,8 @@ class Head(NamedTuple):
 
     def scores(self, rows: slice | Tensor) -> Tensor:
         """Logits ``[n, C]`` of some of the inputs."""
+        if self.is_dense:
+            return self.inputs[rows]
         raw = F.linear(self.inputs[rows], self.weight, self.bias)
         if self.adapter is not None:
             low = F.linear(self.inputs[rows], self.adapter.a)
@@ -182,9 +189,10 @@ class Observer:
         if self.needs.hidden and not self._handles:
             raise ModelError("this observer is closed", remedy="create a new one")
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
+        dense = head is not None and not self._head_is_exact(inputs)
         record.clear(self._taps, trains)
         record.active = True
-        if head is not None and not self.needs.logits:
+        if head is not None and not self.needs.logits and not dense:
             head.__dict__["forward"] = _identity
         try:
             if isinstance(inputs, Mapping):
@@ -193,7 +201,10 @@ class Observer:
                 output = self.model(inputs)
             hidden = {tap.text: _captured_tensor(record, tap) for tap in self._taps}
             observed_head = None
-            if head is not None:
+            if dense:
+                logits = logits_of(output)
+                observed_head = Head(logits, logits.new_empty(logits.shape[-1], 0), None)
+            elif head is not None:
                 if (calls := len(record.head_inputs)) != 1:
                     raise ModelError(f"the output head ran {calls} times in one forward pass, not once")
                 (x,) = record.head_inputs
@@ -204,6 +215,53 @@ class Observer:
             if head is not None:
                 head.__dict__.pop("forward", None)  # restores the class's own forward
         return Observation(logits_of(output) if self.needs.logits else None, hidden, observed_head)
+
+    def _head_is_exact(self, inputs: Tensor | Mapping[str, Tensor]) -> bool:
+        """Whether the head, its scale and its cap give the model's own logits; tested once, on one row taken twice.
+
+        In the second row the head's output is enlarged to 50, where a cap of any usual size changes it. A trained
+        weight behind the head counts as a difference, also while it is zero.
+        """
+        known = self.model.__dict__.get(EXACT)
+        if known is not None:
+            return bool(known)
+        head, record, factors = self._head, self._record, list[Tensor]()
+        assert head is not None
+        scale, cap = self._scaling
+        forward = head.forward
+
+        def enlarged(x: Tensor) -> Tensor:
+            out: Tensor = forward(x).detach()
+            factors.append(torch.ones_like(out[:, :1]))
+            factors[0][1:] = 50.0 / max(float(out.abs().max()) * abs(scale), 1e-6)
+            torch.set_grad_enabled(True)  # until the end of no_grad: shows the weights behind the head
+            return out * factors[0]
+
+        few: Any = _same_row_twice(inputs)
+        record.clear(self._taps)
+        record.active = True
+        head.__dict__["forward"] = enlarged
+        try:
+            with torch.no_grad(), evaluating(self.model):  # _call_impl: not the compiled graph of other sizes
+                named = {**few, **self._arguments} if isinstance(few, Mapping) else None
+                output = self.model._call_impl(few) if named is None else self.model._call_impl(**named)
+                if len(record.head_inputs) != 1:
+                    return True  # which is refused where the head is used
+            with torch.no_grad():
+                scores = _gather(Head(record.head_inputs[0], head.weight, head.bias, 1.0, None, adapter_of(head)))
+                computed = (scores * factors[0]).float() * scale
+                computed = computed if cap is None else torch.tanh(computed / cap) * cap
+        finally:
+            record.active = False
+            record.clear()
+            head.__dict__.pop("forward", None)
+        logits = logits_of(output)
+        rounds = min(torch.finfo(x.dtype).bits for x in (logits, scores)) < 32
+        tolerance = (2e-2 if rounds else 1e-4) * computed.nan_to_num().abs().amax((*range(1, computed.ndim),), True)
+        exact = computed.shape == logits.shape and not logits.requires_grad
+        exact = exact and bool(((computed - logits.float()).abs() <= tolerance).all())
+        self.model.__dict__[EXACT] = exact
+        return exact
 
     def close(self) -> None:
         """Remove the hooks from the model."""
@@ -219,6 +277,27 @@ class Observer:
     def __del__(self) -> None:
         if hasattr(self, "_handles"):
             self.close()
+
+
+EXACT = "_head_is_exact"
+"""Where a model keeps whether its logits are those of its head."""
+
+
+def _same_row_twice(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """The first row of some inputs, two times; of token ids at most 16, all of which count."""
+    if isinstance(inputs, Tensor):
+        return torch.cat([inputs[:1], inputs[:1]])
+    ids = inputs.get("input_ids")
+    named = dict(inputs)
+    if ids is not None and ids.ndim == 2:
+        named = {name: x[:, :16] for name, x in inputs.items() if x.shape == ids.shape and name != "position_ids"}
+    twice = {name: torch.cat([x[:1], x[:1]]) for name, x in named.items()}
+    return {name: torch.ones_like(x) if name == "attention_mask" else x for name, x in twice.items()}
+
+
+def _gather(head: Head) -> Tensor:
+    """The scores of a head whose weights may be sharded over processes."""
+    return head.map(lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x).scores(slice(None))
 
 
 def _identity(x: Tensor) -> Tensor:
