@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.normalizers import NFC
+from transformers import AutoTokenizer
 
 from support.text_worlds import sentences, table, tokenizer
 from tutelage.data import PlannedBatches, RankSlice, TextData, load_texts
 from tutelage.data import tokens as tokens_module
+from tutelage.data.text_sources import read_texts
+from tutelage.data.tokens import tokenizer_fingerprint
 from tutelage.errors import DataError
 
 
@@ -67,6 +73,119 @@ def test_tokens_are_those_of_the_tokenizer_and_are_cut_once(monkeypatch: pytest.
     assert len(list(Path("runs/tokens").iterdir())) == 2, "other texts under the same name"
     files[0].write_bytes(files[0].read_bytes()[:-9])
     assert torch.equal(load(sentences(50)).test.fetch(torch.arange(6)).inputs["input_ids"], batch.inputs["input_ids"])
+
+
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+TALK = [[{"role": "user", "content": "song"}, {"role": "assistant", "content": "chord"}]]
+
+FLIPS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "eos_token": ("radio", {}),
+    "bos_token": ("[CLS]", {}),
+    "sep_token": ("radio", {"task": "mlm", "pack": True}),
+    "mask_token": ("radio", {"task": "mlm"}),
+    "unk_token": ("[SEP]", {"task": "mlm"}),
+    "cls_token": ("radio", {"task": "mlm"}),
+    "pad_token": ("radio", {"task": "classes", "max_length": 32}),
+    "padding_side": ("left", {"task": "classes", "max_length": 32}),
+    "truncation_side": ("left", {"task": "classes"}),
+    "model_input_names": (["input_ids", "attention_mask"], {"task": "classes"}),
+    "chat_template": (CHAT.replace(": ", " says "), {"text": "talk"}),
+}
+"""A new value of each field of a tokenizer that is read, and the options of data whose batches it changes."""
+
+
+@pytest.mark.parametrize("field", FLIPS)
+def test_a_changed_tokenizer_reads_no_old_file(field: str) -> None:
+    value, options = FLIPS[field]
+    rows = [{**row, "talk": TALK[0]} for row in sentences(40)]
+    first = tokenizer()
+    first.eos_token, first.bos_token, first.chat_template = "[SEP]", "radio", CHAT
+    second = copy.deepcopy(first)
+    setattr(second, field, value)
+    options = {"task": "causal", "learn": "all", "max_length": 8} | options
+    if options["task"] == "classes":
+        options |= {"label": "label"}
+    table(Path("d.jsonl"), rows)
+
+    def batch(cutter: Any) -> list[Any]:
+        data = load_texts("table", path="d.jsonl", tokenizer=cutter, **options)
+        one = data.train.fetch(torch.arange(8))
+        return [data.preprocessing()["tokenizer"], one.inputs, one.labels, data.train.tokens[0].special.tolist()]
+
+    keep = [batch(first), batch(second)]
+    assert keep[0][0] != keep[1][0], "the key of a teacher cache"
+    shutil.rmtree("runs")
+    fresh = batch(second)
+    assert str(keep[1]) == str(fresh), "as without a file"
+    if field not in ("unk_token", "cls_token"):  # these are in the vocabulary's file
+        assert str(keep[0][1:]) != str(fresh[1:]), "the field counts"
+
+
+def test_a_setting_that_changes_no_token_keeps_the_key() -> None:
+    one, other = tokenizer(), tokenizer()
+    other.model_max_length = 9
+    other("a b", truncation=True, max_length=4, padding="max_length")
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
+    other.save_pretrained("saved")
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(AutoTokenizer.from_pretrained("saved"))
+    expected = load(sentences(60)).train.tokens[0].ids.tolist()
+    data = load_texts("table", tokenizer=other, path="data.jsonl", label="label")
+    assert data.train.tokens[0].ids.tolist() == expected
+
+
+@pytest.mark.parametrize("change", ["added", "normalizer", "split"])
+def test_what_a_tokenizer_does_to_texts_is_in_its_key(change: str) -> None:
+    one, other = tokenizer(), tokenizer()
+    if change == "added":
+        other.add_tokens(["song chord"])
+    elif change == "normalizer":
+        other.backend_tokenizer.normalizer = NFC()
+    else:
+        other.split_special_tokens = True
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
+    assert tokenizer_fingerprint(one, ids_only=True) != tokenizer_fingerprint(other, ids_only=True)
+
+
+def test_texts_that_another_setting_chooses_read_no_old_file() -> None:
+    """Rows of two columns are dropped where either is empty, so the same column has other texts."""
+    rows = [{"text": f"song {w}", "b": w, "c": w, "label": w} for w in ("radio", "audio", "mixer", "volume") * 20]
+    rows[1]["b"] = rows[2]["c"] = ""
+    table(Path("d.jsonl"), rows)
+    for teacher_text in ("b", "c", "b"):
+        data = load_texts(
+            "table", path="d.jsonl", tokenizer=tokenizer(), label="label", teacher_text=teacher_text, empty="drop"
+        )
+        batch = data.train.fetch(torch.arange(len(data.train)))
+        for i, row in enumerate(batch.ids.tolist()):
+            ids = tokenizer()(rows[row]["text"])["input_ids"]
+            assert batch.inputs["input_ids"][i, : len(ids)].tolist() == ids
+
+
+def test_files_of_other_texts_have_another_digest() -> None:
+    digests = set()
+    for name, first, second in (("one", "song", "radio"), ("two", "songra", "dio"), ("three", "songradio", "")):
+        Path(name).mkdir()
+        for file, text in (("a.txt", first), ("b.txt", second)):
+            (Path(name) / file).write_text(text)
+        digests.add(read_texts("plain", path=name, options=None, columns=["text"]).digest)
+    assert len(digests) == 3
+    table(Path("d.csv"), [])
+    for name in ("d.csv", "d.tsv"):
+        Path(name).write_text("text\na\n")
+        digests.add(read_texts("table", path=name, options=None, columns=["text"]).digest)
+    assert len(digests) == 5
+
+
+def test_a_student_without_token_types_gets_its_own_inputs() -> None:
+    """DistilBERT's tokenizer is BERT's without token types, which BERT needs for pairs."""
+    student, teacher = tokenizer(), tokenizer()
+    student.model_input_names = ["input_ids", "attention_mask"]
+    table(Path("d.jsonl"), [{**row, "other": "radio song"} for row in sentences(60)])
+    options = {"path": "d.jsonl", "tokenizer": student, "teacher_tokenizer": teacher}
+    batch = load_texts("table", text=["text", "other"], label="label", **options).train.fetch(torch.arange(4))
+    assert "token_type_ids" not in batch.inputs
+    assert batch.for_teacher().inputs["token_type_ids"].any()
+    assert load_texts("table", task="mlm", **options).train.fetch(torch.arange(4)).teacher_inputs is None, "one cut"
 
 
 def test_bucketing_pads_little_and_loses_nothing() -> None:

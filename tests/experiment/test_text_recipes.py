@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 
+import tutelage
 from support import python
 from support.text_worlds import FILLER, WORDS, encoder, sentences, table, tokenizer
 from tutelage import api
 from tutelage.cli.doctor_checks import examine
 from tutelage.config import LOGIT_LOSSES, SOFT_OF_TASK, Recipe, build_recipe, load_recipe
-from tutelage.data import load_texts
+from tutelage.data import Batch, load_texts
 from tutelage.errors import CapabilityError, ConfigError, TutelageError
 from tutelage.experiment.recipe_source import load_data, recipe_spec
 from tutelage.experiment.recipe_texts import load_text_data
+from tutelage.integrations import Distiller
 from tutelage.methods.label_losses import LABEL_LOSSES
+from tutelage.methods.minilm import MinilmMethod
 from tutelage.models import load_model
 from tutelage.progress import Terminal
 from tutelage.search.search import search_recipe
@@ -217,6 +222,9 @@ def test_a_teacher_of_the_same_classes_in_another_order_is_understood(monkeypatc
     assert summary["teacher"]["accuracy"] == json.loads(Path("first/summary.json").read_text())["teacher"]["accuracy"]
 
 
+PAIRS = {"kind": "feature", "pairs": [{"student": "bert.encoder.layer.1", "teacher": "bert.encoder.layer.1"}]}
+
+
 @pytest.mark.parametrize("method", ["minilm", "tinybert"])
 def test_methods_that_compare_tokens_need_one_tokenizer(method: str) -> None:
     encoder(Path("encoder"), cutter=tokenizer())
@@ -229,6 +237,45 @@ def test_methods_that_compare_tokens_need_one_tokenizer(method: str) -> None:
     assert any(one.topic == "tokens" and one.level == "bad" for one in examine(given, Terminal(speaks=False)))
     other = recipe({"label": "label"}, student=student, method="logit")
     assert not any(one.level == "bad" for one in examine(other, Terminal(speaks=False)))
+
+
+@pytest.mark.parametrize("method", ["minilm", PAIRS, {**PAIRS, "stage1_fraction": 0.3}])
+def test_tokens_are_compared_in_all_training_texts(method: Any) -> None:
+    """Tokenizers that differ in one rare word, of the same number of pieces, so that positions match."""
+    encoder(Path("encoder"), cutter=tokenizer())
+    other = tokenizer()
+    description = json.loads(other.backend_tokenizer.to_str())
+    description["normalizer"] = {"type": "Replace", "pattern": {"String": "stereo"}, "content": "mixer"}
+    encoder(Path("other"), cutter=transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)), **other.special_tokens_map,
+    ))  # fmt: skip
+    rows = [{**row, "text": row["text"].replace("stereo", "mixer")} for row in sentences(120)]
+    rows[60]["text"] += " stereo"
+    table(Path("d.jsonl"), rows)
+    given = recipe({"label": "label", "test": 0.1}, student={"model": "hf:other"}, method=method)
+    assert any(one.topic == "tokens" and one.level == "bad" for one in examine(given, Terminal(speaks=False)))
+    with pytest.raises(CapabilityError, match="compares token by token"):
+        run(given)
+
+
+def test_python_users_are_told_of_other_tokens() -> None:
+    encoder(Path("encoder"), "BertForSequenceClassification", num_labels=2)
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    ids = torch.randint(5, 30, (8, 6), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    same = Batch(inputs, torch.tensor([0, 1] * 4), teacher_inputs=dict(inputs))
+    other = replace(same, teacher_inputs={**inputs, "input_ids": ids.flip(1)})
+    masked = replace(other, labels=ids.flip(1))
+    assert [one.reads_same_tokens() for one in (same, other, masked)] == [True, False, True]
+    teacher, method = load("encoder"), MinilmMethod()
+    Distiller(load("encoder"), teacher, MinilmMethod(), example=same, to_batch=lambda batch: batch)
+    with pytest.raises(CapabilityError, match="different tokens"):
+        Distiller(load("encoder"), teacher, method, example=other, to_batch=lambda batch: batch)
+    with pytest.raises(CapabilityError, match="compares token by token"):
+        tutelage.distill(
+            teacher, load("encoder"), [other], eval_data=[other], method=MinilmMethod(), to_batch=lambda batch: batch,
+            out="distilled", verbose=False,
+        )  # fmt: skip
 
 
 def test_a_trimmed_vocabulary_goes_with_its_student() -> None:

@@ -93,6 +93,20 @@ class Batch:
         labels = self.teacher_labels
         return batch if labels is None else replace(batch, labels=labels, mask=labels != IGNORE)
 
+    def reads_same_tokens(self) -> bool:
+        """Whether teacher and student read the same tokens, but for those that are masked for the student."""
+        own, theirs = self.inputs, self.teacher_inputs
+        if not (isinstance(own, dict) and isinstance(theirs, dict) and {"input_ids"} <= own.keys() & theirs.keys()):
+            return True
+        mine, others = own["input_ids"], theirs["input_ids"]
+        if mine.shape != others.shape:
+            return False
+        same = mine == others
+        if self.labels.shape == mine.shape:  # of masked language modelling: the token that is masked
+            same |= self.labels == others
+        mask = own.get("attention_mask")
+        return bool((same if mask is None else same | (mask == 0)).all())
+
     def for_member(self, number: int) -> Batch:
         """The batch with the inputs of one member of an ensemble, if the members' inputs differ."""
         theirs = self.teacher_inputs

@@ -1,6 +1,7 @@
 """Sources of texts (table files, folders of plain text, data sets of Hugging Face), and the labels of texts."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,10 +90,11 @@ def read_texts(
             start += len(raw)
         if not len(raw):
             raise DataError("has no rows", where=files[split], remedy="give a file with texts")
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(source.encode(), digest_size=8)
     for split, file in files.items():
-        digest.update(split.encode())
         for each in _files(Path(file)):
+            name = each.suffix if each == Path(file) else each.relative_to(file).as_posix()
+            digest.update(json.dumps([split, name, each.stat().st_size]).encode())
             with open(each, "rb") as opened:
                 hashlib.file_digest(opened, lambda: digest)
     return RawTextData(str(path), splits, digest=digest.hexdigest())

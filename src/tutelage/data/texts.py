@@ -128,6 +128,15 @@ class TextSet:
         return torch.from_numpy(out)
 
 
+def same_tokens(mine: Sequence[Tokens], theirs: Sequence[Tokens], teacher_ids: Tensor | None) -> bool:
+    """Whether all texts are cut into the same tokens; ``teacher_ids`` has the teacher's id of each of ours."""
+    table = None if teacher_ids is None else teacher_ids.numpy()
+    return len(mine) == len(theirs) and all(
+        np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ids if table is None else table[a.ids], b.ids)
+        for a, b in zip(mine, theirs, strict=True)
+    )
+
+
 NAMES = {1: ("",), 2: ("positive_", "negative_"), 3: ("", "positive_", "negative_")}
 """Prefixes of the input names by the number of texts in a row: answers with their query, or query and answers."""
 
@@ -240,12 +249,12 @@ def load_texts(
         raw = read_texts(source, path=path, options=options, columns=needed)
     raw = _without_empty(raw, dict.fromkeys([*columns, *teacher_columns]), empty)
     names = resolve_class_names(raw, label_columns, task, classes)
-    teacher_tokenizer = teacher_tokenizer if teacher_tokenizer is not None else tokenizer
-    fingerprints = [tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(teacher_tokenizer)]
-    other_tokenizer = fingerprints[0] != fingerprints[1]
-    differs = teacher_columns != columns or other_tokenizer or list(prompts[0]) != list(prompts[1])
+    tokenizers = tokenizer, teacher_tokenizer if teacher_tokenizer is not None else tokenizer
+    fingerprints, by_token = [tokenizer_fingerprint(one) for one in tokenizers], task in ("mlm", "causal", "tokens")
+    cuts = {tokenizer_fingerprint(one, ids_only=by_token) for one in tokenizers}
+    differs = teacher_columns != columns or len(cuts) > 1 or list(prompts[0]) != list(prompts[1])
     align = align and differs and task == "causal" and teacher_columns == columns
-    if differs and not align and task in ("mlm", "causal", "tokens"):
+    if differs and not align and by_token:
         other = ", or method kind: cross-tokenizer" if task == "causal" and teacher_columns == columns else ""
         raise DataError(
             f"teacher and student have different tokens, and {task} compares them token by token",
@@ -262,7 +271,7 @@ def load_texts(
     masking = build_masking(tokenizer, mask) if task == "mlm" else None
     sets = _tokenize_splits(
         raw, task, columns, (teacher_columns, differs), (label_columns, names), (route, route_names),
-        (tokenizer, teacher_tokenizer), prompts, masking,
+        tokenizers, prompts, masking,
         max_length=max_length, pack=pack, learn=learn if task == "causal" else None, ends=align, progress=progress,
     )  # fmt: skip
     data = complete_splits(
@@ -281,8 +290,8 @@ def load_texts(
     }  # fmt: skip
     return TextData(
         raw.name, train, _by_length(data["validation"]), _by_length(data["test"]), names, teacher, task, tokenizer,
-        max_length, settings, route_names, teacher_tokenizer=teacher_tokenizer if other_tokenizer else None,
-        prompts=prompts,
+        max_length, settings, route_names, prompts=prompts,
+        teacher_tokenizer=None if fingerprints[0] == fingerprints[1] else tokenizers[1],
     )  # fmt: skip
 
 
@@ -306,7 +315,6 @@ def _tokenize_splits(
     and its values; ``options`` are for :func:`tokenize`.
     """
     teacher_columns, differs = teacher
-    key = "" if not raw.digest else f"{raw.digest} {[(s, len(r)) for s, r in raw.splits.items()]}"
 
     def tokens(split: str, groups: Sequence[Sequence[str]], side: int, what: str) -> tuple[Tokens, ...]:
         values, texts_before = raw.splits[split].columns, [*prompts[side], *[""] * len(groups)]
@@ -315,7 +323,7 @@ def _tokenize_splits(
                 [[before + text for text in values[group[0]]] if before else values[group[0]],
                  *(values[n] for n in group[1:])],
                 tokenizers[side], pack=pack, words=task == "tokens",
-                key=key and f"{key} {split} {list(group)} {before}", what=f"{split} {what}", **options,
+                store=bool(raw.digest), what=f"{split} {what}", **options,
             )
             for group, before in zip(groups, texts_before, strict=False)
         )  # fmt: skip

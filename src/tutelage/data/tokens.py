@@ -6,6 +6,7 @@ import os
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def tokenize(
     words: bool = False,
     learn: Learn | None = None,
     ends: bool = False,
-    key: str = "",
+    store: bool = False,
     progress: Progress = lambda blocks, _: blocks,
     what: str = "texts",
 ) -> Tokens:
@@ -132,7 +133,8 @@ def tokenize(
             or prompts and answers; padding is on the right; packed texts do not attend to each other, and only texts
             longer than a row are split.
         ends: compute the ends of tokens; needs ``learn``, excludes ``pack``.
-        key: identifies the texts; the file name is a hash of it, the tokenizer and the arguments. Empty: no file.
+        store: keep the tokens in a file; its name is a hash of texts, tokenizer and arguments. A tokenizer without a
+            backend has none.
         progress: wraps the iteration over blocks of texts.
         what: description of the texts, for the progress bar.
 
@@ -149,8 +151,9 @@ def tokenize(
             remedy="set one: tokenizer.pad_token = tokenizer.eos_token, and save it",
         )
     settings = [max_length, pack, words, len(columns), learn, ends]
-    text = json.dumps([key, tokenizer_fingerprint(tokenizer), settings])
-    path = FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors" if key else None
+    path = None
+    if store and getattr(tokenizer, "backend_tokenizer", None) is not None:
+        path = FOLDER / f"{_digest(columns, [tokenizer_fingerprint(tokenizer), *settings])}.safetensors"
     if path is not None and (stored := _read(path)) is not None:
         return Tokens(pad=pad, side=side, **stored)
 
@@ -178,15 +181,33 @@ def tokenize(
     return Tokens(pad=pad, side=side, **flat)
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A digest of everything that determines the tokens of a tokenizer."""
+def _digest(columns: Sequence[Sequence[Any]], settings: Sequence[Any]) -> str:
+    """The first 16 hex digits of a hash of texts (or lists of words, or conversations) and settings."""
+    versions = [version(name) for name in ("tokenizers", "transformers")]
+    digest = hashlib.sha256(json.dumps([versions, settings]).encode())
+    for value in (value for column in columns for value in column):
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{type(value).__name__} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any, *, ids_only: bool = False) -> str:
+    """A digest of everything that determines what a tokenizer makes of a text.
+
+    With ``ids_only`` without the padding and the names of the inputs: tokenizers with one digest cut texts into the
+    same tokens.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        content: Any = sorted(tokenizer.get_vocab().items())
+        content: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     else:  # earlier calls may have set truncation and padding
         content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-    rest = [tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.chat_template]
-    return hashlib.sha256((json.dumps(content, sort_keys=True) + json.dumps(rest)).encode()).hexdigest()[:16]
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if not (ids_only and k == "pad_token")}
+    names = ["truncation_side", "chat_template", "split_special_tokens"]
+    names += [] if ids_only else ["padding_side", "model_input_names"]
+    rest = [special, {name: getattr(tokenizer, name, None) for name in names}]
+    return hashlib.sha256(json.dumps([content, rest], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _tokenize_block(

@@ -132,10 +132,14 @@ def check_generates(spec: ExperimentSpec, method: Method) -> None:
             )
 
 
+def compares_tokens(method: Method) -> bool:
+    """Whether a method, or one of its phases, compares teacher and student token by token."""
+    return any(each.compares_tokens for each in all_methods(method))
+
+
 def check_tokenizers(spec: ExperimentSpec, method: Method) -> None:
     """Raise :class:`CapabilityError` when a method compares tokens, and teacher and student read different ones."""
-    compares_tokens = any(each.compares_tokens for each in all_methods(method))
-    if compares_tokens and not spec.source.reads_same_tokens(next(iter(spec.evaluation.test))):
+    if compares_tokens(method) and not spec.source.reads_same_tokens(spec.evaluation.test):
         raise CapabilityError(
             f"{type(method).__name__} compares token by token, and the tokenizers of teacher and student cut the "
             "texts at different places",

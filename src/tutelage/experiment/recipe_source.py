@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from tutelage.data import (
 )
 from tutelage.data.batch import IGNORE, LABELS
 from tutelage.data.targets import TargetScale
+from tutelage.data.texts import TextSet, same_tokens
 from tutelage.errors import ConfigError, at_key
 from tutelage.evaluation.harness import harness
 from tutelage.experiment.caching import open_recipe_cache
@@ -272,19 +274,13 @@ class RecipeSource:
             **options, server=endpoint.kind, classes=classes, tokenizer=data.tokenizer, longest=data.max_length
         )
 
-    def reads_same_tokens(self, batch: Batch) -> bool:
-        if batch.teacher_inputs is None:
+    def reads_same_tokens(self, batches: Iterable[Batch]) -> bool:
+        """See :class:`ExperimentSource`; all training texts are compared."""
+        rows = self.data.train
+        if not isinstance(rows, TextSet) or not rows.teacher_tokens:
             return True
         assert isinstance(self.data, TextData)
-        assert isinstance(batch.inputs, dict)
-        assert isinstance(batch.teacher_inputs, dict)
-        own, theirs = batch.inputs["input_ids"], batch.teacher_inputs["input_ids"]
-        table = self.data.teacher_token_ids
-        own = own if table is None else table.to(own.device)[own]
-        counts = batch.inputs["attention_mask"].bool()
-        if self.data.task == "mlm":  # masked for the student
-            counts = counts & (batch.labels == IGNORE)
-        return own.shape == theirs.shape and torch.equal(own[counts], theirs[counts])
+        return same_tokens(rows.tokens, rows.teacher_tokens, self.data.teacher_token_ids)
 
     def open_cache(
         self, teacher: ModelTeacher | RemoteTeacher, classes: int, method: Method, ctx: RunContext

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -152,6 +153,10 @@ class RunContext:
         return device
 
 
+COMPARED_BATCHES = 8
+"""Batches of evaluation data whose tokens are compared."""
+
+
 class ExperimentSource(Protocol):
     """Builds the parts of an experiment. The same seed gives the same weights."""
 
@@ -188,9 +193,12 @@ class ExperimentSource(Protocol):
     def connect_teacher(self, classes: int) -> RemoteTeacher:
         """The teacher behind a server; ``classes`` is the student's vocabulary size."""
 
-    def reads_same_tokens(self, batch: Batch) -> bool:
-        """Whether teacher and student read the same tokens of each text, so that they can be compared one by one."""
-        return True
+    def reads_same_tokens(self, batches: Iterable[Batch]) -> bool:
+        """Whether teacher and student read the same tokens of each text, so that they can be compared one by one.
+
+        ``batches`` are those of the evaluation; where the training texts are not at hand, the first are compared.
+        """
+        return all(batch.reads_same_tokens() for batch in islice(batches, COMPARED_BATCHES))
 
     def open_cache(
         self, teacher: ModelTeacher | RemoteTeacher, classes: int, method: Method, ctx: RunContext

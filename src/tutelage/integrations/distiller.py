@@ -88,6 +88,7 @@ class Distiller(DistillationModule):
             method.add_peers(peers)
         student = prepare_student(method, student, model, few, seed)
         prepare_method(method, student, model, few, seed, ids)
+        _check_same_tokens(method, _batch(example, to_batch))
         if method.phases() and not phases_done:
             names = ", ".join(phase.name for phase in method.phases())
             raise CapabilityError(
@@ -195,6 +196,15 @@ class Distiller(DistillationModule):
 
 def _batch(raw: Any, to_batch: Callable[[Any], Batch]) -> Batch:
     return raw if isinstance(raw, Batch) else to_batch(raw)
+
+
+def _check_same_tokens(method: Method, example: Batch) -> None:
+    if method.compares_tokens and not example.reads_same_tokens():
+        raise CapabilityError(
+            f"{type(method).__name__} compares token by token, and teacher and student read different tokens of the "
+            "example",
+            remedy="give both the same input_ids, or use LogitMethod or PatientMethod",
+        )
 
 
 def _check_extras(method: Method, ids: Tensor | None, peers: Sequence[nn.Module]) -> None:

@@ -85,6 +85,7 @@ class PairsMethod(Method):
                 weight = default(s, t, first.options) if callable(default) else default
             self.weights[name] = weight
         taps = [pair for loss in self.losses for pair in loss.pairs]  # type: ignore[union-attr]
+        self.compares_tokens = any(pair.tokens for pair in taps)
         self.needs = Needs(logits=False, hidden=tuple(dict.fromkeys(pair.teacher for pair in taps)))
         self.student_needs = Needs(logits=False, hidden=tuple(dict.fromkeys(pair.student for pair in taps)))
 
@@ -160,6 +161,7 @@ class FeatureMethod(Method):
             ModelError: unknown tap, or features that do not go together.
         """
         self.hidden.build(student, teacher, example, ids)
+        self.compares_tokens = self.hidden.compares_tokens
         shares = {phase.name: phase.share for phase in self.phases()}
         if sum(shares.values()) >= 1:
             raise ConfigError(
