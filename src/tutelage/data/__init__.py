@@ -4,6 +4,7 @@ from tutelage.data.batch import IGNORE, Batch, IndexedDataset, as_batch, causal_
 from tutelage.data.image_set import ImageData, ImageSet
 from tutelage.data.images import load_images
 from tutelage.data.loader import Batches, LoaderBatches, PlannedBatches, RankSlice, Rows, SequentialBatches
+from tutelage.data.positions import name_positions
 from tutelage.data.text_sources import read_texts
 from tutelage.data.texts import TextData, TextSet, load_texts
 from tutelage.data.views import view_seeds
@@ -14,5 +15,5 @@ Data = ImageData | TextData
 __all__ = [
     "IGNORE", "Batch", "Batches", "Data", "ImageData", "ImageSet", "IndexedDataset", "LoaderBatches",
     "PlannedBatches", "RankSlice", "Rows", "SequentialBatches", "TextData", "TextSet", "as_batch", "causal_batch",
-    "load_images", "load_texts", "read_texts", "view_seeds",
+    "load_images", "load_texts", "name_positions", "read_texts", "view_seeds",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tutelage.errors import DataError
+from tutelage.errors import DataError, shorten
 
 IGNORE = -100
 """The label of unlabelled positions, as in torch and transformers."""
@@ -209,12 +209,25 @@ def as_batch(raw: Any) -> Batch:
         if not third:
             return Batch(inputs, _indices(labels))
         if third[0].dtype == torch.int64 and third[0].shape == (len(inputs),):
+            check_ids(third[0])
             return Batch(inputs, _indices(labels), ids=third[0])
     kind = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, (tuple, list)) else "")
     raise DataError(
         f"a batch is {kind}, neither tensors (inputs, labels[, int64 ids]) nor a mapping with 'labels'",
-        remedy="pass to_batch=, a function that converts it to a tutelage.data.Batch",
+        remedy="name the positions, as in batch=('x', 'length', 'y'), or pass to_batch=, a function that converts it "
+        "to a tutelage.data.Batch",
     )
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raise :class:`DataError` if an id is there twice: it is another number, such as a label."""
+    if ids.is_cpu and len(ids.unique()) < len(ids):
+        raise DataError(
+            "the third tensor of a batch would be the sample ids, and it has the same number in several rows: "
+            f"{shorten(ids.tolist())}",
+            remedy="name the positions of what the loader yields: batch=('x', 'length', 'y'), or "
+            "batch=('x', 'y', 'ids') for samples that are drawn several times; '_' for a position that is not used",
+        )
 
 
 class IndexedDataset(torch.utils.data.Dataset[tuple[Any, ...]]):

@@ -21,13 +21,13 @@ from tutelage.config import (
 )
 from tutelage.config.messages import must_be
 from tutelage.config.teachers import cache_section
-from tutelage.data import Batch, SequentialBatches, as_batch
+from tutelage.data import Batch, SequentialBatches, as_batch, name_positions
 from tutelage.engine import broadcast_from_main, build_accelerator, open_trackers
 from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError, shorten
 from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
 from tutelage.experiment.measure import class_name, fingerprint
-from tutelage.experiment.module_source import ModuleSource
+from tutelage.experiment.module_source import ModuleSource, call_student
 from tutelage.experiment.run import choose_run_directory, open_run_directory
 from tutelage.experiment.spec import EnsembleSpec, EvaluationSpec, ExperimentSpec, MemberSpec, RunContext, TeacherSpec
 from tutelage.experiment.summary import load_student
@@ -74,6 +74,7 @@ def distill(
     inference: dict[str, Any] | None = None,
     cache: bool | str | Path | dict[str, Any] = False,
     to_batch: Callable[[Any], Batch] = as_batch,
+    batch: Sequence[str] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     verbose: bool = True,
@@ -108,6 +109,8 @@ def distill(
             more, to check that the cache belongs to its data.
         to_batch: makes a :class:`tutelage.data.Batch` of what the loaders yield; for causal language models
             :func:`tutelage.data.causal_batch`.
+        batch: names of the positions of the loaders' tuples, as in ``("x", "length", "y")``; see
+            :func:`tutelage.data.name_positions`. Default: ``(inputs, labels)``, or these and sample ids.
         out: the run directory. Default: the first free of ``runs/distill``, ``runs/distill-2`` ...
         resume: continue the run in that directory.
         verbose: show progress.
@@ -115,9 +118,14 @@ def distill(
     Raises:
         TutelageError: one of its subclasses, with the remedy; misfits are raised before any training.
     """
-    _check_arguments(teacher, student, method, seeds, eval_data, validation, to_batch)
+    _check_arguments(teacher, student, method, seeds)
     config = _train_config(optimizer, lr, schedule, epochs, train, validation)
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    notes: list[str] = []
+    if batch is not None:
+        to_batch = name_positions(batch, to_batch, call_student(student, seeds[0]), teachers)
+        notes = to_batch.notes()
+    _check_loaders(eval_data, validation, to_batch)
     method = method if method is not None else LogitMethod()
     teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache)
     source = ModuleSource(
@@ -159,6 +167,8 @@ def distill(
     path = broadcast_from_main(accelerator, lambda: choose_run_directory(out, spec.name, resume))
     terminal = Terminal(speaks=verbose and accelerator.is_main_process)
     warn_of_precision(accelerator, terminal)
+    for note in notes:
+        terminal.say(note)
     tracked = open_trackers(accelerator, path / "trackers", {"distill": text})
     with (
         open_run_directory(path, text, resume=resume, main=accelerator.is_main_process) as run,
@@ -256,9 +266,7 @@ def _cache_config(given: Any, mode: str, parallel: str | None) -> CacheConfig | 
     return config
 
 
-def _check_arguments(
-    teacher: Any, student: Any, method: Any, seeds: Any, eval_data: Any, validation: Any, to_batch: Any
-) -> None:
+def _check_arguments(teacher: Any, student: Any, method: Any, seeds: Any) -> None:
     several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
     teachers = teacher if several else [] if teacher is None else [teacher]
     if teacher is None and (method is None or (isinstance(method, Method) and method.needs is not None)):
@@ -288,6 +296,9 @@ def _check_arguments(
         raise ConfigError(
             f"distill(seeds={shorten(seeds)})", remedy="give different whole numbers from 0 on, as in (0, 1, 2)"
         )
+
+
+def _check_loaders(eval_data: Any, validation: Any, to_batch: Callable[[Any], Batch]) -> None:
     loaders = {"eval_data": eval_data} | ({} if validation is None else {"validation": validation})
     for name, loader in loaders.items():
         if not isinstance(loader, Iterable) or isinstance(loader, Iterator):

@@ -39,7 +39,7 @@ class ModuleSource(ExperimentSource):
     def build_student(self, seed: int) -> nn.Module:
         if isinstance(self.student, nn.Module):
             return copy.deepcopy(self.student)
-        return _call(self.student, seed, "the function given as student")
+        return call_student(self.student, seed)
 
     def build_peer(self, options: Any, seed: int) -> nn.Module:
         if options is None:
@@ -93,6 +93,11 @@ class ModuleSource(ExperimentSource):
         example = next(iter(SequentialBatches(self.eval_data, to_batch=self.to_batch))).rows(0, 1)
         layout = cache_layout(self.cache, example, teacher, classes, method)
         return open_cache(self.cache, "distill", made_from, layout, teacher, ctx.accelerator)
+
+
+def call_student(student: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The student's module, made under ``seed`` by a function; raises :class:`ModelError` if it makes no module."""
+    return student if isinstance(student, nn.Module) else _call(student, seed, "the function given as student")
 
 
 def _call(make: Callable[[], nn.Module], seed: int, who: str) -> nn.Module:

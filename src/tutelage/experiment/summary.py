@@ -54,7 +54,8 @@ def write_summary(
     if isinstance(used_teacher, RemoteTeacher):
         summary["remote_teacher"] = dict(used_teacher.facts)
     if teacher_scores is not None:
-        summary["capacity_ratio"] = sizes["student"] / sizes["teacher"]
+        # a function, or trees, have no parameters
+        summary["capacity_ratio"] = sizes["student"] / sizes["teacher"] if sizes["teacher"] else None
         validation = teacher_scores["validation"]
         validation = {k: validation[k] for k in (metric, *FIGURES) if k in validation}
         summary["teacher"] = {**teacher_scores, "validation": validation}

@@ -1,12 +1,13 @@
 """Student, method and teacher as one module, with the same losses as our engine."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tutelage.data import Batch, as_batch
+from tutelage.data import Batch, as_batch, name_positions
 from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError
 from tutelage.methods import (
@@ -55,6 +56,7 @@ class Distiller(DistillationModule):
         example: a batch of the data, for a dry run; two samples of it are enough.
         to_batch: converts what the data yields to a :class:`tutelage.data.Batch`; for causal language models
             :func:`tutelage.data.causal_batch`.
+        batch: the names of the positions of tuples, as in ``("x", "length", "y")``; see :func:`tutelage.distill`.
         seed: of the method's initial weights.
         ids: ``[N]``, sample ids of the training data, for a method that needs them (CRD).
         peers: modules that are trained with the student, for a method with peers (mutual learning).
@@ -73,6 +75,7 @@ class Distiller(DistillationModule):
         *,
         example: Any,
         to_batch: Callable[[Any], Batch] = as_batch,
+        batch: Sequence[str] | None = None,
         seed: int = 0,
         ids: Tensor | None = None,
         peers: Sequence[nn.Module] = (),
@@ -83,6 +86,10 @@ class Distiller(DistillationModule):
         check_capabilities(method, live)
         _check_extras(method, ids, peers)
         model = getattr(live, "model", None)
+        if batch is not None:
+            to_batch = name_positions(batch, to_batch, student, [model])
+            for note in to_batch.notes():
+                warnings.warn(note, stacklevel=2)
         few = _batch(example, to_batch).rows(0, EXAMPLE).to(device_of(student))
         if peers:
             method.add_peers(peers)

@@ -51,6 +51,7 @@ class DistillationTrainer(Trainer):
         processing_class: Trainer's.
         to_batch: converts what the collator returns to a batch; for causal language models
             :func:`tutelage.data.causal_batch`.
+        batch: the names of the positions of tuples that the collator returns; see :func:`tutelage.distill`.
         ids: sample ids of the training data, for a method that needs them.
         peers: modules that are trained with the student, for a method with peers.
         phases_done: the phases that the method needs first are trained.
@@ -72,6 +73,7 @@ class DistillationTrainer(Trainer):
         data_collator: Callable[[list[Any]], Any] | None = None,
         processing_class: Any = None,
         to_batch: Callable[[Any], Batch] = as_batch,
+        batch: Sequence[str] | None = None,
         ids: Tensor | None = None,
         peers: Sequence[nn.Module] = (),
         phases_done: bool = False,
@@ -94,8 +96,8 @@ class DistillationTrainer(Trainer):
         columns_used = columns if args.remove_unused_columns else None
         example = collator(_few(train_dataset, columns_used))
         self.distiller = Distiller(
-            student, teacher, method, example=example, to_batch=to_batch, seed=args.seed, ids=ids, peers=peers,
-            phases_done=phases_done,
+            student, teacher, method, example=example, to_batch=to_batch, batch=batch, seed=args.seed, ids=ids,
+            peers=peers, phases_done=phases_done,
         )  # fmt: skip
         if args.gradient_checkpointing:
             enable = getattr(student, "gradient_checkpointing_enable", None)

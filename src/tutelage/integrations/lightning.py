@@ -39,8 +39,8 @@ class LightningDistillationModule(LightningModule):
             ``configure_optimizers`` may return. Default: AdamW at 1e-3.
         accumulate: micro-batches of a batch; above 1 on one process only.
         clip: maximum norm of the gradient, if ``accumulate`` is above 1; else use Lightning's ``gradient_clip_val``.
-        options: other arguments of :class:`tutelage.integrations.Distiller`: ``to_batch``, ``seed``, ``ids``,
-            ``peers`` and ``phases_done``.
+        options: other arguments of :class:`tutelage.integrations.Distiller`: ``to_batch``, ``batch``,
+            ``seed``, ``ids``, ``peers`` and ``phases_done``.
 
     Raises:
         CapabilityError: see :class:`tutelage.integrations.Distiller`; or ``clip`` without ``accumulate``.

@@ -119,8 +119,9 @@ def _against_teacher(summary: Mapping[str, Any]) -> str:
     share = summary["students"]["distilled"]["best"]["accuracy"]["mean"] / teacher
     ratio = summary["capacity_ratio"]
     size = "as many parameters" if ratio == 1 else f"{percent(ratio)} of its parameters"
+    size = "" if ratio is None else f" with {size}"
     verb = "keeps" if share <= 1 else "reaches"
-    return f"; {verb} {percent(share)} of the teacher's {metric_label(summary)} with {size}"
+    return f"; {verb} {percent(share)} of the teacher's {metric_label(summary)}{size}"
 
 
 def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -140,7 +140,8 @@ class RunSummary(_Record):
 
     @model_validator(mode="after")
     def _check_teacher(self) -> RunSummary:
-        if self.teacher is not None and (self.parameters.teacher is None or self.capacity_ratio is None):
+        size = self.parameters.teacher  # 0 for a teacher that is a function, or trees
+        if self.teacher is not None and (size is None or (size and self.capacity_ratio is None)):
             raise ValueError("there is a teacher, but 'parameters.teacher' or 'capacity_ratio' is missing")
         if self.teacher is None and self.remote_teacher is None and self.uses_teacher:
             raise ValueError("'teacher' is missing")
