@@ -209,6 +209,20 @@ def test_what_a_server_does_not_allow_is_said_before_anything_is_trained(server:
         RemoteTeacher(f"http://127.0.0.1:{free_port()}/v1", classes=50, max_retry_time=0.1)
 
 
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_a_server_whose_model_has_padding_teaches_the_tokens(kind: str, tmp_path: Path, cutter: Any) -> None:
+    padded = model(worlds.llama(tmp_path, cutter=cutter, vocabulary=len(cutter) + 40))
+    with torch.no_grad():
+        padded.lm_head.weight.normal_()
+        padded.lm_head.weight[len(cutter) :] = 0.0
+    _, batch = causal(cutter, ROWS)
+    with servers.serving(padded, cutter) as found, teacher(found, cutter, kind, k=3) as live:
+        sparse = live.signal(batch, Needs(logits=False, head=True)).sparse
+    assert sparse is not None
+    assert sparse.classes == len(cutter)
+    assert int(sparse.index.max()) < len(cutter)
+
+
 def test_a_server_without_log_probabilities_of_a_prompt_is_refused(server: servers.Server, cutter: Any) -> None:
     server.faults[:] = [lambda _, answer: {"choices": [{"index": 0, "text": "x"}]}]
     with pytest.raises(EndpointError, match=r"(?s)no log-probabilities of a prompt.*kind: llama.cpp"):

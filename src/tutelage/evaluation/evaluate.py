@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tutelage.data.batch import IGNORE, Batch, even_spans
 from tutelage.data.loader import RankSlice
 from tutelage.errors import CapabilityError, DataError
-from tutelage.evaluation.metrics import METRICS, Metrics
+from tutelage.evaluation.metrics import METRICS, Metrics, Scores
 from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head
 from tutelage.teachers.signal import Teacher
 
@@ -116,7 +116,7 @@ def _to_device(output: TeacherOutput, device: torch.device | str) -> TeacherOutp
 
 def count_classes(output: TeacherOutput) -> int:
     """The number of classes that an output scores."""
-    return output.shape[-1] if isinstance(output, Tensor) else len(output.weight)
+    return output.shape[-1] if isinstance(output, Tensor) else output.size
 
 
 def _accumulate(
@@ -176,7 +176,9 @@ def _select_positions(output: TeacherOutput, where: Tensor, begin: int, end: int
 @torch.no_grad()
 def _add_tokens(scores: Metrics, head: Head, labels: Tensor, reference: TeacherOutput | None) -> None:
     """Add predicted tokens in chunks whose logits fit in memory."""
-    size = max(CHUNK // len(head.weight), 1)
+    size = max(CHUNK // head.size, 1)
+    assert isinstance(scores, Scores)
+    scores.has_tokens = True
     for at in range(0, len(labels), size):
         some = slice(at, at + size)
         part = Batch(labels[some], labels[some])

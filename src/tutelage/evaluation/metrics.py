@@ -14,7 +14,7 @@ from tutelage.data.batch import IGNORE, Batch
 BINS = 15
 """Bins of the reliability diagram and of the calibration error (Guo et al., 2017)."""
 VOCABULARY = 1_000
-"""With more classes, they are a vocabulary: there are no per-class figures, and a perplexity."""
+"""More classes are a vocabulary, as are the tokens of an output head: no per-class figures, and a perplexity."""
 CONFUSED = 200
 """Up to so many classes, a confusion matrix is accumulated, for F1 and Matthews' coefficient."""
 NEIGHBOURS = 10
@@ -65,7 +65,12 @@ class Scores(Metrics):
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__(device)
         self.sums["bins"] = torch.zeros(3, BINS, dtype=torch.float64, device=device)
-        self.classes = 0
+        self.classes, self.has_tokens = 0, False
+
+    @property
+    def of_vocabulary(self) -> bool:
+        """Whether the classes are tokens of a vocabulary."""
+        return self.has_tokens or self.classes > VOCABULARY
 
     def add(self, logits: Tensor, batch: Batch, teacher: Tensor | None, rows: tuple[int, int, int]) -> None:
         """Add positions."""
@@ -85,10 +90,10 @@ class Scores(Metrics):
         self.sums["bins"].index_add_(1, which, ones)
         self.classes = classes = logits.shape[-1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=logits.device)
-        if classes <= VOCABULARY:
+        if not self.of_vocabulary:
             per_class = self.sums.setdefault("per_class", zeros(2, classes))
             per_class.index_add_(1, targets, torch.stack([torch.ones_like(confidence), right.double()]))
-        if classes <= CONFUSED:
+        if classes <= CONFUSED and not self.of_vocabulary:
             confused = self.sums.setdefault("confused", zeros(classes * classes))
             confused.index_add_(0, targets * classes + predicted, torch.ones_like(confidence))
         if teacher is not None:
@@ -117,7 +122,7 @@ class Scores(Metrics):
                 "accuracy": (right / count.clamp(min=1)).tolist(),
             },
         }
-        if self.classes > VOCABULARY:
+        if self.of_vocabulary:
             out["perplexity"] = math.exp(min(out["loss"], 700.0))
         if "per_class" in self.sums and self.classes <= 100:
             total, hits = self.sums["per_class"].cpu()

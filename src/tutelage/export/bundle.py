@@ -14,8 +14,8 @@ from tutelage.export.image_files import known_preprocessing
 from tutelage.models import MODEL_CARD, label_names, load_model, load_tokenizer
 from tutelage.models.files import read_card
 from tutelage.models.pretrained import BiEncoder, CrossEncoder, SentenceEncoder, load_pretrained
-from tutelage.taps import logits_of
-from tutelage.taps.observe import no_cache_arguments
+from tutelage.taps import count_tokens, logits_of
+from tutelage.taps.heads import no_cache_arguments
 
 IMAGE = "image"
 """Name of the input of an image classifier."""
@@ -90,12 +90,15 @@ def load_bundle(folder: str | Path) -> ModelBundle:
     preprocessing = known or _preprocessing(model, task, folder)
     if isinstance(model, SentenceEncoder) and model.after.prompt:
         preprocessing["prompt"] = model.after.prompt
+    tokenizer = None if task == "images" else _tokenizer(folder)
+    if tokenizer is not None:
+        model.tokenizer = tokenizer  # which says how many outputs are tokens
     return ModelBundle(
         model=model,
         task=task,
         classes=list(card.get("classes") or label_names(model) or []) if task not in UNLABELLED else [],
         preprocessing=preprocessing,
-        tokenizer=None if task == "images" else _tokenizer(folder),
+        tokenizer=tokenizer,
         folder=folder,
         source=str(folder),
     )
@@ -152,13 +155,14 @@ class TraceModule(nn.Module):
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.names = model, names
-        self._options = no_cache_arguments(model)
+        self._options, self._vocabulary = no_cache_arguments(model), count_tokens(model)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits ``[B, ..., C]`` or embeddings ``[B, D]``."""
+        """Logits ``[B, ..., C]``, without the padding of a vocabulary, or embeddings ``[B, D]``."""
         if self.names == (IMAGE,):
             return logits_of(self.model(inputs[0]))
-        return logits_of(self.model(**dict(zip(self.names, inputs, strict=True)), **self._options))
+        output = logits_of(self.model(**dict(zip(self.names, inputs, strict=True)), **self._options))
+        return output if self._vocabulary is None else output[..., : self._vocabulary]
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Tensor:

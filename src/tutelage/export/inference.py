@@ -14,6 +14,7 @@ from tutelage.data.preprocessing import Preprocessing
 from tutelage.errors import CheckpointError, DataError, shorten
 from tutelage.export.bundle import IMAGE, Inputs
 from tutelage.export.runtimes import Export, open_export
+from tutelage.taps import padding_outputs
 
 BATCH = 16
 """Inputs per batch."""
@@ -241,6 +242,7 @@ def _generate(export: Export, text: str, tokens: int) -> str:
         ids = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1,
             eos_token_id=end, pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
+            suppress_tokens=padding_outputs(model),
         )  # fmt: skip
         return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
     for _ in range(tokens):

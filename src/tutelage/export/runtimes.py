@@ -16,6 +16,7 @@ from tutelage.errors import CheckpointError, did_you_mean, first_line, require
 from tutelage.export.bundle import Inputs, TraceModule, load_bundle
 from tutelage.models import load_model, load_tokenizer
 from tutelage.models.pretrained import load_pretrained
+from tutelage.taps import vocabulary_head
 
 MANIFEST = "export.json"
 """Name of the manifest of an export."""
@@ -128,7 +129,7 @@ Runtime = tuple[nn.Module | None, Run]
 def _safetensors(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
     bundle = load_bundle(folder) if task == "embedding" else None  # a bi-encoder embeds one text
     model = load_model(folder) if bundle is None else bundle.model
-    return model, TraceModule(model, names).run
+    return _module(model, folder, names)
 
 
 def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
@@ -136,6 +137,12 @@ def _huggingface(folder: Path, task: str, names: tuple[str, ...]) -> Runtime:
         model = load_pretrained(f"hf:{folder}", task, None, {}).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _damaged(folder, error) from None
+    return _module(model, folder, names)
+
+
+def _module(model: nn.Module, folder: Path, names: tuple[str, ...]) -> Runtime:
+    if vocabulary_head(model) is not None and (folder / "tokenizer.json").is_file():
+        model.tokenizer = load_tokenizer(f"hf:{folder}")  # which says how many outputs are tokens
     return model, TraceModule(model, names).run
 
 

@@ -12,6 +12,7 @@ from tutelage.generation.requests import Message
 from tutelage.models import load_tokenizer
 from tutelage.models.pretrained import load_pretrained
 from tutelage.progress import Terminal
+from tutelage.taps import count_tokens, padding_outputs
 
 BATCH_SIZE = 16
 """Prompts in a batch."""
@@ -30,6 +31,7 @@ class ChatModel:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.model: Any = load_pretrained(name, "causal", None, {}).to(self.device).eval()
+        self.model.tokenizer = self.tokenizer
 
     @torch.no_grad()
     def generate(self, threads: Sequence[Sequence[Message]], max_tokens: int, terminal: Terminal) -> list[str]:
@@ -42,7 +44,7 @@ class ChatModel:
             ).to(self.device)
             tokens = self.model.generate(
                 **inputs, do_sample=False, max_new_tokens=max_tokens, pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self.tokenizer.eos_token_id, suppress_tokens=padding_outputs(self.model),
             )  # fmt: skip
             new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
             answers += self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
@@ -58,7 +60,7 @@ class ChatModel:
             tokens = torch.tensor(ids, device=self.device)
             end = len(mask) - mask[::-1].index(True)
             start = end - mask[:end][::-1].index(False)  # the last answer only, not those of earlier turns
-            logits = self.model(input_ids=tokens[None]).logits[0, start - 1 : end - 1].float()
-            total += float(cross_entropy(logits, tokens[start:end], reduction="sum"))
+            logits = self.model(input_ids=tokens[None]).logits[0, start - 1 : end - 1, : count_tokens(self.model)]
+            total += float(cross_entropy(logits.float(), tokens[start:end], reduction="sum"))
             count += end - start
         return total / count

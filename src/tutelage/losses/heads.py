@@ -44,6 +44,8 @@ class LinearHead:
         scale: of the logits: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``.
         softcap: c of ``c tanh(z / c)``, Gemma's ``final_logit_softcapping``; ``None`` for none.
         lora: low-rank matrices added to the weight, which may be frozen.
+        vocabulary: how many rows are tokens; the rest is padding, which gets neither probability nor gradient.
+            Default: all.
     """
 
     weight: Tensor
@@ -51,8 +53,16 @@ class LinearHead:
     scale: float = 1.0
     softcap: float | None = None
     lora: LoRA | None = None
+    vocabulary: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of tokens, without padding."""
+        return len(self.weight) if self.vocabulary is None else self.vocabulary
 
     def __post_init__(self) -> None:
+        if not 0 < self.size <= len(self.weight):
+            raise ValueError(f"vocabulary={self.vocabulary}: must be above 0 and at most {len(self.weight)} rows")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap={self.softcap}: must be above 0, or None for no soft cap")
         if self.weight.ndim != 2 or (self.bias is not None and self.bias.shape != self.weight.shape[:1]):

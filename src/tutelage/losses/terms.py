@@ -142,7 +142,7 @@ def build_problem(
     _check_width("student's hidden states", hidden, head)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: must be 1 token or more, or None")
-    size = _unpadded("the student", len(head.weight), vocabulary)
+    size = _unpadded("the student", head.size, vocabulary)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.float64 in (hidden.dtype, head.weight.dtype):
@@ -203,7 +203,7 @@ def _soft(term: SoftTargets, student: _Student) -> TokenLoss:
     if _unpadded("the teacher", size, student.vocabulary) != student.size:
         raise ValueError(
             f"the student scores {student.size} tokens, the teacher {size}: if they share a vocabulary and only its "
-            "padding differs, pass vocabulary=, the number of tokens without padding"
+            "padding differs, pass vocabulary=, the number of tokens without padding, or set model.tokenizer"
         )
 
     def compute(logits: Tensor, targets: tuple[Tensor, ...], needs_grad: bool) -> LossAndGrad:
@@ -316,14 +316,14 @@ def _dense_teacher(
     hidden, head = teacher[0], as_head(teacher[1])
     _check_positions("teacher's hidden states", hidden, shape)
     _check_width("teacher's hidden states", hidden, head)
-    flat, size = hidden.detach().reshape(-1, hidden.shape[-1]), len(head.weight) if own_vocabulary else student.size
+    flat, size = hidden.detach().reshape(-1, hidden.shape[-1]), head.size if own_vocabulary else student.size
 
     def opened() -> Callable[[Rows], tuple[Tensor, ...]]:
         with torch.no_grad():
             projection = HeadProjection(head, head.tensors(), flat, size, student.dtype)
         return lambda rows: (projection.project(rows),)
 
-    return opened, head.finish, len(head.weight)
+    return opened, head.finish, head.size
 
 
 def _check_positions(name: str, x: Tensor, shape: torch.Size) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tutelage.students import eval_no_grad
+from tutelage.taps import count_tokens, padding_outputs
 
 
 class Completion(NamedTuple):
@@ -37,6 +38,7 @@ def sample_completions(
     r"""Sample an answer to each prompt, up to its end or ``max_new_tokens`` tokens.
 
     Tokens come from the softmax of the logits at ``temperature``, whatever the model's ``generation_config`` says.
+    The padding of a vocabulary has no probability.
 
     Args:
         student: a transformers model; runs in evaluation mode and without autograd.
@@ -66,7 +68,8 @@ def sample_completions(
     with eval_no_grad(student), _plain_generation(model):
         output = model.generate(
             input_ids=ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
-            pad_token_id=ends[0] if ends else 0, eos_token_id=ends or None, synced_gpus=synced_gpus, **options,
+            pad_token_id=ends[0] if ends else 0, eos_token_id=ends or None, synced_gpus=synced_gpus,
+            suppress_tokens=padding_outputs(model), **options,
         )  # fmt: skip
     completions = []
     for row, prompt in enumerate(prompts):
@@ -104,7 +107,7 @@ class _MixtureProcessor:
         self.share, self.attention_mask = share, attention_mask
         parameters = inspect.signature(self.teacher.forward).parameters
         self.name = "cache" if "cache" in parameters else "past_key_values"  # its name before
-        self.read, self.cache = 0, None
+        self.read, self.cache, self.vocabulary = 0, None, count_tokens(teacher)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """``[B, V]``, from the tokens so far and the student's logits of the next token."""
@@ -115,8 +118,11 @@ class _MixtureProcessor:
             use_cache=True, **{self.name: self.cache},
         )  # fmt: skip
         self.read, self.cache = input_ids.shape[1], getattr(output, self.name)
-        own, theirs = (x.float().log_softmax(-1) for x in (scores, output.logits[:, -1]))
-        return torch.logaddexp(own + math.log1p(-self.share), theirs + math.log(self.share))
+        own, theirs = (x.float().log_softmax(-1) for x in (scores, output.logits[:, -1, : self.vocabulary]))
+        width = max(own.shape[-1], theirs.shape[-1])
+        own, theirs = (F.pad(x, (0, width - x.shape[-1]), value=-math.inf) for x in (own, theirs))
+        mixed = torch.logaddexp(own + math.log1p(-self.share), theirs + math.log(self.share))
+        return mixed[:, : scores.shape[-1]]
 
 
 def ends_of(model: Any) -> list[int]:

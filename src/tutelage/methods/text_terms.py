@@ -52,7 +52,7 @@ def check_same_tokens(student: Tensor, teacher: Tensor) -> None:
 def linear_head(head: Head) -> losses.LinearHead:
     """An observed head, as the chunked losses take it."""
     lora = None if head.adapter is None else losses.LoRA(*head.adapter)
-    return losses.LinearHead(head.weight, head.bias, head.scale, head.softcap, lora)
+    return losses.LinearHead(head.weight, head.bias, head.scale, head.softcap, lora, head.vocabulary)
 
 
 def head_terms(

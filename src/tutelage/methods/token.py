@@ -143,7 +143,9 @@ class TokenMethod(Method):
             try:
                 terms = head_terms(self, student.head, targets, {name: masks[name].sum() for name in targets})
             except ValueError as error:
-                raise CapabilityError(str(error), remedy="both need one vocabulary, in one order") from error
+                raise CapabilityError(
+                    str(error), remedy="both need one vocabulary, in one order; padding is known by `model.tokenizer`"
+                ) from error
         if self.pairs:
             mask = masks["hidden"]
             parts = []

@@ -20,7 +20,7 @@ from tutelage.methods.text_terms import (
 )
 from tutelage.methods.transformer_layers import find_both_layers
 from tutelage.students import Projector, build_projector
-from tutelage.taps import Needs, Observation, vocabulary_head
+from tutelage.taps import Needs, Observation, count_tokens, vocabulary_head
 from tutelage.teachers.signal import Signal
 
 
@@ -72,7 +72,8 @@ class TripleMethod(Method):
                 )
         mine, theirs = heads["student"], heads["teacher"]
         if "kd" in self.weights and mine is not None and theirs is not None:
-            _check_vocabularies(mine.out_features, theirs.out_features)
+            sizes = (count_tokens(model) or head.out_features for model, head in ((student, mine), (teacher, theirs)))
+            _check_vocabularies(*sizes)
         self.taps, self.projector = None, None
         if "cosine" in self.weights:
             s, t = find_both_layers(student, teacher, example)
@@ -111,7 +112,7 @@ class TripleMethod(Method):
             assert signal.head is not None
             theirs = signal.head
             check_same_tokens(student.head.inputs, theirs.inputs)
-            _check_vocabularies(student.head.weight.shape[0], theirs.weight.shape[0])
+            _check_vocabularies(student.head.size, theirs.size)
             teacher = (theirs.inputs, linear_head(theirs))
             targets["kd"] = losses.SoftTargets(teacher, temperature=self.options.temperature, mask=masks["kd"])
         if targets:

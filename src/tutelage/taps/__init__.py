@@ -4,23 +4,20 @@
 ``encoder:input[hidden_states]`` names an activation; :mod:`tutelage.taps.tap` has the grammar.
 """
 
-from tutelage.taps.observe import (
+from tutelage.taps.heads import (
     Adapter,
     Head,
-    Needs,
-    Observation,
-    Observer,
     as_linear,
-    compile_apart,
-    evaluating,
-    logits_of,
-    observe,
+    count_tokens,
     output_head,
+    padding_outputs,
     vocabulary_head,
 )
+from tutelage.taps.observe import Needs, Observation, Observer, compile_apart, evaluating, logits_of, observe
 from tutelage.taps.tap import Tap, find_module, parse_tap
 
 __all__ = [
-    "Adapter", "Head", "Needs", "Observation", "Observer", "Tap", "as_linear", "compile_apart", "evaluating",
-    "find_module", "logits_of", "observe", "output_head", "parse_tap", "vocabulary_head",
+    "Adapter", "Head", "Needs", "Observation", "Observer", "Tap", "as_linear", "compile_apart", "count_tokens",
+    "evaluating", "find_module", "logits_of", "observe", "output_head", "padding_outputs", "parse_tap",
+    "vocabulary_head",
 ]  # fmt: skip

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tutelage.errors import ModelError
+from tutelage.taps.heads import Head, adapter_of, count_tokens, logit_scaling, no_cache_arguments, output_head
 from tutelage.taps.tap import Tap, of_input, of_output, resolve
 
 
@@ -39,62 +39,6 @@ class Needs:
         """The needs, by the names in a teacher's ``provides``."""
         needs = (("logits", self.logits), ("hidden", bool(self.hidden)), ("head", self.head))
         return frozenset(name for name, needed in needs if needed)
-
-
-class Adapter(NamedTuple):
-    """A LoRA adapter: ``scale * b @ a`` is added to a weight."""
-
-    a: Tensor
-    """``[r, D]``."""
-    b: Tensor
-    """``[C, r]``."""
-    scale: float
-
-
-class Head(NamedTuple):
-    """The output layer and its input."""
-
-    inputs: Tensor
-    """``[..., D]``."""
-    weight: Tensor
-    """``[C, D]``; ``[C, 0]`` if ``inputs`` are the logits, because no linear layer computes them."""
-    bias: Tensor | None
-    """``[C]``."""
-    scale: float = 1.0
-    """Factor of the layer's output."""
-    softcap: float | None = None
-    """c of c tanh(z / c), applied last; ``None`` for none."""
-    adapter: Adapter | None = None
-    """The LoRA adapter of the weight."""
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether ``inputs`` are the logits."""
-        return self.weight.shape[1] == 0
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Head:
-        """The head with ``change`` applied to each of its tensors."""
-        bias = None if self.bias is None else change(self.bias)
-        adapter = self.adapter and Adapter(change(self.adapter.a), change(self.adapter.b), self.adapter.scale)
-        return self._replace(inputs=change(self.inputs), weight=change(self.weight), bias=bias, adapter=adapter)
-
-    def merged(self) -> Head:
-        """The head with its adapter merged into the weight."""
-        if self.adapter is None:
-            return self
-        a, b, scale = self.adapter
-        return self._replace(weight=self.weight + scale * b @ a, adapter=None)
-
-    def scores(self, rows: slice | Tensor) -> Tensor:
-        """Logits ``[n, C]`` of some of the inputs."""
-        if self.is_dense:
-            return self.inputs[rows]
-        raw = F.linear(self.inputs[rows], self.weight, self.bias)
-        if self.adapter is not None:
-            low = F.linear(self.inputs[rows], self.adapter.a)
-            raw = raw + self.adapter.scale * F.linear(low, self.adapter.b)
-        raw = raw if self.scale == 1.0 else raw * self.scale
-        return raw if self.softcap is None else torch.tanh(raw / self.softcap) * self.softcap
 
 
 @dataclass(frozen=True)
@@ -170,6 +114,7 @@ class Observer:
         self._taps = tuple(tap for tap, _ in modules)
         self._head = output_head(model) if needs.head else None
         self._scaling, self._arguments = logit_scaling(model), no_cache_arguments(model)
+        self._vocabulary = count_tokens(model)
         for tap, module in modules:
             self._handles.append(_add_hook(module, tap, self._record))
         if self._head is not None:
@@ -202,19 +147,22 @@ class Observer:
             hidden = {tap.text: _captured_tensor(record, tap) for tap in self._taps}
             observed_head = None
             if dense:
-                logits = logits_of(output)
+                logits = logits_of(output)[..., : self._vocabulary]
                 observed_head = Head(logits, logits.new_empty(logits.shape[-1], 0), None)
             elif head is not None:
                 if (calls := len(record.head_inputs)) != 1:
                     raise ModelError(f"the output head ran {calls} times in one forward pass, not once")
                 (x,) = record.head_inputs
-                observed_head = Head(x, head.weight, head.bias, *self._scaling, adapter_of(head))
+                observed_head = Head(x, head.weight, head.bias, *self._scaling, adapter_of(head), self._vocabulary)
         finally:
             record.active = False
             record.clear()
             if head is not None:
                 head.__dict__.pop("forward", None)  # restores the class's own forward
-        return Observation(logits_of(output) if self.needs.logits else None, hidden, observed_head)
+        scores = logits_of(output) if self.needs.logits else None
+        if scores is not None and self._vocabulary is not None:
+            scores = scores[..., : self._vocabulary]
+        return Observation(scores, hidden, observed_head)
 
     def _head_is_exact(self, inputs: Tensor | Mapping[str, Tensor]) -> bool:
         """Whether the head, its scale and its cap give the model's own logits; tested once, on one row taken twice.
@@ -386,77 +334,6 @@ def compile_apart(model: nn.Module, **options: Any) -> None:
     model._compiled_call_impl = torch.compile(run, **options)
 
 
-def output_head(model: nn.Module) -> nn.Linear:
-    """The layer that computes logits: the one that the model names, else its last linear layer.
-
-    Raises:
-        ModelError: there is no such layer.
-    """
-    for name in ("get_output_embeddings", "get_classifier"):
-        getter = getattr(model, name, None)
-        head = as_linear(getter() if callable(getter) else None)
-        if head is not None:
-            return head
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise ModelError(
-            f"{type(model).__name__} has no linear output layer",
-            remedy="this method needs a model whose last layer is nn.Linear",
-        )
-    return linear[-1]
-
-
-def as_linear(module: nn.Module | None) -> nn.Linear | None:
-    """``module`` if it is a linear layer, also one with a LoRA adapter, which has the same attributes."""
-    base = getattr(module, "get_base_layer", None)
-    if not isinstance(base() if callable(base) else module, nn.Linear):
-        return None
-    linear: Any = module
-    return linear
-
-
-def adapter_of(head: nn.Module) -> Adapter | None:
-    """The LoRA adapter of a linear layer.
-
-    Raises:
-        ModelError: it has several adapters, or one that is not a product of two matrices.
-    """
-    if not hasattr(head, "get_base_layer"):
-        return None
-    layer: Any = head
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
-        raise ModelError(
-            f"the output head has the adapters {', '.join(names) or 'none'}; only one plain LoRA is supported",
-            remedy="keep one LoRA adapter, active and not merged",
-        )
-    (name,) = names
-    return Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
-
-
-def no_cache_arguments(model: nn.Module) -> dict[str, bool]:
-    """The argument that turns off a decoder's cache, which is not used and would make it ignore packed rows."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    caches = bool(getattr(getattr(model, "config", None), "use_cache", False))
-    return {"use_cache": False} if caches and "use_cache" in inspect.signature(base.forward).parameters else {}
-
-
-def logit_scaling(model: nn.Module) -> tuple[float, float | None]:
-    """Scale and soft cap that a transformers language model applies to its head's output, from its config.
-
-    Gemma has a cap, Cohere a factor, Granite a divisor.
-    """
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", config)
-    scale = 1.0
-    for name, power in (("logit_scale", 1), ("logits_scaling", -1), ("lm_head_multiplier", 1)):
-        factor = getattr(config, name, None)
-        if isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor:
-            scale *= float(factor) ** power
-    cap = getattr(config, "final_logit_softcapping", None)
-    return scale, float(cap) if isinstance(cap, (int, float)) and cap else None
-
-
 def logits_of(output: Any) -> Tensor:
     """The logits of a model's output: a tensor, ``.logits``, or the first item of a tuple.
 
@@ -482,19 +359,3 @@ def observe(model: nn.Module, inputs: Tensor | Mapping[str, Tensor], needs: Need
         return Observation()
     with Observer(model, needs) as observer:
         return observer(inputs)
-
-
-def vocabulary_head(model: nn.Module) -> nn.Linear | None:
-    """The output layer over a vocabulary; ``None`` for a model without one."""
-    getter = getattr(model, "get_output_embeddings", None)
-    named = as_linear(getter() if callable(getter) else None)
-    if named is not None:
-        return named
-    if callable(getter):  # a transformers model without one
-        return None
-    try:
-        last = output_head(model)
-    except ModelError:
-        return None
-    embedded = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    return last if embedded and last.out_features == max(e.num_embeddings for e in embedded) else None

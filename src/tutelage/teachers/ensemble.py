@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tutelage.data.batch import Batch
 from tutelage.errors import CapabilityError, DataError, ModelError, shorten
-from tutelage.taps import Needs, logits_of
+from tutelage.taps import Needs, count_tokens, logits_of
 from tutelage.teachers.signal import Signal, Teacher
 
 Combine = Literal["probabilities", "logits"]
@@ -215,7 +215,8 @@ class Ensemble(nn.ModuleList):
             own = None if first is None else first.device  # members can have different devices
             moved = {name: x.to(own) for name, x in named.items()}
             single = named.get(f"member_{number}", inputs)
-            logits.append(logits_of(model(**moved) if single is None else model(single.to(own))).float())
+            output = logits_of(model(**moved) if single is None else model(single.to(own)))
+            logits.append(output[..., : count_tokens(model)].float())
         scores = torch.stack([x.to(logits[0].device) for x in logits])
         weights = torch.tensor(self.weights, device=scores.device).view(-1, *[1] * (scores.ndim - 1))
         if self.combine == "logits":

@@ -48,7 +48,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         server: ``vllm``, which returns the log-probabilities of a prompt in one request; or ``llama.cpp``, which
             returns those of generated tokens only, so that each prefix of a text is a prompt.
         k: number of tokens per position.
-        classes: size of the student's vocabulary.
+        classes: tokens of the student's vocabulary, without padding.
         tokenizer: the student's, for a comparison with the server's.
         longest: tokens of the longest text.
         key_env: name of the environment variable with the API key.
@@ -156,7 +156,8 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
                 where=self.url,
                 remedy=f"set data.max_length to {most - 1} at most, or start the server with a larger context",
             )
-        if vocabulary is not None and vocabulary > self.classes:
+        known = tokenizer is not None and len(tokenizer) <= self.classes  # then more tokens of the server are padding
+        if vocabulary is not None and (vocabulary < self.classes or (vocabulary > self.classes and not known)):
             raise self._other_tokenizer(
                 f"the vocabulary of the server's model has {vocabulary} tokens, that of the student {self.classes}"
             )

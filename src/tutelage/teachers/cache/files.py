@@ -128,7 +128,7 @@ def has_output(folder: Path) -> bool:
 
 def write_output(folder: Path, output: Head) -> None:
     """Write the output head, in its own dtype."""
-    numbers = {"scale": output.scale, "softcap": output.softcap}
+    numbers = {"scale": output.scale, "softcap": output.softcap, "vocabulary": output.vocabulary}
     tensors = {"weight": output.weight} | ({} if output.bias is None else {"bias": output.bias})
     raw = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
     _write_file(folder / f"{HEAD}.safetensors", raw)
@@ -143,7 +143,9 @@ def read_output(folder: Path) -> Head:
         raise _damaged("the output head is missing, or its SHA-256 differs", path, f"it and {HEAD}.json", "both")
     tensors = load(raw)
     weight = tensors["weight"]
-    return Head(weight.new_empty(0), weight, tensors.get("bias"), side["scale"], side["softcap"])
+    return Head(
+        weight.new_empty(0), weight, tensors.get("bias"), side["scale"], side["softcap"], None, side["vocabulary"]
+    )
 
 
 def schema(layout: Layout) -> pa.Schema:
