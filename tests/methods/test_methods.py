@@ -452,7 +452,7 @@ def test_simkd_on_vectors_where_the_map_is_not_averaged() -> None:
     sum(t.sum for t in terms.values()).backward()
     assert reused.head.weight.grad is None
     assert all(p.grad is not None for p in reused.parameters() if p.requires_grad)
-    features = LiveTeacher(teacher).signal(b, method.needs).hidden[method.tap]
+    features = LiveTeacher(teacher).signal(b, method.needs).hidden[method.taps[0]]
     assert reused.card["signed"]
     assert (features < 0).any()
     assert (reused.projector(torch.randn(5, 8)) < 0).any()

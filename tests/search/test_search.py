@@ -25,7 +25,7 @@ from tutelage.config import Recipe, build_recipe, load_recipe
 from tutelage.data.images import ImageSet
 from tutelage.engine import RunDirectory
 from tutelage.errors import ConfigError, MissingDependencyError, NumericsError, RunDirectoryError
-from tutelage.experiment import recipe_source
+from tutelage.experiment import image_inputs
 from tutelage.experiment import run as run_module
 from tutelage.progress import Terminal
 from tutelage.search import search as search_module
@@ -256,7 +256,7 @@ class Sealed(ImageSet):
 
 
 def test_no_trial_reads_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = recipe_source.load_images
+    load = image_inputs.load_images
 
     def sealed(*args: Any, **kwargs: Any) -> Any:
         data = load(*args, **kwargs)
@@ -265,7 +265,7 @@ def test_no_trial_reads_the_test_split(tmp_path: Path, monkeypatch: pytest.Monke
     def reached(*args: Any, **kwargs: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(recipe_source, "load_images", sealed)
+    monkeypatch.setattr(image_inputs, "load_images", sealed)
     monkeypatch.setattr(search_module, "run_recipe", reached)
     with pytest.raises(Reached):
         search_module.search_recipe(recipe(), trials=3, out=tmp_path / "s", terminal=SILENT)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tutelage import losses
@@ -30,7 +31,7 @@ class SimkdMethod(Method):
 
     def __init__(self, options: SimkdOptions | None = None, /, **keywords: Any) -> None:
         super().__init__(options, **keywords)
-        self.logit, self.tap = LogitMethod(self.options.logit_options()), ""
+        self.logit, self.taps = LogitMethod(self.options.logit_options()), tuple[str, ...]()
         self.takes_sparse = self.logit.takes_sparse
         self.labels = bool(self.options.alpha or self.options.hard_weight)
         self.weights = {**(self.logit.weights if self.labels else {}), "simkd": self.options.weight}
@@ -38,9 +39,9 @@ class SimkdMethod(Method):
     def adapt_student(self, student: nn.Module, teacher: nn.Module | None, example: Batch) -> ReusedHead:
         """The student with a projector and the teacher's classifier."""
         assert teacher is not None
-        reused, self.tap = reuse_head(student, teacher, example, factor=self.options.factor)
+        reused, self.taps = reuse_head(student, teacher, example, factor=self.options.factor)
         self.needs, self.student_needs = (
-            Needs(logits=self.labels, hidden=(self.tap,), temperature=self.options.temperature),
+            Needs(logits=self.labels, hidden=self.taps, temperature=self.options.temperature),
             Needs(hidden=("projector",)),
         )
         return reused
@@ -52,7 +53,9 @@ class SimkdMethod(Method):
     def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """``simkd``, and the soft term and ``ce`` unless both weights are 0."""
         terms = self.logit(student, batch, signal) if self.labels else {}
-        counted, s, t = batch.counted(), student.hidden["projector"], signal.hidden[self.tap]
+        counted, s = batch.counted(), student.hidden["projector"]
+        features = [signal.hidden[tap] for tap in self.taps]
+        t = features[0] if len(features) == 1 else torch.cat(features, -1)
         if s.ndim == 4 and s.shape[2:] != t.shape[2:]:
             size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
             s, t = nn.functional.adaptive_avg_pool2d(s, size), nn.functional.adaptive_avg_pool2d(t, size)

@@ -1,5 +1,6 @@
 """Students: pruning, LoRA, quantisation-aware training, projectors, and where features are compared."""
 
+from tutelage.students.classifiers import Classifier, find_classifier
 from tutelage.students.embeddings import trim_embeddings
 from tutelage.students.feature_sites import find_embedding_tap, find_last_norm, find_preactivations, find_stages
 from tutelage.students.layer_selection import LAYER_MAPS, block_influence, select_layers
@@ -21,9 +22,9 @@ from tutelage.students.scaled_outputs import scale_outputs
 from tutelage.students.vocabulary_trimming import trim_tokenizer
 
 __all__ = [
-    "LAYER_MAPS", "PROJECTORS", "Projector", "PrunedStudent", "ReusedHead", "add_fake_quantisers", "add_lora",
-    "block_influence", "build_projector", "describe_adapters", "dry_run", "eval_no_grad", "feature_shapes",
-    "find_embedding_tap", "find_last_norm", "find_preactivations", "find_stages", "has_adapters",
-    "is_quantisation_aware", "match_dtype", "merge_lora", "prune", "resize_like", "reuse_head", "scale_outputs",
-    "select_layers", "to_float_model", "trim_embeddings", "trim_tokenizer",
+    "LAYER_MAPS", "PROJECTORS", "Classifier", "Projector", "PrunedStudent", "ReusedHead", "add_fake_quantisers",
+    "add_lora", "block_influence", "build_projector", "describe_adapters", "dry_run", "eval_no_grad",
+    "feature_shapes", "find_classifier", "find_embedding_tap", "find_last_norm", "find_preactivations",
+    "find_stages", "has_adapters", "is_quantisation_aware", "match_dtype", "merge_lora", "prune", "resize_like",
+    "reuse_head", "scale_outputs", "select_layers", "to_float_model", "trim_embeddings", "trim_tokenizer",
 ]  # fmt: skip

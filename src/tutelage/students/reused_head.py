@@ -1,15 +1,16 @@
 """A student with its teacher's classifier: the student's body, a projector, and the teacher's last layer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tutelage.data.batch import Batch
-from tutelage.errors import ModelError
+from tutelage.students.classifiers import Classifier, find_classifier
 from tutelage.students.feature_sites import find_embedding_tap, find_stages
 from tutelage.students.projectors import device_of, dry_run, feature_shapes
-from tutelage.taps import Needs, evaluating, logits_of, observe, output_head
+from tutelage.taps import Needs, evaluating, logits_of, observe
 
 
 class ReusedHead(nn.Module):
@@ -18,7 +19,7 @@ class ReusedHead(nn.Module):
     All arguments but the model are plain values, so that it can be rebuilt without the other model.
 
     Args:
-        model: gives the features; its output head is replaced by an identity.
+        model: gives the features; its output heads are replaced by identities.
         tap: the feature in ``model``, ``[B, C, H, W]`` or ``[..., C]``.
         inputs: channels of the feature.
         outputs: channels of the classifier's input.
@@ -26,6 +27,7 @@ class ReusedHead(nn.Module):
         maps: whether the feature is a map, which is convolved, and averaged over positions before the classifier.
         factor: ``outputs`` divided by the width of the projector's middle layer.
         signed: whether the classifier's input can be negative; the projector's last layer is then linear.
+        heads: the modules of the output heads. Default: the last linear layer.
 
     Reference: Chen et al., Knowledge Distillation with the Reused Teacher Classifier (CVPR 2022), section 3.2 and
     figure 2: 1x1, 3x3 and 1x1 convolutions, each with batch norm and ReLU.
@@ -33,19 +35,16 @@ class ReusedHead(nn.Module):
 
     def __init__(
         self, model: nn.Module, *, tap: str, inputs: int, outputs: int, classes: int, maps: bool, factor: int = 2,
-        signed: bool = False,
+        signed: bool = False, heads: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.card = {
             "tap": tap, "inputs": inputs, "outputs": outputs, "classes": classes, "maps": maps, "factor": factor,
-            "signed": signed,
+            "signed": signed, **({} if heads is None else {"heads": list(heads)}),
         }  # fmt: skip
         self.tap, self.maps = tap, maps
-        head = output_head(model)
-        path = next(path for path, module in model.named_modules() if module is head)
-        if not path:
-            raise ModelError(f"{type(model).__name__} consists of its head only", remedy="use a model with a body")
-        model.set_submodule(path, nn.Identity())
+        for path in [find_embedding_tap(model).removesuffix(":input")] if heads is None else heads:
+            model.set_submodule(path, nn.Identity())
         self.model = model
         middle = max(outputs // factor, 1)
         last = _layer(middle, outputs, 1, maps)
@@ -76,11 +75,14 @@ def _layer(inputs: int, outputs: int, size: int, maps: bool) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs, bias=False), nn.LayerNorm(outputs), nn.ReLU()]
 
 
-def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor: int = 2) -> tuple[ReusedHead, str]:
-    """``student`` with its teacher's frozen classifier, and the tap of the teacher's feature to compare with.
+def reuse_head(
+    student: nn.Module, teacher: nn.Module, example: Batch, *, factor: int = 2
+) -> tuple[ReusedHead, tuple[str, ...]]:
+    """``student`` with its teacher's frozen classifier, and the taps of the teacher's features to compare with.
 
     Features are the last feature maps of both models if the teacher's logits are its classifier of the mean of its
-    map, as in a ResNet; else the inputs of their heads.
+    map, as in a ResNet; else the inputs of their heads. Several heads of a teacher are one classifier of their inputs
+    side by side; a student with several gives the input of its first one.
 
     Args:
         student: becomes part of the result.
@@ -89,27 +91,29 @@ def reuse_head(student: nn.Module, teacher: nn.Module, example: Batch, *, factor
         factor: see :class:`ReusedHead`.
 
     Raises:
-        ModelError: a model without a linear head.
+        ModelError: the logits of a model are not those of a linear classifier.
     """
-    classifier = output_head(teacher)
-    taps = (find_embedding_tap(student), find_embedding_tap(teacher))
-    maps = [next(reversed(find_stages(m, example).values()), None) for m in (student, teacher)]
-    both = maps[0] is not None and maps[1] is not None and _averaged(teacher, example, maps[1])
-    mine, other = (str(maps[0]), str(maps[1])) if both else taps
+    classifier, own = find_classifier(teacher, example.for_teacher()), find_classifier(student, example)
+    maps = [
+        next(reversed(find_stages(model, batch).values()), None)
+        for model, batch in ((student, example), (teacher, example.for_teacher()))
+    ]
+    both = maps[0] is not None and maps[1] is not None and _averaged(teacher, classifier, example, maps[1])
+    mine, others = (str(maps[0]), (str(maps[1]),)) if both else (own.taps[0], classifier.taps)
     shape = feature_shapes(student, example, [mine])[mine]
-    inputs = dry_run(teacher, example, Needs(logits=False, hidden=(other,)))
+    inputs = dry_run(teacher, example.for_teacher(), Needs(logits=False, hidden=others)).hidden.values()
+    classes, width = classifier.weight.shape
     reused = ReusedHead(
-        student, tap=mine, inputs=shape[1] if both else shape[-1], outputs=classifier.in_features,
-        classes=classifier.out_features, maps=both, factor=factor,
-        signed=bool((inputs.hidden[other] < 0).any()),
+        student, tap=mine, inputs=shape[1] if both else shape[-1], outputs=width, classes=classes, maps=both,
+        factor=factor, signed=any(bool((x < 0).any()) for x in inputs), heads=own.paths,
     )  # fmt: skip
     with torch.no_grad():
         reused.head.weight.copy_(classifier.weight)
-        reused.head.bias.copy_(torch.zeros(classifier.out_features) if classifier.bias is None else classifier.bias)
+        reused.head.bias.copy_(classifier.bias)
     reused.to(device_of(student))
     _freeze_unreached(reused, example)
     reused.head.requires_grad_(False)
-    return reused, other
+    return reused, others
 
 
 def _freeze_unreached(reused: ReusedHead, example: Batch) -> None:
@@ -122,10 +126,10 @@ def _freeze_unreached(reused: ReusedHead, example: Batch) -> None:
     reused.zero_grad(set_to_none=True)
 
 
-def _averaged(model: nn.Module, example: Batch, tap: str) -> bool:
-    """Whether the logits are the output head of the mean of the map at ``tap``."""
-    observed, head = dry_run(model, example, Needs(hidden=(tap,))), output_head(model)
-    feature = observed.hidden[tap]
-    if feature.shape[1] != head.in_features or observed.logits is None:
+def _averaged(model: nn.Module, classifier: Classifier, example: Batch, tap: str) -> bool:
+    """Whether the logits are those of the classifier for the mean of the map at ``tap``."""
+    if len(classifier.taps) > 1:
         return False
-    return torch.allclose(head(feature.mean((2, 3))), observed.logits, rtol=1e-3, atol=1e-4)
+    hidden = dry_run(model, example.for_teacher(), Needs(logits=False, hidden=(tap, *classifier.taps))).hidden
+    mean, feature = hidden[tap].mean((2, 3)), hidden[classifier.taps[0]]
+    return mean.shape == feature.shape and torch.allclose(mean, feature, rtol=1e-3, atol=1e-4)

@@ -86,9 +86,14 @@ def output_head(model: nn.Module) -> nn.Linear:
     """
     for name in ("get_output_embeddings", "get_classifier"):
         getter = getattr(model, name, None)
-        head = as_linear(getter() if callable(getter) else None)
-        if head is not None:
+        named = getter() if callable(getter) else None
+        if (head := as_linear(named)) is not None:
             return head
+        if isinstance(named, nn.Conv2d):
+            raise ModelError(
+                f"{type(model).__name__} has no linear output layer: its classifier is a convolution",
+                remedy="this method needs a model whose last layer is nn.Linear",
+            )
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise ModelError(
