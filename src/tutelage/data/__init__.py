@@ -1,6 +1,6 @@
 """Data sets, batches with stable sample ids, and reproducible augmentations."""
 
-from tutelage.data.batch import IGNORE, Batch, IndexedDataset, as_batch, causal_batch
+from tutelage.data.batch import IGNORE, Arguments, Batch, IndexedDataset, as_batch, causal_batch
 from tutelage.data.image_set import ImageData, ImageSet
 from tutelage.data.images import load_images
 from tutelage.data.loader import Batches, LoaderBatches, PlannedBatches, RankSlice, Rows, SequentialBatches
@@ -13,7 +13,7 @@ Data = ImageData | TextData
 """The data of a recipe."""
 
 __all__ = [
-    "IGNORE", "Batch", "Batches", "Data", "ImageData", "ImageSet", "IndexedDataset", "LoaderBatches",
+    "IGNORE", "Arguments", "Batch", "Batches", "Data", "ImageData", "ImageSet", "IndexedDataset", "LoaderBatches",
     "PlannedBatches", "RankSlice", "Rows", "SequentialBatches", "TextData", "TextSet", "as_batch", "causal_batch",
     "load_images", "load_texts", "name_positions", "read_texts", "view_seeds",
 ]  # fmt: skip

@@ -10,12 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tutelage.data.raw_values import Arguments as Arguments
+from tutelage.data.raw_values import Inputs as Inputs
+from tutelage.data.raw_values import as_inputs, as_tensor, check_lengths, numeric_targets
 from tutelage.errors import DataError, shorten
 
 IGNORE = -100
 """The label of unlabelled positions, as in torch and transformers."""
 
-Inputs = Tensor | dict[str, Tensor]
+LABEL_KEYS = ("labels", "label")
+"""Keys of the labels in a batch that is a mapping."""
+
+PROBABILITIES = "teacher_probabilities"
+"""The key of class probabilities that a teacher has computed before, in a batch that is a mapping."""
 
 Task = Literal["classes", "multi-label", "regression", "embedding", "ranking"]
 """The kind of labels: one class, several classes, numbers, or none (embeddings, scores of two answers)."""
@@ -38,7 +45,8 @@ class Batch:
     (:func:`causal_batch`).
 
     Attributes:
-        inputs: a tensor for the model's first argument, or a mapping of keyword arguments; rows first.
+        inputs: a tensor for the model's first argument, a mapping of keyword arguments, or :class:`Arguments`; rows
+            first.
         labels: ``[B]`` or ``[B, L]`` class indices, -100 where there is no label.
         mask: same shape, true where a position counts for the teacher's terms; ``None``: all positions count.
         ids: ``[B]`` int64, a stable number for each sample; ``None`` if the source has none.
@@ -72,7 +80,7 @@ class Batch:
     def _map(self, f: Any) -> Batch:
         def apply(value: Any) -> Any:
             if isinstance(value, dict):
-                return {k: f(v) for k, v in value.items()}
+                return type(value)({k: f(v) for k, v in value.items()})
             return f(value) if isinstance(value, Tensor) else value
 
         return replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields(self)})
@@ -167,52 +175,71 @@ def even_spans(length: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def as_batch(raw: Any) -> Batch:
+def as_batch(raw: Any, task: Task = "classes") -> Batch:
     """Convert an item of a common loader to a :class:`Batch`.
 
     Accepts a :class:`Batch`, a pair ``(inputs, labels)``, a triple ``(inputs, labels, sample ids)``
-    (:class:`IndexedDataset`), or a mapping of keyword arguments with a key ``labels`` (Hugging Face). Labels must
-    stand at the positions of the logits they belong to. Hugging Face models shift the labels of a causal language
-    model themselves; use :func:`causal_batch` for these.
+    (:class:`IndexedDataset`), a mapping of keyword arguments with a key ``labels`` or ``label`` (Hugging Face), or
+    inputs alone: a tensor, ``(inputs,)`` or a mapping without labels. The inputs of a pair are a tensor, a mapping of
+    keyword arguments, or a tuple or list of positional arguments. Arrays and lists of numbers become tensors.
+
+    Labels must stand at the positions of the logits they belong to. Hugging Face models shift the labels of a causal
+    language model themselves; use :func:`causal_batch` for these.
+
+    Args:
+        raw: what the loader yields.
+        task: the kind of labels. ``regression`` and ``multi-label`` labels are ``[B]`` or ``[B, C]`` numbers; NaN
+            where there is none.
 
     Raises:
         DataError: another structure, or token labels that equal the inputs (not shifted).
     """
     if isinstance(raw, Batch):
         return raw
+    given, labels, ids = _parts(raw)
+    inputs = as_inputs(given)
+    if inputs is None:
+        raise _unknown_structure(raw)
+    stored = raw.get(PROBABILITIES) if isinstance(raw, Mapping) else None
+    if stored is not None:
+        return replace(
+            as_batch({k: v for k, v in raw.items() if k != PROBABILITIES}, task), teacher_inputs=as_tensor(stored)
+        )
+    if labels is None:
+        rows = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+        check_lengths(inputs, rows)
+        return Batch(inputs, torch.full((rows,), IGNORE), task=task)
+    if as_tensor(labels) is None:
+        raise DataError(f"labels are a {type(labels).__name__}, not a tensor", remedy="yield torch.tensor(labels)")
+    return _labelled(inputs, labels if isinstance(labels, Tensor) else as_tensor(labels), ids, task)  # type: ignore[arg-type]
+
+
+def _parts(raw: Any) -> tuple[Any, Any, Tensor | None]:
+    """Inputs, labels and sample ids of what a loader yields."""
     if isinstance(raw, Mapping):
-        inputs: Inputs = {k: v for k, v in raw.items() if isinstance(v, Tensor) and k not in ("labels", "label")}
-        labels = raw.get("labels", raw.get("label"))
-        if labels is None:
-            raise DataError(
-                f"the batch has no key 'labels', only {', '.join(map(str, raw))}",
-                remedy="yield labels (-100 where there is none), or pass to_batch=, a function that makes a Batch",
-            )
-        labels = _indices(labels)
-        ids = inputs.get("input_ids") if isinstance(inputs, dict) else None
-        if ids is not None and labels.shape == ids.shape:
-            counted = labels != IGNORE
-            if bool(counted.any()) and bool((labels == ids)[counted].all()):
-                raise DataError(
-                    "labels equal input_ids: each position would predict its own token",
-                    remedy="a causal language model needs to_batch=tutelage.data.causal_batch, which shifts by one",
-                )
-        attention = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-        padded = attention is not None and attention.shape == labels.shape
-        return Batch(inputs, labels, mask=attention.bool() if padded and attention is not None else None)
-    if isinstance(raw, (tuple, list)) and len(raw) in (2, 3) and all(isinstance(x, Tensor) for x in raw):
-        inputs, labels, *third = raw
-        if len(inputs) != len(labels):
-            raise DataError(
-                f"{len(inputs)} inputs but {len(labels)} labels in one batch", remedy="yield one for each"
-            )
-        if not third:
-            return Batch(inputs, _indices(labels))
-        if third[0].dtype == torch.int64 and third[0].shape == (len(inputs),):
-            check_ids(third[0])
-            return Batch(inputs, _indices(labels), ids=third[0])
+        return {k: v for k, v in raw.items() if k not in LABEL_KEYS}, raw.get("labels", raw.get("label")), None
+    if not isinstance(raw, (tuple, list)) or (len(raw) > 3 and as_tensor(raw) is not None):
+        return raw, None, None
+    if len(raw) == 3:
+        ids, rows = as_tensor(raw[2]), as_tensor(raw[1])
+        if ids is not None and rows is not None and ids.dtype == torch.int64 and ids.shape == (len(rows),):
+            check_ids(ids)
+            return raw[0], raw[1], ids
+    if len(raw) not in (1, 2):
+        raise _unknown_structure(raw)
+    return raw[0], raw[1] if len(raw) == 2 else None, None
+
+
+def has_labels(raw: Any) -> bool:
+    """Whether what a loader yields has a place for labels."""
+    if isinstance(raw, Mapping):
+        return any(key in raw for key in LABEL_KEYS)
+    return isinstance(raw, Batch) or (isinstance(raw, (tuple, list)) and len(raw) in (2, 3))
+
+
+def _unknown_structure(raw: Any) -> DataError:
     kind = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, (tuple, list)) else "")
-    raise DataError(
+    return DataError(
         f"a batch is {kind}, neither tensors (inputs, labels[, int64 ids]) nor a mapping with 'labels'",
         remedy="name the positions, as in batch=('x', 'length', 'y'), or pass to_batch=, a function that converts it "
         "to a tutelage.data.Batch",
@@ -228,6 +255,30 @@ def check_ids(ids: Tensor) -> None:
             remedy="name the positions of what the loader yields: batch=('x', 'length', 'y'), or "
             "batch=('x', 'y', 'ids') for samples that are drawn several times; '_' for a position that is not used",
         )
+
+
+def _labelled(inputs: Inputs, labels: Tensor, ids: Tensor | None, task: Task) -> Batch:
+    """A batch with labels of ``task``."""
+    if not isinstance(inputs, dict) and len(inputs) != len(labels):
+        raise DataError(f"{len(inputs)} inputs but {len(labels)} labels in one batch", remedy="yield one for each")
+    check_lengths(inputs, len(labels))
+    if task in ("regression", "multi-label"):
+        has, targets = numeric_targets(labels, task == "multi-label")
+        marks = torch.zeros(len(labels), dtype=torch.long, device=labels.device).masked_fill(~has, IGNORE)
+        return Batch(inputs, marks, ids=ids, task=task, targets=targets)
+    labels = _indices(labels)
+    tokens = inputs.get("input_ids") if isinstance(inputs, dict) else None
+    if tokens is not None and labels.shape == tokens.shape:
+        counted = labels != IGNORE
+        if bool(counted.any()) and bool((labels == tokens)[counted].all()):
+            raise DataError(
+                "labels equal input_ids: each position would predict its own token",
+                remedy="a causal language model needs to_batch=tutelage.data.causal_batch, which shifts by one",
+            )
+    attention = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+    padded = attention is not None and attention.shape == labels.shape
+    mask = attention.bool() if padded and attention is not None else None
+    return Batch(inputs, labels, mask=mask, ids=ids, task=task)
 
 
 class IndexedDataset(torch.utils.data.Dataset[tuple[Any, ...]]):
@@ -247,14 +298,13 @@ class IndexedDataset(torch.utils.data.Dataset[tuple[Any, ...]]):
         return (*self.data[index], index)
 
 
-def _indices(labels: Any) -> Tensor:
+def _indices(labels: Tensor) -> Tensor:
     """Labels as int64."""
-    if not isinstance(labels, Tensor):
-        raise DataError(f"labels are a {type(labels).__name__}, not a tensor", remedy="yield torch.tensor(labels)")
     if labels.is_floating_point() or labels.is_complex():
         raise DataError(
             f"labels are {labels.dtype}, not class indices",
-            remedy="yield one integer per sample; for one-hot rows use labels.argmax(-1)",
+            remedy="numbers are task='regression', rows of 0 and 1 task='multi-label'; for one-hot rows of single "
+            "classes use labels.argmax(-1)",
         )
     return labels.long()
 

@@ -229,19 +229,30 @@ class LoaderBatches:
         loader: yields items that ``to_batch`` accepts; iterated once per epoch.
         seed: seed of the run.
         to_batch: converts an item to a :class:`Batch`, as :func:`as_batch` and :func:`causal_batch` do.
+        steps: the length of the training, for a loader without a length: it is read again whenever it ends.
 
     Raises:
-        DataError: the loader has no length, or is empty.
+        DataError: the loader has no length and there are no ``steps``, or is empty.
     """
 
-    def __init__(self, loader: Iterable[Any], seed: int, to_batch: Callable[[Any], Batch] = as_batch) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        seed: int,
+        to_batch: Callable[[Any], Batch] = as_batch,
+        steps: int | None = None,
+    ) -> None:
+        self.is_endless = False
         try:
             self.steps_per_epoch = len(loader)  # type: ignore[arg-type]
         except TypeError:
-            raise DataError(
-                f"the loader, a {type(loader).__name__}, has no length, so no schedule can be planned",
-                remedy="give it __len__, the number of batches of an epoch",
-            ) from None
+            if steps is None:
+                raise DataError(
+                    f"the loader, a {type(loader).__name__}, has no length, so no schedule can be planned",
+                    remedy="give the number of steps, as in train={'steps': 1000}, or give the loader __len__, the "
+                    "number of batches of an epoch",
+                ) from None
+            self.is_endless, self.steps_per_epoch = True, steps
         if self.steps_per_epoch == 0:
             raise DataError("the loader yields no batches", remedy="check its data set and drop_last")
         self.loader, self.seed, self.to_batch = loader, seed, to_batch
@@ -276,8 +287,18 @@ class LoaderBatches:
         with state.active():
             iterator = iter(self.loader)
         for step in itertools.count():
+            if self.is_endless and step == self.steps_per_epoch:
+                return
             with state.active():
                 raw = next(iterator, _END)
+                if raw is _END and self.is_endless:
+                    iterator = iter(self.loader)
+                    raw = next(iterator, _END)
+                    if raw is _END:
+                        raise DataError(
+                            f"the loader yields no more batches after {step} of {self.steps_per_epoch} steps",
+                            remedy="give a loader that can be read again, or fewer train.steps",
+                        )
             if (raw is _END) != (step == self.steps_per_epoch):
                 more = "more" if raw is not _END else f"only {step}"
                 raise DataError(

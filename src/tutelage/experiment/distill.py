@@ -1,8 +1,9 @@
 """``tutelage.distill``: the experiment on the caller's own modules and loaders."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +23,8 @@ from tutelage.config import (
 from tutelage.config.messages import must_be
 from tutelage.config.teachers import cache_section
 from tutelage.data import Batch, SequentialBatches, as_batch, name_positions
+from tutelage.data.batch import Task, has_labels
+from tutelage.data.own_loaders import as_loader, first_item, length_of
 from tutelage.engine import broadcast_from_main, build_accelerator, open_trackers
 from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError, shorten
 from tutelage.experiment.checks import warn_of_precision
@@ -35,7 +38,9 @@ from tutelage.experiment.teacher_setup import live_options, prefetch_mode
 from tutelage.interrupts import catch_interrupts
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal
-from tutelage.teachers import EnsembleTeacher, LiveTeacher
+from tutelage.students import prepare_outputs
+from tutelage.taps import copy_model
+from tutelage.teachers import EnsembleTeacher, FunctionModel, LiveTeacher, as_model
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,14 @@ class DistillResult:
 
 
 def distill(
-    teacher: nn.Module | Sequence[nn.Module] | None,
+    teacher: Any,
     student: nn.Module | Callable[[], nn.Module],
-    train_loader: Iterable[Any],
+    train_loader: Any,
     *,
-    eval_data: Iterable[Any],
-    validation: Iterable[Any] | None = None,
+    eval_data: Any,
+    validation: Any = None,
     method: Method | None = None,
+    task: Task | None = None,
     epochs: int = 10,
     optimizer: OptimizerConfig | dict[str, Any] | str = "adamw",
     lr: float | None = None,
@@ -69,6 +75,7 @@ def distill(
     seeds: Sequence[int] = (0,),
     baseline: bool = True,
     classes: list[str] | None = None,
+    outputs: str | int | None = None,
     teacher_mode: Literal["eval", "train_bn"] = "eval",
     ensemble: dict[str, Any] | None = None,
     inference: dict[str, Any] | None = None,
@@ -82,14 +89,20 @@ def distill(
     """Distil ``teacher`` into ``student`` and measure whether it helped.
 
     Args:
-        teacher: a trained module, or a list of modules as an ensemble; frozen, and never changed. ``None`` for a
-            ``method`` that needs none.
+        teacher: a trained module, or a list of modules as an ensemble; frozen, and never changed. Also a function of
+            the inputs, a program of ``torch.export``, an ``onnxruntime.InferenceSession``, a fitted estimator
+            (:func:`tutelage.teachers.from_estimator`), or :class:`tutelage.teachers.StoredProbabilities`. ``None``
+            for a ``method`` that needs none.
         student: a module, whose weights every seed starts from, or a function that makes one, called under each
             seed. The caller's module itself is not trained; take ``result.student``.
-        train_loader: yields ``(inputs, labels)``, Hugging Face mappings, or what ``to_batch`` understands.
-        eval_data: a loader for the final figures; read once for each model.
+        train_loader: yields ``(inputs, labels)``, Hugging Face mappings, or what ``to_batch`` understands; see
+            :func:`tutelage.data.as_batch`. A data set of torch or Hugging Face is read in batches of
+            ``train={"batch_size": ...}``. A loader without a length needs ``train={"steps": ...}``.
+        eval_data: a loader or data set for the final figures; read once for each model.
         validation: a loader to select the best epoch on. Default: none, and the last epoch is kept.
         method: default :class:`LogitMethod` at T = 4, alpha = 0.9.
+        task: the kind of labels: ``classes``, ``multi-label`` or ``regression``. Default: that of ``method``, else
+            ``classes``.
         epochs: passes over ``train_loader``; each batch it yields is one optimizer step.
         optimizer: name, or mapping with ``kind``, ``lr`` and the optimizer's options.
         lr: learning rate, where ``optimizer`` does not give one. Default 1e-3.
@@ -98,6 +111,8 @@ def distill(
         seeds: each trains its own students; from two on, the gain gets an interval.
         baseline: train the baseline student too, with the same budget. It doubles the cost and shows the gain.
         classes: class names.
+        outputs: the key, attribute or position of the scores in the models' outputs, if it is not ``logits``, the
+            first item of a tuple, or the output itself.
         teacher_mode: see :class:`tutelage.teachers.LiveTeacher`.
         ensemble: of several teachers: ``combine``, ``weights`` and ``average_temperature`` of a recipe's ``teacher``,
             and ``route``, for each value of ``batch.route`` a list of members, which ``to_batch`` has to set.
@@ -118,34 +133,39 @@ def distill(
     Raises:
         TutelageError: one of its subclasses, with the remedy; misfits are raised before any training.
     """
-    _check_arguments(teacher, student, method, seeds)
     config = _train_config(optimizer, lr, schedule, epochs, train, validation)
+    teacher = [as_model(t) for t in teacher] if isinstance(teacher, (list, tuple)) else teacher and as_model(teacher)
+    loaders, notes = _own_loaders(
+        config.batch_size, train_loader=train_loader, eval_data=eval_data, validation=validation
+    )
+    train_loader, eval_data, validation = loaders
+    _check_arguments(teacher, student, method, seeds)
+    method = method if method is not None else LogitMethod(task=task or "classes")
+    own_batch = partial(as_batch, task=_check_task(task, method))
+    to_batch = own_batch if to_batch is as_batch else to_batch
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-    notes: list[str] = []
     if batch is not None:
         to_batch = name_positions(batch, to_batch, call_student(student, seeds[0]), teachers)
-        notes = to_batch.notes()
-    _check_loaders(eval_data, validation, to_batch)
-    method = method if method is not None else LogitMethod()
+        notes += to_batch.notes()
+    _check_evaluation(eval_data, validation, to_batch)
     teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache)
+    example = next(iter(SequentialBatches(eval_data, to_batch=to_batch))).rows(0, 2)
+    if not _is_labelled(train_loader, to_batch, to_batch is own_batch, method) and baseline:
+        baseline, notes = False, [*notes, "no baseline: the training data has no labels"]
     source = ModuleSource(
-        teachers, copy.deepcopy(student) if isinstance(student, nn.Module) else student, copy.deepcopy(method),
-        train_loader, eval_data, to_batch, None if teacher_spec is None else teacher_spec.cache, config.precision,
+        [prepare_outputs(one, example.for_teacher(), outputs) for one in teachers],
+        copy_model(student) if isinstance(student, nn.Module) else student, copy.deepcopy(method),
+        train_loader, to_batch, example, None if teacher_spec is None else teacher_spec.cache, config, outputs,
     )  # fmt: skip
-    student_class = class_name(type(student)) if isinstance(student, nn.Module) else "the given function's result"
     spec = ExperimentSpec(
         name="distill",
         source=source,
         train=config,
-        evaluation=EvaluationSpec(
-            test=SequentialBatches(eval_data, to_batch=to_batch),
-            validation=None if validation is None else SequentialBatches(validation, to_batch=to_batch),
-            classes=classes,
-        ),
+        evaluation=_evaluation(eval_data, validation, to_batch, method.task, classes),
         teacher=teacher_spec,
         seeds=seeds,
         baseline=baseline,
-        student_card={"spec": None, "class": student_class, "classes": classes},
+        student_card={"spec": None, "class": _class_of(student), "classes": classes},
     )
     prints = [fingerprint(one) for one in teachers]
     described = {
@@ -160,9 +180,16 @@ def distill(
         **({"inference": inference} if inference else {}),
         **({"cache": source.cache.model_dump(mode="json", exclude_none=True)} if source.cache is not None else {}),
         "classes": classes,
-        "batches": len(train_loader) if isinstance(train_loader, Sized) else None,
+        "batches": length_of(train_loader),
     }
     text = yaml.safe_dump(described, sort_keys=False)
+    return _run(spec, text, out, resume, verbose, notes)
+
+
+def _run(
+    spec: ExperimentSpec, text: str, out: str | Path | None, resume: bool, verbose: bool, notes: Sequence[str]
+) -> DistillResult:
+    """Run the experiment that ``text`` describes, in its run directory."""
     accelerator = build_accelerator(spec.train.precision, list(spec.train.trackers))
     path = broadcast_from_main(accelerator, lambda: choose_run_directory(out, spec.name, resume))
     terminal = Terminal(speaks=verbose and accelerator.is_main_process)
@@ -175,6 +202,8 @@ def distill(
         catch_interrupts(terminal.say) as stop,
         tracked,
     ):
+        for note in notes:
+            terminal.say(note)
         summary = compare(spec, RunContext(accelerator, run, terminal, stop))
         return DistillResult(load_student(spec, run.path / "student"), summary, path)
 
@@ -207,7 +236,8 @@ def _teacher_spec(
     if inference:
         section = _validate(TeacherInferenceConfig, inference, "inference")
         options, prefetch = live_options(section), prefetch_mode(section)
-    cache_config = _cache_config(cache, mode, "sharded" if options.get("sharded") else prefetch)
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    cache_config = _cache_config(cache, mode, "sharded" if options.get("sharded") else prefetch, teachers)
     if teacher is None:
         if ensemble or inference:
             raise ConfigError(
@@ -245,12 +275,20 @@ def _ensemble_spec(teachers: Sequence[nn.Module], options: dict[str, Any]) -> En
     return spec
 
 
-def _cache_config(given: Any, mode: str, parallel: str | None) -> CacheConfig | None:
+def _cache_config(given: Any, mode: str, parallel: str | None, teachers: Sequence[nn.Module]) -> CacheConfig | None:
     """The ``cache`` section; raises :class:`ConfigError` when other arguments exclude a cache."""
     section = cache_section(str(given) if isinstance(given, Path) else given)
     if section is None:
         return None
     config = _validate(CacheConfig, section, "cache")
+    unknown = next((t for t in teachers if isinstance(t, FunctionModel) and t.digest is None), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"distill(cache={shorten(given)}): the teacher is a {unknown.name}, and a cache cannot know "
+            "when it changes",
+            remedy="give tutelage.teachers.FunctionModel(function, digest=...) with a text that names the function's "
+            "version, or leave cache out",
+        )
     if mode != "eval":
         raise ConfigError(
             f"distill(cache={shorten(given)}, teacher_mode={mode!r}): in train_bn mode a sample's outputs "
@@ -264,6 +302,68 @@ def _cache_config(given: Any, mode: str, parallel: str | None) -> CacheConfig | 
             remedy="leave overlap, process and sharded out of inference, or leave out the cache",
         )
     return config
+
+
+METRICS: dict[Task, str] = {"multi-label": "f1", "regression": "spearman", "embedding": "spearman"}
+
+
+def _own_loaders(batch_size: int, **given: Any) -> tuple[list[Any], list[str]]:
+    """Loaders for what the caller gives, and notes about those that were made."""
+    loaders, notes = [], []
+    for name, one in given.items():
+        loader, note = (
+            (None, None) if one is None else as_loader(one, name, batch_size, shuffle=name == "train_loader")
+        )
+        loaders.append(loader)
+        notes += [] if note is None else [note]
+    return loaders, notes
+
+
+def _evaluation(
+    test: Any, validation: Any, to_batch: Callable[[Any], Batch], task: Task, classes: list[str] | None
+) -> EvaluationSpec:
+    return EvaluationSpec(
+        test=SequentialBatches(test, to_batch=to_batch),
+        validation=None if validation is None else SequentialBatches(validation, to_batch=to_batch),
+        metric=METRICS.get(task, "accuracy"),
+        classes=classes,
+    )
+
+
+def _class_of(student: Any) -> str:
+    return class_name(type(student)) if isinstance(student, nn.Module) else "the given function's result"
+
+
+def _check_task(task: Task | None, method: Method) -> Task:
+    """The kind of labels; raises :class:`ConfigError` if the method is for another."""
+    if task is not None and task != method.task:
+        raise ConfigError(
+            f"distill(task={shorten(task)}), and the method is for {method.task}",
+            remedy=f"make the method with task={shorten(task)}",
+        )
+    return method.task
+
+
+def _is_labelled(loader: Any, to_batch: Callable[[Any], Batch], own: bool, method: Method) -> bool:
+    """Whether a loader yields labels; raises :class:`DataError` if it does not and the method needs them."""
+    raw = first_item(loader, "train_loader")
+    if not own or has_labels(raw):
+        return True
+    counts = method.counts(to_batch(raw))
+    terms = [name for name, count in counts.items() if method.weights[name] and not int(count)]
+    if method.needs is not None and not terms:
+        return False
+    given = (
+        f"the batch has no key 'labels', only {', '.join(map(str, raw))}"
+        if isinstance(raw, Mapping)
+        else ("train_loader yields inputs without labels")
+    )
+    needs = f"the term {terms[0]!r} of its loss" if terms else "it"
+    raise DataError(
+        f"{given}, and {type(method).__name__} learns from labels: {needs} needs them",
+        remedy="learn from the teacher alone, as with method=LogitMethod(alpha=1.0); or yield (inputs, labels), or "
+        "pass to_batch=, a function that makes a Batch",
+    )
 
 
 def _check_arguments(teacher: Any, student: Any, method: Any, seeds: Any) -> None:
@@ -298,7 +398,7 @@ def _check_arguments(teacher: Any, student: Any, method: Any, seeds: Any) -> Non
         )
 
 
-def _check_loaders(eval_data: Any, validation: Any, to_batch: Callable[[Any], Batch]) -> None:
+def _check_evaluation(eval_data: Any, validation: Any, to_batch: Callable[[Any], Batch]) -> None:
     loaders = {"eval_data": eval_data} | ({} if validation is None else {"validation": validation})
     for name, loader in loaders.items():
         if not isinstance(loader, Iterable) or isinstance(loader, Iterator):

@@ -16,6 +16,7 @@ from tutelage.files import write_text
 from tutelage.models.pretrained import CrossEncoder
 from tutelage.models.sentence_modules import SentenceModules
 from tutelage.taps import Needs, observe
+from tutelage.teachers import FunctionModel
 
 
 def parameters(model: nn.Module) -> int:
@@ -54,6 +55,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     facts = {"class": class_name(type(model)), "parameters": parameters(model), "weights": digest.hexdigest()[:16]}
     after = getattr(model, "after", None)
+    if isinstance(model, FunctionModel):
+        facts |= {"function": model.name, "digest": model.digest}
     if isinstance(model, CrossEncoder):
         return facts | {"activation": str(model.activation)}
     return facts | ({"modules": after.describe()} if isinstance(after, SentenceModules) else {})

@@ -4,21 +4,23 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from tutelage.config import CacheConfig
-from tutelage.data import Batch, LoaderBatches, RankSlice, SequentialBatches
+from tutelage.config import CacheConfig, TrainConfig
+from tutelage.data import Batch, LoaderBatches, RankSlice
 from tutelage.engine import resolve_precision
 from tutelage.errors import CapabilityError, ConfigError, DataError, Interrupted, ModelError
 from tutelage.experiment.caching import cache_layout, open_cache, teacher_provenance
 from tutelage.experiment.measure import short_hash
 from tutelage.experiment.spec import Arm, ExperimentSource, ModelTeacher, RunContext
 from tutelage.methods import Method, SupervisedMethod
+from tutelage.students import prepare_outputs
+from tutelage.taps import copy_model
 from tutelage.teachers import CachedTeacher, RemoteTeacher
 from tutelage.teachers.cache import input_digest
 
@@ -31,15 +33,20 @@ class ModuleSource(ExperimentSource):
     student: nn.Module | Callable[[], nn.Module]
     method: Method
     train_loader: Iterable[Any]
-    eval_data: Iterable[Any]
     to_batch: Callable[[Any], Batch]
+    example: Batch
     cache: CacheConfig | None = None
-    precision: str | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    outputs: str | int | None = None
 
     def build_student(self, seed: int) -> nn.Module:
-        if isinstance(self.student, nn.Module):
-            return copy.deepcopy(self.student)
-        return call_student(self.student, seed)
+        return self._build(self.student, seed, "the function given as student")
+
+    def _build(self, student: nn.Module | Callable[[], nn.Module], seed: int, who: str) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = copy_model(student) if isinstance(student, nn.Module) else _call(student, who)
+            return prepare_outputs(model, self.example, self.outputs)
 
     def build_peer(self, options: Any, seed: int) -> nn.Module:
         if options is None:
@@ -49,7 +56,7 @@ class ModuleSource(ExperimentSource):
                 f"peers: {options!r} is not a function that returns a module",
                 remedy="give a number, or a list of functions such as lambda: Net(width=8)",
             )
-        return _call(options, seed, "a function given as a peer")
+        return self._build(options, seed, "a function given as a peer")
 
     def peer_card(self, options: Any) -> dict[str, Any]:
         return {} if options is None else {"class": "the given function's result"}
@@ -61,10 +68,10 @@ class ModuleSource(ExperimentSource):
         return copy.deepcopy(self.method)
 
     def build_baseline_method(self) -> Method:
-        return SupervisedMethod()
+        return SupervisedMethod(task=self.method.task)
 
     def training_batches(self, arm: Arm, seed: int) -> LoaderBatches:
-        return LoaderBatches(self.train_loader, seed, self.to_batch)
+        return LoaderBatches(self.train_loader, seed, self.to_batch, self.train.steps)
 
     def connect_teacher(self, classes: int) -> RemoteTeacher:
         """See :class:`ExperimentSource`: not supported."""
@@ -88,22 +95,21 @@ class ModuleSource(ExperimentSource):
             "teacher": teacher_provenance(teacher),
             "data": fingerprint_samples(self.train_loader, self.to_batch, watch),
             "preprocessing": {} if tokenizer is None else {"tokenizer": tokenizer},
-            "precision": resolve_precision(self.precision),
+            "precision": resolve_precision(self.train.precision),
         }
-        example = next(iter(SequentialBatches(self.eval_data, to_batch=self.to_batch))).rows(0, 1)
-        layout = cache_layout(self.cache, example, teacher, classes, method)
+        layout = cache_layout(self.cache, self.example.rows(0, 1), teacher, classes, method)
         return open_cache(self.cache, "distill", made_from, layout, teacher, ctx.accelerator)
 
 
 def call_student(student: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
     """The student's module, made under ``seed`` by a function; raises :class:`ModelError` if it makes no module."""
-    return student if isinstance(student, nn.Module) else _call(student, seed, "the function given as student")
-
-
-def _call(make: Callable[[], nn.Module], seed: int, who: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = make()
+        return student if isinstance(student, nn.Module) else _call(student, "the function given as student")
+
+
+def _call(make: Callable[[], nn.Module], who: str) -> nn.Module:
+    module = make()
     if not isinstance(module, nn.Module):
         raise ModelError(f"{who} returned a {type(module).__name__}", remedy="it must return a torch.nn.Module")
     return module

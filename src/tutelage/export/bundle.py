@@ -14,7 +14,7 @@ from tutelage.export.image_files import known_preprocessing
 from tutelage.models import MODEL_CARD, label_names, load_model, load_tokenizer
 from tutelage.models.files import read_card
 from tutelage.models.pretrained import BiEncoder, CrossEncoder, SentenceEncoder, load_pretrained
-from tutelage.taps import count_tokens, logits_of
+from tutelage.taps import scores_of
 from tutelage.taps.heads import no_cache_arguments
 
 IMAGE = "image"
@@ -155,14 +155,13 @@ class TraceModule(nn.Module):
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.names = model, names
-        self._options, self._vocabulary = no_cache_arguments(model), count_tokens(model)
+        self._options = no_cache_arguments(model)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Logits ``[B, ..., C]``, without the padding of a vocabulary, or embeddings ``[B, D]``."""
         if self.names == (IMAGE,):
-            return logits_of(self.model(inputs[0]))
-        output = logits_of(self.model(**dict(zip(self.names, inputs, strict=True)), **self._options))
-        return output if self._vocabulary is None else output[..., : self._vocabulary]
+            return scores_of(self.model, inputs[0])
+        return scores_of(self.model, dict(zip(self.names, inputs, strict=True)), self._options)
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Tensor:

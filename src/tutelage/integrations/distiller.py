@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from tutelage.methods import (
     prepare_student,
 )
 from tutelage.methods.step import TermSums, check_terms, count_terms, get_signal, mean_loss, scale_terms
+from tutelage.students import prepare_outputs
 from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, observe
-from tutelage.teachers import LiveTeacher
+from tutelage.teachers import LiveTeacher, as_model
 from tutelage.teachers.signal import Signal, Teacher
 
 EXAMPLE = 2
@@ -50,7 +52,8 @@ class Distiller(DistillationModule):
 
     Args:
         student: any module; it is trained in place.
-        teacher: a module, which is frozen; anything with ``signal`` (:class:`tutelage.teachers.signal.Teacher`); or
+        teacher: a module, which is frozen; a function, an ONNX session or an estimator, as for
+            :func:`tutelage.distill`; anything with ``signal`` (:class:`tutelage.teachers.signal.Teacher`); or
             ``None`` for a method that needs none.
         method: default :class:`LogitMethod` at T = 4, alpha = 0.9. It is set up for the models here.
         example: a batch of the data, for a dry run; two samples of it are enough.
@@ -61,6 +64,7 @@ class Distiller(DistillationModule):
         ids: ``[N]``, sample ids of the training data, for a method that needs them (CRD).
         peers: modules that are trained with the student, for a method with peers (mutual learning).
         phases_done: the phases that the method needs first (``method.phases()``) are trained.
+        outputs: the key, attribute or position of the scores in the models' outputs; see :func:`tutelage.distill`.
 
     Raises:
         CapabilityError: the teacher cannot give what the method needs, or the method needs something first.
@@ -70,7 +74,7 @@ class Distiller(DistillationModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Teacher | None,
+        teacher: Any,
         method: Method | None = None,
         *,
         example: Any,
@@ -80,9 +84,12 @@ class Distiller(DistillationModule):
         ids: Tensor | None = None,
         peers: Sequence[nn.Module] = (),
         phases_done: bool = False,
+        outputs: str | int | None = None,
     ) -> None:
         method = LogitMethod() if method is None else method
-        live: Teacher | None = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        to_batch = partial(as_batch, task=method.task) if to_batch is as_batch else to_batch
+        is_model = teacher is not None and not hasattr(teacher, "signal")
+        live: Teacher | None = LiveTeacher(as_model(teacher)) if is_model else teacher
         check_capabilities(method, live)
         _check_extras(method, ids, peers)
         model = getattr(live, "model", None)
@@ -90,7 +97,11 @@ class Distiller(DistillationModule):
             to_batch = name_positions(batch, to_batch, student, [model])
             for note in to_batch.notes():
                 warnings.warn(note, stacklevel=2)
-        few = _batch(example, to_batch).rows(0, EXAMPLE).to(device_of(student))
+        few = _batch(example, to_batch).rows(0, EXAMPLE)
+        for one, part in ((model, few.for_teacher()), (student, few)):
+            if isinstance(one, nn.Module):
+                prepare_outputs(one, part, outputs)
+        few = few.to(device_of(student))
         if peers:
             method.add_peers(peers)
         student = prepare_student(method, student, model, few, seed)

@@ -14,7 +14,6 @@ from tutelage.errors import CapabilityError, CheckpointError, DataError, require
 from tutelage.integrations.distiller import EXAMPLE, Distiller
 from tutelage.methods import Method
 from tutelage.models import load_weights
-from tutelage.teachers.signal import Teacher
 
 require("transformers", "text", "tutelage.integrations.hf")
 
@@ -55,6 +54,7 @@ class DistillationTrainer(Trainer):
         ids: sample ids of the training data, for a method that needs them.
         peers: modules that are trained with the student, for a method with peers.
         phases_done: the phases that the method needs first are trained.
+        outputs: the key, attribute or position of the scores in the models' outputs.
         more: other arguments of Trainer, except ``model`` and those that define a loss.
 
     Raises:
@@ -65,7 +65,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Teacher | None,
+        teacher: Any,
         method: Method | None = None,
         *,
         args: TrainingArguments,
@@ -77,6 +77,7 @@ class DistillationTrainer(Trainer):
         ids: Tensor | None = None,
         peers: Sequence[nn.Module] = (),
         phases_done: bool = False,
+        outputs: str | int | None = None,
         **more: Any,
     ) -> None:
         for refused in ("model", "model_init", "compute_loss_func"):
@@ -97,7 +98,7 @@ class DistillationTrainer(Trainer):
         example = collator(_few(train_dataset, columns_used))
         self.distiller = Distiller(
             student, teacher, method, example=example, to_batch=to_batch, batch=batch, seed=args.seed, ids=ids,
-            peers=peers, phases_done=phases_done,
+            peers=peers, phases_done=phases_done, outputs=outputs,
         )  # fmt: skip
         if args.gradient_checkpointing:
             enable = getattr(student, "gradient_checkpointing_enable", None)

@@ -10,8 +10,7 @@ from tutelage.data import Batch
 from tutelage.errors import CapabilityError, require
 from tutelage.integrations.distiller import Distiller
 from tutelage.methods import Method
-from tutelage.taps import logits_of
-from tutelage.teachers.signal import Teacher
+from tutelage.taps import scores_of
 
 require("lightning", "lightning", "tutelage.integrations.lightning")
 
@@ -40,7 +39,7 @@ class LightningDistillationModule(LightningModule):
         accumulate: micro-batches of a batch; above 1 on one process only.
         clip: maximum norm of the gradient, if ``accumulate`` is above 1; else use Lightning's ``gradient_clip_val``.
         options: other arguments of :class:`tutelage.integrations.Distiller`: ``to_batch``, ``batch``,
-            ``seed``, ``ids``, ``peers`` and ``phases_done``.
+            ``seed``, ``ids``, ``peers``, ``phases_done`` and ``outputs``.
 
     Raises:
         CapabilityError: see :class:`tutelage.integrations.Distiller`; or ``clip`` without ``accumulate``.
@@ -49,7 +48,7 @@ class LightningDistillationModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Teacher | None,
+        teacher: Any,
         method: Method | None = None,
         *,
         example: Any,
@@ -84,7 +83,7 @@ class LightningDistillationModule(LightningModule):
         Returns:
             ``[B, C]`` or ``[B, L, C]``.
         """
-        return logits_of(self.student(**inputs) if isinstance(inputs, dict) else self.student(inputs))
+        return scores_of(self.student, inputs)
 
     def configure_optimizers(self) -> Any:
         """The optimizer for the parameters of student and method."""

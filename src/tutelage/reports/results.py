@@ -117,7 +117,7 @@ def _against_teacher(summary: Mapping[str, Any]) -> str:
     if not teacher:
         return ""
     share = summary["students"]["distilled"]["best"]["accuracy"]["mean"] / teacher
-    ratio = summary["capacity_ratio"]
+    ratio = summary.get("capacity_ratio")
     size = "as many parameters" if ratio == 1 else f"{percent(ratio)} of its parameters"
     size = "" if ratio is None else f" with {size}"
     verb = "keeps" if share <= 1 else "reaches"

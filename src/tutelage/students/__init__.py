@@ -5,6 +5,7 @@ from tutelage.students.embeddings import trim_embeddings
 from tutelage.students.feature_sites import find_embedding_tap, find_last_norm, find_preactivations, find_stages
 from tutelage.students.layer_selection import LAYER_MAPS, block_influence, select_layers
 from tutelage.students.lora import add_lora, describe_adapters, has_adapters, merge_lora
+from tutelage.students.own_models import gives_one_score, prepare_outputs
 from tutelage.students.projectors import (
     PROJECTORS,
     Projector,
@@ -25,6 +26,7 @@ __all__ = [
     "LAYER_MAPS", "PROJECTORS", "Classifier", "Projector", "PrunedStudent", "ReusedHead", "add_fake_quantisers",
     "add_lora", "block_influence", "build_projector", "describe_adapters", "dry_run", "eval_no_grad",
     "feature_shapes", "find_classifier", "find_embedding_tap", "find_last_norm", "find_preactivations",
-    "find_stages", "has_adapters", "is_quantisation_aware", "match_dtype", "merge_lora", "prune", "resize_like",
-    "reuse_head", "scale_outputs", "select_layers", "to_float_model", "trim_embeddings", "trim_tokenizer",
+    "find_stages", "gives_one_score", "has_adapters", "is_quantisation_aware", "match_dtype", "merge_lora",
+    "prepare_outputs", "prune", "resize_like", "reuse_head", "scale_outputs", "select_layers", "to_float_model",
+    "trim_embeddings", "trim_tokenizer",
 ]  # fmt: skip

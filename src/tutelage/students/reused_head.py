@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.data.batch import Batch
+from tutelage.data.batch import Arguments, Batch
 from tutelage.students.classifiers import Classifier, find_classifier
 from tutelage.students.feature_sites import find_embedding_tap, find_stages
 from tutelage.students.projectors import device_of, dry_run, feature_shapes
-from tutelage.taps import Needs, evaluating, logits_of, observe
+from tutelage.taps import Needs, evaluating, observe, scores_of
 
 
 class ReusedHead(nn.Module):
@@ -53,9 +53,11 @@ class ReusedHead(nn.Module):
         self.projector = nn.Sequential(*_layer(inputs, middle, 1, maps), *_layer(middle, middle, 3, maps), *last)
         self.head = nn.Linear(outputs, classes)
 
-    def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Tensor) -> Tensor:
         """Logits ``[..., classes]``."""
-        arguments: Any = named if inputs is None else inputs
+        arguments: Any = named or (
+            inputs[0] if len(inputs) == 1 else Arguments({str(i): x for i, x in enumerate(inputs)})
+        )
         feature = observe(self.model, arguments, Needs(logits=False, hidden=(self.tap,))).hidden[self.tap]
         projected = self.projector(feature)
         out: Tensor = self.head(projected.mean((2, 3)) if self.maps else projected)
@@ -120,7 +122,7 @@ def _freeze_unreached(reused: ReusedHead, example: Batch) -> None:
     """Freeze the parameters of the student after the tapped feature, which have no effect."""
     inputs = example.to(device_of(reused)).inputs
     with evaluating(reused), torch.enable_grad():
-        logits_of(reused(**inputs) if isinstance(inputs, dict) else reused(inputs)).sum().backward()
+        scores_of(reused, inputs).sum().backward()
     for parameter in reused.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
     reused.zero_grad(set_to_none=True)

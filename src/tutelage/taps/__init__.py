@@ -4,6 +4,7 @@
 ``encoder:input[hidden_states]`` names an activation; :mod:`tutelage.taps.tap` has the grammar.
 """
 
+from tutelage.taps.calls import OutputReader, call_model, copy_model, logits_of, reader_of, scores_of, set_reader
 from tutelage.taps.heads import (
     Adapter,
     Head,
@@ -13,11 +14,11 @@ from tutelage.taps.heads import (
     padding_outputs,
     vocabulary_head,
 )
-from tutelage.taps.observe import Needs, Observation, Observer, compile_apart, evaluating, logits_of, observe
+from tutelage.taps.observe import Needs, Observation, Observer, compile_apart, evaluating, observe
 from tutelage.taps.tap import Tap, find_module, parse_tap
 
 __all__ = [
-    "Adapter", "Head", "Needs", "Observation", "Observer", "Tap", "as_linear", "compile_apart", "count_tokens",
-    "evaluating", "find_module", "logits_of", "observe", "output_head", "padding_outputs", "parse_tap",
-    "vocabulary_head",
+    "Adapter", "Head", "Needs", "Observation", "Observer", "OutputReader", "Tap", "as_linear", "call_model",
+    "compile_apart", "copy_model", "count_tokens", "evaluating", "find_module", "logits_of", "observe", "output_head",
+    "padding_outputs", "parse_tap", "reader_of", "scores_of", "set_reader", "vocabulary_head",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.errors import ModelError
+from tutelage.taps.calls import call_model, reader_of
 from tutelage.taps.heads import Head, adapter_of, count_tokens, logit_scaling, no_cache_arguments, output_head
 from tutelage.taps.tap import Tap, of_input, of_output, resolve
 
@@ -124,7 +125,7 @@ class Observer:
         """Run the model.
 
         Args:
-            inputs: a tensor, passed as the one argument, or a mapping, passed as keyword arguments.
+            inputs: see :func:`tutelage.taps.call_model`.
 
         Raises:
             ModelError: no logits; a tap without a value, without a tensor, or of a module with several calls without
@@ -140,14 +141,11 @@ class Observer:
         if head is not None and not self.needs.logits and not dense:
             head.__dict__["forward"] = _identity
         try:
-            if isinstance(inputs, Mapping):
-                output = self.model(**{**inputs, **self._arguments})
-            else:
-                output = self.model(inputs)
+            output = call_model(self.model, inputs, self._arguments)
             hidden = {tap.text: _captured_tensor(record, tap) for tap in self._taps}
             observed_head = None
             if dense:
-                logits = logits_of(output)[..., : self._vocabulary]
+                logits = reader_of(self.model).read(output)[..., : self._vocabulary]
                 observed_head = Head(logits, logits.new_empty(logits.shape[-1], 0), None)
             elif head is not None:
                 if (calls := len(record.head_inputs)) != 1:
@@ -159,7 +157,7 @@ class Observer:
             record.clear()
             if head is not None:
                 head.__dict__.pop("forward", None)  # restores the class's own forward
-        scores = logits_of(output) if self.needs.logits else None
+        scores = reader_of(self.model).read(output) if self.needs.logits else None
         if scores is not None and self._vocabulary is not None:
             scores = scores[..., : self._vocabulary]
         return Observation(scores, hidden, observed_head)
@@ -191,8 +189,7 @@ class Observer:
         head.__dict__["forward"] = enlarged
         try:
             with torch.no_grad(), evaluating(self.model):  # _call_impl: not the compiled graph of other sizes
-                named = {**few, **self._arguments} if isinstance(few, Mapping) else None
-                output = self.model._call_impl(few) if named is None else self.model._call_impl(**named)
+                output = call_model(self.model, few, self._arguments, self.model._call_impl)
                 if len(record.head_inputs) != 1:
                     return True  # which is refused where the head is used
             with torch.no_grad():
@@ -203,7 +200,7 @@ class Observer:
             record.active = False
             record.clear()
             head.__dict__.pop("forward", None)
-        logits = logits_of(output)
+        logits = reader_of(self.model).read(output)
         rounds = min(torch.finfo(x.dtype).bits for x in (logits, scores)) < 32
         tolerance = (2e-2 if rounds else 1e-4) * computed.nan_to_num().abs().amax((*range(1, computed.ndim),), True)
         exact = computed.shape == logits.shape and not logits.requires_grad
@@ -240,7 +237,9 @@ def _same_row_twice(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str,
     if ids is not None and ids.ndim == 2:
         named = {name: x[:, :16] for name, x in inputs.items() if x.shape == ids.shape and name != "position_ids"}
     twice = {name: torch.cat([x[:1], x[:1]]) for name, x in named.items()}
-    return {name: torch.ones_like(x) if name == "attention_mask" else x for name, x in twice.items()}
+    rows = {name: torch.ones_like(x) if name == "attention_mask" else x for name, x in twice.items()}
+    same_kind: Any = type(inputs)  # keyword or positional arguments
+    return rows if type(inputs) is dict else same_kind(rows)
 
 
 def _gather(head: Head) -> Tensor:
@@ -332,25 +331,6 @@ def compile_apart(model: nn.Module, **options: Any) -> None:
 
     run.__code__ = run.__code__.replace()  # torch caches graphs by code object
     model._compiled_call_impl = torch.compile(run, **options)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output: a tensor, ``.logits``, or the first item of a tuple.
-
-    Raises:
-        ModelError: there is no tensor.
-    """
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if logits is None and isinstance(output, (tuple, list)) and output:
-        logits = output[0]
-    if not isinstance(logits, Tensor):
-        raise ModelError(
-            f"the model returned a {type(output).__name__} without logits",
-            remedy="return a tensor, a tuple that starts with it, or an object with .logits",
-        )
-    return logits
 
 
 def observe(model: nn.Module, inputs: Tensor | Mapping[str, Tensor], needs: Needs | None) -> Observation:

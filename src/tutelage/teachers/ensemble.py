@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tutelage.data.batch import Batch
+from tutelage.data.batch import Arguments, Batch
 from tutelage.errors import CapabilityError, DataError, ModelError, shorten
-from tutelage.taps import Needs, count_tokens, logits_of
+from tutelage.taps import Needs, scores_of
 from tutelage.teachers.signal import Signal, Teacher
 
 Combine = Literal["probabilities", "logits"]
@@ -207,16 +207,17 @@ class Ensemble(nn.ModuleList):
         self.combine, self.temperature = combine, temperature
         self.weights = normalise_weights(weights, len(self))
 
-    def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Tensor) -> Tensor:
         """Logits ``[..., C]``; inputs ``member_0`` ... are those of one member each."""
         logits = []
+        several: Any = Arguments({str(i): x for i, x in enumerate(inputs)})
+        given = named or (inputs[0] if len(inputs) == 1 else several)
         for number, model in enumerate(self):
             first = next(model.parameters(), None)
             own = None if first is None else first.device  # members can have different devices
-            moved = {name: x.to(own) for name, x in named.items()}
-            single = named.get(f"member_{number}", inputs)
-            output = logits_of(model(**moved) if single is None else model(single.to(own)))
-            logits.append(output[..., : count_tokens(model)].float())
+            mine = named.get(f"member_{number}", given)
+            moved = mine.to(own) if isinstance(mine, Tensor) else type(mine)({k: x.to(own) for k, x in mine.items()})
+            logits.append(scores_of(model, moved).float())
         scores = torch.stack([x.to(logits[0].device) for x in logits])
         weights = torch.tensor(self.weights, device=scores.device).view(-1, *[1] * (scores.ndim - 1))
         if self.combine == "logits":

@@ -87,8 +87,9 @@ class LiveTeacher:
                 )
             find_blocks(model)
         self.sharded = sharded
-        self.model = model.requires_grad_(False).eval()
-        self.model.zero_grad(set_to_none=True)
+        self.model = model.eval()
+        for parameter in model.parameters():  # a scripted module has no requires_grad_
+            parameter.requires_grad, parameter.grad = False, None
         self.mode, self.dtype, self.compile, self.batch_size = mode, dtype, compile, batch_size
         self.device = None if device is None else _device(device)
         self.provides = frozenset({"logits", "hidden"} if dtype == "int8" else {"logits", "hidden", "head"})
