@@ -18,6 +18,7 @@ from tutelage.config.messages import Source, explain
 from tutelage.config.methods import METHOD_KINDS
 from tutelage.config.methods.losses import SOFT_OF_TASK
 from tutelage.config.multistage import WORKFLOW_KINDS
+from tutelage.config.own_paths import read_own_paths
 from tutelage.config.recipe import Recipe
 from tutelage.errors import ConfigError, nearest, shorten, suggest
 from tutelage.safe_yaml import load_yaml
@@ -187,6 +188,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int], str]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot be read: {reason}", where=str(path), remedy="give a YAML file") from None
     raw, lines = parse_yaml(text, str(path))
+    raw = read_own_paths(raw, path.parent)
     default_name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "recipe"
     return raw, lines, default_name
 

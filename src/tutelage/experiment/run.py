@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from tutelage.config import Recipe, differing_keys, dump_recipe
+from tutelage.config.own_paths import read_own_paths, write_own_paths
 from tutelage.data import Data
 from tutelage.engine import Accelerator, RunDirectory, broadcast_from_main, build_accelerator, open_trackers
 from tutelage.errors import ConfigError, Interrupted, RunDirectoryError, TutelageError
@@ -89,9 +90,19 @@ def check_same(path: Path, config: Mapping[str, Any], resume: bool) -> None:
 def differing_settings(path: Path, before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ. A file of a search, lab or workflow that holds the run in ``path`` is the same
     file after the whole folder was moved, renamed, or named from another working directory."""
-    holders = [folder for folder in path.resolve().parents if (folder / "run.lock").is_file()]
-    keys = differing_keys(before, config)
+    holders, keys = _holders(path), differing_keys(before, config)
     return [k for k in keys if not (holders and _is_same(_find(before, k), _find(config, k), str(holders[-1])))]
+
+
+def _holders(path: Path) -> list[Path]:
+    """The folders of searches, labs and workflows that hold ``path``; the outermost last."""
+    return [folder for folder in path.resolve().parents if (folder / "run.lock").is_file()]
+
+
+def own_paths_yaml(text: str, folder: Path) -> str:
+    """Settings as YAML for a file in ``folder``, with relative paths to files of this run and of what holds it."""
+    config = write_own_paths(load_yaml(text)[0], folder, [folder, *_holders(folder)][-1])
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def _is_same(before: Any, now: Any, root: str) -> bool:
@@ -115,7 +126,8 @@ def read_config(file: Path, remedy: str) -> dict[str, Any]:
         config = load_yaml(file.read_text(encoding="utf-8"))[0]
         if not isinstance(config, dict):
             raise ValueError("it holds no settings")
-        return config
+        settings: dict[str, Any] = read_own_paths(config, file.parent)
+        return settings
     except (OSError, ValueError, yaml.YAMLError) as error:
         what = f"cannot be read: {str(error).splitlines()[0]}"
         raise RunDirectoryError(what, where=str(file), remedy=remedy) from None
@@ -161,7 +173,7 @@ def open_run_directory(
         run.sweep()
         fresh = not run.config.exists()
         if fresh:
-            write_text(run.config, config_yaml)
+            write_text(run.config, own_paths_yaml(config_yaml, path))
         try:
             yield run
         except TutelageError as error:

@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def write_export(
             "output": output_name(bundle.task),
             "classes": bundle.classes,
             "preprocessing": bundle.preprocessing,
-            "source": bundle.source,
+            "source": _source(bundle, out),
             **({"pairs": True} if pairs else {}),
             **({} if positions is None else {"positions": positions}),
             **({"how": how} if how else {}),
@@ -127,6 +128,13 @@ def write_export(
         (folder / "README.md").write_text(model_card(manifest, dict(facts or {})), encoding="utf-8")
         del export  # closes the file before the folder is renamed
     return ExportResult(out, manifest)
+
+
+def _source(bundle: ModelBundle, out: Path) -> str:
+    """Where the model is; relative to an export in the same folder, which may be moved with it."""
+    folder = bundle.folder
+    together = folder is not None and out.resolve().is_relative_to(folder.resolve().parent)
+    return os.path.relpath(folder, out) if folder is not None and together else bundle.source
 
 
 def _time_ratio(source: Run, export: Run, few: Inputs) -> float:

@@ -25,6 +25,7 @@ from tutelage.experiment.run import (
     choose_run_directory,
     differing_settings,
     open_run_directory,
+    own_paths_yaml,
     read_config,
     read_summary,
     run_recipe,
@@ -328,7 +329,7 @@ class _Search:
         if self.base_recipe.teacher != self.recipe.teacher:
             lines.append("The teacher is the one that the search trained; give teacher.train to train another.")
         recipe = with_values(self.base, best["values"])
-        return "".join(f"# {line}\n" for line in lines) + dump_recipe(recipe)
+        return "".join(f"# {line}\n" for line in lines) + own_paths_yaml(dump_recipe(recipe), self.run.path)
 
 
 def _move_other_run(path: Path, config: str) -> None:
