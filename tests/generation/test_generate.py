@@ -234,6 +234,17 @@ def test_a_second_run_and_another_filter_pay_for_nothing(tmp_path: Path) -> None
     assert fewer.summary["kept"] + len(rejected(tmp_path / "out")) == 40
 
 
+def test_a_moved_folder_pays_for_nothing_and_names_no_old_place(tmp_path: Path) -> None:
+    with Closed() as server:
+        path = recipe(tmp_path, server, prompts=str(prompts(tmp_path, 20)))
+        made(path, tmp_path / "old")
+        inside = [p for p in (tmp_path / "old").rglob("*") if p.is_file()]
+        assert [p for p in inside if str(tmp_path / "old").encode() in p.read_bytes()] == []
+        (tmp_path / "old").rename(tmp_path / "new")
+        assert made(path, tmp_path / "new").summary["calls"] == 0
+        assert len(server.calls) == 20
+
+
 def test_only_what_is_missing_is_asked(tmp_path: Path) -> None:
     with Closed() as server:
         made(recipe(tmp_path, server, prompts=str(prompts(tmp_path, 30))), tmp_path / "out")

@@ -61,7 +61,11 @@ def test_each_pair_is_judged_in_both_orders_and_what_wins_in_both_wins(tmp_path:
         path = recipe(tmp_path, server, model)
         found = judge_answers(path, out=tmp_path / "out", terminal=quiet())
         shown = [told(call.prompt) for call in server.calls]
-        assert judge_answers(path, out=tmp_path / "out", terminal=quiet()).summary["calls"] == 0
+        inside = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+        assert [p for p in inside if str(tmp_path / "out").encode() in p.read_bytes()] == []
+        (tmp_path / "out").rename(tmp_path / "moved")
+        assert judge_answers(path, out=tmp_path / "moved", terminal=quiet()).summary["calls"] == 0
+    (tmp_path / "moved").rename(tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 12
     for line in lines:
