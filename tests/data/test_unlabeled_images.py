@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from tutelage import distill
+from tutelage.config import DataConfig
 from tutelage.data import ImageData, load_images
 from tutelage.data.batch import IGNORE
 from tutelage.data.image_files import IMAGE_EXTENSIONS, find_images
+from tutelage.data.images import choose_rows
 from tutelage.errors import DataError
 from tutelage.export.inference import list_image_files
 
@@ -233,3 +235,23 @@ def test_a_caller_s_student_learns_from_samples_without_labels(tmp_path: Path) -
         epochs=2, out=tmp_path / "run", verbose=False, baseline=False,
     )  # fmt: skip
     assert result.summary["teacher"]["n"] == 2
+
+
+def test_rows_without_label_are_no_class_when_rows_are_chosen(tmp_path: Path) -> None:
+    labels = torch.tensor([0, 1] * 10 + [IGNORE])
+    chosen, rest = choose_rows(labels, 11, 0, "data.limit")
+    assert torch.cat([chosen, rest]).sort().values.tolist() == list(range(21))
+    assert Counter(labels[chosen].tolist()) in ({0: 5, 1: 5, IGNORE: 1}, {0: 5, 1: 6}, {0: 6, 1: 5})
+    with pytest.raises(DataError, match=r"2 classes; the smallest has 1, it is that of index 1"):
+        choose_rows(torch.tensor([0] * 6 + [1] + [IGNORE] * 6), 4, 0, "data.limit")
+    write(labelled(tmp_path) / "unlabeled", 1, 50)
+    data, _ = load(tmp_path, limit=8)
+    assert len(data.train) == 8
+
+
+def test_classes_may_be_numbers(tmp_path: Path) -> None:
+    for k, name in enumerate(("1", "2")):
+        write(tmp_path / name, 10, 100 * k)
+    config = DataConfig(source="imagefolder", path=str(tmp_path), classes=[2, 1])  # type: ignore[list-item]
+    assert load(tmp_path, classes=config.classes)[0].classes == ["2", "1"]
+    assert load(tmp_path, classes=[2, 1])[0].classes == ["2", "1"]

@@ -17,7 +17,14 @@ from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import DataError, TutelageError
 from tutelage.evaluation import evaluate_teacher
 from tutelage.experiment import prepare
-from tutelage.experiment.checks import check_labels, check_output, check_separate, check_tokenizers, compares_tokens
+from tutelage.experiment.checks import (
+    check_labels,
+    check_output,
+    check_separate,
+    check_tokenizers,
+    check_trains,
+    compares_tokens,
+)
 from tutelage.experiment.measure import parameters
 from tutelage.experiment.recipe_source import ONE_VIEW, load_data, recipe_spec
 from tutelage.experiment.save_check import check_saves
@@ -126,6 +133,8 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
         )
         return
     check_method(findings, recipe, teacher, student, method)
+    text = "the student runs in training mode on its smallest batch"
+    findings.check("training", text, partial(check_trains, spec, device, student, method))
     if compares_tokens(method):
         findings.check("tokens", "teacher and student read the same", partial(check_tokenizers, spec, method))
     if teacher is None or recipe.teacher is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tutelage.config.base import Count, CountOrZero, Fraction, Section, Seed, Share, known_source
 from tutelage.errors import shorten, suggest
@@ -61,6 +61,14 @@ def _augment(entry: Any) -> Any:
 Augments = list[Annotated[Any, AfterValidator(_augment)]]
 
 
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ClassName = Annotated[str, BeforeValidator(_number_as_text)]
+"""The name of a class; a whole number is the name that its digits spell."""
+
+
 class SplitsConfig(Section):
     """Which samples are used, and in which splits: the keys that images and texts share."""
 
@@ -78,7 +86,7 @@ class SplitsConfig(Section):
     """Seed of these splits and of ``labels`` and ``limit``. All ``seeds`` of a run share the splits."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of ``load_dataset`` (hf) or of the data set's constructor (torchvision)."""
-    classes: list[str] | None = None
+    classes: list[ClassName] | None = None
     """Class names in the order of the teacher's logits. Default: the order of the source (sorted folder names); for
     texts the order of the teacher, if its model names the classes."""
     views: Count | None = None

@@ -27,6 +27,8 @@ def choose_rows(
 ) -> tuple[Tensor, Tensor]:
     """Choose ``count`` rows at random, stratified by class; return them and the other rows, in ascending order.
 
+    Rows without label are no class: their share is chosen at random.
+
     Raises:
         DataError: there are fewer rows, or a class would be missing in one part; the message names ``key``.
     """
@@ -40,16 +42,27 @@ def choose_rows(
             f"{key}: {count} {things} are requested, there are {len(labels)}",
             remedy=f"set it to at most {len(labels)}, or leave it out to use all",
         )
+    labelled = (labels != IGNORE).nonzero().flatten()
+    if stratify and 0 < len(labelled) < len(labels):
+        hidden = (labels == IGNORE).nonzero().flatten()
+        many = round(count * len(labelled) / len(labels))
+        parts = [
+            [rows[part] for part in choose_rows(labels[rows], n, seed, key, things=things, stratify=is_class)]
+            for rows, n, is_class in ((labelled, many, True), (hidden, count - many, False))
+        ]
+        chosen, rest = (torch.cat(both).sort().values for both in zip(*parts, strict=True))
+        return chosen, rest
     if not stratify:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         return order[:count].sort().values, order[count:].sort().values
     try:
         chosen, rest = train_test_split(rows.numpy(), train_size=count, stratify=labels.numpy(), random_state=seed)
     except ValueError:
-        per_class = labels.unique(return_counts=True)[1]
+        classes, per_class = labels.unique(return_counts=True)
         raise DataError(
             f"{key}: {count} of {len(labels)} {things} cannot be chosen so that every class is among the chosen and "
-            f"among the others ({len(per_class)} classes, the smallest has {int(per_class.min())})",
+            f"among the others ({len(per_class)} classes; the smallest has {int(per_class.min())}, it is that of "
+            f"index {int(classes[per_class.argmin()])})",
             remedy=f"change {key} so that both parts get {things} of every class, or add some to the smallest class",
         ) from None
     return torch.from_numpy(chosen).sort().values, torch.from_numpy(rest).sort().values

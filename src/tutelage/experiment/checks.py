@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tutelage.data import Batch
+from tutelage.data import Batch, Batches, PlannedBatches
+from tutelage.data.loader import current_rank
 from tutelage.engine import Accelerator, is_bf16_slow
 from tutelage.engine.optim import build_optimizer, build_schedule
-from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError
+from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError, first_line
 from tutelage.experiment.prepare import all_methods, example_of
-from tutelage.experiment.spec import ExperimentSpec, RunContext
+from tutelage.experiment.spec import Arm, ExperimentSpec, RunContext
 from tutelage.methods import DistillationModule, Method, check_task
 from tutelage.methods.step import get_signal
 from tutelage.models import label_names
@@ -28,9 +29,11 @@ def check_teachers(spec: ExperimentSpec, device: torch.device, model: nn.Module)
     models = list(model.children()) if isinstance(model, Ensemble) else [model]
     for number, (member, one) in enumerate(zip(teacher.members, models, strict=True)):
         # A sharded model is in one piece in main memory only.
-        check_output(
-            spec, torch.device("cpu") if member.inference.get("sharded") else device, one, member.name, number
-        )
+        place = torch.device("cpu") if member.inference.get("sharded") else device
+        check_output(spec, place, one, member.name, number)
+        if member.training is not None:
+            example, first = example_of(spec).for_member(number).for_teacher().to(place), member.training
+            check_training_mode(one, example, member.name, first.batches, first.config.accumulate)
         if teacher.is_trained_first:  # before hours of training; a copy, because LiveTeacher freezes its model
             LiveTeacher(copy.deepcopy(one), mode=teacher.mode, **member.inference)
 
@@ -82,6 +85,65 @@ def check_output(
     if not bool(torch.isfinite(logits).all()):
         raise NumericsError(f"the {who}'s logits are NaN or infinite", remedy="check its weights and its inputs")
     return int(classes)
+
+
+def smallest_batch(batches: Batches, accumulate: int) -> int:
+    """The rows of the smallest micro-batch of an epoch, as far as a loader tells; at most 2."""
+    if isinstance(batches, PlannedBatches):
+        sizes = [len(rows) for rows in batches.split_steps(torch.arange(len(batches.data)))]
+    else:
+        loader = getattr(batches, "loader", None)
+        rows, size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
+        if not isinstance(size, int) or not hasattr(rows, "__len__"):
+            return 2
+        rest = 0 if getattr(loader, "drop_last", False) else len(rows) % size  # type: ignore[arg-type]
+        sizes = [size, *([rest] if rest else [])]
+    parts = current_rank().world * accumulate
+    return max(1, min(2, *(size // parts for size in sizes)))
+
+
+def check_training_mode(model: nn.Module, example: Batch, who: str, batches: Batches, accumulate: int) -> None:
+    """Raise :class:`CapabilityError` if ``model`` cannot run in training mode on its smallest batch.
+
+    Batch norm needs two values for each channel, and some models have layers that only training uses. Buffers and
+    random states are restored.
+    """
+    batch = example.take(torch.arange(smallest_batch(batches, accumulate)) % len(example))
+    count, device = len(batch), batch.labels.device
+    buffers = {name: x.detach().clone() for name, x in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            observe(model.train(), batch.inputs, Needs())
+    except (TutelageError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        one = count == 1
+        raise CapabilityError(
+            f"the {who}, a {type(model).__name__}, cannot train on a batch of {count} sample{'' if one else 's'}: "
+            f"{first_line(error)}",
+            remedy="choose train.batch_size and train.accumulate so that no batch has a single sample"
+            if one
+            else "use larger images (data.size) or another model",
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, x in model.named_buffers():
+                if name in buffers and buffers[name].shape == x.shape:
+                    x.copy_(buffers[name])
+
+
+def check_trains(spec: ExperimentSpec, device: torch.device, student: nn.Module, method: Method) -> None:
+    """:func:`check_training_mode` of the student and of the models that are trained with it."""
+    example, accumulate = example_of(spec).to(device), spec.train.accumulate
+    arms: tuple[Arm, ...] = ("baseline", "distilled") if spec.baseline else ("distilled",)
+    every = {arm: spec.source.training_batches(arm, spec.seeds[0]) for arm in arms}
+    for batches in every.values():
+        check_training_mode(student.to(device), example, "student", batches, accumulate)
+    for name, model in method.auxiliary_models(student).items():
+        check_training_mode(model.to(device), example, name, every["distilled"], accumulate)
 
 
 def check_no_new_weights(

@@ -87,6 +87,7 @@ def _check_prepared(
                 f"{name} does not score the student's {classes} classes", remedy="set its number of classes"
             )
     _print_student(spec, ctx.terminal, initial, student, method)
+    checks.check_trains(spec, ctx.device, student, method)
     checks.check_optimizer(spec, student, method)
     checks.check_generates(spec, method)
     checks.check_tokenizers(spec, method)

@@ -291,6 +291,12 @@ class RecipeSource:
 def _labelled(rows: Any, task: str) -> Any:
     """The rows with a label; all rows for a task without one label for each."""
     labelled = (rows.labels != IGNORE).nonzero().flatten()
+    if task not in UNLABELLED and not len(labelled):
+        raise ConfigError(
+            "no training sample has a label, so the baseline student and a teacher without weights cannot be trained",
+            where="data",
+            remedy="set baseline: false and give a trained teacher, or give labels to some samples",
+        )
     return rows if task in UNLABELLED or len(labelled) == len(rows) else rows.select(labelled)
 
 

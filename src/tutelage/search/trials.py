@@ -165,6 +165,7 @@ class TrialRunner:
         checks.check_output(spec, ctx.device, student, "student")
         live = self._teacher(recipe, spec, ctx)
         student, method = prepare_student_and_method(spec, spec.source.build_student(seed), live.model, seed)
+        checks.check_trains(spec, ctx.device, student, method)
         checks.check_optimizer(spec, student, method)
         checks.check_separate(live.model, student)
         checks.check_labels(spec, live.model, student)
