@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.errors import ModelError
+from tutelage.experiment.run import run_recipe
 from tutelage.methods import SimkdMethod, prepare_method, prepare_student
 from tutelage.methods.step import get_signal
 from tutelage.models import ModelSpec, load_model, save_model
+from tutelage.progress import Terminal
 from tutelage.students import ReusedHead, find_classifier
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher
@@ -107,6 +110,21 @@ def test_simkd_trains_and_saves_a_student_with_two_heads(which: str, tmp_path: P
         spec = ModelSpec("timm:repvit_m1", options, CLASSES, 3, 32)
         save_model(student, tmp_path / "m", {"spec": spec.to_dict(), "reused_head": student.card})
         torch.testing.assert_close(load_model(tmp_path / "m")(batch.inputs), student.eval()(batch.inputs))
+
+
+def test_a_run_with_simkd_and_a_baseline_of_a_student_with_two_heads(tmp_path: Path) -> None:
+    vit = {"model": "timm:deit_tiny_distilled_patch16_224", "options": {**SMALL_VIT, "depth": 2}}
+    raw = {
+        "name": "x", "data": {"source": "digits", "size": 32, "limit": 160}, "method": {"kind": "simkd"},
+        "teacher": {**vit, "train": {"steps": 60, "optimizer": {"lr": 0.003}}},
+        "student": {**vit, "options": SMALL_VIT}, "train": {"steps": 4, "batch_size": 40},
+    }  # fmt: skip
+    run = run_recipe(build_recipe(raw), out=tmp_path / "run", terminal=Terminal(speaks=False))
+    assert run.summary["students"].keys() == {"baseline", "distilled"}
+    teacher, student = load_model(run.path / "models" / "teacher"), load_model(run.path / "student")
+    assert isinstance(student, ReusedHead)
+    both = torch.cat([teacher.head.weight, teacher.head_dist.weight], 1) / 2  # type: ignore[arg-type, union-attr, list-item]
+    torch.testing.assert_close(student.head.weight, both)
 
 
 @pytest.mark.parametrize("name", ["volo_d1_224", "resnetv2_50", "dla34"])

@@ -42,7 +42,7 @@ def check_saves(
     Args:
         spec: the experiment.
         student: the student of the distilled arm.
-        initial: that of the baseline arm.
+        initial: what the method made it of.
         method: its peers are saved too.
         teacher: the teacher's model, or an ensemble; only members that are trained first are saved.
         ctx: the files are written in its run directory, and removed. Default: in the system's temporary folder.
@@ -52,8 +52,8 @@ def check_saves(
     """
     card = dict(spec.student_card)
     models = {"student": (student, card | ({"reused_head": student.card} if isinstance(student, ReusedHead) else {}))}
-    if spec.baseline and student is not initial:
-        models["baseline student"] = (initial, card)
+    if spec.baseline and student is not initial:  # which the method may have taken apart
+        models["baseline student"] = (spec.source.build_student(spec.seeds[0]), card)
     for options, (name, peer) in zip(method.peers, method.auxiliary_models(student).items(), strict=False):
         models[name] = (peer, card | spec.source.peer_card(options))
     if teacher is not None and spec.teacher is not None:
