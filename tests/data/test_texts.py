@@ -260,8 +260,8 @@ def test_classes_are_matched_by_name() -> None:
     ({"text": None}, {}, ["empty", "rows [7]"]),
     ({}, {"text": "txt"}, ["no column 'txt'", "did you mean 'text'", "its columns: text, label, row"]),
     ({"label": "musik"}, {"classes": ["sound", "net", "math"]}, ["'musik'", "matched by name", "sound, net, math"]),
-    ({}, {"text": "row"}, ["column 'row' holds a value of type int, not text"]),
-    ({"label": "x"}, {"task": "regression"}, ["column 'label' of the train split holds", "not a number"]),
+    ({}, {"text": "row"}, ["row 0", "column 'row'", "a value of type int, not a text"]),
+    ({"label": "x"}, {"task": "regression"}, ["row 0", "train split, column 'label'", "'sound' is not a number"]),
     ({}, {"limit": 10_000}, ["data.limit: 10000 texts are requested"]),
 ])  # fmt: skip
 def test_wrong_data_is_named(change: dict[str, Any], more: dict[str, Any], says: list[str]) -> None:

@@ -37,7 +37,14 @@ def as_conversation(values: Sequence[Any]) -> str | Conversation:
             f"a conversation has no answer, only messages of {', '.join(sorted({m['role'] for m in value}))}",
             remedy="add messages with role assistant, which are learned",
         )
-    return [dict(message) for message in value]
+    return [_without_none(message) for message in value]
+
+
+def _without_none(value: Any) -> Any:
+    """``value`` without the keys that Arrow adds with ``None``, because messages of other rows have them."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return [_without_none(each) for each in value] if isinstance(value, list) else value
 
 
 def encode_learned(

@@ -52,7 +52,7 @@ def choose_rows(
         ]
         chosen, rest = (torch.cat(both).sort().values for both in zip(*parts, strict=True))
         return chosen, rest
-    if not stratify:
+    if not stratify or not len(labelled):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         return order[:count].sort().values, order[count:].sort().values
     try:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from torch import Tensor
 from tutelage.data.batch import IGNORE, TextTask
 from tutelage.data.image_sources import load_hub_splits
 from tutelage.data.raw_images import path_id
-from tutelage.errors import ConfigError, DataError, did_you_mean, first_line, nearest, require, suggest
+from tutelage.data.text_checks import is_missing, place
+from tutelage.errors import ConfigError, DataError, did_you_mean, first_line, nearest, require, shorten, suggest
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 """Suffixes of table files."""
+
+TOOLS = "tools"
+"""The column of the functions that a chat template describes to the model."""
 
 Paths = str | Mapping[Any, str]
 
@@ -46,17 +51,20 @@ class RawTextData:
         splits: the splits by name.
         names: class names, by column, of the columns that hold class indices.
         digest: fingerprint of the content.
+        has_tools: whether there is a column ``tools``, which chat templates take beside the messages.
     """
 
     name: str
     splits: dict[str, RawTextSplit]
     names: dict[str, list[str]] = field(default_factory=dict)
     digest: str = ""
+    has_tools: bool = False
 
 
 def read_texts(
-    source: str, *, path: Paths | None, options: dict[str, Any] | None, columns: Sequence[str]
-) -> RawTextData:
+    source: str, *, path: Paths | None, options: dict[str, Any] | None, columns: Sequence[str],
+    texts: Sequence[str] = (),
+) -> RawTextData:  # fmt: skip
     """Read columns of a source.
 
     Args:
@@ -64,6 +72,7 @@ def read_texts(
         path: a file or a folder, or one for each split.
         options: arguments of ``load_dataset``.
         columns: names of the columns.
+        texts: those whose cells in a CSV file are texts, whatever they look like.
 
     Raises:
         ConfigError: the source is unknown.
@@ -73,17 +82,23 @@ def read_texts(
     kind, _, name = source.partition(":")
     if kind == "hf" and name:
         return _huggingface(name, options or {}, columns)
-    readers: dict[str, Callable[[Path, Sequence[str]], RawTextSplit]] = {"plain": _plain, "table": _table}
-    if source not in readers:
-        names = [*readers, "hf:DATASET_ID"]
+    if source not in ("plain", "table"):
+        names = ["plain", "table", "hf:DATASET_ID"]
         raise ConfigError(
             f"data.source: unknown source of texts {source!r}" + suggest(source, names),
             remedy=f"allowed: {', '.join(names)}",
         )
     assert path is not None
     files = {"train": path} if isinstance(path, str) else dict(path)
-    splits = {split: readers[source](Path(file), columns) for split, file in files.items()}
-    start = 0
+    start, has_tools, splits = 0, False, dict[str, RawTextSplit]()
+    for split, file in files.items():
+        if source == "plain":
+            splits[split] = _plain(Path(file), columns)
+        else:
+            table = read_table(Path(file), texts)
+            check_columns(columns, table.column_names, str(file))
+            splits[split] = RawTextSplit({n: table[n].to_pylist() for n in columns}, torch.arange(table.num_rows))
+            has_tools |= TOOLS in table.column_names and table[TOOLS].null_count < table.num_rows
     for split, raw in splits.items():
         if source == "table":  # continue the numbers of the file before
             raw.ids = raw.ids + start
@@ -97,21 +112,23 @@ def read_texts(
             digest.update(json.dumps([split, name, each.stat().st_size]).encode())
             with open(each, "rb") as opened:
                 hashlib.file_digest(opened, lambda: digest)
-    return RawTextData(str(path), splits, digest=digest.hexdigest())
+    return RawTextData(str(path), splits, digest=digest.hexdigest(), has_tools=has_tools)
 
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.rglob("*.txt") if p.is_file())
 
 
-def read_table(path: Path) -> Any:
+def read_table(path: Path, texts: Sequence[str] = ()) -> Any:
     """Read a CSV, TSV, JSON-lines or Parquet file as an Arrow table.
+
+    Texts that look like dates stay texts, and so do numbers with leading zeros and all cells of ``texts`` in CSV.
 
     Raises:
         DataError: the file is missing, broken, or has another suffix.
     """
     import pyarrow as pa
-    from pyarrow import csv, json, parquet
+    from pyarrow import compute, csv, json, parquet
 
     if not path.is_file():
         raise DataError("no such file", where=str(path), remedy=did_you_mean(path, "check data.path"))
@@ -126,10 +143,27 @@ def read_table(path: Path) -> Any:
         if path.suffix == ".parquet":
             return parquet.read_table(path)
         if path.suffix in (".json", ".jsonl"):
-            return json.read_json(path, read_options=json.ReadOptions(block_size=block))
+            options = json.ReadOptions(block_size=block)
+            table = json.read_json(path, read_options=options)
+            schema = pa.schema([(field.name, _times_as_texts(field.type)) for field in table.schema])
+            if schema.equals(table.schema):
+                return table
+            return json.read_json(path, read_options=options, parse_options=json.ParseOptions(explicit_schema=schema))
         delimiter = "\t" if path.suffix == ".tsv" else ","
         parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)  # a quoted text may have line breaks
-        return csv.read_csv(path, read_options=csv.ReadOptions(block_size=block), parse_options=parse)
+
+        def read(**convert: Any) -> Any:
+            return csv.read_csv(path, csv.ReadOptions(block_size=block), parse, csv.ConvertOptions(**convert))
+
+        table = read(column_types=dict.fromkeys(texts, pa.string()))
+        doubtful = [f.name for f in table.schema if pa.types.is_temporal(f.type) or pa.types.is_integer(f.type)]
+        if doubtful:
+            cells = read(column_types=dict.fromkeys(doubtful, pa.string()), include_columns=doubtful)
+            for name in doubtful:
+                zeros = compute.any(compute.match_substring_regex(cells[name], r"^\s*[+-]?0\d")).as_py()
+                if zeros or pa.types.is_temporal(table[name].type):
+                    table = table.set_column(table.column_names.index(name), name, cells[name])
+        return table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot be read as {path.suffix[1:]}: {first_line(error)}",
@@ -138,10 +172,15 @@ def read_table(path: Path) -> Any:
         ) from None
 
 
-def _table(path: Path, columns: Sequence[str]) -> RawTextSplit:
-    table = read_table(path)
-    check_columns(columns, table.column_names, str(path))
-    return RawTextSplit({name: table[name].to_pylist() for name in columns}, torch.arange(table.num_rows))
+def _times_as_texts(kind: Any) -> Any:
+    """An Arrow type with texts in place of dates and times, nested ones included."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _times_as_texts(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_times_as_texts(kind.value_type))
+    return pa.string() if pa.types.is_temporal(kind) else kind
 
 
 def check_columns(columns: Sequence[str], known: Sequence[str], where: str) -> None:
@@ -183,6 +222,7 @@ def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> 
     import datasets
 
     parts = load_hub_splits(name, options)
+    parts.pop("unlabeled", None)
     names: dict[str, list[str]] = {}
     splits, start = {}, 0
     for split, part in parts.items():
@@ -197,7 +237,8 @@ def _huggingface(name: str, options: dict[str, Any], columns: Sequence[str]) -> 
         )
         start += len(part)
     digest = "-".join(str(getattr(part, "_fingerprint", "")) for part in parts.values())
-    return RawTextData(f"hf:{name}", splits, names, digest)
+    has_tools = any(TOOLS in p.features and any(v is not None for v in p[TOOLS][:]) for p in parts.values())
+    return RawTextData(f"hf:{name}", splits, names, digest, has_tools)
 
 
 def resolve_class_names(
@@ -217,7 +258,11 @@ def resolve_class_names(
     else:
         values = [v for rows in raw.splits.values() for v in rows.columns[label[0]]]
         flat = values if task == "classes" else [x for v in values for x in (v or [])]
-        labels = {_name(v) for v in flat if v is not None}
+        labels = {_name(v) for v in flat if not is_missing(v)}
+        if not labels:
+            raise DataError(
+                f"column {label[0]!r} has no labels", where=raw.name, remedy="name the column of labels: data.label"
+            )
         try:
             names = sorted(labels, key=int)  # integers in numeric order
         except ValueError:
@@ -237,7 +282,8 @@ def resolve_class_names(
 
 
 def _name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, (bool, float)) and value == int(value) else str(value)
+    is_whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if is_whole else str(value)
 
 
 def encode_labels(
@@ -251,7 +297,7 @@ def encode_labels(
         return known[numbered[value] if numbered is not None else _name(value)]
 
     def has(value: Any) -> bool:
-        return value is not None and not (numbered is not None and isinstance(value, int) and value < 0)
+        return not is_missing(value) and not (numbered is not None and isinstance(value, int) and value < 0)
 
     if task == "classes":
         return torch.tensor([index(v) if has(v) else IGNORE for v in values[0]], dtype=torch.int64), None, None
@@ -260,27 +306,28 @@ def encode_labels(
         tags = [[index(v) if has(v) else IGNORE for v in (row or [])] for row in values[0]]
         return torch.zeros_like(none), None, tags
     if task == "regression" or (task == "multi-label" and len(label) > 1):
-        table = [[_number(v, c, raw, split) for v in values[i]] for i, c in enumerate(label)]
+        table = [[_number(v, place(r, c, split), raw) for r, v in enumerate(values[i])] for i, c in enumerate(label)]
         targets = torch.tensor(table).T.contiguous()
-        if task == "regression":
-            return torch.where(targets.isnan().any(1), none, 0), targets.nan_to_num(0.0), None
-        return torch.zeros_like(none), targets, None
+        return torch.where(targets.isnan().any(1), none, 0), targets.nan_to_num(0.0), None
     if task == "multi-label":
         targets = torch.zeros(len(rows), len(names))
         for i, row in enumerate(values[0]):
-            targets[i, [index(v) for v in (row or [])]] = 1.0
-        return torch.zeros_like(none), targets, None
+            targets[i, [index(v) for v in (row or []) if has(v)]] = 1.0
+        return torch.tensor([IGNORE if row is None else 0 for row in values[0]]), targets, None
     return none, None, None
 
 
-def _number(value: Any, column: str, raw: RawTextData, split: str) -> float:
-    if value is None:
-        return float("nan")
+def _number(value: Any, where: str, raw: RawTextData) -> float:
+    if is_missing(value):
+        return math.nan
     try:
-        return float(value)
+        number = float(value)
+        if math.isinf(number):
+            raise ValueError
+        return number
     except (TypeError, ValueError):
         raise DataError(
-            f"column {column!r} of the {split} split holds {value!r}, not a number",
+            f"{where}: {shorten(value)} is not a number",
             where=raw.name,
             remedy="give numbers, or set another data.task",
         ) from None

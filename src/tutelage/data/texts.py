@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -14,8 +14,9 @@ from torch import Tensor
 from tutelage.data.alignment import NOWHERE, align_predicted
 from tutelage.data.batch import IGNORE, LABELS, Batch, TextTask
 from tutelage.data.chat import Learn
-from tutelage.data.images import choose_rows, complete_splits, hide_labels
+from tutelage.data.images import check_labelled, choose_labelled, choose_rows, complete_splits, hide_labels
 from tutelage.data.targets import TargetScale, target_scale
+from tutelage.data.text_checks import check_label_values, check_routes, check_text_values
 from tutelage.data.text_sources import (
     Paths,
     RawTextData,
@@ -225,6 +226,7 @@ def load_texts(
     prompts: Prompts = ((), ()),
     raw: RawTextData | None = None,
     progress: Progress = lambda blocks, _: blocks,
+    say: Callable[[str], None] = lambda _: None,
 ) -> TextData:
     """Load, split and tokenise texts.
 
@@ -237,6 +239,7 @@ def load_texts(
         prompts: what student and teacher read before each text; for ``ranking`` one for each column.
         raw: the columns of the source, if :func:`read_texts` has read them before.
         progress: wraps the iteration over blocks of texts.
+        say: receives a line if texts have no label.
 
     Raises:
         DataError: data is missing, broken, empty or contradictory; names the file and the row.
@@ -246,8 +249,11 @@ def load_texts(
     teacher_columns = columns if teacher_text is None else as_list(teacher_text)
     if raw is None:
         needed = [*columns, *teacher_columns, *label_columns, *as_list(route)]
-        raw = read_texts(source, path=path, options=options, columns=needed)
+        texts = [*columns, *teacher_columns]
+        raw = read_texts(source, path=path, options=options, columns=needed, texts=texts)
+    _check_values(raw, task, (columns, teacher_columns), label_columns, route)
     raw = _without_empty(raw, dict.fromkeys([*columns, *teacher_columns]), empty)
+    classes = None if classes is None else [str(name) for name in classes]
     names = resolve_class_names(raw, label_columns, task, classes)
     tokenizers = tokenizer, teacher_tokenizer if teacher_tokenizer is not None else tokenizer
     fingerprints, by_token = [tokenizer_fingerprint(one) for one in tokenizers], task in ("mlm", "causal", "tokens")
@@ -274,6 +280,9 @@ def load_texts(
         tokenizers, prompts, masking,
         max_length=max_length, pack=pack, learn=learn if task == "causal" else None, ends=align, progress=progress,
     )  # fmt: skip
+    if label_columns:
+        sets = check_labelled(sets, raw.name, "texts", say, drop=unlabeled == "drop")
+        _check_tags(sets, raw.name)
     data = complete_splits(
         sets, validation, test, limit, lambda texts, count, key: _choose(texts, count, split_seed, key)
     )
@@ -282,7 +291,8 @@ def load_texts(
         _check_aligned(train)
     teacher = replace(train, tokens=train.teacher_tokens, teacher_tokens=()) if train.teacher_tokens else train
     if labels is not None:
-        train = hide_labels(train, _choose(train, labels, split_seed, "data.labels"), drop=unlabeled == "drop")
+        chosen = choose_labelled(train, labels, "data.labels", lambda rows, n, key: _choose(rows, n, split_seed, key))
+        train = hide_labels(train, chosen, drop=unlabeled == "drop")
     settings = {
         "columns": [columns, teacher_columns], "max_length": max_length, "pack": pack,
         "mask": mask if task == "mlm" else None, "tokenizers": fingerprints, "content": raw.digest,
@@ -357,18 +367,35 @@ def as_list(columns: str | Sequence[str] | None) -> list[str]:
     return [columns] if isinstance(columns, str) else list(columns or [])
 
 
+def _check_values(
+    raw: RawTextData, task: TextTask, texts: tuple[list[str], list[str]], labels: list[str], route: str | None
+) -> None:
+    """Raise :class:`DataError` if a value in a column is not what the task reads there."""
+    for split, rows in raw.splits.items():
+        for columns in texts if texts[0] != texts[1] else texts[:1]:
+            check_text_values(rows.columns, columns, task, split, raw.name)
+        check_label_values(rows.columns, labels, task, texts[0][0], split, raw.name)
+        if route is not None:
+            check_routes(rows.columns, route, split, raw.name)
+        if raw.has_tools and task == "causal" and any(isinstance(v, list) for v in rows.columns[texts[0][0]]):
+            raise DataError(
+                "the conversations have a column 'tools', and chat templates are rendered without it",
+                where=raw.name,
+                remedy="remove the column to learn the answers without it",
+            )
+
+
+def _check_tags(sets: Mapping[str, TextSet], where: str) -> None:
+    """Raise :class:`DataError` if no word of a split has a label."""
+    for split, texts in sets.items():
+        if texts.tags is not None and all(tag == IGNORE for row in texts.tags for tag in row):
+            raise DataError(f"no word of the {split} split has a label", where=where, remedy="give labels to some")
+
+
 def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) -> RawTextData:
     """Drop rows with empty texts, or raise :class:`DataError`."""
     splits = {}
     for split, rows in raw.splits.items():
-        for column in columns:
-            for text in rows.columns[column][:1_000]:
-                if text is not None and not isinstance(text, (str, list)):
-                    raise DataError(
-                        f"column {column!r} holds a value of type {type(text).__name__}, not text",
-                        where=raw.name,
-                        remedy="name the column of texts: data.text",
-                    )
         bad = [i for i in range(len(rows)) if any(_is_blank(rows.columns[c][i]) for c in columns)]
         if bad and empty == "error":
             raise DataError(
@@ -390,9 +417,8 @@ def _is_blank(text: Any) -> bool:
 
 
 def _choose(texts: TextSet, count: int, seed: int, key: str) -> tuple[Tensor, Tensor]:
-    """:func:`choose_rows`, stratified if all texts have a class."""
-    stratify = texts.task == "classes" and bool((texts.labels != IGNORE).all())
-    return choose_rows(texts.labels, count, seed, key, things="texts", stratify=stratify)
+    """:func:`choose_rows`, stratified if texts have a class."""
+    return choose_rows(texts.labels, count, seed, key, things="texts", stratify=texts.task == "classes")
 
 
 def _check_aligned(texts: TextSet) -> None:

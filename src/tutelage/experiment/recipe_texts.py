@@ -42,16 +42,17 @@ def load_text_data(recipe: Recipe, terminal: Terminal) -> TextData:
         align=recipe.method.cross_tokenizer, prompts=_prompts(recipe),
     )  # fmt: skip
     if recipe.student.vocabulary is None:
-        return load(tokenizer=mine)
+        return load(tokenizer=mine, say=terminal.say)
     columns = [config.text, config.teacher_text, config.label, config.route]
     needed = [name for names in columns for name in as_list(names)]
-    raw = read_texts(config.source, path=config.path, options=config.options, columns=needed)
+    text_columns = [*as_list(config.text), *as_list(config.teacher_text)]
+    raw = read_texts(config.source, path=config.path, options=config.options, columns=needed, texts=text_columns)
     whole = load(tokenizer=mine, raw=raw)
     texts = training_texts(raw, whole, as_list(config.text))
     terminal.say(f"vocabulary: trimmed to {len(texts):,} training texts")
     trimmed, token_ids = trim_tokenizer(mine, texts)
     terminal.say(f"vocabulary: {len(token_ids):,} of {len(mine):,} tokens are kept")
-    return replace(load(tokenizer=trimmed, raw=raw), teacher_token_ids=token_ids)
+    return replace(load(tokenizer=trimmed, raw=raw, say=terminal.say), teacher_token_ids=token_ids)
 
 
 def prompt_names(recipe: Recipe) -> tuple[str | None, str | None]:
