@@ -68,6 +68,11 @@ def check_output(
     check_no_new_weights(spec, model, who, batch, logits)
     classes = logits.shape[-1]
     if batch.labels.shape != logits.shape[:-1] or (batch.targets is not None and batch.targets.shape != logits.shape):
+        if logits.ndim > 2 and batch.labels.shape == (len(logits), *logits.shape[2:]):
+            raise CapabilityError(
+                f"the scores of the {who} {tuple(logits.shape)} have the classes on axis 1",
+                remedy="with tutelage.distill give class_axis=1; a model of a recipe has them on the last axis",
+            )
         raise CapabilityError(
             f"the shapes do not match: logits of the {who} {tuple(logits.shape)}, labels {tuple(batch.labels.shape)}",
             remedy="labels are class indices, one for each row of logits (or each token)",

@@ -39,7 +39,7 @@ from tutelage.interrupts import catch_interrupts
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal
 from tutelage.students import prepare_outputs
-from tutelage.taps import copy_model
+from tutelage.taps import copy_model, reader_of
 from tutelage.teachers import EnsembleTeacher, FunctionModel, LiveTeacher, as_model
 
 
@@ -82,6 +82,7 @@ def distill(
     cache: bool | str | Path | dict[str, Any] = False,
     to_batch: Callable[[Any], Batch] = as_batch,
     batch: Sequence[str] | None = None,
+    class_axis: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     verbose: bool = True,
@@ -126,6 +127,8 @@ def distill(
             :func:`tutelage.data.causal_batch`.
         batch: names of the positions of the loaders' tuples, as in ``("x", "length", "y")``; see
             :func:`tutelage.data.name_positions`. Default: ``(inputs, labels)``, or these and sample ids.
+        class_axis: the axis of the classes in the scores of teacher and student, where each row has several labels.
+            Default: the one that leaves the shape of the labels, such as 1 for ``[B, C, H, W]``.
         out: the run directory. Default: the first free of ``runs/distill``, ``runs/distill-2`` ...
         resume: continue the run in that directory.
         verbose: show progress.
@@ -144,18 +147,17 @@ def distill(
     own_batch = partial(as_batch, task=_check_task(task, method))
     to_batch = own_batch if to_batch is as_batch else to_batch
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-    if batch is not None:
-        to_batch = name_positions(batch, to_batch, call_student(student, seeds[0]), teachers)
-        notes += to_batch.notes()
+    to_batch = _named(batch, to_batch, lambda: call_student(student, seeds[0]), teachers, notes)
     _check_evaluation(eval_data, validation, to_batch)
     teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache)
     example = next(iter(SequentialBatches(eval_data, to_batch=to_batch))).rows(0, 2)
     if not _is_labelled(train_loader, to_batch, to_batch is own_batch, method) and baseline:
         baseline, notes = False, [*notes, "no baseline: the training data has no labels"]
     source = ModuleSource(
-        [prepare_outputs(one, example.for_teacher(), outputs) for one in teachers],
+        [prepare_outputs(one, example.for_teacher(), outputs, class_axis) for one in teachers],
         copy_model(student) if isinstance(student, nn.Module) else student, copy.deepcopy(method),
         train_loader, to_batch, example, None if teacher_spec is None else teacher_spec.cache, config, outputs,
+        class_axis,
     )  # fmt: skip
     spec = ExperimentSpec(
         name="distill",
@@ -167,17 +169,18 @@ def distill(
         baseline=baseline,
         student_card={"spec": None, "class": _class_of(student), "classes": classes},
     )
+    first = source.build_student(seeds[0])
+    notes += [] if class_axis is not None else _axis_note(first)
     prints = [fingerprint(one) for one in teachers]
     described = {
         "teacher": prints if isinstance(teacher, Sequence) else prints[0] if prints else None,
-        "student": fingerprint(source.build_student(seeds[0])),
+        "student": fingerprint(first),
         "method": {"class": type(method).__name__, "formula": method.formula()},
         "train": config.model_dump(mode="json", exclude_none=True),
         "seeds": list(seeds),
         "baseline": baseline,
         "teacher_mode": teacher_mode,
-        **({"ensemble": ensemble} if ensemble else {}),
-        **({"inference": inference} if inference else {}),
+        **{key: given for key, given in (("ensemble", ensemble), ("inference", inference)) if given},
         **({"cache": source.cache.model_dump(mode="json", exclude_none=True)} if source.cache is not None else {}),
         "classes": classes,
         "batches": length_of(train_loader),
@@ -202,10 +205,24 @@ def _run(
         catch_interrupts(terminal.say) as stop,
         tracked,
     ):
-        for note in notes:
-            terminal.say(note)
         summary = compare(spec, RunContext(accelerator, run, terminal, stop))
         return DistillResult(load_student(spec, run.path / "student"), summary, path)
+
+
+def _named(
+    names: Sequence[str] | None, to_batch: Callable[[Any], Batch], build_student: Callable[[], nn.Module],
+    teachers: Sequence[nn.Module], notes: list[str],
+) -> Callable[[Any], Batch]:  # fmt: skip
+    if names is None:
+        return to_batch
+    named = name_positions(names, to_batch, build_student(), teachers)
+    notes += named.notes()
+    return named
+
+
+def _axis_note(student: nn.Module) -> list[str]:
+    axis = reader_of(student).class_axis
+    return [] if axis == -1 else [f"the scores have the classes on axis {axis} (class_axis={axis})"]
 
 
 def _train_config(

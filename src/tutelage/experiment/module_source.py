@@ -38,6 +38,7 @@ class ModuleSource(ExperimentSource):
     cache: CacheConfig | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     outputs: str | int | None = None
+    class_axis: int | None = None
 
     def build_student(self, seed: int) -> nn.Module:
         return self._build(self.student, seed, "the function given as student")
@@ -46,7 +47,7 @@ class ModuleSource(ExperimentSource):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = copy_model(student) if isinstance(student, nn.Module) else _call(student, who)
-            return prepare_outputs(model, self.example, self.outputs)
+            return prepare_outputs(model, self.example, self.outputs, self.class_axis)
 
     def build_peer(self, options: Any, seed: int) -> nn.Module:
         if options is None:

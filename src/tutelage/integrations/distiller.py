@@ -60,6 +60,7 @@ class Distiller(DistillationModule):
         to_batch: converts what the data yields to a :class:`tutelage.data.Batch`; for causal language models
             :func:`tutelage.data.causal_batch`.
         batch: the names of the positions of tuples, as in ``("x", "length", "y")``; see :func:`tutelage.distill`.
+        class_axis: the axis of the classes in the scores of both models; see :func:`tutelage.distill`.
         seed: of the method's initial weights.
         ids: ``[N]``, sample ids of the training data, for a method that needs them (CRD).
         peers: modules that are trained with the student, for a method with peers (mutual learning).
@@ -80,6 +81,7 @@ class Distiller(DistillationModule):
         example: Any,
         to_batch: Callable[[Any], Batch] = as_batch,
         batch: Sequence[str] | None = None,
+        class_axis: int | None = None,
         seed: int = 0,
         ids: Tensor | None = None,
         peers: Sequence[nn.Module] = (),
@@ -98,9 +100,9 @@ class Distiller(DistillationModule):
             for note in to_batch.notes():
                 warnings.warn(note, stacklevel=2)
         few = _batch(example, to_batch).rows(0, EXAMPLE)
-        for one, part in ((model, few.for_teacher()), (student, few)):
+        for one, part in ((model, few.for_teacher()), *((x, few) for x in (student, *peers))):
             if isinstance(one, nn.Module):
-                prepare_outputs(one, part, outputs)
+                prepare_outputs(one, part, outputs, class_axis)
         few = few.to(device_of(student))
         if peers:
             method.add_peers(peers)

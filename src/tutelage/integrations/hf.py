@@ -55,6 +55,7 @@ class DistillationTrainer(Trainer):
         peers: modules that are trained with the student, for a method with peers.
         phases_done: the phases that the method needs first are trained.
         outputs: the key, attribute or position of the scores in the models' outputs.
+        class_axis: the axis of the classes in the scores of both models; see :func:`tutelage.distill`.
         more: other arguments of Trainer, except ``model`` and those that define a loss.
 
     Raises:
@@ -78,6 +79,7 @@ class DistillationTrainer(Trainer):
         peers: Sequence[nn.Module] = (),
         phases_done: bool = False,
         outputs: str | int | None = None,
+        class_axis: int | None = None,
         **more: Any,
     ) -> None:
         for refused in ("model", "model_init", "compute_loss_func"):
@@ -98,7 +100,7 @@ class DistillationTrainer(Trainer):
         example = collator(_few(train_dataset, columns_used))
         self.distiller = Distiller(
             student, teacher, method, example=example, to_batch=to_batch, batch=batch, seed=args.seed, ids=ids,
-            peers=peers, phases_done=phases_done, outputs=outputs,
+            peers=peers, phases_done=phases_done, outputs=outputs, class_axis=class_axis,
         )  # fmt: skip
         if args.gradient_checkpointing:
             enable = getattr(student, "gradient_checkpointing_enable", None)

@@ -39,7 +39,7 @@ class LightningDistillationModule(LightningModule):
         accumulate: micro-batches of a batch; above 1 on one process only.
         clip: maximum norm of the gradient, if ``accumulate`` is above 1; else use Lightning's ``gradient_clip_val``.
         options: other arguments of :class:`tutelage.integrations.Distiller`: ``to_batch``, ``batch``,
-            ``seed``, ``ids``, ``peers``, ``phases_done`` and ``outputs``.
+            ``class_axis``, ``seed``, ``ids``, ``peers``, ``phases_done`` and ``outputs``.
 
     Raises:
         CapabilityError: see :class:`tutelage.integrations.Distiller`; or ``clip`` without ``accumulate``.

@@ -10,21 +10,25 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tutelage.data.batch import Batch
-from tutelage.errors import ModelError
+from tutelage.errors import CapabilityError, ModelError
 from tutelage.students.projectors import device_of, eval_no_grad
 from tutelage.taps import OutputReader, call_model, reader_of, set_reader
 
 
-def prepare_outputs(model: nn.Module, example: Batch, outputs: str | int | None = None) -> nn.Module:
+def prepare_outputs(
+    model: nn.Module, example: Batch, outputs: str | int | None = None, class_axis: int | None = None
+) -> nn.Module:
     """``model``, with the shapes of its lazy parameters and a note of how its output is read; run once.
 
     Args:
         model: changed in place.
         example: a few samples.
         outputs: the key, attribute or position of the scores in the output; a model without it is read as always.
+        class_axis: the axis of the classes in the scores. Default: the one that leaves the shape of the labels.
 
     Raises:
         ModelError: a lazy module does not take the example.
+        CapabilityError: the classes can be on two axes.
     """
     lazy = any(is_lazy(x) for x in (*model.parameters(), *model.buffers()))
     inputs = example.to("cpu" if lazy else device_of(model)).inputs
@@ -38,17 +42,40 @@ def prepare_outputs(model: nn.Module, example: Batch, outputs: str | int | None 
                 remedy="make model and data agree in shapes and input names",
             ) from error
         return model  # the checks of an experiment run it again and tell what is wrong
-    set_reader(model, _reader(OutputReader(outputs), output, example))
+    is_transformers = callable(getattr(getattr(model, "config", None), "to_dict", None))
+    axis = -1 if class_axis is None and is_transformers else class_axis
+    set_reader(model, _reader(OutputReader(outputs), output, example, axis))
     return model
 
 
-def _reader(reader: OutputReader, output: Any, example: Batch) -> OutputReader:
-    """``reader`` for one number in a row, where that is what the model gives."""
+def find_class_axis(scores: torch.Size, labels: torch.Size) -> int:
+    """The axis without which the scores have the shape of the labels: 1, or -1 for the last one or none.
+
+    Torch's ``cross_entropy`` has the classes on axis 1, models of transformers have them on the last axis.
+
+    Raises:
+        CapabilityError: both have.
+    """
+    if len(scores) < 3 or labels != (scores[0], *scores[2:]):
+        return -1
+    if labels == scores[:-1]:
+        raise CapabilityError(
+            f"scores are {tuple(scores)}, labels {tuple(labels)}: the classes can be on axis 1 or on the last",
+            remedy="give class_axis=1, as for torch's cross_entropy, or class_axis=-1",
+        )
+    return 1
+
+
+def _reader(reader: OutputReader, output: Any, example: Batch, class_axis: int | None) -> OutputReader:
+    """``reader`` for the axis of the classes, or for one number in a row, if the model gives that."""
     try:
         shape = reader.read(output).shape
     except ModelError:
         return reader
     labels = example.labels.shape
+    axis = find_class_axis(shape, labels) if class_axis is None and example.task == "classes" else class_axis
+    reader = replace(reader, class_axis=-1 if axis is None else axis)
+    shape = reader.read(output).shape
     if example.task == "classes" and (shape == (*labels, 1) or (shape == labels and len(labels) == 1)):
         return replace(reader, form="logit")
     return replace(reader, form="column") if shape == labels and example.targets is not None else reader

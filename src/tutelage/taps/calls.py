@@ -28,15 +28,19 @@ class OutputReader:
         key: the key, attribute or position of the scores; an output without it is read as by :func:`logits_of`.
         form: ``scores`` ``[..., C]``; ``column``: one number for each row, ``[...]``; ``logit``: the log-odds of
             class 1 of two classes, ``[...]`` or ``[..., 1]``, which become the scores 0 and z.
+        class_axis: the axis of the classes, which becomes the last one.
     """
 
     key: str | int | None = None
     form: Literal["scores", "column", "logit"] = "scores"
+    class_axis: int = -1
 
     def read(self, output: Any) -> Tensor:
         """The scores ``[..., C]``; raises :class:`ModelError` if there are none."""
         found = None if self.key is None else _item(output, self.key)
         scores = found if isinstance(found, Tensor) else logits_of(output)
+        if -scores.ndim <= self.class_axis < scores.ndim:
+            scores = scores.movedim(self.class_axis, -1)
         if self.form == "column":
             return scores[..., None]
         if self.form == "logit":
