@@ -342,3 +342,28 @@ def test_tags_stand_at_the_first_token_of_each_word() -> None:
             assert tags == rows[int(batch.ids[0])]["tags"]
             assert batch.mask is not None
             assert not bool(batch.mask[0, [0, -1]].any())
+
+
+@pytest.mark.parametrize("max_length", [12, 16, 50])
+def test_each_word_of_a_long_text_is_learned_once_with_words_on_both_sides(max_length: int) -> None:
+    words = [w for r in sentences(40) for w in r["text"].split()]
+    rows = [{"words": words[i : i + 4 + 9 * i], "tags": [w[0] for w in words[i : i + 4 + 9 * i]]} for i in range(12)]
+    path = str(table(Path("d.jsonl"), rows))
+    data = load_texts("table", tokenizer=tokenizer(), path=path, text="words", label="tags", task="tokens",
+                      max_length=max_length)  # fmt: skip
+    found: dict[int, list[str]] = {}
+    splits: dict[int, set[str]] = {}
+    for name in ("train", "validation", "test"):
+        split = getattr(data, name)
+        order = split.ids.argsort()
+        batch = split.fetch(order)
+        assert batch.inputs["input_ids"].shape[1] <= max_length
+        assert (batch.inputs["input_ids"][:, 0] == tokenizer().cls_token_id).all()
+        assert bool(batch.mask[batch.labels != -100].all())
+        for i, labels in zip(batch.ids.tolist(), batch.labels, strict=True):
+            found.setdefault(i % 2**40, []).extend(data.classes[t] for t in labels if t != -100)
+            splits.setdefault(i % 2**40, set()).add(name)
+            if i >= 2**40:  # not the first window: the words at its start are counted in the one before
+                assert int((labels != -100).nonzero()[0]) > 1
+    assert all(sorted(found[i]) == sorted(row["tags"]) for i, row in enumerate(rows))
+    assert all(len(names) == 1 for names in splits.values()), "the windows of a text are in one split"

@@ -121,11 +121,12 @@ class TextSet:
         tokens = self.tokens[0]
         assert tokens.words is not None
         assert self.tags is not None
-        words = tokens.padded(tokens.words, places, -1)
+        assert tokens.texts is not None
+        words, counts = tokens.padded(tokens.words, places, -1), ~tokens.padded(tokens.special, places, True)
         out = np.full(words.shape, IGNORE, np.int64)
         for i, place in enumerate(places):
-            first = (words[i] >= 0) & (words[i] != np.concatenate([[-1], words[i][:-1]]))
-            out[i][first] = np.asarray(self.tags[place], np.int64)[words[i][first]]
+            first = counts[i] & (words[i] != np.concatenate([[-1], words[i][:-1]]))
+            out[i][first] = np.asarray(self.tags[tokens.texts[place]], np.int64)[words[i][first]]
         return torch.from_numpy(out)
 
 
@@ -136,6 +137,25 @@ def same_tokens(mine: Sequence[Tokens], theirs: Sequence[Tokens], teacher_ids: T
         np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ids if table is None else table[a.ids], b.ids)
         for a, b in zip(mine, theirs, strict=True)
     )
+
+
+WINDOW_IDS = 2**40
+"""Added to a text's id for each window after its first."""
+
+
+def _with_windows(texts: TextSet) -> TextSet:
+    """The set with every window of its texts in place of the texts."""
+    numbers = texts.tokens[0].texts
+    if numbers is None:
+        return texts
+    begins, ends = (np.searchsorted(numbers, texts.rows.numpy(), side) for side in ("left", "right"))
+    counts = torch.from_numpy(ends - begins)
+    index = torch.arange(len(texts)).repeat_interleave(counts)
+    number = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]
+    chosen = texts.select(index)
+    return replace(
+        chosen, rows=torch.from_numpy(begins)[index] + number, ids=chosen.ids + WINDOW_IDS * number,
+    )  # fmt: skip
 
 
 NAMES = {1: ("",), 2: ("positive_", "negative_"), 3: ("", "positive_", "negative_")}
@@ -298,8 +318,11 @@ def load_texts(
         "mask": mask if task == "mlm" else None, "tokenizers": fingerprints, "content": raw.digest,
         "learn": learn if task == "causal" else None, "prompts": [*map(list, prompts)],
     }  # fmt: skip
+    train, validation_set, test_set, teacher = (
+        _with_windows(texts) for texts in (train, data["validation"], data["test"], teacher)
+    )
     return TextData(
-        raw.name, train, _by_length(data["validation"]), _by_length(data["test"]), names, teacher, task, tokenizer,
+        raw.name, train, _by_length(validation_set), _by_length(test_set), names, teacher, task, tokenizer,
         max_length, settings, route_names, prompts=prompts,
         teacher_tokenizer=None if fingerprints[0] == fingerprints[1] else tokenizers[1],
     )  # fmt: skip
@@ -346,7 +369,7 @@ def _tokenize_splits(
         student_tokens = tokens(split, [[c] for c in columns] if ranks else [columns], 0, "texts")
         groups = [[teacher_columns[0], c] for c in teacher_columns[1:]] if ranks else [teacher_columns]
         indices, targets, tags = encode_labels(raw, rows, labels[0], task, labels[1], split)
-        count = len(student_tokens[0])
+        count = len(student_tokens[0]) if packed else len(rows)
         sets[split] = TextSet(
             tokens=student_tokens,
             rows=torch.arange(count),

@@ -7,6 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tutelage.files import wrap_write_errors
 FOLDER = Path("runs") / "tokens"
 BLOCK = 1_000
 """Texts per call of the tokenizer."""
+OVERLAP = 4
+"""Windows of a long list of words share a quarter of their tokens with the next one."""
 
 Progress = Callable[[Sequence[int], str], Iterable[int]]
 
@@ -36,7 +39,8 @@ class Tokens:
 
     Attributes:
         ids: the token ids.
-        special: whether the tokenizer added the token; for a causal model: whether the token is not learned.
+        special: whether the tokenizer added the token, or another window of the text counts it; for a causal model:
+            whether the token is not learned.
         types: token type ids; ``None`` if the tokenizer has none.
         words: index of the token's word, or -1; ``None`` unless texts are lists of words.
         offsets: start of each row, and end of the last row.
@@ -44,6 +48,8 @@ class Tokens:
         side: side of the padding.
         segments: index of the token's text in a packed row; ``None`` if texts of a row may attend to each other.
         ends: ends of the tokens (:mod:`tutelage.data.alignment`); ``None`` unless computed.
+        texts: for lists of words, ``[rows]``, ascending: the text of each row. A long text has several, overlapping
+            rows (windows); each of its words counts in the one that has the most words around it.
     """
 
     ids: npt.NDArray[np.int32]
@@ -55,6 +61,7 @@ class Tokens:
     words: npt.NDArray[np.int32] | None = None
     segments: npt.NDArray[np.int32] | None = None
     ends: npt.NDArray[np.int64] | None = None
+    texts: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -126,7 +133,8 @@ def tokenize(
     Args:
         columns: one list of texts, or two lists for pairs; lists of words with ``words``.
         tokenizer: a fast tokenizer of transformers.
-        max_length: maximum tokens of a row, including special ones; longer texts are truncated.
+        max_length: maximum tokens of a row, including special ones; longer texts are truncated, and longer lists of
+            words become several rows.
         pack: concatenate the texts and split them into rows of ``max_length``.
         words: texts are lists of words.
         learn: for a causal model: the part of conversations that is learned. Columns are then texts, conversations,
@@ -150,7 +158,7 @@ def tokenize(
             f"the tokenizer, a {type(tokenizer).__name__}, has no padding token",
             remedy="set one: tokenizer.pad_token = tokenizer.eos_token, and save it",
         )
-    settings = [max_length, pack, words, len(columns), learn, ends]
+    settings = [max_length, pack, f"windows overlap by 1/{OVERLAP}" if words else False, len(columns), learn, ends]
     path = None
     if store and getattr(tokenizer, "backend_tokenizer", None) is not None:
         path = FOLDER / f"{_digest(columns, [tokenizer_fingerprint(tokenizer), *settings])}.safetensors"
@@ -162,6 +170,8 @@ def tokenize(
     def block(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
         if learn is not None:
             return _encode_block(rows, tokenizer, max_length, pack, learn, measure)
+        if words:
+            return _windows_of_block(_tokenize_block(rows, tokenizer, None, words), max_length)
         return _tokenize_block(rows, tokenizer, None if pack else max_length, words)
 
     parts = [
@@ -174,6 +184,8 @@ def tokenize(
         flat, lengths = _concatenate_and_split(flat, lengths, tokenizer, max_length)
     elif pack:
         flat, lengths = _pack_best_fit(flat, lengths, max_length)
+    if words:
+        flat["texts"] = np.repeat(np.arange(len(flat["windows"])), flat.pop("windows"))
     flat["offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     if path is not None:
         _write(path, flat)
@@ -226,6 +238,61 @@ def _tokenize_block(
         numbers = [[-1 if w is None else w for w in encoding.word_ids(i)] for i in range(len(lengths))]
         out["words"] = _flat(numbers, np.int32)
     return out
+
+
+def _windows_of_block(block: dict[str, Any], max_length: int) -> dict[str, Any]:
+    """The rows of lists of words, each cut into windows of at most ``max_length`` tokens."""
+    lengths = block.pop("lengths")
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    parts: list[Any] = []
+    counted: list[Any] = []
+    sizes, windows = [], []
+    for start, stop in pairwise(starts):
+        cut = _windows(block["special"][start:stop], block["words"][start:stop], max_length)
+        parts += [start + places for places, _ in cut]
+        counted += [counts for _, counts in cut]
+        sizes += [len(places) for places, _ in cut]
+        windows.append(len(cut))
+    places = np.concatenate(parts)
+    out = {name: values[places] for name, values in block.items()}
+    out["special"] |= ~np.concatenate(counted)
+    return out | {"lengths": np.array(sizes, np.int64), "windows": np.array(windows, np.int64)}
+
+
+def _windows(special: Any, words: Any, max_length: int) -> list[tuple[Any, Any]]:
+    """Places of the tokens of each window of a text, and which of them count there.
+
+    The special tokens before and after the text are in each window.
+    """
+    content = np.flatnonzero(~special)
+    if not len(content) or len(special) <= max_length:
+        return [(np.arange(len(special)), np.ones(len(special), bool))]
+    first, stop = int(content[0]), int(content[-1]) + 1
+    before, after = np.arange(first), np.arange(stop, len(special))
+    room = max_length - len(before) - len(after)
+    if room < OVERLAP:
+        raise DataError(
+            f"max_length {max_length} leaves no room for words next to {len(before) + len(after)} special tokens",
+            where="data.max_length",
+            remedy="raise it",
+        )
+    step, total = room - room // OVERLAP, stop - first
+    begins = np.arange(0, max(total - room, 0) + step, step)
+    place, ends = np.arange(total)[None], (begins + room)[:, None]
+    left = np.where(begins[:, None] == 0, total, place - begins[:, None])  # a text's own edge cuts nothing off
+    right = np.where(ends >= total, total, ends - 1 - place)
+    inside = (place >= begins[:, None]) & (place < ends)
+    owner = np.where(inside, np.minimum(left, right), -1).argmax(0)
+    text = words[first:stop]
+    opening = np.maximum.accumulate(np.where(np.diff(text, prepend=-2) != 0, place[0], 0))
+    owner = owner[opening]  # a word counts where its first token does
+    cut = []
+    for number, begin in enumerate(begins.tolist()):
+        mine = np.arange(begin, min(begin + room, total))
+        places = np.concatenate([before, first + mine, after])
+        counts = np.concatenate([np.ones(len(before), bool), owner[mine] == number, np.ones(len(after), bool)])
+        cut.append((places, counts))
+    return cut
 
 
 def _flat(rows: Sequence[Sequence[int]], dtype: Any) -> Any:

@@ -6,11 +6,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tutelage.data.image_files import IMAGE_EXTENSIONS, describe_skipped, find_images, open_image
 from tutelage.data.preprocessing import Preprocessing
+from tutelage.data.tokens import tokenize
 from tutelage.errors import CheckpointError, DataError, shorten
 from tutelage.export.bundle import IMAGE, Inputs
 from tutelage.export.runtimes import Export, open_export
@@ -175,21 +177,23 @@ def _regression(export: Export, row: Tensor, top: int) -> dict[str, Any]:
 
 
 def _tokens(export: Export, texts: Sequence[str], top: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """The label of a word is that of its first token, as in training."""
+    """The label of a word is that of its first token, in the window where it counts, as in training."""
+    most = export.manifest["preprocessing"].get("max_length") or export.tokenizer.model_max_length
     for text in texts:
         words = text.split()
-        encoding = export.tokenizer(
-            words, is_split_into_words=True, truncation=True, return_tensors="pt",
-            max_length=export.manifest["preprocessing"].get("max_length"),
-        )  # fmt: skip
-        logits = export.run({name: encoding[name] for name in export.names})[0]
-        first_tokens: dict[int, int] = {}
-        for position, word in enumerate(encoding.word_ids(0)):
-            if word is not None:
-                first_tokens.setdefault(word, position)
+        windows = tokenize([[words]], export.tokenizer, max_length=most, words=True)
+        rows = np.arange(len(windows))
+        inputs = windows.inputs(rows)
+        logits = export.run({name: inputs[name] for name in export.names})
+        assert windows.words is not None
+        numbers, counts = windows.padded(windows.words, rows, -1), ~windows.padded(windows.special, rows, True)
+        first: dict[int, Tensor] = {}
+        for row, place in np.argwhere(counts).tolist():
+            first.setdefault(int(numbers[row, place]), logits[row, place])
         labels = [
-            {"word": words[w], **top_labels(logits[position].softmax(-1), export.manifest["classes"], 1)[0]}
-            for w, position in first_tokens.items()
+            {"word": word, **top_labels(first[w].softmax(-1), export.manifest["classes"], 1)[0]}
+            for w, word in enumerate(words)
+            if w in first
         ]
         yield {"input": text, "words": labels}
 
