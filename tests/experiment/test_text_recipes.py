@@ -158,6 +158,20 @@ def test_targets_of_any_size_are_learned_and_the_student_answers_in_their_units(
     assert "distilled student, price" in page
 
 
+def test_spans_of_long_texts_are_scored_whole() -> None:
+    encoder(Path("encoder"))
+    words = [w for r in sentences(240) for w in r["text"].split()]
+    texts = [words[i : i + 30] for i in range(0, len(words) - 30, 30)]
+    rows = [{"words": t, "tags": ["B-T" if w in ("audio", "matrix") else "O" for w in t]} for t in texts]
+    table(Path("d.jsonl"), rows)
+    summary = run(recipe({"task": "tokens", "text": "words", "label": "tags", "max_length": 16}, **LONGER))
+    best = summary["students"]["distilled"]["best"]
+    assert summary["teacher"]["n"] == 30 * round(0.2 * len(rows)), "all words of the test split"
+    assert best["f1"] == best["span_f1"]
+    assert best["span_f1"]["mean"] > 0.5
+    assert "Spans" in Path("out/report.html").read_text()
+
+
 def test_a_teacher_in_the_targets_units_is_as_good_as_its_own_student_at_first() -> None:
     encoder(Path("encoder"))
     table(Path("d.jsonl"), sizes(120))

@@ -239,8 +239,8 @@ def judge(
 
 def _show(summary: dict[str, Any], path: Path) -> None:
     from tutelage.reports import final_table, multistage_table, verdict
-    from tutelage.reports.regression import COLUMNS, error_rows
     from tutelage.reports.results import metric_of
+    from tutelage.reports.task_figures import task_figures
 
     console = base.wide_console(120)
     console.print()
@@ -248,8 +248,8 @@ def _show(summary: dict[str, Any], path: Path) -> None:
     console.print(
         _table(multistage_table(summary) if many else final_table(summary), console.width, metric_of(summary))
     )
-    if not many and (errors := error_rows(summary)):
-        console.print(base.grid([["", *COLUMNS.values()], *errors], 1, no_wrap=True))
+    if not many and (figures := task_figures(summary)):
+        console.print(base.grid([["", *figures.columns], *figures.rows], 1, no_wrap=True))
     console.print(summary["verdict"] if many else verdict(summary), highlight=False, markup=False)
     console.print(f"student: {path / 'student'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report:  {path / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -24,6 +24,9 @@ LABEL_KEYS = ("labels", "label")
 PROBABILITIES = "teacher_probabilities"
 """The key of class probabilities that a teacher has computed before, in a batch that is a mapping."""
 
+WINDOW_IDS = 2**40
+"""Added to the id of a text that is cut into windows, for each window after the first."""
+
 Task = Literal["classes", "multi-label", "regression", "embedding", "ranking"]
 """The kind of labels: one class, several classes, numbers, or none (embeddings, scores of two answers)."""
 

@@ -330,6 +330,11 @@ class SequentialBatches:
     workers: int = 0
     view: int | None = None
 
+    @property
+    def tag_names(self) -> Sequence[str]:
+        """The names of the classes of words; empty for other data."""
+        return tuple(getattr(self.data, "tag_names", ()))
+
     def __len__(self) -> int:
         return -(-len(self.data) // self.batch_size) if hasattr(self.data, "fetch") else len(self.data)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tutelage.data.alignment import NOWHERE, align_predicted
-from tutelage.data.batch import IGNORE, LABELS, Batch, TextTask
+from tutelage.data.batch import IGNORE, LABELS, WINDOW_IDS, Batch, TextTask
 from tutelage.data.chat import Learn
 from tutelage.data.images import check_labelled, choose_labelled, choose_rows, complete_splits, hide_labels
 from tutelage.data.targets import TargetScale, target_scale
@@ -45,6 +45,7 @@ class TextSet:
         task: the text task.
         targets: ``[N, C]``, multi-label or regression targets.
         tags: for the task ``tokens``: the class of each word of each text.
+        tag_names: the names of these classes.
         masking: for the task ``mlm``.
         teacher_tokens: the teacher's tokens, if they differ.
         route: ``[N]``, index of the route, which selects members of an ensemble.
@@ -58,6 +59,7 @@ class TextSet:
     task: TextTask
     targets: Tensor | None = None
     tags: Sequence[Sequence[int]] | None = None
+    tag_names: Sequence[str] = ()
     masking: Masking | None = None
     teacher_tokens: tuple[Tokens, ...] = ()
     route: Tensor | None = None
@@ -137,10 +139,6 @@ def same_tokens(mine: Sequence[Tokens], theirs: Sequence[Tokens], teacher_ids: T
         np.array_equal(a.offsets, b.offsets) and np.array_equal(a.ids if table is None else table[a.ids], b.ids)
         for a, b in zip(mine, theirs, strict=True)
     )
-
-
-WINDOW_IDS = 2**40
-"""Added to a text's id for each window after its first."""
 
 
 def _with_windows(texts: TextSet) -> TextSet:
@@ -318,12 +316,9 @@ def load_texts(
         "mask": mask if task == "mlm" else None, "tokenizers": fingerprints, "content": raw.digest,
         "learn": learn if task == "causal" else None, "prompts": [*map(list, prompts)],
     }  # fmt: skip
-    train, validation_set, test_set, teacher = (
-        _with_windows(texts) for texts in (train, data["validation"], data["test"], teacher)
-    )
     return TextData(
-        raw.name, train, _by_length(validation_set), _by_length(test_set), names, teacher, task, tokenizer,
-        max_length, settings, route_names, prompts=prompts,
+        raw.name, _with_windows(train), _by_length(data["validation"]), _by_length(data["test"]), names,
+        _with_windows(teacher), task, tokenizer, max_length, settings, route_names, prompts=prompts,
         teacher_tokenizer=None if fingerprints[0] == fingerprints[1] else tokenizers[1],
     )  # fmt: skip
 
@@ -378,6 +373,7 @@ def _tokenize_splits(
             task=task,
             targets=targets,
             tags=tags,
+            tag_names=labels[1] if task == "tokens" else (),
             masking=masking,
             teacher_tokens=tokens(split, groups, 1, "teacher's texts") if differs or ranks else (),
             route=torch.tensor([values.index(str(v)) for v in rows.columns[column]]) if column else None,
@@ -462,5 +458,6 @@ ALIGNED_ON = 64
 
 
 def _by_length(texts: TextSet) -> TextSet:
-    """The texts sorted by length, which reduces padding in evaluation."""
+    """The texts, or their windows, sorted by length, which reduces padding in evaluation."""
+    texts = _with_windows(texts)
     return texts.select(texts.lengths.argsort(stable=True, descending=True))

@@ -12,6 +12,7 @@ from tutelage.data.batch import IGNORE, Batch, even_spans
 from tutelage.data.loader import RankSlice
 from tutelage.errors import CapabilityError, DataError
 from tutelage.evaluation.metrics import METRICS, Metrics, Scores
+from tutelage.evaluation.spans import SpanScores, are_span_tags
 from tutelage.taps import Head, Needs, evaluating, observe, vocabulary_head
 from tutelage.teachers.signal import Teacher
 
@@ -147,7 +148,7 @@ def _accumulate(
                 remedy="set its number of classes",
             )
         reference = None if theirs is None else next(theirs)
-        scores = METRICS[batch.task](device) if scores is None else scores
+        scores = _new_scores(batch, batches, device) if scores is None else scores
         if isinstance(output, Head):
             where = batch.labelled()
             begin, end = int(where[:start].sum()), int(where[:stop].sum())
@@ -164,6 +165,11 @@ def _accumulate(
     if scores is None:
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
     return scores
+
+
+def _new_scores(batch: Batch, batches: Iterable[Batch], device: torch.device) -> Metrics:
+    names = getattr(batches, "tag_names", ())
+    return SpanScores(device, names) if are_span_tags(names) else METRICS[batch.task](device)
 
 
 def _select_positions(output: TeacherOutput, where: Tensor, begin: int, end: int) -> TeacherOutput:

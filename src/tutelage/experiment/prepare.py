@@ -1,6 +1,6 @@
 """Builds the models of an experiment: students, peers and teacher, and the method that trains them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -23,6 +23,11 @@ class AsTeacher:
 
     batches: Iterable[Batch]
     member: int = 0
+
+    @property
+    def tag_names(self) -> Sequence[str]:
+        """See :class:`SequentialBatches`."""
+        return tuple(getattr(self.batches, "tag_names", ()))
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:

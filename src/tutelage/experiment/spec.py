@@ -26,7 +26,7 @@ ModelTeacher = LiveTeacher | EnsembleTeacher
 
 FIGURES = (
     "accuracy", "f1", "matthews", "spearman", "pearson", "rmse", "mae", "r2", "recall", "perplexity", "loss",
-    "agreement", "kl", "ece",
+    "span_f1", "span_precision", "span_recall", "agreement", "kl", "ece",
 )  # fmt: skip
 """The metrics that a summary reports for every student."""
 

@@ -21,7 +21,6 @@ from tutelage.reports import formatting, results
 from tutelage.reports.class_similarity import similarity_panel
 from tutelage.reports.judgements import generated_prompts, judged_prompts
 from tutelage.reports.plotting import Figure
-from tutelage.reports.regression import COLUMNS, error_rows
 from tutelage.reports.result_figures import FIGURES, seed_by_seed, stage_figure, stage_swatch
 from tutelage.reports.results import metric_label, metric_labels, metric_of
 from tutelage.reports.run_details import cost_rows, differing_settings, task_rows
@@ -36,6 +35,7 @@ from tutelage.reports.run_files import (
 )
 from tutelage.reports.sample_explorer import class_names, disagreement_text, explorer_of
 from tutelage.reports.search import response, search_figures
+from tutelage.reports.task_figures import task_figures
 
 FOLDER = Path(__file__).parent
 
@@ -84,11 +84,7 @@ def report_page(records: Sequence[Record]) -> str:
         has_teacher=any(run.summary["teacher"] for run in runs),
         has_joint_models=any(run.summary["students"]["distilled"]["others"] for run in runs),
         differences=differing_settings(runs),
-        target_errors=[
-            {"label": run.label, "rows": rows, "columns": list(COLUMNS.values())}
-            for run in runs
-            if (rows := error_rows(run.summary))
-        ],
+        task_figures=[(run.label, figures) for run in runs if (figures := task_figures(run.summary))],
         task_scores=[scores for run in runs if (scores := task_rows(run)).rows],
         costs=[cost_rows(run) for run in runs],
         seed_figure=seed_by_seed(runs) if runs else None,

@@ -40,6 +40,9 @@ class _StudentMetrics(_Record):
     r2: _SeedSpread | None = None
     spearman: _SeedSpread | None = None
     pearson: _SeedSpread | None = None
+    span_f1: _SeedSpread | None = None
+    span_precision: _SeedSpread | None = None
+    span_recall: _SeedSpread | None = None
 
 
 class _ReliabilityBins(_Record):
@@ -83,6 +86,9 @@ class _ModelMetrics(_Record):
     r2: float | None = None
     spearman: float | None = None
     pearson: float | None = None
+    span_f1: float | None = None
+    span_precision: float | None = None
+    span_recall: float | None = None
     per_target: dict[str, list[float]] | None = None
 
 
