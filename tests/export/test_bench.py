@@ -15,7 +15,7 @@ from tutelage.cli.bench_models import bench
 from tutelage.errors import ConfigError, MissingDependencyError, RunDirectoryError
 from tutelage.export.timing import count_flops, peak_memory, prepare_runner, summarise_times, time_interleaved
 from tutelage.models import ModelSpec, build, save_model
-from tutelage.reports.bench import BenchPoint, _even, _mega, _on_log, frontier, table, write_bench
+from tutelage.reports.bench import BenchPoint, _even, _mega, _on_log, frontier, notes, table, write_bench
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -109,6 +109,11 @@ def test_teacher_and_student_of_a_run_and_another_are_measured(cnn: Path) -> Non
                 assert 0 < cell["p50_ms"] <= cell["p95_ms"]
                 assert cell["faster"] > 0
     assert student["columns"]["int8"]["quality"] == pytest.approx(student["quality"], abs=0.1)
+    assert student["columns"]["onnx"]["agreement"] == 1.0
+    assert student["columns"]["int8"]["agreement"] > 0.9
+    assert "agreement" not in student["columns"]["eager"]
+    found["models"][0]["columns"]["int8"]["batches"]["1"]["p50_ms"] = 1e6
+    assert any("run teacher: int8 takes" in line for line in notes(found))
     assert student["columns"]["int8"]["bytes"] < teacher["columns"]["onnx"]["bytes"]
     assert teacher["columns"]["eager"]["batches"]["1"]["faster"] == 1.0
     head, rows = table(found)

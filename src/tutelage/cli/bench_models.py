@@ -24,8 +24,8 @@ from tutelage.experiment.measure import parameters
 from tutelage.experiment.recipe_source import RecipeSource, data_card, model_spec
 from tutelage.experiment.run_artifacts import SavedModel, find, one_side, rows_of
 from tutelage.export import timing
-from tutelage.export.bundle import Inputs, named_inputs
-from tutelage.export.check import random_inputs
+from tutelage.export.bundle import Inputs, TraceModule, named_inputs
+from tutelage.export.check import ROWS, compare_outputs, random_inputs
 from tutelage.export.formats import has_convolutions
 from tutelage.export.runtimes import Run, RuntimeModule, input_names
 from tutelage.files import write_text
@@ -146,6 +146,8 @@ def bench(
                         for n in batch_sizes
                     },
                 }
+                if column != "eager":
+                    cell["agreement"] = timing.try_call(partial(_agreement, c, run))[0]
                 if column == "int8":
                     cell["quality"] = _int8_quality(c, run, metric) if quality else None
                 if memory and column != "compiled":
@@ -295,6 +297,16 @@ def _row(c: BenchModel, saved: Path) -> dict[str, Any]:
         "inputs": RANDOM_INPUTS if c.data is None else f"the test split of {c.data.name}",
         "columns": {},
     }
+
+
+def _agreement(c: BenchModel, run: Run) -> float:
+    """The share of equal predictions with the eager model, or the cosine or correlation, on some rows."""
+    if c.data is None:
+        batches = random_inputs(c.task, c.preprocessing, c.names, c.vocabulary, ROWS)
+    else:
+        batches = rows_of(c.data.test, ROWS, c.task, is_teacher=c.is_teacher)
+    source = TraceModule(c.model, c.names).run
+    return float(compare_outputs(source, run, batches, c.task, exact=False, least=-1.0)["agreement"])
 
 
 def _int8_quality(c: BenchModel, run: Run, metric: str) -> float | None:

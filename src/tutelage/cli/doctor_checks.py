@@ -26,6 +26,7 @@ from tutelage.experiment.checks import (
     compares_tokens,
 )
 from tutelage.experiment.measure import parameters
+from tutelage.experiment.quantised_speed import slow_types
 from tutelage.experiment.recipe_source import ONE_VIEW, load_data, recipe_spec
 from tutelage.experiment.save_check import check_saves
 from tutelage.experiment.spec import ExperimentSpec, ModelTeacher
@@ -133,6 +134,8 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
         )
         return
     check_method(findings, recipe, teacher, student, method)
+    for line in slow_types(spec, prepare.model_of(teacher), student, device):
+        findings.add("note", "speed", line)
     text = "the student runs in training mode on its smallest batch"
     findings.check("training", text, partial(check_trains, spec, device, student, method))
     if compares_tokens(method):

@@ -15,6 +15,7 @@ from tutelage.experiment.prepare import (
     model_of,
     prepare_student_and_method,
 )
+from tutelage.experiment.quantised_speed import slow_types
 from tutelage.experiment.save_check import check_saves
 from tutelage.experiment.spec import Arm, ExperimentSpec, RunContext
 from tutelage.experiment.summary import best_on_validation, write_generations, write_predictions, write_summary
@@ -43,6 +44,8 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
         checks.check_teachers(spec, ctx.device, model)
     student, method = prepare_student_and_method(spec, initial, model, spec.seeds[0])
     _check_prepared(spec, ctx, initial, student, method, classes)
+    for line in slow_types(spec, model, student, ctx.device):
+        ctx.terminal.say(f"note: {line}")
     if ctx.run.writes:
         check_saves(spec, student, initial, method, model, ctx)
     live = None if model is None else train_teacher(spec, ctx, model)

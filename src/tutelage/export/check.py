@@ -22,11 +22,12 @@ Forward = Callable[[Inputs], Tensor]
 
 
 def compare_outputs(
-    source: Forward, export: Forward, batches: Sequence[Inputs], task: str, *, exact: bool
-) -> dict[str, Any]:
+    source: Forward, export: Forward, batches: Sequence[Inputs], task: str, *, exact: bool,
+    least: float = MIN_AGREEMENT,
+) -> dict[str, Any]:  # fmt: skip
     """Compare the outputs of the model and of its export.
 
-    With ``exact`` all outputs must agree within :data:`TOLERANCE`, else the predictions must agree.
+    With ``exact`` all outputs must agree within :data:`TOLERANCE`, else the agreement must be at least ``least``.
 
     Returns:
         ``rows``; ``max_difference`` of any output; ``agreement``: the share of equal predictions, of embeddings the
@@ -59,7 +60,7 @@ def compare_outputs(
             f"the export differs from the student by up to {greatest:.2g} on {rows} inputs, more than {TOLERANCE:g}",
             remedy=REMEDY,
         )
-    if not exact and mean < MIN_AGREEMENT:
+    if not exact and mean < least:
         what = {"embedding": "cosine", "regression": "correlation"}.get(task, "share of equal predictions")
         raise NumericsError(
             f"int8 changes the student too much: the {what} is {mean:.1%} on {rows} inputs",

@@ -53,8 +53,8 @@ def table(bench: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     sizes = [str(size) for size in bench["batch_sizes"]]
     first, metric, has_memory = sizes[0], str(bench["metric"]), _has_memory(bench)
     head = [
-        "model", "runtime", "parameters", "MB", "MFLOPs", metric, f"p50 ms, {first}", f"p95 ms, {first}", "speed-up",
-        *(f"per s, {size}" for size in sizes), *(["peak MB"] if has_memory else []),
+        "model", "runtime", "parameters", "MB", "MFLOPs", metric, "agreement", f"p50 ms, {first}", f"p95 ms, {first}",
+        "speed-up", *(f"per s, {size}" for size in sizes), *(["peak MB"] if has_memory else []),
     ]  # fmt: skip
     rows = []
     for model in bench["models"]:
@@ -66,6 +66,7 @@ def table(bench: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             batch = cell["batches"][first]
             rows.append([
                 *start, _mega(cell["bytes"]), _mega(model["flops"]), quality(cell.get("quality"), metric),
+                quality(cell.get("agreement"), "agreement"),
                 f"{batch['p50_ms']:.2f}", f"{batch['p95_ms']:.2f}",
                 f"{batch['faster']:.2f}" if "faster" in batch else "",
                 *(f"{cell['batches'][size]['per_second']:,.0f}" for size in sizes),
@@ -89,6 +90,16 @@ def notes(bench: Mapping[str, Any]) -> list[str]:
         f"Machine: {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, ONNX Runtime "
         f"{machine['onnxruntime'] or 'not installed'}.",
     ]
+    lines.append(
+        "Agreement: with the same model in eager torch on up to 256 rows: the share of equal predictions, of "
+        "embeddings the mean cosine, of regression the correlation."
+    )
+    first = str(min(bench["batch_sizes"]))
+    for model in bench["models"]:
+        eager, int8 = (model["columns"].get(name, {}).get("batches") for name in ("eager", "int8"))
+        if eager and int8 and int8[first]["p50_ms"] > eager[first]["p50_ms"]:
+            ratio = int8[first]["p50_ms"] / eager[first]["p50_ms"]
+            lines.append(f"{model['name']}: int8 takes {ratio:.2g} times the time of float32 in eager torch here.")
     if _has_memory(bench):
         lines.append(
             "Peak MB: resident memory of a separate process that loads the model and runs the largest batch, with "
