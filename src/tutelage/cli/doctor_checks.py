@@ -118,6 +118,8 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
         findings.add_error("method", error)
         return
     findings.add("ok", "method", f"loss = {method.formula()}")
+    for pair in method.describe_pairs():
+        findings.add("ok", "pair", pair)
     if has_adapters(student):
         findings.add("ok", "LoRA", describe_adapters(student))
     saving = partial(check_saves, spec, student, initial, method, prepare.model_of(teacher))

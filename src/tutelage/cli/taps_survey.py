@@ -97,7 +97,7 @@ def survey(model: nn.Module, example: Batch, title: str, note: str = "") -> Surv
              tuple(_outputs(calls[path])))
         for path, module in model.named_modules()
     ]  # fmt: skip
-    return Survey(title, shapes + note, nodes, find_stages(model, example))
+    return Survey(title, shapes + note, nodes, find_stages(model, example, any_layout=True))
 
 
 def shape(x: Tensor, rows: int) -> str:

@@ -84,6 +84,8 @@ def _check_prepared(
 ) -> None:
     """Run the checks that need no trained teacher, and print what is trained."""
     ctx.terminal.say(f"loss = {method.formula()}")
+    for pair in method.describe_pairs():
+        ctx.terminal.say(f"pair of {pair}")
     for name, other in method.auxiliary_models(student).items():
         if checks.check_output(spec, ctx.device, other, name) != classes:
             raise CapabilityError(

@@ -158,6 +158,10 @@ class Method(nn.Module):
     def after_validation(self, metrics: Mapping[str, Any]) -> None:
         """Called after each evaluation on validation data, with its metrics, the same on all processes."""
 
+    def describe_pairs(self) -> list[str]:
+        """The features that are compared, in words, if the method pairs some."""
+        return []
+
     def auxiliary_models(self, student: nn.Module) -> dict[str, nn.Module]:
         """What else gives logits once it is trained, by name: peers, or exits of ``student``. Measured beside it."""
         return {}

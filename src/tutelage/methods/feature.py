@@ -1,6 +1,7 @@
 """Learning from a teacher's hidden states and logits."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -13,7 +14,15 @@ from tutelage.methods import features
 from tutelage.methods.base import Method, Phase, Term
 from tutelage.methods.features import FeatureContext, FeatureLoss, FeaturePair, token_positions
 from tutelage.methods.logit import LogitMethod
-from tutelage.students import feature_shapes, find_embedding_tap, find_preactivations, find_stages
+from tutelage.students import (
+    feature_shapes,
+    find_channels_last,
+    find_embedding_tap,
+    find_preactivations,
+    find_stages,
+    find_token_stage,
+    to_channels_first,
+)
 from tutelage.students.projectors import Shape
 from tutelage.taps import Needs, Observation, find_module
 from tutelage.teachers.signal import Signal
@@ -58,19 +67,16 @@ class PairsMethod(Method):
                 except ModelError as error:
                     remedy = f"{error.remedy}; `tutelage taps RECIPE` lists all taps"
                     raise ModelError(error.what, where=f"method.pairs.{i}.{who}", remedy=remedy) from None
-        shapes = (
-            feature_shapes(student, example, [pair.student for pair in settings]),
-            feature_shapes(teacher, example.for_teacher(), [pair.teacher for pair in settings]),
-        )
+        sides = [_Side(student, example, settings, 0), _Side(teacher, example.for_teacher(), settings, 1)]
         context = FeatureContext(student, teacher, example, ids)
         self.losses, self.names, self.weights = nn.ModuleList(), [], {}
         for indices in _groups(settings):
             first = settings[indices[0]]
             try:
                 pairs = []
-                for student_tap, teacher_tap in (settings[i][:2] for i in indices):
-                    s, t = shapes[0][student_tap], shapes[1][teacher_tap]
-                    pairs.append(FeaturePair(student_tap, teacher_tap, s, t, _tokens(example, s, t)))
+                for i in indices:
+                    (s, mine), (t, theirs) = (side.read(settings[i]) for side in sides)
+                    pairs.append(FeaturePair(*settings[i][:2], s, t, _tokens(example, s, t), (mine, theirs)))
                 self.losses.append(feature_loss(first.loss)(first, pairs, context))
             except TutelageError as error:
                 error.where = "method.loss" if self.options.pairs is None else f"method.pairs.{indices[0]}"
@@ -100,10 +106,15 @@ class PairsMethod(Method):
         """A term for each loss."""
         terms = {}
         for name, loss in self._named_losses():
-            mine = [student.hidden[pair.student] for pair in loss.pairs]
-            theirs = [signal.hidden[pair.teacher] for pair in loss.pairs]
+            mine = [to_channels_first(student.hidden[pair.student], pair.channels_last[0]) for pair in loss.pairs]
+            theirs = [to_channels_first(signal.hidden[pair.teacher], pair.channels_last[1]) for pair in loss.pairs]
             terms[name] = Term(loss(mine, theirs, batch), loss.counted(batch).sum())
         return terms
+
+    def describe_pairs(self) -> list[str]:
+        """Each pair with the loss that compares it."""
+        named = self._named_losses()
+        return [f"{name.partition('(')[0]}: {pair.describe()}" for name, loss in named for pair in loss.pairs]
 
     def phases(self) -> Sequence[Phase]:
         """Those of the losses, each under its own name."""
@@ -187,6 +198,10 @@ class FeatureMethod(Method):
         terms = self.logit(student, batch, signal)
         return {**terms, **({} if self.stage1_fraction else self.hidden(student, batch, signal))}
 
+    def describe_pairs(self) -> list[str]:
+        """Those of the hidden states."""
+        return self.hidden.describe_pairs()
+
     def phases(self) -> Sequence[Phase]:
         """The phases of the losses, and stage 1."""
         before = list(self.hidden.phases())
@@ -209,22 +224,54 @@ def _groups(settings: Sequence[ResolvedPair]) -> list[list[int]]:
     return [list(indices) for _, indices in groupby(range(len(settings)), keys.__getitem__)]
 
 
+class _Side:
+    """The features of one model at its taps: 0 is the student, 1 the teacher."""
+
+    def __init__(self, model: nn.Module, example: Batch, settings: Sequence[ResolvedPair], which: int) -> None:
+        given = {(pair.student, pair.teacher)[which]: pair.channels[which] for pair in settings}
+        self.shapes = feature_shapes(model, example, [*given])
+        unknown = [tap for tap, channels in given.items() if channels is None]
+        self.last = {tap: channels == "last" for tap, channels in given.items()}
+        self.last |= find_channels_last(model, example, unknown)
+        self.which = which
+
+    def read(self, pair: ResolvedPair) -> tuple[Shape, bool]:
+        """The shape of a feature, with the channels first, and whether they are last in the model."""
+        tap = (pair.student, pair.teacher)[self.which]
+        shape, last = self.shapes[tap], self.last[tap] and len(self.shapes[tap]) == 4
+        return ((shape[0], shape[3], shape[1], shape[2]) if last else shape), last
+
+
 FindMaps = Callable[[nn.Module, Batch], dict[tuple[int, int], str]]
+Match = list[tuple[str, str]]
+"""Taps of student and teacher."""
 
 
-def _maps(find_in: FindMaps, student: nn.Module, teacher: nn.Module, example: Batch) -> list[dict[Any, str]]:
-    maps = [find_in(student, example), find_in(teacher, example.for_teacher())]
-    for who, taps in zip(("student", "teacher"), maps, strict=True):
-        if not taps:
+def _maps(find_in: FindMaps, student: nn.Module, teacher: nn.Module, example: Batch) -> tuple[list[Any], Match]:
+    """The feature maps of both models; or, of two that give a feature for each patch, a pair of the last."""
+    models = {"student": (student, example), "teacher": (teacher, example.for_teacher())}
+    maps = {who: find_in(*of_model) for who, of_model in models.items()}
+    if all(maps.values()):
+        return [*maps.values()], []
+    tokens = {who: None if maps[who] else find_token_stage(*models[who]) for who in models}
+    for who in models:
+        if not maps[who] and tokens[who] is None:
             losses = ", ".join(name for name, spec in FEATURE_LOSSES.items() if spec.pairs == "embedding")
             remedy = f"use a loss on the inputs of the output heads ({losses}), or kind: logit"
             raise ModelError(f"the {who} has no feature maps", where="method.loss", remedy=remedy)
-    return maps
+    shapes = {who: feature_shapes(*models[who], [tap])[tap] for who, tap in tokens.items() if tap is not None}
+    if len(shapes) == 2 and len({shape[1] for shape in shapes.values()}) == 1:
+        return [], [(str(tokens["student"]), str(tokens["teacher"]))]
+    kinds = [f"the {who} gives {f'{shapes[who][1]} tokens' if who in shapes else 'feature maps'}" for who in models]
+    raise _no_pairs(f"no features of one kind: {', '.join(kinds)}")
 
 
 def _by_resolution(find_in: FindMaps, what: str) -> Any:
-    def match(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
-        mine, theirs = _maps(find_in, student, teacher, example)
+    def match(student: nn.Module, teacher: nn.Module, example: Batch) -> Match:
+        maps, pairs = _maps(find_in, student, teacher, example)
+        if pairs:
+            return pairs
+        mine, theirs = maps
         common = [size for size in mine if size in theirs]
         if not common:
             sizes = [", ".join(f"{h}x{w}" for h, w in taps) for taps in (mine, theirs)]
@@ -234,10 +281,13 @@ def _by_resolution(find_in: FindMaps, what: str) -> Any:
     return match
 
 
-def _last(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
+def _last(student: nn.Module, teacher: nn.Module, example: Batch) -> Match:
     """The last feature map of both, whatever its resolution."""
-    mine, theirs = _maps(find_stages, student, teacher, example)
-    return [(list(mine.values())[-1], list(theirs.values())[-1])]
+    maps, pairs = _maps(_any_stages, student, teacher, example)
+    return pairs or [(list(maps[0].values())[-1], list(maps[1].values())[-1])]
+
+
+_any_stages: FindMaps = partial(find_stages, any_layout=True)
 
 
 def _embeddings(student: nn.Module, teacher: nn.Module, example: Batch) -> list[tuple[str, str]]:
@@ -258,7 +308,7 @@ MATCHES: dict[str, Callable[[nn.Module, nn.Module, Batch], list[tuple[str, str]]
     "embedding": _embeddings,
     "last": _last,
     "named": _named,
-    "stages": _by_resolution(find_stages, "feature maps"),
+    "stages": _by_resolution(_any_stages, "feature maps"),
 }
 """The pairs of ``auto``, by :attr:`tutelage.config.FeatureLossSpec.pairs`."""
 

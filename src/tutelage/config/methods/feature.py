@@ -28,6 +28,10 @@ class PairOptions(Section):
     """Kind of the projector."""
     norm: bool | None = None
     """Batch norm after the projector."""
+    student_channels: Literal["first", "last"] | None = None
+    """Where a feature map of the student has its channels. Default: read from its shape."""
+    teacher_channels: Literal["first", "last"] | None = None
+    """The same of the teacher."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the loss."""
 
@@ -42,6 +46,7 @@ class ResolvedPair(NamedTuple):
     projector: str
     norm: bool
     options: LossOptions
+    channels: tuple[str | None, str | None] = (None, None)
 
 
 class FeatureOptions(SoftLabelOptions):
@@ -101,6 +106,7 @@ class FeatureOptions(SoftLabelOptions):
             projector=pair.projector or self.projector,
             norm=self.norm if pair.norm is None else pair.norm,
             options=FEATURE_LOSSES[name].options.model_validate(given),
+            channels=(pair.student_channels, pair.teacher_channels),
         )  # fmt: skip
 
 

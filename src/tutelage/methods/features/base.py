@@ -21,6 +21,20 @@ class FeaturePair(NamedTuple):
     teacher_shape: Shape
     tokens: bool
     """Whether there is one feature for each position of a text, some of which may not count."""
+    channels_last: tuple[bool, bool] = (False, False)
+    """Whether a map of student and teacher has its channels last; the shapes have them first."""
+
+    def describe(self) -> str:
+        """The pair in words, for a user to check."""
+        sides = zip((self.student, self.teacher), (self.student_shape, self.teacher_shape), strict=True)
+        mine, theirs = (f"{tap} ({_in_words(shape)})" for tap, shape in sides)
+        return f"student {mine}, teacher {theirs}"
+
+
+def _in_words(shape: Shape) -> str:
+    if len(shape) == 4:
+        return f"map of {shape[2]}x{shape[3]}, {shape[1]} channels"
+    return f"{shape[1]} tokens, {shape[2]} wide" if len(shape) == 3 else f"{shape[-1]} wide"
 
 
 class FeatureContext(NamedTuple):

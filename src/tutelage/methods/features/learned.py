@@ -13,7 +13,14 @@ from tutelage.data.batch import Batch
 from tutelage.errors import ModelError
 from tutelage.methods.base import Method, Phase, Term
 from tutelage.methods.features.base import FeatureContext, FeatureLoss, FeaturePair, counted_rows
-from tutelage.students import Projector, build_projector, find_last_norm, match_dtype, resize_like
+from tutelage.students import (
+    Projector,
+    build_projector,
+    find_last_norm,
+    match_dtype,
+    resize_like,
+    to_channels_first,
+)
 from tutelage.taps import Needs, Observation
 from tutelage.teachers.signal import Signal
 
@@ -164,6 +171,7 @@ class Paraphrasing(Method):
     def __init__(self, loss: FactorTransferLoss) -> None:
         super().__init__()
         self.paraphraser, self.tap = loss.paraphraser, loss.pairs[0].teacher
+        self.channels_last = loss.pairs[0].channels_last[1]
         self.needs = Needs(logits=False, hidden=(self.tap,))
         self.weights = {"reconstruction": 1.0}
 
@@ -173,7 +181,8 @@ class Paraphrasing(Method):
 
     def forward(self, student: Observation, batch: Batch, signal: Signal) -> dict[str, Term]:
         """The mean square between the feature and its reconstruction."""
-        feature, rows = match_dtype(self.paraphraser, signal.hidden[self.tap]), counted_rows(batch)
+        feature = to_channels_first(signal.hidden[self.tap], self.channels_last)
+        feature, rows = match_dtype(self.paraphraser, feature), counted_rows(batch)
         loss = losses.hint(self.paraphraser(feature), feature, mask=rows, reduction="sum")
         return {"reconstruction": Term(loss, rows.sum())}
 
