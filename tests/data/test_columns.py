@@ -119,6 +119,17 @@ def test_words_and_their_labels_are_equally_many() -> None:
         load(rows, task="tokens")
 
 
+def test_words_without_labels_are_no_labels() -> None:
+    rows = [
+        {"text": ["music", "two"], "label": ["A", None] if i > 3 else [None, None] if i else None} for i in range(40)
+    ]
+    data, lines = load(rows, task="tokens")
+    assert lines == ["note: 4 of 40 texts of the train split have no label; the student learns them from the teacher"]
+    batch = data.train.fetch(torch.arange(len(data.train)))
+    assert set(batch.labels.flatten().tolist()) == {0, IGNORE}
+    assert int((batch.labels == 0).any(1).sum()) == len(data.train) - 4
+
+
 @pytest.mark.parametrize(("task", "label"), [("classes", None), ("regression", None), ("tokens", [None])])
 def test_all_rows_without_label_are_refused(task: str, label: Any) -> None:
     rows = [row | {"label": label} for row in sentences(40)]
@@ -181,6 +192,12 @@ def test_a_column_of_tools_is_refused_and_an_empty_one_not() -> None:
 def test_a_message_without_text_names_its_row() -> None:
     rows = [{"messages": TALK if i != 5 else [TALK[0], {"role": "assistant", "content": None}]} for i in range(20)]
     with pytest.raises(DataError, match=r"row 5 .*column 'messages'.*not a conversation"):
+        causal(rows, "messages")
+
+
+def test_a_conversation_without_answer_names_its_row() -> None:
+    rows = [{"messages": TALK if i != 5 else TALK[:1]} for i in range(20)]
+    with pytest.raises(DataError, match=r"row 5 .*column 'messages'.*not a conversation with an answer"):
         causal(rows, "messages")
 
 

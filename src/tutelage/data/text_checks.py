@@ -31,6 +31,9 @@ def check_text_values(
             elif task == "causal" and len(columns) == 1 and isinstance(value, list):
                 expected, remedy = "a conversation", "give each message a role and a text as content"
                 fits = all(map(_is_message, value))
+                if fits and all(message["role"] != "assistant" for message in value):
+                    expected, remedy = "a conversation with an answer", "add messages with role assistant"
+                    fits = False
             else:
                 expected, remedy, fits = "a text", "name the column of texts: data.text", False
                 if isinstance(value, list) and task == "causal":

@@ -304,7 +304,7 @@ def encode_labels(
     none = torch.full((len(rows),), IGNORE)
     if task == "tokens":
         tags = [[index(v) if has(v) else IGNORE for v in (row or [])] for row in values[0]]
-        return torch.zeros_like(none), None, tags
+        return torch.tensor([0 if any(tag != IGNORE for tag in row) else IGNORE for row in tags]), None, tags
     if task == "regression" or (task == "multi-label" and len(label) > 1):
         table = [[_number(v, place(r, c, split), raw) for r, v in enumerate(values[i])] for i, c in enumerate(label)]
         targets = torch.tensor(table).T.contiguous()

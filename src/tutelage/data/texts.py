@@ -128,7 +128,8 @@ class TextSet:
         out = np.full(words.shape, IGNORE, np.int64)
         for i, place in enumerate(places):
             first = counts[i] & (words[i] != np.concatenate([[-1], words[i][:-1]]))
-            out[i][first] = np.asarray(self.tags[tokens.texts[place]], np.int64)[words[i][first]]
+            if tags := self.tags[tokens.texts[place]]:  # else the text has no label
+                out[i][first] = np.asarray(tags, np.int64)[words[i][first]]
         return torch.from_numpy(out)
 
 
@@ -300,7 +301,6 @@ def load_texts(
     )  # fmt: skip
     if label_columns:
         sets = check_labelled(sets, raw.name, "texts", say, drop=unlabeled == "drop")
-        _check_tags(sets, raw.name)
     data = complete_splits(
         sets, validation, test, limit, lambda texts, count, key: _choose(texts, count, split_seed, key)
     )
@@ -402,13 +402,6 @@ def _check_values(
                 where=raw.name,
                 remedy="remove the column to learn the answers without it",
             )
-
-
-def _check_tags(sets: Mapping[str, TextSet], where: str) -> None:
-    """Raise :class:`DataError` if no word of a split has a label."""
-    for split, texts in sets.items():
-        if texts.tags is not None and all(tag == IGNORE for row in texts.tags for tag in row):
-            raise DataError(f"no word of the {split} split has a label", where=where, remedy="give labels to some")
 
 
 def _without_empty(raw: RawTextData, columns: Mapping[str, None], empty: str) -> RawTextData:
