@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from support import text_worlds
+from support import language_worlds, text_worlds
 from tutelage import api, cli
 from tutelage.config import load_recipe
 from tutelage.errors import ConfigError, DataError
@@ -252,6 +253,50 @@ def test_what_cannot_be_is_said_with_a_remedy_and_writes_nothing(
     assert expected in said
     assert "\n  -> " in said
     assert sorted(mess.iterdir()) == before
+
+
+@pytest.mark.parametrize(("kind", "more", "task"), [
+    ("LlamaForCausalLM", {}, "causal"), ("GPT2LMHeadModel", {}, "causal"), ("BertForMaskedLM", {}, "mlm"),
+    ("modules.json", {}, "embedding"), ("BertForSequenceClassification", {}, "a classifier, needs them"),
+    ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "a sequence-to-sequence model, has no task"),
+])  # fmt: skip
+@pytest.mark.parametrize("source", ["table", "plain", "other column"])
+def test_the_teacher_names_the_task_of_texts_without_labels(
+    kind: str, more: dict[str, Any], task: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    if kind.startswith(("Bert", "modules")):
+        text_worlds.encoder(model, "BertForMaskedLM" if kind == "modules.json" else kind)
+    else:
+        language_worlds.llama(model)
+    if kind == "modules.json":
+        (model / kind).write_text("[]")
+    else:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"architectures": [kind]} | more))
+    rows = [{"text": f"some words {i}"} | ({"page": i % 2} if source == "other column" else {}) for i in range(20)]
+    data = text_worlds.table(tmp_path / "t.jsonl", rows)
+    if source == "plain":
+        data = tmp_path / "texts"
+        data.mkdir()
+        (data / "a.txt").write_text("\n\n".join(f"some words {i}" for i in range(20)))
+    out = tmp_path / "r.yaml"
+    code = init("--data", str(data), "--teacher", str(model), "--out", str(out))
+    printed = capsys.readouterr()
+    if " " not in task:
+        assert code == 0, printed.err
+        assert yaml.safe_load(out.read_text())["data"].get("task") == task
+        assert f"note: task {task}, because the teacher is" in printed.out
+    elif source != "other column":  # which may be the labels
+        assert code == 2
+        assert task in " ".join(printed.err.split())
+        assert not out.exists()
+
+
+def test_named_labels_win_over_the_teacher_and_empty_cells_are_none(tmp_path: Path) -> None:
+    rows = [{"text": f"some words {i}", "label": ["a", "b", ""][i % 3]} for i in range(30)]
+    found = describe_data(str(text_worlds.table(tmp_path / "t.jsonl", rows)), teacher="causal")
+    assert (found.task, found.classes) == ("classes", {"a": 10, "b": 10})
 
 
 def test_conversations_need_a_teacher_with_a_chat_template(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def init(
 ) -> None:
     """Write a commented recipe for your data; prompt for missing options when run in a terminal."""
     from tutelage.files import write_text
-    from tutelage.init import describe_data, draft_recipe
+    from tutelage.init import describe_data, draft_recipe, teacher_kind
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if data is None:
@@ -52,7 +52,8 @@ def init(
     if interactive and out is None:
         target = Path(typer.prompt("Recipe to write", default=str(target)))
     _check_target(target, force)
-    description = describe_data(data, task=task, text=text, label=label)
+    kind_of_teacher = teacher_kind(teacher) if teacher and task is None else None
+    description = describe_data(data, task=task, text=text, label=label, teacher=kind_of_teacher)
     say(f"data:   {description.summary()}")
     if description.note:
         say(description.note)

@@ -15,6 +15,12 @@ TASKS = ("images", "classes", "multi-label", "regression", "tokens", "mlm", "cau
 LABELLED = ("classes", "multi-label", "regression", "tokens")
 """Text tasks with labels."""
 
+KINDS = {
+    "causal": "a causal language model", "mlm": "a masked language model", "embedding": "a sentence encoder",
+    "classifier": "a classifier", "seq2seq": "a sequence-to-sequence model",
+}  # fmt: skip
+"""What a teacher of texts may be. The first three name the task of texts without labels."""
+
 NAMED = {"digits": (1_797, 8, ("train",)), "fashion-mnist": (70_000, 28, ("train", "test"))}
 """Named image sources: number of images, side in pixels, and splits."""
 
@@ -78,11 +84,17 @@ class DataDescription:
 
 
 def describe_data(
-    data: str, *, task: str | None = None, text: Sequence[str] | None = None, label: str | None = None
+    data: str,
+    *,
+    task: str | None = None,
+    text: Sequence[str] | None = None,
+    label: str | None = None,
+    teacher: str | None = None,
 ) -> DataDescription:
     """Detect the kind of ``data``: a path, or a ``data.source`` such as ``digits`` or ``hf:ID``.
 
-    Without ``task``, ``text`` and ``label`` the task and the columns of texts and labels are detected.
+    Without ``task``, ``text`` and ``label`` the task and the columns of texts and labels are detected. ``teacher``,
+    one of :data:`KINDS`, names the task of texts without labels.
 
     Raises:
         DataError: there is no data, or no task for it.
@@ -100,9 +112,9 @@ def describe_data(
         remedy = did_you_mean(path, otherwise, NAMED)
         raise DataError("no such file or folder", where=str(path), remedy=remedy)
     elif path.is_file():
-        description = _table({"train": path}, data, task, text, label)
+        description = _table({"train": path}, data, task, text, label, teacher)
     else:
-        description = _folder(path, task, text, label)
+        description = _folder(path, task, text, label, teacher)
     if description.task == "images" and (text or label):
         flag = "--text" if text else "--label"
         raise ConfigError(f"{flag} is for texts, but {data} contains images", remedy=f"remove {flag}")
@@ -142,7 +154,9 @@ def _one_or_list(columns: Sequence[str]) -> str | list[str]:
     return columns[0] if len(columns) == 1 else list(columns)
 
 
-def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:
+def _folder(
+    path: Path, task: str | None, text: Sequence[str] | None, label: str | None, teacher: str | None
+) -> DataDescription:
     from tutelage.data.image_files import IMAGE_EXTENSIONS
     from tutelage.data.raw_images import SPLIT_NAMES
     from tutelage.data.text_sources import TABLES
@@ -154,9 +168,9 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
     }
     every = sorted(p for p in path.iterdir() if p.suffix in TABLES)
     if "train" in tables:
-        return _table(tables, str(path), task, text, label)
+        return _table(tables, str(path), task, text, label, teacher)
     if len(every) == 1:
-        return _table({"train": every[0]}, str(every[0]), task, text, label)
+        return _table({"train": every[0]}, str(every[0]), task, text, label, teacher)
     suffixes = Counter(p.suffix.lower() for p in path.rglob("*") if p.is_file())
     images = sum(suffixes[s] for s in IMAGE_EXTENSIONS)
     if images and images >= suffixes[".txt"]:
@@ -164,7 +178,7 @@ def _folder(path: Path, task: str | None, text: Sequence[str] | None, label: str
             raise ConfigError(f"--task {task} is for texts, but {path} contains images", remedy="remove --task")
         return _images(path)
     if suffixes[".txt"]:
-        return _plain(path, task, text)
+        return _plain(path, task, text, teacher)
     endings = ", ".join(f"{n} with {s or 'no suffix'}" for s, n in suffixes.most_common(4)) or "none"
     raise DataError(
         f"contains no images, tables or texts; files: {endings}",
@@ -193,10 +207,11 @@ def _images(path: Path) -> DataDescription:
     )  # fmt: skip
 
 
-def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDescription:
+def _plain(path: Path, task: str | None, text: Sequence[str] | None, teacher: str | None) -> DataDescription:
     from tutelage.data.text_sources import read_texts
 
-    task = task or "causal"
+    note = None if task else _reason(teacher)
+    task = task or _task_without_labels(teacher, str(path)) or "causal"
     if task in (*LABELLED, "images"):
         raise ConfigError(
             f"--task {task} does not fit {path}, which contains plain text without labels",
@@ -205,12 +220,36 @@ def _plain(path: Path, task: str | None, text: Sequence[str] | None) -> DataDesc
     if text:
         raise ConfigError("--text names a column, but plain text has no columns", remedy="remove --text")
     rows = read_texts("plain", path=str(path), options=None, columns=["text"]).splits["train"]
-    return DataDescription(task, "plain", str(path), len(rows), length=_long(rows.columns["text"]))
+    return DataDescription(task, "plain", str(path), len(rows), length=_long(rows.columns["text"]), note=note)
+
+
+def _task_without_labels(teacher: str | None, where: str) -> str | None:
+    """The task of texts without labels that a teacher names; ``None`` if it names none.
+
+    Raises:
+        ConfigError: the teacher needs labels, or learns no texts without them.
+    """
+    if teacher in ("classifier", "seq2seq"):
+        needs = "needs them" if teacher == "classifier" else "has no task without them"
+        other = "; for a cross-encoder write a recipe of task ranking" if teacher == "classifier" else ""
+        raise ConfigError(
+            f"the texts have no column of labels, and the teacher, {KINDS[teacher]}, {needs}",
+            where=where,
+            remedy=f"name the column: --label COLUMN; or give another --teacher{other}",
+        )
+    return teacher
+
+
+def _reason(teacher: str | None) -> str | None:
+    """One line on a task that the teacher names."""
+    return f"note: task {teacher}, because the teacher is {KINDS[teacher]}; --task names another" if teacher else None
 
 
 def _table(
-    files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None, label: str | None
-) -> DataDescription:
+    files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None, label: str | None,
+    teacher: str | None,
+) -> DataDescription:  # fmt: skip
+    from tutelage.data.text_checks import is_missing
     from tutelage.data.text_sources import check_columns, read_table
 
     if task == "images":
@@ -224,7 +263,11 @@ def _table(
     check_columns([*(text or ()), *([label] if label else ())], table.column_names, str(files["train"]))
     columns = {name: table[name].to_pylist() for name in table.column_names}
     texts, are_conversations = _text_columns(columns, text, label, str(files["train"]))
-    rest = {name: values for name, values in columns.items() if name not in texts}
+    rest = {
+        name: [None if is_missing(value) else value for value in values]
+        for name, values in columns.items() if name not in texts
+    }  # fmt: skip
+    note = None
     if are_conversations and task not in (None, "causal"):
         raise ConfigError(
             f"--task {task} does not fit column {texts[0]}, which contains conversations",
@@ -234,6 +277,8 @@ def _table(
         task = task or "causal"
         if label is not None:
             raise ConfigError(f"--label {label}: task {task} has no labels", remedy="remove --label")
+    elif task is None and label is None and teacher and not _has_labels(rest, teacher):
+        task, note = _task_without_labels(teacher, data) or "causal", _reason(teacher)
     else:
         task, label = _labels(rest, task, label, data, columns[texts[0]])
     classes = None
@@ -244,8 +289,18 @@ def _table(
     rows = sum(t.num_rows for t in tables.values())
     return DataDescription(
         task, "table", path, rows, tuple(files), classes, text=_one_or_list(texts), label=label,
-        length=_long(columns[texts[0]]),
+        length=_long(columns[texts[0]]), note=note,
     )  # fmt: skip
+
+
+def _has_labels(rest: dict[str, list[Any]], teacher: str) -> bool:
+    """Whether a column is named as labels are and has some, or may be one and the teacher learns no texts alone."""
+    named = any(name.lower() in LABEL_NAMES and any(v is not None for v in values) for name, values in rest.items())
+    return named or (teacher in ("classifier", "seq2seq") and any(_may_be_label(values) for values in rest.values()))
+
+
+def _may_be_label(values: list[Any]) -> bool:
+    return 2 <= _kinds(values) <= min(MOST_CLASSES, max(2, len(values) // 3))
 
 
 def _text_columns(
@@ -289,7 +344,7 @@ def _labels(
     if label is None:
         label = next((lower[n] for n in LABEL_NAMES if n in lower), None)
     if label is None:
-        few = [n for n, v in rest.items() if 2 <= _kinds(v) <= min(MOST_CLASSES, max(2, len(v) // 3))]
+        few = [n for n, v in rest.items() if _may_be_label(v)]
         if len(few) != 1:
             raise ConfigError(
                 f"several columns may be the label: {', '.join(few)}" if few else "no column of labels is found",

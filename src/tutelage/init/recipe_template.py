@@ -262,6 +262,27 @@ def _config(named: ModelChoice) -> dict[str, Any] | None:
     return settings
 
 
+def teacher_kind(given: str) -> str | None:
+    """What a teacher of texts is, one of :data:`KINDS` in ``detect_data``; ``None`` if it is not known here."""
+    named = _model(given, "--teacher")
+    if named.model.partition(":")[0] not in ("hf", "package"):
+        return None
+    from tutelage.models.pretrained import resolve_source
+
+    if (Path(resolve_source(named.model)[0]) / "modules.json").is_file():
+        return "embedding"
+    config = _config(named) or {}
+    names = " ".join(config.get("architectures") or [])
+    endings = {
+        "ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "mlm",
+        "ForSequenceClassification": "classifier", "ForTokenClassification": "classifier",
+    }  # fmt: skip
+    known = next((kind for ending, kind in endings.items() if ending in names), None)
+    if known is None and named.model.endswith(".gguf"):
+        return "causal"
+    return "seq2seq" if known is None and config.get("is_encoder_decoder") else known
+
+
 def _setting(named: ModelChoice, *keys: str) -> int | None:
     """The first of these keys in the config of a transformers model."""
     settings = _config(named) or {}
