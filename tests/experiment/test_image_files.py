@@ -380,3 +380,28 @@ def test_a_folder_whose_files_say_nothing_about_images_predicts_nothing(tmp_path
     found = known_preprocessing(f"hf:{tmp_path / 'model'}", {})
     assert found is not None
     assert found.preprocessing.fit == "squash"
+
+
+@pytest.mark.parametrize("which", ["squashed", "cropped", "blue first", None])
+def test_an_exported_student_of_transformers_comes_with_its_image_processor(
+    which: str | None, tmp_path: Path
+) -> None:
+    if which is None:
+        vit(tmp_path / "model")
+    else:
+        saved_vit(tmp_path / "model", which)
+    one = {"model": f"hf:{tmp_path / 'model'}"}
+    recipe = recipe_of(tmp_path, {**one, "trained": True}, one, **({} if which else {"size": 32, "crop": 0.9}))
+    made = export_student(run_recipe(recipe, out=tmp_path / "run", terminal=QUIET).path, "hf", terminal=QUIET)
+    said = made.manifest.get("how", {}).get("image_processor", "")
+    assert ("none" in said, "differ" in said) == (which == "blue first", which is None)
+    if which in ("squashed", "cropped"):
+        processor = transformers.AutoImageProcessor.from_pretrained(made.path)
+        model = transformers.AutoModelForImageClassification.from_pretrained(made.path).eval()
+        files = six_files(tmp_path / "six")
+        for file, found in zip(files, predict(tmp_path / "run", files), strict=True):
+            with torch.no_grad():
+                pixels = processor(images=[open_image(file).convert("RGB")], return_tensors="pt")["pixel_values"]
+                expected = model(pixels).logits.softmax(-1)[0].tolist()
+            labels = {one["label"]: one["probability"] for one in found["labels"]}
+            assert [labels["a"], labels["b"]] == pytest.approx(expected, abs=1e-5)

@@ -42,6 +42,8 @@ def export(
         if measured and key in measured["source"] and key in measured["export"]:
             say(f"{key}: {measured['source'][key]:.4g} before, {measured['export'][key]:.4g} quantised")
             break
+    if (how := result.manifest.get("how", {}).get("image_processor")) is not None:
+        say(f"note: image processor: {how}")
     example = "IMAGE" if result.manifest["task"] == "images" else "TEXT"
     say(f"card:   {result.path / 'README.md'}\nuse it: tutelage predict {result.path} {example}")
 

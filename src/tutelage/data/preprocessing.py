@@ -188,6 +188,9 @@ def to_picture(pixels: Tensor) -> Any:
     return Image.fromarray(array.contiguous().numpy())
 
 
+SAME = 0.03
+"""Levels of 255 by which pixels may differ because of rounding."""
+
 Pipeline = Callable[[Any], Tensor]
 """A library's own: a PIL image in RGB -> ``[3, size, size]``."""
 
@@ -234,6 +237,15 @@ def identify(pipeline: Pipeline, candidates: Iterable[Mapping[str, Any]]) -> Pre
         if all(_same(own, picture, theirs) for picture, theirs in zip(pictures, wanted, strict=True)):
             return own
     return None
+
+
+def greatest_difference(own: Preprocessing, pipeline: Pipeline) -> float:
+    """The greatest difference from a library's pipeline on a picture of random pixels, in levels of 255."""
+    from PIL import Image
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (461, 307, 3), dtype=np.uint8))
+    ours, theirs = own.normalise(own.pixels(picture)[None]), pipeline(picture)[None].float()
+    return 255 * float((own.denormalise(ours) - own.denormalise(theirs)).abs().max())
 
 
 def _same(own: Preprocessing, picture: Any, theirs: Tensor) -> bool:

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
-from tutelage.data.preprocessing import RESAMPLE, Preprocessing
+from tutelage.data.preprocessing import RESAMPLE, SAME, Preprocessing, greatest_difference
 from tutelage.errors import CapabilityError, ModelError, TutelageError, first_line, require
 from tutelage.export.bundle import IMAGE, Inputs, ModelBundle, TraceModule, is_transformers
 from tutelage.export.runtimes import ONNX, PROGRAM
 from tutelage.files import silence_transformers
-from tutelage.models import MODEL_CARD, WEIGHTS, save_model
+from tutelage.models import MODEL_CARD, WEIGHTS, read_image_files, save_model
 from tutelage.models.files import read_card
 
 
@@ -56,11 +56,18 @@ def _huggingface(job: ExportJob) -> dict[str, Any]:
     with silence_transformers(), _with_label_names(bundle):
         bundle.model.save_pretrained(folder)  # type: ignore[operator]
     if bundle.task == "images" and "mean" in bundle.preprocessing:
-        config = image_processor(Preprocessing.from_dict(bundle.preprocessing))
+        own = Preprocessing.from_dict(bundle.preprocessing)
+        config = image_processor(own)
         if config is None:
-            return {"image_processor": "none: transformers has none for this preprocessing"}
+            return {"image_processor": "none: transformers has none for this preprocessing; README.md describes it"}
         text = json.dumps(config, indent=2) + "\n"
         (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        files = read_image_files(f"hf:{folder}", {}, None)
+        assert files is not None
+        assert files.pipeline is not None
+        gap = greatest_difference(own, files.pipeline)
+        if gap > SAME:
+            return {"image_processor": f"its pixels differ from those in training by up to {gap:.2g} of 255"}
     return {}
 
 
