@@ -115,8 +115,10 @@ def test_mask_equals_deletion_whatever_masked_rows_hold(case, keep, garbage):
 def test_a_mask_of_numbers_counts_rows_and_does_not_weigh_them(case):
     keep = torch.tensor([True, True, False, True, True])
     batch = case.batch(5)
-    weighty = case.mask(keep) * 3.0
+    weighty = case.mask(keep) * 3
     torch.testing.assert_close(case(batch, mask=weighty), case(batch, mask=case.mask(keep)))
+    with pytest.raises(ValueError, match="a mask is booleans"):
+        case(batch, mask=case.mask(keep) * 3.0)
 
 
 @every

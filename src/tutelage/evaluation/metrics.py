@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.data.batch import IGNORE, Batch
+from tutelage.losses.logits import divergence, weighted
 
 BINS = 15
 """Bins of the reliability diagram and of the calibration error (Guo et al., 2017)."""
@@ -101,7 +102,7 @@ class Scores(Metrics):
             log_q, log_t = F.log_softmax(mine, dim=-1), F.log_softmax(theirs, dim=-1)
             self.sums["seen"] += counted.sum()
             self.sums["agree"] += (mine.argmax(-1) == theirs.argmax(-1)).sum()
-            self.sums["kl"] += F.kl_div(log_q, log_t, reduction="sum", log_target=True)
+            self.sums["kl"] += divergence(log_t, log_q).sum()
 
     def result(self) -> dict[str, Any]:
         """Accuracy, loss (nats), ECE, reliability bins, F1 and Matthews' coefficient; perplexity for a vocabulary.
@@ -175,7 +176,7 @@ class LabelScores(Metrics):
             self.sums["agree"] += ((mine > 0) == (theirs > 0)).sum()
             p = theirs.sigmoid()
             yes, no = F.logsigmoid(theirs) - F.logsigmoid(mine), F.logsigmoid(-theirs) - F.logsigmoid(-mine)
-            self.sums["kl"] += (p * yes + (1 - p) * no).sum()
+            self.sums["kl"] += (weighted(p, yes) + weighted(1 - p, no)).sum()
 
     def result(self) -> dict[str, Any]:
         """``f1``, ``accuracy`` and ``loss`` (nats a row); with a teacher, agreement and KL (nats a label)."""

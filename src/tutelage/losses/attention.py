@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tutelage.losses.common import (
     Mask,
     Reduction,
+    as_booleans,
     as_float,
     check_choice,
     check_same_batch,
@@ -141,7 +142,7 @@ def value_relation(
     pairs, tokens = _visible(mask, student.unsqueeze(1))
     if tokens is not None:
         # NaN in a padded token would reach the others through the products
-        present = tokens if mask is None or mask.ndim == 2 else tokens | mask.bool().any(-2)
+        present = tokens if mask is None or mask.ndim == 2 else tokens | as_booleans(mask).any(-2)
         hidden = ~present.unsqueeze(-1)
         student, teacher = student.masked_fill(hidden, 0.0), teacher.masked_fill(hidden, 0.0)
     value = _relation_kl(_products(student, heads), _products(teacher, heads), pairs, temperature)
@@ -196,10 +197,10 @@ def _visible(mask: Mask, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     batch, length = x.shape[0], x.shape[-2]
     if mask.shape == (batch, length):
-        tokens = mask.bool()
+        tokens = as_booleans(mask)
         return tokens.unsqueeze(-1) & tokens.unsqueeze(-2), tokens
     if mask.shape == (batch, length, length):
-        return mask.bool(), mask.bool().any(-1)
+        return as_booleans(mask), as_booleans(mask).any(-1)
     raise ValueError(
         f"mask {tuple(mask.shape)} must be [B, L], true at tokens, or [B, L, L], true where a query attends to "
         f"a key, here with B = {batch} and L = {length}"

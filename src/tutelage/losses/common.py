@@ -36,7 +36,12 @@ def without_autocast(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """``x`` in the working precision of losses: float64 if it is float64, else float32."""
+    """``x`` in the working precision of losses: float64 if it is float64, else float32.
+
+    Raises ``TypeError`` for complex numbers, which would lose their imaginary part.
+    """
+    if x.is_complex():
+        raise TypeError(f"scores are {x.dtype}: a loss takes real numbers; pass x.real or x.abs()")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -59,13 +64,23 @@ def check_same_batch(student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def as_booleans(mask: Tensor) -> Tensor:
+    """``mask`` of booleans or integers as booleans; raises ``ValueError`` for other numbers."""
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(
+            f"mask is {mask.dtype}, and a mask is booleans, true where a row counts: pass mask > 0.5; "
+            "to weigh rows, multiply the values of reduction='none'"
+        )
+    return mask.bool()
+
+
 def check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     """``mask`` as booleans; raises ``ValueError`` unless it has ``shape``."""
     if mask.shape != shape:
         raise ValueError(
             f"mask {tuple(mask.shape)} must have the shape of the examples, {tuple(shape)}: one entry for each row"
         )
-    return mask.bool()
+    return as_booleans(mask)
 
 
 def check_temperature(temperature: float) -> float:

@@ -86,7 +86,8 @@ def check_beta(beta: float) -> None:
 
 def mix(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """Log of ``share * p + (1 - share) * q``, for a share strictly between 0 and 1."""
-    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+    least = torch.finfo(log_p.dtype).min / 2  # where both are impossible, logaddexp has no gradient
+    return torch.logaddexp(log_p.clamp(min=least) + math.log(share), log_q.clamp(min=least) + math.log1p(-share))
 
 
 @without_autocast

@@ -76,8 +76,13 @@ def soften(logits: Tensor, temperature: float) -> Tensor:
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``KL(p || q)`` of each row, in nats."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    """``KL(p || q)`` of each row, in nats; an impossible class of p adds 0."""
+    return weighted(log_p.exp(), log_p - log_q).sum(-1)
+
+
+def weighted(p: Tensor, x: Tensor) -> Tensor:
+    """``p * x``, and 0 where p is 0 and x infinite, as in the limit of ``p log p``, with a gradient of 0."""
+    return p * x.masked_fill(p == 0, 0.0)
 
 
 def standard(logits: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ def soft_cross_entropy(
     """
     student, teacher = float_rows(student, teacher, mask)
     log_q, log_p = soften(student, temperature), soften(teacher, temperature)
-    return reduce(-(log_p.exp() * log_q).sum(-1) * temperature**2, mask, reduction)
+    return reduce(-weighted(log_p.exp(), log_q).sum(-1) * temperature**2, mask, reduction)
 
 
 @without_autocast
@@ -252,7 +257,7 @@ def binary_kd(
     p = (teacher / t).sigmoid()
     yes = F.logsigmoid(teacher / t) - F.logsigmoid(student / t)
     no = F.logsigmoid(-teacher / t) - F.logsigmoid(-student / t)
-    return reduce((p * yes + (-teacher / t).sigmoid() * no).sum(-1) * t**2, mask, reduction)
+    return reduce((weighted(p, yes) + weighted((-teacher / t).sigmoid(), no)).sum(-1) * t**2, mask, reduction)
 
 
 @without_autocast

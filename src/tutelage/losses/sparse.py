@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tutelage.losses.common import Mask, Reduction, as_float, check_mask, reduce, without_autocast, zero_masked
-from tutelage.losses.logits import soften
+from tutelage.losses.logits import divergence, soften
 
 
 @without_autocast
@@ -44,7 +44,7 @@ def topk_kd(
         index = torch.where(mask.unsqueeze(-1), index, torch.arange(index.shape[-1], device=index.device))
     log_all = soften(student, temperature)
     log_q = log_all.gather(-1, index)
-    value = (log_p.exp() * (log_p - log_q)).sum(-1)
+    value = divergence(log_p, log_q)
     if index.shape[-1] < student.shape[-1]:
         rest = torch.ones_like(student, dtype=torch.bool).scatter_(-1, index, False)
         log_rest = log_all.masked_fill(~rest, -torch.inf).logsumexp(-1)

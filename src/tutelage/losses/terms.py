@@ -295,7 +295,8 @@ def _over(logits: Tensor, t: float) -> Tensor:
 
 
 def _softened(logits: Tensor, t: float) -> Tensor:
-    return _over(logits, t).log_softmax(-1)
+    log_p = _over(logits, t).log_softmax(-1)
+    return log_p.clamp_(min=torch.finfo(log_p.dtype).min / 2)  # an impossible token adds 0 * log 0 = 0, not NaN
 
 
 def _scaled(loss: LossAndGrad, t: float) -> LossAndGrad:
