@@ -45,8 +45,8 @@ class ImageSet(RawSplit):
 
     def read_as(self, preprocessing: Preprocessing) -> Self:
         """The split for a student with another preprocessing."""
-        kept = self._pixels_by_geometry
-        return replace(self, preprocessing=preprocessing, pixels=kept.get(preprocessing.geometry), stored=kept)
+        stored = self._pixels_by_geometry
+        return replace(self, preprocessing=preprocessing, pixels=stored.get(preprocessing.geometry), stored=stored)
 
     @property
     def is_augmented(self) -> bool:

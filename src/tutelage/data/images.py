@@ -202,15 +202,15 @@ def load_images(
     stored = sum(len(split) * g.size**2 * g.channels for split in splits.values() for g in geometries)
     if stored > IN_MEMORY_BYTES or (crops != [None, None] and not in_memory):
         geometries = [own.geometry] if in_memory and None in (student, *teachers) else []
-    kept = {name: _decode(split, geometries, own.geometry, name, progress) for name, split in splits.items()}
+    by_split = {name: _decode(split, geometries, own.geometry, name, progress) for name, split in splits.items()}
     if in_memory or (student, *teachers).count(None) == len(readers):
-        own = _normalised(raw, own, kept["train"].get(own.geometry), given)
+        own = _normalised(raw, own, by_split["train"].get(own.geometry), given)
     readers = [own if files is None else _override(files, given, splits["train"]) for files in (student, *teachers)]
     _check_channels(readers)
 
     def build(name: str, **augmentation: Any) -> ImageSet:
-        split, pixels = splits[name], kept[name].get(readers[0].geometry)
-        fields = {**vars(split), "pixels": pixels, "open": _opener(split), "stored": kept[name]}
+        split, pixels = splits[name], by_split[name].get(readers[0].geometry)
+        fields = {**vars(split), "pixels": pixels, "open": _opener(split), "stored": by_split[name]}
         return ImageSet(**fields, preprocessing=readers[0], teachers=tuple(readers[1:]), **augmentation)
 
     train = build("train", random_crop=crops[0], augments=augments, mix_augments=mixes)

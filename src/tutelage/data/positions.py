@@ -58,11 +58,13 @@ class NamedPositions:
 
     def notes(self) -> list[str]:
         """A sentence for each model that does not get all inputs."""
-        inputs, found = input_names(self.names), []
+        inputs, sentences = input_names(self.names), []
         for who, arguments in (("student", self.student), ("teacher", self.teacher or self.student)):
             if left := [name for name in inputs if name not in arguments]:
-                found.append(f"batch: the {who} takes {', '.join(arguments)}; {', '.join(left)} is not passed to it")
-        return found
+                sentences.append(
+                    f"batch: the {who} takes {', '.join(arguments)}; {', '.join(left)} is not passed to it"
+                )
+        return sentences
 
 
 def input_names(names: Sequence[str]) -> list[str]:
@@ -96,9 +98,9 @@ def name_positions(
             f"batch={shorten(names)}", remedy="name each position of the loader's tuples, as in ('x', 'length', 'y')"
         )
     inputs = input_names(given)
-    for kind, found in (("labels", [n for n in given if n in LABELS]), ("ids", [n for n in given if n in IDS])):
-        if len(found) > 1:
-            raise ConfigError(f"batch={given}: both {' and '.join(found)} are {kind}", remedy="rename one of them")
+    for kind, named in (("labels", [n for n in given if n in LABELS]), ("ids", [n for n in given if n in IDS])):
+        if len(named) > 1:
+            raise ConfigError(f"batch={given}: both {' and '.join(named)} are {kind}", remedy="rename one of them")
     if not inputs:
         raise ConfigError(f"batch={given} names no input", remedy="name the input too, as in ('x', 'y')")
     own = _arguments(inputs, student, "student")

@@ -116,7 +116,7 @@ class Preprocessing:
     def describe(self) -> str:
         """What is done to an image, in words."""
         sides = {"crop": "the shorter side", "squash": "both sides", "pad": "the longer side"}[self.fit]
-        size, mean, std = f"{self.size}x{self.size}", _shown(self.mean), _shown(self.std)
+        size, mean, std = f"{self.size}x{self.size}", _as_text(self.mean), _as_text(self.std)
         outside = "the mean colour" if self.fit == "pad" else "black"
         cut = f"cut out the centre of {size}" + (
             f" ({outside} outside the picture)" if self.resize < self.size else ""
@@ -256,8 +256,8 @@ def _same(own: Preprocessing, picture: Any, theirs: Tensor) -> bool:
 def differences(ours: Preprocessing, theirs: Preprocessing) -> Sequence[str]:
     """Each field that differs, as ``name ours (theirs)``."""
     own, other = asdict(ours), asdict(theirs)
-    return [f"{k} {_shown(own[k])} ({_shown(other[k])})" for k in own if own[k] != other[k]]
+    return [f"{k} {_as_text(own[k])} ({_as_text(other[k])})" for k in own if own[k] != other[k]]
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return "[" + ", ".join(f"{v:g}" for v in value) + "]" if isinstance(value, tuple) else str(value)

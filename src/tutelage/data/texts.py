@@ -275,23 +275,8 @@ def load_texts(
     classes = None if classes is None else [str(name) for name in classes]
     names = resolve_class_names(raw, label_columns, task, classes)
     tokenizers = tokenizer, teacher_tokenizer if teacher_tokenizer is not None else tokenizer
-    fingerprints, by_token = [tokenizer_fingerprint(one) for one in tokenizers], task in ("mlm", "causal", "tokens")
-    cuts = {tokenizer_fingerprint(one, ids_only=by_token) for one in tokenizers}
-    differs = teacher_columns != columns or len(cuts) > 1 or list(prompts[0]) != list(prompts[1])
-    align = align and differs and task == "causal" and teacher_columns == columns
-    if differs and not align and by_token:
-        other = ", or method kind: cross-tokenizer" if task == "causal" and teacher_columns == columns else ""
-        raise DataError(
-            f"teacher and student have different tokens, and {task} compares them token by token",
-            where="tokenizer",
-            remedy=f"use a student with the teacher's tokenizer{other}, or a task with one output per text",
-        )
-    if align and pack:
-        raise DataError(
-            "packed rows hold different texts for teacher and student, whose tokens have different lengths",
-            where="data.pack",
-            remedy="leave pack out; batches have texts of similar lengths anyway",
-        )
+    fingerprints = [tokenizer_fingerprint(one) for one in tokenizers]
+    differs, align = _compare_inputs(task, tokenizers, (columns, teacher_columns), prompts, align=align, pack=pack)
     route_names = sorted({str(v) for rows in raw.splits.values() for v in rows.columns[route]}) if route else []
     masking = build_masking(tokenizer, mask) if task == "mlm" else None
     sets = _tokenize_splits(
@@ -321,6 +306,40 @@ def load_texts(
         _with_windows(teacher), task, tokenizer, max_length, settings, route_names, prompts=prompts,
         teacher_tokenizer=None if fingerprints[0] == fingerprints[1] else tokenizers[1],
     )  # fmt: skip
+
+
+def _compare_inputs(
+    task: TextTask,
+    tokenizers: tuple[Any, Any],
+    columns: tuple[list[str], list[str]],
+    prompts: Prompts,
+    *,
+    align: bool,
+    pack: bool,
+) -> tuple[bool, bool]:
+    """Whether student and teacher read different tokens, and whether these are aligned.
+
+    Raises:
+        DataError: the tokens differ, and the task compares them one by one; or packed rows are to be aligned.
+    """
+    by_token, same_columns = task in ("mlm", "causal", "tokens"), columns[0] == columns[1]
+    cuts = {tokenizer_fingerprint(one, ids_only=by_token) for one in tokenizers}
+    differs = not same_columns or len(cuts) > 1 or list(prompts[0]) != list(prompts[1])
+    align = align and differs and task == "causal" and same_columns
+    if differs and not align and by_token:
+        other = ", or method kind: cross-tokenizer" if task == "causal" and same_columns else ""
+        raise DataError(
+            f"teacher and student have different tokens, and {task} compares them token by token",
+            where="tokenizer",
+            remedy=f"use a student with the teacher's tokenizer{other}, or a task with one output per text",
+        )
+    if align and pack:
+        raise DataError(
+            "packed rows hold different texts for teacher and student, whose tokens have different lengths",
+            where="data.pack",
+            remedy="leave pack out; batches have texts of similar lengths anyway",
+        )
+    return differs, align
 
 
 def _tokenize_splits(

@@ -37,10 +37,10 @@ def find_classifier(model: nn.Module, example: Batch) -> Classifier:
     assert logits is not None
     heads = _layers_like(model, example, logits)
     generator = torch.Generator().manual_seed(0)
-    drawn = {path: torch.randn(logits.shape, generator=generator).to(logits) for path in heads}
-    seen = _logits_with(model, example, drawn)
-    chosen = [path for path in heads if torch.allclose(seen, drawn[path], atol=1e-5)][-1:]
-    if not chosen and len(heads) > 1 and torch.allclose(seen, torch.stack(list(drawn.values())).mean(0), atol=1e-5):
+    outputs = {path: torch.randn(logits.shape, generator=generator).to(logits) for path in heads}
+    seen = _logits_with(model, example, outputs)
+    chosen = [path for path in heads if torch.allclose(seen, outputs[path], atol=1e-5)][-1:]
+    if not chosen and len(heads) > 1 and torch.allclose(seen, torch.stack(list(outputs.values())).mean(0), atol=1e-5):
         chosen = list(heads)
     if chosen:
         classifier = _joined(model, {path: heads[path] for path in chosen})

@@ -37,8 +37,8 @@ class OutputReader:
 
     def read(self, output: Any) -> Tensor:
         """The scores ``[..., C]``; raises :class:`ModelError` if there are none."""
-        found = None if self.key is None else _item(output, self.key)
-        scores = found if isinstance(found, Tensor) else logits_of(output)
+        value = None if self.key is None else _item(output, self.key)
+        scores = value if isinstance(value, Tensor) else logits_of(output)
         if -scores.ndim <= self.class_axis < scores.ndim:
             scores = scores.movedim(self.class_axis, -1)
         if self.form == "column":
@@ -87,8 +87,8 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 def _uninitialised(buffer: Tensor) -> Tensor:
     new: Any = UninitializedBuffer
-    made: Tensor = new(device=buffer.device, dtype=buffer.dtype)
-    return made
+    tensor: Tensor = new(device=buffer.device, dtype=buffer.dtype)
+    return tensor
 
 
 def call_model(
@@ -99,8 +99,12 @@ def call_model(
 ) -> Any:
     """The output of a model for a tensor, for keyword arguments, or for positional arguments.
 
-    Positional arguments (:class:`tutelage.data.Arguments`) are passed one by one if the model's ``forward`` takes so
-    many, and else as one tuple. ``call`` runs in place of the model.
+    Args:
+        model: the module.
+        inputs: its arguments. Positional ones (:class:`tutelage.data.Arguments`) are passed one by one if the model's
+            ``forward`` takes so many, and else as one tuple.
+        options: more keyword arguments, for inputs that are keyword arguments.
+        call: runs in place of the model.
     """
     call = model if call is None else call
     if not isinstance(inputs, Mapping):
