@@ -106,6 +106,52 @@ def config_for_layers(model: nn.Module, layers: list[int]) -> Any:
     return short
 
 
+def set_layer_kinds(model: nn.Module, config: Any, layers: list[int]) -> None:
+    """Change numbers of a short config until its layers have the weights that these layers of the model have.
+
+    Lists of layer numbers, such as ``mlp_only_layers``, are renumbered. Another number, such as
+    ``first_k_dense_replace`` or ``moe_layer_interval``, is changed only if more layers match then.
+    """
+    path, stack = find_layer_stack(model)
+    fields = {k: getattr(config, k, None) for k in config.to_dict() if not k.endswith("_token_id")}
+    for name, value in fields.items():
+        if _counts_layers(name, value, len(stack)):
+            setattr(config, name, [i for i, layer in enumerate(layers) if layer in value])
+    wanted = [{k: tuple(x.shape) for k, x in stack[layer].state_dict().items()} for layer in layers]
+
+    def matches() -> int:
+        shapes = weight_shapes(type(model), config)
+        if shapes is None:
+            return -1
+        own: list[dict[str, Shape]] = [{} for _ in layers]
+        for name, shape in shapes.items():
+            if name.startswith(f"{path}.") and (number := int(name[len(path) + 1 :].split(".")[0])) < len(layers):
+                own[number][name.split(f"{path}.{number}.", 1)[1]] = shape
+        return sum(a == b for a, b in zip(own, wanted, strict=True))
+
+    best = matches()
+    for name, value in fields.items():
+        if best == len(layers):
+            return
+        if type(value) is not int or not 0 <= value <= len(stack) or name in SIZES_OF_A_STACK:
+            continue
+        result = value
+        for candidate in dict.fromkeys((sum(layer < value for layer in layers), *range(len(layers) + 1))):
+            setattr(config, name, candidate)
+            if (now := matches()) > best:
+                best, result = now, candidate
+        setattr(config, name, result)
+
+
+SIZES_OF_A_STACK = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+
+
+def _counts_layers(name: str, value: Any, total: int) -> bool:
+    """Whether a field of a config is a list of layer numbers."""
+    is_numbers = isinstance(value, (list, tuple)) and all(type(i) is int and 0 <= i < total for i in value)
+    return bool(is_numbers and value and sorted(set(value)) == list(value) and re.search("layer|idx|ind", name))
+
+
 def with_vocabulary_size(config: Any, size: int) -> Any:
     """The config with another vocabulary size; all special tokens become token 0."""
     ids = {name: 0 for name in config.to_dict() if name.endswith("_token_id") and getattr(config, name) is not None}
@@ -133,11 +179,11 @@ def random_model(kind: type[nn.Module], config: Any) -> nn.Module:
     return model
 
 
-def run_model(model: nn.Module) -> list[Tensor]:
+def run_model(model: nn.Module, vocabulary: int = VOCABULARY_SIZE, **options: Any) -> list[Tensor]:
     """The output tensors of a model for two texts of seven tokens."""
-    tokens = torch.randint(1, VOCABULARY_SIZE, (2, 7), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(1, vocabulary, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        output = model(input_ids=tokens)
+        output = model(input_ids=tokens.to(next(model.parameters()).device), **options)
     return [x for x in output.to_tuple() if isinstance(x, Tensor)]
 
 

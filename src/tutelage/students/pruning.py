@@ -7,14 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tutelage.errors import ConfigError, ModelError, shorten
+from tutelage.errors import ConfigError, ModelError, first_line, shorten
 from tutelage.students.config_probing import (
     build_from_config,
     config_for_layers,
     copy_weights,
     layer_pattern,
     replace_fields,
+    set_layer_kinds,
 )
+from tutelage.students.depth_check import check_depth
 from tutelage.students.embeddings import factorise_embeddings
 from tutelage.students.layer_selection import find_layer_stack, require_config, select_layers
 from tutelage.students.width_pruning import WeightLayout, find_weight_layout
@@ -70,7 +72,8 @@ def prune(
 
     Raises:
         ConfigError: unknown or unsuitable map, a size out of range, an unknown ``initial``.
-        ModelError: unsupported kind of model, or sizes that the family cannot have.
+        ModelError: unsupported kind of model, sizes that the family cannot have, or a family whose layers compute
+            something else at another place (see :func:`~tutelage.students.depth_check.check_depth`).
 
     Reference: Sanh et al., DistilBERT (2019), section 3, for layers; Wang et al., MiniLM (2020), for widths.
     """
@@ -79,14 +82,18 @@ def prune(
     path, stack = find_layer_stack(model)
     numbers = _layer_numbers(layers, map, len(stack), importance)
     is_full = numbers == list(range(len(stack)))
-    config = replace_fields(require_config(model)) if is_full else config_for_layers(model, numbers)
+    shallow = None if is_full else _shallow_student(model, path, numbers, seed)
+    if shallow is not None and initial == "teacher":
+        check_depth(model, shallow, numbers)
+    config = replace_fields(require_config(model if shallow is None else shallow))
     units: Units = {}
     layout: WeightLayout | None = None
     if (width, heads, intermediate) != (None, None, None):
         layout = find_weight_layout(model)
+        shallow = None
         sizes = _set_sizes(config, layout, width, heads, intermediate, type(model).__name__)
         units = _most_important(model, path, layout, sizes)
-    student = build_from_config(model, config, seed)
+    student = build_from_config(model, config, seed) if shallow is None else shallow
     missing = copy_weights(
         student, model, lambda name: _teacher_name(name, path, numbers),
         lambda name, value: value if layout is None else _select_units(name, value, path, layout, units),
@@ -99,6 +106,28 @@ def prune(
         student = build_from_config(student, replace_fields(require_config(student)), seed)
         missing, unexpected = list(student.state_dict()), []
     return PrunedStudent(student, tuple(numbers), tuple(missing), tuple(unexpected))
+
+
+def _shallow_student(model: nn.Module, path: str, layers: list[int], seed: int) -> nn.Module:
+    """A student with fewer layers and nothing else changed."""
+    family = type(model).__name__
+    remedy = "keep all layers, or name a smaller model as student.model"
+    try:
+        config = config_for_layers(model, layers)
+        set_layer_kinds(model, config, layers)
+        student = build_from_config(model, config, seed)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{family} has no config for {len(layers)} layers: {first_line(error)}", remedy=remedy
+        ) from error
+    if len(find_layer_stack(student)[1]) != len(layers):
+        raise ModelError(
+            f"num_hidden_layers does not set the number of layers of {family}, which {path} has", remedy=remedy
+        )
+    copy_weights(student, model, lambda name: _teacher_name(name, path, layers), lambda _, value: value)
+    return student
 
 
 def _layer_numbers(
