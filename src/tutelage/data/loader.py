@@ -1,8 +1,4 @@
-"""The micro-batches of each optimizer step, from a data set or a user's loader.
-
-Each step has one list of rows, which is split among processes and micro-batches. Gradients and resumed runs therefore
-do not depend on the number of processes or micro-batches.
-"""
+"""The rows of each optimizer step: one list for any number of processes and micro-batches, also if resumed."""
 
 import itertools
 import random

@@ -1,8 +1,4 @@
-"""Augmentations of images, and masking of tokens, as functions of a seed, so that any view can be recomputed.
-
-The seed of a view is a function of (run seed, epoch, sample id). Teacher and student get the same tensor, and a cache
-can recompute the view from its seed.
-"""
+"""Augmentations of images and masking of tokens: functions of a seed, so that teacher, student and cache agree."""
 
 import inspect
 import random

@@ -113,7 +113,7 @@ def set_layer_kinds(model: nn.Module, config: Any, layers: list[int]) -> None:
     ``first_k_dense_replace`` or ``moe_layer_interval``, is changed only if more layers match then.
     """
     path, stack = find_layer_stack(model)
-    fields = {k: getattr(config, k, None) for k in config.to_dict() if not k.endswith("_token_id")}
+    fields: dict[str, Any] = {k: getattr(config, k, None) for k in config.to_dict() if not k.endswith("_token_id")}
     for name, value in fields.items():
         if _counts_layers(name, value, len(stack)):
             setattr(config, name, [i for i, layer in enumerate(layers) if layer in value])

@@ -10,7 +10,7 @@ from tutelage.errors import ModelError, first_line
 from tutelage.students.config_probing import run_model
 from tutelage.students.layer_selection import find_layer_stack, require_config
 from tutelage.students.projectors import eval_no_grad
-from tutelage.taps.observe import no_cache_arguments
+from tutelage.taps.heads import no_cache_arguments
 
 PLAIN = (bool, int, float, str)
 

@@ -41,9 +41,9 @@ def find_stages(model: nn.Module, example: Batch, *, any_layout: bool = False) -
     stages, layers = dict[Size, str](), dict[Size, str]()
     for path, _, size, _ in maps:  # in the order of execution, inner modules first
         if len(inside[path]) == 1 and size != (1, 1):
-            found = layers if next(modules[path].children(), None) is None else stages
-            found.pop(size, None)
-            found[size] = path
+            by_size = layers if next(modules[path].children(), None) is None else stages
+            by_size.pop(size, None)
+            by_size[size] = path
     if not seen.tokens:
         return stages or layers
     begin = seen.tokens[0][1]  # a hybrid has maps after its first tokens, or of several resolutions
@@ -165,10 +165,10 @@ def find_channels_last(model: nn.Module, example: Batch, taps: Sequence[str]) ->
     image, shapes = image_size(example), feature_shapes(model, example, taps)
     fits = {tap: [len(x) == 4 and is_map_size((x[i], x[i + 1]), image) for i in (2, 1)] for tap, x in shapes.items()}
     unclear = [tap for tap, (first, last) in fits.items() if image is not None and first and last]
-    found = {tap: last and not first for tap, (first, last) in fits.items()}
+    is_feature = {tap: last and not first for tap, (first, last) in fits.items()}
     if unclear:
-        found |= _larger_images(model, example, {tap: shapes[tap] for tap in unclear})
-    return found
+        is_feature |= _larger_images(model, example, {tap: shapes[tap] for tap in unclear})
+    return is_feature
 
 
 def _larger_images(model: nn.Module, example: Batch, shapes: dict[str, Shape]) -> dict[str, bool]:
