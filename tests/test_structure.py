@@ -12,7 +12,7 @@ PACKAGE = SRC / "tutelage"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 MOST_LINES_OF_A_FUNCTION = 80
-MOST_LINES_OF_A_ROOM = 4_500
+MOST_LINES_OF_A_ROOM = 5_500
 MOST_LINES = 46_000
 """Of the package: 39,905 without what was added since. Raise it for new capability alone."""
 MOST_FIELDS = 12

@@ -166,8 +166,8 @@ class TextDataConfig(SplitsConfig):
     kind: Literal["texts"]
     """Texts, as token ids. The default if there is ``source: table`` or ``plain``, ``text`` or ``task``."""
     source: Annotated[str, AfterValidator(known_source("source of texts", TEXT_SOURCES, ("hf",)))]
-    """``table`` (CSV, TSV, JSON lines or Parquet), ``plain`` (.txt files; each paragraph is a text) or
-    ``hf:DATASET_ID``."""
+    """``table`` (CSV, JSON lines, Parquet, CoNLL or a saved data set), ``plain`` (.txt files; each paragraph is a
+    text) or ``hf:DATASET_ID``."""
     path: str | dict[Literal["train", "validation", "test"], str] | None = None
     """A file or a folder, or one for each split: ``{train: a.parquet, test: b.parquet}``."""
     task: TextTask = "classes"

@@ -14,11 +14,9 @@ from torch import Tensor
 from tutelage.data.batch import IGNORE, TextTask
 from tutelage.data.image_sources import load_hub_splits
 from tutelage.data.raw_images import path_id
+from tutelage.data.table_files import read_table, table_parts
 from tutelage.data.text_checks import is_missing, place
-from tutelage.errors import ConfigError, DataError, did_you_mean, first_line, nearest, require, shorten, suggest
-
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-"""Suffixes of table files."""
+from tutelage.errors import ConfigError, DataError, nearest, require, shorten, suggest
 
 TOOLS = "tools"
 """The column of the functions that a chat template describes to the model."""
@@ -107,7 +105,7 @@ def read_texts(
             raise DataError("has no rows", where=files[split], remedy="give a file with texts")
     digest = hashlib.blake2b(source.encode(), digest_size=8)
     for split, file in files.items():
-        for each in _files(Path(file)):
+        for each in table_parts(Path(file)) if source == "table" else _files(Path(file)):
             name = each.suffix if each == Path(file) else each.relative_to(file).as_posix()
             digest.update(json.dumps([split, name, each.stat().st_size]).encode())
             with open(each, "rb") as opened:
@@ -117,70 +115,6 @@ def read_texts(
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.rglob("*.txt") if p.is_file())
-
-
-def read_table(path: Path, texts: Sequence[str] = ()) -> Any:
-    """Read a CSV, TSV, JSON-lines or Parquet file as an Arrow table.
-
-    Texts that look like dates stay texts, and so do numbers with leading zeros and all cells of ``texts`` in CSV.
-
-    Raises:
-        DataError: the file is missing, broken, or has another suffix.
-    """
-    import pyarrow as pa
-    from pyarrow import compute, csv, json, parquet
-
-    if not path.is_file():
-        raise DataError("no such file", where=str(path), remedy=did_you_mean(path, "check data.path"))
-    if path.suffix not in TABLES:
-        ending = f"the suffix {path.suffix}" if path.suffix else "no suffix"
-        raise DataError(
-            f"has {ending}, so the kind of table is unknown", where=str(path), remedy=f"allowed: {', '.join(TABLES)}"
-        )
-    # A block must fit the longest line; the default is 1 MiB, the maximum 2 GiB.
-    block = min(max(path.stat().st_size + 1, 2**20), 2**31 - 1)
-    try:
-        if path.suffix == ".parquet":
-            return parquet.read_table(path)
-        if path.suffix in (".json", ".jsonl"):
-            options = json.ReadOptions(block_size=block)
-            table = json.read_json(path, read_options=options)
-            schema = pa.schema([(field.name, _times_as_texts(field.type)) for field in table.schema])
-            if schema.equals(table.schema):
-                return table
-            return json.read_json(path, read_options=options, parse_options=json.ParseOptions(explicit_schema=schema))
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)  # a quoted text may have line breaks
-
-        def read(**convert: Any) -> Any:
-            return csv.read_csv(path, csv.ReadOptions(block_size=block), parse, csv.ConvertOptions(**convert))
-
-        table = read(column_types=dict.fromkeys(texts, pa.string()))
-        doubtful = [f.name for f in table.schema if pa.types.is_temporal(f.type) or pa.types.is_integer(f.type)]
-        if doubtful:
-            cells = read(column_types=dict.fromkeys(doubtful, pa.string()), include_columns=doubtful)
-            for name in doubtful:
-                zeros = compute.any(compute.match_substring_regex(cells[name], r"^\s*[+-]?0\d")).as_py()
-                if zeros or pa.types.is_temporal(table[name].type):
-                    table = table.set_column(table.column_names.index(name), name, cells[name])
-        return table
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"cannot be read as {path.suffix[1:]}: {first_line(error)}",
-            where=str(path),
-            remedy="repair the file, or download it again",
-        ) from None
-
-
-def _times_as_texts(kind: Any) -> Any:
-    """An Arrow type with texts in place of dates and times, nested ones included."""
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _times_as_texts(field.type)) for field in kind])
-    if pa.types.is_list(kind):
-        return pa.list_(_times_as_texts(kind.value_type))
-    return pa.string() if pa.types.is_temporal(kind) else kind
 
 
 def check_columns(columns: Sequence[str], known: Sequence[str], where: str) -> None:

@@ -159,12 +159,15 @@ def _folder(
 ) -> DataDescription:
     from tutelage.data.image_files import IMAGE_EXTENSIONS
     from tutelage.data.raw_images import SPLIT_NAMES
-    from tutelage.data.text_sources import TABLES
+    from tutelage.data.table_files import SAVED_SPLITS, TABLES, is_saved_dataset
 
+    if is_saved_dataset(path):
+        return _table({"train": path}, str(path), task, text, label, teacher)
+    saved = (path / SAVED_SPLITS).is_file()
     tables = {
         split: file
         for split, names in SPLIT_NAMES.items()
-        for file in sorted(p for p in path.iterdir() if p.suffix in TABLES and p.stem.lower() in names)[:1]
+        for file in sorted(p for p in path.iterdir() if (saved or p.suffix in TABLES) and p.stem.lower() in names)[:1]
     }
     every = sorted(p for p in path.iterdir() if p.suffix in TABLES)
     if "train" in tables:
@@ -249,8 +252,9 @@ def _table(
     files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None, label: str | None,
     teacher: str | None,
 ) -> DataDescription:  # fmt: skip
+    from tutelage.data.table_files import read_table
     from tutelage.data.text_checks import is_missing
-    from tutelage.data.text_sources import check_columns, read_table
+    from tutelage.data.text_sources import check_columns
 
     if task == "images":
         raise ConfigError(
