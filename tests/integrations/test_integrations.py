@@ -394,3 +394,57 @@ def test_lightning_validates_and_refuses_its_own_accumulation(tmp_path: Path, qu
     assert figures["val_loss"] > 0
     with pytest.raises(CapabilityError, match="gradient_clip_val"):
         LightningDistillationModule(case.student(), case.teacher, example=case.world.train[0], clip=1.0)
+
+
+def _lightning_lr(accumulate: int, interval: str, quiet: dict[str, Any]) -> list[float]:
+    """The learning rate after each of two epochs of four batches."""
+    import lightning
+
+    from tutelage.integrations.lightning import LightningDistillationModule
+
+    data = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(4)]
+
+    def optimizer(parameters: Any) -> Any:
+        sgd = torch.optim.SGD(parameters, lr=0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(sgd, 1, gamma=0.5)
+        return {"optimizer": sgd, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+    rates: list[float] = []
+
+    class Rates(lightning.Callback):
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        def on_fit_end(self, trainer: Any, module: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = LightningDistillationModule(
+        torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), example=data[0], optimizer=optimizer, accumulate=accumulate
+    )
+    lightning.Trainer(max_epochs=2, callbacks=[Rates()], **quiet).fit(
+        module, torch.utils.data.DataLoader(data, batch_size=None)
+    )
+    return rates
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_lightning_schedules_do_not_depend_on_the_micro_batches(
+    interval: str, tmp_path: Path, quiet_lightning: None
+) -> None:
+    quiet = {
+        "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "accelerator": "cpu", "default_root_dir": tmp_path,
+    }  # fmt: skip
+    plain, cut = (_lightning_lr(accumulate, interval, quiet) for accumulate in (1, 2))
+    assert cut == pytest.approx(plain)
+    assert plain == pytest.approx([0.1, 0.05, 0.025] if interval == "epoch" else [0.1, 0.1 / 2**4, 0.1 / 2**8])
+    import lightning
+
+    from tutelage.integrations.lightning import LightningDistillationModule
+
+    raw = (torch.randn(8, 4), torch.arange(8) % 3)
+    module = LightningDistillationModule(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), example=raw, accumulate=2)
+    with pytest.raises(CapabilityError, match=r"gradient_clip_val=1.0.*\n.*clip=1.0"):
+        lightning.Trainer(max_epochs=1, gradient_clip_val=1.0, **quiet).fit(
+            module, torch.utils.data.DataLoader([raw], batch_size=None)
+        )

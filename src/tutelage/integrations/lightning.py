@@ -63,11 +63,10 @@ class LightningDistillationModule(LightningModule):
         if clip is not None and accumulate == 1:
             raise CapabilityError(
                 f"clip={clip} without accumulate, where Lightning makes the step",
-                remedy="Trainer(gradient_clip_val=...)",
+                remedy=f"leave clip out, and give Lightning's Trainer(gradient_clip_val={clip})",
             )
         self.distiller = Distiller(student, teacher, method, example=example, **options)
         self._optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
-        self.automatic_optimization = accumulate == 1
 
     @property
     def student(self) -> nn.Module:
@@ -97,6 +96,14 @@ class LightningDistillationModule(LightningModule):
                 f"Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches}) divides by the number of "
                 "micro-batches, not by their term counts",
                 remedy="leave it at 1, make the loader's batch as large as the step, and pass accumulate= here",
+            )
+        if self.accumulate > 1:  # not before: Lightning drops interval and monitor of manual schedules
+            self.automatic_optimization = False
+        if self.trainer.gradient_clip_val is not None and not self.automatic_optimization:
+            given = self.trainer.gradient_clip_val
+            raise CapabilityError(
+                f"Trainer(gradient_clip_val={given}) with accumulate={self.accumulate}: this module makes the step",
+                remedy=f"leave gradient_clip_val out, and give LightningDistillationModule(clip={given})",
             )
         if self.accumulate > 1 and self.trainer.world_size > 1:
             raise CapabilityError(
@@ -131,10 +138,28 @@ class LightningDistillationModule(LightningModule):
             self.clip_gradients(optimizers, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
         optimizers.step()
         optimizers.zero_grad()
-        schedules: Any = self.lr_schedulers()
-        for schedule in [] if schedules is None else schedules if isinstance(schedules, list) else [schedules]:
-            schedule.step()
+        self._step_schedules("step", self.global_step)
         return total
+
+    def _step_schedules(self, interval: str, done: int) -> None:
+        """Step the schedules of an interval as Lightning does, which leaves them to a module that makes the step."""
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval != interval or done % config.frequency:
+                continue
+            monitor = str(config.monitor or "val_loss") if config.reduce_on_plateau else None
+            if monitor is not None and monitor not in self.trainer.callback_metrics:
+                raise CapabilityError(
+                    f"the learning rate schedule follows {monitor!r}, which is not logged",
+                    remedy=f"monitor one of {', '.join(self.trainer.callback_metrics)}, or pass validation data",
+                )
+            self.lr_scheduler_step(
+                config.scheduler, None if monitor is None else self.trainer.callback_metrics[monitor]
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedules of epochs, if this module makes the step."""
+        if not self.automatic_optimization:
+            self._step_schedules("epoch", self.current_epoch + 1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report the end of a step to the method."""
