@@ -14,6 +14,7 @@ from tutelage.errors import CapabilityError, ConfigError, DataError, shorten
 LABELS = ("y", "label", "labels", "target", "targets")
 IDS = ("id", "ids")
 UNUSED = "_"
+NOT_INPUTS = (*LABELS, *IDS, UNUSED)
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ class NamedPositions:
         values = dict(zip(self.names, raw, strict=True))
         labels = next((values[name] for name in self.names if name in LABELS), None)
         batch = self._convert(values, self.student, labels)
-        ids = next((values[name] for name in self.names if name in IDS), None)
-        if ids is not None:
-            batch = replace(batch, ids=torch.as_tensor(ids).long())
+        for name in set(self.names) & set(IDS):
+            batch = replace(batch, ids=torch.as_tensor(values[name]).long())
         if self.teacher is not None:
             batch = replace(batch, teacher_inputs=self._convert(values, self.teacher, labels).inputs)
         return batch
@@ -58,18 +58,12 @@ class NamedPositions:
 
     def notes(self) -> list[str]:
         """A sentence for each model that does not get all inputs."""
-        inputs, sentences = input_names(self.names), []
+        sentences = []
         for who, arguments in (("student", self.student), ("teacher", self.teacher or self.student)):
-            if left := [name for name in inputs if name not in arguments]:
-                sentences.append(
-                    f"batch: the {who} takes {', '.join(arguments)}; {', '.join(left)} is not passed to it"
-                )
+            if left := [name for name in self.names if name not in (*NOT_INPUTS, *arguments)]:
+                own = ", ".join(arguments)
+                sentences.append(f"batch: the {who} takes {own}; {', '.join(left)} is not passed to it")
         return sentences
-
-
-def input_names(names: Sequence[str]) -> list[str]:
-    """The names of positions that are inputs."""
-    return [name for name in names if name not in (*LABELS, *IDS, UNUSED)]
 
 
 def name_positions(
@@ -97,7 +91,7 @@ def name_positions(
         raise ConfigError(
             f"batch={shorten(names)}", remedy="name each position of the loader's tuples, as in ('x', 'length', 'y')"
         )
-    inputs = input_names(given)
+    inputs = [name for name in given if name not in NOT_INPUTS]
     for kind, named in (("labels", [n for n in given if n in LABELS]), ("ids", [n for n in given if n in IDS])):
         if len(named) > 1:
             raise ConfigError(f"batch={given}: both {' and '.join(named)} are {kind}", remedy="rename one of them")
@@ -107,7 +101,7 @@ def name_positions(
     theirs = [_arguments(inputs, teacher, "teacher") for teacher in teachers if isinstance(teacher, nn.Module)]
     if any(one != theirs[0] for one in theirs):
         raise CapabilityError(
-            f"the teachers take different inputs of batch={given}", remedy="give all members the same arguments"
+            f"the teachers take different inputs of batch={given}", remedy="give them the same ones"
         )
     return NamedPositions(given, to_batch, own, theirs[0] if theirs and theirs[0] != own else None)
 
