@@ -53,6 +53,11 @@ class ImageSet(RawSplit):
         """Whether a view depends on its seed."""
         return bool(self.augments) or bool(self.mix_augments) or self.random_crop is not None
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the pixels that every model reads are in memory."""
+        return all(g in self._pixels_by_geometry for g in self.geometries)
+
     @cached_property
     def geometries(self) -> tuple[Preprocessing, ...]:
         """The different geometries that are read, the student's first."""

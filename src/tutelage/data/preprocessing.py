@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -186,71 +186,6 @@ def to_picture(pixels: Tensor) -> Any:
 
     array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
     return Image.fromarray(array.contiguous().numpy())
-
-
-SAME = 0.03
-"""Levels of 255 by which pixels may differ because of rounding."""
-
-Pipeline = Callable[[Any], Tensor]
-"""A library's own: a PIL image in RGB -> ``[3, size, size]``."""
-
-
-def identify(pipeline: Pipeline, candidates: Iterable[Mapping[str, Any]]) -> Preprocessing | None:
-    """The preprocessing that gives what a library's pipeline gives, on pictures of random pixels.
-
-    Normalisation and order of the channels are read off the output for plain colours, so that any rescaling is
-    included.
-
-    Args:
-        candidates: fields of the geometries to try.
-
-    Returns:
-        ``None`` if no candidate gives the same, or the output is not square.
-    """
-    from PIL import Image
-
-    try:
-        plain = ((0, 0, 0), (255, 255, 255), (255, 0, 0))
-        colours = [pipeline(Image.new("RGB", (64, 64), colour)) for colour in plain]
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):  # it takes no RGB pictures
-        return None
-    side = colours[0].shape[-1]
-    if colours[0].shape != (3, side, side) or not colours[0].is_floating_point():
-        return None
-    black, white, red = (x[:, side // 2, side // 2].double() for x in colours)
-    if bool((white == black).any()):
-        return None
-    std = 1 / (white - black)
-    is_red = (red - black).abs() > 0.5 * (white - black).abs()
-    common: dict[str, Any] = {
-        "size": side,
-        "mean": (-black * std).tolist(),
-        "std": std.tolist(),
-        "order": "BGR" if is_red.tolist() == [False, False, True] else "RGB",
-    }
-    noise = np.random.default_rng(0)
-    shapes = ((461, 307), (47, 90), (side, side + 1))
-    pictures = [Image.fromarray(noise.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
-    wanted = [pipeline(picture).float() for picture in pictures]
-    for candidate in candidates:
-        own = Preprocessing(**{**common, **candidate})
-        if all(_same(own, picture, theirs) for picture, theirs in zip(pictures, wanted, strict=True)):
-            return own
-    return None
-
-
-def greatest_difference(own: Preprocessing, pipeline: Pipeline) -> float:
-    """The greatest difference from a library's pipeline on a picture of random pixels, in levels of 255."""
-    from PIL import Image
-
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (461, 307, 3), dtype=np.uint8))
-    ours, theirs = own.normalise(own.pixels(picture)[None]), pipeline(picture)[None].float()
-    return 255 * float((own.denormalise(ours) - own.denormalise(theirs)).abs().max())
-
-
-def _same(own: Preprocessing, picture: Any, theirs: Tensor) -> bool:
-    ours = own.normalise(own.pixels(picture)[None])[0]
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
 def differences(ours: Preprocessing, theirs: Preprocessing) -> Sequence[str]:

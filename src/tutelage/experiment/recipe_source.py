@@ -61,7 +61,7 @@ from tutelage.experiment.teacher_setup import live_options, prefetch_mode, resol
 from tutelage.methods import METHODS, MaskedMethod, Method, SequenceMethod, SupervisedMethod
 from tutelage.models import MODEL_CARD, ModelSpec, build, load_weights
 from tutelage.models.files import read_card
-from tutelage.models.pretrained import CrossEncoder, SentenceEncoder
+from tutelage.models.pretrained import CrossEncoder, SentenceEncoder, position_limit
 from tutelage.progress import Terminal
 from tutelage.students import (
     add_fake_quantisers,
@@ -326,12 +326,20 @@ def build_model(
             where="data.max_length",
             remedy=f"set data.max_length={limit}",
         )
+    longest = max(int(split.lengths.max()) for split in (data.train, data.validation, data.test) if len(split))
+    positions = position_limit(model)
+    if positions is not None and positions < longest:
+        raise ConfigError(
+            f"the longest text has {longest} tokens, and {config.model} has {positions} positions",
+            where="data.max_length",
+            remedy=f"set data.max_length={positions}",
+        )
     return with_tokenizer(model, data)
 
 
 def evaluation_workers(recipe: Recipe, data: Data) -> int:
     """Processes that load evaluation data; none for images that are in memory."""
-    return recipe.data.workers if isinstance(data, TextData) or data.test.pixels is None else 0
+    return recipe.data.workers if isinstance(data, TextData) or not data.test.is_in_memory else 0
 
 
 def data_card(data: Data, member: int | None = None) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_model as save_shared
 from torch import Tensor, nn
 
-from tutelage.data.preprocessing import RESAMPLE, SAME, Preprocessing, greatest_difference
+from tutelage.data.preprocessing import RESAMPLE, Preprocessing
 from tutelage.errors import CapabilityError, ModelError, TutelageError, first_line, require
 from tutelage.export.bundle import IMAGE, Inputs, ModelBundle, TraceModule, is_transformers
+from tutelage.export.image_files import SAME, greatest_difference
 from tutelage.export.runtimes import ONNX, PROGRAM
 from tutelage.files import silence_transformers
 from tutelage.models import MODEL_CARD, WEIGHTS, read_image_files, save_model

@@ -209,6 +209,21 @@ def read_class_names(model: str, checkpoint: str | None) -> list[str] | None:
     return names_in(known) if _has_head(known) and known.id2label else None
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens of the longest text that a model has learned position embeddings for; ``None`` without any."""
+    limits = []
+    for name, module in model.named_modules():
+        learned = isinstance(module, nn.Embedding) and not type(module).__name__.startswith("Sinusoidal")
+        if learned and name.rpartition(".")[2] in POSITIONS:
+            first = int(module.padding_idx or -1) + 1  # RoBERTa counts from the number after its padding token's
+            limits.append(int(module.num_embeddings) - int(getattr(module, "offset", first)))
+    return min(limits, default=None)
+
+
+POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+"""Names of embeddings of absolute positions in transformers."""
+
+
 class SentenceEncoder(nn.Module):
     """Text embeddings: the last hidden states of an encoder, pooled, and what its folder adds after that.
 
