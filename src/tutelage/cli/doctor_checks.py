@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from tutelage.cli.time_estimate import estimate_seconds, time_training
 from tutelage.config import Recipe
-from tutelage.data import Batch, Data, ImageData, RankSlice, TextData
+from tutelage.data import Data, ImageData, TextData
 from tutelage.data.batch import IGNORE
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import DataError, TutelageError
@@ -33,7 +33,6 @@ from tutelage.experiment.spec import ExperimentSpec, ModelTeacher
 from tutelage.experiment.teacher_setup import build_live_teacher, open_remote_teacher
 from tutelage.methods import Method, check_capabilities
 from tutelage.methods.base import DistillationModule
-from tutelage.methods.step import get_signal
 from tutelage.multistage.run import first_stage
 from tutelage.progress import Terminal
 from tutelage.students import describe_adapters, has_adapters
@@ -56,7 +55,7 @@ class Findings(list[Finding]):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.started = recipe, time.monotonic()
 
     def add(self, level: Literal["ok", "note", "bad"], topic: str, text: str, remedy: str | None = None) -> None:
         """Append a finding."""
@@ -312,35 +311,25 @@ def check_steps(
     teacher: ModelTeacher | None,
     device: torch.device,
 ) -> None:
-    """Run three optimizer steps on a throw-away student; check the terms, report time and memory."""
-    config = recipe.train
-    batches = prepare.training_batches(spec, module.method, recipe.seeds[0])
-    optimizer = build_optimizer(module, config.optimizer)
-    epoch = spec.source.training_batches("distilled", recipe.seeds[0]).steps_per_epoch
-    total = config.steps or (config.epochs or 1) * epoch
-    build_schedule(optimizer, config.schedule, total, epoch)
-    module.train()
+    """Do the parts of a run on a throw-away student; check the terms, report time and memory."""
+    method, seed = module.method, recipe.seeds[0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times: list[float] = []
-    values: dict[str, float] = {}
-    for micros in islice(batches.epoch(0, RankSlice(accumulate=config.accumulate)), 3):
-        start = time.perf_counter()
-        for micro in micros:
-            values = _step(module, teacher, micro.to(device))
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-    terms = ", ".join(f"{k} {v:.3g}" for k, v in values.items())
-    if all(abs(v) < float("inf") for v in values.values()):
+    optimizer = build_optimizer(module, recipe.train.optimizer)
+    epoch = spec.source.training_batches("distilled", seed).steps_per_epoch
+    training = time_training(module, teacher, prepare.training_batches(spec, method, seed), recipe.train, epoch)
+    build_schedule(optimizer, recipe.train.schedule, training.steps, epoch)
+    terms = ", ".join(f"{k} {v:.3g}" for k, v in training.terms.items())
+    if all(abs(v) < float("inf") for v in training.terms.values()):
         findings.add("ok", "one batch", f"terms: {terms}")
     else:
         findings.add("bad", "one batch", f"a term is not finite: {terms}", "check the data")
-    arms = 2 if recipe.baseline else 1
-    seconds = min(times) * total * len(recipe.seeds) * arms
-    parts = f"{total} steps x {len(recipe.seeds)} seeds x {arms} students at {1000 * min(times):.1f} ms"
-    without = "" if teacher is None else ", without the training of the teacher"
-    findings.add("ok", "time", f"at most about {_duration(seconds)} on this machine for {parts}{without}")
+    parts = estimate_seconds(recipe, spec, module, training, teacher, device)
+    parts["start"] = time.monotonic() - findings.started
+    listed = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
+    text = f"about {_duration(sum(parts.values()))} on this machine" + (f": {listed}" if listed else "")
+    steps = f"{training.steps} steps x {len(recipe.seeds)} seeds x {2 if recipe.baseline else 1} students"
+    findings.add("ok", "time", f"{text} ({steps}; a distilled one {1000 * training.step:.1f} ms)")
     findings.add("ok", "memory", _memory(module, optimizer, teacher, data, device))
 
 
@@ -364,13 +353,6 @@ def _memory(
         images = size(s.pixels for s in (data.train, data.validation, data.test) if s.pixels is not None)
         text += f"; {images / 2**20:.1f} MiB of images"
     return text
-
-
-def _step(module: DistillationModule, teacher: Teacher | None, batch: Batch) -> dict[str, float]:
-    terms = module(batch, get_signal(teacher, module.method, batch))
-    means = {name: term.sum / term.count.clamp(min=1) for name, term in terms.items()}
-    sum(module.method.weights[name] * mean for name, mean in means.items()).backward()
-    return {name: float(mean.detach()) for name, mean in means.items()}
 
 
 def _duration(seconds: float) -> str:
