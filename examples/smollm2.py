@@ -28,6 +28,8 @@ def write(folder: Path) -> None:
     weights = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):  # of the file, not of what is written; vLLM refuses it
+        del model.config.quantization_config
     plain = AutoModelForCausalLM.from_config(model.config)  # a model that was read from GGUF refuses to be saved
     plain.load_state_dict(model.state_dict())
     plain.generation_config.update(

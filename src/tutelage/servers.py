@@ -31,11 +31,12 @@ class TransientServerError(Exception):
         what: what is wrong.
         after: seconds to wait before the next attempt, as the server requires.
         answered: whether the server works and only this reply is invalid.
+        status: the HTTP status code, if there is a reply.
     """
 
-    def __init__(self, what: str, *, after: float = 0.0, answered: bool = False) -> None:
+    def __init__(self, what: str, *, after: float = 0.0, answered: bool = False, status: int | None = None) -> None:
         super().__init__(what)
-        self.what, self.after, self.answered = what, after, answered
+        self.what, self.after, self.answered, self.status = what, after, answered, status
 
 
 JsonRequest = Callable[..., Any]
@@ -121,6 +122,29 @@ class JsonClient:
         except ValueError:
             raise TransientServerError(f"the reply is not JSON: {reply.text[:80]!r}", answered=True) from None
 
+    def models(self) -> dict[str, dict[str, Any]]:
+        """The server's models by name, as OpenAI's protocol lists them.
+
+        Raises:
+            TransientServerError: the reply is no list of models.
+            EndpointError: the server has no such list at this URL.
+        """
+        try:
+            reply = self.post("models")
+        except EndpointError as error:
+            try:
+                self.post("/v1/models")
+            except (EndpointError, TransientServerError):
+                raise error from None
+            raise EndpointError(
+                "the server's API begins with /v1, and the URL does not end with it", where=f"{self.where}.url",
+                remedy=f"set it to {self.url}/v1",
+            ) from None  # fmt: skip
+        try:
+            return {str(each["id"]): dict(each) for each in reply["data"]}
+        except (LookupError, TypeError, ValueError):
+            raise TransientServerError(f"lists no models: {str(reply)[:80]}", answered=True) from None
+
     def send(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Send one request whose reply may be other than JSON; raises the errors of :meth:`post`."""
         import httpx2
@@ -137,26 +161,15 @@ class JsonClient:
         message = error_message(reply.content)[1]
         if reply.status_code in RETRYABLE or reply.status_code >= 500:
             after = min(retry_after(reply.headers) or 0.0, LONGEST_RETRY_AFTER)
-            raise TransientServerError(f"answers with status {reply.status_code}: {message}", after=after)
+            raise TransientServerError(
+                f"answers with status {reply.status_code}: {message}", after=after, status=reply.status_code
+            )
         remedy = f"correct {self.where}, or how the server was started"
         if reply.status_code in (401, 403):
             remedy = f"set {self.where}.key_env to the environment variable that holds the API key"
         elif "logprobs" in message and self.where == "teacher.endpoint":
             remedy = f"set {self.where}.k to what the server allows, or start it with --max-logprobs"
         raise EndpointError(f"refuses the request ({reply.status_code}): {message}", where=root + path, remedy=remedy)
-
-
-def list_models(post: JsonRequest) -> list[dict[str, Any]]:
-    """The models of a server with OpenAI's protocol.
-
-    Raises:
-        TransientServerError: the reply is no list of models.
-    """
-    reply = post("/v1/models")
-    try:
-        return list(reply["data"])
-    except (LookupError, TypeError):
-        raise TransientServerError(f"lists no models: {str(reply)[:80]}", answered=True) from None
 
 
 def error_message(body: bytes) -> tuple[str, str]:

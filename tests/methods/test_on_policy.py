@@ -20,7 +20,7 @@ from tutelage.errors import CapabilityError, ConfigError, Interrupted
 from tutelage.methods import METHODS, OnPolicyMethod, check_capabilities
 from tutelage.methods.on_policy import _prompts as prompts_of
 from tutelage.methods.on_policy import mean_after
-from tutelage.methods.sampling import sample_completions
+from tutelage.students.sampling import sample_completions
 from tutelage.teachers import LiveTeacher, MemoryTeacher
 
 __all__ = ["recipe"]

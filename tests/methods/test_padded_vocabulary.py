@@ -20,7 +20,7 @@ from tutelage.evaluation import evaluate, evaluate_teacher
 from tutelage.experiment.export_student import export_student
 from tutelage.export import open_export, predict
 from tutelage.methods import METHODS, prepare_method
-from tutelage.methods.sampling import sample_completions
+from tutelage.students.sampling import sample_completions
 from tutelage.taps import Needs, count_tokens, observe
 from tutelage.teachers import EnsembleTeacher, LiveTeacher
 

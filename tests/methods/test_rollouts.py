@@ -21,8 +21,8 @@ from tutelage.config import build_recipe
 from tutelage.data import Batch
 from tutelage.errors import CapabilityError, ConfigError, EndpointError
 from tutelage.methods import OnPolicyMethod
-from tutelage.methods.rollouts import prompt_text
 from tutelage.students import add_lora
+from tutelage.students.hand_over import prompt_text
 
 __all__ = ["recipe"]
 
@@ -38,9 +38,20 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(folder: Path, cutter: Any) -> Iterator[servers.Server]:
-    """Of other weights than any student's."""
-    with servers.serving(model(folder), cutter) as found:
+    """Of the students' shape, and of other weights than any student's."""
+    with servers.serving(of_other_weights(folder), cutter) as found:
         yield found
+
+
+def of_other_weights(folder: Path, layers: int = 2) -> Any:
+    other = model(folder, layers)
+    moved(other, 0.5)
+    return other
+
+
+def drawn(server: servers.Server) -> list[Any]:
+    """The requests for answers."""
+    return [body for body in server.asked if "prompt_logprobs" not in body]
 
 
 def of(server: servers.Server, **options: Any) -> dict[str, Any]:
@@ -72,7 +83,7 @@ def test_a_server_writes_what_the_student_would(server: servers.Server, cutter: 
     assert same(mine, theirs)
     assert torch.equal(mine.counted(), theirs.counted())
     assert len(set(theirs.counted().sum(1).tolist())) > 1
-    assert all(isinstance(token, int) for body in server.asked for token in body["prompt"])
+    assert all(isinstance(token, int) for body in drawn(server) for token in body["prompt"])
     assert student.training is False
     assert server.url in asked.formula()
 
@@ -94,13 +105,16 @@ def test_it_writes_as_the_student_was_at_most_so_many_steps_ago(
     assert same(changed, own.prepare_batch(student, batch))
     assert not same(changed, first)
     places = [Path(body["kwargs"]["weights_path"]) for path, body in server.told if path == "/collective_rpc"]
-    assert [place.name for place in places] == ["step-000000000", "step-000000002"]
-    assert [path for path, _ in server.told] == ["/collective_rpc", "/reset_prefix_cache"] * 2
+    assert [place.name for place in places] == [
+        "step-changed", "step-000000000", "step-000000002",
+    ]  # fmt: skip
+    assert [path for path, _ in server.told] == ["/collective_rpc", "/reset_prefix_cache"] * 3
     assert not places[0].exists()
-    assert places[1].exists()
-    assert places[1].parent.stat().st_mode & 0o777 == 0o755  # the server may be somebody else's
+    assert not places[1].exists()
+    assert places[2].exists()
+    assert places[2].parent.stat().st_mode & 0o777 == 0o755  # the server may be somebody else's
     del method
-    assert not places[1].parent.exists()
+    assert not places[2].parent.exists()
 
 
 def test_adapters_are_handed_over_as_part_of_a_plain_model(server: servers.Server, cutter: Any, folder: Path) -> None:
@@ -123,8 +137,9 @@ def test_a_server_draws_from_the_softmax_whatever_the_models_own_settings(
     student.generation_config.top_k, student.generation_config.do_sample = 3, True
     method = ready(student, model(folder), batch, sampling_temperature=0.7, rollouts=of(server))
     method.prepare_batch(student, batch)
-    assert {body["temperature"] for body in server.asked} == {0.7}
-    kept = json.loads((Path(server.told[0][1]["kwargs"]["weights_path"]) / "generation_config.json").read_text())
+    assert {body["temperature"] for body in drawn(server)} == {0.7}
+    (*_, kept_in) = [body["kwargs"] for path, body in server.told if path == "/collective_rpc"]
+    kept = json.loads((Path(kept_in["weights_path"]) / "generation_config.json").read_text())
     assert (kept["do_sample"], kept["top_k"], kept["temperature"]) == (True, 0, 0.7)
     assert student.generation_config.top_k == 3
 
@@ -162,11 +177,13 @@ def without_tokens(_: servers.Handler, answer: Any) -> Any:
 def test_a_fault_that_passes_changes_nothing(fault: Any, server: servers.Server, cutter: Any, folder: Path) -> None:
     _, batch = causal(cutter, ROWS, max_length=256)
     student, teacher = model(folder, 2), model(folder)
-    server.faults[:] = [None, fault, None, fault]
     method = ready(student, teacher, batch, sampling_temperature=0.0, rollouts=of(server))
     own = ready(student, teacher, batch, sampling_temperature=0.0)
+    method.prepare_batch(student, batch)
+    server.asked.clear()
+    server.faults[:] = [None, fault, None, fault]
     assert same(method.prepare_batch(student, batch), own.prepare_batch(student, batch))
-    assert len(server.asked) == len(ROWS) + 2
+    assert len(drawn(server)) == len(ROWS) + 2
 
 
 @pytest.mark.parametrize(
@@ -179,8 +196,9 @@ def test_a_fault_that_stays_is_an_error(
 ) -> None:
     _, batch = causal(cutter, ROWS[:1], max_length=256)
     student, teacher = model(folder, 2), model(folder)
-    server.faults[:] = [fault] * 300
     method = ready(student, teacher, batch, rollouts=of(server, max_retry_time=0.2))
+    method.prepare_batch(student, batch)
+    server.faults[:] = [fault] * 300
     with pytest.raises(EndpointError, match=said):
         method.prepare_batch(student, batch)
 
@@ -197,6 +215,129 @@ def test_a_server_that_takes_no_weights_is_an_error(server: servers.Server, cutt
     assert "VLLM_SERVER_DEV_MODE=1" in str(refused.value)
 
 
+def test_a_server_that_ignores_the_weights_is_refused(server: servers.Server, cutter: Any, folder: Path) -> None:
+    _, batch = causal(cutter, ROWS[:1], max_length=256)
+    server.ignores = True
+    method = ready(model(folder, 2), model(folder), batch, rollouts=of(server))
+    with pytest.raises(EndpointError, match="does not use the weights that it has loaded"):
+        method.prepare_batch(model(folder, 2), batch)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_output_head_that_stays_is_seen(
+    step: int, server: servers.Server, cutter: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a tied model on vLLM for CPUs, where the weights of the head are not written out."""
+    from tutelage.methods import rollouts
+
+    _, batch = causal(cutter, ROWS[:1], max_length=256)
+    student = model(folder, 2)
+    method = ready(student, model(folder), batch, rollouts=of(server))
+    if step:
+        method.prepare_batch(student, batch)
+        moved(student, 0.01)
+        method.after_step()
+    write = rollouts.write_plain_model
+    monkeypatch.setattr(rollouts, "write_plain_model", lambda *a, untie, **o: write(*a, untie=False, **o))
+    with pytest.raises(EndpointError, match="does not use the weights that it has loaded"):
+        method.prepare_batch(student, batch)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda folder, _: model(folder), "another shape: layers 4, and the student has 2"),
+        (
+            lambda _, path: model(worlds.llama(path, layers=2, hidden=64)),
+            "another shape: hidden size 64, and the student has 32",
+        ),
+    ],
+    ids=["deeper", "wider"],
+)
+def test_a_server_of_another_shape_is_refused_and_lives(
+    made: Any, said: str, cutter: Any, folder: Path, tmp_path: Path
+) -> None:
+    _, batch = causal(cutter, ROWS[:1], max_length=256)
+    student = model(folder, 2)
+    with servers.serving(made(folder, tmp_path / "other"), cutter) as server:
+        method = ready(student, model(folder), batch, rollouts=of(server))
+        with pytest.raises(EndpointError, match=said):
+            method.prepare_batch(student, batch)
+        assert not server.is_dead
+
+
+def test_a_server_that_was_restarted_gets_the_weights_again(
+    server: servers.Server, cutter: Any, folder: Path
+) -> None:
+    _, batch = causal(cutter, ROWS, max_length=256)
+    student = model(folder, 2)
+    options: dict[str, Any] = {"sampling_temperature": 0.0, "max_new_tokens": 8}
+    own = ready(student, model(folder), batch, **options)
+    method = ready(student, model(folder), batch, rollouts=of(server, every=10), **options)
+    first = own.prepare_batch(student, batch)
+    assert same(method.prepare_batch(student, batch), first)
+    server.restart()
+    assert same(method.prepare_batch(student, batch), first)
+
+
+def test_a_prompt_and_an_answer_that_do_not_fit_are_refused_before_anything_is_trained(
+    recipe: dict[str, Any], cutter: Any, tmp_path: Path
+) -> None:
+    recipe["data"].pop("pack")
+    teacher = Path(recipe["teacher"]["model"].removeprefix("hf:"))
+    with servers.serving(of_other_weights(teacher), cutter, longest=100) as server:
+        recipe["method"] = {"kind": "on-policy", "max_new_tokens": 90, "rollouts": of(server)}
+        with pytest.raises(CapabilityError, match=r"(?s)context has 100 tokens; the longest prompt has \d+.*at most"):
+            tutelage.run(build_recipe(recipe), out=tmp_path / "run")
+        assert not server.told
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_answer_that_is_cut_is_an_error(server: servers.Server, cutter: Any, folder: Path) -> None:
+    def cut(_: servers.Handler, answer: Any) -> Any:
+        choice = answer["choices"][0]
+        if choice.get("token_ids"):
+            choice.update(token_ids=choice["token_ids"][:2], finish_reason="length")
+        return answer
+
+    _, batch = causal(cutter, ROWS[:1], max_length=256)
+    student = model(folder, 2)
+    method = ready(student, model(folder), batch, rollouts=of(server))
+    method.prepare_batch(student, batch)
+    server.faults[:] = [cut] * 20
+    with pytest.raises(EndpointError, match="cuts an answer after 2 of 6 tokens"):
+        method.prepare_batch(student, batch)
+
+
+def test_a_llama_cpp_server_is_named(cutter: Any, folder: Path) -> None:
+    _, batch = causal(cutter, ROWS[:1], max_length=256)
+    student = model(folder, 2)
+    student.tokenizer = cutter
+    with servers.serving(model(folder, 2), cutter, kind="llama.cpp") as server:
+        for kind, said in [("vllm", "a llama.cpp server, and the kind is vllm"), ("openai", "loads no weights")]:
+            method = ready(student, model(folder), batch, rollouts=of(server, kind=kind))
+            with pytest.raises(EndpointError, match=said):
+                method.prepare_batch(student, batch)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("repetition_penalty", 1.5), ("presence_penalty", 0.5), ("frequency_penalty", 0.5), ("top_k", 2), ("top_p", 0.5),
+     ("min_p", 0.3), ("eos_token_id", 5)],
+)  # fmt: skip
+def test_a_server_ignores_the_generation_settings_of_its_own_folder(
+    setting: str, value: Any, server: servers.Server, cutter: Any, folder: Path
+) -> None:
+    setattr(server.model.generation_config, setting, value)
+    _, batch = causal(cutter, ROWS[:2], max_length=256)
+    student = model(folder, 2)
+    method = ready(student, model(folder), batch, sampling_temperature=0.0, rollouts=of(server, every=None))
+    plain = ready(student, model(folder), batch, sampling_temperature=0.0, rollouts=of(server, every=None))
+    found = method.prepare_batch(student, batch)
+    setattr(server.model.generation_config, setting, None)
+    assert same(found, plain.prepare_batch(student, batch))
+
+
 def test_what_does_not_go_together_is_refused(server: servers.Server, cutter: Any, folder: Path) -> None:
     rollouts = of(server)
     with pytest.raises(ConfigError, match="rollouts"):
@@ -206,7 +347,7 @@ def test_what_does_not_go_together_is_refused(server: servers.Server, cutter: An
             OnPolicyMethod(lmbda=1.0, rollouts={"url": "http://127.0.0.1:1/v1", "kind": "openai", **odd})
     _, batch = causal(cutter, ROWS[:1], max_length=256)
     student = model(folder, 2)
-    method = ready(student, model(folder), batch, rollouts=of(server, kind="openai"))
+    method = ready(student, model(folder), batch, rollouts=of(server, kind="openai", every=None, model="tiny"))
     with pytest.raises(CapabilityError, match="no tokenizer"):
         method.prepare_batch(student, batch)
 
@@ -226,7 +367,15 @@ def test_a_recipe_says_what_does_not_go_together(method: dict[str, Any], said: s
         build_recipe(recipe)
 
 
-def test_a_recipe_is_written_for_by_a_server(server: servers.Server, recipe: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def padded(recipe: dict[str, Any], cutter: Any) -> Iterator[servers.Server]:
+    """Of the shape of the recipe's student."""
+    with servers.serving(of_other_weights(Path(recipe["teacher"]["model"].removeprefix("hf:"))), cutter) as found:
+        yield found
+
+
+def test_a_recipe_is_written_for_by_a_server(padded: servers.Server, recipe: dict[str, Any], tmp_path: Path) -> None:
+    server = padded
     recipe["data"].pop("pack")
     recipe["method"] = {
         "kind": "on-policy", "lmbda": 1.0, "max_new_tokens": 5,
@@ -235,13 +384,16 @@ def test_a_recipe_is_written_for_by_a_server(server: servers.Server, recipe: dic
     tutelage.run(build_recipe(recipe), out=tmp_path / "run")
     assert server.asked
     places = [body["kwargs"]["weights_path"] for path, body in server.told if path == "/collective_rpc"]
-    assert len(set(places)) == recipe["train"]["steps"] + 1  # and before it, to see whether it does
+    assert (
+        len(set(places)) == recipe["train"]["steps"] + 3
+    )  # before it changed and plain, to see whether it does; then changed
     assert all(place.startswith(str(tmp_path / "weights")) for place in places)
 
 
 def test_a_server_that_is_not_there_is_missed_before_anything_is_trained(
-    server: servers.Server, recipe: dict[str, Any], tmp_path: Path
+    padded: servers.Server, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
+    server = padded
     recipe["data"].pop("pack")
     recipe["method"] = {"kind": "on-policy", "lmbda": 0.01, "rollouts": of(server, max_retry_time=0.2)}
     server.faults[:] = [servers.breaks] * 50

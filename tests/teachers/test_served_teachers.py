@@ -48,11 +48,24 @@ def server(folder: Path, cutter: Any) -> Iterator[servers.Server]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def llama(folder: Path, cutter: Any) -> Iterator[servers.Server]:
+    with servers.serving(model(folder), cutter, kind="llama.cpp") as found:
+        yield found
+
+
 @pytest.fixture(autouse=True)
-def _well(server: servers.Server) -> None:
-    server.faults.clear()
-    server.asked.clear()
-    server.headers.clear()
+def _well(server: servers.Server, llama: servers.Server) -> None:
+    for each in (server, llama):
+        each.faults.clear()
+        each.asked.clear()
+        each.headers.clear()
+        each.scale = 1.0
+
+
+@pytest.fixture
+def either(kind: str, server: servers.Server, llama: servers.Server) -> servers.Server:
+    return server if kind == "vllm" else llama
 
 
 def teacher(server: servers.Server, cutter: Any, kind: str = "vllm", **options: Any) -> RemoteTeacher:
@@ -82,8 +95,9 @@ ROWS = [worlds.texts(3)[0], worlds.conversations(1)[0]["messages"], worlds.conve
 @pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_server_says_what_its_model_says_at_every_token_that_counts(
-    kind: str, pack: bool, server: servers.Server, cutter: Any
+    kind: str, pack: bool, either: servers.Server, cutter: Any
 ) -> None:
+    server = either
     _, batch = causal(cutter, ROWS, max_length=128, pack=pack)
     with teacher(server, cutter, kind) as live:
         found = live.signal(batch, NEEDS)
@@ -93,7 +107,8 @@ def test_a_server_says_what_its_model_says_at_every_token_that_counts(
 
 
 @pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
-def test_the_last_token_may_count_too(kind: str, server: servers.Server, cutter: Any) -> None:
+def test_the_last_token_may_count_too(kind: str, either: servers.Server, cutter: Any) -> None:
+    server = either
     _, batch = causal(cutter, ROWS[:1])
     mask = batch.inputs["attention_mask"].bool()  # type: ignore[index, call-overload]
     batch = Batch(batch.inputs, batch.labels, mask=mask)
@@ -164,12 +179,12 @@ def test_a_fault_that_stays_is_an_error_and_no_signal(
 
 @pytest.mark.parametrize("fault", [servers.fewer_prompts, servers.nothing_of_a_token, servers.dies])
 def test_a_llama_cpp_server_that_leaves_out_a_prompt_is_asked_again(
-    fault: Any, server: servers.Server, cutter: Any
+    fault: Any, llama: servers.Server, cutter: Any
 ) -> None:
     _, batch = causal(cutter, ROWS)
-    with teacher(server, cutter, "llama.cpp") as live:
-        server.faults[:] = [fault, None, fault]
-        agree(live.signal(batch, NEEDS), expected(server, batch), batch)
+    with teacher(llama, cutter, "llama.cpp") as live:
+        llama.faults[:] = [fault, None, fault]
+        agree(live.signal(batch, NEEDS), expected(llama, batch), batch)
 
 
 def test_a_server_that_comes_back_is_gone_on_with(cutter: Any, folder: Path, server: servers.Server) -> None:
@@ -194,7 +209,9 @@ def free_port() -> int:
 # Before anything is trained ------------------------------------------------------------------------------
 
 
-def test_what_a_server_does_not_allow_is_said_before_anything_is_trained(server: servers.Server, cutter: Any) -> None:
+def test_what_a_server_does_not_allow_is_said_before_anything_is_trained(
+    server: servers.Server, llama: servers.Server, cutter: Any
+) -> None:
     with pytest.raises(EndpointError, match=r"(?s)greater than max allowed: 20.*--max-logprobs"):
         teacher(server, cutter, k=21)
     with pytest.raises(EndpointError, match="it serves: tiny"):
@@ -204,7 +221,7 @@ def test_what_a_server_does_not_allow_is_said_before_anything_is_trained(server:
     with pytest.raises(CapabilityError, match="the same tokenizer"):
         teacher(server, worlds.tokenizer(merges=10), classes=len(cutter))
     with pytest.raises(CapabilityError, match="tokens, that of the student 100"):
-        teacher(server, cutter, "llama.cpp", classes=100)
+        teacher(llama, cutter, "llama.cpp", classes=100)
     with pytest.raises(EndpointError, match="cannot be reached"):
         RemoteTeacher(f"http://127.0.0.1:{free_port()}/v1", classes=50, max_retry_time=0.1)
 
@@ -216,11 +233,33 @@ def test_a_server_whose_model_has_padding_teaches_the_tokens(kind: str, tmp_path
         padded.lm_head.weight.normal_()
         padded.lm_head.weight[len(cutter) :] = 0.0
     _, batch = causal(cutter, ROWS)
-    with servers.serving(padded, cutter) as found, teacher(found, cutter, kind, k=3) as live:
+    with servers.serving(padded, cutter, kind=kind) as found, teacher(found, cutter, kind, k=3) as live:
         sparse = live.signal(batch, Needs(logits=False, head=True)).sparse
     assert sparse is not None
     assert sparse.classes == len(cutter)
     assert int(sparse.index.max()) < len(cutter)
+
+
+def test_a_server_of_another_kind_and_a_url_without_v1_are_named(
+    server: servers.Server, llama: servers.Server, cutter: Any
+) -> None:
+    def connect(url: str, kind: str) -> None:
+        with RemoteTeacher(url, server=kind, k=K, classes=len(cutter), tokenizer=cutter, max_retry_time=0.2):
+            pass
+
+    with pytest.raises(EndpointError, match=r"(?s)a llama.cpp server, and the kind is vllm.*set kind: llama.cpp"):
+        connect(f"{llama.url}/v1", "vllm")
+    with pytest.raises(EndpointError, match=r"(?s)a vLLM server, and the kind is llama.cpp.*set kind: vllm"):
+        connect(f"{server.url}/v1", "llama.cpp")
+    with pytest.raises(EndpointError, match=rf"(?s)teacher.endpoint.url.*set it to {server.url}/v1"):
+        connect(server.url, "vllm")
+
+
+@pytest.mark.parametrize("scale", [1.0001, -1.0001], ids=["large", "small"])
+def test_values_that_are_no_log_probabilities_are_refused(scale: float, server: servers.Server, cutter: Any) -> None:
+    server.scale = scale
+    with pytest.raises(EndpointError, match="form no distribution: start vLLM with --logprobs-mode raw_logprobs"):
+        teacher(server, cutter)
 
 
 def test_a_server_without_log_probabilities_of_a_prompt_is_refused(server: servers.Server, cutter: Any) -> None:
@@ -335,7 +374,7 @@ def test_the_doctor_asks_the_server(
 
 
 def test_a_cache_of_another_server_or_another_k_is_refused(
-    server: servers.Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: servers.Server, llama: servers.Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     cached = recipe(server, folder)
@@ -344,7 +383,7 @@ def test_a_cache_of_another_server_or_another_k_is_refused(
     cached["teacher"]["endpoint"]["k"] = K - 1
     with pytest.raises(CacheError, match=r"stored\.k"):
         fill_cache(build_recipe(cached))
-    cached["teacher"]["endpoint"] = {"url": server.url, "k": K, "kind": "llama.cpp"}
+    cached["teacher"]["endpoint"] = {"url": llama.url, "k": K, "kind": "llama.cpp"}
     with pytest.raises(CacheError, match="served"):
         fill_cache(build_recipe(cached))
     cached["teacher"]["cache"] = {"keep": "sampled"}

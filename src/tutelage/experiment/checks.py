@@ -4,11 +4,13 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from tutelage.data import Batch, Batches, PlannedBatches
 from tutelage.data.loader import current_rank
+from tutelage.data.texts import TextSet
 from tutelage.engine import Accelerator, is_bf16_slow
 from tutelage.engine.optim import build_optimizer, build_schedule
 from tutelage.errors import CapabilityError, ConfigError, DataError, NumericsError, TutelageError, first_line
@@ -314,6 +316,8 @@ def check_method_runs(
     batch = example_of(spec).to(ctx.device)
     student.to(ctx.device).eval()
     dense = set[str]()
+    rows = getattr(spec.source.training_batches("distilled", spec.seeds[0]), "data", None)
+    longest_prompt = _longest_prompt(rows) if isinstance(rows, TextSet) and rows.task == "causal" else None
     for each in all_methods(method):
         each.to(ctx.device).eval()
         check_task(each, batch)
@@ -325,9 +329,20 @@ def check_method_runs(
                 if head is not None and head.is_dense:
                     dense.add(who)
             each(seen, batch, signal)
-            each.check_generation(student, batch)
+            each.check_generation(student, batch, longest_prompt)
     for who in sorted(dense):
         ctx.terminal.say(
             f"note: the scores of the {who} are not its output layer with a scale and a soft cap that its config "
             "names; its logits are computed for all tokens at once, which takes more memory"
         )
+
+
+def _longest_prompt(rows: TextSet) -> int:
+    """Most tokens before the last tokens of a text that are learned; a quarter of a text that is all learned."""
+    tokens = rows.tokens[0]
+    begins = ~tokens.special & np.r_[False, tokens.special[:-1]]
+    begins[tokens.offsets[:-1][tokens.lengths > 0]] = False
+    last = np.maximum.accumulate(np.r_[0, np.flatnonzero(begins)])[np.r_[0, np.cumsum(begins)][tokens.offsets[1:]]]
+    prompts = last - tokens.offsets[:-1]
+    prompts = np.where(prompts > 1, prompts, np.maximum(tokens.lengths // 4, 1))
+    return int(prompts[rows.rows.numpy()].max(initial=0))

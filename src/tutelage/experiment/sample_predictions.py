@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tutelage.data.batch import IGNORE, Batch
 from tutelage.data.preprocessing import Preprocessing
-from tutelage.methods.sampling import sample_completions
+from tutelage.students.sampling import sample_completions
 from tutelage.taps import Needs, observe
 
 MOST_CLASSES = 1_000

@@ -15,7 +15,6 @@ from tutelage.errors import CapabilityError, RunDirectoryError, TutelageError, f
 from tutelage.experiment.spec import ExperimentSpec, RunContext
 from tutelage.files import TEMPORARY_PREFIX, wrap_write_errors
 from tutelage.methods import Method
-from tutelage.methods.sampling import sample_completions
 from tutelage.models import load_model, load_weights, save_model
 from tutelage.models.pretrained import SentenceEncoder
 from tutelage.students import ReusedHead, is_quantisation_aware, to_float_model
@@ -28,6 +27,7 @@ from tutelage.students.config_probing import (
 )
 from tutelage.students.layer_selection import find_layer_stack
 from tutelage.students.lora import has_adapters
+from tutelage.students.sampling import sample_completions
 
 LARGE = 5_000_000
 """Parameters above which a few layers with a small vocabulary are saved in place of the model."""

@@ -149,8 +149,12 @@ class Method(nn.Module):
         """
         return batch
 
-    def check_generation(self, student: nn.Module, batch: Batch) -> None:
-        """Test what :meth:`prepare_batch` depends on, such as a server, before the training."""
+    def check_generation(self, student: nn.Module, batch: Batch, longest_prompt: int | None) -> None:
+        """Test what :meth:`prepare_batch` depends on, such as a server, before the training.
+
+        Args:
+            longest_prompt: tokens of the training data's longest prompt, where known.
+        """
 
     def after_step(self) -> None:
         """Called after each optimizer step, before any evaluation or checkpoint."""

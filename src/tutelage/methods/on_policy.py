@@ -13,9 +13,9 @@ from tutelage.data.batch import IGNORE, Batch
 from tutelage.errors import CapabilityError
 from tutelage.methods.base import Term
 from tutelage.methods.rollouts import RolloutClient
-from tutelage.methods.sampling import Completion, sample_completions
 from tutelage.methods.text_terms import linear_head
 from tutelage.methods.token import TokenMethod
+from tutelage.students.sampling import Completion, sample_completions
 from tutelage.taps import Observation
 from tutelage.teachers.signal import Signal
 
@@ -108,11 +108,12 @@ class OnPolicyMethod(TokenMethod):
         """The teacher's share of the sampling distribution."""
         return self.options.mix
 
-    def check_generation(self, student: nn.Module, batch: Batch) -> None:
-        """Check that the server loads the student's weights and generates a token."""
+    def check_generation(self, student: nn.Module, batch: Batch, longest_prompt: int | None) -> None:
+        """Check that the server has room for the longest prompt and its answer, and samples from the student."""
+        o, first = self.options, next(_prompts(batch, self.options.max_prompt_tokens))
+        longest = min(len(first) if longest_prompt is None else longest_prompt, o.max_prompt_tokens)
         if self.rollouts is not None:
-            o = self.options
-            self.rollouts.check(student, next(_prompts(batch, o.max_prompt_tokens)), o.sampling_temperature)
+            self.rollouts.check(student, first, o.sampling_temperature, longest, o.max_new_tokens)
 
     def before_training(self, student: nn.Module, step: int, total: int) -> None:
         """Note the progress of the training, on which the share of replayed answers may depend."""
@@ -139,7 +140,8 @@ class OnPolicyMethod(TokenMethod):
         """The batch, or with probability lambda its prompts with the student's answers, new or replayed."""
         o = self.options
         if self.rollouts is not None:
-            self.rollouts.update(student, self._step, o.sampling_temperature)
+            first = next(_prompts(batch, o.max_prompt_tokens))
+            self.rollouts.update(student, self._step, o.sampling_temperature, first)
         device, is_sharded = batch.labels.device, any(isinstance(m, FSDPModule) for m in student.modules())
         filled = min(int(self.replay_count), len(self.replay_tokens))
         enough, draws = torch.tensor(float(filled >= len(batch)), device=device), torch.rand(2, device=device)

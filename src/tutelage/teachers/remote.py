@@ -7,32 +7,25 @@ has k finite log-probabilities for each position, in the order of the tokens.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tutelage.data.batch import Batch
-from tutelage.errors import CapabilityError, EndpointError, TutelageError, shorten
-from tutelage.servers import JsonClient, JsonRequest, TransientServerError, list_models
+from tutelage.errors import CapabilityError, EndpointError, TutelageError
+from tutelage.servers import JsonClient, TransientServerError
 from tutelage.taps import Needs
+from tutelage.teachers.protocols import NO_DISTRIBUTION, PROTOCOLS, TopTokens
 from tutelage.teachers.signal import Signal, Sparse
 
-PROMPTS_PER_REQUEST = 16
-"""Prefixes of a text in one request to a llama.cpp server."""
-FORCED_TOKEN = "a"
-"""The token that a llama.cpp server has to generate."""
 SAMPLE = "It's 12 o'clock,\n  naïve Ann said: 日本 (x_1 = 3.5)!"
 """A text that the tokenizers of server and student must tokenize in the same way."""
 
-
-TopTokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
-"""``[n, k]`` ids of the likeliest tokens at n positions, the likeliest first, and their log-probabilities."""
+LEAST_MASS = 0.99
+"""Probabilities of all tokens, padding included, if each that is omitted is as likely as the last in the reply."""
 
 
 class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
@@ -83,11 +76,11 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
                 f"k is {k}, and the vocabulary has {classes} tokens", remedy=f"set k to 1 to {classes}"
             )
         self.url, self.k, self.classes = url.rstrip("/"), k, classes
-        self.kind = SERVERS[server]
+        self.kind = PROTOCOLS[server]
         options: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "max_retry_time": max_retry_time}
         self._server = JsonClient(url, "teacher.endpoint", key_env=key_env, **options)
         try:
-            facts = self._server.retry(lambda: self.kind.facts(self._server.post, model))
+            facts = self._server.retry(lambda: self.kind.facts(self._server, model))
             self.facts = {"server": server} | facts
             self.model = self.facts["model"]
             self._check(tokenizer, longest)
@@ -139,12 +132,15 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         return Signal(sparse=Sparse("topk", index.to(device), values.to(device), self.classes, 1.0))
 
     def _top_tokens(self, text: _Text) -> TopTokens:
-        top = self.kind.top_tokens(self._server.post, self.model, text.ids, text.at, self.k)
+        top = self.kind.top_tokens(self._server, self.model, text.ids, text.at, self.k)
         if (largest := int(top[0].max())) >= self.classes:
             raise self._other_tokenizer(
                 f"the server returned token id {largest}, and the student's vocabulary has {self.classes} tokens",
                 EndpointError,
             )
+        mass = np.exp(top[1].astype(np.float64))
+        if float((mass.sum(1) + mass[:, -1] * 2 * self.classes).min()) < LEAST_MASS:
+            raise TransientServerError(NO_DISTRIBUTION, answered=True)
         return top
 
     def _check(self, tokenizer: Any, longest: int) -> None:
@@ -164,7 +160,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         ids = [0, 1, 2]
         if tokenizer is not None:
             ids = list(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
-            there = self._server.retry(lambda: self.kind.tokenize(self._server.post, self.model, SAMPLE))
+            there = self._server.retry(lambda: self.kind.tokenize(self._server, self.model, SAMPLE))
             if there is not None and there != ids:
                 raise self._other_tokenizer(
                     f"the server's tokenizer encodes a sample text as {there[:6]} ..., the student's as {ids[:6]} ..."
@@ -200,132 +196,3 @@ def _split_texts(batch: Batch) -> list[_Text]:
             at = counted[row, start:stop].nonzero().flatten().tolist()
             texts.append(_Text(row, start, ids[row, start:stop].tolist(), at))
     return texts
-
-
-# facts(): ``model``, and as far as the server states them ``vocabulary``, ``longest`` (its context size) and ``size``
-# tokenize(): token ids of a text without special tokens; ``None`` if the server has no such endpoint
-# top_tokens(): the k likeliest tokens after each of the positions ``at`` of ``ids``
-
-
-class _Vllm:
-    """vLLM's completions, with ``prompt_logprobs`` of token ids.
-
-    The first token has none. Each other token has the k likeliest and itself. The largest k is set when the server
-    starts (``--max-logprobs``, 20 by default).
-    """
-
-    def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
-        models = {str(each["id"]): each for each in list_models(post)}
-        name = model if model is not None else next(iter(models), None)
-        if name not in models:
-            raise EndpointError(
-                f"the server has no model {shorten(name)}", where="teacher.endpoint.model",
-                remedy=f"it serves: {', '.join(models) or 'none'}",
-            )  # fmt: skip
-        longest = models[name].get("max_model_len")
-        return {"model": name, **({} if longest is None else {"longest": int(longest)})}
-
-    def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
-        return _tokenize(post, {"model": model, "prompt": text, "add_special_tokens": False})
-
-    def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
-        # the entry of a token has the distribution after the position before it; after the last one any token will do
-        prompt = [*ids, ids[0]][: at[-1] + 2]
-        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        reply = post("completions", body)
-        try:
-            choices = sorted(reply["choices"], key=lambda each: each["index"])
-            entries = choices[0].get("prompt_logprobs", reply.get("prompt_logprobs"))
-        except (LookupError, TypeError, AttributeError):
-            raise TransientServerError(f"replies without choices: {shorten(reply)}", answered=True) from None
-        if entries is None:
-            raise EndpointError(
-                "the server returns no log-probabilities of a prompt", where="teacher.endpoint.kind",
-                remedy="use vLLM, or kind: llama.cpp for a llama.cpp server",
-            )  # fmt: skip
-        if len(entries) != len(prompt):
-            raise TransientServerError(
-                f"returns {len(entries)} log-probabilities for {len(prompt)} tokens", answered=True
-            )
-        rows = []
-        for position in at:
-            entry = entries[position + 1]
-            if not isinstance(entry, dict) or str(prompt[position + 1]) not in entry:
-                raise TransientServerError(
-                    f"returns the log-probabilities of another token for token {position + 1}", answered=True
-                )
-            rows.append([(int(token), one["logprob"]) for token, one in entry.items()])
-        return _select_top_k(rows, k)
-
-
-class _LlamaCpp:
-    """llama.cpp's ``/completion``, which returns the ``n_probs`` likeliest tokens only for a generated token.
-
-    Each prefix of a text is a prompt, and the server generates one token after it; it reuses the prefix that it has
-    read (``cache_prompt``). The generated token is always :data:`FORCED_TOKEN`, since the server omits the
-    probabilities of a token that ends a text or is part of a character. Probabilities are those before any sampling.
-    """
-
-    def facts(self, post: JsonRequest, model: str | None) -> dict[str, Any]:
-        (first, *_) = list_models(post) or [{}]
-        meta, props = first.get("meta") or {}, post("/props")
-        longest = props.get("default_generation_settings", {}).get("n_ctx") if isinstance(props, dict) else None
-        name = model or os.path.basename(str(first.get("id", "")))
-        known = {"vocabulary": meta.get("n_vocab"), "longest": longest, "size": meta.get("n_params")}
-        return {"model": name, **{key: int(x) for key, x in known.items() if x is not None}}
-
-    def tokenize(self, post: JsonRequest, model: str | None, text: str) -> list[int] | None:
-        return _tokenize(post, {"content": text, "add_special": False})
-
-    def top_tokens(self, post: JsonRequest, model: str | None, ids: list[int], at: list[int], k: int) -> TopTokens:
-        rows: list[list[tuple[int, float | None]]] = []
-        for start in range(0, len(at), PROMPTS_PER_REQUEST):
-            positions = at[start : start + PROMPTS_PER_REQUEST]
-            body = {
-                "prompt": [ids[: position + 1] for position in positions], "n_predict": 1, "n_probs": k,
-                "temperature": 0.0, "post_sampling_probs": False, "cache_prompt": True,
-                "logit_bias": [[FORCED_TOKEN, 1e4]],
-                "response_fields": ["index", "tokens_evaluated", "truncated", "completion_probabilities"],
-            }  # fmt: skip
-            reply = post("/completion", body)
-            answers = sorted(reply if isinstance(reply, list) else [reply], key=lambda one: int(one.get("index", 0)))
-            if [int(one.get("index", 0)) for one in answers] != list(range(len(positions))):
-                raise TransientServerError(f"replies to {len(answers)} of {len(positions)} prompts", answered=True)
-            for position, answer in zip(positions, answers, strict=True):
-                if answer.get("tokens_evaluated") != position + 1 or answer.get("truncated"):
-                    raise EndpointError(
-                        f"the server read {answer.get('tokens_evaluated')} of {position + 1} tokens",
-                        where="teacher.endpoint",
-                        remedy="start it with room for a complete text in each slot: --ctx-size",
-                    )
-                top = (answer.get("completion_probabilities") or [{}])[0].get("top_logprobs", [])
-                rows.append([(int(x["id"]), x["logprob"]) for x in top])
-        return _select_top_k(rows, k)
-
-
-SERVERS: dict[str, _Vllm | _LlamaCpp] = {"llama.cpp": _LlamaCpp(), "vllm": _Vllm()}
-"""Kinds of servers by name."""
-
-
-def _select_top_k(rows: Sequence[Sequence[tuple[int, float | None]]], k: int) -> TopTokens:
-    """The k likeliest tokens of each row of (token, log-probability), in any order."""
-    index, logs = np.zeros((len(rows), k), np.int64), np.zeros((len(rows), k), np.float32)
-    for i, row in enumerate(rows):
-        finite = sorted(((x, t) for t, x in row if x is not None and math.isfinite(x)), reverse=True)[:k]
-        if len(finite) < k:
-            raise TransientServerError(
-                f"returns {len(finite)} log-probabilities for a position, and k is {k}", answered=True
-            )
-        logs[i], index[i] = zip(*finite, strict=True)
-        if len({t for _, t in finite}) < k or float(np.exp(logs[i].astype(np.float64)).sum()) > 1.01:
-            raise TransientServerError("returns log-probabilities that form no distribution", answered=True)
-    return index, np.minimum(logs, 0.0)
-
-
-def _tokenize(post: JsonRequest, body: Mapping[str, Any]) -> list[int] | None:
-    try:
-        reply = post("/tokenize", body)
-    except EndpointError:
-        return None
-    tokens = reply.get("tokens") if isinstance(reply, dict) else None
-    return [int(x) for x in tokens] if isinstance(tokens, list) else None

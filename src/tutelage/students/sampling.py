@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tutelage.students import eval_no_grad
+from tutelage.students.projectors import eval_no_grad
 from tutelage.taps import count_tokens, padding_outputs
 
 
