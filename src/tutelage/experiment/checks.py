@@ -52,6 +52,12 @@ def check_output(
         raise DataError("the evaluation data yields no batches", remedy="check its data set and drop_last")
     if number is not None:
         full = full.for_member(number).for_teacher()
+    tasks = getattr(model, "tasks", (full.task,))
+    if full.task not in tasks:
+        raise CapabilityError(
+            f"the {who}, a {type(model).__name__}, is for {' and '.join(tasks)}, and the labels are {full.task}",
+            remedy="give a function that returns the scores",
+        )
     batch = full.rows(0, 2).to(device)
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {"inputs": batch.inputs}
     model.to(device).eval()

@@ -149,8 +149,10 @@ def distill(
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     to_batch = _named(batch, to_batch, lambda: call_student(student, seeds[0]), teachers, notes)
     _check_evaluation(eval_data, validation, to_batch)
-    teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache)
+    teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache, method.task)
     example = next(iter(SequentialBatches(eval_data, to_batch=to_batch))).rows(0, 2)
+    if hasattr(student, "_orig_mod") and not config.compile:
+        notes.append("the student is trained without torch.compile; train={'compile': True} compiles it")
     if not _is_labelled(train_loader, to_batch, to_batch is own_batch, method) and baseline:
         baseline, notes = False, [*notes, "no baseline: the training data has no labels"]
     source = ModuleSource(
@@ -248,6 +250,7 @@ def _teacher_spec(
     ensemble: dict[str, Any] | None,
     inference: dict[str, Any] | None,
     cache: Any,
+    task: Task,
 ) -> TeacherSpec | None:
     options, prefetch = dict[str, Any](), None
     if inference:
@@ -274,14 +277,25 @@ def _teacher_spec(
             "distill(inference={'sharded': True}): an ensemble cannot be sharded", remedy="leave out 'sharded'"
         )
     members = tuple(MemberSpec(f"teacher-{i}", inference=options) for i in range(len(teacher)))
-    return TeacherSpec(members, mode, _ensemble_spec(teacher, dict(ensemble or {})), prefetch, cache_config)
+    return TeacherSpec(members, mode, _ensemble_spec(teacher, dict(ensemble or {}), task), prefetch, cache_config)
 
 
-def _ensemble_spec(teachers: Sequence[nn.Module], options: dict[str, Any]) -> EnsembleSpec:
+def _ensemble_spec(teachers: Sequence[nn.Module], options: dict[str, Any], task: Task) -> EnsembleSpec:
     """How the teachers are combined, checked before anything runs."""
     route = options.pop("route", None)
     config = _validate(EnsembleConfig, options, "ensemble")
-    spec = EnsembleSpec(config.combine or "probabilities", config.weights, config.average_temperature or 1.0, route)
+    if config.combine == "probabilities" and task != "classes":
+        raise ConfigError(
+            f"distill(ensemble={{'combine': 'probabilities'}}): the labels are {task}, and the scores of an ensemble "
+            "are no distribution over classes",
+            remedy="use combine: logits, which is the mean of the members' scores",
+        )
+    spec = EnsembleSpec(
+        config.combine or ("probabilities" if task == "classes" else "logits"),
+        config.weights,
+        config.average_temperature or 1.0,
+        route,
+    )
     if config.weights == "learned" and route is not None:
         raise ConfigError(
             "distill(ensemble=...): weights can be learned only for members that teach all samples",

@@ -111,6 +111,7 @@ def call_student(student: nn.Module | Callable[[], nn.Module], seed: int) -> nn.
 
 def _call(make: Callable[[], nn.Module], who: str) -> nn.Module:
     module = make()
+    module = getattr(module, "_orig_mod", module)
     if not isinstance(module, nn.Module):
         raise ModelError(f"{who} returned a {type(module).__name__}", remedy="it must return a torch.nn.Module")
     return module

@@ -18,7 +18,7 @@ from tutelage.evaluation import TeacherOutput, count_classes, evaluate_teacher, 
 from tutelage.experiment.checks import check_better_than_chance
 from tutelage.experiment.measure import Similarities
 from tutelage.experiment.prepare import AsTeacher, all_methods, all_needs, example_of, needs_teacher, until_stopped
-from tutelage.experiment.spec import EnsembleSpec, ExperimentSpec, ModelTeacher, RunContext, TeacherSpec
+from tutelage.experiment.spec import FIGURES, EnsembleSpec, ExperimentSpec, ModelTeacher, RunContext, TeacherSpec
 from tutelage.experiment.trainer import train_and_save
 from tutelage.methods import Method, check_capabilities, needs_of
 from tutelage.models import load_weights
@@ -158,9 +158,10 @@ def evaluate_reference(
         what = "learned weight" if ensemble["weights"] == "learned" else "weight"
         images = " of its images" if ensemble["routed"] else ""
         for member in ensemble["members"]:
-            accuracy = member["test"]["accuracy"]
-            ctx.terminal.say(f"{member['name']}: test {accuracy:.2%}{images}, {what} {member['weight']:.3f}")
-        ctx.terminal.say(f"ensemble, mean of {ensemble['combine']}: test {scores['accuracy']:.2%}")
+            figure = f"test {evaluation.metric} {member['test'][evaluation.metric]:.4g}"
+            ctx.terminal.say(f"{member['name']}: {figure}{images}, {what} {member['weight']:.3f}")
+        figure = f"test {evaluation.metric} {scores[evaluation.metric]:.4g}"
+        ctx.terminal.say(f"ensemble, mean of {ensemble['combine']}: {figure}")
     return outputs, scores
 
 
@@ -320,7 +321,7 @@ def describe_ensemble(
                 "name": member.name,
                 "weight": teacher.weights[m],
                 "parameters": sum(p.numel() for p in list(teacher.model)[m].parameters()),
-                **{split: {k: s[k] for k in ("n", "accuracy", "loss", "ece")} for split, s in scores.items()},
+                **{split: {k: s[k] for k in ("n", *FIGURES) if k in s} for split, s in scores.items()},
             }
         )
     return {

@@ -66,7 +66,8 @@ def scores_of(model: nn.Module, inputs: Tensor | Mapping[str, Tensor], options: 
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A copy of a model, also of one with ``torch.nn.utils.weight_norm``, which keeps a computed tensor.
+    """A copy of a model, without ``torch.compile``; also of one with ``torch.nn.utils.weight_norm``, which keeps a
+    computed tensor.
 
     Raises:
         ModelError: it cannot be copied.
@@ -76,13 +77,18 @@ def copy_model(model: nn.Module) -> nn.Module:
     ]
     memo: dict[int, Any] = {id(x): x.detach().clone() for x in computed}
     memo |= {id(b): _uninitialised(b) for b in model.buffers() if is_lazy(b)}
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper: train.compile compiles the copy
     try:
-        return copy.deepcopy(model, memo)
+        with torch.no_grad():  # else the parameters of a scripted copy are computed tensors
+            made = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError) as error:
         raise ModelError(
             f"a {type(model).__name__} cannot be copied: {shorten(first_line(error))}",
             remedy="give a function that makes the module, as in student=lambda: Net()",
         ) from error
+    for mine, own in zip(made.parameters(), model.parameters(), strict=True):
+        mine.requires_grad_(own.requires_grad)
+    return made
 
 
 def _uninitialised(buffer: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ class StoredProbabilities(nn.Module):
     ``teacher_probabilities``, ``[B, C]``.
     """
 
+    tasks = ("classes",)
+
     def forward(self, probabilities: Tensor) -> Tensor:
         """Log-probabilities ``[B, C]``.
 
@@ -164,6 +166,13 @@ def from_estimator(estimator: Any, classes: Sequence[Any] | None = None) -> Func
 
     def run(*values: Any, **named: Tensor) -> Any:
         table = _table(estimator, values, named)
+        expected = getattr(estimator, "n_features_in_", table.shape[1])
+        if table.shape[1] != expected:
+            given, name = table.shape[1], type(estimator).__name__
+            raise ModelError(
+                f"{name} was fitted on rows of {expected} numbers, and those of a batch have {given}",
+                remedy="give all samples the same size, or a function that makes such rows of a batch's inputs",
+            )
         if not callable(proba):
             return np.asarray(estimator.predict(table), dtype=np.float32).reshape(len(table), -1)
         p = proba(table)
