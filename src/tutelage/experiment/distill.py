@@ -38,7 +38,7 @@ from tutelage.experiment.teacher_setup import live_options, prefetch_mode
 from tutelage.interrupts import catch_interrupts
 from tutelage.methods import LogitMethod, Method
 from tutelage.progress import Terminal
-from tutelage.students import prepare_outputs
+from tutelage.students import prepare_outputs, split_inputs
 from tutelage.taps import copy_model, reader_of
 from tutelage.teachers import EnsembleTeacher, FunctionModel, LiveTeacher, as_model
 
@@ -149,11 +149,14 @@ def distill(
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     to_batch = _named(batch, to_batch, lambda: call_student(student, seeds[0]), teachers, notes)
     _check_evaluation(eval_data, validation, to_batch)
+    is_labelled = _is_labelled(train_loader, to_batch, to_batch is own_batch, method)
+    example = next(iter(SequentialBatches(eval_data, to_batch=to_batch)))
+    to_batch = split_inputs(to_batch, example, call_student(student, seeds[0]), teachers[0] if teachers else None)
     teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache, method.task)
     example = next(iter(SequentialBatches(eval_data, to_batch=to_batch))).rows(0, 2)
     if hasattr(student, "_orig_mod") and not config.compile:
         notes.append("the student is trained without torch.compile; train={'compile': True} compiles it")
-    if not _is_labelled(train_loader, to_batch, to_batch is own_batch, method) and baseline:
+    if not is_labelled and baseline:
         baseline, notes = False, [*notes, "no baseline: the training data has no labels"]
     source = ModuleSource(
         [prepare_outputs(one, example.for_teacher(), outputs, class_axis) for one in teachers],

@@ -21,7 +21,7 @@ from tutelage.methods import (
     prepare_student,
 )
 from tutelage.methods.step import TermSums, check_terms, count_terms, get_signal, mean_loss, scale_terms
-from tutelage.students import prepare_outputs
+from tutelage.students import prepare_outputs, split_inputs
 from tutelage.students.projectors import device_of
 from tutelage.taps import Needs, observe
 from tutelage.teachers import LiveTeacher, as_model
@@ -99,6 +99,7 @@ class Distiller(DistillationModule):
             to_batch = name_positions(batch, to_batch, student, [model])
             for note in to_batch.notes():
                 warnings.warn(note, stacklevel=2)
+        to_batch = split_inputs(to_batch, _batch(example, to_batch), student, model)
         few = _batch(example, to_batch).rows(0, EXAMPLE)
         for one, part in ((model, few.for_teacher()), *((x, few) for x in (student, *peers))):
             if isinstance(one, nn.Module):

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.data import Batch, as_batch
+from tutelage.data.batch import PROBABILITIES, has_labels
 from tutelage.errors import CapabilityError, CheckpointError, DataError, require
 from tutelage.integrations.distiller import EXAMPLE, Distiller
 from tutelage.methods import Method
 from tutelage.models import load_weights
+from tutelage.students import arguments_of
 
 require("transformers", "text", "tutelage.integrations.hf")
 
@@ -95,7 +97,15 @@ class DistillationTrainer(Trainer):
         collator = data_collator or (
             DataCollatorWithPadding(processing_class) if processing_class is not None else default_data_collator
         )
-        columns = [*inspect.signature(student.forward).parameters, "labels", "label", "label_ids"]
+        theirs = arguments_of(teacher) if isinstance(teacher, nn.Module) else None
+        columns = [
+            *inspect.signature(student.forward).parameters,
+            *(theirs or ()),
+            "labels",
+            "label",
+            "label_ids",
+            PROBABILITIES,
+        ]
         columns_used = columns if args.remove_unused_columns else None
         example = collator(_few(train_dataset, columns_used))
         self.distiller = Distiller(
@@ -152,10 +162,12 @@ class DistillationTrainer(Trainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The method's loss on a batch, the student's logits and their labels."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The method's loss on a batch, the student's logits and their labels; the logits alone without labels."""
         with torch.no_grad(), self.accelerator.autocast():
             batch = self.distiller.batch(self._prepare_inputs(inputs))
+            if not has_labels(inputs):  # of predict
+                return None, self.distiller.logits(batch).float(), None
             loss = self.distiller.evaluated(batch)
             if prediction_loss_only:
                 return loss, None, None

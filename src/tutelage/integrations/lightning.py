@@ -87,7 +87,10 @@ class LightningDistillationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer for the parameters of student and method."""
         trained = [p for p in self.distiller.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=1e-3) if self._optimizer is None else self._optimizer(trained)
+        made = torch.optim.AdamW(trained, lr=1e-3) if self._optimizer is None else self._optimizer(trained)
+        if count_optimizers(made) > 1:  # Lightning leaves the steps of several to the module
+            self.automatic_optimization = False
+        return made
 
     def on_fit_start(self) -> None:
         """Check Lightning's arguments, and report the number of steps to the method."""
@@ -124,9 +127,8 @@ class LightningDistillationModule(LightningModule):
         return loss
 
     def _full_step(self, batch: Batch) -> Tensor:
-        optimizers: Any = self.optimizers()
-        if isinstance(optimizers, list):
-            raise CapabilityError(f"{len(optimizers)} optimizers", remedy="return one optimizer for all parameters")
+        given: Any = self.optimizers()
+        optimizers = given if isinstance(given, list) else [given]
         micros = batch.split(self.accumulate)
         scale = self.distiller.scales(micros)
         total = torch.zeros((), device=self.device)
@@ -134,11 +136,12 @@ class LightningDistillationModule(LightningModule):
             loss = self.distiller.loss(micro, scale)
             self.manual_backward(loss)
             total += loss.detach()
-        if self.clip is not None:
-            self.clip_gradients(optimizers, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
-        optimizers.step()
-        optimizers.zero_grad()
-        self._step_schedules("step", self.global_step)
+        if self.clip is not None:  # one norm over the parameters of all optimizers
+            torch.nn.utils.clip_grad_norm_([p for p in self.distiller.parameters() if p.grad is not None], self.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self._step_schedules("step", self.global_step // len(optimizers))  # Lightning counts each optimizer's
         return total
 
     def _step_schedules(self, interval: str, done: int) -> None:
@@ -167,11 +170,33 @@ class LightningDistillationModule(LightningModule):
 
     def validation_step(self, raw: Any, index: int) -> None:
         """Log the method's loss, and the accuracy for classification."""
+        self._evaluate(raw, "val")
+
+    def test_step(self, raw: Any, index: int) -> None:
+        """Log ``test_loss`` and ``test_accuracy``, as :meth:`validation_step`."""
+        self._evaluate(raw, "test")
+
+    def predict_step(self, raw: Any, index: int) -> Tensor:
+        """The student's logits; the batches need no labels."""
+        return self.distiller.logits(self.distiller.batch(raw))
+
+    def _evaluate(self, raw: Any, split: str) -> None:
         batch = self.distiller.batch(raw)
-        self.log("val_loss", self.distiller.evaluated(batch), batch_size=len(batch), sync_dist=True)
+        self.log(f"{split}_loss", self.distiller.evaluated(batch), batch_size=len(batch), sync_dist=True)
         labelled = batch.labelled()
         if batch.task == "classes" and bool(labelled.any()):
             right = (self.distiller.logits(batch).argmax(-1) == batch.labels)[labelled]
             self.log(
-                "val_accuracy", right.float().mean(), batch_size=int(labelled.sum()), prog_bar=True, sync_dist=True
+                f"{split}_accuracy",
+                right.float().mean(),
+                batch_size=int(labelled.sum()),
+                prog_bar=True,
+                sync_dist=True,
             )
+
+
+def count_optimizers(made: Any) -> int:
+    """The number of optimizers in what ``configure_optimizers`` returns."""
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], (list, tuple)):
+        made = made[0]  # (optimizers, schedules)
+    return len(made) if isinstance(made, (list, tuple)) else 1

@@ -13,7 +13,7 @@ from tutelage.students.feature_sites import (
 )
 from tutelage.students.layer_selection import LAYER_MAPS, block_influence, select_layers
 from tutelage.students.lora import add_lora, describe_adapters, has_adapters, merge_lora
-from tutelage.students.own_models import gives_one_score, prepare_outputs
+from tutelage.students.own_models import arguments_of, gives_one_score, prepare_outputs, split_inputs
 from tutelage.students.projectors import (
     PROJECTORS,
     Projector,
@@ -39,6 +39,7 @@ __all__ = [
     "ReusedHead",
     "add_fake_quantisers",
     "add_lora",
+    "arguments_of",
     "block_influence",
     "build_projector",
     "describe_adapters",
@@ -63,6 +64,7 @@ __all__ = [
     "reuse_head",
     "scale_outputs",
     "select_layers",
+    "split_inputs",
     "to_channels_first",
     "to_float_model",
     "trim_embeddings",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tutelage.data.batch import Batch
+from tutelage.data.batch import Arguments, Batch
 from tutelage.errors import CapabilityError, ModelError
 from tutelage.students.projectors import device_of, eval_no_grad
 from tutelage.taps import OutputReader, call_model, reader_of, set_reader
@@ -79,6 +81,55 @@ def _reader(reader: OutputReader, output: Any, example: Batch, class_axis: int |
     if example.task == "classes" and (shape == (*labels, 1) or (shape == labels and len(labels) == 1)):
         return replace(reader, form="logit")
     return replace(reader, form="column") if shape == labels and example.targets is not None else reader
+
+
+@dataclass(frozen=True)
+class SplitInputs:
+    """Converts batches of named inputs, of which student and teacher take different ones; see :func:`split_inputs`."""
+
+    to_batch: Callable[[Any], Batch]
+    student: frozenset[str]
+    teacher: frozenset[str]
+
+    def __call__(self, raw: Any) -> Batch:
+        """The batch, with what only the teacher takes in ``teacher_inputs``."""
+        batch = self.to_batch(raw)
+        if not isinstance(batch.inputs, dict) or batch.teacher_inputs is not None:
+            return batch
+        own, theirs = (
+            {k: v for k, v in batch.inputs.items() if k not in names} for names in (self.teacher, self.student)
+        )
+        return replace(batch, inputs=own, teacher_inputs=theirs)
+
+
+def split_inputs(
+    to_batch: Callable[[Any], Batch], example: Batch, student: nn.Module, teacher: nn.Module | None
+) -> Callable[[Any], Batch]:
+    """``to_batch``, or a conversion that gives named inputs of one model's ``forward`` alone to that model alone.
+
+    A name that neither model takes is left to both, whose errors name it.
+    """
+    names = example.inputs
+    if (
+        teacher is None
+        or not isinstance(names, dict)
+        or isinstance(names, Arguments)
+        or example.teacher_inputs is not None
+    ):
+        return to_batch
+    own, theirs = arguments_of(student), arguments_of(teacher)
+    only_own = frozenset(k for k in names if theirs is not None and k not in theirs and (own is None or k in own))
+    only_theirs = frozenset(k for k in names if own is not None and k not in own and (theirs is None or k in theirs))
+    return SplitInputs(to_batch, only_own, only_theirs) if only_own or only_theirs else to_batch
+
+
+def arguments_of(model: nn.Module) -> frozenset[str] | None:
+    """The names that a model's ``forward`` takes; ``None`` for any."""
+    try:
+        given = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in given) else frozenset(p.name for p in given)
 
 
 def gives_one_score(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tutelage.data.batch import Batch
+from tutelage.data.batch import Batch, Inputs
 from tutelage.data.loader import current_rank
 from tutelage.errors import CapabilityError, shorten
 from tutelage.taps import Needs, Observer, compile_apart
@@ -141,8 +141,11 @@ class LiveTeacher:
         inputs = batch.inputs
         if self.dtype in FLOATS:
             named = inputs if isinstance(inputs, dict) else {"": inputs}
-            named = {k: x.to(FLOATS[self.dtype]) if x.is_floating_point() else x for k, x in named.items()}
+            own = FLOATS[self.dtype]
+            named = type(named)({k: x.to(own) if x.is_floating_point() else x for k, x in named.items()})
             inputs = named if isinstance(inputs, dict) else named[""]
+        else:
+            inputs = _in_type_of(self.model, inputs)
         # Not inference_mode: it is no faster (docs/log.md), and its outputs cannot be saved for backward.
         device = batch.labels.device.type
         precision = nullcontext() if self.dtype is None else torch.autocast(device, enabled=False)
@@ -207,6 +210,17 @@ def _device(device: torch.device | str) -> torch.device:
             f"there is no device {shorten(str(device))} for the teacher: {str(error).splitlines()[0]}",
             remedy="set a device of this machine, such as cpu, cuda or cuda:1, or remove it",
         ) from None
+
+
+def _in_type_of(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Float inputs in the type of a float32 or bf16 model, where a loop in another precision converted them."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    named = inputs if isinstance(inputs, dict) else {"": inputs}
+    lower = (torch.bfloat16, torch.float16)
+    if own is None or own in lower or not any(x.dtype in lower for x in named.values()):
+        return inputs
+    named = type(named)({k: x.to(own) if x.dtype in lower else x for k, x in named.items()})
+    return named if isinstance(inputs, dict) else named[""]
 
 
 def _concat(signals: Sequence[Signal]) -> Signal:
