@@ -1,7 +1,7 @@
 """``tutelage.distill``: the experiment on the caller's own modules and loaders."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,15 @@ from tutelage.config import (
 from tutelage.config.messages import must_be
 from tutelage.config.teachers import cache_section
 from tutelage.data import Batch, SequentialBatches, as_batch, name_positions
-from tutelage.data.batch import Task, has_labels
-from tutelage.data.own_loaders import as_loader, first_item, length_of
+from tutelage.data.batch import Task
+from tutelage.data.own_loaders import length_of
 from tutelage.engine import broadcast_from_main, build_accelerator, open_trackers
 from tutelage.errors import CapabilityError, ConfigError, DataError, ModelError, shorten
 from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
 from tutelage.experiment.measure import class_name, fingerprint
 from tutelage.experiment.module_source import ModuleSource, call_student
+from tutelage.experiment.own_data import is_labelled, read_loaders
 from tutelage.experiment.run import choose_run_directory, open_run_directory
 from tutelage.experiment.spec import EnsembleSpec, EvaluationSpec, ExperimentSpec, MemberSpec, RunContext, TeacherSpec
 from tutelage.experiment.summary import load_student
@@ -138,7 +139,7 @@ def distill(
     """
     config = _train_config(optimizer, lr, schedule, epochs, train, validation)
     teacher = [as_model(t) for t in teacher] if isinstance(teacher, (list, tuple)) else teacher and as_model(teacher)
-    loaders, notes = _own_loaders(
+    loaders, notes = read_loaders(
         config.batch_size, train_loader=train_loader, eval_data=eval_data, validation=validation
     )
     train_loader, eval_data, validation = loaders
@@ -149,14 +150,14 @@ def distill(
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     to_batch = _named(batch, to_batch, lambda: call_student(student, seeds[0]), teachers, notes)
     _check_evaluation(eval_data, validation, to_batch)
-    is_labelled = _is_labelled(train_loader, to_batch, to_batch is own_batch, method)
+    labelled = is_labelled(train_loader, to_batch, to_batch is own_batch, method)
     example = next(iter(SequentialBatches(eval_data, to_batch=to_batch)))
     to_batch = split_inputs(to_batch, example, call_student(student, seeds[0]), teachers[0] if teachers else None)
     teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache, method.task)
     example = next(iter(SequentialBatches(eval_data, to_batch=to_batch))).rows(0, 2)
     if hasattr(student, "_orig_mod") and not config.compile:
         notes.append("the student is trained without torch.compile; train={'compile': True} compiles it")
-    if not is_labelled and baseline:
+    if not labelled and baseline:
         baseline, notes = False, [*notes, "no baseline: the training data has no labels"]
     source = ModuleSource(
         [prepare_outputs(one, example.for_teacher(), outputs, class_axis) for one in teachers],
@@ -177,21 +178,31 @@ def distill(
     first = source.build_student(seeds[0])
     notes += [] if class_axis is not None else _axis_note(first)
     prints = [fingerprint(one) for one in teachers]
-    described = {
+    models = {
         "teacher": prints if isinstance(teacher, Sequence) else prints[0] if prints else None,
         "student": fingerprint(first),
-        "method": {"class": type(method).__name__, "formula": method.formula()},
-        "train": config.model_dump(mode="json", exclude_none=True),
-        "seeds": list(seeds),
-        "baseline": baseline,
-        "teacher_mode": teacher_mode,
-        **{key: given for key, given in (("ensemble", ensemble), ("inference", inference)) if given},
-        **({"cache": source.cache.model_dump(mode="json", exclude_none=True)} if source.cache is not None else {}),
-        "classes": classes,
-        "batches": length_of(train_loader),
     }
+    options = {"teacher_mode": teacher_mode, "ensemble": ensemble, "inference": inference, "classes": classes}
+    described = _describe(models, source, seeds, baseline, options)
     text = yaml.safe_dump(described, sort_keys=False)
     return _run(spec, text, out, resume, verbose, notes)
+
+
+def _describe(
+    models: dict[str, Any], source: ModuleSource, seeds: Sequence[int], baseline: bool, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What a run directory says of the call; a resumed run must be of the same."""
+    return {
+        **models,
+        "method": {"class": type(source.method).__name__, "formula": source.method.formula()},
+        "train": source.train.model_dump(mode="json", exclude_none=True),
+        "seeds": list(seeds),
+        "baseline": baseline,
+        **{key: given for key, given in options.items() if given},
+        **({"cache": source.cache.model_dump(mode="json", exclude_none=True)} if source.cache is not None else {}),
+        "classes": options["classes"],
+        "batches": length_of(source.train_loader),
+    }
 
 
 def _run(
@@ -341,18 +352,6 @@ def _cache_config(given: Any, mode: str, parallel: str | None, teachers: Sequenc
 METRICS: dict[Task, str] = {"multi-label": "f1", "regression": "spearman", "embedding": "spearman"}
 
 
-def _own_loaders(batch_size: int, **given: Any) -> tuple[list[Any], list[str]]:
-    """Loaders for what the caller gives, and notes about those that were made."""
-    loaders, notes = [], []
-    for name, one in given.items():
-        loader, note = (
-            (None, None) if one is None else as_loader(one, name, batch_size, shuffle=name == "train_loader")
-        )
-        loaders.append(loader)
-        notes += [] if note is None else [note]
-    return loaders, notes
-
-
 def _evaluation(
     test: Any, validation: Any, to_batch: Callable[[Any], Batch], task: Task, classes: list[str] | None
 ) -> EvaluationSpec:
@@ -376,28 +375,6 @@ def _check_task(task: Task | None, method: Method) -> Task:
             remedy=f"make the method with task={shorten(task)}",
         )
     return method.task
-
-
-def _is_labelled(loader: Any, to_batch: Callable[[Any], Batch], own: bool, method: Method) -> bool:
-    """Whether a loader yields labels; raises :class:`DataError` if it does not and the method needs them."""
-    raw = first_item(loader, "train_loader")
-    if not own or has_labels(raw):
-        return True
-    counts = method.counts(to_batch(raw))
-    terms = [name for name, count in counts.items() if method.weights[name] and not int(count)]
-    if method.needs is not None and not terms:
-        return False
-    given = (
-        f"the batch has no key 'labels', only {', '.join(map(str, raw))}"
-        if isinstance(raw, Mapping)
-        else ("train_loader yields inputs without labels")
-    )
-    needs = f"the term {terms[0]!r} of its loss" if terms else "it"
-    raise DataError(
-        f"{given}, and {type(method).__name__} learns from labels: {needs} needs them",
-        remedy="learn from the teacher alone, as with method=LogitMethod(alpha=1.0); or yield (inputs, labels), or "
-        "pass to_batch=, a function that makes a Batch",
-    )
 
 
 def _check_arguments(teacher: Any, student: Any, method: Any, seeds: Any) -> None:

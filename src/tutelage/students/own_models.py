@@ -85,7 +85,7 @@ def _reader(reader: OutputReader, output: Any, example: Batch, class_axis: int |
 
 @dataclass(frozen=True)
 class SplitInputs:
-    """Converts batches of named inputs, of which student and teacher take different ones; see :func:`split_inputs`."""
+    """Converts batches of named inputs of which each model takes its own; see :func:`split_inputs`."""
 
     to_batch: Callable[[Any], Batch]
     student: frozenset[str]

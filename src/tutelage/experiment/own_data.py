@@ -1,0 +1,44 @@
+"""The caller's loaders of ``tutelage.distill``, before anything is trained."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tutelage.data import Batch
+from tutelage.data.batch import has_labels
+from tutelage.data.own_loaders import as_loader, first_item
+from tutelage.errors import DataError
+from tutelage.methods import Method
+
+
+def read_loaders(batch_size: int, **given: Any) -> tuple[list[Any], list[str]]:
+    """Loaders for what the caller gives, and notes about those that were made."""
+    loaders, notes = [], []
+    for name, one in given.items():
+        loader, note = (
+            (None, None) if one is None else as_loader(one, name, batch_size, shuffle=name == "train_loader")
+        )
+        loaders.append(loader)
+        notes += [] if note is None else [note]
+    return loaders, notes
+
+
+def is_labelled(loader: Any, to_batch: Callable[[Any], Batch], own: bool, method: Method) -> bool:
+    """Whether a loader yields labels; raises :class:`DataError` if it does not and the method needs them."""
+    raw = first_item(loader, "train_loader")
+    if not own or has_labels(raw):
+        return True
+    counts = method.counts(to_batch(raw))
+    terms = [name for name, count in counts.items() if method.weights[name] and not int(count)]
+    if method.needs is not None and not terms:
+        return False
+    given = (
+        f"the batch has no key 'labels', only {', '.join(map(str, raw))}"
+        if isinstance(raw, Mapping)
+        else ("train_loader yields inputs without labels")
+    )
+    needs = f"the term {terms[0]!r} of its loss" if terms else "it"
+    raise DataError(
+        f"{given}, and {type(method).__name__} learns from labels: {needs} needs them",
+        remedy="learn from the teacher alone, as with method=LogitMethod(alpha=1.0); or yield (inputs, labels), or "
+        "pass to_batch=, a function that makes a Batch",
+    )
