@@ -87,7 +87,8 @@ def copy_model(model: nn.Module) -> nn.Module:
             remedy="give a function that makes the module, as in student=lambda: Net()",
         ) from error
     for mine, own in zip(made.parameters(), model.parameters(), strict=True):
-        mine.requires_grad_(own.requires_grad)
+        if mine.requires_grad != own.requires_grad:
+            mine.requires_grad_(own.requires_grad)
     return made
 
 
