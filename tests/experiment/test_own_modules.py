@@ -11,7 +11,10 @@ import pytest
 pytest.importorskip("onnxruntime", reason="needs the extra export")
 pytest.importorskip("datasets", reason="needs the extra text")
 
-from support.matrix import LOADERS, PAGE, RESULTS, STUDENTS, TEACHERS, Cells, run_all, run_cell, table
+from support.matrix import PAGE, RESULTS, Cells, run_all, run_cell, table
+from support.matrix_loaders import LOADERS
+from support.matrix_students import STUDENTS
+from support.matrix_teachers import TEACHERS
 
 L, S, T = list(LOADERS), list(STUDENTS), list(TEACHERS)
 DIAGONAL = [(L[i], S[i], T[i % len(T)]) for i in range(len(L))]

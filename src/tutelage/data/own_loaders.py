@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from tutelage.errors import DataError, first_line
-
-Say = Callable[[str], None]
 
 
 def as_loader(given: Any, name: str, batch_size: int, *, shuffle: bool) -> tuple[Any, str | None]:
@@ -39,10 +37,8 @@ def as_loader(given: Any, name: str, batch_size: int, *, shuffle: bool) -> tuple
     if of_hub and (getattr(given, "format", None) or {}).get("type") is None and hasattr(given, "with_format"):
         given = given.with_format("torch")
     shuffle = shuffle and not is_stream
-    loader: Iterable[Any] = DataLoader(
-        given, batch_size=batch_size, shuffle=shuffle, collate_fn=_Collate(name),
-        generator=torch.Generator() if shuffle else None,
-    )  # fmt: skip
+    generator = torch.Generator() if shuffle else None
+    loader = DataLoader(given, batch_size, shuffle, collate_fn=_Collate(name), generator=generator)
     how = ", shuffled" if shuffle else ""
     return loader, f"{name} is a data set: it is read in batches of {batch_size}{how} (train.batch_size)"
 

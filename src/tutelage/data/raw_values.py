@@ -35,10 +35,8 @@ def as_tensor(value: Any) -> Tensor | None:
 
 def _is_numeric(values: Sequence[Any]) -> bool:
     """Whether ``values`` are numbers, or lists of numbers of one length."""
-    first = values[0] if values else None
-    if isinstance(first, (list, tuple)):
-        same = all(isinstance(v, (list, tuple)) and len(v) == len(first) for v in values)
-        return same and all(_is_numeric(v) for v in values)
+    if values and isinstance(first := values[0], (list, tuple)):
+        return all(isinstance(v, (list, tuple)) and len(v) == len(first) and _is_numeric(v) for v in values)
     return bool(values) and all(isinstance(v, (bool, int, float, np.number)) for v in values)
 
 

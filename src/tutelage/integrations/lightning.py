@@ -87,10 +87,10 @@ class LightningDistillationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer for the parameters of student and method."""
         trained = [p for p in self.distiller.parameters() if p.requires_grad]
-        made = torch.optim.AdamW(trained, lr=1e-3) if self._optimizer is None else self._optimizer(trained)
-        if count_optimizers(made) > 1:  # Lightning leaves the steps of several to the module
+        configured = torch.optim.AdamW(trained, lr=1e-3) if self._optimizer is None else self._optimizer(trained)
+        if count_optimizers(configured) > 1:  # Lightning leaves the steps of several to the module
             self.automatic_optimization = False
-        return made
+        return configured
 
     def on_fit_start(self) -> None:
         """Check Lightning's arguments, and report the number of steps to the method."""
@@ -195,8 +195,8 @@ class LightningDistillationModule(LightningModule):
             )
 
 
-def count_optimizers(made: Any) -> int:
+def count_optimizers(configured: Any) -> int:
     """The number of optimizers in what ``configure_optimizers`` returns."""
-    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], (list, tuple)):
-        made = made[0]  # (optimizers, schedules)
-    return len(made) if isinstance(made, (list, tuple)) else 1
+    if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], (list, tuple)):
+        configured = configured[0]  # (optimizers, schedules)
+    return len(configured) if isinstance(configured, (list, tuple)) else 1

@@ -108,6 +108,12 @@ def split_inputs(
     """``to_batch``, or a conversion that gives named inputs of one model's ``forward`` alone to that model alone.
 
     A name that neither model takes is left to both, whose errors name it.
+
+    Args:
+        to_batch: converts what a loader yields.
+        example: a batch that it returned.
+        student: any module.
+        teacher: any module; ``None`` for no teacher in this process.
     """
     names = example.inputs
     if (

@@ -80,16 +80,16 @@ def copy_model(model: nn.Module) -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper: train.compile compiles the copy
     try:
         with torch.no_grad():  # else the parameters of a scripted copy are computed tensors
-            made = copy.deepcopy(model, memo)
+            copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError) as error:
         raise ModelError(
             f"a {type(model).__name__} cannot be copied: {shorten(first_line(error))}",
             remedy="give a function that makes the module, as in student=lambda: Net()",
         ) from error
-    for mine, own in zip(made.parameters(), model.parameters(), strict=True):
+    for mine, own in zip(copied.parameters(), model.parameters(), strict=True):
         if mine.requires_grad != own.requires_grad:
             mine.requires_grad_(own.requires_grad)
-    return made
+    return copied
 
 
 def _uninitialised(buffer: Tensor) -> Tensor:
