@@ -190,10 +190,13 @@ class _LoaderRandomState:
     """
 
     def __init__(self, seed: int, loader: Any) -> None:
-        for owner in (loader, getattr(loader, "sampler", None)):
-            own = getattr(owner, "generator", None)
+        batches = getattr(loader, "batch_sampler", None)
+        for owner in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            own, set_epoch = getattr(owner, "generator", None), getattr(owner, "set_epoch", None)
             if isinstance(own, torch.Generator):
                 own.manual_seed(seed)
+            elif callable(set_epoch):  # its order depends on that number alone
+                set_epoch(seed % 2**31)
         self.torch = torch.Generator().manual_seed(seed).get_state()
         self.python = random.Random(seed).getstate()
         self.numpy: Any = np.random.RandomState(seed % 2**32).get_state()

@@ -1,5 +1,6 @@
 """What a finished experiment writes: its figures, its student, and samples for its report."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write ``summary.json`` and the exported student, and return the summary."""
     teacher = None if isinstance(used_teacher, RemoteTeacher) else used_teacher
+    results, repeated = _distinct_seeds(ctx, spec.seeds, results)
     metric = spec.evaluation.metric
     student = to_float_model(student).to(ctx.device)
     models = {"student": student} if teacher is None else {"teacher": teacher.model, "student": student}
@@ -43,7 +45,8 @@ def write_summary(
         "uses_teacher": needs_teacher(method),
         "classes": spec.evaluation.classes,
         "metric": metric,
-        "seeds": list(spec.seeds),
+        "seeds": [seed for seed in spec.seeds if seed not in repeated],
+        "repeated_seeds": repeated,
         "parameters": sizes,
         "projectors": count_projectors(method),
         "latency": _latencies(spec, ctx, teacher, models),
@@ -76,6 +79,31 @@ def write_summary(
         write_text(ctx.run.summary, json.dumps(summary, indent=1) + "\n")
     ctx.accelerator.wait_for_everyone()
     return summary
+
+
+def _distinct_seeds(
+    ctx: RunContext, seeds: Sequence[int], results: dict[str, list[dict[str, Any]]]
+) -> tuple[dict[str, list[dict[str, Any]]], list[int]]:
+    """The results without those of seeds that gave the weights of an earlier seed in every arm, and these seeds."""
+    digests = [
+        tuple(_weights_digest(ctx.run.model(one[i]["training"])) for one in results.values())
+        for i in range(len(seeds))
+    ]
+    new = [i for i, digest in enumerate(digests) if digest not in digests[:i]]
+    repeated = [seed for i, seed in enumerate(seeds) if i not in new]
+    if repeated:
+        ctx.terminal.say(
+            f"seeds {', '.join(map(str, repeated))} gave an earlier seed's weights to the bit, and count as one: "
+            "give a function as student, for another start, or a loader that shuffles, for another order"
+        )
+    return {arm: [of_arm[i] for i in new] for arm, of_arm in results.items()}, repeated
+
+
+def _weights_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _latencies(

@@ -173,8 +173,8 @@ def train_and_save(
             save_model(to_float_model(model), folder, card)
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         ctx.terminal.say(
-            f"{training.name}: test {best[training.metric]:.2%} "
-            f"(last epoch {last[training.metric]:.2%}), {result['seconds']:.0f} s"
+            f"{training.name}: test {figure(best[training.metric], training.metric)} "
+            f"(last epoch {figure(last[training.metric], training.metric)}), {result['seconds']:.0f} s"
         )
         for name, scores in result.get("others", {}).items():
             ctx.terminal.say(f"{training.name}-{name}: test {scores['best']['accuracy']:.2%}")
@@ -182,6 +182,11 @@ def train_and_save(
     finished = ctx.run.result(training.name)
     assert finished is not None
     return finished
+
+
+def figure(value: float, metric: str) -> str:
+    """A metric as text; a correlation, from -1 to 1, is no percentage."""
+    return f"{value:.4f}" if metric in ("spearman", "pearson", "matthews") else f"{value:.2%}"
 
 
 def _measure(

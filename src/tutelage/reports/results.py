@@ -14,6 +14,7 @@ from tutelage.reports.formatting import (
     plain,
     plain_spread,
     points,
+    seeds_text,
     values_text,
 )
 
@@ -94,7 +95,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def _against_baseline(summary: Mapping[str, Any]) -> str:
     students, has_teacher = summary["students"], summary.get("uses_teacher", True)
-    head = f"{'Distilled' if has_teacher else 'With the method'} {_mean_accuracy(students['distilled'])}"
+    head = f"{'Distilled' if has_teacher else 'With the method'} {_mean_accuracy(students['distilled'], summary)}"
     if not students.get("baseline") or not summary.get("gain"):
         return f"{head}; no baseline was trained, so the gain is unknown"
     gain = summary["gain"]["best"]
@@ -104,18 +105,27 @@ def _against_baseline(summary: Mapping[str, Any]) -> str:
             outcome = ", no difference shown"
         elif gain["mean"] < 0:
             outcome = f", {'distillation' if has_teacher else 'the method'} did worse"
-    baseline = _mean_accuracy(students["baseline"])
-    return f"{head} against baseline {baseline}: {points(gain['mean'])} points{outcome} ({interval(gain)})"
+    baseline = _mean_accuracy(students["baseline"], summary)
+    repeated = summary.get("repeated_seeds") or []
+    equal = f"; {seeds_text(repeated).lower()} gave the same weights to the bit" if repeated else ""
+    return f"{head} against baseline {baseline}: {points(gain['mean'])} points{outcome} ({interval(gain)}{equal})"
 
 
-def _mean_accuracy(arm: Mapping[str, Any]) -> str:
-    return percent(arm["best"]["accuracy"]["mean"])
+CORRELATIONS = ("spearman", "pearson", "matthews")
+"""Metrics from -1 to 1: they are no percentages, and a share of one means nothing."""
+
+
+def _mean_accuracy(arm: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    mean, metric = arm["best"]["accuracy"]["mean"], metric_of(summary)
+    return f"{METRIC_LABELS[metric]} {100 * mean:.1f}" if metric in CORRELATIONS else percent(mean)
 
 
 def _against_teacher(summary: Mapping[str, Any]) -> str:
     teacher = (summary.get("teacher") or {}).get("accuracy")
     if not teacher:
         return ""
+    if metric_of(summary) in CORRELATIONS:
+        return f"; the teacher has {100 * teacher:.1f}"
     share = summary["students"]["distilled"]["best"]["accuracy"]["mean"] / teacher
     ratio = summary.get("capacity_ratio")
     size = "as many parameters" if ratio == 1 else f"{percent(ratio)} of its parameters"
@@ -155,6 +165,8 @@ def final_table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             rows += [
                 _student_row(name, other, other["parameters"]) for name, other in (result.get("others") or {}).items()
             ]
+    if metric_of(summary) in CORRELATIONS:
+        rows = [row | {key: row[key].removesuffix(" %") for key in ("accuracy", "last")} for row in rows]
     return rows
 
 

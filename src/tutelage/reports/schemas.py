@@ -130,6 +130,7 @@ class RunSummary(_Record):
     uses_teacher: bool = True
     classes: list[str] | None = None
     seeds: list[int]
+    repeated_seeds: list[int] = []
     parameters: _ParameterCounts
     capacity_ratio: float | None = None
     latency: dict[str, _Latency] | None = None
