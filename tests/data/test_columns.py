@@ -161,6 +161,40 @@ def test_a_test_file_without_labels_is_refused_and_a_hidden_one_of_the_hub_left_
     assert lines == ["note: the test split has no labels, so it is taken from the training texts"]
 
 
+@pytest.mark.parametrize("label", [None, [None]])
+def test_rows_without_their_list_of_labels_are_no_labels(label: Any) -> None:
+    rows = [row | {"label": [row["label"]] if i > 8 else label} for i, row in enumerate(sentences(60))]
+    rows[9]["label"] = []
+    data, lines = load(rows, task="multi-label")
+    assert lines == ["note: 9 of 60 texts of the train split have no label; the student learns them from the teacher"]
+    assert int((data.for_teacher.labels == IGNORE).sum()) == 9
+    assert data.classes == ["math", "net", "sound"]
+
+
+@pytest.mark.parametrize("task", ["multi-label", "regression"])
+def test_one_empty_cell_of_several_is_named(task: str) -> None:
+    rows = [
+        row | {"a": 1, "b": i % 2} if i > 8 else row | {"a": None, "b": None} for i, row in enumerate(sentences(60))
+    ]
+    data, _ = load(rows, task=task, label=["a", "b"])
+    assert int((data.train.labels == IGNORE).sum()) == 9
+    rows[12]["b"] = None
+    with pytest.raises(DataError, match=r"row 12 .*column 'b': is empty, but column 'a' of the row is not"):
+        load(rows, task=task, label=["a", "b"])
+
+
+def test_an_empty_value_in_a_list_of_labels_is_named() -> None:
+    rows = [row | {"label": [row["label"], None if i == 7 else "fast"]} for i, row in enumerate(sentences(60))]
+    with pytest.raises(DataError, match=r"row 7 .*column 'label': value 1 .* of the list is empty"):
+        load(rows, task="multi-label")
+
+
+def test_a_column_of_yes_and_no_holds_no_other_number() -> None:
+    rows = [row | {"a": 1, "b": 3 if i == 4 else 0} for i, row in enumerate(sentences(60))]
+    with pytest.raises(DataError, match=r"row 4 .*column 'b': 3 is not between 0 and 1"):
+        load(rows, task="multi-label", label=["a", "b"])
+
+
 def test_a_row_without_route_is_named() -> None:
     rows = [row | {"who": "a" if i != 4 else None} for i, row in enumerate(sentences(40))]
     with pytest.raises(DataError, match=r"row 4 .*column 'who': no value"):

@@ -74,6 +74,25 @@ def check_label_values(
                     where=where,
                     remedy="give one label for each word; null for a word without label",
                 )
+    if task in ("multi-label", "regression"):
+        _check_complete(rows, labels, split, where)
+
+
+def _check_complete(rows: Mapping[str, Sequence[Any]], labels: Sequence[str], split: str, where: str) -> None:
+    """Raise :class:`DataError` if a row has some of its labels only: cells of several columns, or of a list."""
+    for row, cells in enumerate(zip(*(rows[column] for column in labels), strict=True)):
+        values = cells[0] if isinstance(cells[0], list) else cells
+        empty = [i for i, value in enumerate(values) if is_missing(value)]
+        if empty and len(empty) < len(values):
+            column, what = labels[0], f"value {empty[0]} (the first is 0) of the list is empty"
+            if values is cells:
+                filled = next(i for i in range(len(cells)) if i not in empty)
+                column, what = labels[empty[0]], f"is empty, but column {labels[filled]!r} of the row is not"
+            raise DataError(
+                f"{place(row, column, split)}: {what}",
+                where=where,
+                remedy="give all labels of a row; or none, for a row without label",
+            )
 
 
 def check_routes(rows: Mapping[str, Sequence[Any]], column: str, split: str, where: str) -> None:

@@ -242,12 +242,21 @@ def encode_labels(
     if task == "regression" or (task == "multi-label" and len(label) > 1):
         table = [[_number(v, place(r, c, split), raw) for r, v in enumerate(values[i])] for i, c in enumerate(label)]
         targets = torch.tensor(table).T.contiguous()
+        outside = ((targets < 0) | (targets > 1)).nonzero() if task == "multi-label" else targets[:0]
+        if len(outside):
+            row, column = outside[0].tolist()
+            raise DataError(
+                f"{place(row, label[column], split)}: {shorten(values[column][row])} is not between 0 and 1",
+                where=raw.name,
+                remedy="give 1 for yes and 0 for no; numbers are data.task: regression",
+            )
         return torch.where(targets.isnan().any(1), none, 0), targets.nan_to_num(0.0), None
     if task == "multi-label":
         targets = torch.zeros(len(rows), len(names))
         for i, row in enumerate(values[0]):
             targets[i, [index(v) for v in (row or []) if has(v)]] = 1.0
-        return torch.tensor([IGNORE if row is None else 0 for row in values[0]]), targets, None
+        unlabelled = [is_missing(row) or (len(row) > 0 and not any(map(has, row))) for row in values[0]]
+        return torch.where(torch.tensor(unlabelled, dtype=torch.bool), none, 0), targets, None
     return none, None, None
 
 
