@@ -1,6 +1,7 @@
 """Checks of an experiment before training."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -22,6 +23,20 @@ from tutelage.models import label_names
 from tutelage.progress import Terminal
 from tutelage.taps import Needs, Observation, observe
 from tutelage.teachers import Ensemble, LiveTeacher, Teacher
+
+
+def check_evaluation_labels(spec: ExperimentSpec) -> None:
+    """Raise :class:`DataError` if the evaluation data has no label, so that there is nothing to measure by."""
+    evaluation = spec.evaluation
+    for name, batches in (("evaluation", evaluation.test), ("validation", evaluation.validation)):
+        first = None if batches is None else next(iter(batches), None)
+        if batches is None or first is None or evaluation.by_teacher or first.task in ("embedding", "ranking"):
+            continue
+        if not any(bool(batch.labelled().any()) for batch in itertools.chain([first], batches)):
+            raise DataError(
+                f"the {name} data has no labels: every label is -100",
+                remedy="give labelled samples; accuracy, loss and gain are measured by them",
+            )
 
 
 def check_teachers(spec: ExperimentSpec, device: torch.device, model: nn.Module) -> None:

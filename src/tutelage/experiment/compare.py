@@ -40,6 +40,7 @@ def compare(spec: ExperimentSpec, ctx: RunContext) -> dict[str, Any]:
     spec = bind_teacher(spec, model)
     initial = spec.source.build_student(spec.seeds[0])
     classes = checks.check_output(spec, ctx.device, initial, "student")
+    checks.check_evaluation_labels(spec)
     if model is not None:
         checks.check_teachers(spec, ctx.device, model)
     student, method = prepare_student_and_method(spec, initial, model, spec.seeds[0])

@@ -1,7 +1,10 @@
 """The caller's loaders of ``tutelage.distill``, before anything is trained."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from tutelage.data import Batch
 from tutelage.data.batch import has_labels
@@ -25,14 +28,19 @@ def read_loaders(batch_size: int, **given: Any) -> tuple[list[Any], list[str]]:
 def is_labelled(loader: Any, to_batch: Callable[[Any], Batch], own: bool, method: Method) -> bool:
     """Whether a loader yields labels; raises :class:`DataError` if it does not and the method needs them."""
     raw = first_item(loader, "train_loader")
-    if not own or has_labels(raw):
-        return True
+    has_place = not own or has_labels(raw)
+    if has_place:
+        with torch.random.fork_rng(devices=[]):  # the first batch answers, unless all of its labels are -100
+            if any(bool(to_batch(one).labelled().any()) for one in itertools.chain([raw], loader)):
+                return True
     counts = method.counts(to_batch(raw))
     terms = [name for name, count in counts.items() if method.weights[name] and not int(count)]
     if method.needs is not None and not terms:
         return False
     given = (
-        f"the batch has no key 'labels', only {', '.join(map(str, raw))}"
+        "every label of train_loader is -100"
+        if has_place
+        else f"the batch has no key 'labels', only {', '.join(map(str, raw))}"
         if isinstance(raw, Mapping)
         else ("train_loader yields inputs without labels")
     )
