@@ -195,6 +195,43 @@ def test_a_column_of_yes_and_no_holds_no_other_number() -> None:
         load(rows, task="multi-label", label=["a", "b"])
 
 
+def test_several_targets_are_a_column_of_lists_or_columns() -> None:
+    rows = [row | {"a": 2.5 * i, "b": -i, "label": [2.5 * i, -i]} for i, row in enumerate(sentences(60))]
+    for key in ("a", "b", "label"):
+        rows[5][key] = None
+    lists, _ = load(rows, task="regression")
+    columns, _ = load(rows, task="regression", label=["a", "b"])
+    assert (lists.classes, columns.classes) == (["label[0]", "label[1]"], ["a", "b"])
+    assert lists.train.targets is not None
+    assert lists.train.targets.shape == (len(lists.train), 2)
+    assert columns.train.targets is not None
+    assert torch.equal(lists.train.targets, columns.train.targets)
+    assert torch.equal(lists.train.labels, columns.train.labels)
+    assert int((lists.train.labels == IGNORE).sum()) == 1
+
+
+@pytest.mark.parametrize(("value", "says"), [
+    ([1.5], r"column 'label': \[1.5\] is not a list of 2 numbers"),
+    ([1.5, None], r"column 'label\[1\]': is empty, but column 'label\[0\]' of the row is not"),
+    ([1.5, float("nan")], r"column 'label\[1\]': is empty"),
+])  # fmt: skip
+def test_a_row_with_other_targets_is_named(value: list[Any], says: str) -> None:
+    import pandas
+
+    rows = [row | {"label": value if i == 7 else [0.5, i]} for i, row in enumerate(sentences(60))]
+    pandas.DataFrame(rows).to_parquet("d.parquet")
+    with pytest.raises(DataError, match=f"row 7 .*{says}"):
+        load(rows, path="d.parquet", task="regression")
+
+
+@pytest.mark.parametrize(("value", "says"), [
+    ([0.5, 2.0], "set data.task: regression"), ([1, 0, 0], "give a column for each class"),
+])  # fmt: skip
+def test_lists_of_numbers_that_name_no_labels_are_refused(value: list[Any], says: str) -> None:
+    with pytest.raises(DataError, match=f"row 0 .*is not a list of labels(.|\n)*{says}"):
+        load([row | {"label": value} for row in sentences(60)], task="multi-label")
+
+
 def test_a_row_without_route_is_named() -> None:
     rows = [row | {"who": "a" if i != 4 else None} for i, row in enumerate(sentences(40))]
     with pytest.raises(DataError, match=r"row 4 .*column 'who': no value"):

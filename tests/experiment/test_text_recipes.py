@@ -100,6 +100,7 @@ def test_a_teacher_that_a_run_trains_is_saved_with_its_own_tokenizer() -> None:
 TASKS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("multi-label", {"label": "topics"}, {}, "f1"),
     ("regression", {"label": "size"}, {"method": {"kind": "logit"}}, "spearman"),
+    ("regression", {"label": "sizes"}, {"method": {"kind": "logit"}}, "spearman"),
     ("tokens", {"text": "words", "label": "tags"}, {}, "accuracy"),
     ("mlm", {}, {"method": {"kind": "triple"}}, "accuracy"),
     ("embedding", {}, {"method": {"kind": "embedding"},
@@ -107,12 +108,15 @@ TASKS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "data", "more", "metric"), TASKS, ids=[t[0] for t in TASKS])
+@pytest.mark.parametrize(
+    ("task", "data", "more", "metric"), TASKS, ids=["-".join((t[0], *map(str, t[1].values()))) for t in TASKS]
+)
 def test_every_task_trains_and_is_measured(
     task: str, data: dict[str, Any], more: dict[str, Any], metric: str
 ) -> None:
     encoder(Path("encoder"))
-    rows = [{**r, "topics": [r["label"]], "size": len(r["text"]) / 50, "words": r["text"].split(),
+    rows = [{**r, "topics": [r["label"]], "size": len(r["text"]) / 50,
+             "sizes": [len(r["text"]) / 50, r["row"] % 3], "words": r["text"].split(),
              "tags": [w[0] for w in r["text"].split()]} for r in sentences(120)]  # fmt: skip
     table(Path("d.jsonl"), rows)
     summary = run(recipe({"task": task, **data}, **more))

@@ -89,6 +89,7 @@ TABLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "longest": ({"uid": "u1", "what": "a much longer text", "kind": "b"}, {"text": "what", "label": "kind"}),
     "numbers": ({"text": "some words", "score": 0.5}, {"task": "regression", "label": "score"}),
     "lists": ({"text": "some words", "labels": ["a", "b"]}, {"task": "multi-label"}),
+    "targets": ({"text": "some words", "labels": [0.5, 2.0]}, {"task": "regression", "label": "labels"}),
     "words": ({"tokens": ["some", "words"], "ner_tags": ["O", "B"]}, {"task": "tokens", "text": "tokens"}),
     "pairs": ({"premise": "a b", "hypothesis": "c d", "label": 1}, {"text": ["premise", "hypothesis"]}),
     "chat": ({"id": 3, "messages": CHAT}, {"task": "causal", "text": "messages", "label": None}),
@@ -117,6 +118,20 @@ def test_columns_are_found(tmp_path: Path, name: str, ending: str) -> None:
     for key, value in expected.items():
         assert getattr(found, key) == value, key
     assert found.rows == 12
+
+
+@pytest.mark.parametrize(("value", "task"), [(0, "multi-label"), (0.5, "regression")])
+def test_several_columns_of_labels(tmp_path: Path, bert: Path, value: float, task: str) -> None:
+    rows = [{"text": "some words", "a": i % 2, "b": value, "c": "x"} for i in range(20)]
+    path, recipe = text_worlds.table(tmp_path / "mine.jsonl", rows), tmp_path / "my.yaml"
+    flags = ["--data", str(path), "--teacher", str(bert), "--label", "a", "--label"]
+    assert init(*flags, "b", "--out", str(recipe)) == 0
+    data = load_recipe(recipe).data
+    assert (data.task, data.label) == (task, ["a", "b"])
+    with pytest.raises(ConfigError, match="'c' is one of several columns of labels and does not hold numbers"):
+        describe_data(str(path), label=["a", "c"])
+    with pytest.raises(ConfigError, match="given 2 times, and task classes has one column"):
+        describe_data(str(path), label=["a", "b"], task="classes")
 
 
 @pytest.mark.parametrize("task", [t for t in TASKS if t not in ("images", "causal")])

@@ -28,7 +28,10 @@ def init(
         ),
     ] = None,
     text: Annotated[list[str] | None, option(metavar="COLUMN", help="Column of the texts; twice for pairs.")] = None,
-    label: Annotated[str | None, option(metavar="COLUMN", help="Column of the labels.")] = None,
+    label: Annotated[
+        list[str] | None,
+        option(metavar="COLUMN", help="Column of the labels; several times for several targets, or yes and no each."),
+    ] = None,
     teacher: Annotated[
         str | None, option(help="A model as recipes name it (timm:resnet50, hf:ID), or the folder of a model.")
     ] = None,

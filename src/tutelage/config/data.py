@@ -189,8 +189,9 @@ class TextDataConfig(SplitsConfig):
     teacher_prompt: str | None = None
     """For ``embedding``: the teacher's prompt. Default: ``prompt``, else the folder's ``default_prompt_name``."""
     label: str | list[str] | None = None
-    """Column of the labels: names, numbers, or lists of either; or a list of columns (yes or no, or numbers).
-    Default: ``label``, if the task has labels."""
+    """Column of the labels: names, numbers, or lists of either; or a list of columns (yes or no, or numbers). For
+    ``regression`` with several targets: a column of lists of numbers, or a list of columns. Default: ``label``, if
+    the task has labels."""
     metric: Literal["accuracy", "f1", "matthews", "spearman", "pearson", "r2"] | None = None
     """Metric that selects the best model. Default: ``f1`` for ``multi-label``, ``spearman`` for ``regression`` and
     ``embedding``, else ``accuracy``."""

@@ -76,6 +76,23 @@ def check_label_values(
                 )
     if task in ("multi-label", "regression"):
         _check_complete(rows, labels, split, where)
+    if task == "multi-label" and lists:
+        _check_names(rows[labels[0]], labels[0], split, where)
+
+
+def _check_names(values: Sequence[Any], column: str, split: str, where: str) -> None:
+    """Raise :class:`DataError` if lists of numbers are no names of labels: targets, or yes and no for each class."""
+    is_table = all(each in (0, 1) for value in values for each in value or ())
+    for row, value in enumerate(values):
+        if any(isinstance(each, float) and not each.is_integer() for each in value or ()):
+            remedy = "for several targets set data.task: regression"
+        elif value and is_table and len(set(value)) < len(value):
+            remedy = "a list holds the labels of its row; for yes and no for each class give a column for each class"
+        else:
+            continue
+        raise DataError(
+            f"{place(row, column, split)}: {shorten(value)} is not a list of labels", where=where, remedy=remedy
+        )
 
 
 def _check_complete(rows: Mapping[str, Sequence[Any]], labels: Sequence[str], split: str, where: str) -> None:

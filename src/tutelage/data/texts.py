@@ -15,6 +15,7 @@ from tutelage.data.alignment import NOWHERE, align_predicted
 from tutelage.data.batch import IGNORE, LABELS, WINDOW_IDS, Batch, TextTask
 from tutelage.data.chat import Learn
 from tutelage.data.images import check_labelled, choose_labelled, choose_rows, complete_splits, hide_labels
+from tutelage.data.label_cells import expand_targets
 from tutelage.data.targets import TargetScale, target_scale
 from tutelage.data.text_checks import check_label_values, check_routes, check_text_values
 from tutelage.data.text_sources import (
@@ -270,6 +271,8 @@ def load_texts(
         needed = [*columns, *teacher_columns, *label_columns, *as_list(route)]
         texts = [*columns, *teacher_columns]
         raw = read_texts(source, path=path, options=options, columns=needed, texts=texts)
+    if task == "regression":
+        raw, label_columns = expand_targets(raw, label_columns)
     _check_values(raw, task, (columns, teacher_columns), label_columns, route)
     raw = _without_empty(raw, dict.fromkeys([*columns, *teacher_columns]), empty)
     classes = None if classes is None else [str(name) for name in classes]

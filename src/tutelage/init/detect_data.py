@@ -52,7 +52,7 @@ class DataDescription:
         size: median of the images' shorter sides, in pixels.
         channels: channels of the images.
         text: columns of the texts.
-        label: column of the labels.
+        label: column of the labels, or several columns.
         length: 95th percentile of the texts' lengths, in characters.
     """
 
@@ -65,7 +65,7 @@ class DataDescription:
     size: int | None = None
     channels: int = 3
     text: str | list[str] = "text"
-    label: str | None = None
+    label: str | list[str] | None = None
     length: int | None = None
     note: str | None = None
     """One line on what a folder contains and is not read, or what has no label."""
@@ -77,9 +77,8 @@ class DataDescription:
         if self.task == "images":
             side = f", {self.size} pixels on the shorter side" if self.size else ""
             return f"{many} images{kinds}{side}"
-        columns = self.text if isinstance(self.text, str) else " and ".join(self.text)
-        of = "" if self.source == "plain" else f" in column {columns}"
-        labels = f", labels in column {self.label}" if self.label else ""
+        of = "" if self.source == "plain" else f" in column {_one_name(self.text)}"
+        labels = f", labels in column {_one_name(self.label)}" if self.label else ""
         return f"{many} texts{kinds}{of}{labels}: task {self.task}"
 
 
@@ -88,7 +87,7 @@ def describe_data(
     *,
     task: str | None = None,
     text: Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     teacher: str | None = None,
 ) -> DataDescription:
     """Detect the kind of ``data``: a path, or a ``data.source`` such as ``digits`` or ``hf:ID``.
@@ -104,6 +103,7 @@ def describe_data(
         raise ConfigError(
             f"--task: unknown task {task!r}" + suggest(task, TASKS), remedy=f"allowed: {', '.join(TASKS)}"
         )
+    label = [label] if isinstance(label, str) else label
     kind, colon, name = data.partition(":")
     if data in NAMED or (colon and name and kind in ("hf", "torchvision")):
         description = _named(data, task, text, label)
@@ -131,7 +131,7 @@ def describe_data(
     return description
 
 
-def _named(data: str, task: str | None, text: Sequence[str] | None, label: str | None) -> DataDescription:
+def _named(data: str, task: str | None, text: Sequence[str] | None, label: Sequence[str] | None) -> DataDescription:
     is_images = not data.startswith("hf:")
     if is_images and task not in (None, "images"):
         raise ConfigError(f"--task {task} is for texts, but {data} contains images", remedy="remove --task")
@@ -146,8 +146,12 @@ def _named(data: str, task: str | None, text: Sequence[str] | None, label: str |
             f"the task of {data} cannot be detected before it is downloaded",
             remedy=f"give --task, one of {', '.join(TASKS)}",
         )
-    label = (label or "label") if task in LABELLED else None
-    return DataDescription(task, data, text=_one_or_list(text or ["text"]), label=label)
+    labels = _one_or_list(label or ["label"]) if task in LABELLED else None
+    return DataDescription(task, data, text=_one_or_list(text or ["text"]), label=labels)
+
+
+def _one_name(columns: str | list[str]) -> str:
+    return columns if isinstance(columns, str) else " and ".join(columns)
 
 
 def _one_or_list(columns: Sequence[str]) -> str | list[str]:
@@ -155,7 +159,7 @@ def _one_or_list(columns: Sequence[str]) -> str | list[str]:
 
 
 def _folder(
-    path: Path, task: str | None, text: Sequence[str] | None, label: str | None, teacher: str | None
+    path: Path, task: str | None, text: Sequence[str] | None, label: Sequence[str] | None, teacher: str | None
 ) -> DataDescription:
     from tutelage.data.image_files import IMAGE_EXTENSIONS
     from tutelage.data.raw_images import SPLIT_NAMES
@@ -249,8 +253,8 @@ def _reason(teacher: str | None) -> str | None:
 
 
 def _table(
-    files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None, label: str | None,
-    teacher: str | None,
+    files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None,
+    given: Sequence[str] | None, teacher: str | None,
 ) -> DataDescription:  # fmt: skip
     from tutelage.data.table_files import read_table
     from tutelage.data.text_checks import is_missing
@@ -264,9 +268,9 @@ def _table(
     table = tables["train"]
     if not table.num_rows:
         raise DataError("has no rows", where=str(files["train"]), remedy="give a file with texts")
-    check_columns([*(text or ()), *([label] if label else ())], table.column_names, str(files["train"]))
+    check_columns([*(text or ()), *(given or ())], table.column_names, str(files["train"]))
     columns = {name: table[name].to_pylist() for name in table.column_names}
-    texts, are_conversations = _text_columns(columns, text, label, str(files["train"]))
+    texts, are_conversations = _text_columns(columns, text, given, str(files["train"]))
     rest = {
         name: [None if is_missing(value) else value for value in values]
         for name, values in columns.items() if name not in texts
@@ -279,15 +283,18 @@ def _table(
         )
     if are_conversations or task not in (None, *LABELLED):
         task = task or "causal"
-        if label is not None:
-            raise ConfigError(f"--label {label}: task {task} has no labels", remedy="remove --label")
-    elif task is None and label is None and teacher and not _has_labels(rest, teacher):
-        task, note = _task_without_labels(teacher, data) or "causal", _reason(teacher)
+        label: str | list[str] | None = None
+        if given:
+            raise ConfigError(f"--label {_one_name(list(given))}: task {task} has no labels", remedy="remove --label")
+    elif task is None and not given and teacher and not _has_labels(rest, teacher):
+        task, note, label = _task_without_labels(teacher, data) or "causal", _reason(teacher), None
+    elif given and len(given) > 1:
+        task, label = _task_of_several(rest, task, given, data), list(given)
     else:
-        task, label = _labels(rest, task, label, data, columns[texts[0]])
+        task, label = _labels(rest, task, given[0] if given else None, data, columns[texts[0]])
     classes = None
     if task == "classes":
-        assert label is not None
+        assert isinstance(label, str)
         classes = {str(k): n for k, n in Counter(v for v in rest[label] if v is not None).items()}
     path = str(files["train"]) if len(files) == 1 else {split: str(file) for split, file in files.items()}
     rows = sum(t.num_rows for t in tables.values())
@@ -308,7 +315,7 @@ def _may_be_label(values: list[Any]) -> bool:
 
 
 def _text_columns(
-    columns: dict[str, list[Any]], given: Sequence[str] | None, label: str | None, where: str
+    columns: dict[str, list[Any]], given: Sequence[str] | None, label: Sequence[str] | None, where: str
 ) -> tuple[Sequence[str], bool]:
     """The columns of the texts, and whether they contain conversations."""
     if given:
@@ -317,8 +324,8 @@ def _text_columns(
         if _are_conversations(values):
             return [name], True
     lower = {name.lower(): name for name in columns}
-    strings = {n: v for n, v in columns.items() if n != label and _all(v, str)}
-    if label is None:
+    strings = {n: v for n, v in columns.items() if n not in (label or ()) and _all(v, str)}
+    if not label:
         prompt = next((lower[n] for n in PROMPTS if n in lower and lower[n] in strings), None)
         answer = next((lower[n] for n in ANSWERS if n in lower and lower[n] in strings), None)
         if prompt and answer:
@@ -326,7 +333,7 @@ def _text_columns(
     for a, b in TEXT_PAIRS:
         if a in lower and b in lower:
             return [lower[a], lower[b]], False
-    lists = [n for n, v in columns.items() if n != label and _all(v, list)]
+    lists = [n for n, v in columns.items() if n not in (label or ()) and _all(v, list)]
     words = next((n for n in lists if n.lower() in WORDS or (not strings and n.lower() in TEXT_NAMES)), None)
     if words is not None:
         return [words], False
@@ -338,6 +345,23 @@ def _text_columns(
             f"has no column of texts, only {', '.join(columns)}", where=where, remedy="name it: --text COLUMN"
         )
     return [named], False
+
+
+def _task_of_several(rest: dict[str, list[Any]], task: str | None, label: Sequence[str], data: str) -> str:
+    """The task of several columns of labels: yes and no in each is multi-label, other numbers are regression."""
+    if task not in (None, "multi-label", "regression"):
+        raise ConfigError(
+            f"--label is given {len(label)} times, and task {task} has one column of labels", remedy="give it once"
+        )
+    for name in label:
+        if not all(isinstance(v, (int, float)) for v in rest.get(name, [""]) if v is not None):
+            raise ConfigError(
+                f"column {name!r} is one of several columns of labels and does not hold numbers",
+                where=data,
+                remedy="give columns of numbers, or one --label",
+            )
+    is_table = all(v in (None, 0, 1) for name in label for v in rest[name])
+    return task or ("multi-label" if is_table else "regression")
 
 
 def _labels(
@@ -363,6 +387,9 @@ def _labels(
     if task is not None:
         return task, label
     if _all(values, list):
+        flat = [each for value in values for each in value]
+        if any(isinstance(each, float) and not each.is_integer() for each in flat):
+            return "regression", label
         return ("tokens" if isinstance(texts[0], list) else "multi-label"), label
     numbers = all(isinstance(v, (int, float)) for v in values)
     if numbers and not all(float(v).is_integer() for v in values):
