@@ -51,3 +51,13 @@ def test_a_training_without_labels_has_no_baseline(tmp_path: Path) -> None:
     result = run(tmp_path, False, True, method=LogitMethod(alpha=1.0))
     assert "gain" not in result.summary
     assert "baseline" not in result.summary["students"]
+
+
+def test_training_batches_unlike_those_of_the_evaluation_are_refused(tmp_path: Path) -> None:
+    good, column = loader(True), [(x, y[:, None]) for x, y in loader(True)]
+    with pytest.raises(DataError, match=r"labels of train_loader are \(8, 1\)"):
+        tutelage.distill(teacher(), nn.Linear(8, 4), column, eval_data=good, out=tmp_path / "run", verbose=False)
+    extra = [{"input": x, "extra": x, "labels": y} for x, y in good]
+    plain = [{"input": x, "labels": y} for x, y in good]
+    with pytest.raises(DataError, match="yields the inputs extra, input, and eval_data input"):
+        tutelage.distill(teacher(), nn.Linear(8, 4), extra, eval_data=plain, out=tmp_path / "run", verbose=False)

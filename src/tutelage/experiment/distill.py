@@ -31,7 +31,7 @@ from tutelage.experiment.checks import warn_of_precision
 from tutelage.experiment.compare import compare
 from tutelage.experiment.measure import class_name, fingerprint
 from tutelage.experiment.module_source import ModuleSource, call_student
-from tutelage.experiment.own_data import is_labelled, read_loaders
+from tutelage.experiment.own_data import check_like_evaluation, is_labelled, read_loaders
 from tutelage.experiment.run import choose_run_directory, open_run_directory
 from tutelage.experiment.spec import EnsembleSpec, EvaluationSpec, ExperimentSpec, MemberSpec, RunContext, TeacherSpec
 from tutelage.experiment.summary import load_student
@@ -91,7 +91,8 @@ def distill(
     """Distil ``teacher`` into ``student`` and measure whether it helped.
 
     Args:
-        teacher: a trained module, or a list of modules as an ensemble; frozen, and never changed. Also a function of
+        teacher: a trained module, or a list of modules as an ensemble; it comes back frozen, in
+            evaluation mode, with the same weights. Also a function of
             the inputs, a program of ``torch.export``, an ``onnxruntime.InferenceSession``, a fitted estimator
             (:func:`tutelage.teachers.from_estimator`), or :class:`tutelage.teachers.StoredProbabilities`. ``None``
             for a ``method`` that needs none.
@@ -155,6 +156,7 @@ def distill(
     to_batch = split_inputs(to_batch, example, call_student(student, seeds[0]), teachers[0] if teachers else None)
     teacher_spec = _teacher_spec(teacher, teacher_mode, ensemble, inference, cache, method.task)
     example = next(iter(SequentialBatches(eval_data, to_batch=to_batch))).rows(0, 2)
+    check_like_evaluation(train_loader, to_batch, example)
     if hasattr(student, "_orig_mod") and not config.compile:
         notes.append("the student is trained without torch.compile; train={'compile': True} compiles it")
     if not labelled and baseline:

@@ -25,6 +25,23 @@ def read_loaders(batch_size: int, **given: Any) -> tuple[list[Any], list[str]]:
     return loaders, notes
 
 
+def check_like_evaluation(loader: Any, to_batch: Callable[[Any], Batch], example: Batch) -> None:
+    """Raise :class:`DataError` if the first training batch has other inputs or label shapes than the evaluation."""
+    batch = to_batch(first_item(loader, "train_loader"))
+    own, theirs = (set(x.inputs) if isinstance(x.inputs, dict) else None for x in (batch, example))
+    if own is not None and theirs is not None and own - theirs:
+        raise DataError(
+            f"train_loader yields the inputs {', '.join(sorted(own))}, and eval_data {', '.join(sorted(theirs))}",
+            remedy="yield the same inputs from both, those that the models take",
+        )
+    if batch.task == example.task and batch.labels.ndim > example.labels.ndim:
+        raise DataError(
+            f"the labels of train_loader are {tuple(batch.labels.shape)}, those of eval_data have "
+            f"{example.labels.ndim} dimension{'s' if example.labels.ndim > 1 else ''}",
+            remedy="yield labels of one shape from both; labels.squeeze(1) makes [B] of [B, 1]",
+        )
+
+
 def is_labelled(loader: Any, to_batch: Callable[[Any], Batch], own: bool, method: Method) -> bool:
     """Whether a loader yields labels; raises :class:`DataError` if it does not and the method needs them."""
     raw = first_item(loader, "train_loader")
