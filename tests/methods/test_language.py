@@ -258,6 +258,23 @@ def test_a_run_says_that_it_takes_dense_logits_and_a_cache_of_head_inputs_is_ref
     assert "note: the scores of the teacher are not its output layer" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_number_for_each_token_that_is_added_to_the_scores_takes_the_path_of_dense_logits() -> None:
+    import transformers
+
+    bart = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.arange(4, 16).view(2, 6)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    head = observe(bart, inputs, Needs(logits=False, head=True)).head
+    assert head is not None
+    assert head.is_dense
+    torch.testing.assert_close(head.inputs, bart(**inputs).logits)
+
+
 @pytest.mark.parametrize("change", ["bias", "scale", "trained bias"])
 def test_a_bias_or_scale_behind_the_head_is_seen(change: str, cutter: Any, folder: Path) -> None:
     class Shifted(type(model(folder))):  # type: ignore[misc]

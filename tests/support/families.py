@@ -1,11 +1,51 @@
-"""A small random model of each causal and sequence-to-sequence family of transformers, and checks of the product on it."""
+"""A small random model of each causal and sequence-to-sequence family of transformers; checks of the product on it.
 
+    python tests/support/families.py            # all families that results/families.json lacks
+    python tests/support/families.py ernie4_5   # these again
+
+Each family runs in a process of its own, with a limit of time and memory. For each check the result is ``right``,
+``refused`` (by a TutelageError), ``wrong`` or ``error`` (another exception). Writes ``results/families.json`` and
+``results/families.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
 import re
+import resource
+import signal
+import tempfile
+import traceback
 import warnings
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.auto import modeling_auto
+
+from tutelage.data import causal_batch
+from tutelage.errors import TutelageError
+from tutelage.experiment.save_check import _check_model, _refusal
+from tutelage.methods import DistillationModule, prepare_method
+from tutelage.methods.step import get_signal, mean_loss
+from tutelage.methods.token import TokenMethod
+from tutelage.models import load_weights, save_model
+from tutelage.students import prune
+from tutelage.students.layer_selection import find_layer_stack
+from tutelage.taps import Needs, observe
+from tutelage.taps.heads import no_cache_arguments
+from tutelage.teachers import LiveTeacher
+
+RESULTS = Path(__file__).parents[2] / "results" / "families.json"
+SECONDS, MEMORY = 90, 5 << 30
+TOLERANCE = 1e-4
 
 VOCABULARY = 320
 LAYERS = 8
@@ -38,7 +78,11 @@ SIZES = (
 
 KEPT = re.compile(r".*token_id|.*_idx|.*kernel.*|.*seed|.*buckets|.*theta|.*factor|.*token_index")
 
-FAMILIES: dict[str, dict[str, Any]] = {}
+ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {"num_kv_shared_layers": 4, "layer_types": ALTERNATING},
+}
 """Further fields of some families."""
 
 
@@ -56,7 +100,7 @@ def small_fields(kind: type, family: str | None = None) -> dict[str, Any]:
     """Keyword arguments that make the config of a family small."""
     try:
         default = kind()
-    except Exception:
+    except Exception:  # noqa: BLE001  a config may need arguments
         default = None
     fields: dict[str, Any] = {}
     parts = getattr(kind, "sub_configs", {})
@@ -67,8 +111,328 @@ def small_fields(kind: type, family: str | None = None) -> dict[str, Any]:
                 size = 1 if type(value) is int and value >= VOCABULARY else None
             if size is not None:
                 fields[name] = size
-    for name, part in parts.items():
+    if "num_key_value_heads" in fields and {"kv_lora_rank", "qk_rope_head_dim"} & set(default.to_dict()):
+        fields["num_key_value_heads"] = 4  # latent attention has no groups
+    for name in parts:
         theirs = getattr(default, name, None)
         if theirs is not None and hasattr(theirs, "to_dict"):
             fields[name] = {"model_type": theirs.model_type, **small_fields(type(theirs))}
     return fields | FAMILIES.get(family or "", {})
+
+
+class Family(NamedTuple):
+    """A model type of transformers, and the auto class that builds it."""
+
+    name: str
+    auto: Any
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return bool(self.auto is transformers.AutoModelForSeq2SeqLM)
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-seq2seq" if self.is_seq2seq else self.name
+
+
+CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+SEQ2SEQ = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+ALL = {
+    family.key: family
+    for names, auto in ((CAUSAL, transformers.AutoModelForCausalLM), (SEQ2SEQ, transformers.AutoModelForSeq2SeqLM))
+    for family in (Family(name, auto) for name in names)
+}
+
+
+class WrongValueError(Exception):
+    """The product's value differs from that of the model."""
+
+
+def build(family: Family, seed: int = 0) -> Any:
+    """A small model whose weights all matter: noise on its initial ones, in evaluation mode."""
+    kind = transformers.CONFIG_MAPPING[family.name]
+    config = kind(**small_fields(kind, family.name))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in family.auto.from_config(config).parameters())
+    if size > 5_000_000:
+        raise ValueError(f"{size:,} parameters are too many")
+    torch.manual_seed(seed)
+    model = family.auto.from_config(config).float().eval()
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=noise))
+    return model
+
+
+def inputs_of(family: Family, length: int = 20) -> dict[str, Tensor]:
+    ids = torch.randint(5, 300, (2, length), generator=torch.Generator().manual_seed(3))
+    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return named | ({"decoder_input_ids": ids.flip(1)} if family.is_seq2seq else {})
+
+
+def logits_of(model: Any, family: Family) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**inputs_of(family), **no_cache_arguments(model)).logits
+    return logits.float()
+
+
+def expect_equal(own: Tensor, expected: Tensor, what: str) -> None:
+    if own.shape != expected.shape:
+        raise WrongValueError(f"{what}: shape {list(own.shape)}, not {list(expected.shape)}")
+    if not bool(expected.isfinite().all()):
+        raise ValueError("the model's own values are not finite")
+    difference = float((own - expected).abs().max())
+    if not difference <= TOLERANCE * max(float(expected.abs().max()), 1.0):
+        raise WrongValueError(f"{what}: difference {difference:.3g} of {float(expected.abs().max()):.3g}")
+
+
+def check_head(model: Any, family: Family) -> str:
+    """The scores that losses compute from the head are the model's logits."""
+    with torch.no_grad():
+        head = observe(model, inputs_of(family), Needs(logits=False, head=True)).head
+        assert head is not None
+        own = head.scores(slice(None)).float()
+    expect_equal(own, logits_of(model, family), "scores")
+    return "dense" if head.is_dense else ""
+
+
+def without_layers(teacher: Any, layers: tuple[int, ...], family: Family) -> Tensor:
+    """The teacher's logits with the other layers skipped."""
+
+    def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return states if isinstance(output, Tensor) else (states, *output[1:])
+
+    _, stack = find_layer_stack(teacher)
+    handles = [x.register_forward_hook(skip, with_kwargs=True) for i, x in enumerate(stack) if i not in layers]
+    try:
+        return logits_of(teacher, family)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+MAPS: tuple[str, ...] = ("every-other", "first", "last")
+
+
+def check_depth(model: Any, family: Family) -> str:
+    """A student of half the layers computes what the teacher computes without the others."""
+    refusals = []
+    for name in MAPS:
+        try:
+            student = prune(model, layers=LAYERS // 2, map=name)
+        except TutelageError as error:
+            refusals.append((name, error))
+            continue
+        if student.missing_keys:
+            raise WrongValueError(f"{name}: new random weights {', '.join(student.missing_keys[:3])}")
+        expected = without_layers(model, student.layers, family)
+        expect_equal(logits_of(student.model, family), expected, name)
+    if len(refusals) == len(MAPS):
+        raise refusals[0][1]
+    return "".join(f"{name} refused: {error.what}; " for name, error in refusals)[:300]
+
+
+def half_student(model: Any) -> Any:
+    """A student of half the layers, by the first map that the product allows; ``None`` without one."""
+    for name in MAPS:
+        try:
+            return prune(model, layers=LAYERS // 2, map=name).model
+        except TutelageError:
+            continue
+    return None
+
+
+def save_and_reload(model: Any, family: Family) -> None:
+    card = {} if family.is_seq2seq else {"task": "causal"}
+    expected = logits_of(model, family)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        with _refusal(f"a {type(model).__name__} cannot be loaded after it is saved"):
+            _check_model(model, card, Path(name))
+        save_model(model, folder, card)
+        again = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in again.parameters():
+                p.zero_()
+        load_weights(again, folder)
+        expect_equal(logits_of(again, family), expected, "load_weights")
+        plain = family.auto.from_pretrained(folder).eval()
+        expect_equal(logits_of(plain, family), expected, "from_pretrained")
+
+
+def check_reload(model: Any, family: Family) -> str:
+    """The model that a run saved has the same logits when the product and plain transformers load it."""
+    save_and_reload(model, family)
+    return ""
+
+
+def check_reload_half(model: Any, family: Family) -> str:
+    """The same for its student of half the layers."""
+    student = half_student(model)
+    if student is None:
+        return "no student"
+    save_and_reload(student, family)
+    return ""
+
+
+def check_token_loss(model: Any, family: Family) -> str:
+    """One step of token distillation has the loss and the gradient of the dense formula."""
+    student = build(family, seed=1)
+    batch = causal_batch(inputs_of(family))
+    method = prepare_method(TokenMethod(alpha=0.5, temperature=2.0), student, model, batch, 0)
+    module = DistillationModule(student, method).eval()
+    terms = module(batch, get_signal(LiveTeacher(model), method, batch))
+    loss = mean_loss(method, terms)
+    loss.backward()
+    own = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    student.zero_grad()
+    teacher, mask = logits_of(model, family), batch.mask
+    logits = student(**inputs_of(family), **no_cache_arguments(student)).logits.float()
+    soft = 4 * F.kl_div(
+        (logits / 2).log_softmax(-1)[mask], (teacher / 2).softmax(-1)[mask], reduction="batchmean"
+    )  # fmt: skip
+    dense = 0.5 * soft + 0.5 * F.cross_entropy(logits[mask], batch.labels[mask])
+    dense.backward()
+    expected = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    expect_equal(loss.detach(), dense.detach(), "loss")
+    if not float((own - expected).norm()) <= 1e-3 * float(expected.norm()):
+        raise WrongValueError(f"gradient: {float((own - expected).norm() / expected.norm()):.2g} of its norm")
+    return ""
+
+
+CHECKS: dict[str, Callable[[Any, Family], str]] = {
+    "head": check_head, "depth": check_depth, "reload": check_reload, "reload_half": check_reload_half,
+    "token_loss": check_token_loss,
+}  # fmt: skip
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:most]
+
+
+def run_checks(family: Family) -> dict[str, dict[str, str]]:
+    """The result of each check; of ``build`` alone if the family is not built."""
+    try:
+        model = build(family)
+        logits_of(model, family)
+    except Exception as error:  # noqa: BLE001  families raise different errors
+        return {"build": {"status": "not built", "detail": one_line(error)}}
+    results = {"build": {"status": "right", "detail": type(model).__name__}}
+    for name, check in CHECKS.items():
+        try:
+            results[name] = {"status": "right", "detail": check(copy.deepcopy(model), family)}
+        except WrongValueError as error:
+            results[name] = {"status": "wrong", "detail": str(error)}
+        except TutelageError as error:
+            results[name] = {"status": "refused", "detail": error.what[:300]}
+        except Exception as error:  # noqa: BLE001
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(where.filename).name}, line {where.lineno}"
+            results[name] = {"status": "error", "detail": f"{one_line(error)} ({place})"}
+    return results
+
+
+def _child(key: str, connection: Any) -> None:
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    connection.send(run_checks(ALL[key]))
+
+
+def run_family(key: str) -> dict[str, dict[str, str]]:
+    """The results of one family, from a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchao", "transformers", "support.families"])
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(key, there))
+    process.start()
+    there.close()
+    try:
+        results: dict[str, dict[str, str]] = here.recv()
+    except EOFError:
+        results = {}
+    process.join()
+    if results:
+        return results
+    reason = "out of time" if process.exitcode == -signal.SIGALRM else f"ended with {process.exitcode}"
+    return {"build": {"status": "not built", "detail": reason}}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as a page."""
+    results = found["families"]
+    built = {key: row for key, row in results.items() if row["build"]["status"] == "right"}
+    counts = {
+        check: {
+            status: sum(row[check]["status"] == status for row in built.values())
+            for status in ("right", "refused", "wrong", "error")
+        }
+        for check in CHECKS
+    }
+    lines = [
+        f"Small random models of the causal and sequence-to-sequence families of transformers "
+        f"{found['transformers']}: {len(results)} families, {len(built)} built. Each check compares the product "
+        "with the model's own values, tolerance 1e-4. `python tests/support/families.py`",
+        "",
+        "| check | what | right | refused | wrong | traceback |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {check} | {' '.join((CHECKS[check].__doc__ or '').split())} | "
+            + " | ".join(str(n) for n in counts[check].values()) + " |"
+            for check in CHECKS
+        ),
+        "", f"| family | {' | '.join(CHECKS)} |", f"| --- |{' --- |' * len(CHECKS)}",
+        *(f"| {key} | {' | '.join(_cell(row[check]) for check in CHECKS)} |" for key, row in sorted(built.items())),
+        "", "Not built, so not checked:", "", "| family | reason |", "| --- | --- |",
+        *(
+            f"| {key} | {_escape(row['build']['detail'][:200])} |"
+            for key, row in sorted(results.items()) if key not in built
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _cell(result: dict[str, str]) -> str:
+    detail = _escape(result["detail"][:160])
+    return f"{result['status']}: {detail}" if detail else result["status"]
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def read(path: Path = RESULTS) -> dict[str, Any]:
+    """The table's file: the version of transformers, and the results by family."""
+    empty = {"transformers": transformers.__version__, "families": {}}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+    return found
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    ordered = results | {"families": dict(sorted(results["families"].items()))}
+    path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table(ordered), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("keys", nargs="*", metavar="FAMILY")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: results/families.json")
+    options = parser.parse_args()
+    results = read(options.out)
+    for key in options.keys or [key for key in ALL if key not in results["families"]]:
+        results["families"][key] = row = run_family(key)
+        wrong = {name: r for name, r in row.items() if r["status"] not in ("right", "refused")}
+        print(key, wrong or "ok", flush=True)
+        write(results, options.out)
+
+
+if __name__ == "__main__":
+    from support import families  # the name under which the other processes import this file
+
+    families.main()
