@@ -12,6 +12,7 @@ import torch
 
 from support import language_worlds
 from support.text_worlds import sentences, table, tokenizer
+from tutelage.config.data import TextDataConfig
 from tutelage.data import TextData, load_texts
 from tutelage.data.batch import IGNORE
 from tutelage.data.chat import as_conversation
@@ -230,6 +231,37 @@ def test_a_row_with_other_targets_is_named(value: list[Any], says: str) -> None:
 def test_lists_of_numbers_that_name_no_labels_are_refused(value: list[Any], says: str) -> None:
     with pytest.raises(DataError, match=f"row 0 .*is not a list of labels(.|\n)*{says}"):
         load([row | {"label": value} for row in sentences(60)], task="multi-label")
+
+
+@pytest.mark.parametrize("separator", [",", "; "])
+def test_separated_labels_are_split(separator: str) -> None:
+    rows = [row | {"label": f"{row['label']}{separator} fast{separator}"} for row in sentences(60)]
+    rows[3]["label"] = " "
+    data, _ = load(rows, task="multi-label", separator=separator)
+    assert data.classes == ["fast", "math", "net", "sound"]
+    assert "4 classes: ['fast', 'math', 'net', 'sound']" in data.summary()
+    assert data.train.targets is not None
+    assert set(data.train.targets.sum(1).tolist()) == {0.0, 2.0}
+    assert int((data.train.labels == IGNORE).sum()) == 1
+
+
+def test_separated_labels_need_their_separator() -> None:
+    rows = [row | {"label": "red, blue"} for row in sentences(60)]
+    with pytest.raises(DataError, match=r"'red, blue' is a value of type str(.|\n)*set data.separator"):
+        load(rows, task="multi-label")
+
+
+@pytest.mark.parametrize(("cell", "remedy"), [("['a', 'b']", "save lists as JSON"), (["a"], "remove data.separator")])
+def test_a_list_is_no_cell_of_separated_labels(cell: Any, remedy: str) -> None:
+    rows = [row | {"label": cell} for row in sentences(60)]
+    with pytest.raises(DataError, match=rf"row 0 .*is a list(.|\n)*{remedy}"):
+        load(rows, task="multi-label", separator=",")
+
+
+@pytest.mark.parametrize("other", [{"task": "classes"}, {"task": "multi-label", "label": ["a", "b"]}])
+def test_a_separator_is_for_one_column_of_several_labels(other: dict[str, Any]) -> None:
+    config = TextDataConfig(kind="texts", source="table", path="x.csv", separator=",", **other)
+    assert [key for key, _ in config.misfits()] == ["separator"]
 
 
 def test_a_row_without_route_is_named() -> None:

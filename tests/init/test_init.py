@@ -134,6 +134,33 @@ def test_several_columns_of_labels(tmp_path: Path, bert: Path, value: float, tas
         describe_data(str(path), label=["a", "b"], task="classes")
 
 
+@pytest.mark.parametrize("separator", [",", ";", "|"])
+def test_separated_labels_are_found(
+    tmp_path: Path, bert: Path, separator: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = ["red", f"red{separator} blue", "blue", f"blue{separator} green", ""]
+    rows = [{"text": "some words", "label": cells[i % 5]} for i in range(40)]
+    path, recipe = text_worlds.table(tmp_path / "mine.jsonl", rows), tmp_path / "my.yaml"
+    assert init("--data", str(path), "--teacher", str(bert), "--out", str(recipe)) == 0
+    assert f"labels in column label are separated by {separator!r}" in capsys.readouterr().out
+    data = load_recipe(recipe).data
+    assert (data.task, data.separator) == ("multi-label", separator)
+    assert describe_data(str(path), task="classes").separator is None
+
+
+@pytest.mark.parametrize("cells", [["Korea, South", "Korea, North"], ["['a', 'b']", "['a']"]])
+def test_a_label_with_a_comma_is_one_label(tmp_path: Path, cells: list[str]) -> None:
+    rows = [{"text": "some words", "label": cells[i % 2]} for i in range(40)]
+    path = str(text_worlds.table(tmp_path / "mine.jsonl", rows))
+    found = describe_data(path)
+    assert (found.task, found.separator) == ("classes", None)
+    table = text_worlds.table(
+        tmp_path / "one.jsonl", [{"text": "some words", "label": "ab"[i % 2]} for i in range(40)]
+    )
+    with pytest.raises(ConfigError, match=r"'a' without a separator of labels"):
+        describe_data(str(table), task="multi-label")
+
+
 @pytest.mark.parametrize("task", [t for t in TASKS if t not in ("images", "causal")])
 def test_every_task_of_encoders_gets_a_valid_recipe(tmp_path: Path, bert: Path, task: str) -> None:
     row: dict[str, Any] = {"text": "some words"}

@@ -192,6 +192,9 @@ class TextDataConfig(SplitsConfig):
     """Column of the labels: names, numbers, or lists of either; or a list of columns (yes or no, or numbers). For
     ``regression`` with several targets: a column of lists of numbers, or a list of columns. Default: ``label``, if
     the task has labels."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """For ``multi-label``: what separates the labels in a cell, as the comma in ``red, blue``. Spaces around labels
+    are removed; an empty cell is no label."""
     metric: Literal["accuracy", "f1", "matthews", "spearman", "pearson", "r2"] | None = None
     """Metric that selects the best model. Default: ``f1`` for ``multi-label``, ``spearman`` for ``regression`` and
     ``embedding``, else ``accuracy``."""
@@ -232,6 +235,8 @@ class TextDataConfig(SplitsConfig):
             yield "task", f"plain text has no labels, and {task} needs them; use a table, or mlm or causal"
         if isinstance(self.label, list) and self.task not in ("multi-label", "regression"):
             yield "label", f"{task} has one column of labels, given a list; name it"
+        if self.separator is not None and (self.task != "multi-label" or not isinstance(self.label, str | None)):
+            yield "separator", f"'separator' is for one column of task multi-label, this is {task}; remove it"
         if self.labels is not None and self.task in UNLABELLED:
             yield "labels", f"{task} has no label for each text to leave out; use 'limit'"
         if self.pack and self.route is not None:

@@ -66,7 +66,9 @@ def check_label_values(
                     f"{place(row, column, split)}: {shorten(value)} is a value of type {type(value).__name__}, not "
                     + ("a list of labels" if lists else "one label"),
                     where=where,
-                    remedy="name another column as data.label, or set another data.task",
+                    remedy="if a cell holds several labels, set data.separator to what separates them"
+                    if task == "multi-label" and isinstance(value, str)
+                    else "name another column as data.label, or set another data.task",
                 )
             if task == "tokens" and len(value) != len(rows[text][row] or []):
                 raise DataError(

@@ -15,7 +15,7 @@ from tutelage.data.alignment import NOWHERE, align_predicted
 from tutelage.data.batch import IGNORE, LABELS, WINDOW_IDS, Batch, TextTask
 from tutelage.data.chat import Learn
 from tutelage.data.images import check_labelled, choose_labelled, choose_rows, complete_splits, hide_labels
-from tutelage.data.label_cells import expand_targets
+from tutelage.data.label_cells import expand_targets, split_labels
 from tutelage.data.targets import TargetScale, target_scale
 from tutelage.data.text_checks import check_label_values, check_routes, check_text_values
 from tutelage.data.text_sources import (
@@ -28,7 +28,7 @@ from tutelage.data.text_sources import (
 )
 from tutelage.data.tokens import Progress, Tokens, tokenize, tokenizer_fingerprint
 from tutelage.data.views import Masking, build_masking, view_seeds
-from tutelage.errors import DataError
+from tutelage.errors import DataError, shorten
 
 Prompts = tuple[Sequence[str], Sequence[str]]
 """Texts that the student, and the teacher, read before the texts of each group of columns."""
@@ -209,7 +209,8 @@ class TextData:
     def summary(self) -> str:
         """The data in a few words."""
         lengths = self.train.lengths.float()
-        known = f", {len(self.classes)} classes" if self.classes else ""
+        what = "targets" if self.task == "regression" else "classes"
+        known = f", {len(self.classes)} {what}: {shorten(self.classes)}" if self.classes else ""
         return f"{self.task}, {lengths.mean():.0f} tokens per text, at most {int(lengths.max())}{known}"
 
     def preprocessing(self) -> dict[str, Any]:
@@ -228,6 +229,7 @@ def load_texts(
     text: str | Sequence[str] = "text",
     teacher_text: str | Sequence[str] | None = None,
     label: str | Sequence[str] | None = None,
+    separator: str | None = None,
     route: str | None = None,
     task: TextTask = "classes",
     classes: Sequence[str] | None = None,
@@ -271,6 +273,8 @@ def load_texts(
         needed = [*columns, *teacher_columns, *label_columns, *as_list(route)]
         texts = [*columns, *teacher_columns]
         raw = read_texts(source, path=path, options=options, columns=needed, texts=texts)
+    if separator is not None:
+        raw = split_labels(raw, label_columns[0], separator)
     if task == "regression":
         raw, label_columns = expand_targets(raw, label_columns)
     _check_values(raw, task, (columns, teacher_columns), label_columns, route)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tutelage.errors import ConfigError, DataError, did_you_mean, suggest
+from tutelage.errors import ConfigError, DataError, did_you_mean, shorten, suggest
 
 TASKS = ("images", "classes", "multi-label", "regression", "tokens", "mlm", "causal", "embedding")
 """Values of ``--task``: image classification, or a text task."""
@@ -53,6 +53,7 @@ class DataDescription:
         channels: channels of the images.
         text: columns of the texts.
         label: column of the labels, or several columns.
+        separator: what separates the labels in a cell.
         length: 95th percentile of the texts' lengths, in characters.
     """
 
@@ -66,6 +67,7 @@ class DataDescription:
     channels: int = 3
     text: str | list[str] = "text"
     label: str | list[str] | None = None
+    separator: str | None = None
     length: int | None = None
     note: str | None = None
     """One line on what a folder contains and is not read, or what has no label."""
@@ -256,6 +258,7 @@ def _table(
     files: dict[str, Path], data: str, task: str | None, text: Sequence[str] | None,
     given: Sequence[str] | None, teacher: str | None,
 ) -> DataDescription:  # fmt: skip
+    from tutelage.data.label_cells import find_separator
     from tutelage.data.table_files import read_table
     from tutelage.data.text_checks import is_missing
     from tutelage.data.text_sources import check_columns
@@ -292,7 +295,13 @@ def _table(
         task, label = _task_of_several(rest, task, given, data), list(given)
     else:
         task, label = _labels(rest, task, given[0] if given else None, data, columns[texts[0]])
-    classes = None
+    classes = separator = None
+    if task == "multi-label" and isinstance(label, str) and _all(rest[label], str):
+        separator = find_separator([v for v in rest[label] if v is not None], is_known=True)
+        note = (
+            f"note: labels in column {label} are separated by {separator!r}; if each cell is one label, use "
+            "--task classes"
+        )
     if task == "classes":
         assert isinstance(label, str)
         classes = {str(k): n for k, n in Counter(v for v in rest[label] if v is not None).items()}
@@ -300,7 +309,7 @@ def _table(
     rows = sum(t.num_rows for t in tables.values())
     return DataDescription(
         task, "table", path, rows, tuple(files), classes, text=_one_or_list(texts), label=label,
-        length=_long(columns[texts[0]]), note=note,
+        separator=separator, length=_long(columns[texts[0]]), note=note,
     )  # fmt: skip
 
 
@@ -368,6 +377,8 @@ def _labels(
     rest: dict[str, list[Any]], task: str | None, label: str | None, data: str, texts: list[Any]
 ) -> tuple[str, str]:
     """The task, and the column of the labels."""
+    from tutelage.data.label_cells import SEPARATORS, find_separator
+
     lower = {name.lower(): name for name in rest}
     if label is None:
         label = next((lower[n] for n in LABEL_NAMES if n in lower), None)
@@ -384,6 +395,15 @@ def _labels(
     values = [v for v in rest[label] if v is not None]
     if not values:
         raise DataError(f"column {label!r} is empty", where=data, remedy="name another: --label COLUMN")
+    if task in (None, "multi-label") and _all(values, str):
+        if find_separator(values, is_known=task is not None):
+            return "multi-label", label
+        if task is not None:
+            raise ConfigError(
+                f"column {label!r} holds texts such as {shorten(values[0])} without a separator of labels",
+                where=data,
+                remedy=f"separate labels by one of {' '.join(SEPARATORS)}, give lists, or use --task classes",
+            )
     if task is not None:
         return task, label
     if _all(values, list):
