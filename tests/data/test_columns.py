@@ -17,7 +17,7 @@ from tutelage.data import TextData, load_texts
 from tutelage.data.batch import IGNORE
 from tutelage.data.chat import as_conversation
 from tutelage.data.text_sources import read_texts
-from tutelage.errors import DataError
+from tutelage.errors import ConfigError, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -260,8 +260,8 @@ def test_a_list_is_no_cell_of_separated_labels(cell: Any, remedy: str) -> None:
 
 @pytest.mark.parametrize("other", [{"task": "classes"}, {"task": "multi-label", "label": ["a", "b"]}])
 def test_a_separator_is_for_one_column_of_several_labels(other: dict[str, Any]) -> None:
-    config = TextDataConfig(kind="texts", source="table", path="x.csv", separator=",", **other)
-    assert [key for key, _ in config.misfits()] == ["separator"]
+    with pytest.raises(ConfigError, match="'separator' is for one column of task multi-label"):
+        TextDataConfig(kind="texts", source="table", path="x.csv", separator=",", **other)
 
 
 def test_a_row_without_route_is_named() -> None:
