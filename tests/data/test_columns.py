@@ -264,6 +264,12 @@ def test_a_separator_is_for_one_column_of_several_labels(other: dict[str, Any]) 
         TextDataConfig(kind="texts", source="table", path="x.csv", separator=",", **other)
 
 
+def test_a_target_that_overflows_is_named() -> None:
+    rows = [row | {"label": 1e39 if i == 7 else 1.5} for i, row in enumerate(sentences(60))]
+    with pytest.raises(DataError, match=r"row 7 .*column 'label': 1e\+39 is not a finite number"):
+        load(rows, task="regression")
+
+
 def test_a_row_without_route_is_named() -> None:
     rows = [row | {"who": "a" if i != 4 else None} for i, row in enumerate(sentences(40))]
     with pytest.raises(DataError, match=r"row 4 .*column 'who': no value"):

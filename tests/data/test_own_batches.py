@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tutelage
-from tutelage.data import IGNORE, Arguments, LoaderBatches, RankSlice, as_batch
+from tutelage.data import IGNORE, Arguments, Batch, LoaderBatches, RankSlice, as_batch
 from tutelage.data.own_loaders import as_loader, length_of
 from tutelage.errors import DataError
 from tutelage.methods import LogitMethod
@@ -20,6 +20,18 @@ from tutelage.taps import call_model
 
 X, Y = torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 2, 0])
 LENGTHS = torch.tensor([1.0, 2.0, 3.0, 1.0])
+
+
+def test_a_value_that_is_no_number_is_named_by_row_and_column() -> None:
+    x, y = X.clone(), torch.zeros(4, 2)
+    x[2, 1] = float("nan")
+    with pytest.raises(DataError, match=r"inputs hold NaN .* 1 of 4 samples, rows of the batch \[2\], column \[1\]"):
+        Batch(x, Y).check_finite()
+    y[3, 0], y[1] = float("inf"), float("nan")
+    labels = torch.tensor([0, IGNORE, 0, 0])
+    with pytest.raises(DataError, match=r"targets hold NaN .* 1 of 4 samples, rows of the batch \[3\], column \[0\]"):
+        Batch(X, labels, task="regression", targets=y).check_finite()
+    Batch(X, torch.tensor([0, IGNORE, 0, IGNORE]), task="regression", targets=y).check_finite()
 
 
 @pytest.mark.parametrize(

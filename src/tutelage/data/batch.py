@@ -157,16 +157,21 @@ class Batch:
         return torch.ones_like(self.labels, dtype=torch.bool) if self.mask is None else self.mask
 
     def check_finite(self) -> Batch:
-        """This batch; raises :class:`DataError` when an input is NaN or infinite."""
+        """This batch; raises :class:`DataError` if an input, or a target of a labelled row, is not finite."""
         tensors = self.inputs if isinstance(self.inputs, dict) else {"inputs": self.inputs}
+        if self.targets is not None and self.labels.ndim == 1:
+            tensors = {**tensors, "targets": self.targets.masked_fill((self.labels == IGNORE)[:, None], 0.0)}
         for name, x in tensors.items():
             # A finite sum proves that all values are finite, in one fast pass.
             if x.is_floating_point() and not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
-                bad = (~torch.isfinite(x)).view(len(x), -1).any(1).nonzero().flatten()
+                wrong = ~torch.isfinite(x)
+                bad = wrong.view(len(x), -1).any(1).nonzero().flatten()
+                columns = f", column {wrong.any(0).nonzero().flatten()[:5].tolist()}" if x.ndim == 2 else ""
                 which = bad if self.ids is None else self.ids[bad.to(self.ids.device)]
                 kind = "ids" if self.ids is not None else "rows of the batch"
                 raise DataError(
-                    f"{name} hold NaN or infinity in {len(bad)} of {len(x)} samples, {kind} {which[:5].tolist()}",
+                    f"{name} hold NaN or infinity in {len(bad)} of {len(x)} samples, {kind} {which[:5].tolist()}"
+                    + columns,
                     remedy="remove or repair these samples; one of them is enough to make all weights NaN",
                 )
         return self

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,14 +264,12 @@ def encode_labels(
 def _number(value: Any, where: str, raw: RawTextData) -> float:
     if is_missing(value):
         return math.nan
-    try:
+    what, number = "a number", math.inf
+    with suppress(TypeError, ValueError, OverflowError):
         number = float(value)
-        if math.isinf(number):
-            raise ValueError
+        what = "a finite number of float32"
+    if abs(number) <= torch.finfo(torch.float32).max:
         return number
-    except (TypeError, ValueError):
-        raise DataError(
-            f"{where}: {shorten(value)} is not a number",
-            where=raw.name,
-            remedy="give numbers, or set another data.task",
-        ) from None
+    raise DataError(
+        f"{where}: {shorten(value)} is not {what}", where=raw.name, remedy="give numbers, or set another data.task"
+    )

@@ -359,8 +359,8 @@ class _State:
         if not all(abs(v) < float("inf") for v in raw.values()):
             raise NumericsError(
                 f"{t.name}: the loss is no longer finite at step {self.at.step} ({raw})",
-                remedy="lower train.optimizer.lr, set train.clip: 1.0 or use bf16 instead of fp16; "
-                "`tutelage doctor` checks the data",
+                remedy="inputs and targets of all batches so far are finite numbers, so the cause is the training: "
+                "lower train.optimizer.lr, set train.clip: 1.0 or use bf16 instead of fp16",
             )
         self.emit(line, {"loss": line["loss"], "lr": line["lr"], **{f"term/{n}": v for n, v in raw.items()}})
 

@@ -194,6 +194,7 @@ def test_a_learning_rate_that_blows_up(tmp_path: Path) -> None:
             out=tmp_path / "out", verbose=False,
         )  # fmt: skip
     assert "lower train.optimizer.lr" in str(caught.value)
+    assert "inputs and targets of all batches so far are finite" in str(caught.value)
     assert not (tmp_path / "out" / "student").exists()
 
 
