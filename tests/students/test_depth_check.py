@@ -109,3 +109,14 @@ def test_a_window_that_a_short_text_does_not_show_is_compared() -> None:
     student = prune(hf.Qwen2ForCausalLM(config), map=[3, 4]).model
     windows: list[int | None] = [layer.self_attn.sliding_window for layer in student.model.layers]
     assert windows == [None, 4096]
+
+
+def test_a_layer_that_reads_the_choice_of_tokens_of_a_removed_layer_is_refused() -> None:
+    config = hf.HYV4Config(
+        **SIZES, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=8, kv_lora_rank=8,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_topk=16, index_head_dim=16, index_n_heads=2,
+    )  # fmt: skip
+    teacher = random_model(hf.HYV4ForCausalLM, config)  # layers 0, 1 and 5 choose; the others read their choice
+    with pytest.raises(ModelError, match="HYV4ForCausalLM with layers 0, 2 differs: layer 2 reads"):
+        prune(teacher, map=[0, 2])
+    assert prune(teacher, map=[0, 1, 2, 3]).layers == (0, 1, 2, 3)

@@ -81,8 +81,33 @@ KEPT = re.compile(r".*token_id|.*_idx|.*kernel.*|.*seed|.*buckets|.*theta|.*fact
 ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gemma3n_text": {"num_kv_shared_layers": 4, "layer_types": ALTERNATING},
-}
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_head": 4},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 4, "layer_types": ALTERNATING, "intermediate_size": [48] * LAYERS,
+        "activation_sparsity_pattern": [0.5, 0.0] * (LAYERS // 2),
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"] * (LAYERS // 2)},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "layer_types": ["mamba", "hybrid"] * (LAYERS // 2), "hybrid_layer_ids": [1, 3, 5, 7],
+        "attention_hidden_size": 64, "attention_head_dim": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 """Further fields of some families."""
 
 

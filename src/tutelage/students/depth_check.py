@@ -1,6 +1,7 @@
 """Checks that a student with fewer layers computes what its teacher computes without the removed layers."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +34,13 @@ def check_depth(teacher: nn.Module, student: nn.Module, layers: Sequence[int]) -
     remedy = "choose other layers (student.map), such as first, or keep all layers"
     is_ordered = list(layers) == sorted(set(layers))
     _, stack = find_layer_stack(teacher)
+    extra, readers = dict[int, Tensor](), list[nn.Module]()
+    skip, note = partial(_skip, extra), partial(_note_reader, extra, readers)
     handles = [
-        layer.register_forward_hook(_skip, with_kwargs=True) for i, layer in enumerate(stack) if i not in layers
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+        if i in layers
+        else layer.register_forward_hook(skip, with_kwargs=True)
+        for i, layer in enumerate(stack)
     ]
     try:
         expected, own = _outputs(teacher), _outputs(student)
@@ -52,6 +58,12 @@ def check_depth(teacher: nn.Module, student: nn.Module, layers: Sequence[int]) -
         raise ModelError(f"a student of {family} with layers {_list(layers)} differs: {difference}", remedy=remedy)
     if not is_ordered:
         return
+    if readers:
+        raise ModelError(
+            f"a student of {family} with layers {_list(layers)} differs: layer {list(stack).index(readers[0])} reads "
+            "what a removed layer computes in addition to its hidden states, such as a choice of tokens",
+            remedy=remedy,
+        )
     tolerance = max(1e-5, torch.finfo(expected.dtype).eps) * float(expected.abs().max())
     if own.shape != expected.shape or not float((own - expected).abs().max()) <= tolerance:
         raise ModelError(
@@ -65,10 +77,25 @@ def _list(layers: Sequence[int]) -> str:
     return ", ".join(str(layer) for layer in layers[:12]) + (" ..." if len(layers) > 12 else "")
 
 
-def _skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """The output of a layer with the hidden states that it read in place of those that it computed."""
-    states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
-    return states if isinstance(output, Tensor) else type(output)((states, *output[1:]))
+def _skip(extra: dict[int, Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """The output of a layer with the hidden states that it read in place of those that it computed.
+
+    Further tensors that it computed are added to ``extra``.
+    """
+    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    states = next(x for x in inputs if x.is_floating_point())
+    if isinstance(output, Tensor):
+        return states
+    known = {id(x) for x in inputs}
+    extra.update({id(x): x for x in output[1:] if isinstance(x, Tensor) and id(x) not in known})
+    return type(output)((states, *output[1:]))
+
+
+def _note_reader(
+    extra: dict[int, Tensor], readers: list[nn.Module], module: nn.Module, args: Any, kwargs: Any
+) -> None:
+    if any(id(x) in extra for x in (*args, *kwargs.values())):
+        readers.append(module)
 
 
 def _outputs(model: nn.Module) -> Tensor:
