@@ -109,6 +109,8 @@ def _check_config(model: nn.Module) -> None:
     converted = has_adapters(model) or is_quantisation_aware(model)
     if converted or not callable(getattr(config, "to_dict", None)):
         return
+    if getattr(config, "rescale_every", 0):  # RWKV: the file would not say whether its weights are scaled
+        raise ValueError("it scales its weights in evaluation mode; set rescale_every to 0 in its config.json")
     again = weight_shapes(type(model), type(config).from_dict(config.to_dict()))
     own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if again is not None and again != own:
