@@ -4,6 +4,7 @@ import email.utils
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,9 @@ LONGEST_WAIT = 30.0
 LONGEST_RETRY_AFTER = 600.0
 MAX_INVALID = 4
 """A request fails after so many invalid replies of a server that works."""
+
+THREADS = "json-client"
+"""Start of the names of a client's threads."""
 
 RETRYABLE = (408, 409, 425, 429)
 """HTTP status codes of transient errors below 500; all codes from 500 on are transient."""
@@ -75,12 +79,13 @@ class JsonClient:
         self.url, self.where, self.max_retry_time = url.rstrip("/"), where, max_retry_time
         headers = {} if key_env is None else {"authorization": f"Bearer {os.environ[key_env]}"}
         self._client = httpx2.Client(headers=headers, timeout=timeout)
-        self._threads = ThreadPoolExecutor(concurrency, "json-client")
+        self._threads = ThreadPoolExecutor(concurrency, THREADS)
         self._jitter = random.Random(0)
 
     def close(self) -> None:
         """Close all connections and cancel requests that have not started."""
-        self._threads.shutdown(cancel_futures=True)
+        own = threading.current_thread().name.startswith(THREADS)  # the garbage collector may call from any thread
+        self._threads.shutdown(wait=not own, cancel_futures=True)
         self._client.close()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
@@ -136,14 +141,18 @@ class JsonClient:
                 self.post("/v1/models")
             except (EndpointError, TransientServerError):
                 raise error from None
-            raise EndpointError(
-                "the server's API begins with /v1, and the URL does not end with it", where=f"{self.where}.url",
-                remedy=f"set it to {self.url}/v1",
-            ) from None  # fmt: skip
+            raise self.missing_v1() from None
         try:
             return {str(each["id"]): dict(each) for each in reply["data"]}
         except (LookupError, TypeError, ValueError):
             raise TransientServerError(f"lists no models: {str(reply)[:80]}", answered=True) from None
+
+    def missing_v1(self) -> EndpointError:
+        """The error for a URL that does not end with ``/v1``."""
+        return EndpointError(
+            "the server's API begins with /v1, and the URL does not end with it", where=f"{self.where}.url",
+            remedy=f"set it to {self.url}/v1",
+        )  # fmt: skip
 
     def send(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Send one request whose reply may be other than JSON; raises the errors of :meth:`post`."""

@@ -320,6 +320,31 @@ def test_a_llama_cpp_server_is_named(cutter: Any, folder: Path) -> None:
                 method.prepare_batch(student, batch)
 
 
+def test_a_url_without_v1_and_a_vllm_server_of_kind_openai_are_named(
+    server: servers.Server, cutter: Any, folder: Path
+) -> None:
+    _, batch = causal(cutter, ROWS[:1], max_length=256)
+    student = model(folder, 2)
+    student.tokenizer = cutter
+    with servers.serving(model(folder, 2), cutter, kind="llama.cpp") as other:
+        url = other.url
+        for rollouts, message in [
+            (
+                of(other, url=url, kind="openai", every=None, model="tiny"),
+                rf"(?s)does not end with.*set it to {url}/v1",
+            ),
+            (of(server, kind="openai"), r"(?s)vLLM server loads no model by the path.*set kind: vllm"),
+        ]:
+            method = ready(student, model(folder), batch, rollouts=rollouts)
+            with pytest.raises(EndpointError, match=message):
+                method.prepare_batch(student, batch)
+
+
+def test_a_client_may_be_closed_by_its_own_thread() -> None:
+    client = asking.JsonClient("http://127.0.0.1:1/v1", "method.rollouts")
+    client.submit(client.close).result()
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("repetition_penalty", 1.5), ("presence_penalty", 0.5), ("frequency_penalty", 0.5), ("top_k", 2), ("top_p", 0.5),

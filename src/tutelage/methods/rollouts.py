@@ -215,6 +215,8 @@ class RolloutClient:
             owned_by = owners(models)
             facts: dict[str, Any] = {"model": model}
             if "llamacpp" in owned_by:
+                if not client.url.endswith("/v1"):  # its models are there too, and its completions are others
+                    raise client.missing_v1()
                 if self.options.every is not None:
                     raise EndpointError(
                         "a llama.cpp server loads no weights while it runs", where=f"{WHERE}.every",
@@ -223,6 +225,11 @@ class RolloutClient:
                 facts |= client.retry(lambda: LlamaCppProtocol().facts(client, model))
                 facts["sampling"] = LlamaCppProtocol.plain_sampling
             elif "vllm" in owned_by:
+                if self.options.every is not None:
+                    raise EndpointError(
+                        "a vLLM server loads no model by the path of its folder", where=f"{WHERE}.kind",
+                        remedy="set kind: vllm; or set every: null and name the model",
+                    )  # fmt: skip
                 facts |= client.retry(lambda: VLLM.facts(client, model))
                 facts["sampling"] = {**VLLM.plain_sampling, "ignore_eos": False}
             self._facts = facts
