@@ -226,7 +226,7 @@ def test_a_row_with_other_targets_is_named(value: list[Any], says: str) -> None:
 
 
 @pytest.mark.parametrize(("value", "says"), [
-    ([0.5, 2.0], "set data.task: regression"), ([1, 0, 0], "give a column for each class"),
+    ([0.5, 2.0], "set data.task: regression"), ([1, 0, 0], "use a column for each class"),
 ])  # fmt: skip
 def test_lists_of_numbers_that_name_no_labels_are_refused(value: list[Any], says: str) -> None:
     with pytest.raises(DataError, match=f"row 0 .*is not a list of labels(.|\n)*{says}"):
@@ -293,7 +293,7 @@ def test_prompt_and_completion_of_messages_are_refused() -> None:
 
 def test_a_column_of_tools_is_refused_and_an_empty_one_not() -> None:
     rows = [{"messages": TALK, "tools": [{"name": "search"}] if i == 3 else None} for i in range(20)]
-    with pytest.raises(DataError, match="have a column 'tools'"):
+    with pytest.raises(DataError, match="the data has a column 'tools', but"):
         causal(rows, "messages")
     causal([{"messages": TALK, "tools": None} for _ in range(20)], "messages")
 

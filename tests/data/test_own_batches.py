@@ -120,7 +120,7 @@ def test_labels_that_are_numbers(labels: Tensor, task: Any, targets: list[list[f
         ((X, torch.full((4, 2), 2.0)), "multi-label", "row 0 of a batch has a label that is not between 0 and 1"),
         ((X, torch.tensor([1.0, 2.0, float("inf"), 0.0])), "regression", "row 2 of a batch has an infinite target"),
         (([torch.ones(n, 3) for n in (1, 2, 3, 4)], Y), "classes", "pad_sequence"),
-        (((X, torch.ones(2)), Y), "classes", "input '1' has 2 rows, and the batch has 4 labels"),
+        (((X, torch.ones(2)), Y), "classes", "input '1' has 2 rows, but the batch has 4 labels"),
         ((X, X, X, X), "classes", "a batch is tuple of 4"),
         ((["a", "b"], torch.tensor([0, 1])), "classes", "a batch is tuple of 2"),
     ],

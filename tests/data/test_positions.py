@@ -105,9 +105,9 @@ def test_ids_are_read_by_name_and_an_indexed_data_set_still_without(tmp_path: Pa
         (("x", "x", "y"), ConfigError, r"name each position"),
         (("x", "y", "labels"), ConfigError, r"both y and labels are labels"),
         (("_", "_", "y"), ConfigError, r"names no input"),
-        (("length", "steps", "y"), CapabilityError, r"takes x, length, and batch= names length, steps"),
-        (("x", "y"), CapabilityError, r"takes x, length, and batch= names x"),
-        (("x", "length", "y", "_"), DataError, r"names 4 positions, and the loader yields a list of 3"),
+        (("length", "steps", "y"), CapabilityError, r"takes x, length, but batch= names length, steps"),
+        (("x", "y"), CapabilityError, r"takes x, length, but batch= names x"),
+        (("x", "length", "y", "_"), DataError, r"names 4 positions, but the loader yields a list of 3"),
     ],
 )
 def test_wrong_names_are_refused(names: Any, error: type[Exception], says: str) -> None:

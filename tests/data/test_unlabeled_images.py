@@ -242,7 +242,7 @@ def test_rows_without_label_are_no_class_when_rows_are_chosen(tmp_path: Path) ->
     chosen, rest = choose_rows(labels, 11, 0, "data.limit")
     assert torch.cat([chosen, rest]).sort().values.tolist() == list(range(21))
     assert Counter(labels[chosen].tolist()) in ({0: 5, 1: 5, IGNORE: 1}, {0: 5, 1: 6}, {0: 6, 1: 5})
-    with pytest.raises(DataError, match=r"2 classes; the smallest has 1, it is that of index 1"):
+    with pytest.raises(DataError, match=r"2 classes; the smallest has 1, its index is 1"):
         choose_rows(torch.tensor([0] * 6 + [1] + [IGNORE] * 6), 4, 0, "data.limit")
     write(labelled(tmp_path) / "unlabeled", 1, 50)
     data, _ = load(tmp_path, limit=8)

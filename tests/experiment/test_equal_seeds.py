@@ -41,7 +41,7 @@ def test_equal_seeds_have_no_interval(shuffle: bool, tmp_path: Path) -> None:
     else:
         assert (run.summary["seeds"], run.summary["repeated_seeds"]) == ([0], [1])
         assert gain["low"] is None
-        assert "one seed: no interval; seed 1 gave the same weights to the bit" in text
+        assert "one seed: no interval; seed 1 gave identical weights" in text
         assert "±" not in str(final_table(run.summary))
 
 

@@ -130,7 +130,7 @@ def test_several_columns_of_labels(tmp_path: Path, bert: Path, value: float, tas
     assert (data.task, data.label) == (task, ["a", "b"])
     with pytest.raises(ConfigError, match="'c' is one of several columns of labels and does not hold numbers"):
         describe_data(str(path), label=["a", "c"])
-    with pytest.raises(ConfigError, match="given 2 times, and task classes has one column"):
+    with pytest.raises(ConfigError, match="given 2 times, but task classes has one column"):
         describe_data(str(path), label=["a", "b"], task="classes")
 
 
@@ -299,8 +299,8 @@ def test_what_cannot_be_is_said_with_a_remedy_and_writes_nothing(
 
 @pytest.mark.parametrize(("kind", "more", "task"), [
     ("LlamaForCausalLM", {}, "causal"), ("GPT2LMHeadModel", {}, "causal"), ("BertForMaskedLM", {}, "mlm"),
-    ("modules.json", {}, "embedding"), ("BertForSequenceClassification", {}, "a classifier, needs them"),
-    ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "a sequence-to-sequence model, has no task"),
+    ("modules.json", {}, "embedding"), ("BertForSequenceClassification", {}, "a classifier, needs labels"),
+    ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "a sequence-to-sequence model, cannot be distilled"),
 ])  # fmt: skip
 @pytest.mark.parametrize("source", ["table", "plain", "other column"])
 def test_the_teacher_names_the_task_of_texts_without_labels(

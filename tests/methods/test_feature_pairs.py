@@ -138,7 +138,7 @@ def test_the_axis_of_the_channels_is_read_or_asked_for(last: bool) -> None:
     example = batch(8)
     assert find_channels_last(Square(last), example, ["map", "head"]) == {"map": last, "head": False}
     fixed = Square(last, 8)
-    with pytest.raises(ModelError, match=r"(?s)axis of the channels of 'map' is not known.*student_channels"):
+    with pytest.raises(ModelError, match=r"(?s)cannot tell the channel axis of 'map'.*student_channels"):
         find_channels_last(fixed, example, ["map"])
     pair = {"student": "map", "teacher": "map", "student_channels": "last" if last else "first"}
     method = prepare_method(FeatureMethod(pairs=[pair], loss="hint"), fixed, Square(not last), example, seed=0)

@@ -255,7 +255,7 @@ def test_a_run_says_that_it_takes_dense_logits_and_a_cache_of_head_inputs_is_ref
     with pytest.raises(CapabilityError, match="logits of the teacher, a RecurrentGemmaForCausalLM, are not"):
         tutelage.run(build_recipe(kept), out=tmp_path / "kept")
     tutelage.run(build_recipe(recipe), out=tmp_path / "run")
-    assert "note: the scores of the teacher are not its output layer" in " ".join(capsys.readouterr().err.split())
+    assert "note: the teacher's logits are not just its output layer" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_number_for_each_token_that_is_added_to_the_scores_takes_the_path_of_dense_logits() -> None:

@@ -117,7 +117,7 @@ def test_an_estimator_of_a_data_frame_gets_its_columns_by_name() -> None:
 def test_classes_are_found_by_name_or_asked_for() -> None:
     names = np.array(["cat", "dog", "eel"])
     forest = RandomForestClassifier(5, random_state=0).fit(X.numpy(), names[Y.numpy()])
-    with pytest.raises(ModelError, match=r"the classes of RandomForestClassifier are 'cat, dog, eel', no label ind"):
+    with pytest.raises(ModelError, match=r"the classes of RandomForestClassifier are 'cat, dog, eel', not label ind"):
         as_model(forest)
     order = ["eel", "cat", "dog", "fox"]
     scores = logits(from_estimator(forest, order), (X, Y)).softmax(1)
@@ -155,8 +155,8 @@ def test_stored_probabilities_come_with_the_batch() -> None:
     ("teacher", "says"),
     [
         (LinearSVC().fit(X.numpy(), Y.numpy()), "CalibratedClassifierCV"),
-        (3, "the teacher is a int"),
-        (nn.Linear, "the teacher is a type"),
+        (3, "the teacher is of type int"),
+        (nn.Linear, "the teacher is of type type"),
     ],
 )
 def test_what_gives_no_scores_is_refused(teacher: Any, says: str) -> None:

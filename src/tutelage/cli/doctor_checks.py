@@ -122,7 +122,7 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
     if has_adapters(student):
         findings.add("ok", "LoRA", describe_adapters(student))
     saving = partial(check_saves, spec, student, initial, method, prepare.model_of(teacher))
-    findings.check("saving", "what the run trains can be saved and loaded again", saving)
+    findings.check("saving", "the trained models can be saved and loaded", saving)
     if spec.teacher is not None and spec.teacher.is_remote:  # a server gets a few requests and no training steps
         classes = check_output(spec, device, student, "student")
 
@@ -140,7 +140,7 @@ def _examine(findings: Findings, recipe: Recipe, terminal: Terminal) -> None:
     text = "the student runs in training mode on its smallest batch"
     findings.check("training", text, partial(check_trains, spec, device, student, method))
     if compares_tokens(method):
-        findings.check("tokens", "teacher and student read the same", partial(check_tokenizers, spec, method))
+        findings.check("tokens", "teacher and student read the same tokens", partial(check_tokenizers, spec, method))
     if teacher is None or recipe.teacher is None:
         findings.add("ok", "teacher", "the recipe has no teacher, and the method needs none")
     else:
@@ -203,7 +203,7 @@ def check_texts(findings: Findings, data: TextData) -> None:
         findings.add("ok", "length", text)
     for who, prompts in zip(("student", "teacher"), data.prompts, strict=True):
         if any(prompts):
-            findings.add("ok", "prompts", f"the {who} reads before its texts: {', '.join(map(repr, prompts))}")
+            findings.add("ok", "prompts", f"the {who}'s prompt before each text: {', '.join(map(repr, prompts))}")
 
 
 def check_images(findings: Findings, data: ImageData, x: Any) -> None:
@@ -329,7 +329,7 @@ def check_steps(
     listed = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
     text = f"about {_duration(sum(parts.values()))} on this machine" + (f": {listed}" if listed else "")
     steps = f"{training.steps} steps x {len(recipe.seeds)} seeds x {2 if recipe.baseline else 1} students"
-    findings.add("ok", "time", f"{text} ({steps}; a distilled one {1000 * training.step:.1f} ms)")
+    findings.add("ok", "time", f"{text} ({steps}; {1000 * training.step:.1f} ms per distillation step)")
     findings.add("ok", "memory", _memory(module, optimizer, teacher, data, device))
 
 

@@ -30,7 +30,7 @@ def init(
     text: Annotated[list[str] | None, option(metavar="COLUMN", help="Column of the texts; twice for pairs.")] = None,
     label: Annotated[
         list[str] | None,
-        option(metavar="COLUMN", help="Column of the labels; several times for several targets, or yes and no each."),
+        option(metavar="COLUMN", help="Column of the labels. Repeat it for several targets or yes/no columns."),
     ] = None,
     teacher: Annotated[
         str | None, option(help="A model as recipes name it (timm:resnet50, hf:ID), or the folder of a model.")

@@ -113,15 +113,15 @@ class DataConfig(SplitsConfig):
     """Which member of an ensemble teaches an image: a column of an hf data set, or ``folder`` for an ``imagefolder``:
     the sub-folder between class and file, as in ``train/CLASS/night/1.png``."""
     size: Annotated[int, Field(ge=4, le=2048)] | None = None
-    """Height and width in pixels to which images are resized. Default: as the model's files say, else no resizing,
-    and 224 for image files. A value here holds for teacher and student."""
+    """Height and width in pixels to which images are resized, for teacher and student. Default: the size in the
+    model's files, else no resizing, and 224 for image files."""
     crop: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of the shorter side that the centre crop of an image file keeps. Default: as the model's files say, else
-    1."""
+    """Share of the shorter side that the centre crop of an image file keeps. Default: the share in the model's
+    files, else 1."""
     augment: Augments = Field(default_factory=list)
     """Augmentations of the training images, in order: ``flip``, ``{shift: 2}``, ``resized-crop`` ..."""
     mean: Annotated[list[Fraction], Field(min_length=1)] | None = None
-    """Mean of the pixels for each channel, in [0, 1], with ``std``. Default: as the model's files say, else the
+    """Mean of the pixels for each channel, in [0, 1], with ``std``. Default: the mean in the model's files, else the
     source's, else that of the training images if these are in memory, else ImageNet's."""
     std: Annotated[list[Fraction], Field(min_length=1)] | None = None
     """Standard deviation of the pixels for each channel, in [0, 1]. Default: as for ``mean``."""
@@ -194,7 +194,7 @@ class TextDataConfig(SplitsConfig):
     the task has labels."""
     separator: Annotated[str, Field(min_length=1)] | None = None
     """For ``multi-label``: what separates the labels in a cell, as the comma in ``red, blue``. Spaces around labels
-    are removed; an empty cell is no label."""
+    are removed; an empty cell means no labels."""
     metric: Literal["accuracy", "f1", "matthews", "spearman", "pearson", "r2"] | None = None
     """Metric that selects the best model. Default: ``f1`` for ``multi-label``, ``spearman`` for ``regression`` and
     ``embedding``, else ``accuracy``."""
@@ -234,9 +234,9 @@ class TextDataConfig(SplitsConfig):
         if self.source == "plain" and self._has_labels:
             yield "task", f"plain text has no labels, and {task} needs them; use a table, or mlm or causal"
         if isinstance(self.label, list) and self.task not in ("multi-label", "regression"):
-            yield "label", f"{task} has one column of labels, given a list; name it"
+            yield "label", f"{task} needs one column of labels, not a list; give one name"
         if self.separator is not None and (self.task != "multi-label" or not isinstance(self.label, str | None)):
-            yield "separator", f"'separator' is for one column of task multi-label, this is {task}; remove it"
+            yield "separator", "'separator' needs task multi-label and one column of labels; remove it"
         if self.labels is not None and self.task in UNLABELLED:
             yield "labels", f"{task} has no label for each text to leave out; use 'limit'"
         if self.pack and self.route is not None:

@@ -258,10 +258,10 @@ def check_ids(ids: Tensor) -> None:
     """Raise :class:`DataError` if an id is there twice: it is another number, such as a label."""
     if ids.is_cpu and len(ids.unique()) < len(ids):
         raise DataError(
-            "the third tensor of a batch would be the sample ids, and it has the same number in several rows: "
+            "the third tensor of a batch is read as sample ids, but it has the same number in several rows: "
             f"{shorten(ids.tolist())}",
-            remedy="name the positions of what the loader yields: batch=('x', 'length', 'y'), or "
-            "batch=('x', 'y', 'ids') for samples that are drawn several times; '_' for a position that is not used",
+            remedy="name the positions of the loader's tuples: batch=('x', 'length', 'y'), or "
+            "batch=('x', 'y', 'ids') for ids that may repeat; use '_' for a position that is not used",
         )
 
 

@@ -60,10 +60,10 @@ def choose_rows(
     except ValueError:
         classes, per_class = labels.unique(return_counts=True)
         raise DataError(
-            f"{key}: {count} of {len(labels)} {things} cannot be chosen so that every class is among the chosen and "
-            f"among the others ({len(per_class)} classes; the smallest has {int(per_class.min())}, it is that of "
-            f"index {int(classes[per_class.argmin()])})",
-            remedy=f"change {key} so that both parts get {things} of every class, or add some to the smallest class",
+            f"{key}: cannot choose {count} of {len(labels)} {things} so that both parts have every class "
+            f"({len(per_class)} classes; the smallest has {int(per_class.min())}, its index is "
+            f"{int(classes[per_class.argmin()])})",
+            remedy=f"change {key}, or add some {things} to the smallest class",
         ) from None
     return torch.from_numpy(chosen).sort().values, torch.from_numpy(rest).sort().values
 
@@ -109,7 +109,7 @@ def check_labelled(
             raise DataError(
                 f"no {things[:-1]} of the {name} split has a label",
                 where=where,
-                remedy="give labels to some: they choose and measure the student",
+                remedy="add labels: they are needed to select and measure the student",
             )
     return usable
 

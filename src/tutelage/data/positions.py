@@ -38,8 +38,8 @@ class NamedPositions:
         if not isinstance(raw, (tuple, list)) or len(raw) != len(self.names):
             given = f"{type(raw).__name__} of {len(raw)}" if isinstance(raw, (tuple, list)) else type(raw).__name__
             raise DataError(
-                f"batch={self.names} names {len(self.names)} positions, and the loader yields a {given}",
-                remedy="give a name for each position of what the loader yields; '_' for one that is not used",
+                f"batch={self.names} names {len(self.names)} positions, but the loader yields a {given}",
+                remedy="name each position of the loader's tuples; use '_' for a position that is not used",
             )
         values = dict(zip(self.names, raw, strict=True))
         labels = next((values[name] for name in self.names if name in LABELS), None)
@@ -89,7 +89,8 @@ def name_positions(
     once = [name for name in given if name != UNUSED]
     if not given or not all(isinstance(name, str) for name in given) or len(set(once)) != len(once):
         raise ConfigError(
-            f"batch={shorten(names)}", remedy="name each position of the loader's tuples, as in ('x', 'length', 'y')"
+            f"batch={shorten(names)} is not a list of different names",
+            remedy="name each position of the loader's tuples, as in ('x', 'length', 'y')",
         )
     inputs = [name for name in given if name not in NOT_INPUTS]
     for kind, named in (("labels", [n for n in given if n in LABELS]), ("ids", [n for n in given if n in IDS])):
@@ -101,7 +102,7 @@ def name_positions(
     theirs = [_arguments(inputs, teacher, "teacher") for teacher in teachers if isinstance(teacher, nn.Module)]
     if any(one != theirs[0] for one in theirs):
         raise CapabilityError(
-            f"the teachers take different inputs of batch={given}", remedy="give them the same ones"
+            f"the teachers take different inputs of batch={given}", remedy="use teachers with the same inputs"
         )
     return NamedPositions(given, to_batch, own, theirs[0] if theirs and theirs[0] != own else None)
 
@@ -125,6 +126,6 @@ def _arguments(inputs: Sequence[str], model: nn.Module, who: str) -> dict[str, s
         return in_order
     raise CapabilityError(
         f"the {who}, a {type(model).__name__}, takes {', '.join(p.name for p in own) or 'no input'}, "
-        f"and batch= names {', '.join(inputs)}",
-        remedy="name the positions as the arguments of forward, or pass to_batch=, a function that makes a Batch",
+        f"but batch= names {', '.join(inputs)}",
+        remedy="use the names of the arguments of forward, or pass to_batch=, a function that makes a Batch",
     )

@@ -65,11 +65,11 @@ def check_lengths(inputs: Inputs, rows: int) -> None:
             given = "is one number" if x.ndim == 0 else f"has {len(x)} rows"
             ragged = isinstance(inputs, Arguments) and len(inputs) == rows
             raise DataError(
-                f"{who} {given}, and the batch has {rows} labels",
-                remedy="samples of different lengths are padded first, as by torch.nn.utils.rnn.pad_sequence in the "
-                "loader's collate_fn"
+                f"{who} {given}, but the batch has {rows} labels",
+                remedy="pad samples of different lengths in the loader's collate_fn, for example with "
+                "torch.nn.utils.rnn.pad_sequence"
                 if ragged
-                else "yield a row for each sample, with the rows in the first dimension; pass to_batch= to convert",
+                else "yield tensors with the batch as first dimension, or convert them by to_batch=",
             )
 
 

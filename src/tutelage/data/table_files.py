@@ -42,7 +42,7 @@ def read_table(path: Path, texts: Sequence[str] = ()) -> Any:
     if path.suffix not in TABLES:
         ending = f"the suffix {path.suffix}" if path.suffix else "no suffix"
         raise DataError(
-            f"has {ending}, so the kind of table is unknown", where=str(path), remedy=f"allowed: {', '.join(TABLES)}"
+            f"has {ending}, so its format is unknown", where=str(path), remedy=f"use one of {', '.join(TABLES)}"
         )
     # A block must fit the longest line; the default is 1 MiB, the maximum 2 GiB.
     block = min(max(path.stat().st_size + 1, 2**20), 2**31 - 1)

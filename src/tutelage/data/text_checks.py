@@ -89,7 +89,7 @@ def _check_names(values: Sequence[Any], column: str, split: str, where: str) -> 
         if any(isinstance(each, float) and not each.is_integer() for each in value or ()):
             remedy = "for several targets set data.task: regression"
         elif value and is_table and len(set(value)) < len(value):
-            remedy = "a list holds the labels of its row; for yes and no for each class give a column for each class"
+            remedy = "list only the labels of the row; or, for 0 and 1 for each class, use a column for each class"
         else:
             continue
         raise DataError(

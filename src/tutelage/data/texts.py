@@ -342,7 +342,7 @@ def _compare_inputs(
         )
     if align and pack:
         raise DataError(
-            "packed rows hold different texts for teacher and student, whose tokens have different lengths",
+            "teacher and student have different tokens, so their packed rows would hold different texts",
             where="data.pack",
             remedy="leave pack out; batches have texts of similar lengths anyway",
         )
@@ -424,9 +424,9 @@ def _check_values(
             check_routes(rows.columns, route, split, raw.name)
         if raw.has_tools and task == "causal" and any(isinstance(v, list) for v in rows.columns[texts[0][0]]):
             raise DataError(
-                "the conversations have a column 'tools', and chat templates are rendered without it",
+                "the data has a column 'tools', but chat templates are rendered without tools",
                 where=raw.name,
-                remedy="remove the column to learn the answers without it",
+                remedy="remove the column; answers are then learned without the tools",
             )
 
 

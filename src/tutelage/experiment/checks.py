@@ -70,7 +70,7 @@ def check_output(
     tasks = getattr(model, "tasks", (full.task,))
     if full.task not in tasks:
         raise CapabilityError(
-            f"the {who}, a {type(model).__name__}, is for {' and '.join(tasks)}, and the labels are {full.task}",
+            f"the {who}, a {type(model).__name__}, supports {' and '.join(tasks)}, but the labels are {full.task}",
             remedy="give a function that returns the scores",
         )
     batch = full.rows(0, 2).to(device)
@@ -94,7 +94,7 @@ def check_output(
         if logits.ndim > 2 and batch.labels.shape == (len(logits), *logits.shape[2:]):
             raise CapabilityError(
                 f"the scores of the {who} {tuple(logits.shape)} have the classes on axis 1",
-                remedy="with tutelage.distill give class_axis=1; a model of a recipe has them on the last axis",
+                remedy="pass class_axis=1 to tutelage.distill; in a recipe, use a model with them on the last axis",
             )
         raise CapabilityError(
             f"the shapes do not match: logits of the {who} {tuple(logits.shape)}, labels {tuple(batch.labels.shape)}",
@@ -353,8 +353,8 @@ def check_method_runs(
             each.check_generation(student, batch, longest_prompt)
     for who in sorted(dense):
         ctx.terminal.say(
-            f"note: the scores of the {who} are not its output layer with a scale and a soft cap that its config "
-            "names; its logits are computed for all tokens at once, which takes more memory"
+            f"note: the {who}'s logits are not just its output layer, scale and soft cap; they are computed for all "
+            "tokens at once, which takes more memory"
         )
 
 

@@ -373,8 +373,8 @@ def _check_task(task: Task | None, method: Method) -> Task:
     """The kind of labels; raises :class:`ConfigError` if the method is for another."""
     if task is not None and task != method.task:
         raise ConfigError(
-            f"distill(task={shorten(task)}), and the method is for {method.task}",
-            remedy=f"make the method with task={shorten(task)}",
+            f"distill(task={shorten(task)}) does not fit the method, which is for {method.task}",
+            remedy=f"create the method with task={shorten(task)}",
         )
     return method.task
 

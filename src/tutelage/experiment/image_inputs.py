@@ -57,10 +57,10 @@ def _check_peer(data: ImageData, files: KnownPreprocessing | None, config: DataC
     changed = [] if files is None else differences(files.preprocessing.override(given), data.train.preprocessing)
     if files is not None and changed:
         raise ConfigError(
-            f"a peer reads the student's images, and {files.source} says {'; '.join(changed)} (in brackets: the "
-            "student's)",
+            f"a peer gets the student's images, but {files.source} has {'; '.join(changed)} (in brackets: the "
+            "student's values)",
             where=where,
-            remedy="use peers with the student's preprocessing, or set data.size, data.crop, data.mean and data.std",
+            remedy="use a peer with the student's preprocessing, or set data.size, data.crop, data.mean and data.std",
         )
 
 
@@ -71,4 +71,4 @@ def _notes(data: ImageData, names: list[str], known: list[KnownPreprocessing | N
         if files is not None:
             changed = differences(own, files.preprocessing)
             recipe = f", but the recipe sets {'; '.join(changed)} (in brackets: the file's)" if changed else ""
-            yield f"the {who} reads images as {files.source} says{recipe}"
+            yield f"the {who} uses the preprocessing of {files.source}{recipe}"

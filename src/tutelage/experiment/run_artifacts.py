@@ -106,9 +106,9 @@ def data_of(recipe: Recipe, bundle: ModelBundle, terminal: Terminal, *, is_own: 
         # the normalisation of images in memory is computed from them
         if changed and is_own and known.geometry == actual.geometry and not data.notes:
             raise DataError(
-                f"the images differ from the training images: {changed[0]}, in brackets that of the training images",
+                f"these are not the training images of the run: {changed[0]} (the run's value is in brackets)",
                 where=str(config.path or config.source),
-                remedy="restore the data of the run",
+                remedy="restore the images that the run was trained on",
             )
         return data.read_as(known)
     if bundle.folder is not None and (bundle.folder / MODEL_CARD).exists():

@@ -93,8 +93,8 @@ def _distinct_seeds(
     repeated = [seed for i, seed in enumerate(seeds) if i not in new]
     if repeated:
         ctx.terminal.say(
-            f"seeds {', '.join(map(str, repeated))} gave an earlier seed's weights to the bit, and count as one: "
-            "give a function as student, for another start, or a loader that shuffles, for another order"
+            f"seeds {', '.join(map(str, repeated))} gave exactly the weights of an earlier seed and are not counted: "
+            "to vary the initial weights, give a function as student; to vary the order, a loader that shuffles"
         )
     return {arm: [of_arm[i] for i in new] for arm, of_arm in results.items()}, repeated
 

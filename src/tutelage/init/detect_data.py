@@ -239,10 +239,10 @@ def _task_without_labels(teacher: str | None, where: str) -> str | None:
         ConfigError: the teacher needs labels, or learns no texts without them.
     """
     if teacher in ("classifier", "seq2seq"):
-        needs = "needs them" if teacher == "classifier" else "has no task without them"
+        needs = "needs labels" if teacher == "classifier" else "cannot be distilled without labels"
         other = "; for a cross-encoder write a recipe of task ranking" if teacher == "classifier" else ""
         raise ConfigError(
-            f"the texts have no column of labels, and the teacher, {KINDS[teacher]}, {needs}",
+            f"no column of labels is found, and the teacher, {KINDS[teacher]}, {needs}",
             where=where,
             remedy=f"name the column: --label COLUMN; or give another --teacher{other}",
         )
@@ -251,7 +251,9 @@ def _task_without_labels(teacher: str | None, where: str) -> str | None:
 
 def _reason(teacher: str | None) -> str | None:
     """One line on a task that the teacher names."""
-    return f"note: task {teacher}, because the teacher is {KINDS[teacher]}; --task names another" if teacher else None
+    if teacher is None:
+        return None
+    return f"note: task {teacher}, because the teacher is {KINDS[teacher]}; use --task to change it"
 
 
 def _table(
@@ -360,7 +362,8 @@ def _task_of_several(rest: dict[str, list[Any]], task: str | None, label: Sequen
     """The task of several columns of labels: yes and no in each is multi-label, other numbers are regression."""
     if task not in (None, "multi-label", "regression"):
         raise ConfigError(
-            f"--label is given {len(label)} times, and task {task} has one column of labels", remedy="give it once"
+            f"--label is given {len(label)} times, but task {task} has one column of labels",
+            remedy="give --label once",
         )
     for name in label:
         if not all(isinstance(v, (int, float)) for v in rest.get(name, [""]) if v is not None):

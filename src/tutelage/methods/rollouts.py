@@ -279,10 +279,10 @@ class RolloutClient:
         if (gap := self._gap(weights)) > weights.limit:
             raise EndpointError(
                 "the server does not use the weights that it has loaded: its log-probabilities of a prompt differ "
-                f"from the student's by {gap:.3g} on average, and {weights.limit:.2g} is allowed",
+                f"from the student's by {gap:.3g} on average ({weights.limit:.2g} is allowed)",
                 where=self.options.url,
-                remedy="start vLLM with the student's model, without quantization, and a version that updates all "
-                "weights, as 0.32 does; or leave rollouts out: the student samples in this process",
+                remedy="serve the student's model without quantization, with a vLLM that updates all weights, such "
+                "as 0.32; or leave rollouts out: the student then samples in this process",
             )
         return gap
 
@@ -297,8 +297,8 @@ class RolloutClient:
         answer = client.retry(lambda: str(_choice(client.post("completions", body), 4).get("text") or ""))
         if not any("\ufffd" in x or (answer.strip().startswith(x.strip()) and (x or not answer)) for x in likeliest):
             raise EndpointError(
-                f"the server does not use the model that a request names: its greedy answer begins with "
-                f"{shorten(answer)}, and the student's likeliest tokens are {shorten(likeliest)}",
+                f"the server does not use the model of the request: its greedy answer begins with "
+                f"{shorten(answer)}, but the student's likeliest tokens are {shorten(likeliest)}",
                 where=self.options.url,
                 remedy="use a server that loads a model by the path of its folder, as transformers serve does",
             )
@@ -313,7 +313,7 @@ class RolloutClient:
                 raise EndpointError(
                     f"the server's model has another shape: {name} {other[name]}, and the student has {own[name]}",
                     where=self.options.url,
-                    remedy="start vLLM with the student's own model: save the student, and serve its folder",
+                    remedy="save the student, and start vLLM with its folder",
                 )
 
     def _step_folder(self, name: str) -> Path:

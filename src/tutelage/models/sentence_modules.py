@@ -224,8 +224,8 @@ def _check_no_modules(source: str) -> None:
 
     if not Path(source).is_dir() and try_to_load_from_cache(source, MODULES) is None:
         raise ModelError(
-            f"its {MODULES}, which names its pooling, is not in the cache of the hub, and the hub cannot be reached",
-            remedy="download it with a network, or give the folder of the whole model: hf:FOLDER",
+            f"its {MODULES}, which names its pooling, is not in the local cache, and the hub cannot be reached",
+            remedy="download the model while online, or give the folder of the complete model: hf:FOLDER",
         )
 
 

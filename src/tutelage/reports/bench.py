@@ -91,8 +91,8 @@ def notes(bench: Mapping[str, Any]) -> list[str]:
         f"{machine['onnxruntime'] or 'not installed'}.",
     ]
     lines.append(
-        "Agreement: with the same model in eager torch on up to 256 rows: the share of equal predictions, of "
-        "embeddings the mean cosine, of regression the correlation."
+        "Agreement with the same model in eager torch, on up to 256 rows: the share of equal predictions; for "
+        "embeddings the mean cosine; for regression the correlation."
     )
     first = str(min(bench["batch_sizes"]))
     for model in bench["models"]:

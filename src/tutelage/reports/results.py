@@ -107,7 +107,7 @@ def _against_baseline(summary: Mapping[str, Any]) -> str:
             outcome = f", {'distillation' if has_teacher else 'the method'} did worse"
     baseline = _mean_accuracy(students["baseline"], summary)
     repeated = summary.get("repeated_seeds") or []
-    equal = f"; {seeds_text(repeated).lower()} gave the same weights to the bit" if repeated else ""
+    equal = f"; {seeds_text(repeated).lower()} gave identical weights" if repeated else ""
     return f"{head} against baseline {baseline}: {points(gain['mean'])} points{outcome} ({interval(gain)}{equal})"
 
 

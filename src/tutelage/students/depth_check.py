@@ -55,7 +55,9 @@ def check_depth(teacher: nn.Module, student: nn.Module, layers: Sequence[int]) -
         for handle in handles:
             handle.remove()
     if difference := _setting_that_differs(teacher, student, layers):  # some are set by the first batch
-        raise ModelError(f"a student of {family} with layers {_list(layers)} differs: {difference}", remedy=remedy)
+        raise ModelError(
+            f"a {family} student with layers {_list(layers)} differs from its teacher: {difference}", remedy=remedy
+        )
     if not is_ordered:
         return
     if readers:
@@ -67,8 +69,8 @@ def check_depth(teacher: nn.Module, student: nn.Module, layers: Sequence[int]) -
     tolerance = max(1e-5, torch.finfo(expected.dtype).eps) * float(expected.abs().max())
     if own.shape != expected.shape or not float((own - expected).abs().max()) <= tolerance:
         raise ModelError(
-            f"a student of {family} with layers {_list(layers)} does not compute what the teacher computes without "
-            "the other layers, because layers of this family depend on their number",
+            f"a {family} student with layers {_list(layers)} does not compute what the teacher computes without "
+            "the other layers, because layers of this family depend on their position",
             remedy=remedy,
         )
 
@@ -135,5 +137,5 @@ def _setting_that_differs(teacher: nn.Module, student: nn.Module, layers: Sequen
                 if not isinstance(value, (bool, str)) and value - i == wanted - number:  # type: ignore[operator]
                     continue  # the layer's number
                 where = f"{path}.{name}" if path else name
-                return f"{where} of layer {i} is {value!r}, and of the teacher's layer {number} {wanted!r}"
+                return f"{where} of layer {i} is {value!r}, but {wanted!r} in the teacher's layer {number}"
     return None

@@ -182,9 +182,9 @@ def _larger_images(model: nn.Module, example: Batch, shapes: dict[str, Shape]) -
         there = feature_shapes(model, replace(example, inputs=doubled), [*shapes])
     except Exception as error:
         raise ModelError(
-            f"the axis of the channels of {tap!r} is not known: its shape is {list(shapes[tap])}, and "
-            f"{type(model).__name__} takes no images of another size",
-            remedy="name the pairs with student_channels and teacher_channels, each first or last",
+            f"cannot tell the channel axis of {tap!r}: its shape is {list(shapes[tap])}, and "
+            f"{type(model).__name__} cannot run on images of another size",
+            remedy="set method.pairs, with student_channels and teacher_channels (first or last) for each pair",
         ) from error
     return {tap: there[tap][3] == shape[3] and there[tap][1] != shape[1] for tap, shape in shapes.items()}
 

@@ -123,9 +123,7 @@ def _shallow_student(model: nn.Module, path: str, layers: list[int], seed: int) 
             f"{family} has no config for {len(layers)} layers: {first_line(error)}", remedy=remedy
         ) from error
     if len(find_layer_stack(student)[1]) != len(layers):
-        raise ModelError(
-            f"num_hidden_layers does not set the number of layers of {family}, which {path} has", remedy=remedy
-        )
+        raise ModelError(f"num_hidden_layers does not set the number of layers in {path} of {family}", remedy=remedy)
     copy_weights(student, model, lambda name: _teacher_name(name, path, layers), lambda _, value: value)
     return student
 

@@ -99,7 +99,7 @@ def as_model(teacher: Any) -> nn.Module:
     if callable(teacher) and not isinstance(teacher, type):
         return FunctionModel(teacher, getattr(teacher, "__name__", type(teacher).__name__))
     raise ModelError(
-        f"the teacher is a {type(teacher).__name__}",
+        f"the teacher is of type {type(teacher).__name__}, which is not supported",
         remedy="give a torch.nn.Module, a function of a batch's inputs, an onnxruntime.InferenceSession, or a fitted "
         "estimator with predict_proba",
     )
@@ -119,7 +119,7 @@ def from_onnx(session: Any, output: str | None = None) -> FunctionModel:
     output = output or ("logits" if "logits" in names else names[0] if len(names) == 1 else None)
     if output not in names:
         raise ModelError(
-            f"the ONNX model has the outputs {shorten(', '.join(names))}",
+            f"the output with the scores is unknown; the ONNX model has: {shorten(', '.join(names))}",
             remedy=f"choose the scores: tutelage.teachers.from_onnx(session, output={names[-1]!r})",
         )
     inputs = session.get_inputs()
@@ -131,7 +131,8 @@ def from_onnx(session: Any, output: str | None = None) -> FunctionModel:
         missing = [one.name for one in inputs if one.name not in given]
         if missing:
             raise ModelError(
-                f"the ONNX model needs the input {shorten(missing[0])}", remedy="name the data's inputs as it does"
+                f"the ONNX model needs the input {shorten(missing[0])}",
+                remedy="give the inputs of the data the names of the model's inputs",
             )
         feed = {one.name: given[one.name].detach().cpu().numpy() for one in inputs}
         feed = {one.name: feed[one.name].astype(kinds.get(one.type, feed[one.name].dtype)) for one in inputs}
@@ -170,8 +171,8 @@ def from_estimator(estimator: Any, classes: Sequence[Any] | None = None) -> Func
         if table.shape[1] != expected:
             given, name = table.shape[1], type(estimator).__name__
             raise ModelError(
-                f"{name} was fitted on rows of {expected} numbers, and those of a batch have {given}",
-                remedy="give all samples the same size, or a function that makes such rows of a batch's inputs",
+                f"{name} was fitted on rows of {expected} numbers, but a row of the batch has {given}",
+                remedy="give all samples that size, or use a function as teacher that makes such rows",
             )
         if not callable(proba):
             return np.asarray(estimator.predict(table), dtype=np.float32).reshape(len(table), -1)
@@ -201,9 +202,8 @@ def _columns(estimator: Any, own: list[Any], classes: Sequence[Any] | None) -> t
         return [order.index(c) for c in own], len(order)
     if not all(isinstance(c, (int, np.integer)) and c >= 0 for c in own):
         raise ModelError(
-            f"the classes of {type(estimator).__name__} are {shorten(', '.join(map(str, own)))}, no label indices",
-            remedy="tutelage.teachers.from_estimator(estimator, classes=[...]) with the classes in the order of the "
-            "labels",
+            f"the classes of {type(estimator).__name__} are {shorten(', '.join(map(str, own)))}, not label indices",
+            remedy="use tutelage.teachers.from_estimator(estimator, classes=[...]), in the order of the labels",
         )
     return [int(c) for c in own], int(max(own)) + 1
 

@@ -45,7 +45,7 @@ class VllmProtocol:
         models = client.models()
         if "llamacpp" in owners(models):
             raise EndpointError(
-                "this is a llama.cpp server, and the kind is vllm", where=f"{client.where}.kind",
+                "this is a llama.cpp server, but the kind is vllm", where=f"{client.where}.kind",
                 remedy="start vLLM" if "rollouts" in client.where else "set kind: llama.cpp, or start vLLM",
             )  # fmt: skip
         name = model if model is not None else next(iter(models), None)
@@ -149,7 +149,7 @@ class LlamaCppProtocol:
         models = client.models()
         if "vllm" in owners(models):
             raise EndpointError(
-                "this is a vLLM server, and the kind is llama.cpp", where=f"{client.where}.kind",
+                "this is a vLLM server, but the kind is llama.cpp", where=f"{client.where}.kind",
                 remedy="set kind: vllm",
             )  # fmt: skip
         first = next(iter(models.values()), {})
@@ -183,7 +183,7 @@ class LlamaCppProtocol:
                     raise EndpointError(
                         f"the server read {answer.get('tokens_evaluated')} of {position + 1} tokens",
                         where=client.where,
-                        remedy="start it with room for a complete text in each slot: --ctx-size",
+                        remedy="start it with a larger --ctx-size: each slot must hold a complete text",
                     )
                 top = (answer.get("completion_probabilities") or [{}])[0].get("top_logprobs", [])
                 rows.append([(int(x["id"]), x["logprob"]) for x in top])

@@ -31,7 +31,7 @@ class PairOptions(Section):
     student_channels: Literal["first", "last"] | None = None
     """Where a feature map of the student has its channels. Default: read from its shape."""
     teacher_channels: Literal["first", "last"] | None = None
-    """The same of the teacher."""
+    """The same for the teacher."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the loss."""
 
