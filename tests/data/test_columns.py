@@ -260,7 +260,7 @@ def test_a_list_is_no_cell_of_separated_labels(cell: Any, remedy: str) -> None:
 
 @pytest.mark.parametrize("other", [{"task": "classes"}, {"task": "multi-label", "label": ["a", "b"]}])
 def test_a_separator_is_for_one_column_of_several_labels(other: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="'separator' is for one column of task multi-label"):
+    with pytest.raises(ConfigError, match="'separator' needs task multi-label and one column"):
         TextDataConfig(kind="texts", source="table", path="x.csv", separator=",", **other)
 
 

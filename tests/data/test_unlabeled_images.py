@@ -20,6 +20,7 @@ from tutelage.data.image_files import IMAGE_EXTENSIONS, find_images
 from tutelage.data.images import choose_rows
 from tutelage.errors import DataError
 from tutelage.export.inference import list_image_files
+from tutelage.methods import LogitMethod
 
 
 def write(folder: Path, count: int, value: int, name: str = "{}.png") -> Path:
@@ -214,8 +215,8 @@ def pairs(labels: list[int]) -> torch.utils.data.DataLoader[Any]:
     ("train", "evaluation", "message"),
     [
         ([0, 1] * 4, [-1, 0, 1, 1], "the evaluation data has a label -1"),
-        ([0, 1] * 4, [IGNORE] * 4, "no sample of the evaluation data has a label"),
-        ([IGNORE] * 8, [0, 1], "baseline-seed0: no sample of the first epoch counts in the loss"),
+        ([0, 1] * 4, [IGNORE] * 4, "the evaluation data has no labels: every label is -100"),
+        ([IGNORE] * 8, [0, 1], "every label of train_loader is -100"),
         ([0, 1, -1, 1], [0, 1], "a training batch has labels from -1 to 1"),
     ],
 )
@@ -232,7 +233,7 @@ def test_a_caller_s_samples_without_labels_count_nowhere_as_labelled(
 def test_a_caller_s_student_learns_from_samples_without_labels(tmp_path: Path) -> None:
     result = distill(
         torch.nn.Linear(5, 2), lambda: torch.nn.Linear(5, 2), pairs([IGNORE] * 8), eval_data=pairs([0, IGNORE, 1]),
-        epochs=2, out=tmp_path / "run", verbose=False, baseline=False,
+        epochs=2, out=tmp_path / "run", verbose=False, baseline=False, method=LogitMethod(alpha=1.0),
     )  # fmt: skip
     assert result.summary["teacher"]["n"] == 2
 

@@ -314,7 +314,7 @@ def test_a_llama_cpp_server_is_named(cutter: Any, folder: Path) -> None:
     student = model(folder, 2)
     student.tokenizer = cutter
     with servers.serving(model(folder, 2), cutter, kind="llama.cpp") as server:
-        for kind, said in [("vllm", "a llama.cpp server, and the kind is vllm"), ("openai", "loads no weights")]:
+        for kind, said in [("vllm", "a llama.cpp server, but the kind is vllm"), ("openai", "loads no weights")]:
             method = ready(student, model(folder), batch, rollouts=of(server, kind=kind))
             with pytest.raises(EndpointError, match=said):
                 method.prepare_batch(student, batch)

@@ -96,7 +96,7 @@ REFUSED = {("moe_layer_interval", (1, 3, 4, 7)), ("decoder_sparse_step", (1, 3, 
 def test_a_family_whose_layers_depend_on_their_number_is_refused_by_name() -> None:
     sizes = {"vocab_size": 60, "n_positions": 64, "n_embd": 32, "n_layer": 4, "n_head": 4}
     teacher = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel with layers 0, 2 "):
+    with pytest.raises(ModelError, match="a GPT2LMHeadModel student with layers 0, 2 "):
         prune(teacher, layers=2)
     assert prune(hf.GPT2LMHeadModel(hf.GPT2Config(**sizes)), layers=2).layers == (0, 2)
 
@@ -117,6 +117,8 @@ def test_a_layer_that_reads_the_choice_of_tokens_of_a_removed_layer_is_refused()
         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_topk=16, index_head_dim=16, index_n_heads=2,
     )  # fmt: skip
     teacher = random_model(hf.HYV4ForCausalLM, config)  # layers 0, 1 and 5 choose; the others read their choice
-    with pytest.raises(ModelError, match="HYV4ForCausalLM with layers 0, 2 differs: layer 2 reads"):
+    with pytest.raises(
+        ModelError, match="a HYV4ForCausalLM student with layers 0, 2 differs from its teacher: layer 2 reads"
+    ):
         prune(teacher, map=[0, 2])
     assert prune(teacher, map=[0, 1, 2, 3]).layers == (0, 1, 2, 3)

@@ -247,9 +247,9 @@ def test_a_server_of_another_kind_and_a_url_without_v1_are_named(
         with RemoteTeacher(url, server=kind, k=K, classes=len(cutter), tokenizer=cutter, max_retry_time=0.2):
             pass
 
-    with pytest.raises(EndpointError, match=r"(?s)a llama.cpp server, and the kind is vllm.*set kind: llama.cpp"):
+    with pytest.raises(EndpointError, match=r"(?s)a llama.cpp server, but the kind is vllm.*set kind: llama.cpp"):
         connect(f"{llama.url}/v1", "vllm")
-    with pytest.raises(EndpointError, match=r"(?s)a vLLM server, and the kind is llama.cpp.*set kind: vllm"):
+    with pytest.raises(EndpointError, match=r"(?s)a vLLM server, but the kind is llama.cpp.*set kind: vllm"):
         connect(f"{server.url}/v1", "llama.cpp")
     with pytest.raises(EndpointError, match=rf"(?s)teacher.endpoint.url.*set it to {server.url}/v1"):
         connect(server.url, "vllm")

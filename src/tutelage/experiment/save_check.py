@@ -115,9 +115,7 @@ def _check_config(model: nn.Module) -> None:
     own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if again is not None and again != own:
         names = [name for name in own if again.get(name) != own[name]]
-        raise ValueError(
-            f"its config builds a model with other weights ({', '.join(names[:3]) or 'more than it has'})"
-        )
+        raise ValueError(f"its config builds different weights ({', '.join(names[:3]) or 'more than it has'})")
 
 
 def _few_layers(model: nn.Module) -> nn.Module | None:

@@ -60,9 +60,7 @@ def _huggingface(job: ExportJob) -> dict[str, Any]:
         own = Preprocessing.from_dict(bundle.preprocessing)
         config = image_processor(own)
         if config is None:
-            return {
-                "image_processor": "not written: transformers has none for this preprocessing; README.md describes it"
-            }
+            return {"image_processor": "not written: transformers has none for this preprocessing, see README.md"}
         text = json.dumps(config, indent=2) + "\n"
         (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
         files = read_image_files(f"hf:{folder}", {}, None)

@@ -62,8 +62,9 @@ def check_depth(teacher: nn.Module, student: nn.Module, layers: Sequence[int]) -
         return
     if readers:
         raise ModelError(
-            f"a student of {family} with layers {_list(layers)} differs: layer {list(stack).index(readers[0])} reads "
-            "what a removed layer computes in addition to its hidden states, such as a choice of tokens",
+            f"a {family} student with layers {_list(layers)} differs from its teacher: layer "
+            f"{list(stack).index(readers[0])} reads what a removed layer computes in addition to its "
+            "hidden states, such as a choice of tokens",
             remedy=remedy,
         )
     tolerance = max(1e-5, torch.finfo(expected.dtype).eps) * float(expected.abs().max())

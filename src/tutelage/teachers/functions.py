@@ -132,7 +132,7 @@ def from_onnx(session: Any, output: str | None = None) -> FunctionModel:
         if missing:
             raise ModelError(
                 f"the ONNX model needs the input {shorten(missing[0])}",
-                remedy="give the inputs of the data the names of the model's inputs",
+                remedy="name the data's inputs like the model's",
             )
         feed = {one.name: given[one.name].detach().cpu().numpy() for one in inputs}
         feed = {one.name: feed[one.name].astype(kinds.get(one.type, feed[one.name].dtype)) for one in inputs}
