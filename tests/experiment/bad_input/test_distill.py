@@ -127,7 +127,7 @@ def shuffled() -> Any:
                      id="width"),
         pytest.param({"student": lambda: None}, ModelError, ValueError, ["returned a NoneType", "nn.Module"],
                      id="no-student"),
-        pytest.param({"teacher": "bert-base"}, ModelError, ValueError, ["teacher", "a str", "nn.Module"],
+        pytest.param({"teacher": "bert-base"}, ModelError, ValueError, ["teacher", "of type str", "nn.Module"],
                      id="name-as-teacher"),
         pytest.param({"student": "bert-base"}, ModelError, ValueError, ["student", "a str", "nn.Module"],
                      id="name-as-student"),
