@@ -156,7 +156,7 @@ DATA = [
          {"limit: 200": "mean: [0.5, 0.5, 0.5]\n  std: [0.5, 0.5, 0.5]"}),
     Case("more-labels-than-images", ["data.labels", "500 images are requested, there are 200", "at most 200"],
          {"limit: 200": "limit: 200\n  labels: 500"}),
-    Case("fewer-labels-than-classes", ["data.labels", "3 of 200 images cannot be chosen", "10 classes"],
+    Case("fewer-labels-than-classes", ["data.labels", "cannot choose 3 of 200 images so that both", "10 classes"],
          {"limit: 200": "limit: 200\n  labels: 3"}),
     Case("limit-above-all", ["data.limit", "5000 images are requested", "leave it out"],
          {"limit: 200": "limit: 5000"}),
