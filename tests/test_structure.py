@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 MOST_LINES_OF_A_FUNCTION = 80
 MOST_LINES_OF_A_ROOM = 5_500
-MOST_LINES = 46_000
+MOST_LINES = 48_000
 """Of the package: 39,905 without what was added since. Raise it for new capability alone."""
 MOST_FIELDS = 12
 

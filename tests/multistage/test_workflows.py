@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from support import python
 from tutelage import api
@@ -55,14 +56,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(str(next(folder.glob("*.safetensors"))))
 
 
+def teacher_of(stage: Path) -> Path:
+    """The folder of the weights of a stage's teacher, which config.yaml names from its own folder."""
+    path = yaml.safe_load((stage / "config.yaml").read_text())["teacher"]["checkpoint"]
+    assert path.startswith("$HERE/")
+    return (stage / path.removeprefix("$HERE/")).resolve()
+
+
 def test_each_generation_is_taught_by_the_one_before(generations: Path) -> None:
     summary = json.loads((generations / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
     assert [rows[f"generation {n}"]["taught_by"] for n in (0, 1, 2)] == [None, "generation 0", "generation 1"]
     for seed in (0, 1):
         first, second = (generations / "stages" / f"seed{seed}" / f"generation-{n}" for n in (1, 2))
-        config = (second / "config.yaml").read_text()
-        assert str(first / "models" / f"distilled-seed{generation_seed(seed, 1)}") in config
+        assert teacher_of(second) == first / "models" / f"distilled-seed{generation_seed(seed, 1)}"
         told = json.loads((second / "summary.json").read_text())["teacher"]["accuracy"]
         assert told == rows["generation 1"]["best"]["accuracy"]["values"][seed]
     stages = enumerate((first, second), 1)
@@ -141,8 +148,7 @@ def test_a_chain_goes_through_its_assistants(tmp_path: Path) -> None:
     sizes = [rows[name]["parameters"] for name in ("teacher", "assistant 1", "distilled through assistants")]
     assert sizes[0] > sizes[1] > sizes[2]
     stage = tmp_path / "run" / "stages" / "seed1" / "student"
-    config = (stage / "config.yaml").read_text()
-    assert str(tmp_path / "run" / "stages" / "seed1" / "assistant-1" / "models" / "distilled-seed1") in config
+    assert teacher_of(stage) == tmp_path / "run" / "stages" / "seed1" / "assistant-1" / "models" / "distilled-seed1"
     teacher = json.loads((stage / "summary.json").read_text())["teacher"]["accuracy"]
     assert teacher == rows["assistant 1"]["best"]["accuracy"]["values"][1]
     assert len(list((tmp_path / "run").glob("stages/**/models/teacher"))) == 1, "the teacher is trained once"

@@ -154,7 +154,7 @@ def test_a_method_on_features_must_say_which_member_it_means() -> None:
     student = network(2)
     with pytest.raises(ModelError, match="which of an ensemble's models"):
         prepare_method(FeatureMethod(), student, ensemble, batch(), 0)
-    with pytest.raises(ModelError, match="no output head"):
+    with pytest.raises(ModelError, match="a method without the teacher's classifier"):
         SimkdMethod().adapt_student(student, ensemble, batch())
     prepare_method(
         FeatureMethod(pairs=[{"student": "stages.1", "teacher": "1.stages.1"}]), student, ensemble, batch(), 0

@@ -322,7 +322,8 @@ class _State:
             self.save()
         t.callback.on_step(at.step)
         if not last and self.is_stop_requested():
-            self.log()
+            if self.share.world > 1:  # a single process keeps the sums for the line that it will write
+                self.log()
             self.save()
             raise Interrupted(f"stopped at step {at.step} of {t.steps} of {t.name}; the state is saved")
 
@@ -444,6 +445,7 @@ class _State:
                 "best": self.best,
                 "generators": generators,
                 "progress": vars(self.at),
+                "terms": vars(self.terms),
             }
             checkpoint.save_checkpoint(folder / f"step-{self.at.step:09d}", parts)
             checkpoint.prune(folder, t.config.keep_checkpoints)
@@ -471,6 +473,8 @@ class _State:
             self.accelerator.scaler.load_state_dict(parts["scaler"])
         self.best = parts["best"]
         self.at, self.counted = Progress(**parts["progress"]), 1.0
+        for kind, values in parts["terms"].items():
+            setattr(self.terms, kind, {name: x.to(self.accelerator.device) for name, x in values.items()})
         if len(parts["generators"]) == self.share.world:
             checkpoint.set_rng_state(parts["generators"][self.share.rank])
         t.run.rewind(t.name, self.at.step)

@@ -100,8 +100,8 @@ def as_model(teacher: Any) -> nn.Module:
         return FunctionModel(teacher, getattr(teacher, "__name__", type(teacher).__name__))
     raise ModelError(
         f"the teacher is of type {type(teacher).__name__}, which is not supported",
-        remedy="give a torch.nn.Module, a function of a batch's inputs, an onnxruntime.InferenceSession, or a fitted "
-        "estimator with predict_proba",
+        remedy="give a torch.nn.Module, a function of a batch's inputs, an onnxruntime.InferenceSession, a fitted "
+        "estimator with predict_proba, or a list of modules",
     )
 
 
