@@ -4,7 +4,7 @@
     python benchmarks/doctor_time.py logit on-policy
 
 Images are ``digits``; texts and language models are small models of random weights with texts of few words. Each case
-is one process: it examines the recipe, then runs it, and both times exclude imports. The estimate is within a factor
+is examined in one process and run in another, and both times exclude imports. The estimate is within a factor
 of 1.5 if the ratio is between 0.67 and 1.5. Use an idle machine.
 """
 
@@ -60,8 +60,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-def one(name: str) -> None:
-    """Examine and run a case in the working directory, and print both times as JSON."""
+def one(name: str, runs: bool) -> None:
+    """Examine or run a case in the working directory, and print the time as JSON."""
     from support.language_worlds import llama
     from support.text_worlds import encoder, sentences, table
     from tutelage import api
@@ -76,6 +76,11 @@ def one(name: str) -> None:
         llama(Path("llama"), layers=4)
     recipe = build_recipe({"name": "t", **json.loads(json.dumps(base)), "method": method})
     quiet = Terminal(speaks=False)
+    start = time.perf_counter()
+    if runs:
+        api.run(recipe, out="out", terminal=quiet)
+        print("RESULT" + json.dumps({"run": time.perf_counter() - start}))
+        return
     estimates: list[dict[str, float]] = []
     estimate = doctor_checks.estimate_seconds
 
@@ -85,26 +90,12 @@ def one(name: str) -> None:
         return parts
 
     doctor_checks.estimate_seconds = record
-    start = time.perf_counter()
     findings = doctor_checks.examine(recipe, quiet)
     text = next((f.text for f in findings if f.topic == "time"), None)
     if text is None:
         raise SystemExit("; ".join(f"{f.topic}: {f.text}" for f in findings if f.level == "bad"))
-    examined, start = time.perf_counter() - start, time.perf_counter()
-    api.run(recipe, out="out", terminal=quiet)
-    taken = time.perf_counter() - start
-    print(
-        "RESULT"
-        + json.dumps(
-            {
-                "estimate": sum(estimates[0].values()),
-                "parts": estimates[0],
-                "doctor": examined,
-                "run": taken,
-                "text": text,
-            }
-        )
-    )
+    total = {"estimate": sum(estimates[0].values()), "parts": estimates[0], "doctor": time.perf_counter() - start}
+    print("RESULT" + json.dumps({**total, "text": text}))
 
 
 def main() -> None:
@@ -114,14 +105,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
             environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-            command = [sys.executable, str(Path(__file__).resolve()), "--one", name]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), None)
-        if line is None:
-            print(f"{name:22} failed: {done.stderr.strip().splitlines()[-1:]}")
+            r: dict[str, Any] = {}
+            for what in ("estimate", "run"):
+                command = [sys.executable, str(Path(__file__).resolve()), "--one", name, what]
+                done = subprocess.run(
+                    command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+                )
+                line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), None)
+                if line is None:
+                    print(f"{name:22} failed: {done.stderr.strip().splitlines()[-1:]}")
+                    break
+                r |= json.loads(line.removeprefix("RESULT"))
+        if "run" not in r:
             continue
-        results[name] = json.loads(line.removeprefix("RESULT"))
-        r = results[name]
+        results[name] = r
         r["ratio"] = r["estimate"] / r["run"]
         print(f"{name:22} estimate {r['estimate']:6.1f} s, run {r['run']:6.1f} s, ratio {r['ratio']:.2f}", flush=True)
     if not sys.argv[1:]:
@@ -130,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    one(sys.argv[2]) if sys.argv[1:2] == ["--one"] else main()
+    one(sys.argv[2], sys.argv[3] == "run") if sys.argv[1:2] == ["--one"] else main()
