@@ -34,13 +34,7 @@ class Scripted(nn.Module):
         self.body = nn.Linear(WIDTH, outputs)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        if x.dim() == 4:
-            x = x.flatten(1)
-        if x.dim() == 3:
-            x = x.mean(1)
-        if lengths is not None:
-            x = x * lengths.unsqueeze(1)
-        out: Tensor = self.body(x)
+        out: Tensor = self.body(front(x, lengths))
         return out
 
 

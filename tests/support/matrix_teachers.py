@@ -21,6 +21,7 @@ from support.matrix_loaders import (
     WEIGHT,
     WIDTH,
     Loader,
+    front,
     labels,
 )
 from tutelage.teachers import StoredProbabilities
@@ -47,13 +48,7 @@ class Linear(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        if x.dim() == 4:
-            x = x.flatten(1)
-        if x.dim() == 3:
-            x = x.mean(1)
-        if lengths is not None:
-            x = x * lengths.unsqueeze(1)
-        out: Tensor = self.dropout(x) @ self.weight.t()
+        out: Tensor = self.dropout(front(x, lengths)) @ self.weight.t()
         return out
 
 

@@ -33,6 +33,7 @@ from tutelage.data.targets import TargetScale
 from tutelage.data.texts import TextSet, same_tokens
 from tutelage.errors import ConfigError, at_key
 from tutelage.evaluation.harness import harness
+from tutelage.evaluation.spans import SpanScores, are_span_tags
 from tutelage.experiment.caching import open_recipe_cache
 from tutelage.experiment.image_inputs import files_of_models, load_recipe_images
 from tutelage.experiment.prepare import all_methods
@@ -106,6 +107,8 @@ def recipe_spec(recipe: Recipe, data: Data) -> ExperimentSpec:
     tokenizers = None
     if isinstance(data, TextData):
         describe = decoded_text(data.tokenizer)
+        if are_span_tags(data.test.tag_names):
+            SpanScores(tag_names=data.test.tag_names)  # a missing seqeval is told before the training
         if data.task == "causal":
             tokenizers = (data.tokenizer, as_the_teacher_reads(data).tokenizer)
     else:

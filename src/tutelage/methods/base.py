@@ -264,11 +264,17 @@ class DistillationModule(nn.Module):
     runs for the first time where it is compiled.
     """
 
+    _mean: Tensor | None
+    _std: Tensor | None
+
     def __init__(self, student: nn.Module, method: Method) -> None:
         super().__init__()
         self.student = student
         self.method = method
         self._observer: Observer | None = None
+        scale = method.target_scale
+        self.register_buffer("_mean", None if scale is None else scale.mean, persistent=False)
+        self.register_buffer("_std", None if scale is None else scale.std, persistent=False)
 
     def open(self) -> None:
         """Put the method's taps on the student, as they are needed now.
@@ -300,26 +306,23 @@ class DistillationModule(nn.Module):
             self.open()
         observer = None if needs is None else self._observer
         seen = Observation() if observer is None else observer(batch.inputs)
-        parts = _standardise(self.method.target_scale, seen, batch, signal or Signal())
-        terms: dict[str, Term] = self.method(*parts)
+        terms: dict[str, Term] = self.method(*self._standardise(seen, batch, signal or Signal()))
         return terms
+
+    def _standardise(self, seen: Observation, batch: Batch, signal: Signal) -> tuple[Observation, Batch, Signal]:
+        """Outputs and targets in units of the targets' standard deviation, where the method has their scale."""
+        if self._mean is None or self._std is None or batch.targets is None:
+            return seen, batch, signal
+        scale = TargetScale(self._mean, self._std)
+        ours, theirs = (None if x is None else scale.standardise(x) for x in (seen.logits, signal.logits))
+        targets = scale.standardise(batch.targets)
+        return replace(seen, logits=ours), replace(batch, targets=targets), replace(signal, logits=theirs)
 
     def __getattr__(self, name: str) -> Any:
         # accelerate reads these of a model in order to shard it
         if name in ("_no_split_modules", "get_input_embeddings", "get_output_embeddings", "tie_weights"):
             return getattr(self.student, name)
         return super().__getattr__(name)
-
-
-def _standardise(
-    scale: TargetScale | None, seen: Observation, batch: Batch, signal: Signal
-) -> tuple[Observation, Batch, Signal]:
-    """Outputs and targets in units of the targets' standard deviation."""
-    if scale is None or batch.targets is None:
-        return seen, batch, signal
-    ours, theirs = (None if x is None else scale.standardise(x) for x in (seen.logits, signal.logits))
-    targets = scale.standardise(batch.targets)
-    return replace(seen, logits=ours), replace(batch, targets=targets), replace(signal, logits=theirs)
 
 
 def check_task(method: Method, batch: Batch) -> None:
